@@ -1,0 +1,72 @@
+"""The only reader of environment variables. A value set in the recipe wins over one set here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """Folder for fetched packages, tokenizers and token files. `SHOAL_CACHE` moves it."""
+    own = os.environ.get("SHOAL_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "shoal"
+
+
+def hub_is_offline() -> bool:
+    """Whether the user has forbidden hub access (`HF_HUB_OFFLINE=1`)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """What torchrun tells a worker it has started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def torchrun_rendezvous() -> Rendezvous | None:
+    """This process's place under torchrun, or None when torchrun did not start it."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    size = int(os.environ["WORLD_SIZE"])
+    return Rendezvous(
+        rank=int(os.environ["RANK"]),
+        world_size=size,
+        local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+    )
+
+
+def worker_environment(*, threads: int) -> dict[str, str]:
+    """Variables a worker process must be exec'ed with: thread count, and no spinning."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "GOMP_SPINCOUNT": "0",
+        "OMP_WAIT_POLICY": "passive",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (affinity and container limits respected where known)."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, _, period = quota.read_text().strip().partition(" ")
+        if limit != "max" and period:
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores

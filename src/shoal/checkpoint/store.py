@@ -1,0 +1,247 @@
+"""Checkpoints on disk: atomic, verified, readable box by box. Knows names, boxes and bytes only.
+
+RUN/checkpoints/step-00000100/ holds one safetensors file per writer and a manifest. Writers work
+in a hidden folder; the manifest is written last and one rename publishes the whole. What has the
+final name is therefore complete; hashes tell whether it still is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shoal.checkpoint.boxes import Box
+from shoal.checkpoint.files import Files
+from shoal.checkpoint.manifest import NAME, Entry, FileRecord, Manifest, Part
+from shoal.errors import CheckpointError, RunError
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor to be saved. `tensor` has the shape of the box."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    box: Box
+    tensor: Tensor
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(plain.view(torch.uint8).numpy())
+
+
+def _header(pieces: list[tuple[str, Piece]]) -> bytes:
+    """The safetensors header (https://github.com/huggingface/safetensors#format)."""
+    header: dict[str, Any] = {}
+    at = 0
+    for key, piece in pieces:
+        size = piece.tensor.numel() * piece.tensor.element_size()
+        header[key] = {
+            "dtype": _DTYPES[piece.tensor.dtype],
+            "shape": list(piece.tensor.shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class Store:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, *, files: Files | None = None) -> None:
+        self.folder = folder
+        self._files = files or Files()
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of `step`."""
+        return self.folder / f"step-{step:08d}"
+
+    def _writing(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}.writing"
+
+    def steps(self) -> list[int]:
+        """Steps that have a published checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.iterdir()]
+        return sorted(int(match[1]) for match in matches if match)
+
+    # --- writing
+
+    def begin(self, step: int) -> None:
+        """Make room for a save; what an interrupted one left behind goes. One rank calls it."""
+        self._files.make(self.folder)
+        for leftover in self.folder.glob(".step-*"):
+            self._files.remove(leftover)
+        self._files.make(self._writing(step))
+
+    def write_part(self, step: int, *, rank: int, pieces: Iterable[Piece]) -> Part:
+        """Write this rank's `pieces` to one file and flush it. Raises OSError."""
+        keyed = [(f"{piece.kind}/{piece.name}", piece) for piece in pieces]
+        if not keyed:
+            return Part()
+        name = f"rank-{rank:05d}.safetensors"
+        entries: list[Entry] = []
+
+        def content() -> Iterable[bytes | memoryview]:
+            yield _header(keyed)
+            for key, piece in keyed:
+                data = _bytes_of(piece.tensor)
+                digest = xxhash.xxh3_64(data).hexdigest()
+                entries.append(
+                    Entry(piece.name, piece.kind, piece.shape, piece.box, name, key, digest)
+                )
+                yield data
+
+        size, digest = self._files.write(self._writing(step) / name, content())
+        return Part((FileRecord(name, size, digest),), tuple(entries))
+
+    def publish(self, step: int, *, parts: list[Part], state: dict[str, Any], keep: int) -> Path:
+        """Write the manifest, give the checkpoint its name, then drop the oldest beyond `keep`."""
+        files = tuple(file for part in parts for file in part.files)
+        entries = tuple(entry for part in parts for entry in part.entries)
+        manifest = Manifest(step, Part(files, entries), state)
+        writing, final = self._writing(step), self.path(step)
+        self._files.write(writing / NAME, [manifest.to_bytes()])
+        if final.exists():
+            self._files.rename(final, self.folder / f".step-{step:08d}.replaced")
+        self._files.rename(writing, final)
+        for replaced in self.folder.glob(".step-*.replaced"):
+            self._files.remove(replaced)
+        for old in self.steps()[:-keep]:
+            dropped = self.folder / f".step-{old:08d}.dropped"
+            self._files.rename(self.path(old), dropped)  # half a removal must not look published
+            self._files.remove(dropped)
+        return final
+
+    # --- reading
+
+    def verify(self, step: int) -> Manifest:
+        """Check every byte of a checkpoint. Raises CheckpointError that names the file."""
+        folder = self.path(step)
+        manifest = Manifest.read(folder)
+        for record in manifest.part.files:
+            _verify_file(folder / record.file, record)
+        return manifest
+
+    def newest_good(self, *, on_bad: Callable[[int, str], None]) -> int:
+        """The newest step whose checkpoint is whole; `on_bad(step, reason)` for each passed over.
+
+        Raises RunError when there is none.
+        """
+        steps = self.steps()
+        reasons: list[str] = []
+        for step in reversed(steps):
+            try:
+                self.verify(step)
+            except CheckpointError as error:
+                reasons.append(str(error))
+                on_bad(step, str(error))
+            else:
+                return step
+        if not steps:
+            raise RunError(f"{self.folder}: no checkpoint here; nothing to resume from")
+        listed = "\n  ".join(reasons)
+        raise RunError(f"{self.folder}: no checkpoint can be trusted:\n  {listed}")
+
+    def open(self, step: int) -> Reader:
+        """A reader of the checkpoint of `step` (verified file by file as it is read)."""
+        return Reader(self.path(step), Manifest.read(self.path(step)))
+
+
+def _verify_file(path: Path, record: FileRecord) -> None:
+    try:
+        size = path.stat().st_size
+        if size != record.num_bytes:
+            raise CheckpointError(f"{path}: expected {record.num_bytes} bytes, got {size}")
+        digest = xxhash.xxh3_64()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if digest.hexdigest() != record.hash:
+        raise CheckpointError(f"{path}: damaged (its hash does not match the manifest)")
+
+
+class Reader:
+    """Reads any box of any tensor of one checkpoint, whatever boxes it was saved in."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.step, self.state = folder, manifest.step, manifest.state
+        self._entries: dict[tuple[str, str], list[Entry]] = {}
+        for entry in manifest.part.entries:
+            self._entries.setdefault((entry.kind, entry.name), []).append(entry)
+
+    def names(self, kind: str = "parameter") -> list[str]:
+        """Names saved under `kind`, in the order saved."""
+        return [name for found, name in self._entries if found == kind]
+
+    def shape(self, name: str, *, kind: str = "parameter") -> tuple[int, ...]:
+        """Global shape. Raises CheckpointError for a name that is not there."""
+        return self._of(kind, name)[0].shape
+
+    def _of(self, kind: str, name: str) -> list[Entry]:
+        try:
+            return self._entries[kind, name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: holds no {kind} of {name}") from None
+
+    def read(self, name: str, *, kind: str = "parameter", box: Box | None = None) -> Tensor:
+        """The tensor, or a `box` of it; each saved box that is touched whole is hash-checked."""
+        entries = self._of(kind, name)
+        wanted = box or Box.whole(entries[0].shape)
+        result: Tensor | None = None
+        filled = 0
+        for entry in entries:
+            shared = wanted.meet(entry.box) if wanted.sizes else entry.box
+            if shared is None:
+                continue
+            part = self._read(entry, shared)
+            if result is None:
+                result = torch.empty(wanted.sizes, dtype=part.dtype)
+            result[shared.within(wanted)] = part
+            filled += shared.numel
+        if result is None or filled != wanted.numel:
+            raise CheckpointError(
+                f"{self.folder}: {kind} of {name}: the saved boxes hold {filled} of "
+                f"{wanted.numel} elements asked for"
+            )
+        return result
+
+    def _read(self, entry: Entry, shared: Box) -> Tensor:
+        path = self.folder / entry.file
+        try:
+            with safe_open(path, framework="pt") as file:
+                if shared == entry.box:
+                    whole: Tensor = file.get_tensor(entry.key)
+                    if xxhash.xxh3_64(_bytes_of(whole)).hexdigest() != entry.hash:
+                        raise CheckpointError(f"{path}: {entry.key}: damaged (hash differs)")
+                    return whole
+                part: Tensor = file.get_slice(entry.key)[shared.within(entry.box)]
+                return part
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None

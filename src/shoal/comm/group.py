@@ -1,0 +1,157 @@
+"""Collectives between the replicas of one axis, with every byte and second counted.
+
+A `Group` is either torch collectives between processes, or slots in shared memory between threads
+(`comm/threads.py`). It knows tensors and ranks, nothing of models.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """What crossed, and how long it took, since the last `take`."""
+
+    sent_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    communication_seconds: float = 0.0
+    waiting_seconds: float = 0.0
+
+    def take(self) -> Traffic:
+        """The counts so far; starts again from zero."""
+        taken = Traffic(dict(self.sent_bytes), self.communication_seconds, self.waiting_seconds)
+        self.sent_bytes.clear()
+        self.communication_seconds = self.waiting_seconds = 0.0
+        return taken
+
+
+class Group(ABC):
+    """Ranks that meet in collectives. All ranks call the same operations in the same order."""
+
+    rank: int
+    size: int
+    shares_memory: bool
+    """Whether ranks are threads that see one another's tensors."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    @abstractmethod
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace `tensor` on every rank by the sum over ranks (same shape and dtype on all)."""
+
+    @abstractmethod
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's `tensor`, in rank order (same shape and dtype on all)."""
+
+    @abstractmethod
+    def broadcast_(self, tensor: Tensor, *, source: int = 0) -> None:
+        """Replace `tensor` on every rank by that of `source`."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return when every rank has called it; the time spent counts as waiting."""
+
+    @abstractmethod
+    def buffer(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A zeroed flat tensor: one for all ranks where they share memory, else one per rank."""
+
+    @abstractmethod
+    def slices(self, own: list[Tensor], bounds: list[tuple[int, int]]) -> list[list[Tensor]]:
+        """Part `bounds[rank]` of every flat tensor of every rank: result[rank][index].
+
+        Every rank passes the same number of equally long tensors. The results may be views.
+        """
+
+    @abstractmethod
+    def assemble_(self, tensor: Tensor, bounds: list[tuple[int, int]]) -> None:
+        """Fill flat `tensor` on every rank: part `bounds[r]` comes from rank r."""
+
+    @property
+    def computes_in_place(self) -> bool:
+        """Whether one rank's update of a buffer is seen by all (so work is split by slices)."""
+        return self.shares_memory and self.size > 1
+
+
+class ProcessGroup(Group):
+    """Ranks are processes; collectives are torch.distributed's (gloo or NCCL).
+
+    `group` None is the group of all processes, which must have been started; a single process
+    needs none.
+    """
+
+    shares_memory = False
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self._group = group
+        started = dist.is_initialized()
+        self.rank = dist.get_rank(group) if started else 0
+        self.size = dist.get_world_size(group) if started else 1
+
+    def _timed(self, name: str, num_bytes: int, call: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        call()
+        self.traffic.communication_seconds += time.perf_counter() - began
+        self.traffic.sent_bytes[name] += num_bytes
+
+    def sum_(self, tensor: Tensor) -> None:
+        if self.size > 1:
+            sent = 2 * (self.size - 1) * tensor.nbytes // self.size  # ring
+            self._timed("all_reduce", sent, lambda: dist.all_reduce(tensor, group=self._group))
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        sent = (self.size - 1) * tensor.nbytes
+        self._timed("all_gather", sent, lambda: dist.all_gather(parts, tensor, group=self._group))
+        return parts
+
+    def broadcast_(self, tensor: Tensor, *, source: int = 0) -> None:
+        if self.size > 1:
+            sent = tensor.nbytes if self.rank == source else 0
+            call = lambda: dist.broadcast(tensor, group_src=source, group=self._group)  # noqa: E731
+            self._timed("broadcast", sent, call)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            began = time.perf_counter()
+            dist.barrier(group=self._group)
+            self.traffic.waiting_seconds += time.perf_counter() - began
+
+    def buffer(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def slices(self, own: list[Tensor], bounds: list[tuple[int, int]]) -> list[list[Tensor]]:
+        if self.size == 1:
+            return [[tensor[slice(*bounds[0])] for tensor in own]]
+        start, stop = bounds[self.rank]
+        received: list[list[Tensor]] = [[] for _ in range(self.size)]
+        for tensor in own:
+            parts = [tensor[slice(*bound)].contiguous() for bound in bounds]
+            landing = [tensor.new_empty(stop - start) for _ in range(self.size)]
+            sent = tensor.nbytes - parts[self.rank].nbytes
+            self._timed(
+                "all_to_all",
+                sent,
+                lambda parts=parts, landing=landing: dist.all_to_all(  # type: ignore[misc]
+                    landing, parts, group=self._group
+                ),
+            )
+            for rank, part in enumerate(landing):
+                received[rank].append(part)
+        return received
+
+    def assemble_(self, tensor: Tensor, bounds: list[tuple[int, int]]) -> None:
+        for source, (start, stop) in enumerate(bounds):
+            if stop > start:
+                self.broadcast_(tensor[start:stop], source=source)

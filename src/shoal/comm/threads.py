@@ -1,0 +1,133 @@
+"""Ranks as threads of one process: collectives through slots in shared memory.
+
+Each thread keeps its own gradients; parameters and optimizer state are one copy for all. A sum is
+computed by slices: rank r adds slice r of everybody's tensor, in rank order, so that every rank
+sees the same bits. A thread that fails breaks the barrier, and the others fail at once with the
+reason instead of waiting for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.comm.group import Group
+from shoal.errors import WorkerError
+
+
+class Meeting:
+    """What the threads of one process share: a barrier, slots, and the reason of a failure."""
+
+    def __init__(self, size: int, *, timeout_seconds: float) -> None:
+        self.size = size
+        self.slots: list[Any] = [None] * size
+        self.failure: str | None = None
+        self._barrier = threading.Barrier(size, timeout=timeout_seconds)
+        self._timeout_seconds = timeout_seconds
+
+    def wait(self) -> None:
+        """Meet the other threads. Raises WorkerError when one failed or never came."""
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            reason = self.failure or f"a thread did not come within {self._timeout_seconds:.0f} s"
+            raise WorkerError(f"the threads no longer meet: {reason}") from None
+
+    def fail(self, reason: str) -> None:
+        """Release every waiting thread with an error; the first reason is kept."""
+        if self.failure is None:
+            self.failure = reason
+        self._barrier.abort()
+
+
+class ThreadGroup(Group):
+    """One thread's view of a `Meeting`."""
+
+    shares_memory = True
+
+    def __init__(self, meeting: Meeting, *, rank: int) -> None:
+        super().__init__()
+        self._meeting = meeting
+        self.rank, self.size = rank, meeting.size
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """Everybody's `value`, in rank order. Two meetings: one to see, one to let go."""
+        self._meeting.slots[self.rank] = value
+        self._wait()
+        return list(self._meeting.slots)
+
+    def _wait(self) -> None:
+        began = time.perf_counter()
+        self._meeting.wait()
+        self.traffic.waiting_seconds += time.perf_counter() - began
+
+    def sum_(self, tensor: Tensor) -> None:
+        if self.size == 1:
+            return
+        flat = tensor.view(-1)
+        views = self._exchange(flat)
+        began = time.perf_counter()
+        start, stop = self._bounds(flat.numel())[self.rank]
+        total = views[0][start:stop].clone()
+        for other in views[1:]:
+            total += other[start:stop]
+        self.traffic.communication_seconds += time.perf_counter() - began
+        parts = self._exchange(total)  # nobody reads `flat` any more once all are here
+        began = time.perf_counter()
+        torch.cat(parts, out=flat)
+        self.traffic.communication_seconds += time.perf_counter() - began
+        self.traffic.sent_bytes["all_reduce"] += 2 * (self.size - 1) * tensor.nbytes // self.size
+        self._wait()  # the slots may be used again
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        if self.size == 1:
+            return [tensor]
+        parts = [part.clone() for part in self._exchange(tensor)]
+        self.traffic.sent_bytes["all_gather"] += (self.size - 1) * tensor.nbytes
+        self._wait()
+        return parts
+
+    def broadcast_(self, tensor: Tensor, *, source: int = 0) -> None:
+        if self.size == 1:
+            return
+        views = self._exchange(tensor)
+        if self.rank != source:
+            tensor.copy_(views[source])
+        else:
+            self.traffic.sent_bytes["broadcast"] += tensor.nbytes
+        self._wait()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self._wait()
+
+    def buffer(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        own = torch.zeros(numel, dtype=dtype, device=device) if self.rank == 0 else None
+        shared: Tensor = self._exchange(own)[0]
+        self._wait()
+        return shared
+
+    def slices(self, own: list[Tensor], bounds: list[tuple[int, int]]) -> list[list[Tensor]]:
+        """Views of the other threads' tensors; valid until the next collective."""
+        start, stop = bounds[self.rank]
+        everybody = self._exchange(own)
+        views = [[tensor[start:stop] for tensor in theirs] for theirs in everybody]
+        self._wait()
+        return views
+
+    def assemble_(self, tensor: Tensor, bounds: list[tuple[int, int]]) -> None:
+        """Copy the others' parts, unless all ranks pass the same memory."""
+        views = self._exchange(tensor)
+        for source, (start, stop) in enumerate(bounds):
+            if views[source].data_ptr() != tensor.data_ptr():
+                tensor[start:stop].copy_(views[source][start:stop])
+        self._wait()
+
+    def _bounds(self, numel: int) -> list[tuple[int, int]]:
+        edges = [numel * rank // self.size for rank in range(self.size + 1)]
+        return list(itertools.pairwise(edges))

@@ -1,0 +1,308 @@
+"""The frozen, typed description of a run. Data only: nothing here opens a file or builds an object.
+
+Every section is a pydantic model that refuses unknown keys. Alternatives are unions told apart by
+`kind`. `None` has one stated meaning per field; there are no sentinel numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values cannot change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# --- task ---------------------------------------------------------------------------------------
+
+
+class CausalLM(Section):
+    """Predict the next token."""
+
+    kind: Literal["causal-lm"] = "causal-lm"
+    prompts: tuple[str, ...] = ()
+    """Completed at every evaluation, so that progress can be read."""
+    sample_tokens: Count = 48
+    """Tokens generated for each prompt."""
+
+
+class TokenClassification(Section):
+    """Give every word a tag, such as a named entity."""
+
+    kind: Literal["token-classification"] = "token-classification"
+
+
+TaskSection = Annotated[CausalLM | TokenClassification, Field(discriminator="kind")]
+
+# --- model --------------------------------------------------------------------------------------
+
+
+class ConfiguredModel(BaseModel):
+    """A model from a configuration: `architecture` and the keys of its transformers config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    kind: Literal["config"] = "config"
+    architecture: str
+    dropout: Literal["off", "keyed", "framework"] = "keyed"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys meant for the transformers config class, checked where the model is built."""
+        return dict(self.model_extra or {})
+
+
+class PretrainedModel(Section):
+    """A model from existing weights: a folder, a registry name, or a hub id."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    path: str
+    dropout: Literal["off", "keyed", "framework"] = "keyed"
+
+
+ModelSection = Annotated[ConfiguredModel | PretrainedModel, Field(discriminator="kind")]
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class Source(Section):
+    """One source of a mixture."""
+
+    source: str
+    weight: Rate = 1.0
+    text_field: str | None = None
+
+
+class Tokenizer(Section):
+    """Where token ids come from."""
+
+    kind: Literal["auto", "train", "model", "folder"] = "auto"
+    """auto: the pretrained model's own; trained on the corpus for a configured model."""
+    vocabulary_size: Annotated[int, Field(ge=260)] = 4096
+    """Size when trained (byte-level BPE)."""
+    path: str | None = None
+    """Folder with tokenizer.json, for `folder`."""
+
+    @model_validator(mode="after")
+    def _folder_needs_path(self) -> Tokenizer:
+        if (self.kind == "folder") != (self.path is not None):
+            raise ValueError("`path` goes with kind: folder, and only with it")
+        return self
+
+
+class DataSection(Section):
+    """What is read, and how it becomes samples."""
+
+    source: str | tuple[Source, ...]
+    """A registry name, a local file, a hub id; or a weighted mixture of them."""
+    text_field: str | None = None
+    """Column that holds the text; None: `text`, or the only text column."""
+    sequence_tokens: Annotated[int, Field(ge=8)] = 256
+    packing: bool = True
+    """Fill rows with several documents (attention never crosses from one to another)."""
+    validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.02
+    evaluation_samples: Count | None = 128
+    """Validation samples used at an evaluation; None: all of them."""
+    tokenizer: Tokenizer = Tokenizer()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The mixture, also when one source is given by name."""
+        if isinstance(self.source, str):
+            return (Source(source=self.source, text_field=self.text_field),)
+        return self.source
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+class AdamW(Section):
+    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: Rate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: Rate = 1e-8
+
+
+class Muon(Section):
+    """Orthogonalised momentum for matrices; AdamW for the rest (torch.optim.Muon)."""
+
+    kind: Literal["muon"] = "muon"
+    learning_rate: Rate = 0.02
+    """For matrices of the blocks."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    momentum: Fraction = 0.95
+    adamw_learning_rate: Rate = 1e-3
+    """For embeddings, head, norms and biases."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: Rate = 1e-8
+
+
+class Constant(Section):
+    """The same rate after the warm-up."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class Linear(Section):
+    """A straight line from the peak to `final_fraction` of it."""
+
+    kind: Literal["linear"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+
+class Cosine(Section):
+    """Half a cosine from the peak to `final_fraction` of it."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+
+
+class WarmupStableDecay(Section):
+    """Warm up, hold, then fall over the last `decay_steps` in a straight line."""
+
+    kind: Literal["warmup-stable-decay"] = "warmup-stable-decay"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: Count = 1
+    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+
+OptimizerSection = Annotated[AdamW | Muon, Field(discriminator="kind")]
+ScheduleSection = Annotated[
+    Constant | Linear | Cosine | WarmupStableDecay, Field(discriminator="kind")
+]
+
+
+class TrainSection(Section):
+    """How long, with which batch, and how the weights move."""
+
+    steps: Count | None = None
+    """Optimizer steps; or give `epochs`."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    stop_after_steps: Count | None = None
+    """End early, resumable, without changing the schedule."""
+    exact: bool = False
+    """The same bits in any replicate degree and kind of worker (slower)."""
+    global_batch_samples: Count = 32
+    micro_batch_samples: Count | Auto = "auto"
+    max_gradient_norm: Rate | None = 1.0
+    evaluate_every_steps: Annotated[int, Field(ge=0)] = 100
+    """0: only at the end of a run is the model evaluated never."""
+    optimizer: OptimizerSection = AdamW()
+    schedule: ScheduleSection = Cosine()
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are: shell patterns over canonical names."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        if (
+            self.micro_batch_samples != "auto"
+            and self.global_batch_samples % self.micro_batch_samples
+        ):
+            raise ValueError(
+                f"micro_batch_samples {self.micro_batch_samples} does not divide "
+                f"global_batch_samples {self.global_batch_samples}"
+            )
+        warmup = self.schedule.warmup_steps
+        if self.steps is not None and warmup >= self.steps and warmup > 0:
+            raise ValueError(f"schedule.warmup_steps {warmup} leaves nothing of {self.steps} steps")
+        return self
+
+
+# --- parallel, sync, the rest -------------------------------------------------------------------
+
+
+class ParallelSection(Section):
+    """Degrees of the axes. With `auto`, an axis without a value is chosen for this machine."""
+
+    auto: bool = False
+    replicate: Count | None = None
+    shard: Count | None = None
+    context: Count | None = None
+    tensor: Count | None = None
+    pipeline: Count | None = None
+    expert: Count | None = None
+    recompute: Literal["none"] = "none"
+
+
+class NoCodec(Section):
+    """Values cross the wire as they are."""
+
+    kind: Literal["none"] = "none"
+    error_feedback: Literal[False] = False
+
+
+class EveryStep(Section):
+    """Gradients of all replicas are summed at every step."""
+
+    kind: Literal["every-step"] = "every-step"
+    codec: NoCodec = NoCodec()
+    bucket_bytes: Annotated[int, Field(ge=1024)] = 128 * 2**20
+    """Largest message of one reduction."""
+
+
+class PrecisionSection(Section):
+    """Number formats. Weights and optimizer state are always kept in float32."""
+
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    reduce: Literal["float32"] = "float32"
+
+
+class CheckpointSection(Section):
+    """When state is saved, and how many saves are kept."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 100
+    """0: only at the end and when stopped."""
+    keep: Count = 2
+
+
+class LaunchSection(Section):
+    """What a worker is, and how many threads it computes with."""
+
+    workers: Literal["auto", "threads", "processes"] = "auto"
+    threads_per_worker: Count | Auto = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ObserveSection(Section):
+    """Where numbers go."""
+
+    log_every_steps: Count = 1
+    console: bool = True
+    tensorboard: bool = False
+    wandb: bool = False
+    trace: bool = False
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    task: TaskSection = CausalLM()
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    parallel: ParallelSection = ParallelSection(auto=True)
+    sync: EveryStep = EveryStep()
+    precision: PrecisionSection = PrecisionSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    launch: LaunchSection = LaunchSection()
+    observe: ObserveSection = ObserveSection()

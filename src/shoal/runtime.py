@@ -1,0 +1,72 @@
+"""Start and end of a worker: device, threads, seed, process group."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from shoal.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs."""
+
+    rank: int
+    size: int
+    device: torch.device
+    threads: int
+
+
+def choose_device(wanted: str, *, local_rank: int) -> torch.device:
+    """`auto` is a CUDA device where there is one. Raises UserError when `cuda` is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "launch.device: expected a CUDA device, found none (torch "
+            f"{torch.__version__}); use launch.device=cpu, or install the CUDA build: "
+            "TORCH=cuda make setup"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_process_group(
+    *, rank: int, size: int, device: torch.device, store: Path | None, timeout_seconds: float
+) -> None:
+    """Join the group of all worker processes.
+
+    `store`: a file that does not exist yet, one per attempt (a file leaves no listening socket and
+    no stale addresses behind); None: the addresses torchrun gave in the environment.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+    )
+
+
+def stop_process_group() -> None:
+    """Leave the group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start_worker(place: Place, *, seed: int) -> None:
+    """Threads and global seed of this worker; called in every thread that computes."""
+    torch.set_num_threads(place.threads)
+    torch.manual_seed(seed)  # nothing that matters draws from it; see models/init.py
+    torch.set_float32_matmul_precision("highest")

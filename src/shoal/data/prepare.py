@@ -1,0 +1,271 @@
+"""Prepares data once: records are tokenized, split into parts and written as mapped files.
+
+The result is a folder that any worker opens by path. It is cached by a hash of everything it
+depends on, appears whole or not at all, and is the same whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shoal.data import sources as origin
+from shoal.data.pack import Part, Shape
+from shoal.data.unigram import Counts, unigram_nats
+from shoal.data.write import EncodedDocuments, write_parts
+from shoal.errors import DataError
+
+FORMAT = 1
+_DESCRIPTION = "description.json"
+_BATCH_RECORDS = 1000
+
+Encode = Callable[[list[origin.Record]], list[dict[str, list[int]]]]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """One source of a mixture: a registry name, path or hub id, and its share of the samples."""
+
+    source: str
+    weight: float = 1.0
+    text_field: str | None = None
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """One tokenized source. `about` is its description.json: counts of each part and file."""
+
+    name: str
+    weight: float
+    directory: Path
+    shape: Shape
+    about: dict[str, Any]
+
+    def part(self, part: str) -> Part:
+        """Open "train" or "validation". Each worker (each thread) opens its own."""
+        return Part(self.directory, part=part, shape=self.shape)
+
+    def num_samples(self, part: str) -> int:
+        """Samples of a part: packed rows, or documents."""
+        return int(self.about["parts"][part]["samples"])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared data. `directory` is all that a worker needs: `open_prepared(directory)`."""
+
+    directory: Path
+    sources: tuple[PreparedSource, ...]
+    description: dict[str, Any]
+    """JSON-able: names, weights, counts, unigram entropy."""
+
+    @property
+    def shape(self) -> Shape:
+        """How samples are cut; the same for all sources."""
+        return self.sources[0].shape
+
+    @property
+    def unigram_nats(self) -> float:
+        """Loss in nats per target of guessing by frequency, on the validation targets."""
+        return float(self.description["unigram_nats"])
+
+    @property
+    def vocabulary_size(self) -> int:
+        """One more than the largest token id in the data."""
+        return int(self.description["vocabulary_size"])
+
+
+def prepare(
+    *,
+    sources: Sequence[SourceSpec],
+    encode: Encode,
+    encode_key: str,
+    sequence_tokens: int,
+    packing: bool,
+    validation_fraction: float,
+    out: Path,
+    seed: int = 0,
+    progress: Progress = lambda phase, done: None,
+) -> Prepared:
+    """Tokenize `sources` into a folder below `out`, or find the one made before.
+
+    `encode` turns records into token ids (and `labels`, for tagging); `encode_key` must change
+    whenever it does (tokenizer, task, settings). Which documents are held out does not depend on
+    `seed`, which only orders them: leave it at 0 and all seeds of a study share one folder.
+    Raises DataError (too little text, ids that do not fit, no space left) and what sources raise.
+    """
+    shape_of = {"sequence_tokens": sequence_tokens, "packing": packing}
+    settings = {**shape_of, "validation_fraction": validation_fraction, "seed": seed}
+    folders = []
+    for spec in sources:
+        key = _key(
+            {
+                "content": origin.content_key(spec.source),
+                "text_field": spec.text_field,
+                "encode": encode_key,
+                **settings,
+            }
+        )
+        folder = out / f"source-{key}"
+        if not _is_whole(folder):
+            job = _Job(spec=spec, encode=encode, settings=settings, progress=progress)
+            _build(folder, fill=job.run)
+        folders.append(folder)
+    mixture = {
+        "sources": [
+            {"name": name, "directory": f"../{folder.name}", **asdict(spec)}
+            for name, folder, spec in zip(_names(sources), folders, sources)
+        ]
+    }
+    folder = out / f"mixture-{_key(mixture)}"
+    if not _is_whole(folder):
+        _build(folder, fill=lambda scratch: _describe_mixture(mixture, folders=folders))
+    return open_prepared(folder)
+
+
+def open_prepared(directory: Path | str) -> Prepared:
+    """Open what `prepare` made; every file is checked to have its recorded size.
+
+    Raises DataError when something is missing or was cut short.
+    """
+    directory = Path(directory)
+    description = _read_description(directory)
+    opened = []
+    for entry in description["sources"]:
+        folder = (directory / entry["directory"]).resolve()
+        about = _read_description(folder)
+        shape = Shape(**about["shape"])
+        opened.append(PreparedSource(entry["name"], entry["weight"], folder, shape, about))
+    return Prepared(directory, tuple(opened), description)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """Tokenizing one source."""
+
+    spec: SourceSpec
+    encode: Encode
+    settings: dict[str, Any]
+    progress: Progress
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        """Write the parts into `scratch`; their description."""
+        name = origin.locate(self.spec.source).name
+        documents = EncodedDocuments(scratch, where=name)
+        for batch in self._batches(f"tokenizing {name}"):
+            documents.add(self.encode(batch))
+        self.progress(f"tokenizing {name}", 1.0)
+        return write_parts(documents, **self.settings)
+
+    def _batches(self, phase: str) -> Iterator[list[origin.Record]]:
+        batch: list[origin.Record] = []
+        records = origin.read_records(
+            self.spec.source,
+            text_field=self.spec.text_field,
+            at=lambda done: self.progress(phase, min(done, 0.99)),
+        )
+        for record in records:
+            batch.append(record)
+            if len(batch) == _BATCH_RECORDS:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _describe_mixture(mixture: dict[str, Any], *, folders: Sequence[Path]) -> dict[str, Any]:
+    abouts = [_read_description(folder) for folder in folders]
+    if len({about["shape"]["tagged"] for about in abouts}) > 1:
+        raise DataError(
+            "data.source: some sources of the mixture have tags and some have none; expected one "
+            "kind. Train on them separately"
+        )
+    counts = [Counts.read(folder) for folder in folders]
+    return {
+        **mixture,
+        "files": {},
+        "unigram_nats": unigram_nats(counts),
+        "vocabulary_size": max(about["vocabulary_size"] for about in abouts),
+        "parts": {
+            part: {
+                what: sum(about["parts"][part][what] for about in abouts)
+                for what in ("documents", "samples", "tokens", "targets")
+            }
+            for part in ("train", "validation")
+        },
+    }
+
+
+def _names(sources: Sequence[SourceSpec]) -> list[str]:
+    """A name per source, in order; the second of equal names gets a number."""
+    names: list[str] = []
+    for spec in sources:
+        name = origin.locate(spec.source).name
+        taken = sum(1 for other in names if other.partition("#")[0] == name)
+        names.append(f"{name}#{taken + 1}" if taken else name)
+    return names
+
+
+def _key(parts: dict[str, Any]) -> str:
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _build(folder: Path, *, fill: Callable[[Path], dict[str, Any]]) -> None:
+    """Make `folder` by filling a scratch folder beside it and renaming that."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-"))
+        try:
+            text = json.dumps({"format": FORMAT, **fill(scratch)}, indent=1)
+            (scratch / _DESCRIPTION).write_text(text, encoding="utf-8")
+            if folder.exists() and not _is_whole(folder):
+                shutil.rmtree(folder)
+            try:
+                os.rename(scratch, folder)
+            except OSError:
+                if not _is_whole(folder):  # else another process was faster: the same bytes
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: cannot write prepared data: {error.strerror or error}; free some "
+            f"space, or set SHOAL_CACHE to a folder that has some"
+        ) from error
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        sizes = about["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{folder}: expected prepared data with a {_DESCRIPTION}, got {error!r}; prepare it "
+            f"again by running the recipe"
+        ) from error
+    for name, size in sizes.items():
+        path = folder / name
+        got = path.stat().st_size if path.is_file() else None
+        if got != size:
+            raise DataError(
+                f"{path}: expected {size} bytes, got {'no file' if got is None else got}; delete "
+                f"{folder}, the next run prepares it again"
+            )
+    return about
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return _read_description(folder)["format"] == FORMAT
+    except DataError:
+        return False

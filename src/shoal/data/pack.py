@@ -100,8 +100,7 @@ class Part:
         else:
             labels = self._read(self._labels, start=start, stop=start + length)
         begins = np.maximum(edges[documents], start)
-        row = (tokens, labels, positions - begins, documents)
-        return Row(*(array[:count] for array in row))
+        return Row(tokens[:count], labels[:count], (positions - begins)[:count], documents[:count])
 
     def _document(self, sample: int) -> Row:
         start, stop = self._read(self._offsets, start=sample, stop=sample + 2)

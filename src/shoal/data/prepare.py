@@ -7,9 +7,6 @@ depends on, appears whole or not at all, and is the same whatever the number of 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import xxhash
 
 from shoal.data import sources as origin
 from shoal.data.pack import Part, Shape
+from shoal.data.storage import appearing
 from shoal.data.unigram import Counts, unigram_nats
 from shoal.data.write import EncodedDocuments, write_parts
 from shoal.errors import DataError
@@ -107,6 +105,7 @@ def prepare(
     settings = {**shape_of, "validation_fraction": validation_fraction, "seed": seed}
     folders = []
     for spec in sources:
+        origin.locate(spec.source, announce=lambda line: progress(line, 0.0))
         key = _key(
             {
                 "content": origin.content_key(spec.source),
@@ -221,27 +220,10 @@ def _key(parts: dict[str, Any]) -> str:
 
 
 def _build(folder: Path, *, fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Make `folder` by filling a scratch folder beside it and renaming that."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-"))
-        try:
-            text = json.dumps({"format": FORMAT, **fill(scratch)}, indent=1)
-            (scratch / _DESCRIPTION).write_text(text, encoding="utf-8")
-            if folder.exists() and not _is_whole(folder):
-                shutil.rmtree(folder)
-            try:
-                os.rename(scratch, folder)
-            except OSError:
-                if not _is_whole(folder):  # else another process was faster: the same bytes
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise DataError(
-            f"{folder.parent}: cannot write prepared data: {error.strerror or error}; free some "
-            f"space, or set SHOAL_CACHE to a folder that has some"
-        ) from error
+    """Make `folder` by filling a scratch folder, its description last."""
+    with appearing(folder, is_whole=_is_whole, error=DataError) as scratch:
+        text = json.dumps({"format": FORMAT, **fill(scratch)}, indent=1)
+        (scratch / _DESCRIPTION).write_text(text, encoding="utf-8")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

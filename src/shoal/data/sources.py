@@ -11,10 +11,9 @@ from typing import Literal
 import xxhash
 
 from shoal.data import readers, registry
+from shoal.data.columns import Record, table_records
 from shoal.environment import hub_is_offline
 from shoal.errors import DataError, FetchError, nearest
-
-Record = readers.Record
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -40,9 +39,10 @@ def locate(source: str, *, announce: Callable[[str], None] = lambda line: None) 
     """
     if source in registry.PACKAGES:
         if registry.PACKAGES[source].is_model:
+            data = ", ".join(name for name, p in registry.PACKAGES.items() if not p.is_model)
             raise DataError(
                 f"data.source: {source!r} is a model; expected data. Use it as `model.path`, and "
-                f"one of {', '.join(n for n, p in registry.PACKAGES.items() if not p.is_model)} here"
+                f"one of these here: {data}"
             )
         return Located(source, "registry", (registry.get(source, announce=announce),))
     path = Path(source).expanduser()
@@ -151,7 +151,7 @@ def _hub_records(source: str, *, text_field: str | None) -> Iterator[Record]:
     except Exception as error:  # the hub client raises many unrelated types
         raise _hub_error(source, error) from error
     rows = (dict(row) for row in table)
-    yield from readers.table_records(rows, where=source, text_field=text_field)
+    yield from table_records(rows, where=source, text_field=text_field)
 
 
 def _hub_commit(source: str) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from shoal.data.storage import appearing
 from shoal.environment import cache_directory
 from shoal.errors import DataError
 
@@ -35,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, cache_key: st
         )
     key = xxhash.xxh3_64_hexdigest(f"{_FORMAT}|{vocabulary_size}|{cache_key}".encode())
     folder = cache_directory() / "tokenizers" / f"bpe-{vocabulary_size}-{key}"
-    if (folder / "tokenizer.json").is_file():
+    if _is_whole(folder):
         return folder
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,28 +46,21 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, cache_key: st
         show_progress=False,
     )
     tokenizer.train_from_iterator(iter(texts), trainer)
-    _publish(tokenizer, folder=folder)
-    return folder
-
-
-def _publish(tokenizer: Tokenizer, *, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".training-"))
-    tokenizer.save(str(scratch / "tokenizer.json"))
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
-    text = json.dumps(about, indent=1)
-    (scratch / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    try:
-        os.rename(scratch, folder)
-    except OSError:  # another process was faster: its bytes are the same
-        shutil.rmtree(scratch)
-        if not (folder / "tokenizer.json").is_file():
-            raise
+    with appearing(folder, is_whole=_is_whole, error=DataError) as scratch:
+        (scratch / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        text = json.dumps(about, indent=1)
+        (scratch / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:

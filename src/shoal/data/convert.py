@@ -1,0 +1,79 @@
+"""Turns the GGUF file of a package into a Hugging Face model folder, once.
+
+Runs in a process of its own (`python -m shoal.data.convert FILE FOLDER`): it needs torch and
+transformers, which the process that prepares a run must not load.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.data.storage import appearing
+from shoal.errors import FetchError
+
+_NEEDED = ("torch", "transformers", "gguf", "accelerate")
+
+
+def gguf_to_folder(path: Path, *, announce: Callable[[str], None] = lambda line: None) -> Path:
+    """Model folder made from the GGUF file at `path`, beside it; converted when it is not there.
+
+    The quantised values are widened to bfloat16 exactly as transformers reads them: the result is
+    the quantised model, not the original one. Raises FetchError when a package is missing.
+    """
+    folder = path.parent / "huggingface"
+    if _is_whole(folder):
+        return folder
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise FetchError(
+            f"{path.name}: converting it needs {', '.join(missing)}, which is not installed; "
+            f"run `{sys.executable} -m pip install 'shoal[gguf]'`"
+        )
+    announce(f"converting {path.name} to a Hugging Face folder, once (about a minute)")
+    with appearing(folder, is_whole=_is_whole, error=FetchError) as scratch:
+        done = subprocess.run(
+            [sys.executable, "-m", "shoal.data.convert", str(path), str(scratch)],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise FetchError(
+                f"{path.name}: the conversion failed: {said}. It needs about 2 GiB of memory and "
+                f"0.3 GiB of disk; delete {path.parent.parent} to fetch the package again"
+            )
+    announce(f"converted into {folder}")
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
+def convert(path: Path, *, into: Path) -> None:
+    """Read the GGUF file with transformers and write config, weights and tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    quantised = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    # transformers marks the model as quantised and refuses to save it, although its weights are
+    # ordinary floats by now: so they are moved into a model built from the plain configuration.
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    kind = settings.pop("model_type")
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    plain.load_state_dict(quantised.state_dict())
+    plain.tie_weights()
+    plain.to(torch.bfloat16).save_pretrained(into)
+    tokenizer.save_pretrained(into)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), into=Path(sys.argv[2]))

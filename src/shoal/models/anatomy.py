@@ -1,0 +1,253 @@
+"""Where a model's parts are: embeddings, blocks, final norm, head, ties; hidden states and logits.
+
+The seam between Hugging Face models and everything that cuts or trains them (DESIGN 4).
+Shapes: B rows, T tokens, D hidden size, V vocabulary or labels.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.errors import ModelError
+from shoal.models.families.corrections import correction_of
+from shoal.models.passage import passage_of, passing
+from shoal.models.placement import Placement, placements_of
+
+Logits = Callable[[Tensor], Tensor]
+
+_WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
+"""Prefixes that wrappers of torch put into parameter names; canonical names have none."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Dotted paths of the parts of one model, and its canonical parameters.
+
+    `embeddings`: every table looked up before the blocks, tokens first. `head` is None for a bare
+    base model. `ties`: groups of names of one parameter, canonical name first. `whole_logits`:
+    head(hidden) is not the model's logits for this class, so `hidden_of` gives the model's own
+    logits and `logits_of` changes nothing (right, but never chunked).
+    """
+
+    family: str
+    base: str
+    embeddings: tuple[str, ...]
+    blocks: str
+    num_blocks: int
+    norm: str | None
+    head: str | None
+    after_base: tuple[str, ...]
+    causal: bool
+    parameters: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+    placements: Mapping[str, Placement]
+    whole_logits: bool = False
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what wrappers (compile, recompute) put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by canonical name in the model's order; a tied one once, by its first name."""
+    return {canonical_name(name): each for name, each in model.named_parameters()}
+
+
+def ties_of(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of names that are one parameter; the canonical name first in each."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(canonical_name(name))
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def weight_decay_names(model: nn.Module) -> frozenset[str]:
+    """Canonical names that weight decay applies to: matrices that are no embeddings.
+
+    Norms and biases are vectors; an embedding row that a batch lacks would decay without a
+    gradient to answer. A head tied to the embedding is an embedding.
+    """
+    spared = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    return frozenset(
+        name
+        for name, parameter in canonical_parameters(model).items()
+        if parameter.dim() >= 2 and id(parameter) not in spared
+    )
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Read the anatomy off a transformers model (meta or real).
+
+    Raises ModelError when the base model or its list of blocks cannot be found.
+    """
+    config: Any = model.config
+    correction = correction_of(config.model_type)
+    base_path = str(getattr(model, "base_model_prefix", ""))
+    base = getattr(model, base_path, None) if base_path else None
+    if base is None:
+        base_path, base = "", model
+    blocks = _blocks_path(base, correction.blocks, model)
+    dotted = f"{base_path}." if base_path else ""
+    ties = ties_of(model)
+    return Anatomy(
+        family=config.model_type,
+        base=base_path,
+        embeddings=tuple(_embedding_paths(model, dotted + blocks)),
+        blocks=dotted + blocks,
+        num_blocks=sum(1 for _ in base.get_submodule(blocks).children()),
+        norm=dotted + correction.norm if correction.norm else None,
+        head=_head_path(model, base_path),
+        after_base=tuple(_dropouts_after(model, base_path)),
+        causal=correction.causal and not getattr(config, "is_encoder_decoder", False),
+        parameters=tuple(canonical_parameters(model)),
+        ties=ties,
+        placements=placements_of(model, base=base_path, ties=ties),
+    )
+
+
+def hidden_of(model: nn.Module, batch: dict[str, Tensor], *, step: int = 0) -> Tensor:
+    """Hidden states [B, T, D] of a batch, without the head.
+
+    `batch`: input_ids int64 [B, T]; position_ids int64 [B, T], document_ids int32 [B, T],
+    sample_ids int64 [B] where the model uses them. `step` keys the dropout.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+    with passing(passage_of(batch, step=step)):
+        if getattr(model, "shoal_whole_logits", False):
+            logits: Tensor = model(**inputs, use_cache=False).logits
+            return logits
+        hidden: Tensor = base(**inputs, use_cache=False).last_hidden_state
+        for path in _dropouts_after(model, str(getattr(model, "base_model_prefix", ""))):
+            hidden = model.get_submodule(path)(hidden)
+    return hidden
+
+
+def logits_of(model: nn.Module) -> Logits:
+    """What turns hidden states [..., D] into logits [..., V]: the head and the family's transform.
+
+    Raises ModelError for a model without a head.
+    """
+    if getattr(model, "shoal_whole_logits", False):
+        return lambda hidden: hidden
+    path = _head_path(model, str(getattr(model, "base_model_prefix", "")))
+    if path is None:
+        raise ModelError(
+            f"{type(model).__name__}: it has no head, so it gives no logits\n"
+            "    build it for a task (model.kind config or pretrained with task.kind)"
+        )
+    head = model.get_submodule(path)
+    config: Any = model.config
+    transform = correction_of(config.model_type).logits(config)
+    if transform is None:
+        return head
+    return lambda hidden: transform(head(hidden))
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that `logits_of` uses, a tied embedding among them; chunked loss wants them."""
+    if getattr(model, "shoal_whole_logits", False):
+        return []
+    path = _head_path(model, str(getattr(model, "base_model_prefix", "")))
+    return [] if path is None else list(model.get_submodule(path).parameters())
+
+
+@torch.no_grad()
+def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> Anatomy:
+    """Check on a few tokens that logits_of(hidden_of) is the model's own logits; real models only.
+
+    A class that fails uses its own logits from then on: a warning says so, the model carries the
+    mark `shoal_whole_logits`, and the anatomy that is returned has `whole_logits` set.
+    """
+    if anatomy.head is None:
+        return anatomy
+    device = next(model.parameters()).device
+    config: Any = model.config
+    ids = torch.arange(num_tokens, device=device)[None] % config.vocab_size
+    batch = {"input_ids": ids, "position_ids": torch.arange(num_tokens, device=device)[None]}
+    training = model.training
+    model.eval()
+    try:
+        with passing(passage_of(batch)):
+            own = model(**batch, use_cache=False).logits.float()
+        ours = logits_of(model)(hidden_of(model, batch)).float()
+    finally:
+        model.train(training)
+    # the same modules run in the same order: any difference beyond rounding is a missed transform
+    if own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-4, atol=1e-5):
+        return anatomy
+    warnings.warn(
+        f"{type(model).__name__}: its logits are more than head(hidden); shoal uses the model's "
+        "own logits, which takes more memory (the loss is not chunked)",
+        stacklevel=2,
+    )
+    model.shoal_whole_logits = True  # type: ignore[assignment]
+    return replace(anatomy, whole_logits=True)
+
+
+def _blocks_path(base: nn.Module, corrected: str | None, model: nn.Module) -> str:
+    if corrected is not None and _is_list(base, corrected):
+        return corrected
+    config: Any = model.config
+    depth = getattr(config, "num_hidden_layers", None)
+    for path, module in base.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return path
+    raise ModelError(
+        f"{type(model).__name__}: found no list of {depth} blocks in its base model\n"
+        f"    the family {config.model_type!r} needs an entry in models/families"
+    )
+
+
+def _is_list(base: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(base.get_submodule(path), nn.ModuleList)
+    except AttributeError:
+        return False
+
+
+def _embedding_paths(model: nn.Module, blocks: str) -> Iterator[str]:
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    found = [(path, module) for path, module in model.named_modules() if path]
+    yield from (path for path, module in found if module is tokens)
+    for path, module in found:
+        outside = not path.startswith(blocks + ".")
+        if isinstance(module, nn.Embedding) and module is not tokens and outside:
+            yield path
+
+
+def _head_path(model: nn.Module, base: str) -> str | None:
+    """The output embedding, else the last linear layer outside the base model."""
+    if not base or not hasattr(model, base):
+        return None
+    wrapped: Any = model
+    output = wrapped.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    last = None
+    for path, module in model.named_modules():
+        outside = path and path != base and not path.startswith(base + ".")
+        if outside and module is output:
+            # an encoder's head transforms before it decodes: all of it is the head
+            return path if "." not in path else path.split(".")[0]
+        if outside and isinstance(module, nn.Linear):
+            last = path
+    return last
+
+
+def _dropouts_after(model: nn.Module, base: str) -> Iterator[str]:
+    """Dropout between base model and head: a direct child of the model, applied before the head."""
+    for name, child in model.named_children():
+        if name != base and "Dropout" in type(child).__name__:
+            yield name

@@ -1,0 +1,210 @@
+"""The cross entropy of many tokens without ever holding all their logits: chunk by chunk.
+
+Tokens x vocabulary in float32 is the largest tensor of a small model's step. Here the logits of a
+chunk of tokens are made, turned into their own gradient in place, pulled back to the hidden states
+and the head, and forgotten, all within the forward (as Liger Kernel does, arXiv 2410.10989).
+
+Shapes: N tokens (any leading shape), D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Logits = Callable[[Tensor], Tensor]
+
+IGNORED = -100
+"""The label of a position without a target."""
+
+CHUNK_BYTES = 8 * 2**20
+"""Budget for one chunk of logits in float32: small enough for a processor's cache, large enough
+that the work per chunk hides the cost of starting it."""
+
+
+def chunk_tokens_for(num_labels: int, *, budget_bytes: int = CHUNK_BYTES) -> int:
+    """Tokens per chunk so that their float32 logits fit the budget; a multiple of 64."""
+    fitting = budget_bytes // (4 * max(num_labels, 1))
+    return max(64, fitting // 64 * 64)
+
+
+def chunked_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    logits_of: Logits,
+    *,
+    head_parameters: Sequence[nn.Parameter] = (),
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """SUM over targets of the cross entropy, a float32 scalar (float64 for float64 hidden states).
+
+    `hidden` [..., D]; `labels` int64 [...], -100 = no target. `logits_of` maps [N, D] to [N, V] and
+    reads no parameters but `head_parameters`, which get gradients (a tied embedding among them adds
+    this gradient to its own). Differentiable once. `chunk_tokens` None: from a byte budget.
+    """
+    flat, targets = _targets(hidden, labels)
+    if not torch.is_grad_enabled():
+        return chunked_losses(
+            hidden,
+            labels,
+            logits_of,
+            head_parameters=head_parameters,
+            chunk_tokens=chunk_tokens,
+        ).losses.sum()
+    wanted = [each for each in head_parameters if each.requires_grad]
+    chunk = chunk_tokens or chunk_tokens_for(_num_labels(flat, logits_of, head_parameters))
+    result: Tensor = _ChunkedLoss.apply(flat, targets, logits_of, chunk, *wanted)  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Per position: its cross entropy (0 without a target), and the label of highest logit."""
+
+    losses: Tensor
+    predictions: Tensor | None
+
+
+@torch.no_grad()
+def chunked_losses(
+    hidden: Tensor,
+    labels: Tensor,
+    logits_of: Logits,
+    *,
+    head_parameters: Sequence[nn.Parameter] = (),
+    chunk_tokens: int | None = None,
+    predict: bool = False,
+) -> TokenLosses:
+    """Evaluation: `losses` float32 like `labels`; `predictions` int64 like `labels` when `predict`.
+
+    Positions without a target have loss 0 and prediction -100.
+    """
+    flat, targets = _targets(hidden, labels)
+    chosen = targets != IGNORED
+    rows = torch.nonzero(chosen).squeeze(1)
+    wide = _wide(hidden.dtype)
+    losses = torch.zeros(targets.shape, dtype=wide, device=hidden.device)
+    guesses = torch.full_like(targets, IGNORED) if predict else None
+    chunk = chunk_tokens or chunk_tokens_for(_num_labels(flat, logits_of, head_parameters))
+    for part in rows.split(chunk):
+        logits = logits_of(flat[part]).to(wide)
+        losses[part] = functional.cross_entropy(logits, targets[part], reduction="none")
+        if guesses is not None:
+            guesses[part] = logits.argmax(dim=-1)
+    return TokenLosses(
+        losses.view(labels.shape), None if guesses is None else guesses.view(labels.shape)
+    )
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and all gradients in the forward; the backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        logits_of: Logits,
+        chunk: int,
+        *head: nn.Parameter,
+    ) -> Tensor:
+        wide = _wide(hidden.dtype)
+        rows = _rows_with_targets(targets)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        hidden_gradient = torch.zeros_like(hidden) if rows is not None else torch.empty_like(hidden)
+        head_gradients: list[Tensor | None] = [None] * len(head)
+        needs_hidden = ctx.needs_input_grad[0]
+        for part in _parts(len(targets) if rows is None else len(rows), chunk, rows):
+            loss, gradients = _chunk(
+                hidden[part].detach(), targets[part], logits_of, head, needs_hidden
+            )
+            total += loss
+            if needs_hidden:
+                hidden_gradient[part] = gradients[0]
+                gradients = gradients[1:]
+            for index, gradient in enumerate(gradients):
+                before = head_gradients[index]
+                head_gradients[index] = gradient if before is None else before.add_(gradient)
+        ctx.has_head = [gradient is not None for gradient in head_gradients]
+        ctx.save_for_backward(
+            hidden_gradient, *[each for each in head_gradients if each is not None]
+        )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, *saved = ctx.saved_tensors
+        rest = iter(saved)
+        head = [next(rest) * gradient if has else None for has in ctx.has_head]
+        scaled = hidden_gradient * gradient if ctx.needs_input_grad[0] else None
+        return (scaled, None, None, None, *head)
+
+
+def _chunk(
+    hidden: Tensor,
+    targets: Tensor,
+    logits_of: Logits,
+    head: Sequence[nn.Parameter],
+    needs_hidden: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss of one chunk [N, D] and its gradients by (hidden if needed, *head)."""
+    with torch.enable_grad():
+        hidden = hidden.requires_grad_(needs_hidden)
+        logits = logits_of(hidden)
+    wide = _wide(logits.dtype)
+    with torch.no_grad():
+        # One buffer of N x V and one exponential: probabilities, which become the gradient. The
+        # normaliser is read off the largest probability, which cannot underflow:
+        # log sum exp(x) = max x - log p(max).
+        highest, where = logits.max(dim=-1, keepdim=True)
+        scores = functional.softmax(logits, dim=-1, dtype=wide)
+        normaliser = highest.to(wide) - scores.gather(-1, where).log()
+        at_target = logits.gather(-1, targets[:, None]).to(wide)
+        loss = (normaliser - at_target).sum()
+        scores[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+        scores = scores.to(logits.dtype)
+    wanted = [hidden, *head] if needs_hidden else list(head)
+    return loss, torch.autograd.grad(logits, wanted, grad_outputs=scores)
+
+
+def _targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"chunked loss: hidden states {tuple(hidden.shape)} and labels {tuple(labels.shape)} "
+            "disagree; expected hidden [..., D] and labels [...]"
+        )
+    return hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+
+
+def _rows_with_targets(targets: Tensor) -> Tensor | None:
+    """Positions of rows with a target, or None when every row has one (no copy is needed then)."""
+    chosen = targets != IGNORED
+    return None if bool(chosen.all()) else torch.nonzero(chosen).squeeze(1)
+
+
+def _parts(count: int, chunk: int, rows: Tensor | None) -> list[Any]:
+    if rows is not None:
+        return list(rows.split(chunk)) if count else []
+    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Type of the softmax: float32, or float64 where the input has it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _num_labels(flat: Tensor, logits_of: Logits, head: Sequence[nn.Parameter]) -> int:
+    """V: the longest first dim of the head's weights, else the width of one row's logits."""
+    if head:
+        return max(int(parameter.shape[0]) for parameter in head)
+    if not len(flat):
+        return 1
+    with torch.no_grad():
+        return int(logits_of(flat[:1]).shape[-1])

@@ -1,0 +1,224 @@
+"""Time of one block, embedding, head and update on one device: products, attention, traffic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from shoal.plan.cost.constants import Constants
+from shoal.plan.hardware import Device
+from shoal.plan.software import Software
+from shoal.plan.workload import Workload, attended_tokens
+
+_TILE_ROWS, _TILE_COLUMNS = 128, 256  # the tile of large products on Ampere and later (CUTLASS)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Seconds of the forward and of the backward pass of something, on one device."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(self.forward + other.forward, self.backward + other.backward)
+
+    @property
+    def total(self) -> float:
+        """Both passes."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a block that one device computes for one micro batch.
+
+    `tokens` are those of the micro batch on this device (context already divided);
+    `tensor`, `context` and `expert` are the degrees.
+    """
+
+    tokens: int
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Times of one workload on one kind of device under one kind of software."""
+
+    workload: Workload
+    device: Device
+    software: Software
+    constants: Constants
+
+    def sustained_rate(self, precision: str) -> float:
+        """FLOPs per second of large products in a long run."""
+        table = {
+            "volta": self.constants.sustained_volta,
+            "ampere": self.constants.sustained_ampere,
+            "hopper": self.constants.sustained_hopper,
+            "blackwell": self.constants.sustained_blackwell,
+        }
+        share = table.get(self.device.generation, self.constants.sustained_other)
+        if precision in {"fp8", "fp4"}:
+            share *= self.constants.sustained_fp8
+        return self.device.rate(precision) * share
+
+    def product(self, rows: float, columns: float, depth: float, *, precision: str) -> float:
+        """Seconds of a [rows, depth] x [depth, columns] product.
+
+        The larger of its time at the compute rate (lowered by unfilled waves of tiles and by
+        shallow depth) and at the memory rate.
+        """
+        constants = self.constants
+        flops = 2.0 * rows * columns * depth
+        fill = depth / (depth + constants.half_depth)
+        seconds = flops / (self.sustained_rate(precision) * fill)
+        if self.device.multiprocessors:
+            tiles = ceil(rows / _TILE_ROWS) * ceil(columns / _TILE_COLUMNS)
+            waves = tiles / self.device.multiprocessors
+            seconds *= 1 + constants.wave_loss * (ceil(waves) / waves - 1)
+        traffic = 2.0 * (rows * depth + depth * columns + rows * columns)
+        return max(seconds, self.stream(traffic))
+
+    def layer(
+        self, rows: float, columns: float, depth: float, *, precision: str | None = None
+    ) -> Pass:
+        """A linear layer: forward, and backward for its input and (if trained) its weight."""
+        chosen = precision or self.workload.precision
+        forward = self.product(rows, columns, depth, precision=chosen)
+        backward = self.product(rows, depth, columns, precision=chosen)
+        if self.workload.trainable == "all":
+            backward += self.product(depth, columns, rows, precision=chosen)
+        return Pass(forward, backward)
+
+    def stream(self, num_bytes: float) -> float:
+        """Seconds to move `num_bytes` through device memory."""
+        rate = self.device.memory_bytes_per_second * self.constants.memory_share
+        return num_bytes / rate
+
+    def attention(self, cut: Cut) -> Pass:
+        """The scores and the weighted sum of one block; flash kernels skip what is masked."""
+        facts, workload = self.workload.facts, self.workload
+        heads = facts.heads / cut.tensor
+        size = facts.head_size + facts.value_head_size
+        keys = attended_tokens(
+            facts, sequence_tokens=workload.sequence_tokens, halved=self.software.flash
+        )
+        flops = 2.0 * cut.tokens * keys * heads * size
+        if not self.software.flash:
+            rate = self.sustained_rate("bf16") * facts.head_size / (facts.head_size + 64.0)
+            scores = cut.tokens * workload.sequence_tokens * heads
+            traffic = self.stream(self.constants.score_bytes * scores) / 3
+            return Pass(flops / rate + traffic, 2 * flops / rate + 2 * traffic)
+        share = self.device.attention_share
+        if self.software.modern_attention and self.device.generation in {"hopper", "blackwell"}:
+            share *= self.constants.modern_attention
+        row = workload.sequence_tokens / cut.context
+        # Small heads leave the matrix units idle between exponentials: 128 is the design point.
+        narrow = min(1.0, facts.head_size / (facts.head_size + 32.0) * 1.25)
+        share *= narrow * row / (row + self.constants.half_row)
+        peak = (
+            self.device.peak.get("bf16")
+            or self.device.peak.get("fp16")
+            or (self.device.peak["fp32"])
+        )
+        forward = flops / (peak * share)
+        # Five products against two, and more of them bound by shared memory (arXiv 2307.08691).
+        return Pass(forward, 2.5 * forward)
+
+    def block(self, cut: Cut, *, experts: bool = False) -> Pass:
+        """One block without communication: products, attention, elementwise work, launches."""
+        facts = self.workload.facts
+        queries = facts.heads * facts.head_size / cut.tensor
+        values = facts.heads * facts.value_head_size / cut.tensor
+        groups = max(1.0, facts.key_value_heads / cut.tensor)
+        keys = groups * (facts.head_size + facts.value_head_size)
+        work = self.layer(cut.tokens, queries + keys, facts.hidden)
+        work += self.layer(cut.tokens, facts.hidden, values)
+        work += self.attention(cut)
+        work += self._experts(cut) if experts else self._feed_forward(cut)
+        work += self._elementwise(cut, widths=queries + keys, experts=experts)
+        return self._at_least_launches(work, experts=experts)
+
+    def _feed_forward(self, cut: Cut) -> Pass:
+        facts = self.workload.facts
+        inner = facts.feed_forward / cut.tensor
+        up = (2 if facts.gated else 1) * inner
+        return self.layer(cut.tokens, up, facts.hidden) + self.layer(
+            cut.tokens, facts.hidden, inner
+        )
+
+    def _experts(self, cut: Cut) -> Pass:
+        """Routed experts as grouped products, plus the shared expert; routing is balanced."""
+        facts = self.workload.facts
+        local = max(1.0, facts.experts / cut.expert)
+        rows = cut.tokens * facts.experts_per_token / local
+        inner = facts.expert_feed_forward / cut.tensor
+        one = self.layer(rows, 2 * inner, facts.hidden) + self.layer(rows, facts.hidden, inner)
+        work = Pass(one.forward * local, one.backward * local)
+        if facts.shared_feed_forward:
+            shared = facts.shared_feed_forward / cut.tensor
+            work += self.layer(cut.tokens, 2 * shared, facts.hidden)
+            work += self.layer(cut.tokens, facts.hidden, shared)
+        return work
+
+    def _elementwise(self, cut: Cut, *, widths: float, experts: bool) -> Pass:
+        """Norms, residuals, rotations and activations, bound by memory; bytes per element.
+
+        Fused, forward: two norms (read, write) and two residual sums, 20 per hidden element;
+        rotation 4; a gated activation 6 per inner element, a plain one 4. Backward: 30, 4, 10, 6.
+        """
+        facts, constants = self.workload.facts, self.constants
+        split = cut.tensor if self.software.sequence_parallel else 1
+        hidden = facts.hidden / split
+        inner = facts.feed_forward / cut.tensor
+        if experts:
+            chosen = facts.experts_per_token * facts.expert_feed_forward
+            inner = (chosen + facts.shared_feed_forward) / cut.tensor
+        dropped = 6.0 if self.software.dropout else 0.0
+        forward = (20 + dropped) * hidden + 4 * widths + (6 if facts.gated else 4) * inner
+        backward = (30 + dropped) * hidden + 4 * widths + (10 if facts.gated else 6) * inner
+        if not self.software.fused:
+            forward *= constants.eager_traffic
+            backward *= constants.eager_traffic
+        if self.workload.precision in {"fp8", "fp4"}:
+            cast = constants.cast_bytes * (2 * hidden + widths + 2 * inner)
+            forward, backward = forward + cast, backward + cast
+        if experts:
+            moved = 8.0 * facts.experts_per_token * facts.hidden
+            forward, backward = forward + moved, backward + moved
+        tokens = cut.tokens
+        return Pass(self.stream(forward * tokens), self.stream(backward * tokens))
+
+    def _at_least_launches(self, work: Pass, *, experts: bool) -> Pass:
+        """The host starts one kernel after the other: a pass is never faster than that."""
+        constants, software = self.constants, self.software
+        kernels = constants.fused_launches if software.fused else constants.eager_launches
+        kernels *= software.launches * (1.6 if experts else 1.0)
+        floor = kernels * (self.device.launch_seconds / 5e-6) * constants.launch_seconds
+        return Pass(max(work.forward, floor), max(work.backward, 1.5 * floor))
+
+    def head(self, *, tokens: float, tensor: int) -> Pass:
+        """Final projection and loss; stays in 16 bits when the blocks run in fewer."""
+        facts = self.workload.facts
+        columns = facts.vocabulary / tensor
+        precision = self.workload.precision
+        precision = "bf16" if precision in {"fp8", "fp4"} else precision
+        work = self.layer(tokens, columns, facts.hidden, precision=precision)
+        traffic = self.constants.logit_traffic * tokens * columns
+        if not self.software.fused:
+            traffic *= 1.3
+        return work + Pass(self.stream(traffic) / 2, self.stream(traffic) / 2)
+
+    def embedding(self, *, tokens: float) -> Pass:
+        """Lookup and its scattered gradient."""
+        traffic = self.stream(4.0 * tokens * self.workload.facts.hidden)
+        return Pass(traffic, 2 * traffic)
+
+    def update(self, parameters: float) -> float:
+        """Seconds of the optimizer step over `parameters` local elements."""
+        constants = self.constants
+        each = constants.update_bytes if self.software.fused else constants.eager_update_bytes
+        return self.stream(each * parameters)

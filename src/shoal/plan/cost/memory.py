@@ -1,0 +1,212 @@
+"""Memory of one device: model states by what is split, activations by what is recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from shoal.legal import ModelFacts
+from shoal.plan.cost.constants import Constants
+from shoal.plan.cost.pipeline import in_flight
+from shoal.plan.software import Software
+from shoal.plan.workload import Candidate, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at its peak, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    gathers: float
+    transient: float
+    reserve: float = 0.0
+    context: float = 0.0
+
+    @property
+    def states(self) -> float:
+        """Weights, gradients and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def live(self) -> float:
+        """Peak of live tensors: the larger of the passes and the update."""
+        passes = self.states + self.activations + self.logits + self.gathers
+        return max(passes, self.update)
+
+    @property
+    def update(self) -> float:
+        """Live tensors while the optimizer runs: the activations are gone."""
+        return self.states + self.transient
+
+    @property
+    def reserved(self) -> float:
+        """What the allocator holds at the peak."""
+        return self.live + self.reserve
+
+    @property
+    def total(self) -> float:
+        """What the device must have."""
+        return self.reserved + self.context
+
+    def parts(self) -> dict[str, float]:
+        """Every part by name, in bytes."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def activation_bytes(
+    facts: ModelFacts,
+    *,
+    sequence_tokens: int,
+    tensor: int = 1,
+    recompute: str = "none",
+    software: Software,
+    experts: bool = False,
+) -> float:
+    """Bytes that one token leaves in one block for the backward pass, on one device.
+
+    With dropout, no flash attention, sequence parallel and a feed-forward width of four this is
+    (34 h + 5 a s) / t, and without sequence parallel 10 h + (24 h + 5 a s) / t (arXiv 2205.05198,
+    equations 2 to 4; selective recompute drops 5 a s, full keeps 2 h).
+    """
+    hidden_split = tensor if software.sequence_parallel else 1
+    if recompute == "full":
+        return 2.0 * facts.hidden / hidden_split
+    hidden = (8.0 + (2.0 if software.dropout else 0.0)) * facts.hidden / hidden_split
+    hidden += software.unsplit_bytes * facts.hidden
+    queries = facts.heads * facts.head_size
+    values = facts.heads * facts.value_head_size
+    groups = facts.key_value_heads * (facts.head_size + facts.value_head_size)
+    inner = facts.feed_forward
+    if experts:
+        inner = facts.experts_per_token * facts.expert_feed_forward + facts.shared_feed_forward
+        hidden += 4.0 * facts.experts_per_token * facts.hidden  # copies sent to the experts
+    per_inner = (6.0 if software.fused else 8.0) if facts.gated else 4.0
+    split = 2.0 * (queries + groups + values) + per_inner * inner
+    if not software.flash and recompute == "none":
+        split += (5.0 if software.dropout else 2.0) * facts.heads * sequence_tokens
+    return hidden + split / tensor
+
+
+def stage_parameters(
+    facts: ModelFacts, *, blocks: int, candidate: Candidate, first: bool, last: bool
+) -> float:
+    """Parameters that one device holds of its stage before the shard axis splits them."""
+    layout = candidate.layout
+    whole = blocks * facts.block_parameters
+    if facts.experts and layout.expert > 1:
+        routed = facts.expert_layers * facts.experts * facts.expert_parameters / facts.layers
+        whole -= blocks * routed * (1 - 1 / layout.expert)
+    if first:
+        whole += facts.embedding_parameters
+    if last:
+        whole += facts.final_parameters + facts.head_parameters
+        if facts.tied and not first:
+            whole += facts.vocabulary * facts.hidden
+    return whole / layout.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Where a device stands in the pipeline and how many blocks it has."""
+
+    index: int
+    blocks: int
+    count: int
+
+
+def memory_of(
+    stage: Stage,
+    *,
+    workload: Workload,
+    candidate: Candidate,
+    software: Software,
+    constants: Constants,
+) -> Memory:
+    """Bytes on a device of `stage` at its peak."""
+    facts, layout = workload.facts, candidate.layout
+    first, last = stage.index == 0, stage.index == stage.count - 1
+    parameters = stage_parameters(
+        facts, blocks=stage.blocks, candidate=candidate, first=first, last=last
+    )
+    states = _states(parameters, workload=workload, candidate=candidate, software=software)
+    tokens = candidate.micro_batch_samples * workload.sequence_tokens / layout.context
+    held = in_flight(
+        candidate.schedule,
+        stages=layout.pipeline,
+        stage=stage.index,
+        micro_batches=candidate.micro_batches(workload),
+        chunks=candidate.chunks,
+    )
+    block = _per_block(workload, candidate=candidate, software=software, recompute=None)
+    activations = held * stage.blocks * block * tokens
+    if candidate.recompute != "none":
+        # The block being recomputed is whole again for a moment.
+        whole = _per_block(workload, candidate=candidate, software=software, recompute="none")
+        activations += (whole - block) * tokens
+    logits = software.logit_bytes * tokens * facts.vocabulary / layout.tensor if last else 0.0
+    gathers = 0.0
+    if candidate.level == "parameters" and layout.shard > 1:
+        # The block in use and the one fetched ahead, and one gradient on its way out.
+        gathers = 3 * software.weight_bytes * facts.block_parameters / layout.tensor
+    if software.keeps_gathers and layout.tensor > 1:
+        gathers += 4.0 * tokens * facts.hidden
+    memory = Memory(
+        weights=states[0],
+        gradients=states[1],
+        optimizer=states[2],
+        activations=activations,
+        logits=logits,
+        gathers=gathers,
+        transient=states[3] + (gathers if software.keeps_gathers else 0.0),
+    )
+    reserve = constants.reserve_share * memory.live
+    return Memory(**{**memory.parts(), "reserve": reserve, "context": constants.context_bytes})
+
+
+def _per_block(
+    workload: Workload, *, candidate: Candidate, software: Software, recompute: str | None
+) -> float:
+    """Activation bytes per token and block, averaged over dense and expert blocks."""
+    facts = workload.facts
+    share = facts.expert_layers / facts.layers
+
+    def one(experts: bool) -> float:
+        return activation_bytes(
+            facts,
+            sequence_tokens=workload.sequence_tokens,
+            tensor=candidate.layout.tensor,
+            recompute=recompute or candidate.recompute,
+            software=software,
+            experts=experts,
+        )
+
+    if not share:
+        return one(False)
+    return share * one(True) + (1 - share) * one(False)
+
+
+def _states(
+    parameters: float, *, workload: Workload, candidate: Candidate, software: Software
+) -> tuple[float, float, float, float]:
+    """(weights, gradients, optimizer state, transient in the update) in bytes.
+
+    ZeRO's stages (arXiv 1910.02054, section 5): the optimizer state over the shard axis first,
+    then gradients, then parameters.
+    """
+    shard = candidate.layout.shard
+    level = candidate.level if shard > 1 else "optimizer"
+    split_gradients = shard if level in {"gradients", "parameters"} else 1
+    split_weights = shard if level == "parameters" else 1
+    weights = software.weight_bytes * parameters / split_weights
+    master = software.master_bytes
+    transient = software.transient_bytes * parameters / split_gradients
+    if shard > 1 and level == "optimizer":
+        transient += software.regather_bytes * (parameters + parameters / shard)
+    if workload.trainable != "all":
+        return weights, 0.0, 0.0, 0.0
+    gradients = software.gradient_bytes * parameters / split_gradients
+    optimizer = (master + software.moment_bytes) * parameters / shard
+    return weights, gradients, optimizer, transient

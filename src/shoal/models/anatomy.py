@@ -108,7 +108,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         embeddings=tuple(_embedding_paths(model, dotted + blocks)),
         blocks=dotted + blocks,
         num_blocks=sum(1 for _ in base.get_submodule(blocks).children()),
-        norm=dotted + correction.norm if correction.norm else None,
+        norm=_norm_path(base, correction.norm, blocks, config, dotted),
         head=_head_path(model, base_path),
         after_base=tuple(_dropouts_after(model, base_path)),
         causal=correction.causal and not getattr(config, "is_encoder_decoder", False),
@@ -210,6 +210,19 @@ def _blocks_path(base: nn.Module, corrected: str | None, model: nn.Module) -> st
         f"{type(model).__name__}: found no list of {depth} blocks in its base model\n"
         f"    the family {config.model_type!r} needs an entry in models/families"
     )
+
+
+def _norm_path(
+    base: nn.Module, corrected: str | None, blocks: str, config: Any, dotted: str
+) -> str | None:
+    """The norm after the blocks: corrected, else what transformers' pipeline plan puts last."""
+    if corrected is None:
+        plan = [key for key in getattr(config, "base_model_pp_plan", None) or {} if key != blocks]
+        named = plan or [name for name, _ in base.named_children() if name != blocks]
+        corrected = next((name for name in reversed(named) if "norm" in name), None)
+    if corrected is None or corrected not in dict(base.named_modules()):
+        return None
+    return dotted + corrected
 
 
 def _is_list(base: nn.Module, path: str) -> bool:

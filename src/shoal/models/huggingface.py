@@ -1,46 +1,223 @@
-"""Models of Hugging Face: read a configuration, build on the meta device, write the result."""
+"""Models of Hugging Face: read and check a configuration, build the model on the meta device."""
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from shoal.errors import ModelError, nearest
 from shoal.models import attention
+from shoal.models.dropout import KINDS as DROPOUT_KINDS
+from shoal.models.dropout import mute_attention_dropout, mute_dropout
+
+_ALSO_KNOWN = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"}
+"""Keys that configurations take besides their fields."""
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "head_dim",
+)
 
 
 def read_config(
     *,
-    architecture: str | None,
-    settings: dict[str, Any],
+    architecture: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     path: str | Path | None = None,
     vocabulary_size: int | None = None,
 ) -> Any:
-    """A transformers configuration, from a recipe's keys or from a local folder."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    """A transformers configuration, from a recipe or from a local folder's config.json.
 
+    `architecture` is a transformers model type (llama, gpt2, bert, ...); `settings` are keys of its
+    configuration class, and override the folder's. `vocabulary_size` is the tokenizer's: the
+    vocabulary when no setting gives one, else checked to fit. Code from a folder is never run.
+    Raises ModelError: unknown architecture or key (with the nearest name), illegal values, a folder
+    without config.json, a vocabulary that the tokenizer exceeds.
+    """
+    chosen = dict(settings or {})
     if path is not None:
-        config = AutoConfig.from_pretrained(
-            str(path), trust_remote_code=False, local_files_only=True
-        )
+        config = _from_folder(Path(path), chosen)
+    elif architecture is not None:
+        config = _from_settings(architecture, chosen, vocabulary_size)
     else:
-        assert architecture is not None
-        config = CONFIG_MAPPING[architecture](**settings)
-    if vocabulary_size is not None:
-        config.vocab_size = vocabulary_size
+        raise ModelError(
+            "model: expected an architecture or a path, got neither\n"
+            "    set model.architecture (llama, gpt2, bert, ...) or model.path"
+        )
+    if vocabulary_size is not None and vocabulary_size > config.vocab_size:
+        raise ModelError(
+            f"model: its vocabulary has {config.vocab_size} entries, but the tokenizer's has "
+            f"{vocabulary_size}\n    use the tokenizer that belongs to the model, or train one with "
+            f"data.vocabulary_size at most {config.vocab_size}"
+        )
+    _check(config)
     config.use_cache = False
     return config
 
 
 def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Module:
-    """The model of `config` for a task's auto class: float32, meta device, attention `shoal`."""
+    """The model of `config` for a task's auto class: float32, meta device, attention `shoal`.
+
+    `dropout` (DESIGN 5.5): `off` sets all to 0; `keyed` sets that of attention probabilities to 0
+    (`dropout.apply_keyed` then replaces the rest); `framework` leaves the model as it is. The model
+    has a copy of the configuration. Raises ModelError when the auto class has no such family.
+    """
     import transformers
 
+    if dropout not in DROPOUT_KINDS:
+        raise ModelError(
+            f"model.dropout: expected {', '.join(DROPOUT_KINDS)}; got {dropout!r}\n"
+            f"    {nearest(dropout, DROPOUT_KINDS)}"
+        )
     attention.register()
-    factory = getattr(transformers, auto_class)
     config = copy.deepcopy(config)
-    with torch.device("meta"):
-        return factory.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
+    if dropout != "framework":
+        mute_attention_dropout(config)
+    if dropout == "off":
+        mute_dropout(config)
+    factory = getattr(transformers, auto_class)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = factory.from_config(
+                config, attn_implementation=attention.NAME, dtype=torch.float32
+            )
+    except ValueError as error:
+        raise ModelError(
+            f"model: transformers cannot build a {config.model_type!r} as {auto_class}: {error}\n"
+            "    use an architecture that has this task, or another task.kind"
+        ) from error
+    if dropout == "off":
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    for module in model.modules():
+        module.framework_dropout = dropout == "framework"  # type: ignore[assignment]
+    return model
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, *, num_tokens: int = 16, num_values: int = 32) -> list[float]:
+    """Logits of a fixed row of tokens, float32: `num_values` of the last position, evenly spread.
+
+    The same weights give the same list (within rounding of the kernels used): merge compares.
+    """
+    config: Any = model.config
+    device = next(model.parameters()).device
+    # a stride that is coprime to most sizes, so that the tokens differ and stay in the vocabulary
+    row = (torch.arange(num_tokens, device=device) * 7919 + 11) % config.vocab_size
+    training = model.training
+    model.eval()
+    try:
+        logits: Tensor = model(input_ids=row[None], use_cache=False).logits[0, -1].float()
+    finally:
+        model.train(training)
+    chosen = torch.linspace(0, len(logits) - 1, min(num_values, len(logits))).round().long()
+    return [float(each) for each in logits[chosen.to(device)]]
+
+
+def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(
+            f"model.path: {folder} has no config.json\n"
+            "    expected a folder in Hugging Face format, as save_pretrained writes it"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: not valid JSON: {error}\n    fetch the model again") from error
+    if "model_type" not in content:
+        raise ModelError(f"{file}: it names no model_type\n    add it, for example llama")
+    _refuse_unknown(content["model_type"], settings)
+    return _guarded(
+        lambda: AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True, **settings
+        ),
+        where=str(file),
+    )
+
+
+def _from_settings(architecture: str, settings: dict[str, Any], vocabulary: int | None) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    _refuse_unknown(architecture, settings)
+    if vocabulary is not None:
+        settings.setdefault("vocab_size", vocabulary)
+    # the default special tokens are those of the published model, whose vocabulary is not this one
+    default = CONFIG_MAPPING[architecture]()
+    size = settings.get("vocab_size")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(default, key, None)
+        if isinstance(size, int) and isinstance(value, int) and value >= size:
+            settings.setdefault(key, None)
+    return _guarded(lambda: CONFIG_MAPPING[architecture](**settings), where="model")
+
+
+def _refuse_unknown(architecture: str, settings: Mapping[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if architecture not in CONFIG_MAPPING:
+        hint = nearest(architecture, CONFIG_MAPPING.keys())
+        raise ModelError(
+            f"model.architecture: transformers knows no {architecture!r}\n    "
+            f"{hint if hint.startswith('did') else 'examples: llama, qwen3, gpt2, bert'}"
+        )
+    default = CONFIG_MAPPING[architecture]()
+    known = {key for key in default.to_dict() if not key.startswith("_")} | _ALSO_KNOWN
+    known |= set(default.attribute_map)
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        lines = [f"    model.{key}: {nearest(key, known)}" for key in unknown]
+        raise ModelError(
+            f"model: {architecture} has no setting {', '.join(map(repr, unknown))}\n"
+            + "\n".join(lines)
+        )
+
+
+def _guarded(make: Callable[[], Any], *, where: str) -> Any:
+    """Run a configuration class; what its own checks refuse becomes a ModelError."""
+    try:
+        return make()
+    except Exception as error:  # its checks raise classes of their own, by version
+        reason = str(error).replace("\n", " ")
+        raise ModelError(
+            f"{where}: transformers refuses this configuration: {reason}\n"
+            "    correct the value it names"
+        ) from error
+
+
+def _check(config: Any) -> None:
+    """Values that transformers accepts, but that cannot be run."""
+    problems = []
+    for key in _COUNTS:
+        value = getattr(config, key, None)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            problems.append(f"{key}: expected a positive integer, got {value!r}")
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", 0)
+    key_heads = getattr(config, "num_key_value_heads", None)
+    if not problems and hidden and heads:
+        if not getattr(config, "head_dim", None) and hidden % heads:
+            problems.append(f"hidden_size {hidden} is not a multiple of {heads} attention heads")
+        if key_heads and heads % key_heads:
+            problems.append(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}"
+            )
+    if problems:
+        raise ModelError(
+            f"model: this {config.model_type} cannot be built: {'; '.join(problems)}\n"
+            "    change the sizes so that heads divide the hidden size and key heads divide heads"
+        )

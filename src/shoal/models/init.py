@@ -65,8 +65,8 @@ class InitRecord:
         program = self.programs.get(name, ())
         if not program:
             raise ModelError(
-                f"{name}: the model's own _init_weights does not initialise it, so its first value is "
-                "unknown\n    start from pretrained weights, or use another family"
+                f"{name}: the model's own _init_weights does not initialise it, so its first value "
+                "is unknown\n    start from pretrained weights, or use another family"
             )
         return program
 

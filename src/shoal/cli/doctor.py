@@ -1,0 +1,11 @@
+"""shoal doctor: what this machine offers, and the traps it holds."""
+
+from __future__ import annotations
+
+
+def doctor() -> None:
+    """Cores, memory, accelerators, formats, backends, versions, and known traps."""
+    from shoal.launch.doctor import findings
+
+    for level, text in findings():
+        print(f"{level:<8} {text}")

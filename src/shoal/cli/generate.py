@@ -1,0 +1,24 @@
+"""shoal generate: continue a prompt with a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A model folder, or a run that has one.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 60,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Continue PROMPT."""
+    from shoal.serve.generate import continue_prompt
+
+    print(
+        prompt
+        + continue_prompt(model, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed)
+    )

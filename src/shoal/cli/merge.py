@@ -1,0 +1,36 @@
+"""shoal merge: one full Hugging Face model from a checkpoint, checked against its fingerprint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def merge(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or one of its checkpoints.")
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+) -> None:
+    """Merge the newest good checkpoint of RUN (or CHECKPOINT) into one model that others can open."""
+    from shoal.checkpoint.store import Store
+    from shoal.engine.export import merge as write
+    from shoal.errors import RunError
+    from shoal.launch.directory import open_run
+
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise RunError(f"{out}: exists and is not empty; choose another --out")
+    match = re.fullmatch(r"step-(\d+)", source.name)
+    if match:
+        store, step = Store(source.parent), int(match[1])
+        store.verify(step)
+    else:
+        store = Store(open_run(source) / "checkpoints")
+        step = store.newest_good(on_bad=lambda at, why: print(f"passing over step {at}: {why}"))
+    difference = write(store.open(step), out=out)
+    print(
+        f"{out}: the model of step {step}; its logits are those saved (difference {difference:.1e})"
+    )

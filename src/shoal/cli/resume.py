@@ -1,0 +1,22 @@
+"""shoal resume: go on with a run from its newest good checkpoint, in any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli.train import Overrides
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="Directory of the run.")],
+    overrides: Overrides = None,
+) -> None:
+    """Go on with RUN; another layout or kind of worker is allowed."""
+    from shoal.launch import local
+    from shoal.launch.summary import last_words
+
+    result = local.resume(run, overrides or [])
+    print("\n".join(last_words(result.run, result.summary, recipe=str(run / "config.yaml"))))

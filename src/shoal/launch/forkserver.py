@@ -1,0 +1,145 @@
+"""The fork server: a small process that has imported torch and forks workers in milliseconds.
+
+It is exec'ed with the workers' environment (OMP_NUM_THREADS, no spinning), imports what every
+worker needs, and never runs a tensor operation nor starts a thread: a parent that has used OpenMP
+hangs its forked children. It speaks lines of JSON over one Unix socket; each request to start a
+worker carries the file descriptor on which that worker reports. No pickle, no listening socket.
+
+requests: {"start": id, "target": "module:function", "payload": {...}} with one descriptor
+          {"kill": pid, "signal": n}
+answers:  {"ready": seconds}   {"started": id, "pid": pid}   {"exited": pid, "status": n}
+When the other end closes, every worker is killed and the server ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "shoal.engine.worker",
+)
+
+
+def _status(code: int) -> int:
+    """Exit status, or minus the signal number."""
+    return -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
+
+
+def run_worker(target: str, payload: dict[str, Any], report: int) -> int:
+    """Call `module:function(payload, report)`; returns its exit status."""
+    module, _, function = target.partition(":")
+    status: int = getattr(importlib.import_module(module), function)(payload, report)
+    return status
+
+
+def _child(request: dict[str, Any], report: int) -> None:
+    """In the forked worker: restore signals, run, and leave without the server's clean-up."""
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+        status = run_worker(request["target"], request["payload"], report)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+class Server:
+    """The loop of the server process."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._text = b""
+        self._descriptors: list[int] = []
+        self._children: set[int] = set()
+
+    def _say(self, **message: Any) -> None:
+        try:
+            self._link.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self._end()
+
+    def _end(self) -> None:
+        for pid in self._children:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        os._exit(0)
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, code = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            self._children.discard(pid)
+            self._say(exited=pid, status=_status(code))
+
+    def _obey(self, request: dict[str, Any]) -> None:
+        if "kill" in request:
+            if request["kill"] in self._children:
+                os.kill(request["kill"], request["signal"])
+            return
+        report = self._descriptors.pop(0)
+        pid = os.fork()
+        if pid == 0:
+            self._link.close()
+            for other in self._descriptors:  # else another worker's report never reads as ended
+                os.close(other)
+            _child(request, report)
+        os.close(report)
+        self._children.add(pid)
+        self._say(started=request["start"], pid=pid)
+
+    def run(self) -> None:
+        """Serve until the other end closes."""
+        began = time.perf_counter()
+        for module in PRELOAD:
+            importlib.import_module(module)
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_read, False)
+        os.set_blocking(wake_write, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self._say(ready=time.perf_counter() - began)
+        while True:
+            readable, _, _ = select.select([self._link, wake_read], [], [])
+            if wake_read in readable:
+                os.read(wake_read, 4096)
+                self._reap()
+            if self._link in readable:
+                data, descriptors, _, _ = socket.recv_fds(self._link, 1 << 16, 16)
+                if not data:
+                    self._end()
+                self._descriptors += descriptors
+                *lines, self._text = (self._text + data).split(b"\n")
+                for line in lines:
+                    self._obey(json.loads(line))
+
+
+def main() -> None:
+    """Entry point of the server process: the socket's descriptor is the only argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Server(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The parent's end of the fork server: start workers, hear their reports, notice their deaths."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.environment import worker_environment
+from shoal.errors import WorkerError
+
+
+@dataclass
+class Worker:
+    """One worker process: what it said last, and how it ended (None: it runs)."""
+
+    name: int
+    report: int
+    pid: int | None = None
+    status: int | None = None
+    open: bool = True
+    text: bytes = b""
+
+
+@dataclass
+class WorkerPool:
+    """Starts the fork server at once, so that its imports overlap with the caller's own work.
+
+    Use as a context manager: leaving it ends every worker.
+    """
+
+    threads: int = 1
+    workers: dict[int, Worker] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        environment = {**os.environ, **worker_environment(threads=self.threads)}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "shoal.launch.forkserver", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self._link = ours
+        self._text = b""
+        self._next = 0
+        self.ready_seconds: float | None = None
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server and every worker."""
+        self._link.close()
+        try:
+            self._server.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+        for worker in self.workers.values():
+            if worker.open:
+                os.close(worker.report)
+                worker.open = False
+
+    def start(self, target: str, payload: dict[str, Any]) -> Worker:
+        """Ask for a worker that runs `module:function(payload, report_descriptor)`."""
+        read, write = os.pipe()
+        request = {"start": self._next, "target": target, "payload": payload}
+        line = json.dumps(request).encode() + b"\n"
+        try:
+            sent = socket.send_fds(self._link, [line], [write])
+            self._link.sendall(line[sent:])
+        except OSError:
+            raise WorkerError(self._server_died()) from None
+        finally:
+            os.close(write)
+        worker = Worker(self._next, read)
+        self.workers[self._next] = worker
+        self._next += 1
+        return worker
+
+    def signal(self, worker: Worker, number: int) -> None:
+        """Send a signal to a worker that still runs."""
+        if worker.pid is not None and worker.status is None:
+            request = {"kill": worker.pid, "signal": int(number)}
+            self._link.sendall(json.dumps(request).encode() + b"\n")
+
+    def kill(self, workers: list[Worker]) -> None:
+        """End `workers` at once and wait until they are gone."""
+        for worker in workers:
+            self.signal(worker, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while any(w.status is None for w in workers) and time.monotonic() < deadline:
+            for _ in self.events(timeout_seconds=0.5, only=workers):
+                pass
+
+    def _server_died(self) -> str:
+        status = self._server.poll()
+        return f"the fork server ended (status {status}); its output above says why"
+
+    def events(
+        self, *, timeout_seconds: float, only: list[Worker] | None = None
+    ) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
+        """What happens within `timeout_seconds`: (worker, message), or (worker, None) at its end.
+
+        A worker's end comes after everything it said. Returns after the first batch.
+        """
+        chosen = list(self.workers.values()) if only is None else only
+        reports = {w.report: w for w in chosen if w.open}
+        readable, _, _ = select.select([self._link, *reports], [], [], timeout_seconds)
+        for descriptor in readable:
+            if descriptor in reports:
+                yield from self._hear(reports[descriptor])
+        if self._link in readable:
+            yield from self._answers()
+
+    def _hear(self, worker: Worker) -> Iterator[tuple[Worker, dict[str, Any]]]:
+        data = os.read(worker.report, 1 << 16)
+        if not data:
+            os.close(worker.report)
+            worker.open = False
+            return
+        *lines, worker.text = (worker.text + data).split(b"\n")
+        for line in lines:
+            yield worker, json.loads(line)
+
+    def _answers(self) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
+        data = self._link.recv(1 << 16)
+        if not data:
+            raise WorkerError(self._server_died())
+        *lines, self._text = (self._text + data).split(b"\n")
+        for line in lines:
+            answer = json.loads(line)
+            if "ready" in answer:
+                self.ready_seconds = answer["ready"]
+            elif "started" in answer:
+                self.workers[answer["started"]].pid = answer["pid"]
+            elif "exited" in answer:
+                for worker in self.workers.values():
+                    if worker.pid == answer["exited"] and worker.status is None:
+                        worker.status = answer["status"]
+                        while worker.open:
+                            yield from self._hear(worker)
+                        yield worker, None

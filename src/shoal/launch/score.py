@@ -1,0 +1,55 @@
+"""Score a run or a model folder on a recipe's validation part, in one worker."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from shoal.config.load import load_recipe
+from shoal.config.recipe import Recipe
+from shoal.engine.decision import Decision
+from shoal.engine.prepare import prepare_inputs
+from shoal.environment import usable_cores
+from shoal.errors import WorkerError
+from shoal.launch.local import run_workers
+from shoal.launch.pool import WorkerPool
+from shoal.layout import Layout
+from shoal.observe.console import Console
+from shoal.serve.generate import model_directory
+
+
+def score(model: Path, *, recipe: str, overrides: Iterable[str]) -> dict[str, Any]:
+    """The task's metrics of `model` (a run or a model folder) on the recipe's validation part.
+
+    Raises the errors of reading the model, the recipe and its data.
+    """
+    folder = model_directory(model)
+    tree = load_recipe(recipe, overrides).model_dump(mode="json")
+    tree["model"] = {"kind": "pretrained", "path": str(folder), "dropout": "off"}
+    tree["data"]["tokenizer"] = {"kind": "model"}
+    resolved = Recipe.model_validate(tree)
+    with WorkerPool() as pool, tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
+        inputs = prepare_inputs(resolved, say=lambda text: None)
+        decision = Decision(
+            Layout(), "processes", usable_cores(), min(8, resolved.train.global_batch_samples),
+            "float32", "one worker scores",
+        )
+        out = Path(scratch) / "scores.json"
+        payload = {
+            "recipe": resolved.model_dump(mode="json"),
+            "run": scratch,
+            "inputs": inputs.to_json(),
+            "decision": decision.to_json(),
+            "resume": False,
+            "score": str(out),
+        }
+        import io
+
+        run_workers(payload, decision=decision, pool=pool, console=Console(out=io.StringIO()))
+        if not out.is_file():
+            raise WorkerError("the scoring worker ended without scores")
+        scores: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return scores

@@ -1,0 +1,138 @@
+"""Rows and events of a run: append-only JSON lines, and what a worker tells its parent."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def plain(row: Row) -> Row:
+    """`row` with numbers that JSON has no word for (NaN, infinities) as null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
+
+class Sink(ABC):
+    """Somewhere numbers go. A sink must not raise because a number is missing."""
+
+    @abstractmethod
+    def row(self, row: Row) -> None:
+        """A logged step, or an evaluation."""
+
+    def event(self, name: str, fields: Row) -> None:
+        """Something that happened: a start, a save, a stop."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class JsonLines:
+    """A file of JSON objects, one per line, each complete on disk before `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def append(self, row: Row) -> None:
+        """Add one object."""
+        self._file.write(json.dumps(plain(row)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class RunFiles(Sink):
+    """metrics.jsonl and events.jsonl of a run directory."""
+
+    def __init__(self, run: Path) -> None:
+        self._metrics = JsonLines(run / "metrics.jsonl")
+        self._events = JsonLines(run / "events.jsonl")
+
+    def row(self, row: Row) -> None:
+        self._metrics.append(row)
+
+    def event(self, name: str, fields: Row) -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._events.append({"event": name, "happened_at": at, **fields})
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+
+class Report(Sink):
+    """One end of a pipe to the parent: JSON lines, written whole."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def say(self, kind: str, **fields: Any) -> None:
+        """Send a message; a parent that is gone is not an error of the worker."""
+        data = json.dumps({"kind": kind, **plain(fields)}).encode() + b"\n"
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except BrokenPipeError:
+            return
+
+    def row(self, row: Row) -> None:
+        self.say("row", row=plain(row))
+
+    def event(self, name: str, fields: Row) -> None:
+        self.say("event", name=name, fields=plain(fields))
+
+
+class Fan(Sink):
+    """Hands everything to several sinks."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = list(sinks)
+
+    def row(self, row: Row) -> None:
+        for sink in self.sinks:
+            sink.row(row)
+
+    def event(self, name: str, fields: Row) -> None:
+        for sink in self.sinks:
+            sink.event(name, fields)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The objects of a JSON-lines file; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def cut_after(path: Path, *, step: int) -> int:
+    """Drop the rows of steps after `step` (they are about to be done again); returns how many."""
+    rows = read_lines(path)
+    kept = [row for row in rows if row.get("step", -1) <= step]
+    if len(kept) != len(rows) or not path.is_file():
+        beside = path.with_suffix(f".cut-{time.monotonic_ns()}")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(beside, path)
+    return len(rows) - len(kept)

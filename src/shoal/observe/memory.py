@@ -1,0 +1,63 @@
+"""Live tensor storage: the peak of one instrumented step (DESIGN 5.9), and private memory."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# TorchDispatchMode and tree_leaves are private names of torch 2.13, used here only: there is no
+# public way to see every tensor that an operation makes.
+
+
+class LiveStorage(TorchDispatchMode):
+    """Counts the bytes of tensor storage made inside it and still alive, and their peak.
+
+    `base_bytes`: what was alive before (parameters, gradients, optimizer state).
+    """
+
+    def __init__(self, *, base_bytes: int) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = base_bytes
+        self._known: set[int] = set()
+
+    def ignore(self, tensors: list[torch.Tensor]) -> None:
+        """Count these storages as part of the base."""
+        self._known |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf)
+        return result
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or place in self._known:
+            return
+        self._known.add(place)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._gone, place, size)
+
+    def _gone(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.live_bytes -= size
+
+
+def private_bytes() -> int | None:
+    """Memory of this process that no other shares (USS), where the system tells; else None."""
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.is_file():
+        return None
+    total = 0
+    for line in rollup.read_text().splitlines():
+        if line.startswith(("Private_Clean:", "Private_Dirty:")):
+            total += int(line.split()[1]) * 1024
+    return total

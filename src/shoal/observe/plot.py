@@ -1,0 +1,35 @@
+"""loss.png: the curve of a run, with its evaluations and the loss of guessing by word frequency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.observe.events import read_lines
+
+
+def plot_run(run: Path, *, guess_loss: float | None = None) -> Path:
+    """Draw RUN/metrics.jsonl into RUN/loss.png and return its path."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    rows = read_lines(run / "metrics.jsonl")
+    steps = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+    checks = [(r["step"], r["evaluation_loss"]) for r in rows if r.get("evaluation_loss")]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    if steps:
+        axes.plot(*zip(*steps), color="#1f6f8b", linewidth=1.2, label="training loss")
+    if checks:
+        axes.plot(*zip(*checks), "o-", color="#d1495b", markersize=5, label="validation loss")
+    if guess_loss is not None:
+        axes.axhline(
+            guess_loss, color="#888888", linestyle="--", linewidth=1, label="word frequencies"
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(run.name)
+    axes.grid(alpha=0.25)
+    if steps or checks:
+        axes.legend(frameon=False)
+    path = run / "loss.png"
+    figure.savefig(path, dpi=110)
+    return path

@@ -136,7 +136,7 @@ def open_prepared(directory: Path | str) -> Prepared:
 
     Raises DataError when something is missing or was cut short.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()  # workers may have another current folder
     description = _read_description(directory)
     opened = []
     for entry in description["sources"]:

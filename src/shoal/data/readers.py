@@ -182,7 +182,9 @@ def read_table(
                     )
                 yield dict(row)
         except csv.Error as error:
-            raise DataError(f"{path}: line {table.line_num}: {error}; fix its quotes") from error
+            raise DataError(
+                f"{path}: after line {table.line_num}: {error}; fix its quotes"
+            ) from error
 
     yield from table_records(rows(), where=str(path), text_field=text_field)
 

@@ -146,8 +146,12 @@ def _hub_records(source: str, *, text_field: str | None) -> Iterator[Record]:
     import datasets
 
     datasets.disable_progress_bars()
+    # Asked first because this fails at once where load_dataset retries for half a minute; and so
+    # what is read is the commit that the content key names.
+    commit = _hub_commit(source)
     try:
-        table = datasets.load_dataset(source, split="train")
+        revision = None if hub_is_offline() else commit
+        table = datasets.load_dataset(source, split="train", revision=revision)
     except Exception as error:  # the hub client raises many unrelated types
         raise _hub_error(source, error) from error
     rows = (dict(row) for row in table)
@@ -166,12 +170,14 @@ def _hub_commit(source: str) -> str:
 
 
 def _hub_error(source: str, error: Exception) -> FetchError:
+    said = (str(error).strip().splitlines() or [""])[0]
     if hub_is_offline():
         why = "HF_HUB_OFFLINE forbids asking the hub, and it is not in the local cache"
     else:
-        why = f"the hub could not be reached or does not have it ({type(error).__name__})"
+        why = f"the hub did not give it ({type(error).__name__}: {said})"
+    names = ", ".join(name for name, entry in registry.PACKAGES.items() if not entry.is_model)
     return FetchError(
         f"data.source: {source!r} is neither a registry entry nor a local file, so it is taken "
         f"for a dataset of the Hugging Face hub, but {why}. Use a local file (.txt, .jsonl, "
-        f".csv, .parquet), or one of: {', '.join(sorted(registry.PACKAGES))}"
+        f".csv, .parquet), one of: {names}; or HF_HUB_OFFLINE=1 for a dataset fetched before"
     )

@@ -124,8 +124,8 @@ class Evaluation:
             counts = Mixture(weights).before(samples)
             sizes = [min(size, max(1, count)) for size, count in zip(sizes, counts)]
         # Documents lie in a keyed order already, so the first samples are a fair choice.
-        pairs = [(number, sample) for number, size in enumerate(sizes) for sample in range(size)]
-        return np.asarray(pairs, dtype=np.int64)
+        sources = np.repeat(np.arange(len(sizes)), sizes)
+        return np.stack([sources, np.concatenate([np.arange(size) for size in sizes])], axis=1)
 
     def __len__(self) -> int:
         return len(self._list)

@@ -1,0 +1,100 @@
+"""Trained tokenizers are exact, repeatable, cached, and fit for transformers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from shoal.data.tokenize import (
+    END,
+    PAD,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_key,
+    train_tokenizer,
+)
+from shoal.errors import DataError
+
+TEXTS = [f"The {n} fish swam past {n * 7} boats; nobody's net was there." for n in range(200)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return train_tokenizer(TEXTS, vocabulary_size=400, cache_key="fish")
+
+
+@given(text=st.text(max_size=80))
+@settings(deadline=None)
+def test_any_text_round_trips(trained: Path, text: str) -> None:
+    tokenizer = load_tokenizer(trained)
+    plain = text.replace(PAD, "").replace(END, "")
+    assert tokenizer.decode(tokenizer.encode(plain).ids, skip_special_tokens=False) == plain
+
+
+def test_special_tokens_come_first(trained: Path) -> None:
+    tokenizer = load_tokenizer(trained)
+    assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(END)) == (0, 1)
+    assert tokenizer.get_vocab_size() == 400
+
+
+def test_cached_texts_are_not_read_again() -> None:
+    folder = train_tokenizer(TEXTS, vocabulary_size=300, cache_key="k")
+
+    def never() -> Iterator[str]:
+        raise AssertionError("the texts were read although a tokenizer is cached")
+        yield ""
+
+    assert train_tokenizer(never(), vocabulary_size=300, cache_key="k") == folder
+    assert train_tokenizer(TEXTS, vocabulary_size=301, cache_key="k") != folder
+    assert train_tokenizer(TEXTS, vocabulary_size=300, cache_key="other") != folder
+
+
+def test_same_texts_give_the_same_bytes_in_another_process(trained: Path, tmp_path: Path) -> None:
+    """Another process has another hash seed and another order of threads."""
+    program = (
+        "from shoal.data.tokenize import train_tokenizer, tokenizer_key\n"
+        f"texts = {TEXTS!r}\n"
+        "print(tokenizer_key(train_tokenizer(texts, vocabulary_size=400, cache_key='fish')))"
+    )
+    environment = {**os.environ, "SHOAL_CACHE": str(tmp_path / "other"), "PYTHONHASHSEED": "5"}
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == tokenizer_key(trained)
+
+
+def test_transformers_reads_it(trained: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(trained)
+    ours = load_tokenizer(trained)
+    assert (theirs.eos_token, theirs.pad_token) == (END, PAD)
+    assert theirs(TEXTS[3])["input_ids"] == ours.encode(TEXTS[3]).ids
+
+
+def test_bad_folders_and_sizes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer.json: there is no such file"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"is not a tokenizer: .*fetch or train it again"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"vocabulary_size: expected at least 258.*got 100"):
+        train_tokenizer([], vocabulary_size=100, cache_key="x")
+
+
+def test_vocabularies_that_disagree(trained: Path) -> None:
+    tokenizer: Tokenizer = load_tokenizer(trained)
+    check_vocabulary(tokenizer, model_vocabulary_size=400)
+    check_vocabulary(tokenizer, model_vocabulary_size=512)
+    with pytest.raises(DataError, match=r"ids up to 399, the model has 399.*at least 400"):
+        check_vocabulary(tokenizer, model_vocabulary_size=399)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from shoal.errors import ModelError
+from shoal.models.cpu_attention import attend_in_blocks, is_suited
 from shoal.models.passage import current
 
 NAME = "shoal"
@@ -123,9 +124,16 @@ def attend(
             "    set model.dropout to off, or to framework if the curve may depend on the layout"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # a causal layer's mask never lets a token look ahead: blocks then need not look there either
+    query, key, value = _as_autocast(query, key, value)
+    if softcap is None and is_suited(query, key, dropout=dropout):
+        return attend_in_blocks(
+            query, key=key, value=value, mask=attention_mask, causal=causal, scale=scale
+        ), None
     causal = causal and attention_mask is None and query.shape[2] > 1
     if softcap is not None:
-        weights = _capped_weights(query, key, attention_mask, causal, scaling, softcap)
+        weights = _capped_weights(query, key, attention_mask, causal, scale, softcap)
         repeated = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return (weights @ repeated).transpose(1, 2), None
     output = functional.scaled_dot_product_attention(
@@ -135,10 +143,18 @@ def attend(
         attn_mask=attention_mask,
         dropout_p=dropout,
         is_causal=causal,
-        scale=scaling,
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2), None
+
+
+def _as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """In the type of the region: rotary embeddings leave float32 queries beside bfloat16 values."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [each.to(torch.get_autocast_dtype(device)) for each in tensors]
 
 
 def _capped_weights(
@@ -146,12 +162,11 @@ def _capped_weights(
     key: Tensor,
     mask: Tensor | None,
     causal: bool,
-    scaling: float | None,
+    scale: float,
     softcap: float,
 ) -> Tensor:
     """Probabilities [B, H, T, S] with scores squashed to +-softcap (Gemma 2, arXiv 2408.00118)."""
     repeated = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh(query @ repeated.transpose(-1, -2) * scale / softcap) * softcap
     if causal:
         length = query.shape[2]

@@ -55,9 +55,10 @@ class KeyedDropout(nn.Module):
         passage = current()
         indices = passage.token_indices
         if indices is None or hidden.shape[:2] != indices.shape:
+            known = "unknown" if indices is None else f"of shape {tuple(indices.shape)}"
             raise ModelError(
-                f"{self.layer}: keyed dropout sees a tensor of shape {tuple(hidden.shape)}, but the "
-                f"tokens of this forward are {None if indices is None else tuple(indices.shape)}\n"
+                f"{self.layer}: keyed dropout sees a tensor of shape {tuple(hidden.shape)}, but "
+                f"the tokens of this forward are {known}\n"
                 "    the batch needs sample_ids [B]; or set model.dropout to off"
             )
         key = mix64(self._key + mix64(passage.step + 1))

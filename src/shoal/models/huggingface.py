@@ -59,8 +59,8 @@ def read_config(
     if vocabulary_size is not None and vocabulary_size > config.vocab_size:
         raise ModelError(
             f"model: its vocabulary has {config.vocab_size} entries, but the tokenizer's has "
-            f"{vocabulary_size}\n    use the tokenizer that belongs to the model, or train one with "
-            f"data.vocabulary_size at most {config.vocab_size}"
+            f"{vocabulary_size}\n    use the tokenizer that belongs to the model, or train one of at "
+            f"most {config.vocab_size} entries"
         )
     _check(config)
     config.use_cache = False
@@ -71,8 +71,8 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
     """The model of `config` for a task's auto class: float32, meta device, attention `shoal`.
 
     `dropout` (DESIGN 5.5): `off` sets all to 0; `keyed` sets that of attention probabilities to 0
-    (`dropout.apply_keyed` then replaces the rest); `framework` leaves the model as it is. The model
-    has a copy of the configuration. Raises ModelError when the auto class has no such family.
+    (`dropout.apply_keyed` then replaces the rest); `framework` leaves the model as it is. The
+    model has a copy of the configuration. Raises ModelError when the auto class lacks the family.
     """
     import transformers
 

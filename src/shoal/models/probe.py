@@ -32,7 +32,7 @@ def probe_packing(model: nn.Module) -> None:
     finally:
         model.train(training)
     moved = not torch.equal(before[:, _DOCUMENT:], after[:, _DOCUMENT:])
-    # Kernels sum in another order over 16 keys than over 8; a leak moves the output by its own size.
+    # kernels sum in another order over 16 keys than over 8; a leak moves the output by its own size
     scale = float(alone.abs().max().clamp(min=1e-6))
     differs = float((before[:, _DOCUMENT:] - alone).abs().max()) > 1e-3 * scale
     if moved or differs:

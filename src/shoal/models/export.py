@@ -1,0 +1,125 @@
+"""Writes a Hugging Face folder that other tools open: weights, configuration, tokenizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.errors import ModelError
+from shoal.models.anatomy import canonical_name
+from shoal.models.huggingface import build_meta
+
+SHARD_SIZE = "2GB"
+"""A larger model is written as several files with an index."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+)
+
+
+def export(
+    *,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: Any,
+    auto_class: str,
+    out: str | Path,
+    tokenizer_directory: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    replace: bool = False,
+) -> Path:
+    """Write `out`: config.json, generation settings, safetensors, tokenizer files. Returns it.
+
+    `tensors`: every canonical parameter of the model, once. Ties and the stored form that other
+    tools expect are transformers' own (`save_pretrained`). The folder appears in one rename.
+    Raises ModelError: names or shapes that are not the model's, a folder that already holds
+    something (unless `replace`).
+    """
+    out = Path(out)
+    if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(
+            f"{out}: it exists and is not empty; nothing was written\n    choose another --out"
+        )
+    model = build_meta(config, auto_class=auto_class)
+    _fill(model, dict(tensors), dtype)
+    _prepare(model, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)  # type: ignore[operator]
+        if tokenizer_directory is not None:
+            _copy_tokenizer(Path(tokenizer_directory), partial)
+        partial.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Put real tensors in the place of meta parameters, one object for every tied name."""
+    made: dict[int, nn.Parameter] = {}
+    names = {canonical_name(name) for name, _ in model.named_parameters()}
+    absent, foreign = sorted(names - set(tensors)), sorted(set(tensors) - names)
+    if absent or foreign:
+        raise ModelError(
+            f"export: the tensors are not those of a {type(model).__name__}\n"
+            f"    lacking: {', '.join(absent[:5]) or 'none'}; "
+            f"unknown: {', '.join(foreign[:5]) or 'none'}"
+        )
+    originals = []
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                name = canonical_name(f"{path}.{leaf}" if path else leaf)
+                value = tensors[name]
+                if value.shape != parameter.shape:
+                    raise ModelError(
+                        f"export: {name} has shape {tuple(value.shape)}, expected "
+                        f"{tuple(parameter.shape)}\n    the configuration is of another model"
+                    )
+                originals.append(parameter)  # kept alive: its id is a key
+                made[id(parameter)] = nn.Parameter(
+                    value.detach().to("cpu", dtype), requires_grad=False
+                )
+            module._parameters[leaf] = made[id(parameter)]
+
+
+def _prepare(model: nn.Module, config: Any) -> None:
+    """The configuration as the user gave it (muted dropout and attention are ours alone)."""
+    ours: Any = model.config
+    for key, value in vars(config).items():
+        if ("dropout" in key or "pdrop" in key) and not key.startswith("_"):
+            setattr(ours, key, value)
+    ours.use_cache = True
+    ours.architectures = [type(model).__name__]
+    ours.dtype = next(model.parameters()).dtype
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    copied = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if not copied:
+        raise ModelError(
+            f"{source}: no tokenizer files there\n    expected tokenizer.json beside the others"
+        )
+    for name in copied:
+        shutil.copyfile(source / name, target / name)

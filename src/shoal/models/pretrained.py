@@ -1,0 +1,211 @@
+"""Weights of a local Hugging Face folder, by canonical name and box, reading only those bytes.
+
+Names in a file may differ from the model's: stored with or without the base model's prefix, or with
+the old names of layer norms. Families whose stored tensors are not the model's (experts to be
+stacked, projections to be split) are read whole by transformers, then cut.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from shoal.errors import ModelError
+from shoal.models.anatomy import canonical_parameters, ties_of
+from shoal.models.init import Box
+
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+
+_NOT_PARAMETERS = re.compile(
+    r"(\.|^)(position_ids|token_type_ids|masked_bias|rotary_emb\.inv_freq|attn\.bias)$"
+)
+"""Buffers that old files carry and models now compute."""
+
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt", "tf_model.h5")
+
+
+class PretrainedWeights:
+    """A folder's weights, matched to a model. A `Source` for `init.materialise`.
+
+    `missing`: the model's parameters that the folder lacks (drawn by the initialisation instead).
+    `unused`: tensors of the folder that the model has no place for.
+    """
+
+    def __init__(self, path: str | Path, *, model: nn.Module) -> None:
+        """Match names and shapes; reads headers only.
+
+        Raises ModelError: no safetensors file, a damaged one, or weights whose shapes are not the
+        model's (a head of another size counts as missing: it belongs to another task).
+        """
+        self._folder = Path(path)
+        self._files = _files_of(self._folder)
+        self._shapes = _shapes_of(self._files)
+        parameters = canonical_parameters(model)
+        groups = {group[0]: group for group in ties_of(model)}
+        self._whole: dict[str, Tensor] | None = None
+        if _is_converted(model):
+            self._whole = _read_by_transformers(self._folder, model)
+            self._shapes = {name: tuple(each.shape) for name, each in self._whole.items()}
+        base = str(getattr(model, "base_model_prefix", ""))
+        by_model_name = _renamed(self._shapes, set(_every_name(model)), base)
+        self._stored: dict[str, str] = {}
+        for name, parameter in parameters.items():
+            found = next(
+                (
+                    by_model_name[each]
+                    for each in groups.get(name, (name,))
+                    if each in by_model_name
+                ),
+                None,
+            )
+            if found is not None and self._fits(name, found, tuple(parameter.shape), base):
+                self._stored[name] = found
+        self.missing = tuple(name for name in parameters if name not in self._stored)
+        placed = set(by_model_name.values())
+        self.unused = tuple(
+            name for name in self._shapes if name not in placed and not _NOT_PARAMETERS.search(name)
+        )
+        if len(self.missing) == len(parameters):
+            raise ModelError(
+                f"{self._folder}: none of its tensors belongs to a {type(model).__name__}\n"
+                "    use the folder's own architecture, or remove model.path"
+            )
+
+    def tensor(self, name: str, *, box: Box | None = None) -> Tensor | None:
+        """A parameter, or a box of it, float32 on the CPU; None when the folder lacks it."""
+        key = self._stored.get(name)
+        if key is None:
+            return None
+        cut = None if box is None else tuple(slice(o, o + s) for o, s in zip(*box))
+        if self._whole is not None:
+            whole = self._whole[key]
+            return (whole if cut is None else whole[cut]).to(torch.float32)
+        with safe_open(str(self._files[key]), framework="pt") as file:
+            part = file.get_tensor(key) if not cut else file.get_slice(key)[cut]
+        result: Tensor = part.to(torch.float32)
+        return result
+
+    def notes(self) -> list[str]:
+        """What the user should know: parameters drawn afresh, tensors left aside."""
+        lines = []
+        if self.missing:
+            lines.append(f"not in {self._folder.name}, drawn afresh: {_listed(self.missing)}")
+        if self.unused:
+            lines.append(f"in {self._folder.name}, not used: {_listed(self.unused)}")
+        return lines
+
+    def _fits(self, name: str, key: str, shape: tuple[int, ...], base: str) -> bool:
+        stored = self._shapes[key]
+        if stored == shape:
+            return True
+        if base and not name.startswith(base + "."):
+            return False
+        raise ModelError(
+            f"{self._folder}: {key} has shape {stored}, but the model's {name} has {shape}\n"
+            "    the configuration does not describe these weights: remove the keys under model "
+            "that change sizes"
+        )
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Name of each stored tensor -> its file."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        listed: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for file in set(listed.values()):
+            if Path(file).name != file or not (folder / file).is_file():
+                raise ModelError(
+                    f"{index}: it names {file!r}, which is not a file of this folder\n"
+                    "    fetch the model again"
+                )
+        return {name: folder / file for name, file in listed.items()}
+    if single.is_file():
+        return dict.fromkeys(_keys_of(single), single)
+    pickled = [name for name in _PICKLED if (folder / name).exists()]
+    if pickled:
+        raise ModelError(
+            f"{folder}: its weights are in {pickled[0]}, a format that can run code when it is read"
+            "\n    expected model.safetensors. If you trust the file, convert it once:\n"
+            '    python -c "from transformers import AutoModel as A; '
+            f"A.from_pretrained('{folder}').save_pretrained('{folder}-safe')\""
+        )
+    raise ModelError(
+        f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither\n"
+        "    fetch the model again, or train from a configuration (model.kind: config)"
+    )
+
+
+def _keys_of(file: Path) -> list[str]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file}: damaged or not a safetensors file: {error}\n    fetch the model again"
+        ) from error
+
+
+def _shapes_of(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(files.values())):
+        present = set(_keys_of(file))
+        with safe_open(str(file), framework="pt") as opened:
+            for name in (name for name, where in files.items() if where == file):
+                if name not in present:
+                    raise ModelError(
+                        f"{file}: the index says it holds {name}, but it does not\n"
+                        "    fetch the model again"
+                    )
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+    return shapes
+
+
+def _every_name(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+
+def _renamed(stored: Mapping[str, Any], wanted: set[str], base: str) -> dict[str, str]:
+    """Model's name -> stored name, over the spellings that files of one model have."""
+    result: dict[str, str] = {}
+    for key in stored:
+        name = key
+        for old, new in _OLD_NAMES:
+            name = name.replace(old, new)
+        spellings = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
+        match = next((each for each in spellings if each in wanted), None)
+        if match is not None:
+            result.setdefault(match, key)
+    return result
+
+
+def _is_converted(model: nn.Module) -> bool:
+    """Whether transformers stores this family's tensors in another form than the model has them."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # it moved, or is gone: the check of names and shapes still guards
+        return False
+    config: Any = model.config
+    return any(
+        get_checkpoint_conversion_mapping(each) is not None
+        for each in (type(model).__name__, config.model_type)
+    )
+
+
+def _read_by_transformers(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    loaded = type(model).from_pretrained(  # type: ignore[attr-defined]
+        str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    return {name: each.detach() for name, each in loaded.named_parameters()}
+
+
+def _listed(names: tuple[str, ...], *, most: int = 6) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

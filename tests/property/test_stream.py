@@ -162,13 +162,13 @@ def test_mixture_is_exact_and_its_state_is_closed_form(
 ) -> None:
     mixture = Mixture([weight * scale for weight in weights])
     total = sum(weights)
-    # The float products above may be off by a rounding, which costs exactness only past the
-    # longest period; everything else must hold to the last sample.
-    assert abs(sum(mixture.before(slots)) - slots) == 0
+    # Weights such as 0.1 x 3 are not the float 0.3; they still count as what was meant.
+    assert [Fraction(count, mixture.period) for count in mixture.per_period] == [
+        Fraction(weight, total) for weight in weights
+    ]
+    assert sum(mixture.before(slots)) == slots
     for weight, count in zip(weights, mixture.before(slots)):
-        assert abs(count - Fraction(slots * weight, total)) <= len(weights) + (
-            slots / LONGEST_PERIOD if mixture.period == LONGEST_PERIOD else 0
-        )
+        assert abs(count - Fraction(slots * weight, total)) <= len(weights)
     if slots < 10**12 - 1:
         source, running = mixture.at(np.arange(slots, slots + 50))
         before = mixture.before(slots)
@@ -185,10 +185,13 @@ def test_mixture_whole_numbers_are_exact_over_each_period() -> None:
     assert Counter(source.tolist()) == {0: 7, 1: 2, 2: 1}
 
 
-def test_mixture_of_awkward_weights_is_rounded_to_the_longest_period() -> None:
-    mixture = Mixture([1 / 3, 1 / 7])
-    assert mixture.period == LONGEST_PERIOD
-    assert abs(mixture.per_period[0] / mixture.period - 0.7) < 1 / LONGEST_PERIOD
+@pytest.mark.parametrize("weights", [[0.123457, 0.654321], [1e-9, 1.0], [2**0.5, 3**0.5, 1.0]])
+def test_mixture_of_awkward_weights_is_rounded_to_a_short_period(weights: list[float]) -> None:
+    mixture = Mixture(weights)
+    assert mixture.period <= LONGEST_PERIOD
+    assert min(mixture.per_period) >= 1, "no source is left out"
+    for count, weight in zip(mixture.per_period, weights):
+        assert abs(count / mixture.period - weight / sum(weights)) <= 1 / LONGEST_PERIOD
 
 
 def test_mixture_refuses_weights_that_are_not_positive() -> None:

@@ -30,9 +30,9 @@ class Mixture:
         counts = np.asarray(self.per_period)
         owner = np.repeat(np.arange(len(counts)), counts)
         within = np.concatenate([np.arange(count) for count in counts])
-        # The k-th of c samples belongs at (k + 1/2) / c of the period; ties go to the earlier
-        # source, and integers keep the comparison exact.
-        due = (2 * within + 1) * (lcm(*self.per_period) // counts[owner])
+        # The k-th of c samples belongs at (k + 1/2) / c of the period, told in 2**20ths of a slot:
+        # integers, so that every machine orders them alike. Ties go to the earlier source.
+        due = ((2 * within + 1) * len(owner) << 20) // (2 * counts[owner])
         self._source = owner[np.lexsort((owner, due))]
         taken = self._source[None, :] == np.arange(len(counts))[:, None]
         self._before = np.concatenate(
@@ -62,12 +62,13 @@ class Mixture:
 
 def _whole_weights(weights: Sequence[float]) -> list[int]:
     """Integers in proportion to `weights`, exactly when a period of LONGEST_PERIOD allows it."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    total = sum(exact)
-    shares = [weight / total for weight in exact]
+    exact = [Fraction(weight) for weight in weights]
+    # The nearest simple fractions: what was meant by 0.1 or 1/3, whose floats are not that.
+    shares = [(weight / sum(exact)).limit_denominator(LONGEST_PERIOD) for weight in exact]
     period = lcm(*(share.denominator for share in shares))
-    if period <= LONGEST_PERIOD:
+    if period <= LONGEST_PERIOD and sum(shares) == 1 and min(shares) > 0:
         return [int(share * period) for share in shares]
+    shares = [weight / sum(exact) for weight in exact]
     counts = [max(1, int(share * LONGEST_PERIOD)) for share in shares]
     rest = [share * LONGEST_PERIOD - count for share, count in zip(shares, counts)]
     for index in sorted(range(len(rest)), key=lambda i: (-rest[i], i)):

@@ -17,6 +17,7 @@ from shoal.data.mixture import Mixture
 from shoal.data.pack import Batch, Part, stack, width_of
 from shoal.data.permutation import key_of, mix, permute
 from shoal.data.prepare import Prepared, open_prepared
+from shoal.data.unigram import Counts, nats, training_counts
 from shoal.layout import Share
 
 Ints = npt.NDArray[np.int64]
@@ -129,6 +130,19 @@ class Evaluation:
 
     def __len__(self) -> int:
         return len(self._list)
+
+    def unigram_nats(self) -> float:
+        """Loss of guessing by training frequency on exactly the targets of this list, in nats.
+
+        Reads the whole list once; `Prepared.unigram_nats` is the same for the whole part.
+        """
+        counts = [Counts.read(source.directory) for source in self.prepared.sources]
+        train = training_counts(counts)
+        targets = np.zeros_like(train)
+        for source, sample in self._list:
+            labels = self._parts[source].row(int(sample)).labels
+            targets += np.bincount(labels[labels >= 0], minlength=len(targets))
+        return nats(targets, train=train)
 
     def num_batches(self, parts: int) -> int:
         """Batches that each of `parts` workers has."""

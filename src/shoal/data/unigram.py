@@ -31,20 +31,31 @@ class Counts:
         return cls(*(np.fromfile(folder / name, dtype="<i8") for name in (_TRAIN, _VALIDATION)))
 
 
-def unigram_nats(counts: Sequence[Counts]) -> float:
-    """Mean of -log p(target) over the validation targets of all sources, in nats.
-
-    p(w) = (c(w) + 1) / (N + V): training counts with one added to each of the V ids seen anywhere
-    up to the largest (Laplace), so that a word that training never shows has a finite loss.
-    Zero when there are no validation targets.
-    """
-    vocabulary = max(len(one.train) for one in counts)
-    train = np.zeros(vocabulary, dtype=np.int64)
-    validation = np.zeros(vocabulary, dtype=np.int64)
+def training_counts(counts: Sequence[Counts], *, size: int = 0) -> Ints:
+    """Training counts of all sources together: int64 [V], V at least `size`."""
+    total = np.zeros(max(size, *(len(one.train) for one in counts)), dtype=np.int64)
     for one in counts:
-        train[: len(one.train)] += one.train
-        validation[: len(one.validation)] += one.validation
-    if not validation.sum():
+        total[: len(one.train)] += one.train
+    return total
+
+
+def nats(targets: Ints, *, train: Ints) -> float:
+    """Mean of -log p(target) in nats, over targets given as how often each id is one [V].
+
+    p(w) = (c(w) + 1) / (N + V): the training counts `train` [V] with one added to each id seen
+    anywhere (Laplace), so that a word that training never shows has a finite loss. Zero when
+    there are no targets.
+    """
+    if not targets.sum():
         return 0.0
-    log_p = np.log(train + 1.0) - np.log(train.sum() + vocabulary)
-    return float(-(validation * log_p).sum() / validation.sum())
+    log_p = np.log(train + 1.0) - np.log(train.sum() + len(train))
+    return float(-(targets * log_p[: len(targets)]).sum() / targets.sum())
+
+
+def unigram_nats(counts: Sequence[Counts]) -> float:
+    """`nats` of all validation targets of all sources."""
+    train = training_counts(counts)
+    validation = np.zeros_like(train)
+    for one in counts:
+        validation[: len(one.validation)] += one.validation
+    return nats(validation, train=train)

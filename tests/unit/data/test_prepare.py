@@ -168,6 +168,13 @@ def test_unigram_nats_against_the_definition(tmp_path: Path) -> None:
     # Sums of some hundred float64 logarithms: far below 1e-12 relative.
     assert prepared.unigram_nats == pytest.approx(expected / len(targets["validation"]), rel=1e-12)
     assert prepared.vocabulary_size == size
+    # All samples: the same sum in another order. One sample: other targets, another figure.
+    whole = Evaluation(prepared, batch_samples=1)
+    assert whole.unigram_nats() == pytest.approx(prepared.unigram_nats, rel=1e-12)
+    first = Evaluation(prepared, batch_samples=1, samples=1)
+    labels = first.at(0, part=0, parts=1)["labels"]
+    by_hand = [-log((counts[label] + 1) / total) for label in labels[labels >= 0].tolist()]
+    assert first.unigram_nats() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-12)
 
 
 def test_held_out_documents_do_not_depend_on_the_seed(tmp_path: Path) -> None:

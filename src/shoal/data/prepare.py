@@ -101,24 +101,17 @@ def prepare(
     `seed`, which only orders them: leave it at 0 and all seeds of a study share one folder.
     Raises DataError (too little text, ids that do not fit, no space left) and what sources raise.
     """
-    shape_of = {"sequence_tokens": sequence_tokens, "packing": packing}
-    settings = {**shape_of, "validation_fraction": validation_fraction, "seed": seed}
-    folders = []
-    for spec in sources:
-        origin.locate(spec.source, announce=lambda line: progress(line, 0.0))
-        key = _key(
-            {
-                "content": origin.content_key(spec.source),
-                "text_field": spec.text_field,
-                "encode": encode_key,
-                **settings,
-            }
-        )
-        folder = out / f"source-{key}"
-        if not _is_whole(folder):
-            job = _Job(spec=spec, encode=encode, settings=settings, progress=progress)
-            _build(folder, fill=job.run)
-        folders.append(folder)
+    settings = {
+        "sequence_tokens": sequence_tokens,
+        "packing": packing,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+    }
+    jobs = [
+        _Job(spec=spec, encode=encode, encode_key=encode_key, settings=settings, progress=progress)
+        for spec in sources
+    ]
+    folders = [job.folder(out) for job in jobs]
     mixture = {
         "sources": [
             {"name": name, "directory": f"../{folder.name}", **asdict(spec)}
@@ -153,8 +146,23 @@ class _Job:
 
     spec: SourceSpec
     encode: Encode
+    encode_key: str
     settings: dict[str, Any]
     progress: Progress
+
+    def folder(self, out: Path) -> Path:
+        """The folder of this source below `out`, filled now or before."""
+        origin.locate(self.spec.source, announce=lambda line: self.progress(line, 0.0))
+        depends_on = {
+            "content": origin.content_key(self.spec.source),
+            "text_field": self.spec.text_field,
+            "encode": self.encode_key,
+            **self.settings,
+        }
+        folder = out / f"source-{_key(depends_on)}"
+        if not _is_whole(folder):
+            _build(folder, fill=self.run)
+        return folder
 
     def run(self, scratch: Path) -> dict[str, Any]:
         """Write the parts into `scratch`; their description."""

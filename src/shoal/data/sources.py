@@ -117,7 +117,7 @@ def _records(
     for number, path in enumerate(located.paths):
         read = readers.reader_of(path)
 
-        def of_all(done: float, number: int = number) -> None:
+        def of_all(done: float, *, number: int = number) -> None:
             at((number + done) / len(located.paths))
 
         yield from read(path, text_field=text_field, at=of_all)
@@ -153,7 +153,7 @@ def _hub_records(source: str, *, text_field: str | None) -> Iterator[Record]:
         revision = None if hub_is_offline() else commit
         table = datasets.load_dataset(source, split="train", revision=revision)
     except Exception as error:  # the hub client raises many unrelated types
-        raise _hub_error(source, error) from error
+        raise _hub_error(source, error=error) from error
     rows = (dict(row) for row in table)
     yield from table_records(rows, where=source, text_field=text_field)
 
@@ -166,10 +166,10 @@ def _hub_commit(source: str) -> str:
     try:
         return HfApi().dataset_info(source, timeout=20).sha or "unknown"
     except Exception as error:  # as above
-        raise _hub_error(source, error) from error
+        raise _hub_error(source, error=error) from error
 
 
-def _hub_error(source: str, error: Exception) -> FetchError:
+def _hub_error(source: str, *, error: Exception) -> FetchError:
     said = (str(error).strip().splitlines() or [""])[0]
     if hub_is_offline():
         why = "HF_HUB_OFFLINE forbids asking the hub, and it is not in the local cache"

@@ -37,16 +37,18 @@ class EncodedDocuments:
         if not encoded:
             return
         tagged = "labels" in encoded[0]
-        self._append("tokens", [document["input_ids"] for document in encoded], smallest=0)
+        self._append("tokens", lists=[document["input_ids"] for document in encoded], smallest=0)
         if tagged:
             for document in encoded:
                 if len(document["labels"]) != len(document["input_ids"]):
                     raise DataError(f"{self.where}: expected one label per token")
-            self._append("labels", [document["labels"] for document in encoded], smallest=-100)
+            self._append(
+                "labels", lists=[document["labels"] for document in encoded], smallest=-100
+            )
         self.tagged = tagged
         self._lengths.extend(len(document["input_ids"]) for document in encoded)
 
-    def _append(self, kind: str, lists: list[list[int]], *, smallest: int) -> None:
+    def _append(self, kind: str, *, lists: list[list[int]], smallest: int) -> None:
         ids = np.concatenate([np.asarray(values, dtype=np.int64) for values in lists])
         if ids.min() < smallest or ids.max() > _LARGEST_ID:
             raise DataError(

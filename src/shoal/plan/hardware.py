@@ -46,7 +46,6 @@ class Device:
     network_bytes_per_second: float
     price_per_hour: float = 0.0
     attention_share: float = 0.5
-    launch_seconds: float = 5e-6
 
     def rate(self, precision: str) -> float:
         """Achievable FLOPs per second; a format the device lacks runs at the next wider one."""
@@ -300,11 +299,15 @@ class Nodes:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Groups of nodes and the network between them (bytes per second, per device, one way)."""
+    """Groups of nodes and the network between them (bytes per second, per device, one way).
+
+    `fabric` is infiniband, roce, efa or ethernet; it sets the latency between nodes.
+    """
 
     groups: tuple[Nodes, ...]
     network_bytes_per_second: float
     network_is_stated: bool = True
+    fabric: str = "infiniband"
     source: str = field(default="", compare=False)
 
     @property

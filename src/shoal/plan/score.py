@@ -12,7 +12,7 @@ from shoal.plan.cost.constants import DEFAULT, Constants
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB
 from shoal.plan.table import Case, cases, read_rows
-from shoal.plan.workload import flops_per_token
+from shoal.plan.workload import Candidate, flops_per_token
 
 LOW_UTILISATION = 0.10
 """Rows slower than this share of the peak measure a broken layout, and are scored apart."""
@@ -77,8 +77,18 @@ def score_case(case: Case, *, constants: Constants = DEFAULT) -> Scored:
     estimator = Estimator(case.workload, case.cluster, case.software, constants)
     prediction = estimator.predict(case.candidate)
     if not case.recompute_is_stated and not prediction.fits:
-        prediction = estimator.predict(replace(case.candidate, recompute="full"))
+        prediction = _with_least_recompute(estimator, candidate=case.candidate)
     return Scored(case=case, prediction=prediction, is_low=_is_low(case, prediction))
+
+
+def _with_least_recompute(estimator: Estimator, *, candidate: Candidate) -> Prediction:
+    """The smallest share of recomputed blocks that fits, in quarters; all of them if none does."""
+    for share in (0.25, 0.5, 0.75):
+        tried = replace(candidate, recompute="full", recompute_share=share)
+        prediction = estimator.predict(tried)
+        if prediction.fits:
+            return prediction
+    return estimator.predict(replace(candidate, recompute="full"))
 
 
 def _is_low(case: Case, prediction: Prediction) -> bool:

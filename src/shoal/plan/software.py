@@ -10,12 +10,21 @@ class Software:
     """What a training program does between the matrix products.
 
     `fused`: norms, activations and rotations are single kernels. `flash`: attention never stores
-    its scores. `modern_attention`: the kernel is made for Hopper or newer (FlashAttention-3,
-    cuDNN). `overlap_*`: share of that communication hidden behind compute when there is enough
-    of it. Bytes are per parameter: `weight_bytes` in compute format, `master_bytes` of the copy
-    that the optimizer updates (0: the weights are that copy), `moment_bytes` of its state,
+    its scores; `attention_version`: 1, 2 or 3 as FlashAttention counts, 3 for any kernel made for
+    Hopper or newer. `elementwise`: memory traffic of norms, activations and rotations over that of
+    fused kernels; `logit_traffic`: bytes per logit of the loss, both passes; `accumulate_bytes`:
+    traffic per parameter and micro batch of adding up gradients.
+
+    `block_host_seconds`: what the host needs to launch one block, both passes, without
+    collectives; `collective_host_seconds` and `send_host_seconds` for one of those;
+    `step_host_seconds` per step (data, logging). `bucket_bytes`: gradients are reduced in pieces
+    of this size; sharded parameters are fetched in `gathers_per_block`. `overlap_*`: share of
+    compute behind which that communication can hide (tensor: share of it that is hidden).
+
+    Bytes are per parameter: `weight_bytes` in compute format, `master_bytes` of the copy that the
+    optimizer updates (0: the weights are that copy), `moment_bytes` of its state,
     `gradient_bytes` of the accumulated gradient, `transient_bytes` alive beside them in the
-    update; `regather_bytes` of the gathered copy after a sharded update. `logit_bytes`: memory per
+    update, `regather_bytes` of the gathered copy after a sharded update. `logit_bytes`: memory per
     logit at the peak of the loss. `unsplit_bytes`: activations per hidden element and block that
     the tensor axis does not split. `keeps_gathers`: two gather buffers of the tensor axis stay
     allocated. `balanced_stages`: stages are cut by compute cost, not by number of blocks.
@@ -25,13 +34,21 @@ class Software:
     name: str
     fused: bool = False
     flash: bool = True
-    modern_attention: bool = False
+    attention_version: int = 2
+    elementwise: float = 2.0
+    logit_traffic: float = 40.0
+    accumulate_bytes: float = 0.0
     sequence_parallel: bool = True
-    launches: float = 1.0
+    block_host_seconds: float = 1.0e-3
+    collective_host_seconds: float = 50e-6
+    send_host_seconds: float = 100e-6
+    step_host_seconds: float = 0.01
+    bucket_bytes: float = 100e6
     overlap_tensor: float = 0.0
     overlap_gradients: float = 0.5
     overlap_shard: float = 0.8
     overlap_sends: float = 0.0
+    gathers_per_block: float = 1.0
     weight_bytes: float = 2.0
     master_bytes: float = 4.0
     moment_bytes: float = 8.0
@@ -47,35 +64,43 @@ class Software:
     resets_peak: bool = False
 
 
-SHOAL = Software(name="shoal", logit_bytes=2.0, overlap_shard=0.8)
+SHOAL = Software(name="shoal", elementwise=4.2, logit_bytes=2.0, overlap_shard=0.73)
 """This project: eager torch, FSDP2, chunked loss, one flat reduction after the last backward."""
 
 NANOTRON = Software(
     name="nanotron",
-    fused=False,
+    elementwise=3.9,
+    logit_traffic=60.0,
+    accumulate_bytes=6.0,
+    block_host_seconds=2.2e-3,
+    collective_host_seconds=215e-6,
+    bucket_bytes=460e6,
+    step_host_seconds=0.036,
+    overlap_gradients=0.35,
     transient_bytes=2.0,
     regather_bytes=2.0,
     keeps_gathers=True,
     unsplit_bytes=9.0,
     balanced_stages=True,
     resets_peak=True,
-    launches=1.5,
 )
 MEGATRON = Software(
     name="megatron",
     fused=True,
-    modern_attention=True,
+    elementwise=1.0,
+    logit_traffic=25.0,
+    attention_version=3,
     overlap_tensor=0.5,
     overlap_gradients=0.8,
-    gradient_bytes=4.0,
     logit_bytes=8.0,
-    balanced_stages=False,
 )
+"""Megatron-Core since 2025: cuDNN attention, communication behind products."""
+NEMO_2024 = replace(MEGATRON, name="nemo-2024", attention_version=2)
 MEGATRON_CLASSIC = replace(
     MEGATRON,
     name="megatron-classic",
     flash=False,
-    modern_attention=False,
+    attention_version=2,
     sequence_parallel=False,
     overlap_tensor=0.0,
     overlap_gradients=0.0,
@@ -83,23 +108,31 @@ MEGATRON_CLASSIC = replace(
     gradient_bytes=2.0,
     dropout=True,
 )
-FSDP = Software(name="fsdp", fused=False)
-FSDP_COMPILED = replace(FSDP, name="fsdp-compiled", fused=True)
+"""Megatron-LM of 2020 to 2022: attention that stores its scores, nothing overlaps."""
+DEEPSPEED_2021 = replace(
+    MEGATRON_CLASSIC, name="deepspeed-2021", overlap_shard=0.0, gathers_per_block=12.0
+)
+"""ZeRO-3 as in arXiv 2104.04473: each parameter is fetched by itself, nothing overlaps."""
 ONEFLOW = replace(MEGATRON_CLASSIC, name="oneflow", overlap_gradients=0.5)
-GPT_NEOX = replace(MEGATRON_CLASSIC, name="gpt-neox", flash=True)
-GENERIC = replace(MEGATRON, name="generic", modern_attention=False, overlap_tensor=0.2)
+GPT_NEOX = replace(MEGATRON_CLASSIC, name="gpt-neox", flash=True, attention_version=1)
+FSDP = Software(name="fsdp", elementwise=4.2, overlap_shard=0.73)
+FSDP_COMPILED = replace(FSDP, name="fsdp-compiled", fused=True, elementwise=1.1)
+FOUNDRY = replace(FSDP, name="foundry", attention_version=1, elementwise=1.7, logit_traffic=17.5)
+"""llm-foundry: fused cross entropy and FlashAttention of the first version."""
+GENERIC = replace(MEGATRON, name="generic", attention_version=2, overlap_tensor=0.2)
 """For software that is not known: fused kernels, FlashAttention-2, some overlap."""
-PROFILES = {
-    p.name: p
-    for p in (
-        SHOAL,
-        NANOTRON,
-        MEGATRON,
-        MEGATRON_CLASSIC,
-        FSDP,
-        FSDP_COMPILED,
-        ONEFLOW,
-        GPT_NEOX,
-        GENERIC,
-    )
-}
+_ALL = (
+    SHOAL,
+    NANOTRON,
+    MEGATRON,
+    NEMO_2024,
+    MEGATRON_CLASSIC,
+    DEEPSPEED_2021,
+    ONEFLOW,
+    GPT_NEOX,
+    FSDP,
+    FSDP_COMPILED,
+    FOUNDRY,
+    GENERIC,
+)
+PROFILES = {profile.name: profile for profile in _ALL}

@@ -14,6 +14,8 @@ from shoal.layout import Layout
 from shoal.legal import ModelFacts
 from shoal.plan.hardware import GB, GIB, Cluster, Device, Nodes, device
 from shoal.plan.software import (
+    DEEPSPEED_2021,
+    FOUNDRY,
     FSDP,
     FSDP_COMPILED,
     GENERIC,
@@ -21,6 +23,7 @@ from shoal.plan.software import (
     MEGATRON,
     MEGATRON_CLASSIC,
     NANOTRON,
+    NEMO_2024,
     ONEFLOW,
     Software,
 )
@@ -144,7 +147,8 @@ def case_of(row: Row) -> Case:
     """Turn one row into a case; raises Skipped with the reason where something is missing."""
     if row["status"] == "suspect":
         raise Skipped("suspect")
-    facts = _facts(row)
+    assumed: list[str] = []
+    facts = _facts(row, assumed)
     sequence, batch, micro = _needed(
         row, "seq_len", "global_batch", "micro_batch", reason="batch or sequence not stated"
     )
@@ -159,7 +163,6 @@ def case_of(row: Row) -> Case:
         raise Skipped("no step time")
     if row["task"].startswith("qlora"):
         raise Skipped("quantised weights are not modelled")
-    assumed: list[str] = []
     software = _software(row, assumed)
     cluster = _cluster(row, workers, assumed)
     shard, level = _sharding(row, replicas, software, cluster, assumed)
@@ -207,12 +210,16 @@ def case_of(row: Row) -> Case:
     )
 
 
-def _facts(row: Row) -> ModelFacts:
+def _facts(row: Row, assumed: list[str]) -> ModelFacts:
     if row["arch"] != "dense":
         raise Skipped("mixture of experts without shape")
-    layers, hidden, heads, vocabulary = _needed(
-        row, "layers", "hidden", "heads", "vocab", reason="model shape not stated"
+    layers, hidden, heads = _needed(
+        row, "layers", "hidden", "heads", reason="model shape not stated"
     )
+    vocabulary = int(_number(row, "vocab"))
+    if not vocabulary:
+        assumed.append("vocabulary")
+        vocabulary = 51200  # the padded GPT-2 vocabulary; half a percent of a large model
     groups = int(_number(row, "kv_heads")) or heads
     inner = int(_number(row, "ffn_hidden")) or 4 * hidden
     exact = "exact" in row.get("params_kind", "exact")
@@ -283,14 +290,14 @@ def _recompute(row: Row, assumed: list[str]) -> str:
 _FRAMEWORKS = (
     ("nanotron", NANOTRON),
     ("megatron-deepspeed", MEGATRON_CLASSIC),
-    ("deepspeed zero", MEGATRON_CLASSIC),
+    ("deepspeed zero", DEEPSPEED_2021),
     ("megatron-bridge", MEGATRON),
+    ("nemo", NEMO_2024),
     ("megatron-core", MEGATRON),
-    ("nemo", MEGATRON),
     ("megatron", MEGATRON),
     ("oneflow", ONEFLOW),
     ("gpt-neox", GPT_NEOX),
-    ("foundry", FSDP),
+    ("foundry", FOUNDRY),
     ("fsdp", FSDP),
     ("litgpt", FSDP),
     ("torchtitan", FSDP),
@@ -354,7 +361,16 @@ def _cluster(row: Row, workers: int, assumed: list[str]) -> Cluster:
         groups=(Nodes(count=-(-workers // per_node), devices=per_node, device=kind),),
         network_bytes_per_second=network or kind.network_bytes_per_second,
         network_is_stated=bool(network),
+        fabric=_fabric(row),
     )
+
+
+def _fabric(row: Row) -> str:
+    text = row["inter_node"].lower()
+    # The sweep of the Ultrascale Playbook ran on the AWS nodes of its authors, which have EFA.
+    if "efa" in text or (not text and row["framework"] == "nanotron"):
+        return "efa"
+    return "roce" if "roce" in text else "infiniband"
 
 
 def _network(text: str, *, per_node: int) -> float:
@@ -390,7 +406,11 @@ def _sharding(
     if replicas > 1:
         assumed.append("sharding")
     # Megatron-Core's published recipes split the optimizer state; its ancestors had no such thing.
-    return (replicas, "optimizer") if software.name == MEGATRON.name else (1, "optimizer")
+    return (
+        (replicas, "optimizer")
+        if software.name in {MEGATRON.name, NEMO_2024.name}
+        else (1, "optimizer")
+    )
 
 
 def gib(num_bytes: float) -> float:

@@ -36,8 +36,9 @@ class Workload:
 class Candidate:
     """One way to run a workload: a layout and everything else that decides time and memory.
 
-    `level` says what the shard axis splits (DESIGN 7): optimizer state only, gradients too, or
-    parameters too. `chunks` is the number of stages per rank of a looped or V schedule.
+    `recompute_share` of the blocks are recomputed. `level` says what the shard axis splits
+    (DESIGN 7): optimizer state only, gradients too, or parameters too. `chunks` is the number of
+    stages per rank of a looped or V schedule.
     """
 
     layout: Layout
@@ -45,10 +46,16 @@ class Candidate:
     schedule: str = "1f1b"
     chunks: int = 1
     recompute: str = "none"
+    recompute_share: float = 1.0
     level: str = "parameters"
     policy: str = "every-step"
     every_steps: int = 1
     codec: str = "none"
+
+    @property
+    def state_split(self) -> int:
+        """Ranks that the shard axis splits states over: those of context hold the same weights."""
+        return self.layout.shard * self.layout.context if self.layout.shard > 1 else 1
 
     def micro_batches(self, workload: Workload) -> int:
         """Micro batches per replica and step, rounded up."""

@@ -10,6 +10,7 @@ from shoal.plan.hardware import Device
 from shoal.plan.software import Software
 from shoal.plan.workload import Workload, attended_tokens
 
+_MODERN = {"hopper", "blackwell"}
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # the tile of large products on Ampere and later (CUTLASS)
 
 
@@ -73,9 +74,12 @@ class Compute:
         """
         constants = self.constants
         flops = 2.0 * rows * columns * depth
-        fill = depth / (depth + constants.half_depth)
-        seconds = flops / (self.sustained_rate(precision) * fill)
+        rate = self.sustained_rate(precision)
+        seconds = flops / rate
         if self.device.multiprocessors:
+            each = rate / self.device.multiprocessors
+            beside = constants.tile_seconds * each / (2.0 * _TILE_ROWS * _TILE_COLUMNS)
+            seconds *= 1 + beside / depth
             tiles = ceil(rows / _TILE_ROWS) * ceil(columns / _TILE_COLUMNS)
             waves = tiles / self.device.multiprocessors
             seconds *= 1 + constants.wave_loss * (ceil(waves) / waves - 1)
@@ -113,7 +117,9 @@ class Compute:
             traffic = self.stream(self.constants.score_bytes * scores) / 3
             return Pass(flops / rate + traffic, 2 * flops / rate + 2 * traffic)
         share = self.device.attention_share
-        if self.software.modern_attention and self.device.generation in {"hopper", "blackwell"}:
+        if self.software.attention_version == 1:
+            share *= self.constants.first_attention
+        elif self.software.attention_version == 3 and self.device.generation in _MODERN:
             share *= self.constants.modern_attention
         row = workload.sequence_tokens / cut.context
         # Small heads leave the matrix units idle between exponentials: 128 is the design point.
@@ -129,7 +135,7 @@ class Compute:
         return Pass(forward, 2.5 * forward)
 
     def block(self, cut: Cut, *, experts: bool = False) -> Pass:
-        """One block without communication: products, attention, elementwise work, launches."""
+        """One block without communication: products, attention, elementwise work."""
         facts = self.workload.facts
         queries = facts.heads * facts.head_size / cut.tensor
         values = facts.heads * facts.value_head_size / cut.tensor
@@ -139,8 +145,7 @@ class Compute:
         work += self.layer(cut.tokens, facts.hidden, values)
         work += self.attention(cut)
         work += self._experts(cut) if experts else self._feed_forward(cut)
-        work += self._elementwise(cut, widths=queries + keys, experts=experts)
-        return self._at_least_launches(work, experts=experts)
+        return work + self._elementwise(cut, widths=queries + keys, experts=experts)
 
     def _feed_forward(self, cut: Cut) -> Pass:
         facts = self.workload.facts
@@ -180,11 +185,13 @@ class Compute:
         dropped = 6.0 if self.software.dropout else 0.0
         forward = (20 + dropped) * hidden + 4 * widths + (6 if facts.gated else 4) * inner
         backward = (30 + dropped) * hidden + 4 * widths + (10 if facts.gated else 6) * inner
-        if not self.software.fused:
-            forward *= constants.eager_traffic
-            backward *= constants.eager_traffic
+        forward *= self.software.elementwise
+        backward *= self.software.elementwise
         if self.workload.precision in {"fp8", "fp4"}:
-            cast = constants.cast_bytes * (2 * hidden + widths + 2 * inner)
+            each = constants.cast_bytes
+            if self.workload.precision == "fp4" and "fp4" in self.device.peak:
+                each = constants.narrow_cast_bytes
+            cast = each * (2 * hidden + widths + 2 * inner)
             forward, backward = forward + cast, backward + cast
         if experts:
             moved = 8.0 * facts.experts_per_token * facts.hidden
@@ -192,13 +199,11 @@ class Compute:
         tokens = cut.tokens
         return Pass(self.stream(forward * tokens), self.stream(backward * tokens))
 
-    def _at_least_launches(self, work: Pass, *, experts: bool) -> Pass:
-        """The host starts one kernel after the other: a pass is never faster than that."""
-        constants, software = self.constants, self.software
-        kernels = constants.fused_launches if software.fused else constants.eager_launches
-        kernels *= software.launches * (1.6 if experts else 1.0)
-        floor = kernels * (self.device.launch_seconds / 5e-6) * constants.launch_seconds
-        return Pass(max(work.forward, floor), max(work.backward, 1.5 * floor))
+    def host(self, *, collectives: int, experts: bool = False) -> float:
+        """Seconds the host needs to start one block, both passes: a lower bound of its time."""
+        software = self.software
+        block = software.block_host_seconds * (1.6 if experts else 1.0)
+        return block + collectives * software.collective_host_seconds
 
     def head(self, *, tokens: float, tensor: int) -> Pass:
         """Final projection and loss; stays in 16 bits when the blocks run in fewer."""
@@ -207,10 +212,8 @@ class Compute:
         precision = self.workload.precision
         precision = "bf16" if precision in {"fp8", "fp4"} else precision
         work = self.layer(tokens, columns, facts.hidden, precision=precision)
-        traffic = self.constants.logit_traffic * tokens * columns
-        if not self.software.fused:
-            traffic *= 1.3
-        return work + Pass(self.stream(traffic) / 2, self.stream(traffic) / 2)
+        traffic = self.stream(self.software.logit_traffic * tokens * columns)
+        return work + Pass(traffic / 2, traffic / 2)
 
     def embedding(self, *, tokens: float) -> Pass:
         """Lookup and its scattered gradient."""

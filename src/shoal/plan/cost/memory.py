@@ -64,17 +64,20 @@ def activation_bytes(
     recompute: str = "none",
     software: Software,
     experts: bool = False,
+    input_bytes: float = 2.0,
 ) -> float:
     """Bytes that one token leaves in one block for the backward pass, on one device.
 
     With dropout, no flash attention, sequence parallel and a feed-forward width of four this is
     (34 h + 5 a s) / t, and without sequence parallel 10 h + (24 h + 5 a s) / t (arXiv 2205.05198,
-    equations 2 to 4; selective recompute drops 5 a s, full keeps 2 h).
+    equations 2 to 4; selective recompute drops 5 a s, full keeps 2 h). `input_bytes` is what an
+    element costs that is kept as input of a matrix product (1 in 8 bits).
     """
     hidden_split = tensor if software.sequence_parallel else 1
     if recompute == "full":
         return 2.0 * facts.hidden / hidden_split
-    hidden = (8.0 + (2.0 if software.dropout else 0.0)) * facts.hidden / hidden_split
+    hidden = 4.0 + 2 * input_bytes + (2.0 if software.dropout else 0.0)
+    hidden *= facts.hidden / hidden_split
     hidden += software.unsplit_bytes * facts.hidden
     queries = facts.heads * facts.head_size
     values = facts.heads * facts.value_head_size
@@ -83,7 +86,8 @@ def activation_bytes(
     if experts:
         inner = facts.experts_per_token * facts.expert_feed_forward + facts.shared_feed_forward
         hidden += 4.0 * facts.experts_per_token * facts.hidden  # copies sent to the experts
-    per_inner = (6.0 if software.fused else 8.0) if facts.gated else 4.0
+    per_inner = (4.0 if software.fused else 6.0) if facts.gated else 2.0
+    per_inner += input_bytes
     split = 2.0 * (queries + groups + values) + per_inner * inner
     if not software.flash and recompute == "none":
         split += (5.0 if software.dropout else 2.0) * facts.heads * sequence_tokens
@@ -140,12 +144,14 @@ def memory_of(
         micro_batches=candidate.micro_batches(workload),
         chunks=candidate.chunks,
     )
-    block = _per_block(workload, candidate=candidate, software=software, recompute=None)
+    block = whole = _per_block(workload, candidate=candidate, software=software, recompute="none")
+    if candidate.recompute != "none":
+        kept = _per_block(workload, candidate=candidate, software=software, recompute=None)
+        block = candidate.recompute_share * kept + (1 - candidate.recompute_share) * whole
     activations = held * stage.blocks * block * tokens
     if candidate.recompute != "none":
         # The block being recomputed is whole again for a moment.
-        whole = _per_block(workload, candidate=candidate, software=software, recompute="none")
-        activations += (whole - block) * tokens
+        activations += (whole - kept) * tokens
     logits = software.logit_bytes * tokens * facts.vocabulary / layout.tensor if last else 0.0
     gathers = 0.0
     if candidate.level == "parameters" and layout.shard > 1:
@@ -181,6 +187,7 @@ def _per_block(
             recompute=recompute or candidate.recompute,
             software=software,
             experts=experts,
+            input_bytes=1.0 if workload.precision in {"fp8", "fp4"} else 2.0,
         )
 
     if not share:
@@ -196,7 +203,7 @@ def _states(
     ZeRO's stages (arXiv 1910.02054, section 5): the optimizer state over the shard axis first,
     then gradients, then parameters.
     """
-    shard = candidate.layout.shard
+    shard = candidate.state_split
     level = candidate.level if shard > 1 else "optimizer"
     split_gradients = shard if level in {"gradients", "parameters"} else 1
     split_weights = shard if level == "parameters" else 1

@@ -78,6 +78,7 @@ class _Work:
     expert: float
     shard: float
     pipeline: float
+    host: float
 
     @property
     def total(self) -> float:
@@ -89,6 +90,7 @@ class _Work:
             + self.expert
             + self.shard
             + self.pipeline
+            + self.host
         )
 
 
@@ -138,7 +140,7 @@ class Estimator:
             "compute": sum(work.passes.total for work in works) / count * micro_batches,
             "recompute": sum(work.recompute for work in works) / count * micro_batches,
         }
-        for part in ("tensor", "context", "expert", "shard", "pipeline"):
+        for part in ("tensor", "context", "expert", "shard", "pipeline", "host"):
             seconds[part] = sum(getattr(work, part) for work in works) / count * micro_batches
         seconds["bubble"] = max(0.0, piped - sum(seconds.values()))
         shard, replicate = self._reduction(
@@ -147,7 +149,7 @@ class Estimator:
         seconds["shard"] += shard
         seconds["replicate"] = replicate
         seconds["update"] = self._update(blocks, candidate=candidate)
-        seconds["host"] = self.constants.step_seconds
+        seconds["host"] += self.software.step_host_seconds
         first, last = self._memory(blocks, candidate=candidate)
         return Prediction(
             candidate=candidate,
@@ -207,8 +209,11 @@ class Estimator:
         )
         tensor, context, expert = self._block_traffic(candidate, tokens=tokens, block=block)
         repeated = {"none": 0.0, "selective": self._selective(candidate), "full": block.forward}
-        again = repeated[candidate.recompute]
+        again = repeated[candidate.recompute] * candidate.recompute_share
         send = self._sends(candidate, tokens=tokens)
+        waiting = self._host_waiting(
+            candidate, busy=block.total + again + tensor + context + expert
+        )
         known: dict[tuple[int, bool, bool], _Work] = {}
         works = []
         for index, count in enumerate(blocks):
@@ -219,7 +224,14 @@ class Estimator:
                     passes += self.compute.embedding(tokens=tokens)
                 if last:
                     passes += self.compute.head(tokens=tokens, tensor=layout.tensor)
-                refetch = 1.5 if candidate.recompute == "full" else 1.0
+                if self.software.accumulate_bytes:
+                    held = stage_parameters(
+                        facts, blocks=count, candidate=candidate, first=first, last=last
+                    )
+                    adding = self.compute.stream(self.software.accumulate_bytes * held)
+                    passes += Pass(0.0, adding)
+                full = candidate.recompute == "full"
+                refetch = 1 + 0.5 * candidate.recompute_share * full
                 known[count, first, last] = _Work(
                     passes,
                     count * again,
@@ -228,9 +240,22 @@ class Estimator:
                     count * expert * refetch,
                     self._fetches(candidate, passes=passes, blocks=count),
                     send,
+                    count * waiting,
                 )
             works.append(known[count, first, last])
         return works
+
+    def _host_waiting(self, candidate: Candidate, *, busy: float) -> float:
+        """Seconds per block and micro batch in which the device waits for the host."""
+        layout = candidate.layout
+        calls = (10 if layout.tensor > 1 else 0) + (4 if layout.expert > 1 else 0)
+        calls += 3 * (layout.context - 1)
+        if layout.shard > 1 and candidate.level != "optimizer":
+            calls += 3
+        needed = self.compute.host(collectives=calls, experts=bool(self.workload.facts.experts))
+        if candidate.recompute == "full":
+            needed *= 4 / 3
+        return max(0.0, needed - busy)
 
     def _selective(self, candidate: Candidate) -> float:
         """Recomputing the attention core; nothing where the kernel does it anyway."""
@@ -282,25 +307,28 @@ class Estimator:
             Group(layout.pipeline, stride),
             num_bytes=2.0 * tokens * self.workload.facts.hidden / split,
         )
-        return 2 * one * candidate.chunks * (1 - self.software.overlap_sends)
+        host = self.software.send_host_seconds
+        return 2 * candidate.chunks * (one * (1 - self.software.overlap_sends) + host)
 
     def _fetches(self, candidate: Candidate, *, passes: Pass, blocks: int) -> float:
         """Exposed seconds per micro batch of gathering parameters and reducing gradients."""
         layout, software = candidate.layout, self.software
         if layout.shard == 1 or candidate.level == "optimizer":
             return 0.0
-        group = Group(layout.shard, layout.tensor * layout.context)
+        group = Group(candidate.state_split, layout.tensor)
         facts = self.workload.facts
         parameters = blocks * facts.block_parameters / layout.tensor
-        gather = (
-            self.traffic.collective(
-                "all-gather", group, num_bytes=software.weight_bytes * facts.block_parameters
-            )
-            / layout.tensor
-            * blocks
+        gather = blocks * self.traffic.collective(
+            "all-gather",
+            group,
+            num_bytes=software.weight_bytes * facts.block_parameters / layout.tensor,
+            pieces=software.gathers_per_block,
         )
         reduce = self.traffic.collective(
-            "reduce-scatter", group, num_bytes=software.reduce_bytes * parameters
+            "reduce-scatter",
+            group,
+            num_bytes=software.reduce_bytes * parameters,
+            pieces=blocks * software.gathers_per_block,
         )
         again = gather if candidate.level == "parameters" else 0.0
         backward = passes.backward + (passes.forward if candidate.recompute == "full" else 0.0)
@@ -336,10 +364,16 @@ class Estimator:
         if layout.shard > 1 and candidate.level == "optimizer":
             group = Group(layout.shard * layout.context, layout.tensor)
             out = self.traffic.collective(
-                "reduce-scatter", group, num_bytes=software.reduce_bytes * held
+                "reduce-scatter",
+                group,
+                num_bytes=software.reduce_bytes * held,
+                pieces=software.reduce_bytes * held / software.bucket_bytes,
             )
             back = self.traffic.collective(
-                "all-gather", group, num_bytes=software.weight_bytes * held
+                "all-gather",
+                group,
+                num_bytes=software.weight_bytes * held,
+                pieces=software.weight_bytes * held / software.bucket_bytes,
             )
             shard = max((1 - software.overlap_gradients) * (out + back), out + back - backward)
         replicate = 0.0
@@ -366,7 +400,7 @@ class Estimator:
             )
             for index, count in enumerate(blocks)
         )
-        return self.compute.update(held / candidate.layout.shard)
+        return self.compute.update(held / candidate.state_split)
 
 
 CODEC_SHARE = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log2
 
 from shoal.plan.cost.constants import Constants
 from shoal.plan.hardware import Cluster
@@ -50,20 +51,32 @@ class Traffic:
         network = self.cluster.network_bytes_per_second * self.constants.network_share * local
         return min(link, network) if local > 1 else network
 
-    def latency(self, group: Group) -> float:
-        """Seconds before the last byte could move: one start, and the hops of the ring."""
+    def latency(self, group: Group, *, operation: str = "all-gather") -> float:
+        """Seconds before the last byte could move: one start, and the hops of the ring.
+
+        An all-reduce over many nodes uses trees: hops grow with the logarithm of the nodes.
+        """
         constants = self.constants
         local = self.local_ranks(group)
         nodes = -(-group.size // local)
         hops = (local - 1) * constants.link_hop_seconds
-        return constants.collective_seconds + hops + (nodes - 1) * constants.network_hop_seconds
+        far = nodes - 1.0
+        if operation == "all-reduce" and nodes > 1:
+            far = min(2 * far, 2 * log2(nodes))
+        hop = constants.network_hop_seconds
+        if self.cluster.fabric in {"efa", "ethernet"}:
+            hop = constants.cloud_hop_seconds
+        return constants.collective_seconds + hops + far * hop
 
-    def collective(self, operation: str, group: Group, *, num_bytes: float) -> float:
-        """Seconds of one collective over a tensor of `num_bytes`; 0 for a group of one."""
+    def collective(
+        self, operation: str, group: Group, *, num_bytes: float, pieces: float = 1.0
+    ) -> float:
+        """Seconds of a collective over `num_bytes` in `pieces` calls; 0 for a group of one."""
         if group.size <= 1 or num_bytes <= 0:
             return 0.0
         sent = ring_bytes(operation, num_bytes=num_bytes, size=group.size)
-        return self.latency(group) + sent / self.rate(group)
+        start = self.latency(group, operation=operation) * max(1.0, pieces)
+        return start + sent / self.rate(group)
 
     def send(self, group: Group, *, num_bytes: float) -> float:
         """Seconds of one message to the next rank of the group."""
@@ -71,4 +84,4 @@ class Traffic:
             return 0.0
         # Neighbouring stages lie in different nodes as soon as one node cannot hold two.
         pair = Group(2, group.stride)
-        return self.latency(pair) + num_bytes / self.rate(pair)
+        return self.constants.collective_seconds + num_bytes / self.rate(pair)

@@ -76,7 +76,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a folder (its tokenizer.json). Raises DataError when there is none."""
+    """The tokenizer of a folder (its tokenizer.json), with its padding and truncation switched off.
+
+    Raises DataError when there is none.
+    """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise DataError(
@@ -84,9 +87,13 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             f"Name a folder that holds tokenizer.json, or use data.tokenizer.kind: train"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises plain Exception
         raise DataError(f"{path}: is not a tokenizer: {error}; fetch or train it again") from error
+    # Some files (MiniLM's) pad and cut every text to a fixed length, which is the packer's work.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def tokenizer_key(folder: Path | str) -> str:

@@ -82,6 +82,16 @@ def test_transformers_reads_it(trained: Path) -> None:
     assert theirs(TEXTS[3])["input_ids"] == ours.encode(TEXTS[3]).ids
 
 
+def test_padding_and_truncation_of_the_file_are_switched_off(trained: Path, tmp_path: Path) -> None:
+    fixed = load_tokenizer(trained)
+    fixed.enable_padding(length=32)
+    fixed.enable_truncation(max_length=4)
+    fixed.save(str(tmp_path / "tokenizer.json"))
+    encoded = load_tokenizer(tmp_path).encode_batch(TEXTS[:5])
+    expected = load_tokenizer(trained).encode_batch(TEXTS[:5])
+    assert [each.ids for each in encoded] == [each.ids for each in expected]
+
+
 def test_bad_folders_and_sizes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer.json: there is no such file"):
         load_tokenizer(tmp_path)

@@ -68,7 +68,8 @@ class Group(ABC):
     def slices(self, own: list[Tensor], bounds: list[tuple[int, int]]) -> list[list[Tensor]]:
         """Part `bounds[rank]` of every flat tensor of every rank: result[rank][index].
 
-        Every rank passes the same number of equally long tensors. The results may be views.
+        Every rank passes the same number of equally long tensors; `bounds` cover them in order.
+        The results may be views.
         """
 
     @abstractmethod
@@ -134,22 +135,29 @@ class ProcessGroup(Group):
     def slices(self, own: list[Tensor], bounds: list[tuple[int, int]]) -> list[list[Tensor]]:
         if self.size == 1:
             return [[tensor[slice(*bounds[0])] for tensor in own]]
-        start, stop = bounds[self.rank]
+        sizes = [stop - start for start, stop in bounds]
+        own_size = sizes[self.rank]
         received: list[list[Tensor]] = [[] for _ in range(self.size)]
         for tensor in own:
-            parts = [tensor[slice(*bound)].contiguous() for bound in bounds]
-            landing = [tensor.new_empty(stop - start) for _ in range(self.size)]
-            sent = tensor.nbytes - parts[self.rank].nbytes
-            self._timed(
-                "all_to_all",
-                sent,
-                lambda parts=parts, landing=landing: dist.all_to_all(  # type: ignore[misc]
-                    landing, parts, group=self._group
-                ),
-            )
-            for rank, part in enumerate(landing):
+            landing = tensor.new_empty(own_size * self.size)
+            self._exchange(tensor, landing, sizes=sizes, own_size=own_size)
+            for rank, part in enumerate(landing.view(self.size, own_size)):
                 received[rank].append(part)
         return received
+
+    def _exchange(
+        self, tensor: Tensor, landing: Tensor, *, sizes: list[int], own_size: int
+    ) -> None:
+        def call() -> None:
+            dist.all_to_all_single(
+                landing,
+                tensor,
+                output_split_sizes=[own_size] * self.size,
+                input_split_sizes=sizes,
+                group=self._group,
+            )
+
+        self._timed("all_to_all", tensor.nbytes - own_size * tensor.element_size(), call)
 
     def assemble_(self, tensor: Tensor, bounds: list[tuple[int, int]]) -> None:
         for source, (start, stop) in enumerate(bounds):

@@ -25,7 +25,9 @@ class Meeting:
 
     def __init__(self, size: int, *, timeout_seconds: float) -> None:
         self.size = size
-        self.slots: list[Any] = [None] * size
+        # Two sets, used in turn: a thread can write into a set again only after a meeting that
+        # everybody reaches after reading it.
+        self.slots: tuple[list[Any], list[Any]] = ([None] * size, [None] * size)
         self.failure: str | None = None
         self._barrier = threading.Barrier(size, timeout=timeout_seconds)
         self._timeout_seconds = timeout_seconds
@@ -54,12 +56,15 @@ class ThreadGroup(Group):
         super().__init__()
         self._meeting = meeting
         self.rank, self.size = rank, meeting.size
+        self._turn = 0
 
     def _exchange(self, value: Any) -> list[Any]:
-        """Everybody's `value`, in rank order. Two meetings: one to see, one to let go."""
-        self._meeting.slots[self.rank] = value
+        """Everybody's `value`, in rank order."""
+        slots = self._meeting.slots[self._turn]
+        self._turn = 1 - self._turn
+        slots[self.rank] = value
         self._wait()
-        return list(self._meeting.slots)
+        return list(slots)
 
     def _wait(self) -> None:
         began = time.perf_counter()
@@ -82,7 +87,7 @@ class ThreadGroup(Group):
         torch.cat(parts, out=flat)
         self.traffic.communication_seconds += time.perf_counter() - began
         self.traffic.sent_bytes["all_reduce"] += 2 * (self.size - 1) * tensor.nbytes // self.size
-        self._wait()  # the slots may be used again
+        self._wait()  # `total` and `flat` may be used again
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         if self.size == 1:

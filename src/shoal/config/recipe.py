@@ -221,9 +221,6 @@ class TrainSection(Section):
                 f"micro_batch_samples {self.micro_batch_samples} does not divide "
                 f"global_batch_samples {self.global_batch_samples}"
             )
-        warmup = self.schedule.warmup_steps
-        if self.steps is not None and warmup >= self.steps and warmup > 0:
-            raise ValueError(f"schedule.warmup_steps {warmup} leaves nothing of {self.steps} steps")
         return self
 
 

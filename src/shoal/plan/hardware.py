@@ -30,6 +30,7 @@ class Device:
 
     `peak` and `achievable` are keyed by number format: fp32, fp16, bf16, fp8, fp4.
     `multiprocessors` run one matrix tile each; 0 where tiles do not matter (CPU).
+    `memory_bytes` is what a program can have, as allocators report it: less than the name says.
     `node_devices` devices share the fast link; `price_per_hour` is in US dollars per device, a
     rounded public on-demand price of 2025 that a cluster file may replace (0 = unknown).
     """
@@ -71,7 +72,7 @@ _VOLTA = Device(
     generation="volta",
     peak={"fp32": 15.7 * TERA, "fp16": 125 * TERA},
     achievable={"fp32": 0.90, "fp16": 0.75},
-    memory_bytes=32 * GIB,
+    memory_bytes=31.7 * GIB,
     memory_bytes_per_second=900 * GB,
     multiprocessors=80,
     node_devices=8,
@@ -85,7 +86,7 @@ _AMPERE = Device(
     generation="ampere",
     peak={"fp32": 19.5 * TERA, "fp16": 312 * TERA, "bf16": 312 * TERA},
     achievable={"fp32": 0.90, "fp16": 0.86, "bf16": 0.86},
-    memory_bytes=80 * GIB,
+    memory_bytes=79.1 * GIB,
     memory_bytes_per_second=2039 * GB,
     multiprocessors=108,
     node_devices=8,
@@ -104,7 +105,7 @@ _HOPPER = Device(
         "fp8": 1978.9 * TERA,
     },
     achievable={"fp32": 0.80, "fp16": 0.803, "bf16": 0.803, "fp8": 0.734},
-    memory_bytes=80 * GIB,
+    memory_bytes=79.1 * GIB,
     memory_bytes_per_second=3350 * GB,
     multiprocessors=132,
     node_devices=8,
@@ -124,7 +125,7 @@ _BLACKWELL = Device(
         "fp4": 9000 * TERA,
     },
     achievable={"fp32": 0.80, "fp16": 0.776, "bf16": 0.776, "fp8": 0.763, "fp4": 0.736},
-    memory_bytes=180 * GIB,
+    memory_bytes=178.4 * GIB,
     memory_bytes_per_second=8000 * GB,
     multiprocessors=148,
     node_devices=8,
@@ -137,12 +138,12 @@ _RACK = {"fp32": 80 * TERA, "fp16": 2500 * TERA, "bf16": 2500 * TERA, "fp8": 500
 _PCIE4 = 25 * GB  # x16 generation 4: 31.5 GB/s on paper, about 25 in peer copies
 
 DEVICES: tuple[Device, ...] = (
-    replace(_VOLTA, name="V100-16", memory_bytes=16 * GIB),
+    replace(_VOLTA, name="V100-16", memory_bytes=15.8 * GIB),
     _VOLTA,
     replace(
         _AMPERE,
         name="A100-40",
-        memory_bytes=40 * GIB,
+        memory_bytes=39.4 * GIB,
         memory_bytes_per_second=1555 * GB,
         price_per_hour=2.0,
     ),
@@ -154,15 +155,15 @@ DEVICES: tuple[Device, ...] = (
     replace(
         _HOPPER,
         name="H100-94",
-        memory_bytes=94 * GIB,
+        memory_bytes=93.1 * GIB,
         memory_bytes_per_second=3900 * GB,
         node_link_bytes_per_second=300 * GB,
     ),
-    replace(_HOPPER, name="GH200-96", memory_bytes=96 * GIB, memory_bytes_per_second=4000 * GB),
+    replace(_HOPPER, name="GH200-96", memory_bytes=94.5 * GIB, memory_bytes_per_second=4000 * GB),
     replace(
         _HOPPER,
         name="H200",
-        memory_bytes=141 * GB,
+        memory_bytes=139.8 * GIB,
         memory_bytes_per_second=4800 * GB,
         price_per_hour=4.5,
     ),
@@ -177,7 +178,7 @@ DEVICES: tuple[Device, ...] = (
         _BLACKWELL,
         name="GB200",
         peak={**_RACK, "fp4": 10000 * TERA},
-        memory_bytes=186 * GIB,
+        memory_bytes=184 * GIB,
         node_devices=72,
         price_per_hour=8.0,
     ),
@@ -196,7 +197,7 @@ DEVICES: tuple[Device, ...] = (
         generation="ada",
         peak={"fp32": 82.6 * TERA, "fp16": 165.2 * TERA, "bf16": 165.2 * TERA, "fp8": 330 * TERA},
         achievable={"fp32": 0.7, "fp16": 0.95, "bf16": 0.95, "fp8": 0.85},
-        memory_bytes=24 * GIB,
+        memory_bytes=23.6 * GIB,
         memory_bytes_per_second=1008 * GB,
         multiprocessors=128,
         network_bytes_per_second=10 / 8 * GB / 8,
@@ -207,7 +208,7 @@ DEVICES: tuple[Device, ...] = (
         _AMPERE,
         name="RTXA6000",
         peak={"fp32": 38.7 * TERA, "fp16": 154.8 * TERA, "bf16": 154.8 * TERA},
-        memory_bytes=48 * GIB,
+        memory_bytes=47.4 * GIB,
         memory_bytes_per_second=768 * GB,
         multiprocessors=84,
         network_bytes_per_second=10 / 8 * GB / 8,
@@ -221,7 +222,7 @@ DEVICES: tuple[Device, ...] = (
         peak={"fp32": 30.3 * TERA, "fp16": 121 * TERA, "bf16": 121 * TERA, "fp8": 242 * TERA},
         # A 72 W card: the sustained clock is about half of the boost clock of the data sheet.
         achievable={"fp32": 0.5, "fp16": 0.5, "bf16": 0.5, "fp8": 0.5},
-        memory_bytes=24 * GIB,
+        memory_bytes=22.0 * GIB,
         memory_bytes_per_second=300 * GB,
         multiprocessors=58,
         network_bytes_per_second=100 / 8 * GB / 8,
@@ -238,7 +239,7 @@ DEVICES: tuple[Device, ...] = (
             "fp8": 2615 * TERA,
         },
         achievable={"fp32": 0.6, "fp16": 0.601, "bf16": 0.601, "fp8": 0.5},
-        memory_bytes=192 * GB,
+        memory_bytes=191.9 * GIB,
         memory_bytes_per_second=5300 * GB,
         multiprocessors=304,
         node_devices=8,
@@ -355,7 +356,9 @@ def parse_cluster(text: str) -> Cluster:
     if text.endswith((".yaml", ".yml")):
         return _cluster_from_file(Path(text))
     parts, _, rate = text.partition(",")
-    groups = tuple(_parse_group(part.strip(), whole=text) for part in parts.split("+"))
+    groups = tuple(
+        group for part in parts.split("+") for group in _parse_group(part.strip(), whole=text)
+    )
     default = min(group.device.network_bytes_per_second for group in groups)
     if not rate.strip():
         return Cluster(
@@ -375,7 +378,7 @@ def parse_cluster(text: str) -> Cluster:
     return Cluster(groups=groups, network_bytes_per_second=speed, source=text)
 
 
-def _parse_group(text: str, *, whole: str) -> Nodes:
+def _parse_group(text: str, *, whole: str) -> list[Nodes]:
     found = re.fullmatch(r"(?:(\d+)\s*x\s*)?(?:(\d+)\s*x\s*)?([A-Za-z].*|4090)", text)
     if found is None:
         raise UserError(
@@ -387,9 +390,11 @@ def _parse_group(text: str, *, whole: str) -> Nodes:
     nodes, per_node = (first, int(found[2])) if found[2] else (1, first)
     if nodes * per_node < 1:
         raise UserError(f"--cluster {whole!r}: there are zero devices; give at least one")
-    if not found[2] and per_node > kind.node_devices:
-        nodes, per_node = -(-per_node // kind.node_devices), kind.node_devices
-    return Nodes(count=nodes, devices=per_node, device=kind)
+    if found[2] or per_node <= kind.node_devices:
+        return [Nodes(count=nodes, devices=per_node, device=kind)]
+    whole, left = divmod(per_node, kind.node_devices)
+    groups = [Nodes(count=whole, devices=kind.node_devices, device=kind)]
+    return groups + ([Nodes(count=1, devices=left, device=kind)] if left else [])
 
 
 def _cluster_from_file(path: Path) -> Cluster:

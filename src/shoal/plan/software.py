@@ -16,7 +16,8 @@ class Software:
     traffic per parameter and micro batch of adding up gradients.
 
     `block_host_seconds`: what the host needs to launch one block, both passes, without
-    collectives; `collective_host_seconds` and `send_host_seconds` for one of those;
+    collectives; `collective_host_seconds` and `send_host_seconds` for one of those, plus
+    `collective_rank_seconds` per rank of the tensor axis;
     `step_host_seconds` per step (data, logging). `bucket_bytes`: gradients are reduced in pieces
     of this size; sharded parameters are fetched in `gathers_per_block`. `overlap_*`: share of
     compute behind which that communication can hide (tensor: share of it that is hidden).
@@ -41,6 +42,7 @@ class Software:
     sequence_parallel: bool = True
     block_host_seconds: float = 1.0e-3
     collective_host_seconds: float = 50e-6
+    collective_rank_seconds: float = 0.0
     send_host_seconds: float = 100e-6
     step_host_seconds: float = 0.01
     bucket_bytes: float = 100e6
@@ -84,6 +86,13 @@ NANOTRON = Software(
     balanced_stages=True,
     resets_peak=True,
 )
+NANOTRON_EARLY = replace(
+    NANOTRON,
+    name="nanotron-early",
+    block_host_seconds=1.8e-3,
+    collective_rank_seconds=245e-6,
+)
+"""The same on an older stack: every collective of the tensor axis costs the host time per rank."""
 MEGATRON = Software(
     name="megatron",
     fused=True,
@@ -124,6 +133,7 @@ GENERIC = replace(MEGATRON, name="generic", attention_version=2, overlap_tensor=
 _ALL = (
     SHOAL,
     NANOTRON,
+    NANOTRON_EARLY,
     MEGATRON,
     NEMO_2024,
     MEGATRON_CLASSIC,

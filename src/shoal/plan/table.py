@@ -23,6 +23,7 @@ from shoal.plan.software import (
     MEGATRON,
     MEGATRON_CLASSIC,
     NANOTRON,
+    NANOTRON_EARLY,
     NEMO_2024,
     ONEFLOW,
     Software,
@@ -312,6 +313,8 @@ def _software(row: Row, assumed: list[str]) -> Software:
     if chosen is None:
         assumed.append("software")
         chosen = GENERIC
+    if chosen is NANOTRON and _is_early_stack(row.get("notes", "")):
+        chosen = NANOTRON_EARLY
     plain = any(word in kernel for word in ("no flash", "none", "standard", "fused softmax"))
     early = row["gpu_type"].startswith("V100") or (
         "fp16" in row["precision"] and "megatron" in name and "flash" not in kernel
@@ -328,6 +331,16 @@ def _software(row: Row, assumed: list[str]) -> Software:
     if row["sp"].lower() in {"yes", "no"}:
         chosen = replace(chosen, sequence_parallel=row["sp"].lower() == "yes")
     return chosen
+
+
+def _is_early_stack(notes: str) -> bool:
+    """Whether a row of the nanotron sweep ran on the older of its two software stacks.
+
+    Its notes hold the all-reduce bandwidth measured in the node: 455 to 461 GB/s with the newer
+    stack and 410 to 430 with the older one, whose collectives cost far more host time.
+    """
+    found = re.search(r"node\s+([\d.]+)/", notes)
+    return found is not None and float(found[1]) < 440
 
 
 def _device(row: Row) -> Device:

@@ -199,11 +199,12 @@ class Compute:
         tokens = cut.tokens
         return Pass(self.stream(forward * tokens), self.stream(backward * tokens))
 
-    def host(self, *, collectives: int, experts: bool = False) -> float:
+    def host(self, *, collectives: int, tensor: int = 1, experts: bool = False) -> float:
         """Seconds the host needs to start one block, both passes: a lower bound of its time."""
         software = self.software
         block = software.block_host_seconds * (1.6 if experts else 1.0)
-        return block + collectives * software.collective_host_seconds
+        each = software.collective_host_seconds + software.collective_rank_seconds * tensor
+        return block + collectives * each
 
     def head(self, *, tokens: float, tensor: int) -> Pass:
         """Final projection and loss; stays in 16 bits when the blocks run in fewer."""

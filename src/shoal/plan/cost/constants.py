@@ -19,7 +19,7 @@ class Constants:
     sustained_fp8: float = 0.95
     # Time of a 128 x 256 tile beside its multiplications: filling the first stages of the copy
     # pipeline and writing the result (some hundred nanoseconds of memory latency each).
-    tile_seconds: float = 9e-7
+    tile_seconds: float = 8e-7
     # Share of the loss by unfilled last waves of 128 x 256 tiles that remains with split-K and
     # persistent kernels.
     wave_loss: float = 0.9
@@ -28,7 +28,7 @@ class Constants:
     # Extra traffic of casting inputs to 8 or 4 bits, bytes per element and product.
     cast_bytes: float = 2.7
     # The same for 4 bits: blocks of 16 with scales, rotations and random rounding (2509.25149).
-    narrow_cast_bytes: float = 14.0
+    narrow_cast_bytes: float = 15.0
     # Row length at which a fused attention kernel reaches half of its rate.
     half_row: float = 780.0
     # Speed of FlashAttention-1 over 2 (arXiv 2307.08691: 2 is 1.7 to 3 times faster), and of a
@@ -48,7 +48,7 @@ class Constants:
     # The same over EFA and plain Ethernet: chunks of megabytes fill the ring hop by hop.
     cloud_hop_seconds: float = 500e-6
     # How much compute slows while a collective runs beside it (shared memory and processors).
-    contention: float = 0.11
+    contention: float = 0.09
     # Bytes per parameter that the update reads and writes, fused and not.
     update_bytes: float = 32.0
     eager_update_bytes: float = 60.0

@@ -103,8 +103,9 @@ class Estimator:
     software: Software = SHOAL
     constants: Constants = DEFAULT
     _blocks: dict[tuple[int, int, int, int, bool], Pass] = field(
-        default_factory=dict, compare=False, repr=False
+        default_factory=dict, init=False, compare=False, repr=False
     )
+    _cuts: dict[int, list[int]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @cached_property
     def compute(self) -> Compute:
@@ -119,12 +120,7 @@ class Estimator:
     def predict(self, candidate: Candidate) -> Prediction:
         """Seconds and bytes of one step of `candidate`."""
         layout, workload = candidate.layout, self.workload
-        blocks = stage_blocks(
-            workload.facts,
-            stages=layout.pipeline,
-            sequence_tokens=workload.sequence_tokens,
-            balanced=self.software.balanced_stages,
-        )
+        blocks = self._stages(candidate)
         micro_batches = candidate.micro_batches(workload)
         works = self._works(blocks, candidate=candidate)
         piped = step_seconds(
@@ -162,6 +158,37 @@ class Estimator:
             peak_flops_per_second=self._peak,
             device_memory_bytes=self.cluster.smallest_memory_bytes,
         )
+
+    def memory_bytes(self, candidate: Candidate) -> float:
+        """Bytes that the device with the highest peak needs; much cheaper than `predict`."""
+        blocks = self._stages(candidate)
+        return max(memory.total for memory in self._memory(blocks, candidate=candidate))
+
+    def fits(self, candidate: Candidate, *, headroom: float = 0.0) -> bool:
+        """Whether every device has the memory that `candidate` needs, and that share to spare."""
+        limit = self.cluster.smallest_memory_bytes * (1 - headroom)
+        return self.memory_bytes(candidate) <= limit
+
+    def floor_seconds(self, candidate: Candidate) -> float:
+        """A lower bound of the step: the compute of the average stage, nothing else."""
+        facts = self.workload.facts
+        share = facts.expert_layers / facts.layers
+        dense = self._block(candidate, experts=False).total if share < 1 else 0.0
+        routed = self._block(candidate, experts=True).total if share else 0.0
+        block = (1 - share) * dense + share * routed
+        stages = candidate.layout.pipeline
+        return candidate.micro_batches(self.workload) * block * facts.layers / stages
+
+    def _stages(self, candidate: Candidate) -> list[int]:
+        stages = candidate.layout.pipeline
+        if stages not in self._cuts:
+            self._cuts[stages] = stage_blocks(
+                self.workload.facts,
+                stages=stages,
+                sequence_tokens=self.workload.sequence_tokens,
+                balanced=self.software.balanced_stages,
+            )
+        return self._cuts[stages]
 
     @cached_property
     def _step_flops(self) -> float:
@@ -252,7 +279,9 @@ class Estimator:
         calls += 3 * (layout.context - 1)
         if layout.shard > 1 and candidate.level != "optimizer":
             calls += 3
-        needed = self.compute.host(collectives=calls, experts=bool(self.workload.facts.experts))
+        needed = self.compute.host(
+            collectives=calls, tensor=layout.tensor, experts=bool(self.workload.facts.experts)
+        )
         if candidate.recompute == "full":
             needed *= 4 / 3
         return max(0.0, needed - busy)

@@ -1,0 +1,284 @@
+"""Says in words, numbers and a picture why a plan was chosen and the others were not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoal.errors import UserError
+from shoal.layout import Layout
+from shoal.plan.cost.step import Estimator, Prediction
+from shoal.plan.hardware import GIB, Cluster
+from shoal.plan.search import Found, Offer, Space, find
+from shoal.plan.workload import Candidate
+from shoal.units import format_bytes, format_count, format_seconds
+
+_COLOURS = {
+    "compute": "#3b6ea5",
+    "recompute": "#8fb3d9",
+    "tensor": "#d1495b",
+    "context": "#edae49",
+    "expert": "#8d6a9f",
+    "shard": "#66a182",
+    "replicate": "#2e8b57",
+    "pipeline": "#c77d3b",
+    "bubble": "#bbbbbb",
+    "update": "#555555",
+    "host": "#e0c3a0",
+    "weights": "#3b6ea5",
+    "gradients": "#66a182",
+    "optimizer": "#8d6a9f",
+    "activations": "#d1495b",
+    "logits": "#edae49",
+    "gathers": "#8fb3d9",
+    "transient": "#c77d3b",
+    "reserve": "#bbbbbb",
+    "context_memory": "#555555",
+}
+
+
+def choices(candidate: Candidate) -> str:
+    """A candidate in one line, in the words of a recipe."""
+    layout = candidate.layout
+    parts = [str(layout), f"micro batch {candidate.micro_batch_samples}"]
+    if layout.pipeline > 1:
+        chunks = f" with {candidate.chunks} stages per rank" if candidate.chunks > 1 else ""
+        parts.append(candidate.schedule + chunks)
+    if layout.shard > 1:
+        parts.append(f"level {candidate.level}")
+    if candidate.recompute != "none":
+        parts.append(f"{candidate.recompute} recompute")
+    if candidate.policy != "every-step":
+        parts.append(f"{candidate.policy} every {candidate.every_steps} steps")
+    return "; ".join(parts)
+
+
+def why_not(best: Prediction, other: Prediction) -> str:
+    """One sentence on the largest thing that makes `other` slower than `best`."""
+    slower = other.step_seconds / best.step_seconds - 1
+    gains = {
+        part: other.seconds.get(part, 0.0) - best.seconds.get(part, 0.0) for part in other.seconds
+    }
+    part = max(gains, key=lambda name: gains[name])
+    reasons = {
+        "compute": "smaller pieces per device compute less efficiently",
+        "recompute": "memory forces recompute",
+        "bubble": f"{other.candidate.layout.pipeline} stages wait for one another",
+        "update": "each device updates more parameters",
+        "host": "the devices wait for the host to start kernels",
+    }
+    reason = reasons.get(part, f"exposed {part} communication")
+    return (
+        f"+{slower:.0%}: {reason} (+{gains[part] / best.step_seconds:.0%} of the step); "
+        f"best was {other.candidate.layout}"
+    )
+
+
+def far_tensor_note(estimator: Estimator, *, best: Prediction) -> str | None:
+    """What a tensor axis that leaves the node would cost, as a sentence; None if it cannot."""
+    cluster = estimator.cluster
+    degree = 2 * cluster.node_devices
+    fixed: dict[str, object] = {"tensor": degree}
+    try:
+        other = find(estimator, space=Space(fixed=fixed, far_tensor=True)).best
+    except UserError:
+        return None
+    exposed = other.exposed_seconds - best.exposed_seconds
+    return (
+        f"tensor {degree} crosses nodes: {exposed / best.step_seconds:+.0%} exposed communication, "
+        f"{other.step_seconds / best.step_seconds - 1:+.0%} step time"
+    )
+
+
+def text(found: Found, *, estimator: Estimator) -> str:
+    """The whole report for a terminal."""
+    best, cluster, workload = found.best, estimator.cluster, estimator.workload
+    lines = [
+        f"{format_count(workload.facts.parameters)} parameters, "
+        f"{workload.global_batch_samples} x {workload.sequence_tokens} tokens per step in "
+        f"{workload.precision}, on {cluster}"
+        + ("" if cluster.network_is_stated else " (the device's usual adapter)"),
+        "",
+        f"Plan: {choices(best.candidate)}",
+        f"  {format_seconds_fine(best.step_seconds)} per step, "
+        f"{format_count(best.tokens_per_second)} tokens/s, {best.mfu:.0%} of peak, "
+        f"{format_bytes(best.peak.total)} of {format_bytes(best.device_memory_bytes)}",
+        "",
+        "Time of a step:",
+        *_bars(best.seconds, total=best.step_seconds, unit="s"),
+        "",
+        f"Memory of the fullest device (stage {'1' if best.peak is best.first else 'last'}):",
+        *_bars(
+            {name: value / GIB for name, value in best.peak.parts().items()},
+            total=best.peak.total / GIB,
+            unit="GiB",
+        ),
+        "",
+        f"Runners-up ({found.examined} candidates in {len(found.families)} families):",
+    ]
+    lines += [
+        f"  +{other.step_seconds / best.step_seconds - 1:.1%}  {choices(other.candidate)}"
+        for other in found.runners_up
+    ]
+    lines += ["", "Rejected:"]
+    lines += [f"  {name}: {why_not(best, other)}" for name, other in found.rejected.items()]
+    far = far_tensor_note(estimator, best=best)
+    if far:
+        lines.append(f"  {far}")
+    return "\n".join(lines)
+
+
+def format_seconds_fine(seconds: float) -> str:
+    """Seconds with three digits below a minute, else as usual."""
+    return f"{seconds:.3g} s" if seconds < 60 else format_seconds(seconds)
+
+
+def _bars(parts: dict[str, float], *, total: float, unit: str) -> list[str]:
+    shown = [(name, value) for name, value in parts.items() if value > 0.002 * total]
+    return [
+        f"  {name:12} {value:9.3g} {unit}  {value / total:5.1%}  "
+        f"{'#' * max(1, round(40 * value / total))}"
+        for name, value in sorted(shown, key=lambda item: -item[1])
+    ]
+
+
+def offers_text(offers: list[Offer], *, chosen: Offer | None, tokens: int) -> str:
+    """The table of device counts for a whole run, and when more no longer pay."""
+    lines = [f"A run over {format_count(tokens)} tokens:"]
+    before: Offer | None = None
+    last_paying: Offer | None = None
+    for offer in offers:
+        price = f"${offer.price:,.0f}" if offer.price else "price unknown"
+        gain = ""
+        if before is not None:
+            worth = (before.seconds / offer.seconds) / (
+                offer.cluster.workers / before.cluster.workers
+            )
+            gain = f"  {worth:.0%} of the added devices pay"
+            if worth >= 0.5:
+                last_paying = offer
+        mark = "->" if offer is chosen else "  "
+        lines.append(
+            f" {mark} {offer.cluster.workers:6d} devices  {format_seconds(offer.seconds):>10}  "
+            f"{price:>12}  {offer.prediction.mfu:4.0%} of peak{gain}"
+        )
+        before = offer
+    if last_paying is not None:
+        lines.append(
+            f"Beyond {last_paying.cluster.workers} devices "
+            + (
+                "is not known here: the cluster ends."
+                if last_paying is offers[-1]
+                else "less than half of the added ones pay."
+            )
+        )
+    if chosen is None:
+        lines.append("None meets the deadline and the budget: allow more of one of them.")
+    return "\n".join(lines)
+
+
+def to_json(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as JSON-able data: times in seconds, memory in bytes."""
+    candidate = prediction.candidate
+    return {
+        "layout": layout_json(candidate.layout),
+        "micro_batch_samples": candidate.micro_batch_samples,
+        "schedule": candidate.schedule if candidate.layout.pipeline > 1 else None,
+        "stages_per_rank": candidate.chunks,
+        "recompute": candidate.recompute,
+        "level": candidate.level if candidate.layout.shard > 1 else None,
+        "policy": candidate.policy,
+        "every_steps": candidate.every_steps,
+        "codec": candidate.codec,
+        "step_seconds": prediction.step_seconds,
+        "tokens_per_second": prediction.tokens_per_second,
+        "mfu": prediction.mfu,
+        "fits": prediction.fits,
+        "seconds": {name: value for name, value in prediction.seconds.items() if value},
+        "peak_memory_bytes": prediction.peak.total,
+        "live_memory_bytes": prediction.peak.live,
+        "memory": {
+            "first_stage": prediction.first.parts(),
+            "last_stage": prediction.last.parts(),
+        },
+    }
+
+
+def layout_json(layout: Layout) -> dict[str, int]:
+    """The degrees of a layout by axis name."""
+    axes = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
+    return {axis: layout.degree(axis) for axis in axes}
+
+
+def report_json(found: Found, *, cluster: Cluster) -> dict[str, Any]:
+    """The whole report as JSON-able data."""
+    return {
+        "cluster": str(cluster),
+        "workers": cluster.workers,
+        "plan": to_json(found.best),
+        "runners_up": [to_json(other) for other in found.runners_up],
+        "rejected": {
+            name: {**to_json(other), "reason": why_not(found.best, other)}
+            for name, other in found.rejected.items()
+        },
+        "examined": found.examined,
+    }
+
+
+def picture(found: Found) -> str:
+    """An SVG of the time and memory breakdown of the plan and its runners-up."""
+    plans = [found.best, *found.runners_up]
+    rows = [_row(plan, index=index, top=found.best) for index, plan in enumerate(plans)]
+    height = 60 + 56 * len(plans) + 70
+    seen = dict.fromkeys(
+        name for plan in plans for name, value in plan.seconds.items() if value > 0.002
+    )
+    seen |= dict.fromkeys(name for plan in plans for name, v in plan.peak.parts().items() if v)
+    legend = [
+        f'<rect x="{20 + 105 * (at % 9)}" y="{height - 48 + 20 * (at // 9)}" width="11" '
+        f'height="11" fill="{_colour(name)}"/><text x="{35 + 105 * (at % 9)}" '
+        f'y="{height - 38 + 20 * (at // 9)}">{name}</text>'
+        for at, name in enumerate(seen)
+    ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{height}" '
+            'font-family="sans-serif" font-size="12">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            '<text x="20" y="24" font-size="15">Time of a step</text>',
+            '<text x="520" y="24" font-size="15">Memory of the fullest device</text>',
+            *rows,
+            *legend,
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def _row(plan: Prediction, *, index: int, top: Prediction) -> str:
+    y = 44 + 56 * index
+    longest = 1.6 * top.step_seconds
+    time = _stack(plan.seconds, x=20, y=y + 16, scale=440 / longest, limit=440)
+    scale = 430 / plan.device_memory_bytes
+    memory = _stack(plan.peak.parts(), x=520, y=y + 16, scale=scale, limit=440)
+    return (
+        f'<text x="20" y="{y + 10}">{choices(plan.candidate)} ({plan.step_seconds:.3g} s, '
+        f"{plan.peak.total / GIB:.0f} GiB)</text>{time}{memory}"
+        f'<line x1="950" x2="950" y1="{y + 14}" y2="{y + 40}" stroke="black"/>'
+    )
+
+
+def _stack(parts: dict[str, float], *, x: float, y: float, scale: float, limit: float) -> str:
+    pieces, at = [], 0.0
+    for name, value in parts.items():
+        width = min(value * scale, limit - at)
+        if width > 0.3:
+            pieces.append(
+                f'<rect x="{x + at:.1f}" y="{y}" width="{width:.1f}" height="22" '
+                f'fill="{_colour(name)}"><title>{name}</title></rect>'
+            )
+            at += width
+    return "".join(pieces)
+
+
+def _colour(name: str) -> str:
+    return _COLOURS.get(name, "#999999")

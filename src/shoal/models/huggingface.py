@@ -56,11 +56,12 @@ def read_config(
             "model: expected an architecture or a path, got neither\n"
             "    set model.architecture (llama, gpt2, bert, ...) or model.path"
         )
-    if vocabulary_size is not None and vocabulary_size > config.vocab_size:
+    size = getattr(config, "vocab_size", None)
+    if vocabulary_size is not None and size is not None and vocabulary_size > size:
         raise ModelError(
-            f"model: its vocabulary has {config.vocab_size} entries, but the tokenizer's has "
-            f"{vocabulary_size}\n    use the tokenizer that belongs to the model, or train one of at "
-            f"most {config.vocab_size} entries"
+            f"model: its vocabulary has {size} entries, but the tokenizer's has "
+            f"{vocabulary_size}\n    use the tokenizer that belongs to the model, or train one of "
+            f"at most {size} entries"
         )
     _check(config)
     config.use_cache = False

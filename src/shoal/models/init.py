@@ -1,4 +1,4 @@
-"""Initial weights that depend on (seed, canonical name, element position) only, in any layout.
+"""Initial weights that are the same in any layout: records how a model begins, and makes it real.
 
 The model's own `_init_weights` runs on the meta device while its tensor operations are recorded:
 per parameter and buffer the last distribution, and what was done to it afterwards (scaling, zeroed
@@ -8,13 +8,13 @@ rows). Any box is then drawn from that record, equal bit for bit to the slice of
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 # no public name for it as of torch 2.13; function modes do not see inside torch.nn.init
@@ -22,17 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_name, ties_of
-from shoal.models.random_bits import Floats, key_of, normal_quantile, uniform
-
-Box = tuple[Sequence[int], Sequence[int]]
-"""Offsets and sizes, one per dim."""
-
-_CHUNK = 1 << 15
-"""Elements drawn at once: the temporaries stay in the second-level cache."""
+from shoal.models.draw import Box, InitRecord, Operation
 
 _FRESH = {"normal_": "normal", "uniform_": "uniform", "zero_": "fill", "fill_": "fill"}
 _REWORK = {"mul_", "div_", "add_", "sub_", "clamp_", "erfinv_"}
-_SQRT_HALF = 0.7071067811865476
 
 
 class Source(Protocol):
@@ -40,65 +33,6 @@ class Source(Protocol):
 
     def tensor(self, name: str, *, box: Box | None = None) -> Tensor | None:
         """The weight (or a box of it) by canonical name."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One recorded step: normal(mean, std), uniform(low, high), fill(value), values, mul_, ..."""
-
-    kind: str
-    arguments: tuple[float, ...] = ()
-    region: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    values: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class InitRecord:
-    """How each parameter and buffer of one model begins; by canonical name."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    programs: Mapping[str, tuple[Operation, ...]]
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-
-    def program(self, name: str) -> tuple[Operation, ...]:
-        """The steps for one name. Raises ModelError when the model never initialises it."""
-        program = self.programs.get(name, ())
-        if not program:
-            raise ModelError(
-                f"{name}: the model's own _init_weights does not initialise it, so its first value "
-                "is unknown\n    start from pretrained weights, or use another family"
-            )
-        return program
-
-    def draw(self, name: str, *, seed: int, box: Box | None = None) -> Tensor:
-        """Initial value of one parameter, or of a box of it; float32 (buffers: their own type).
-
-        The whole is cut, never drawn again: `draw(box)` equals `draw()[box]` bit for bit.
-        """
-        program, shape = self.program(name), self.shapes[name]
-        offsets, sizes = box if box is not None else ((0,) * len(shape), shape)
-        if len(offsets) != len(shape) or any(
-            start < 0 or size < 0 or start + size > whole
-            for start, size, whole in zip(offsets, sizes, shape)
-        ):
-            raise ModelError(f"{name}: box {offsets}+{sizes} is outside shape {shape}")
-        dtype = self.dtypes.get(name, torch.float32)
-        if program[-1].kind == "values" and program[-1].region is None:
-            values = program[-1].values
-            assert values is not None, f"{name}: recorded without its values"
-            cut = tuple(slice(o, o + s) for o, s in zip(offsets, sizes))
-            return values[cut].to(dtype).clone()
-        result = np.empty(
-            int(np.prod(sizes, dtype=np.int64)),
-            dtype=np.float64 if dtype == torch.float64 else np.float32,
-        )
-        if program[0].kind == "fill" and len(program) == 1:
-            result.fill(program[0].arguments[0])
-        else:
-            key = key_of(seed, name)
-            for span, positions in _positions(shape, tuple(offsets), tuple(sizes)):
-                result[span] = _run(program, positions, key=key, shape=shape)
-        return torch.from_numpy(result).to(dtype).reshape(tuple(sizes))
 
 
 def record(model: nn.Module) -> InitRecord:
@@ -110,11 +44,43 @@ def record(model: nn.Module) -> InitRecord:
     # to its own weight must not overwrite the embedding's (its zeroed padding row, for one).
     recorder = _Recorder(model)
     aliases = [name for group in ties_of(model) for name in group[1:]]
-    with _untied(model, aliases), recorder, torch.no_grad():
+    with _untied(model, aliases), _visible_truncation(), recorder, torch.no_grad():
         model.initialize_weights()  # type: ignore[operator]
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
     return recorder.result()
+
+
+_patching = threading.Lock()
+
+
+@contextlib.contextmanager
+def _visible_truncation() -> Iterator[None]:
+    """Spell truncated normals as plain tensor operations: torch >= 2.13 skips them on meta."""
+    import transformers.initialization as theirs
+
+    with _patching:
+        torchs, kept = nn.init.trunc_normal_, theirs.TORCH_INIT_FUNCTIONS["trunc_normal_"]
+        nn.init.trunc_normal_ = theirs.TORCH_INIT_FUNCTIONS["trunc_normal_"] = _truncate
+        try:
+            yield
+        finally:
+            nn.init.trunc_normal_ = torchs
+            theirs.TORCH_INIT_FUNCTIONS["trunc_normal_"] = kept
+
+
+def _truncate(
+    tensor: Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    a: float = -2.0,
+    b: float = 2.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A normal number between a and b by inversion: what torch.nn.init.trunc_normal_ draws."""
+    low, high = ((1 + math.erf((end - mean) / std / math.sqrt(2))) / 2 for end in (a, b))
+    tensor.uniform_(2 * low - 1, 2 * high - 1, generator=generator).erfinv_()
+    return tensor.mul_(std * math.sqrt(2)).add_(mean).clamp_(a, b)
 
 
 @contextlib.contextmanager
@@ -261,90 +227,3 @@ def _region(whole: Tensor, view: Tensor) -> tuple[tuple[int, ...], tuple[int, ..
     if int(np.prod(sizes)) != view.numel():
         raise ModelError(f"initialisation of a strided slice of shape {tuple(view.shape)}")
     return tuple(offsets), tuple(sizes)
-
-
-def _positions(
-    shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
-    """Flat positions of a box in the whole, in row-major order, chunk by chunk."""
-    run, starts = 1, np.zeros(1, dtype=np.uint64)
-    strides = [int(np.prod(shape[d + 1 :], dtype=np.int64)) for d in range(len(shape))]
-    last = len(shape)
-    # dims that the box covers wholly at the end are one run of consecutive elements
-    while last > 0 and sizes[last - 1] == shape[last - 1]:
-        last -= 1
-        run *= shape[last]
-    if last > 0:
-        last -= 1
-        run *= sizes[last]
-    for d in range(last):
-        steps = (np.arange(sizes[d], dtype=np.uint64) + np.uint64(offsets[d])) * np.uint64(
-            strides[d]
-        )
-        starts = (starts[:, None] + steps[None, :]).reshape(-1)
-    if last < len(shape):
-        starts = starts + np.uint64(offsets[last] * strides[last])
-    done = 0
-    rows = max(1, _CHUNK // max(run, 1))
-    for first in range(0, len(starts), rows):
-        for begin in range(0, run, _CHUNK):
-            width = np.arange(begin, min(begin + _CHUNK, run), dtype=np.uint64)
-            block = (starts[first : first + rows, None] + width[None, :]).reshape(-1)
-            yield slice(done, done + len(block)), block
-            done += len(block)
-
-
-def _run(
-    program: Sequence[Operation], positions: NDArray[np.uint64], *, key: int, shape: tuple[int, ...]
-) -> Floats:
-    """Execute a program for some positions; float64."""
-    current: Floats = np.zeros(len(positions), dtype=np.float64)
-    for index, step in enumerate(program):
-        if step.region is None:
-            current = _apply(step, current, positions, key=key + index)
-            continue
-        inside = np.flatnonzero(_inside(positions, shape, step.region))
-        if inside.size:
-            current[inside] = _apply(step, current[inside], positions[inside], key=key + index)
-    return current
-
-
-def _inside(
-    positions: NDArray[np.uint64], shape: tuple[int, ...], region: Any
-) -> NDArray[np.bool_]:
-    rest, result = positions, np.ones(len(positions), dtype=bool)
-    for whole, start, size in zip(reversed(shape), reversed(region[0]), reversed(region[1])):
-        place = rest % np.uint64(whole)
-        rest = rest // np.uint64(whole)
-        result &= (place >= start) & (place < start + size)
-    return result
-
-
-def _apply(step: Operation, current: Floats, positions: NDArray[np.uint64], *, key: int) -> Floats:
-    kind, arguments = step.kind, step.arguments
-    if kind == "normal":
-        drawn = normal_quantile(uniform(positions.copy(), key=key))
-        drawn *= arguments[1]
-        drawn += arguments[0]
-        return drawn
-    if kind == "uniform":
-        drawn = uniform(positions.copy(), key=key)
-        drawn *= arguments[1] - arguments[0]
-        drawn += arguments[0]
-        return drawn
-    if kind == "fill":
-        return np.full_like(current, arguments[0])
-    if kind == "mul_":
-        return current * arguments[0]
-    if kind == "div_":
-        return current / arguments[0]
-    if kind == "add_":
-        return current + arguments[0]
-    if kind == "sub_":
-        return current - arguments[0]
-    if kind == "clamp_":
-        return np.clip(current, arguments[0], arguments[1])
-    if kind == "erfinv_":
-        # a uniform number on (-1, 1) becomes normal: how torch draws a truncated normal
-        return normal_quantile((current + 1.0) * 0.5) * _SQRT_HALF
-    raise ModelError(f"initialisation step {kind!r} of a slice is not supported")

@@ -68,14 +68,14 @@ def normal_quantile(probability: Floats) -> Floats:
     result *= offset
     outside = np.flatnonzero(square > 0.180625)
     if outside.size:
-        signed = offset[outside]
-        root = np.sqrt(-_log(0.5 - np.abs(signed)))
+        chosen = probability[outside]
+        root = np.sqrt(-_log(np.minimum(chosen, 1.0 - chosen)))
         tail = np.where(
             root <= 5.0,
             _ratio(root - 1.6, _TAIL_TOP, _TAIL_BOTTOM),
             _ratio(root - 5.0, _FAR_TOP, _FAR_BOTTOM),
         )
-        result[outside] = np.copysign(tail, signed)
+        result[outside] = np.copysign(tail, chosen - 0.5)
     return result
 
 

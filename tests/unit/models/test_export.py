@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import SETTINGS, auto_class_of, config_of, real_model
+from torch import nn
+
+from shoal.errors import ModelError
+from shoal.models import export as exporting
+from shoal.models.anatomy import canonical_parameters, ties_of
+from shoal.models.export import export
+from shoal.models.huggingface import fingerprint
+
+
+def _export(model: nn.Module, family: str, out: Path, **more) -> Path:
+    tensors = {name: each.detach() for name, each in canonical_parameters(model).items()}
+    return export(
+        tensors=more.pop("tensors", tensors),
+        config=config_of(family),
+        auto_class=auto_class_of(family),
+        out=out,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("family", [*SETTINGS])
+def test_transformers_opens_what_is_written(family: str, tmp_path: Path) -> None:
+    model = real_model(family)
+    out = _export(model, family, tmp_path / "model")
+    factory = getattr(transformers, auto_class_of(family))
+    opened = factory.from_pretrained(out, local_files_only=True)
+    for name, tensor in canonical_parameters(opened).items():
+        assert torch.equal(tensor, canonical_parameters(model)[name]), name
+    assert ties_of(opened) == ties_of(model)
+    # the same weights through shoal's attention and transformers': rounding of float32
+    expected = fingerprint(model)
+    assert fingerprint(opened) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_the_configuration_is_the_users(tmp_path: Path) -> None:
+    out = _export(real_model("gpt2"), "gpt2", tmp_path / "model")
+    written = json.loads((out / "config.json").read_text())
+    assert written["architectures"] == ["GPT2LMHeadModel"]
+    # what shoal changed for itself does not leak out
+    assert (written["attn_pdrop"], written["resid_pdrop"]) == (0.1, 0.1)
+    assert written["use_cache"] and "shoal" not in json.dumps(written)
+    assert (out / "generation_config.json").is_file()
+
+
+def test_large_models_become_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(exporting, "SHARD_SIZE", "20KB")
+    out = _export(real_model("qwen3"), "qwen3", tmp_path / "model", dtype=torch.bfloat16)
+    assert (out / "model.safetensors.index.json").is_file()
+    opened = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert opened.dtype == torch.bfloat16
+
+
+def test_the_tokenizer_travels_along(tmp_path: Path) -> None:
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    with pytest.raises(ModelError, match="no tokenizer files"):
+        _export(real_model("llama"), "llama", tmp_path / "a", tokenizer_directory=source)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["tokenizer"]  # nothing half done
+    (source / "tokenizer.json").write_text("{}")
+    (source / "private.txt").write_text("no")
+    out = _export(real_model("llama"), "llama", tmp_path / "a", tokenizer_directory=source)
+    assert (out / "tokenizer.json").read_text() == "{}" and not (out / "private.txt").exists()
+
+
+def test_nothing_is_written_over_unless_asked(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"model: it exists and is not empty; nothing was written"):
+        _export(real_model("llama"), "llama", out)
+    assert (out / "notes.txt").read_text() == "mine"
+    _export(real_model("llama"), "llama", out, replace=True)
+    assert (out / "model.safetensors").is_file() and not (out / "notes.txt").exists()
+
+
+def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
+    model = real_model("llama")
+    tensors = {name: each.detach() for name, each in canonical_parameters(model).items()}
+    moved = {**tensors, "extra": torch.zeros(1)}
+    norm = moved.pop("model.norm.weight")
+    with pytest.raises(ModelError, match=r"(?s)lacking: model.norm.weight; unknown: extra"):
+        _export(model, "llama", tmp_path / "a", tensors=moved)
+    short = {**tensors, "model.norm.weight": norm[:3]}
+    with pytest.raises(ModelError, match=r"has shape \(3,\), expected \(32,\)"):
+        _export(model, "llama", tmp_path / "a", tensors=short)
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    first, again, other = (fingerprint(real_model("gpt2", seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(first) == 32

@@ -1,0 +1,82 @@
+"""Tiny models of each family, for the tests of this folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.models.huggingface import build_meta, read_config
+from shoal.models.init import materialise, record
+
+_DECODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {**_DECODER, "pad_token_id": 0, "tie_word_embeddings": True},
+    "qwen3": {**_DECODER, "head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "bert": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "granite": {**_DECODER, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "cohere": {**_DECODER, "logit_scale": 0.25},
+    "gemma2": {**_DECODER, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.05},
+    "mistral": {**_DECODER, "sliding_window": 4},
+    "phi3": {**_DECODER, "pad_token_id": 0},
+}
+
+FIRST = ("llama", "qwen3", "gpt2", "bert")
+"""Families that the project names first; the others check that nothing is tied to those."""
+
+VOCABULARY = 61
+
+
+def config_of(family: str) -> Any:
+    """The configuration of a tiny model."""
+    return read_config(architecture=family, settings=SETTINGS[family], vocabulary_size=VOCABULARY)
+
+
+def auto_class_of(family: str) -> str:
+    """The task's auto class that suits the family."""
+    return "AutoModelForTokenClassification" if family == "bert" else "AutoModelForCausalLM"
+
+
+def meta_model(family: str, *, dropout: str = "off") -> nn.Module:
+    """A tiny model on the meta device."""
+    return build_meta(config_of(family), auto_class=auto_class_of(family), dropout=dropout)
+
+
+def real_model(family: str, *, seed: int = 0, dropout: str = "off") -> nn.Module:
+    """A tiny model with weights, in evaluation mode."""
+    model = meta_model(family, dropout=dropout)
+    return materialise(model, record=record(model), seed=seed).eval()
+
+
+def packed_batch(*, rows: int = 2, lengths: tuple[int, ...] = (5, 8, 3)) -> dict[str, Tensor]:
+    """Rows of several documents with tokens that differ between rows."""
+    total = sum(lengths)
+    tokens = torch.arange(rows * total).view(rows, total) * 7 % VOCABULARY
+    places = torch.cat([torch.arange(length) for length in lengths])
+    documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    return {
+        "input_ids": tokens,
+        "position_ids": places.expand(rows, -1),
+        "document_ids": documents.int().expand(rows, -1),
+        "sample_ids": torch.arange(rows),
+    }
+
+
+def columns(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Columns of a batch, as a batch."""
+    return {n: t[:, start:stop] if t.dim() == 2 else t for n, t in batch.items()}

@@ -1,0 +1,40 @@
+"""What all tests share: an environment of their own, one fork server, one bench for tiny runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before anything imports torch: a test run shares few cores with others, and must not spin.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "0"
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+from tiny import Bench  # noqa: E402
+
+from shoal.launch.pool import WorkerPool  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that a test prepares goes into the cache of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def pool(_own_cache: None) -> Iterator[WorkerPool]:
+    """The fork server of the session: a job costs what it computes, not what it imports."""
+    with WorkerPool() as workers:
+        yield workers
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory, pool: WorkerPool) -> Bench:
+    """Trains the tiny recipe; see tests/tiny.py."""
+    return Bench(tmp_path_factory.mktemp("bench"), pool=pool)

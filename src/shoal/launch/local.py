@@ -92,11 +92,13 @@ def train(
     out: str | Path | None = None,
     console: bool | None = None,
     pool: WorkerPool | None = None,
+    fault: str | None = None,
 ) -> Result:
     """Train `recipe` (a shipped name or a YAML file) and return its result.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
-    by default a new one below runs/. Raises UserError for what is wrong with the recipe, Stopped
+    by default a new one below runs/. `fault`: plant a mistake (engine/step.py), to show what it
+    does. Raises UserError for what is wrong with the recipe, Stopped
     after Ctrl-C or SIGTERM once everything is saved.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), _texts(overrides))
@@ -107,7 +109,8 @@ def train(
         inputs = prepare_inputs(resolved, say=show.phase)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         (run / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
-        return _run(resolved, inputs, decision, run=run, pool=workers, console=show, resume=False)
+        job = _Start(recipe=resolved, inputs=inputs, decision=decision, run=run, fault=fault)
+        return _run(job, pool=workers, console=show)
 
 
 def resume(
@@ -125,7 +128,8 @@ def resume(
         show.phase(f"resuming {folder}")
         inputs = prepare_inputs(resolved, say=show.phase)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
-        return _run(resolved, inputs, decision, run=folder, pool=workers, console=show, resume=True)
+        job = _Start(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=True)
+        return _run(job, pool=workers, console=show)
 
 
 def _texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
@@ -149,24 +153,29 @@ def _pool(given: WorkerPool | None) -> Iterator[WorkerPool]:
         yield own
 
 
-def _run(
-    recipe: Recipe,
-    inputs: Inputs,
-    decision: Decision,
-    *,
-    run: Path,
-    pool: WorkerPool,
-    console: Console,
-    resume: bool,
-) -> Result:
+@dataclass(frozen=True)
+class _Start:
+    """What a start of the workers is made of."""
+
+    recipe: Recipe
+    inputs: Inputs
+    decision: Decision
+    run: Path
+    resume: bool = False
+    fault: str | None = None
+
+
+def _run(job: _Start, *, pool: WorkerPool, console: Console) -> Result:
+    run, inputs, decision = job.run, job.inputs, job.decision
     console.phase(f"plan: {decision}")
     (run / "plan.json").write_text(json.dumps(decision.to_json(), indent=1) + "\n", "utf-8")
     payload = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": job.recipe.model_dump(mode="json"),
         "run": str(run),
         "inputs": inputs.to_json(),
         "decision": decision.to_json(),
-        "resume": resume,
+        "resume": job.resume,
+        "fault": job.fault,
     }
     attempt = run_workers(payload, decision=decision, pool=pool, console=console)
     if attempt.stopped is not None:

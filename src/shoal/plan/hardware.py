@@ -392,8 +392,8 @@ def _parse_group(text: str, *, whole: str) -> list[Nodes]:
         raise UserError(f"--cluster {whole!r}: there are zero devices; give at least one")
     if found[2] or per_node <= kind.node_devices:
         return [Nodes(count=nodes, devices=per_node, device=kind)]
-    whole, left = divmod(per_node, kind.node_devices)
-    groups = [Nodes(count=whole, devices=kind.node_devices, device=kind)]
+    full, left = divmod(per_node, kind.node_devices)
+    groups = [Nodes(count=full, devices=kind.node_devices, device=kind)]
     return groups + ([Nodes(count=1, devices=left, device=kind)] if left else [])
 
 

@@ -101,6 +101,7 @@ MEGATRON = Software(
     attention_version=3,
     overlap_tensor=0.5,
     overlap_gradients=0.8,
+    bucket_bytes=500e6,
     logit_bytes=8.0,
 )
 """Megatron-Core since 2025: cuDNN attention, communication behind products."""

@@ -11,8 +11,11 @@ def bubble_fraction(schedule: str, *, stages: int, micro_batches: int, chunks: i
     gpipe and 1f1b: (p-1)/(m+p-1) (arXiv 1811.06965, 2104.04473); interleaved with v chunks per
     rank: (p-1)/(v m + p-1) (2104.04473, section 2.2). Zero-bubble schedules fill the drain with
     weight gradients (2401.10241): ZB-H1 leaves (p-1)(F+B-W), a third of 1f1b when F = B = W, and
-    with v chunks a v-th of that; the V schedule (2405.15362) leaves none when F = B = W.
+    with v chunks a v-th of that; the V schedule (2405.15362) leaves none when F = B = W, counted
+    from a rank's own first piece to its own last.
     """
+    if schedule == "zbv-zero-bubble":
+        return 0.0
     idle = (stages - 1) * _idle_share(schedule, chunks=chunks)
     return idle / (micro_batches + idle)
 
@@ -26,7 +29,9 @@ def _idle_share(schedule: str, *, chunks: int) -> float:
     if schedule == "interleaved-zero-bubble":
         return 1.0 / (3 * chunks)
     if schedule == "zbv-zero-bubble":
-        return 0.0
+        # Ranks start one after the other, half a stage's forward apart, and a step that begins
+        # and ends together for all of them waits for that.
+        return 1.0 / 6
     raise ValueError(f"unknown schedule {schedule!r}")
 
 

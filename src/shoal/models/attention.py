@@ -136,6 +136,12 @@ def attend(
         weights = _capped_weights(query, key, attention_mask, causal, scale, softcap)
         repeated = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return (weights @ repeated).transpose(1, 2), None
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and attention_mask is not None and query.device.type == "cuda":
+        # with a mask, grouped heads fall back to the kernel that holds all scores
+        share = query.shape[1] // key.shape[1]
+        key, value = (each.repeat_interleave(share, dim=1) for each in (key, value))
+        grouped = False
     output = functional.scaled_dot_product_attention(
         query,
         key,
@@ -144,7 +150,7 @@ def attend(
         dropout_p=dropout,
         is_causal=causal,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=grouped,
     )
     return output.transpose(1, 2), None
 

@@ -1,9 +1,10 @@
-"""Attention of short rows on a CPU: blocks of queries, probabilities kept for the backward.
+"""Attention on a CPU in blocks of queries, with the probabilities kept for the backward.
 
 torch's fused kernel for CPUs recomputes what a short row can keep, and multiplies bfloat16 slowly.
 Here each block of queries sees the keys up to its end, by batched matrix products that share the
-keys among the heads of a group. Measured on 2 cores (see docs/log.md): 0.8 of the fused kernel's
-time in float32, 0.4 in bfloat16, at 8 rows of 256 tokens.
+keys among the heads of a group. Forward and backward take, of the fused kernel's time (torch 2.13,
+a core with bfloat16 instructions): 0.4 in bfloat16 for 8 rows of 256 tokens, 0.6 for 1,024 tokens
+in either type, and 1.0 in float32 for 256.
 
 Shapes: B rows, H heads, K key heads, G = H / K, T tokens, Q tokens of a block, D head size.
 """
@@ -19,6 +20,9 @@ from torch.autograd.function import once_differentiable
 _QUERIES = 64
 """Queries per block: smaller blocks waste less on keys to come, larger ones fill the processor."""
 
+_FLOAT32_TOKENS = 512
+"""In float32 shorter rows gain nothing here."""
+
 _KEPT_BYTES = 64 * 2**20
 """Probabilities that one layer may keep; beyond it the fused kernel is used."""
 
@@ -27,14 +31,16 @@ def is_suited(query: Tensor, key: Tensor, *, dropout: float) -> bool:
     """Whether this kernel takes the place of the fused one for these shapes."""
     rows, heads, length, _ = query.shape
     kept = rows * heads * length * length * query.element_size()
+    gains = query.dtype == torch.bfloat16 or (
+        query.dtype == torch.float32 and length >= _FLOAT32_TOKENS
+    )
     return (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.bfloat16)
+        gains
+        and query.device.type == "cpu"
         and query.dtype == key.dtype
         and length == key.shape[2]
         and dropout == 0.0
         and kept <= _KEPT_BYTES
-        and torch.is_grad_enabled()
     )
 
 
@@ -81,7 +87,8 @@ class _Blocks(torch.autograd.Function):
                 _hide(scores.view(rows, heads, stop - start, seen), mask, causal, start)
                 weights = torch.softmax(scores, dim=-1)
                 _scatter(output[:, start:stop], torch.bmm(weights, values[:, :seen]), groups)
-                kept += [block, weights]
+                if any(ctx.needs_input_grad[:3]):
+                    kept += [block, weights]
         ctx.save_for_backward(keys, values, *kept)
         ctx.causal, ctx.scale = causal, scale
         return output

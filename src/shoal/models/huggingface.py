@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from shoal.models.dropout import mute_attention_dropout, mute_dropout
 
 _ALSO_KNOWN = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"}
 """Keys that configurations take besides their fields."""
+
+_building = threading.Lock()
 
 _COUNTS = (
     "vocab_size",
@@ -90,7 +93,8 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
         mute_dropout(config)
     factory = getattr(transformers, auto_class)
     try:
-        with torch.device("meta"):
+        # transformers patches torch while it builds: one thread at a time
+        with _building, torch.device("meta"):
             model: nn.Module = factory.from_config(
                 config, attn_implementation=attention.NAME, dtype=torch.float32
             )

@@ -14,10 +14,10 @@ from transformers.masking_utils import (
 )
 
 from shoal.errors import ModelError
-from shoal.models import attention
+from shoal.models import attention, cpu_attention
 from shoal.models.anatomy import hidden_of
 from shoal.models.attention import attend, build_mask, one_document_each
-from shoal.models.cpu_attention import attend_in_blocks
+from shoal.models.cpu_attention import attend_in_blocks, is_suited
 from shoal.models.passage import Passage, passing
 from shoal.models.probe import probe_packing
 
@@ -177,6 +177,7 @@ def test_blocks_and_the_fused_kernel_agree_in_a_model(monkeypatch: pytest.Monkey
         return attend_in_blocks(*arguments, **named)
 
     monkeypatch.setattr(attention, "attend_in_blocks", counted)
+    monkeypatch.setattr(cpu_attention, "_FLOAT32_TOKENS", 100)
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
@@ -203,6 +204,23 @@ def test_bfloat16_regions_stay_close_to_float32(family: str) -> None:
     # bfloat16 keeps 8 bits; two layers of some ten roundings of 2^-9 each, on values of size 3
     assert float((rounded.float() - exact).detach().abs().max()) < 0.1
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "expected"),
+    [
+        (torch.bfloat16, 64, True),
+        (torch.float32, 256, False),  # no faster there
+        (torch.float32, 512, True),
+        (torch.float64, 512, False),
+        (torch.bfloat16, 4096, False),  # would keep 4 x 4096 x 4096 probabilities per row
+    ],
+)
+def test_blocks_are_used_where_they_gain(dtype: torch.dtype, length: int, expected: bool) -> None:
+    states = torch.empty(2, 4, length, 64, dtype=dtype, device="cpu")
+    assert is_suited(states, states, dropout=0.0) is expected
+    assert not is_suited(states, states, dropout=0.1)
+    assert not is_suited(states[:, :, :1], states, dropout=0.0)  # decoding with a cache
 
 
 def test_terms_that_are_not_known_are_refused() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)  # type: ignore[operator]
+        with _quiet():
+            model.save_pretrained(partial, max_shard_size=SHARD_SIZE)  # type: ignore[operator]
         if tokenizer_directory is not None:
             _copy_tokenizer(Path(tokenizer_directory), partial)
         partial.chmod(0o755)
@@ -71,6 +73,20 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar, which would break into shoal's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

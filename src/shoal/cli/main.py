@@ -8,7 +8,18 @@ from collections.abc import Sequence
 
 import typer
 
-from shoal.cli import config, data, doctor, evaluate, generate, merge, resume, train
+from shoal.cli import (
+    config,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    merge,
+    plan,
+    resume,
+    simulate,
+    train,
+)
 from shoal.errors import ShoalError, UserError
 
 app = typer.Typer(
@@ -27,6 +38,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(plan.app, name="plan")
+app.add_typer(simulate.app, name="simulate")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -78,11 +78,12 @@ def divisible(recipe: Recipe, *, replicate: int) -> list[Problem]:
             )
         ]
     if micro != "auto" and (batch // replicate) % micro:
+        nearest = largest_micro_batch(recipe, replicate=replicate, at_most=micro)
         return [
             Problem(
                 "train.micro_batch_samples",
                 f"{micro} does not divide a replica's share of {batch // replicate} samples",
-                f"use a divisor, such as {largest_micro_batch(recipe, replicate=replicate, at_most=micro)}",
+                f"use a divisor, such as {nearest}",
             )
         ]
     return []

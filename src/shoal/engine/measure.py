@@ -1,4 +1,4 @@
-"""Times this machine for one recipe: number formats, kinds of worker, micro batches. Runs in workers.
+"""Times this machine for one recipe, in workers: number formats, kinds of worker, micro batches.
 
 One job of as many processes as there are cores. Rank 0 first times a lone worker with all cores
 and replicas as threads while the others wait; then all time replicas as processes. What is timed
@@ -63,8 +63,12 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             timeout_seconds=300,
         )
     group = ProcessGroup()
+    devices = torch.cuda.device_count() if recipe.launch.device != "cpu" else 0
     try:
-        results = _all(recipe, inputs, group=group, wanted=payload["wanted"])
+        if devices:
+            results = _accelerated(recipe, devices=devices)
+        else:
+            results = _all(recipe, inputs, group=group, wanted=payload["wanted"])
         if rank == 0:
             report.say("measured", **results)
     finally:
@@ -72,23 +76,41 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     return 0
 
 
-def format_ratio() -> float:
+def _accelerated(recipe: Recipe, *, devices: int) -> dict[str, Any]:
+    """With CUDA devices there is one process per device; only the number format is measured."""
+    ratio = format_ratio(torch.device("cuda"))
+    compute = recipe.precision.compute
+    if compute == "auto":
+        fast = ratio >= WORTH_IT and torch.cuda.is_bf16_supported()
+        compute = "bfloat16" if fast else "float32"
+    return {"rows": [], "compute": compute, "format_ratio": ratio, "devices": devices}
+
+
+def format_ratio(device: torch.device | None = None) -> float:
     """How many times faster bfloat16 matrix products are than float32 ones, on this machine.
 
     1.0 where the processor has no instructions for them (emulation is slower, never faster).
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.full((512, 512), 0.01, dtype=dtype)
-        b = torch.full((512, 512), 0.01, dtype=dtype)
+        size = 512 if device is None else 4096
+        a = torch.full((size, size), 0.01, dtype=dtype, device=device)
+        b = torch.full((size, size), 0.01, dtype=dtype, device=device)
         torch.mm(a, b)
         tries = []
         for _ in range(5):
+            _wait(device)
             began = time.perf_counter()
             torch.mm(a, b)
+            _wait(device)
             tries.append(time.perf_counter() - began)
         seconds[dtype] = min(tries)
     return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None:
+        torch.cuda.synchronize(device)
 
 
 def _all(
@@ -126,7 +148,7 @@ def _all(
         best = _best_micro(rows, wanted["replicas"], group=group)
         seconds = _time(subject, batch, micro=best, group=group)
         rows.append(_row("processes", size, 1, best, seconds))
-    return {"rows": rows, "compute": compute, "format_ratio": ratio.item()}
+    return {"rows": rows, "compute": compute, "format_ratio": ratio.item(), "devices": 0}
 
 
 def _best_micro(rows: list[dict[str, Any]], sizes: list[int], *, group: Group) -> int:

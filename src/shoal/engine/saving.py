@@ -1,4 +1,4 @@
-"""Between the tensors of training and the checkpoint store: who writes what, and reading it back."""
+"""Between the tensors of training and the checkpoint store: who writes what, and reading back."""
 
 from __future__ import annotations
 

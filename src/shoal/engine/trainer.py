@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shoal.comm.group import Group
+from shoal.comm.messages import gather_json
 from shoal.config.load import to_yaml
 from shoal.config.recipe import Recipe
 from shoal.engine.build import Training, build
@@ -19,10 +20,13 @@ from shoal.engine.decision import Decision
 from shoal.engine.export import fingerprint_of, write_model
 from shoal.engine.prepare import Inputs
 from shoal.engine.saving import choose_checkpoint, load, save
+from shoal.engine.step import Batch, StepResult
 from shoal.engine.update import Outcome
 from shoal.errors import RunError, Stopped
+from shoal.layout import Share
 from shoal.observe.events import Fan, Report, RunFiles, Sink, cut_after
 from shoal.observe.memory import LiveStorage, private_bytes
+from shoal.observe.trace import Trace, write_trace
 from shoal.runtime import Place
 
 LOCKED = ("seed", "task", "model", "data", "train.global_batch_samples", "train.exact")
@@ -63,6 +67,7 @@ class Trainer:
             report.say("phase", text="building the model")
         self.training: Training = build(job, group=group, place=place, report=report)
         self.sink: Sink = Fan([])
+        self.trace = Trace(on=job.recipe.observe.trace, rank=group.rank)
         self._started = time.monotonic()
         self._step_began = time.perf_counter()
         self._evaluated_at = -1
@@ -86,25 +91,26 @@ class Trainer:
             self._step_began = time.perf_counter()
             sync.before_step(step)
             share = sync.share()
-            batch = training.batches(step, share)
-            result = self._measured(
-                lambda batch=batch, share=share, step=step: training.forward_backward.run(  # type: ignore[misc]
-                    batch, share=share, step=step, stop=self._stop.is_set()
-                )
-            )
-            outcome = training.update.apply(result)
-            sync.after_step(step)
+            with self.trace.span("batches", step=step):
+                batch = training.batches(step, share)
+            with self.trace.span("forward_backward", step=step):
+                stop = self._stop.is_set()
+                result = self._measured(batch, share=share, step=step, stop=stop)
+            with self.trace.span("update", step=step):
+                outcome = training.update.apply(result)
+                sync.after_step(step)
             self._commit(outcome)
         self._finish()
 
-    def _measured(self, call: Any) -> Any:
-        """The first step of a run is counted storage by storage (DESIGN 5.9)."""
-        if self.training.peak_memory_bytes is not None or self.place.device.type != "cpu":
-            return call()
-        base = self.training.resident_bytes()
-        with LiveStorage(base_bytes=base) as live:
-            result = call()
-        self.training.peak_memory_bytes = live.peak_bytes
+    def _measured(self, batch: Batch, *, share: Share, step: int, stop: bool) -> StepResult:
+        """Run the step; the first one of a run is counted storage by storage (DESIGN 5.9)."""
+        training = self.training
+        run = training.forward_backward.run
+        if training.peak_memory_bytes is not None or self.place.device.type != "cpu":
+            return run(batch, share=share, step=step, stop=stop)
+        with LiveStorage(base_bytes=training.resident_bytes()) as live:
+            result = run(batch, share=share, step=step, stop=stop)
+        training.peak_memory_bytes = live.peak_bytes
         return result
 
     # --- start
@@ -179,7 +185,8 @@ class Trainer:
             self._save()
         if stopping:
             raise Stopped(
-                f"stopped after step {progress.step}, saved; go on with: shoal resume {self.job.run}"
+                f"stopped after step {progress.step}, saved; "
+                f"go on with: shoal resume {self.job.run}"
             )
 
     def _at_end(self) -> bool:
@@ -223,9 +230,10 @@ class Trainer:
             return
         self._evaluated_at = progress.step
         began = time.perf_counter()
-        metrics = training.evaluate()
-        completions = training.complete() if self._first else []
-        self.group.barrier()
+        with self.trace.span("evaluate", step=progress.step):
+            metrics = training.evaluate()
+            completions = training.complete() if self._first else []
+            self.group.barrier()
         self.group.traffic.take()
         if self._first:
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
@@ -248,14 +256,15 @@ class Trainer:
             "inputs": self.job.inputs.to_json(),
         }
         facts["fingerprint"] = fingerprint_of(training) if self._first else None
-        where = save(
-            training.store,
-            training.state,
-            group=self.group,
-            step=progress.step,
-            facts=facts,
-            keep=recipe.checkpoint.keep,
-        )
+        with self.trace.span("save", step=progress.step):
+            where = save(
+                training.store,
+                training.state,
+                group=self.group,
+                step=progress.step,
+                facts=facts,
+                keep=recipe.checkpoint.keep,
+            )
         self._saved_at = progress.step
         self.group.traffic.take()
         if self._first:
@@ -269,6 +278,12 @@ class Trainer:
         whole = training.progress.step >= training.steps
         if self._saved_at != training.progress.step:
             self._save()
+        if job.recipe.observe.trace:
+            found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
+            if self._first:
+                spans = [span for theirs, _ in found for span in theirs]
+                left_out = sum(count for _, count in found)
+                write_trace(job.run / "trace.json", spans, left_out=left_out)
         if self._first:
             if whole and job.final_model:
                 self._report.say("phase", text=f"writing the model to {job.run / 'model'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -80,6 +81,10 @@ def run_seat(job: Job, *, seat: Seat, report: Report) -> int:
         report.say("error", user=True, text=str(error), rank=seat.rank)
         return error.exit_status
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            text = f"{job.run}: no space left on the disk; make room, then: shoal resume {job.run}"
+            report.say("error", user=True, text=text, rank=seat.rank)
+            return UserError.exit_status
         report.say(
             "error",
             user=False,

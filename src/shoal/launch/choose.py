@@ -63,24 +63,31 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             "only makes each slower (fine for a test)"
         )
     if given or recipe.train.exact:
-        compute = recipe.precision.compute
-        if compute == "auto":
-            found = _measured(recipe, inputs, pool=pool, console=console, only_format=True)
-            compute = found["compute"]
-        return _by_rule(recipe, layout=layout, cores=cores, compute=compute)
+        found = _measured(recipe, inputs, pool=pool, console=console, only_format=True)
+        return _by_rule(recipe, layout=layout, cores=cores, found=found)
     found = _measured(recipe, inputs, pool=pool, console=console)
+    if found["devices"]:
+        replicate = _replicas(recipe, at_most=found["devices"])
+        layout = Layout(replicate=replicate)
+        return _by_rule(recipe, layout=layout, cores=cores, found=found)
     return _by_measure(recipe, found=found, cores=cores)
 
 
-def _kind(recipe: Recipe, *, replicate: int) -> Literal["threads", "processes"]:
+def _replicas(recipe: Recipe, *, at_most: int) -> int:
+    """The largest degree up to `at_most` that divides the global batch."""
+    batch = recipe.train.global_batch_samples
+    return max(n for n in range(1, min(at_most, batch) + 1) if batch % n == 0)
+
+
+def _kind(recipe: Recipe, *, replicate: int, devices: int) -> Literal["threads", "processes"]:
     if recipe.launch.workers != "auto":
         return recipe.launch.workers
-    if replicate > 1 and recipe.launch.device != "cuda" and recipe.model.dropout != "framework":
+    if replicate > 1 and not devices and recipe.model.dropout != "framework":
         return "threads"
     return "processes"
 
 
-def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, compute: str) -> Decision:
+def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, found: dict[str, Any]) -> Decision:
     chosen = recipe.train.micro_batch_samples
     fitting = max(1, _MICRO_TOKENS // recipe.data.sequence_tokens)
     if recipe.train.exact:  # nothing that changes a bit may depend on the number of workers
@@ -103,8 +110,16 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, compute: str) -> Dec
         )
     if recipe.launch.threads_per_worker != "auto":
         threads = recipe.launch.threads_per_worker
-    kind = _kind(recipe, replicate=layout.replicate)
-    return Decision(layout, kind, threads, micro, _format(compute), reason)
+    kind = _kind(recipe, replicate=layout.replicate, devices=found["devices"])
+    if kind == "threads" and layout.replicate > 1 and recipe.launch.workers == "auto":
+        reason += "; threads share one copy of the parameters"
+    if recipe.precision.compute == "auto":
+        reason += f"; {_about_format(found)}"
+    return Decision(layout, kind, threads, micro, _format(found["compute"]), reason)
+
+
+def _about_format(found: dict[str, Any]) -> str:
+    return f"bfloat16 products are {found['format_ratio']:.1f} x float32's here"
 
 
 def _format(compute: str) -> Literal["float32", "bfloat16"]:
@@ -130,13 +145,14 @@ def _by_measure(recipe: Recipe, *, found: dict[str, Any], cores: int) -> Decisio
         others = [row["samples_per_second"] for row in rows if row["workers"] != "solo"]
         why = "this machine has one core"
         if others:
-            why = f"one worker with {cores} threads is {lone / max(others):.2f} x the best of replicas"
+            ratio = lone / max(others)
+            why = f"one worker with {cores} threads is {ratio:.2f} x the best of replicas"
         measured["why_one"] = why
     else:
         measured["speedup"] = speedup
         why = f"{speedup:.2f} x one worker with {cores} threads"
     if found["compute"] == "bfloat16":
-        why += f"; bfloat16 products are {found['format_ratio']:.1f} x float32's here"
+        why += f"; {_about_format(found)}"
     threads = recipe.launch.threads_per_worker
     return Decision(
         Layout(replicate=best["replicate"]),
@@ -159,8 +175,7 @@ def _measured(
 ) -> dict[str, Any]:
     """Measurements of this recipe on this machine, from the cache or from a short run."""
     cores = usable_cores()
-    batch = recipe.train.global_batch_samples
-    replicate = max(n for n in range(1, min(cores, batch) + 1) if batch % n == 0)
+    replicate = _replicas(recipe, at_most=cores)
     wanted = _sizes(recipe, replicate=replicate)
     if only_format:
         wanted, replicate = {"solo": [], "replicas": []}, 1
@@ -171,6 +186,7 @@ def _measured(
         "compute": recipe.precision.compute,
         "wanted": wanted,
         "workers": [cores, replicate],
+        "device": recipe.launch.device,
         "torch": version("torch"),
         "machine": _machine(),
     }
@@ -239,4 +255,4 @@ def _measure(
                     found = message
     if found is None:
         raise WorkerError("the measurement ended without a result; its output above says why")
-    return {key: found[key] for key in ("rows", "compute", "format_ratio")}
+    return {key: found[key] for key in ("rows", "compute", "format_ratio", "devices")}

@@ -13,10 +13,10 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest  # noqa: E402
-from tiny import Bench  # noqa: E402
+import pytest
 
-from shoal.launch.pool import WorkerPool  # noqa: E402
+from shoal.launch.pool import WorkerPool
+from tiny import Bench
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -14,12 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.config.load import load_recipe
-from shoal.engine.prepare import prepare_inputs
 from shoal.launch import local
-from shoal.launch.choose import choose
 from shoal.launch.pool import WorkerPool
-from shoal.observe.console import Console
 from shoal.observe.events import read_lines
 
 SUBJECTS = (
@@ -87,17 +82,20 @@ launch: {{workers: processes, threads_per_worker: 1}}
 
 
 def tales(*, seed: int, documents: int) -> list[str]:
-    """Made-up documents of very uneven length: 1 to 9 sentences."""
+    """Made-up documents of very uneven length: a word or two, or 1 to 9 sentences.
+
+    A document's last token predicts nothing, so packed rows differ in their number of targets.
+    """
     draw = random.Random(seed)
-    lengths = [draw.choice((1, 1, 1, 2, 3, 9)) for _ in range(documents)]
-    return [" ".join(_sentence(draw) for _ in range(length)) for length in lengths]
+    lengths = [draw.choice((0, 0, 0, 0, 1, 2, 9)) for _ in range(documents)]
+    return [" ".join(_sentence(draw) for _ in range(n)) or draw.choice(ENDS) for n in lengths]
 
 
 def _sentence(draw: random.Random) -> str:
     return " ".join(draw.choice(words) for words in (SUBJECTS, VERBS, OBJECTS, ENDS)) + "."
 
 
-def write_corpus(path: Path, *, seed: int = 0, documents: int = 240) -> Path:
+def write_corpus(path: Path, *, seed: int = 0, documents: int = 400) -> Path:
     """JSON lines with the column `text`."""
     lines = [json.dumps({"text": text}) + "\n" for text in tales(seed=seed, documents=documents)]
     path.write_text("".join(lines), encoding="utf-8")
@@ -163,36 +161,16 @@ class Bench:
             self._known[overrides] = self.train(*overrides)
         return self._known[overrides]
 
-    def train(self, *overrides: str, out: Path | None = None) -> Run:
-        """A new run with these overrides, all its own."""
+    def train(self, *overrides: str, out: Path | None = None, fault: str | None = None) -> Run:
+        """A new run with these overrides, all its own; `fault` plants a mistake."""
         out = out or self.new_path()
-        local.train(self.recipe, overrides, out=out, console=False, pool=self.pool)
+        local.train(self.recipe, overrides, out=out, console=False, pool=self.pool, fault=fault)
         return Run(out)
 
     def resume(self, run: Run, *overrides: str) -> Run:
         """Go on with `run`."""
         local.resume(run.path, overrides, console=False, pool=self.pool)
         return run
-
-    def payload(self, *overrides: str, **extra: Any) -> Run:
-        """A run whose workers are told more than a recipe can say (such as a planned fault)."""
-        recipe = load_recipe(str(self.recipe), overrides)
-        inputs = prepare_inputs(recipe, say=lambda _: None)
-        console = Console(out=open(os.devnull, "w"))  # noqa: SIM115
-        decision = choose(recipe, inputs=inputs, pool=self.pool, console=console)
-        out = self.new_path()
-        out.mkdir()
-        payload = {
-            "recipe": recipe.model_dump(mode="json"),
-            "run": str(out),
-            "inputs": inputs.to_json(),
-            "decision": decision.to_json(),
-            "resume": False,
-            **extra,
-        }
-        local.run_workers(payload, decision=decision, pool=self.pool, console=console)
-        console.close()
-        return Run(out)
 
     def command(self, *words: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
         """Run the real command to its end."""

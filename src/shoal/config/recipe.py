@@ -19,7 +19,9 @@ Auto = Literal["auto"]
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values cannot change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 # --- task ---------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class TrainSection(Section):
     micro_batch_samples: Count | Auto = "auto"
     max_gradient_norm: Rate | None = 1.0
     evaluate_every_steps: Annotated[int, Field(ge=0)] = 100
-    """0: only at the end of a run is the model evaluated never."""
+    """Also before the first step and after the last; 0: never."""
     optimizer: OptimizerSection = AdamW()
     schedule: ScheduleSection = Cosine()
     freeze: tuple[str, ...] = ()
@@ -212,14 +214,16 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of `steps` and `epochs`")
+            raise ValueError("give exactly one of `steps` and `epochs` (null takes one away)")
         if (
             self.micro_batch_samples != "auto"
             and self.global_batch_samples % self.micro_batch_samples
         ):
+            near = range(min(self.micro_batch_samples, self.global_batch_samples), 0, -1)
+            divisor = next(n for n in near if self.global_batch_samples % n == 0)
             raise ValueError(
                 f"micro_batch_samples {self.micro_batch_samples} does not divide "
-                f"global_batch_samples {self.global_batch_samples}"
+                f"global_batch_samples {self.global_batch_samples}; {divisor} does"
             )
         return self
 

@@ -1,85 +1,152 @@
-"""The effective statement of a recipe: what will happen, in numbers; "decided at start" where open."""
+"""The effective statement of a recipe: what will happen, in numbers and plain words."""
 
 from __future__ import annotations
 
-from shoal.config.recipe import Recipe
+from shoal.config.recipe import Constant, Cosine, Muon, Recipe, WarmupStableDecay
 from shoal.units import format_count
 
 _OPEN = "decided at start"
 
 
 def statement(recipe: Recipe) -> list[str]:
-    """Lines that say what the run will do: batch, steps, schedule, who reduces what, formats."""
-    train, data = recipe.train, recipe.data
-    batch_tokens = train.global_batch_samples * data.sequence_tokens
-    upper = "" if data.packing else "at most "
+    """Lines that say what the run will do; "decided at start" where the recipe leaves it open."""
     lines = [
-        f"global batch: {train.global_batch_samples} samples = "
-        f"{upper}{format_count(batch_tokens)} tokens, in any layout",
-        f"optimizer steps: {_steps(recipe)}",
-        f"schedule: {_schedule(recipe)}",
+        f"global batch: {_batch(recipe)}",
+        f"length: {_length(recipe)}",
+        f"learning rate: {_schedule(recipe)}",
+        f"optimizer: {_optimizer(recipe)}",
         f"workers: {_workers(recipe)}",
-        f"micro batch: {_or_open(train.micro_batch_samples)} samples",
+        f"micro batch: {_micro(recipe)}",
         f"gradients: {_reduction(recipe)}",
-        f"computes in: {_or_open(recipe.precision.compute)}; weights, optimizer and reduction in "
-        f"{recipe.precision.reduce}",
-        f"saves: {_every(recipe.checkpoint.every_steps)}, keeping {recipe.checkpoint.keep}",
-        f"evaluates: {_every(train.evaluate_every_steps, never=True)}",
+        f"numbers: {_numbers(recipe)}",
+        f"saves: {_every(recipe.checkpoint.every_steps)}; keeps the last {recipe.checkpoint.keep}",
+        f"evaluates: {_evaluation(recipe)}",
     ]
-    if train.exact:
-        lines.append("exact: the same bits in any replicate degree and kind of worker")
-    if train.stop_after_steps is not None:
-        lines.append(f"stops early after step {train.stop_after_steps}; resumable, same schedule")
+    if recipe.train.exact:
+        lines.append(
+            "exact: the same bits in any replicate degree and kind of worker; slower: one thread "
+            "a worker, gradients added in one fixed tree"
+        )
+    if recipe.train.stop_after_steps is not None:
+        lines.append(
+            f"stops early: after step {recipe.train.stop_after_steps}, saved; shoal resume goes on"
+        )
     return lines
 
 
-def _or_open(value: object) -> str:
-    return _OPEN if value in ("auto", None) else str(value)
+def _batch(recipe: Recipe) -> str:
+    samples, tokens = recipe.train.global_batch_samples, recipe.data.sequence_tokens
+    if recipe.data.packing:
+        return f"{samples} samples x {tokens} tokens = {samples * tokens:,} tokens a step"
+    return f"{samples} samples of at most {tokens} tokens, up to {samples * tokens:,} a step"
 
 
-def _steps(recipe: Recipe) -> str:
+def _length(recipe: Recipe) -> str:
     train = recipe.train
     if train.steps is None:
-        return f"{train.epochs} epochs ({_OPEN}: the data is counted first)"
-    total = train.steps * train.global_batch_samples
-    tokens = format_count(total * recipe.data.sequence_tokens)
-    return f"{train.steps} ({total:,} samples, {tokens} tokens when rows are full)"
+        return f"{train.epochs:g} epochs of the data; optimizer steps {_OPEN}"
+    samples = train.steps * train.global_batch_samples
+    most = "" if recipe.data.packing else "at most "
+    tokens = format_count(samples * recipe.data.sequence_tokens)
+    return f"{train.steps} optimizer steps = {samples:,} samples, {most}{tokens} tokens"
 
 
 def _schedule(recipe: Recipe) -> str:
-    schedule = recipe.train.schedule
-    peak = recipe.train.optimizer.learning_rate
-    length = recipe.train.steps or "all"
-    return (
-        f"{schedule.kind}, warm-up of {schedule.warmup_steps} steps to {peak:g}, "
-        f"over {length} steps"
+    schedule, optimizer = recipe.train.schedule, recipe.train.optimizer
+    peak, last = optimizer.learning_rate, recipe.train.steps or "the last"
+    begins = f"rises to {peak:g} over {schedule.warmup_steps} steps, then "
+    if not schedule.warmup_steps:
+        begins = f"begins at {peak:g} and "
+    if isinstance(schedule, Constant):
+        return f"{begins}stays, to step {last}"
+    floor = f"{schedule.final_fraction * peak:g} at step {last}"
+    if isinstance(schedule, WarmupStableDecay):
+        return f"{begins}stays; over the last {schedule.decay_steps} steps falls to {floor}"
+    shape = "by half a cosine" if isinstance(schedule, Cosine) else "in a straight line"
+    return f"{begins}falls {shape} to {floor}"
+
+
+def _optimizer(recipe: Recipe) -> str:
+    optimizer, limit = recipe.train.optimizer, recipe.train.max_gradient_norm
+    kind = "adamw"
+    if isinstance(optimizer, Muon):
+        kind = (
+            f"muon for matrices of the blocks, adamw (peak {optimizer.adamw_learning_rate:g}) else"
+        )
+    clipped = "not clipped" if limit is None else f"clipped at {limit:g}"
+    text = (
+        f"{kind}; weight decay {optimizer.weight_decay:g} (not on norms, biases, embeddings); "
+        f"global gradient norm {clipped}"
     )
+    frozen = recipe.train.freeze
+    return text + (f"; frozen: {', '.join(frozen)}" if frozen else "")
+
+
+def _degree(recipe: Recipe) -> int | None:
+    """Replicas, or None where they are decided at start."""
+    given = recipe.parallel.replicate
+    return given if given is not None else (None if recipe.parallel.auto else 1)
 
 
 def _workers(recipe: Recipe) -> str:
-    parallel = recipe.parallel
-    if parallel.auto and parallel.replicate is None:
-        return f"{_OPEN} for this machine"
-    count = 1
-    for axis in ("replicate", "shard", "context", "tensor", "pipeline"):
-        count *= getattr(parallel, axis) or 1
-    kind = "workers" if recipe.launch.workers == "auto" else recipe.launch.workers
-    return f"{count} {kind}"
+    degree, kind = _degree(recipe), recipe.launch.workers
+    if degree is None:
+        asked = "" if kind == "auto" else f" ({kind})"
+        return f"{_OPEN} for this machine{asked}: how many, and threads in each"
+    per = recipe.train.global_batch_samples // degree
+    threads = recipe.launch.threads_per_worker
+    each = f"threads in each {_OPEN}" if threads == "auto" else f"{threads} threads in each"
+    if degree == 1:
+        return f"one, rank 0, with the whole batch; {each}"
+    what = {"auto": "workers", "threads": "threads of one process"}.get(kind, kind)
+    return (
+        f"{degree} {what}, ranks 0-{degree - 1}; each a whole replica, with {per} samples of the "
+        f"batch; {each}"
+    )
+
+
+def _micro(recipe: Recipe) -> str:
+    micro, degree = recipe.train.micro_batch_samples, _degree(recipe)
+    if micro == "auto":
+        return f"{_OPEN}; it does not change what is learned"
+    text = f"{micro} samples"
+    if degree is not None:
+        text += (
+            f", {recipe.train.global_batch_samples // degree // micro} of them a worker and step"
+        )
+    return text
 
 
 def _reduction(recipe: Recipe) -> str:
-    replicas = recipe.parallel.replicate
-    if replicas is None and not recipe.parallel.auto:
-        replicas = 1
-    if replicas == 1:
-        return "one replica, nothing to reduce"
-    many = "all replicas" if replicas is None else f"{replicas} replicas"
-    codec = recipe.sync.codec.kind
-    sent = "as they are" if codec == "none" else f"by {codec}"
-    return f"summed over {many} at {recipe.sync.kind.replace('-', ' ')}, sent {sent}"
+    degree, codec = _degree(recipe), recipe.sync.codec.kind
+    divided = "divided by the targets of the whole batch"
+    if degree == 1:
+        return f"one replica, nothing to reduce; {divided}"
+    ranks = f"all replicas ({_OPEN})" if degree is None else f"ranks 0-{degree - 1}"
+    sent = "sent as they are" if codec == "none" else f"sent by {codec}"
+    when = recipe.sync.kind.replace("-", " ")
+    return f"summed over {ranks} at {when} in {recipe.precision.reduce}, {sent}; {divided}"
 
 
-def _every(steps: int, *, never: bool = False) -> str:
-    if steps == 0:
-        return "never" if never else "at the end"
-    return f"every {steps} steps and at the end"
+def _numbers(recipe: Recipe) -> str:
+    compute = recipe.precision.compute
+    kept = "weights and optimizer state are kept in float32"
+    if compute == "auto":
+        return f"computes in bfloat16 where this machine is faster with it ({_OPEN}); {kept}"
+    return f"computes in {compute}; {kept}"
+
+
+def _evaluation(recipe: Recipe) -> str:
+    if not recipe.train.evaluate_every_steps:
+        return "never"
+    samples = recipe.data.evaluation_samples
+    which = "all" if samples is None else f"at most {samples}"
+    share = f"{recipe.data.validation_fraction:.0%} of the documents"
+    return (
+        f"before the first step and {_every(recipe.train.evaluate_every_steps)}, on {which} "
+        f"validation samples ({share} are kept apart)"
+    )
+
+
+def _every(steps: int) -> str:
+    return f"every {steps} steps and at the end" if steps else "at the end and when stopped"

@@ -13,7 +13,7 @@ import torch
 
 from shoal.comm.group import Group
 from shoal.comm.messages import gather_json
-from shoal.config.load import to_yaml
+from shoal.config.locked import LOCKED, changed
 from shoal.config.recipe import Recipe
 from shoal.engine.build import Training, build
 from shoal.engine.decision import Decision
@@ -28,9 +28,6 @@ from shoal.observe.events import Fan, Report, RunFiles, Sink, cut_after
 from shoal.observe.memory import LiveStorage, private_bytes
 from shoal.observe.trace import Trace, write_trace
 from shoal.runtime import Place
-
-LOCKED = ("seed", "task", "model", "data", "train.global_batch_samples", "train.exact")
-"""What a resumed run must have in common with the run that saved."""
 
 
 @dataclass(frozen=True)
@@ -317,21 +314,9 @@ def _facts(job: Job) -> dict[str, Any]:
     return {"decision": job.decision.to_json(), "torch": torch.__version__}
 
 
-def _pick(tree: dict[str, Any], path: str) -> Any:
-    for part in path.split("."):
-        tree = tree.get(part, {}) if isinstance(tree, dict) else {}
-    return tree
-
-
 def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any], *, at: Path) -> None:
-    for path in LOCKED:
-        if _pick(saved, path) != _pick(wanted, path):
-            raise RunError(
-                f"{at}: {path} differs from the run that was saved; a resumed run keeps "
-                f"{', '.join(LOCKED)}. Start a new run with --out for other values"
-            )
-
-
-def write_recipe(run: Path, recipe: Recipe) -> None:
-    """RUN/config.yaml: the recipe as resolved."""
-    (run / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    for path in changed(saved, wanted):
+        raise RunError(
+            f"{at}: {path} differs from the run that was saved; a resumed run keeps "
+            f"{', '.join(LOCKED)}. Start a new run with --out for other values"
+        )

@@ -1,0 +1,97 @@
+"""YAML as data: version 1.2's plain scalars, no key twice in one mapping, and text that reads back.
+
+PyYAML follows YAML 1.1, where `off` is False, `1e-3` is text, `1:30` is 90 and a date is an
+object; a recipe that says `dropout: off` means the word (https://yaml.org/spec/1.2.2/, 10.3.2).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from shoal.errors import UserError
+
+_PLAIN = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("merge", r"<<", "<"),
+)
+"""Tag, pattern and first characters of the scalars that are not text."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars by YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would take for something else."""
+
+
+for _tag, _pattern, _first in _PLAIN:
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+        )
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str | int | float | bool | None):
+            raise UserError(f"line {line}: expected a word as key, got {type(key).__name__}")
+        if key in seen:
+            raise UserError(f"line {line}: the key {key!r} is given twice; keep one of them")
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text[2:] if base != 10 else text, base)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def parse(text: str) -> Any:
+    """The value of `text`. Raises yaml.YAMLError, or UserError for a key given twice."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_mapping(text: str, *, source: str) -> dict[str, Any]:
+    """A mapping from `text`. Raises UserError that names `source` and the line."""
+    try:
+        value = parse(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}, line {mark.line + 1}" if mark is not None else source
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{where}: not valid YAML: {reason}") from None
+    except UserError as error:
+        raise UserError(f"{source}, {error}") from None
+    if not isinstance(value, dict):
+        got = "nothing" if value is None else type(value).__name__
+        raise UserError(
+            f"{source}: expected a mapping of sections (model:, data:, train:), got {got}"
+        )
+    return value
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """`tree` as text that `parse` reads back to an equal tree; keys stay in order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -156,8 +156,12 @@ def main() -> None:
             for name in names if number % 2 else reversed(names):
                 command, out = makers[name](number)
                 result = run(command, out=out)
-                print(f"round {number}: {name}: {result['step'] * 1000:.0f} ms a step, first after "
-                      f"{result['first']:.1f} s", file=sys.stderr, flush=True)
+                print(
+                    f"round {number}: {name}: {result['step'] * 1000:.0f} ms a step, first after "
+                    f"{result['first']:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if number >= 0:
                     found[name].append(result)
     print("| pair | median ratio | 90 % interval | goal |\n| --- | ---: | --- | ---: |")
@@ -166,13 +170,19 @@ def main() -> None:
             ratios = [b["step"] / a["step"] for a, b in zip(found[ours], found[theirs])]
             low, high = interval(ratios)
             aim = "stated" if goal is None else f">= {goal}"
-            print(f"| {ours} / {theirs} | {statistics.median(ratios):.3f} "
-                  f"| {low:.3f} to {high:.3f} | {aim} |")
+            print(
+                f"| {ours} / {theirs} | {statistics.median(ratios):.3f} "
+                f"| {low:.3f} to {high:.3f} | {aim} |"
+            )
     for theirs in ("ddp", "trainer"):
         if "shoal-processes" in found and theirs in found:
-            ratios = [a["first"] / b["first"] for a, b in zip(found["shoal-processes"], found[theirs])]
-            print(f"| command to first step: shoal-processes / {theirs} "
-                  f"| {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} | <= 0.6 |")
+            ratios = [
+                a["first"] / b["first"] for a, b in zip(found["shoal-processes"], found[theirs])
+            ]
+            print(
+                f"| command to first step: shoal-processes / {theirs} "
+                f"| {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} | <= 0.6 |"
+            )
 
 
 if __name__ == "__main__":

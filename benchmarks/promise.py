@@ -1,10 +1,10 @@
-"""Draws the promise: five ways to run one recipe, their curves and their differences, beside a fault.
+"""Draws the promise: six ways to run a recipe, their curves and differences, beside a fault.
 
-    python benchmarks/promise.py [--steps 200] [--recipe quickstart] [--bf16]
+    python benchmarks/promise.py [--steps 200] [--recipe quickstart] [--compute bfloat16]
 
 Runs the recipe in float32 with 1, 2 and 4 replicas as processes and as threads, and once with a
-planted mistake (the mean of the micro batches' means). Writes docs/promise.png and docs/promise.json
-(losses, largest relative differences, commit), and prints the table.
+planted mistake (the mean of the micro batches' means). Writes docs/promise.png and
+docs/promise.json (losses, largest relative differences, commit), and prints the table.
 """
 
 from __future__ import annotations
@@ -110,10 +110,16 @@ def main() -> None:
             else:
                 curves[name] = losses
             against = differences(losses, curves[REFERENCE])
-            print(f"{name}: last loss {losses[-1]:.6f}, largest difference {max(against):.2e}",
-                  flush=True)
+            print(
+                f"{name}: last loss {losses[-1]:.6f}, largest difference {max(against):.2e}",
+                flush=True,
+            )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     largest = {name: max(differences(v, curves[REFERENCE])) for name, v in curves.items()}
     largest["planted fault"] = max(differences(fault, curves[REFERENCE]))

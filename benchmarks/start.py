@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="*", default=[2, 4])
     given = parser.parse_args()
-    print("| workers | shoal, s | torchrun, s | ratio | goal |\n| ---: | ---: | ---: | ---: | --- |")
+    print(
+        "| workers | shoal, s | torchrun, s | ratio | goal |\n| ---: | ---: | ---: | ---: | --- |"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for workers in given.workers:
             pairs = []

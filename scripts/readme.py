@@ -15,9 +15,10 @@ SOURCE = ROOT / "src" / "shoal"
 BEGIN, END = "<!-- map: written by scripts/readme.py -->", "<!-- end of map -->"
 READMES = ("README.md", "README.zh.md")
 ORDER = (
-    "cli prove launch engine serve parallel sync models tasks data comm checkpoint plan observe "
-    "runtime.py legal config recipes layout.py units.py environment.py errors.py"
-).split()
+    *("cli", "prove", "launch", "engine", "serve", "parallel", "sync"),
+    *("models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
+    *("legal", "config", "recipes", "layout.py", "units.py", "environment.py", "errors.py"),
+)
 
 
 def first_line(path: Path) -> str:

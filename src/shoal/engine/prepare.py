@@ -159,9 +159,9 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         progress=progress,
     )
     return Inputs(
-        data_directory=str(prepared.directory),
-        tokenizer_directory=str(folder),
-        model_directory=None if model is None else str(model),
+        data_directory=str(prepared.directory.resolve()),
+        tokenizer_directory=str(folder.resolve()),
+        model_directory=None if model is None else str(model.resolve()),
         task_settings=learned,
         vocabulary_size=vocabulary,
         unigram_nats=prepared.unigram_nats,

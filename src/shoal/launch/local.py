@@ -171,7 +171,7 @@ def _run(job: _Start, *, pool: WorkerPool, console: Console) -> Result:
     (run / "plan.json").write_text(json.dumps(decision.to_json(), indent=1) + "\n", "utf-8")
     payload = {
         "recipe": job.recipe.model_dump(mode="json"),
-        "run": str(run),
+        "run": str(run.resolve()),  # workers have the fork server's working directory
         "inputs": inputs.to_json(),
         "decision": decision.to_json(),
         "resume": job.resume,

@@ -72,6 +72,18 @@ class Task(Protocol):
         """A fresh accumulator for one evaluation."""
 
 
+def output_of(model: nn.Module, *, batch: dict[str, Tensor], step: int) -> TaskOutput:
+    """Hidden states [B, T, D] of the base model, the batch's labels [B, T], and the head."""
+    from shoal.models.anatomy import head_parameters, hidden_of, logits_of
+
+    return TaskOutput(
+        hidden=hidden_of(model, batch, step=step),
+        labels=batch["labels"],
+        logits_of=logits_of(model),
+        head_parameters=head_parameters(model),
+    )
+
+
 def counted_rows(batch: dict[str, Tensor]) -> Tensor | None:
     """Which rows of a batch count (bool [B]); None when all do."""
     samples = batch.get("sample_ids")

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoal.errors import DataError
-from shoal.tasks.outcome import IGNORED, Record, Sample, TaskOutput, Vector, counted_rows
+from shoal.tasks.outcome import (
+    IGNORED,
+    Record,
+    Sample,
+    TaskOutput,
+    Vector,
+    counted_rows,
+    output_of,
+)
 from shoal.tasks.spans import precision_recall_f1, spans_of
 
 if TYPE_CHECKING:
@@ -66,14 +74,7 @@ class TokenClassification:
         self, model: nn.Module, anatomy: Anatomy, batch: dict[str, Tensor], *, step: int = 0
     ) -> TaskOutput:
         """Hidden states [B, T, D] and labels [B, T]."""
-        from shoal.models.anatomy import head_parameters, hidden_of, logits_of
-
-        return TaskOutput(
-            hidden=hidden_of(model, batch, step=step),
-            labels=batch["labels"],
-            logits_of=logits_of(model),
-            head_parameters=head_parameters(model),
-        )
+        return output_of(model, batch=batch, step=step)
 
     def metrics(self) -> TagMetrics:
         """A fresh accumulator for the tags learned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,28 +44,28 @@ class ModelFacts:
     final_parameters: int = 0
     extra_parameters: int = 0
 
-    @property
+    @cached_property
     def expert_layers(self) -> int:
         """Number of blocks with experts."""
         return self.layers - self.dense_layers if self.experts else 0
 
-    @property
+    @cached_property
     def dense_block_parameters(self) -> int:
         """Parameters of one block without experts (attention, feed-forward part, norms)."""
         return self.attention_parameters + self.feed_forward_parameters
 
-    @property
+    @cached_property
     def expert_block_parameters(self) -> int:
         """Parameters of one block with all its experts."""
         routed = self.experts * self.expert_parameters
         return self.attention_parameters + self.expert_shared_parameters + routed
 
-    @property
+    @cached_property
     def block_parameters(self) -> float:
         """Parameters of one block, averaged over the blocks."""
         return self.blocks_parameters / self.layers
 
-    @property
+    @cached_property
     def blocks_parameters(self) -> int:
         """Parameters of all blocks together."""
         dense = self.layers - self.expert_layers
@@ -74,7 +75,7 @@ class ModelFacts:
             + self.extra_parameters
         )
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Stored parameters, tied ones once."""
         return (
@@ -84,7 +85,7 @@ class ModelFacts:
             + self.final_parameters
         )
 
-    @property
+    @cached_property
     def active_parameters(self) -> int:
         """Parameters that one token meets: all of them without experts."""
         idle = self.experts - self.experts_per_token

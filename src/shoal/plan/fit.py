@@ -140,6 +140,6 @@ def leave_one_out(path: Path) -> dict[str, float]:
         if len(held_out) < 8:
             continue
         rest = {other: found[::3] for other, found in sources.items() if other != name}
-        constants = fit(rest, sweeps=1) if rest else DEFAULT
+        constants = fit(rest, sweeps=3) if rest else DEFAULT
         result[name] = error_of([as_unknown(case) for case in held_out], constants=constants)
     return result

@@ -22,7 +22,7 @@ class Memory:
     logits: float
     gathers: float
     transient: float
-    reserve: float = 0.0
+    reserve_share: float = 0.0
     context: float = 0.0
 
     @property
@@ -42,6 +42,11 @@ class Memory:
         return self.states + self.transient
 
     @property
+    def reserve(self) -> float:
+        """What the allocator holds beyond live tensors: fragments and rounding."""
+        return self.reserve_share * self.live
+
+    @property
     def reserved(self) -> float:
         """What the allocator holds at the peak."""
         return self.live + self.reserve
@@ -53,7 +58,8 @@ class Memory:
 
     def parts(self) -> dict[str, float]:
         """Every part by name, in bytes."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        names = [field.name for field in fields(self) if field.name != "reserve_share"]
+        return {name: getattr(self, name) for name in [*names, "reserve"]}
 
 
 def activation_bytes(
@@ -159,7 +165,7 @@ def memory_of(
         gathers = 3 * software.weight_bytes * facts.block_parameters / layout.tensor
     if software.keeps_gathers and layout.tensor > 1:
         gathers += 4.0 * tokens * facts.hidden
-    memory = Memory(
+    return Memory(
         weights=states[0],
         gradients=states[1],
         optimizer=states[2],
@@ -167,9 +173,9 @@ def memory_of(
         logits=logits,
         gathers=gathers,
         transient=states[3] + (gathers if software.keeps_gathers else 0.0),
+        reserve_share=constants.reserve_share,
+        context=constants.context_bytes,
     )
-    reserve = constants.reserve_share * memory.live
-    return Memory(**{**memory.parts(), "reserve": reserve, "context": constants.context_bytes})
 
 
 def _per_block(

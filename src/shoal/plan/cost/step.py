@@ -93,13 +93,17 @@ class Estimator:
         )
         slowest = max(works, key=lambda work: work.total)
         # Parts are those of an average stage; what the slowest adds to them is waiting.
-        count = len(works)
+        times = micro_batches / len(works)
         seconds = {
-            "compute": sum(work.passes.total for work in works) / count * micro_batches,
-            "recompute": sum(work.recompute for work in works) / count * micro_batches,
+            "compute": times * sum([work.passes.total for work in works]),
+            "recompute": times * sum([work.recompute for work in works]),
+            "tensor": times * sum([work.tensor for work in works]),
+            "context": times * sum([work.context for work in works]),
+            "expert": times * sum([work.expert for work in works]),
+            "shard": times * sum([work.shard for work in works]),
+            "pipeline": times * sum([work.pipeline for work in works]),
+            "host": times * sum([work.host for work in works]),
         }
-        for part in ("tensor", "context", "expert", "shard", "pipeline", "host"):
-            seconds[part] = sum(getattr(work, part) for work in works) / count * micro_batches
         seconds["bubble"] = max(0.0, piped - sum(seconds.values()))
         shard, replicate = self.pricing.reduction(candidate, backward=slowest.passes.backward)
         seconds["shard"] += shard

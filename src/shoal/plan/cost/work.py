@@ -303,13 +303,12 @@ class Pricing:
     def _largest_stage(self, candidate: Candidate) -> float:
         """Parameters per device of the stage that has most, before the shard axis."""
         blocks = self.stages(candidate)
+        kinds = {
+            (count, index == 0, index == len(blocks) - 1) for index, count in enumerate(blocks)
+        }
         return max(
             stage_parameters(
-                self.workload.facts,
-                blocks=count,
-                candidate=candidate,
-                first=index == 0,
-                last=index == len(blocks) - 1,
+                self.workload.facts, blocks=count, candidate=candidate, first=first, last=last
             )
-            for index, count in enumerate(blocks)
+            for count, first, last in kinds
         )

@@ -1,0 +1,191 @@
+"""What is legal: sizes equal to the real models, and refusals that name the nearest choice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from shoal.errors import ModelError
+from shoal.layout import Layout
+from shoal.legal import FAMILIES, facts_from_config, not_yet, problems, tensor_degrees
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+PLAIN = {key: SMALL[key] for key in SMALL if key != "num_key_value_heads"}
+ROUTED = {"num_experts": 8, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LATENT = {
+    **SMALL,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "qk_nope_head_dim": 16,
+    "first_k_dense_replace": 1,
+}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_heads": 4, "vocab_size": 100}
+VIT = {**PLAIN, "image_size": 32, "patch_size": 8}
+CASES = [
+    ("llama", "CausalLM", SMALL),
+    ("llama", "CausalLM", {**SMALL, "attention_bias": True, "mlp_bias": True}),
+    ("llama", "CausalLM", {**SMALL, "tie_word_embeddings": True, "head_dim": 32}),
+    ("qwen2", "CausalLM", SMALL),
+    ("qwen3", "CausalLM", SMALL),
+    ("mistral", "CausalLM", SMALL),
+    ("gemma2", "CausalLM", SMALL),
+    ("gemma3_text", "CausalLM", SMALL),
+    ("phi3", "CausalLM", {**SMALL, "pad_token_id": 0}),
+    ("granite", "CausalLM", SMALL),
+    ("gpt2", "CausalLM", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 32}),
+    ("gpt_neox", "CausalLM", {**PLAIN, "num_hidden_layers": 3}),
+    ("bert", "MaskedLM", PLAIN),
+    ("bert", "TokenClassification", {**PLAIN, "num_labels": 9}),
+    ("bert", "SequenceClassification", {**PLAIN, "num_labels": 3}),
+    ("roberta", "MaskedLM", PLAIN),
+    ("vit", "ImageClassification", VIT),
+    ("t5", "Seq2SeqLM", T5),
+    ("t5", "Seq2SeqLM", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    ("mixtral", "CausalLM", {**SMALL, "num_local_experts": 4}),
+    ("qwen3_moe", "CausalLM", {**SMALL, **ROUTED}),
+    (
+        "qwen2_moe",
+        "CausalLM",
+        {**SMALL, **ROUTED, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 2},
+    ),
+    ("deepseek_v3", "CausalLM", {**LATENT, "q_lora_rank": 24, "n_group": 2, "topk_group": 1}),
+    ("deepseek_v2", "CausalLM", {**LATENT, "q_lora_rank": None}),
+]
+
+
+@pytest.mark.parametrize(("family", "task", "settings"), CASES)
+def test_counts_equal_the_model(family: str, task: str, settings: dict[str, object]) -> None:
+    """The parameters read from config.json are those of the model itself, to the last one."""
+    config = AutoConfig.for_model(family, **settings)
+    with torch.device("meta"):
+        model = getattr(transformers, f"AutoModelFor{task}").from_config(config)
+    config.architectures = [type(model).__name__]
+    facts = facts_from_config(json.loads(config.to_json_string(use_diff=False)))
+    assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert facts.active_parameters <= facts.parameters
+
+
+def test_every_family_is_counted() -> None:
+    """No family is listed as readable without a model that proves it."""
+    covered = {family for family, _, _ in CASES} | {"gemma3"}  # gemma3 is read through its text
+    assert covered == set(FAMILIES)
+
+
+def test_text_part_of_a_multimodal_file_is_read() -> None:
+    facts = facts_from_config(
+        {"model_type": "gemma3", "text_config": {**SMALL, "model_type": "gemma3_text"}}
+    )
+    assert facts.family == "gemma3_text"
+
+
+def test_unknown_architecture_says_what_it_needs() -> None:
+    with pytest.raises(ModelError, match=r"'lama' is not an architecture.*did you mean 'llama'"):
+        facts_from_config({**SMALL, "model_type": "lama"})
+
+
+def test_missing_size_names_key_and_family() -> None:
+    with pytest.raises(ModelError, match=r"llama model, key 'num_hidden_layers'.*got None"):
+        facts_from_config(
+            {"model_type": "llama", **{k: v for k, v in SMALL.items() if "layers" not in k}}
+        )
+
+
+LLAMA = facts_from_config({**SMALL, "model_type": "llama"})
+
+
+def text_of(layout: Layout, facts=LLAMA, **settings: object) -> str:
+    return "\n".join(map(str, problems(facts, layout, **settings)))
+
+
+def test_heads_that_do_not_divide_name_the_degrees_that_do() -> None:
+    text = text_of(Layout(tensor=3))
+    assert "parallel.tensor: 3 does not divide 4 query heads, 2 key-value heads" in text
+    assert "degrees that do: 1, 2; the nearest is 2" in text
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 16))
+def test_a_tensor_degree_is_legal_exactly_when_it_divides(
+    heads: int, groups: int, degree: int
+) -> None:
+    facts = facts_from_config(
+        {
+            **SMALL,
+            "model_type": "llama",
+            "num_attention_heads": heads * groups,
+            "num_key_value_heads": groups,
+            "head_dim": 16,
+            "intermediate_size": 720720,
+        }
+    )
+    divides = groups % degree == 0 and 720720 % degree == 0
+    assert (degree in tensor_degrees(facts)) == divides
+    assert (problems(facts, Layout(tensor=degree)) == []) == divides
+
+
+def test_degrees_that_do_not_multiply() -> None:
+    text = text_of(Layout(replicate=3), count=4)
+    assert "(replicate 3) multiply to 3 workers, but there are 4" in text
+    assert "set parallel.replicate to 4" in text
+    assert "lower a degree" in text_of(Layout(shard=8), count=4)
+    assert "the nearest count below is 6" in text_of(Layout(shard=3), count=7)
+
+
+def test_threads_carry_replicas_only() -> None:
+    text = text_of(Layout(shard=2, tensor=2), workers="threads")
+    assert "threads carry the replicate axis only, got shard, tensor" in text
+    assert "set launch.workers to processes" in text
+    assert not problems(LLAMA, Layout(replicate=4), workers="threads")
+
+
+def test_families_are_refused_axes_they_lack() -> None:
+    vit = facts_from_config({**VIT, "model_type": "vit"})
+    assert "a vit model cannot be cut along tensor, got 2" in text_of(Layout(tensor=2), vit)
+    phi = facts_from_config({**SMALL, "model_type": "phi3"})
+    assert "use shard=2 instead" in text_of(Layout(tensor=2), phi)
+
+
+def test_stages_experts_and_rows() -> None:
+    assert "8 stages for 7 blocks" in text_of(Layout(pipeline=8))
+    assert "has no experts to spread" in text_of(Layout(shard=2, expert=2))
+    routed = facts_from_config({**SMALL, **ROUTED, "model_type": "qwen3_moe"})
+    assert "3 does not divide 8 experts" in text_of(Layout(shard=3, expert=3), routed)
+    text = text_of(Layout(context=2), sequence_tokens=1022)
+    assert "need rows of a multiple of 4 tokens" in text
+    assert "set data.sequence_tokens to 1024" in text
+
+
+def test_policies_and_codecs() -> None:
+    assert "did you mean 'diloco'" in text_of(Layout(), policy="dilco")
+    assert "did you mean 'topk'" in text_of(Layout(replicate=2), codec="top-k")
+    assert "nothing to compress" in text_of(Layout(), codec="int8")
+    assert "hogwild needs workers that share" in text_of(
+        Layout(replicate=2), policy="hogwild", workers="processes"
+    )
+
+
+def test_what_is_not_there_yet_says_so() -> None:
+    found = not_yet(Layout(replicate=2, tensor=2), policy="diloco", codec="int8")
+    text = "\n".join(map(str, found))
+    assert "tensor is not there yet, got 2" in text
+    assert "the policy diloco is not there yet" in text
+    assert "the codec int8 is not there yet" in text
+    assert "today these axes run: replicate" in text
+    assert not not_yet(Layout(replicate=8))

@@ -17,6 +17,7 @@ def test_curve_has_not_moved(bench: Bench) -> None:
     losses = bench.run("parallel.replicate=1").losses
     if not KEPT.exists():
         KEPT.write_text("".join(f"{loss:.9f}\n" for loss in losses), encoding="utf-8")
+        raise AssertionError(f"{KEPT.name} was not there and is now written: look at it, commit it")
     kept = [float(line) for line in KEPT.read_text(encoding="utf-8").split()]
     assert len(kept) == 30
     # Other processors sum in another order: 1e-5 of the loss over 30 steps is what layouts may

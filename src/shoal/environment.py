@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,9 @@ def torchrun_rendezvous() -> Rendezvous | None:
 
 
 def worker_environment(*, threads: int) -> dict[str, str]:
-    """Variables a worker process must be exec'ed with: thread count, and no spinning."""
+    """The environment to exec a worker with: this one, its thread count, and no spinning."""
     return {
+        **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "GOMP_SPINCOUNT": "0",
@@ -56,6 +58,22 @@ def worker_environment(*, threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+
+
+def noted_settings() -> dict[str, str]:
+    """Variables that change how torch runs, as far as they are set."""
+    names = ("TORCH_DISTRIBUTED_DEBUG", "OMP_NUM_THREADS")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def talk_over_loopback() -> None:
+    """Make gloo use the loopback interface, unless the user named one (workers of one machine).
+
+    Without a name gloo asks which address the host name has, which fails or hangs on machines
+    whose name no one can resolve.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def usable_cores() -> int:

@@ -10,11 +10,13 @@ ShoalError
 +-- CheckpointError      a checkpoint is damaged (the caller may fall back to an older one)
 +-- WorkerError          a worker failed; carries rank and phase
 +-- Stopped              asked to stop by a signal, saved: exit status 75
++-- Interrupted          ended by a signal with nothing saved
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +83,27 @@ class Stopped(ShoalError):
     """Stopped on request after saving; the run can be resumed."""
 
     exit_status = 75
+
+
+class Interrupted(ShoalError):
+    """Ended by a signal before anything was saved; there is nothing to resume."""
+
+
+_FULL = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than this system allows (ulimit -f)",
+    errno.EROFS: "the file system can only be read",
+}
+
+
+def disk_problem(error: OSError) -> str | None:
+    """What to tell a person whose disk cannot take a file; None for any other error."""
+    reason = _FULL.get(error.errno or 0)
+    if reason is None:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{reason}; make room, or choose a folder on another disk"
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from shoal.environment import talk_over_loopback
 from shoal.errors import UserError
 
 
@@ -52,8 +51,7 @@ def start_process_group(
     if store is None:
         dist.init_process_group(backend, timeout=timeout)
         return
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    talk_over_loopback()
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
     )

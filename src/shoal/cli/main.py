@@ -20,7 +20,7 @@ from shoal.cli import (
     simulate,
     train,
 )
-from shoal.errors import ShoalError, UserError
+from shoal.errors import Interrupted, ShoalError, UserError, disk_problem
 
 app = typer.Typer(
     name="shoal",
@@ -52,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ShoalError as error:
         status = _tell(error, debug=debug)
     except KeyboardInterrupt:
-        status = _tell(
-            UserError("interrupted before the first step; nothing to resume"), debug=debug
-        )
+        status = _tell(Interrupted("interrupted; nothing was begun or saved"), debug=debug)
     except typer.Exit as leave:
         status = leave.exit_code
     except Exception as error:
@@ -74,6 +72,9 @@ def _unexpected(error: Exception) -> int:
     if hasattr(error, "show") and hasattr(error, "exit_code"):
         error.show()
         return int(error.exit_code)
+    if isinstance(error, OSError) and disk_problem(error) is not None:
+        print(f"shoal: {disk_problem(error)}", file=sys.stderr)
+        return UserError.exit_status
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         print(f"shoal: {where}{error.strerror or error}", file=sys.stderr)

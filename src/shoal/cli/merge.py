@@ -15,7 +15,7 @@ def merge(
     ],
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
 ) -> None:
-    """Merge the newest good checkpoint of RUN (or CHECKPOINT) into one model that others can open."""
+    """Merge the newest good checkpoint of RUN (or CHECKPOINT) into one Hugging Face model."""
     from shoal.checkpoint.store import Store
     from shoal.engine.export import merge as write
     from shoal.errors import RunError

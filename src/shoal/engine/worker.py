@@ -69,6 +69,7 @@ def run_seat(job: Job, *, seat: Seat, report: Report) -> int:
     """Train as `seat`; every failure becomes one message and an exit status."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the fork server blocks it
     try:
         if job.decision.workers == "threads" and job.decision.layout.workers > 1:
             _run_threads(job, report=report, stop=stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -17,10 +18,7 @@ def claim(out: str | Path | None, *, name: str) -> Path:
     be written.
     """
     if out is None:
-        base, number = Path("runs"), 1
-        while (base / f"{name}-{number:03d}").exists():
-            number += 1
-        out = base / f"{name}-{number:03d}"
+        return _next(Path("runs"), name=name)
     run = Path(out).expanduser()
     if any((run / mark).exists() for mark in _MARKS):
         raise RunError(
@@ -32,10 +30,39 @@ def claim(out: str | Path | None, *, name: str) -> Path:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{run}: cannot be made: {error.strerror}; choose another --out") from None
+        raise _not_made(run, error) from None
     if not os.access(run, os.W_OK):
         raise RunError(f"{run}: cannot be written to; choose another --out")
     return run
+
+
+def _next(base: Path, *, name: str) -> Path:
+    """The next free BASE/NAME-NUMBER, made here: two runs started at once get two folders."""
+    for number in itertools.count(1):
+        run = base / f"{name}-{number:03d}"
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            run.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _not_made(run, error) from None
+        return run
+    raise AssertionError("numbers do not end")
+
+
+def _not_made(run: Path, error: OSError) -> RunError:
+    return RunError(f"{run}: cannot be made: {error.strerror}; choose another --out")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all. Raises OSError."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def open_run(run: str | Path) -> Path:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from shoal.environment import cache_directory, usable_cores
+from shoal.environment import cache_directory, noted_settings, usable_cores
 from shoal.units import format_bytes
 
 Finding = tuple[str, str]
@@ -85,9 +85,8 @@ def _compute() -> Iterator[Finding]:
     ratio = _format_ratio()
     choice = "bfloat16" if ratio >= 1.15 else "float32"
     yield "ok", f"bfloat16 matrix products are {ratio:.1f} x float32's; precision auto: {choice}"
-    for name in ("TORCH_DISTRIBUTED_DEBUG", "OMP_NUM_THREADS"):
-        if name in os.environ:
-            yield "note", f"{name}={os.environ[name]} is set; workers set their own thread count"
+    for name, value in noted_settings().items():
+        yield "note", f"{name}={value} is set; workers set their own thread count"
 
 
 def _format_ratio() -> float:

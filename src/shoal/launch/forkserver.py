@@ -13,6 +13,7 @@ When the other end closes, every worker is killed and the server ends.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -33,6 +34,9 @@ PRELOAD = (
 )
 
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
 def _status(code: int) -> int:
     """Exit status, or minus the signal number."""
     return -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
@@ -45,10 +49,23 @@ def run_worker(target: str, payload: dict[str, Any], report: int) -> int:
     return status
 
 
-def _child(request: dict[str, Any], report: int) -> None:
-    """In the forked worker: restore signals, run, and leave without the server's clean-up."""
+def _die_with(parent: int) -> None:
+    """Ask Linux to end this process when its parent ends: nobody else would, were it killed."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the request
+        os._exit(1)
+
+
+def _child(request: dict[str, Any], report: int, *, server: int) -> None:
+    """In the forked worker: restore signals, run, and leave without the server's clean-up.
+
+    SIGTERM stays blocked, as in the server, until the worker has its own answer to it.
+    """
     status = 1
     try:
+        _die_with(server)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -99,12 +116,13 @@ class Server:
                 os.kill(request["kill"], request["signal"])
             return
         report = self._descriptors.pop(0)
+        server = os.getpid()
         pid = os.fork()
         if pid == 0:
             self._link.close()
             for other in self._descriptors:  # else another worker's report never reads as ended
                 os.close(other)
-            _child(request, report)
+            _child(request, report, server=server)
         os.close(report)
         self._children.add(pid)
         self._say(started=request["start"], pid=pid)
@@ -121,11 +139,12 @@ class Server:
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         self._say(ready=time.perf_counter() - began)
         while True:
-            readable, _, _ = select.select([self._link, wake_read], [], [])
+            link = self._link.fileno()
+            readable, _, _ = select.select([link, wake_read], [], [])
             if wake_read in readable:
                 os.read(wake_read, 4096)
                 self._reap()
-            if self._link in readable:
+            if link in readable:
                 data, descriptors, _, _ = socket.recv_fds(self._link, 1 << 16, 16)
                 if not data:
                     self._end()
@@ -137,7 +156,9 @@ class Server:
 
 def main() -> None:
     """Entry point of the server process: the socket's descriptor is the only argument."""
+    # A signal for the whole process group is the parent's to answer; the server ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Server(socket.socket(fileno=int(sys.argv[1]))).run()
 
 

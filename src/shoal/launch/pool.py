@@ -28,6 +28,8 @@ class Worker:
     status: int | None = None
     open: bool = True
     text: bytes = b""
+    pending: list[int] = field(default_factory=list)
+    """Signals sent before the server said which process it is."""
 
 
 @dataclass
@@ -42,11 +44,10 @@ class WorkerPool:
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, **worker_environment(threads=self.threads)}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "shoal.launch.forkserver", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env=environment,
+            env=worker_environment(threads=self.threads),
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
@@ -93,9 +94,14 @@ class WorkerPool:
 
     def signal(self, worker: Worker, number: int) -> None:
         """Send a signal to a worker that still runs."""
-        if worker.pid is not None and worker.status is None:
+        if worker.pid is None:
+            worker.pending.append(int(number))
+        elif worker.status is None:
             request = {"kill": worker.pid, "signal": int(number)}
-            self._link.sendall(json.dumps(request).encode() + b"\n")
+            try:
+                self._link.sendall(json.dumps(request).encode() + b"\n")
+            except OSError:
+                raise WorkerError(self._server_died()) from None
 
     def kill(self, workers: list[Worker]) -> None:
         """End `workers` at once and wait until they are gone."""
@@ -107,7 +113,10 @@ class WorkerPool:
                 pass
 
     def _server_died(self) -> str:
-        status = self._server.poll()
+        try:
+            status = self._server.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            status = None
         return f"the fork server ended (status {status}); its output above says why"
 
     def events(
@@ -119,11 +128,12 @@ class WorkerPool:
         """
         chosen = list(self.workers.values()) if only is None else only
         reports = {w.report: w for w in chosen if w.open}
-        readable, _, _ = select.select([self._link, *reports], [], [], timeout_seconds)
+        link = self._link.fileno()
+        readable, _, _ = select.select([link, *reports], [], [], timeout_seconds)
         for descriptor in readable:
             if descriptor in reports:
                 yield from self._hear(reports[descriptor])
-        if self._link in readable:
+        if link in readable:
             yield from self._answers()
 
     def _hear(self, worker: Worker) -> Iterator[tuple[Worker, dict[str, Any]]]:
@@ -146,7 +156,10 @@ class WorkerPool:
             if "ready" in answer:
                 self.ready_seconds = answer["ready"]
             elif "started" in answer:
-                self.workers[answer["started"]].pid = answer["pid"]
+                worker = self.workers[answer["started"]]
+                worker.pid = answer["pid"]
+                for number in worker.pending:
+                    self.signal(worker, number)
             elif "exited" in answer:
                 for worker in self.workers.values():
                     if worker.pid == answer["exited"] and worker.status is None:

@@ -14,7 +14,7 @@ from shoal.engine.decision import Decision
 from shoal.engine.prepare import prepare_inputs
 from shoal.environment import usable_cores
 from shoal.errors import WorkerError
-from shoal.launch.local import run_workers
+from shoal.launch.attempt import run_workers
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.observe.console import Console
@@ -34,8 +34,12 @@ def score(model: Path, *, recipe: str, overrides: Iterable[str]) -> dict[str, An
     with WorkerPool() as pool, tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
         inputs = prepare_inputs(resolved, say=lambda text: None)
         decision = Decision(
-            Layout(), "processes", usable_cores(), min(8, resolved.train.global_batch_samples),
-            "float32", "one worker scores",
+            Layout(),
+            "processes",
+            usable_cores(),
+            min(8, resolved.train.global_batch_samples),
+            "float32",
+            "one worker scores",
         )
         out = Path(scratch) / "scores.json"
         payload = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from shoal.engine.decision import Decision
 from shoal.engine.prepare import Inputs
+from shoal.launch.directory import write_whole
 from shoal.observe.events import read_lines
 from shoal.observe.plot import plot_run
 
@@ -43,9 +43,7 @@ def write_summary(
         "measured": decision.measured,
         "prediction_error": None,
     }
-    beside = run / ".summary.json.new"
-    beside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, run / "summary.json")
+    write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot_run(run, guess_loss=inputs.unigram_nats if _is_language(evaluations) else None)
     return summary
 
@@ -68,8 +66,9 @@ def last_words(run: Path, summary: dict[str, Any], *, recipe: str) -> list[str]:
         was = f"{before['perplexity']:.0f} before, " if before else ""
         lines.append(
             f"perplexity: {was}{after['perplexity']:.1f} now; guessing by word frequency: "
-            f"{guess:.0f} (loss {after['evaluation_loss']:.3f} against {summary['unigram_loss']:.3f}"
-            f" nats, ratio {after['evaluation_loss'] / summary['unigram_loss']:.3f})"
+            f"{guess:.0f} (loss {after['evaluation_loss']:.3f} against "
+            f"{summary['unigram_loss']:.3f} nats, ratio "
+            f"{after['evaluation_loss'] / summary['unigram_loss']:.3f})"
         )
     if after and "entity_f1" in after:
         was = f"{before['entity_f1']:.3f} before, " if before else ""

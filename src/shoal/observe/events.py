@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -30,10 +31,10 @@ class Sink(ABC):
     def row(self, row: Row) -> None:
         """A logged step, or an evaluation."""
 
-    def event(self, name: str, fields: Row) -> None:
+    def event(self, name: str, fields: Row) -> None:  # noqa: B027 (not every sink has events)
         """Something that happened: a start, a save, a stop."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (not every sink holds something open)
         """Nothing follows."""
 
 
@@ -42,7 +43,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until `close`)
 
     def append(self, row: Row) -> None:
         """Add one object."""
@@ -74,19 +75,21 @@ class RunFiles(Sink):
 
 
 class Report(Sink):
-    """One end of a pipe to the parent: JSON lines, written whole."""
+    """One end of a pipe to the parent: JSON lines, written whole, by any thread."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._lock = threading.Lock()
 
     def say(self, kind: str, **fields: Any) -> None:
         """Send a message; a parent that is gone is not an error of the worker."""
         data = json.dumps({"kind": kind, **plain(fields)}).encode() + b"\n"
-        try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-        except BrokenPipeError:
-            return
+        with self._lock:  # a pipe takes only short lines in one piece
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except BrokenPipeError:
+                return
 
     def row(self, row: Row) -> None:
         self.say("row", row=plain(row))

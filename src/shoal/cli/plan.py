@@ -224,20 +224,31 @@ class Asked:
 
     def fixed(self, pairs: list[str]) -> Space:
         """The search space with the choices of the recipe and of --fix."""
+        from shoal.legal import CODECS, POLICIES
         from shoal.plan.search import Space
+        from shoal.plan.workload import LEVELS, RECOMPUTE, SCHEDULES
 
         known = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
-        words = ("schedule", "recompute", "level")
+        words = {
+            "schedule": SCHEDULES,
+            "recompute": RECOMPUTE,
+            "level": LEVELS,
+            "policy": POLICIES,
+            "codec": CODECS,
+        }
+        counts = (*known, "micro_batch_samples", "every_steps")
         for pair in pairs:
             name, _, value = pair.partition("=")
             if name in words:
+                if value not in words[name]:
+                    raise UserError(f"--fix {pair!r}: {nearest(value, words[name])}")
                 self.choices[name] = value
-            elif (name in known or name == "micro_batch_samples") and value.isdigit():
+            elif name in counts and value.isdigit() and int(value):
                 self.choices[name] = int(value)
             else:
                 raise UserError(
                     f"--fix {pair!r}: expected NAME=VALUE with one of "
-                    f"{', '.join((*known, 'micro_batch_samples', *words))}"
+                    f"{', '.join((*counts, *words))}"
                 )
         return replace(Space(), fixed=self.choices)
 

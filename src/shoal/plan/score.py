@@ -33,9 +33,10 @@ class Scored:
 
     def memory_pair(self) -> tuple[float, float] | None:
         """(predicted, measured) GiB of the same quantity, or None where none was measured."""
-        case, memory = self.case, self.prediction.first
+        case, prediction = self.case, self.prediction
+        memory = prediction.first if case.is_first_rank else prediction.peak
         if case.allocated_gib:
-            live = memory.update if case.software.resets_peak else self.prediction.first.live
+            live = memory.update if case.software.resets_peak else memory.live
             return live / GIB, case.allocated_gib
         if case.reserved_gib:
             held = memory.total if case.includes_context else memory.reserved

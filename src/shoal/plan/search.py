@@ -19,8 +19,10 @@ GOALS = ("speed", "cost", "devices")
 class Space:
     """What the search may choose; a value given by the user narrows the axis to it.
 
-    `fixed` maps names of `Candidate` fields and axes to their one allowed value. `headroom` is the
-    share of device memory that a plan must leave free: the error of the memory model.
+    `fixed` maps names of `Candidate` fields and axes to their one allowed value; a policy, its
+    period and its codec are only ever what is fixed, since they change what is learned.
+    `headroom` is the share of device memory that a plan must leave free: the error of the memory
+    model.
     """
 
     fixed: dict[str, object] = field(default_factory=dict)
@@ -125,6 +127,9 @@ def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator
                         schedule=schedule,
                         chunks=chunks,
                         level=level,
+                        policy=str(space.fixed.get("policy", "every-step")),
+                        every_steps=int(str(space.fixed.get("every_steps", 1))),
+                        codec=str(space.fixed.get("codec", "none")),
                     )
 
 

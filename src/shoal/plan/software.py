@@ -125,7 +125,7 @@ DEEPSPEED_2021 = replace(
 """ZeRO-3 as in arXiv 2104.04473: each parameter is fetched by itself, nothing overlaps."""
 ONEFLOW = replace(MEGATRON_CLASSIC, name="oneflow", overlap_gradients=0.5)
 GPT_NEOX = replace(MEGATRON_CLASSIC, name="gpt-neox", flash=True, attention_version=1)
-FSDP = Software(name="fsdp", elementwise=4.2, overlap_shard=0.73)
+FSDP = Software(name="fsdp", elementwise=4.2, overlap_shard=0.73, overlap_gradients=0.8)
 FSDP_COMPILED = replace(FSDP, name="fsdp-compiled", fused=True, elementwise=1.1)
 FOUNDRY = replace(FSDP, name="foundry", attention_version=1, elementwise=1.7, logit_traffic=17.5)
 """llm-foundry: fused cross entropy and FlashAttention of the first version."""

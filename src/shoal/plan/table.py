@@ -77,6 +77,7 @@ class Case:
     allocated_gib: float
     reserved_gib: float
     includes_context: bool
+    is_first_rank: bool
     failed: bool
     recompute_is_stated: bool
     assumed: tuple[str, ...]
@@ -205,6 +206,7 @@ def case_of(row: Row) -> Case:
         allocated_gib=allocated,
         reserved_gib=peak,
         includes_context="nvidia-smi" in kind,
+        is_first_rank="rank 0" in kind,
         failed=row["status"] == "oom",
         recompute_is_stated="recompute" not in assumed,
         assumed=tuple(assumed),

@@ -55,6 +55,8 @@ class Compute:
 
     def sustained_rate(self, precision: str) -> float:
         """FLOPs per second of large products in a long run."""
+        if self.device.generation == "measured":
+            return self.device.rate(precision)
         table = {
             "volta": self.constants.sustained_volta,
             "ampere": self.constants.sustained_ampere,

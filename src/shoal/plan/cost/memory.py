@@ -222,4 +222,7 @@ def _states(
         return weights, 0.0, 0.0, 0.0
     gradients = software.gradient_bytes * parameters / split_gradients
     optimizer = (master + software.moment_bytes) * parameters / shard
+    if candidate.policy == "diloco":
+        # The parameters at the last agreement, and the momentum of the outer step (2311.08105).
+        optimizer += 8.0 * parameters / shard
     return weights, gradients, optimizer, transient

@@ -21,6 +21,7 @@ class Prediction:
     `seconds` by part: compute, recompute, tensor, context, expert, shard, replicate, pipeline,
     bubble, update, host; communication is what is not hidden. `first`, `last` and `peak` are the
     memory of a device of the first stage, of the last, and of the one that needs most.
+    `sent_bytes`: what a device sends per step on each axis.
     """
 
     candidate: Candidate
@@ -121,6 +122,7 @@ class Estimator:
             model_flops=self._step_flops,
             peak_flops_per_second=self._peak,
             device_memory_bytes=self.cluster.smallest_memory_bytes,
+            sent_bytes=self.pricing.sent_bytes(candidate),
         )
 
     def memory_bytes(self, candidate: Candidate) -> float:

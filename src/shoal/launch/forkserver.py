@@ -20,6 +20,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -80,10 +81,14 @@ def _child(request: dict[str, Any], report: int, *, server: int) -> None:
 
 
 class Server:
-    """The loop of the server process."""
+    """The loop of the server process.
 
-    def __init__(self, link: socket.socket) -> None:
-        self._link = link
+    `start`: `fork`; or `exec` where a forked child may not use what its parent has loaded (macOS:
+    Accelerate and Objective-C), which costs each worker its own imports.
+    """
+
+    def __init__(self, link: socket.socket, *, start: str) -> None:
+        self._link, self._start = link, start
         self._text = b""
         self._descriptors: list[int] = []
         self._children: set[int] = set()
@@ -116,6 +121,25 @@ class Server:
                 os.kill(request["kill"], request["signal"])
             return
         report = self._descriptors.pop(0)
+        pid = self._exec(request, report) if self._start == "exec" else self._fork(request, report)
+        os.close(report)
+        self._children.add(pid)
+        self._say(started=request["start"], pid=pid)
+
+    def _exec(self, request: dict[str, Any], report: int) -> int:
+        word = f"{report},{os.getpid()}"
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "shoal.launch.forkserver", "worker", word],
+            stdin=subprocess.PIPE,
+            pass_fds=[report],
+        )
+        assert worker.stdin is not None, "asked for a pipe"
+        worker.stdin.write(json.dumps(request).encode())
+        worker.stdin.close()
+        worker.returncode = 0  # _reap waits for it; the object must not
+        return worker.pid
+
+    def _fork(self, request: dict[str, Any], report: int) -> int:
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -123,14 +147,12 @@ class Server:
             for other in self._descriptors:  # else another worker's report never reads as ended
                 os.close(other)
             _child(request, report, server=server)
-        os.close(report)
-        self._children.add(pid)
-        self._say(started=request["start"], pid=pid)
+        return pid
 
     def run(self) -> None:
         """Serve until the other end closes."""
         began = time.perf_counter()
-        for module in PRELOAD:
+        for module in PRELOAD if self._start == "fork" else ():
             importlib.import_module(module)
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_read, False)
@@ -155,11 +177,15 @@ class Server:
 
 
 def main() -> None:
-    """Entry point of the server process: the socket's descriptor is the only argument."""
+    """Entry point: `fork|exec DESCRIPTOR` serves; `worker REPORT,SERVER` is one exec'ed worker."""
+    role, word = sys.argv[1:]
     # A signal for the whole process group is the parent's to answer; the server ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    Server(socket.socket(fileno=int(sys.argv[1]))).run()
+    if role == "worker":
+        report, server = map(int, word.split(","))
+        _child(json.loads(sys.stdin.buffer.read()), report, server=server)
+    Server(socket.socket(fileno=int(word)), start=role).run()
 
 
 if __name__ == "__main__":

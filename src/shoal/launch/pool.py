@@ -36,16 +36,20 @@ class Worker:
 class WorkerPool:
     """Starts the fork server at once, so that its imports overlap with the caller's own work.
 
+    `start_method`: `fork`, or `exec` where a child may not use what was loaded before the fork.
+
     Use as a context manager: leaving it ends every worker.
     """
 
     threads: int = 1
+    start_method: str = "exec" if sys.platform == "darwin" else "fork"
     workers: dict[int, Worker] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
+        module = "shoal.launch.forkserver"
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "shoal.launch.forkserver", str(theirs.fileno())],
+            [sys.executable, "-m", module, self.start_method, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=worker_environment(threads=self.threads),
             stdin=subprocess.DEVNULL,
@@ -65,6 +69,8 @@ class WorkerPool:
     def close(self) -> None:
         """End the server and every worker."""
         self._link.close()
+        if not self.workers:
+            self._server.kill()  # it may still import, and nobody depends on it
         try:
             self._server.wait(timeout=5)
         except subprocess.TimeoutExpired:

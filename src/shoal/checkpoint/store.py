@@ -48,7 +48,7 @@ class Piece:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     plain = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(plain.view(torch.uint8).numpy())
+    return plain.view(torch.uint8).numpy().data
 
 
 def _header(pieces: list[tuple[str, Piece]]) -> bytes:
@@ -120,7 +120,11 @@ class Store:
         return Part((FileRecord(name, size, digest),), tuple(entries))
 
     def publish(self, step: int, *, parts: list[Part], state: dict[str, Any], keep: int) -> Path:
-        """Write the manifest, give the checkpoint its name, then drop the oldest beyond `keep`."""
+        """Write the manifest, give the checkpoint its name, then drop the oldest beyond `keep`.
+
+        A later step that is already there could not be loaded, else the run would have gone on
+        from it: it goes too, and never counts among those kept. Raises OSError.
+        """
         files = tuple(file for part in parts for file in part.files)
         entries = tuple(entry for part in parts for entry in part.entries)
         manifest = Manifest(step, Part(files, entries), state)
@@ -131,7 +135,9 @@ class Store:
         self._files.rename(writing, final)
         for replaced in self.folder.glob(".step-*.replaced"):
             self._files.remove(replaced)
-        for old in self.steps()[:-keep]:
+        later = [other for other in self.steps() if other > step]
+        earlier = [other for other in self.steps() if other <= step]
+        for old in [*earlier[:-keep], *later]:
             dropped = self.folder / f".step-{old:08d}.dropped"
             self._files.rename(self.path(old), dropped)  # half a removal must not look published
             self._files.remove(dropped)

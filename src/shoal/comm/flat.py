@@ -115,7 +115,7 @@ def chunk_squares(flat: Tensor) -> Tensor:
     A chunk's figure depends on that chunk only, so parts computed by different ranks can be put
     together and added in one order.
     """
-    norms = torch.linalg.vector_norm(flat.view(-1, CHUNK), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(flat.view(-1, CHUNK), dim=1)
     return norms.double().square_()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -67,6 +67,11 @@ class Training:
     progress: Progress = field(default_factory=Progress)
     peak_memory_bytes: int | None = None
     _samples: JsonLines | None = None
+
+    @property
+    def config(self) -> Any:
+        """The model's transformers configuration."""
+        return self.model.config
 
     def batches(self, step: int, share: Share) -> Batch:
         """This rank's part of the global batch of `step`; reads nothing else."""

@@ -248,7 +248,7 @@ class Trainer:
             "layout": self.job.decision.to_json()["layout"],
             "data": training.stream_state(progress.step),
             "random_states": training.random_states(),
-            "model_config": training.model.config.to_dict(),
+            "model_config": training.config.to_dict(),
             "ties": [list(names) for names in training.anatomy.ties],
             "inputs": self.job.inputs.to_json(),
         }

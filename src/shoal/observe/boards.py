@@ -60,4 +60,4 @@ class WandB(Sink):
         self._run.log(_scalars(row), step=row["step"])
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()

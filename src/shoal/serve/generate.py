@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from shoal.errors import ModelError, nearest
 
@@ -24,7 +25,7 @@ def continue_prompt(path: Path, *, prompt: str, tokens: int, temperature: float,
 
     folder = model_directory(path)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
     )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -37,5 +38,4 @@ def continue_prompt(path: Path, *, prompt: str, tokens: int, temperature: float,
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
     start = inputs["input_ids"].shape[1]
-    text: str = tokenizer.decode(output[0, start:], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(output[0, start:], skip_special_tokens=True))

@@ -29,7 +29,9 @@ class Software:
     logit at the peak of the loss. `unsplit_bytes`: activations per hidden element and block that
     the tensor axis does not split. `keeps_gathers`: two gather buffers of the tensor axis stay
     allocated. `balanced_stages`: stages are cut by compute cost, not by number of blocks.
-    `resets_peak`: the reported peak of live tensors is that of the update alone.
+    `selective_share`: part of a block that selective recompute runs again, beside attention that
+    stores its scores (0 where a flash kernel makes it idle). `resets_peak`: the reported peak of
+    live tensors is that of the update alone.
     """
 
     name: str
@@ -63,22 +65,25 @@ class Software:
     regather_bytes: float = 0.0
     balanced_stages: bool = False
     dropout: bool = False
+    selective_share: float = 0.0
     resets_peak: bool = False
 
 
-SHOAL = Software(name="shoal", elementwise=4.2, logit_bytes=2.0, overlap_shard=0.73)
+SHOAL = Software(
+    name="shoal", elementwise=4.8, logit_bytes=2.0, overlap_shard=0.6, selective_share=0.3
+)
 """This project: eager torch, FSDP2, chunked loss, one flat reduction after the last backward."""
 
 NANOTRON = Software(
     name="nanotron",
     elementwise=3.9,
-    logit_traffic=60.0,
+    logit_traffic=55.0,
     accumulate_bytes=6.0,
     block_host_seconds=2.2e-3,
     collective_host_seconds=215e-6,
     bucket_bytes=460e6,
-    step_host_seconds=0.036,
-    overlap_gradients=0.35,
+    step_host_seconds=0.037,
+    overlap_gradients=0.3,
     transient_bytes=2.0,
     regather_bytes=2.0,
     keeps_gathers=True,
@@ -125,12 +130,20 @@ DEEPSPEED_2021 = replace(
 """ZeRO-3 as in arXiv 2104.04473: each parameter is fetched by itself, nothing overlaps."""
 ONEFLOW = replace(MEGATRON_CLASSIC, name="oneflow", overlap_gradients=0.5)
 GPT_NEOX = replace(MEGATRON_CLASSIC, name="gpt-neox", flash=True, attention_version=1)
-FSDP = Software(name="fsdp", elementwise=4.2, overlap_shard=0.73, overlap_gradients=0.8)
-FSDP_COMPILED = replace(FSDP, name="fsdp-compiled", fused=True, elementwise=1.1)
+FSDP = Software(
+    name="fsdp",
+    elementwise=4.8,
+    overlap_shard=0.6,
+    overlap_gradients=0.8,
+    selective_share=0.3,
+)
+FSDP_COMPILED = replace(FSDP, name="fsdp-compiled", fused=True, elementwise=1.1, overlap_shard=0.68)
 FOUNDRY = replace(FSDP, name="foundry", attention_version=1, elementwise=1.7, logit_traffic=17.5)
 """llm-foundry: fused cross entropy and FlashAttention of the first version."""
-GENERIC = replace(MEGATRON, name="generic", attention_version=2, overlap_tensor=0.2)
-"""For software that is not known: fused kernels, FlashAttention-2, some overlap."""
+GENERIC = replace(
+    MEGATRON, name="generic", attention_version=2, overlap_tensor=0.2, elementwise=1.5
+)
+"""For software that is not known: partly fused kernels, FlashAttention-2, some overlap."""
 _ALL = (
     SHOAL,
     NANOTRON,

@@ -326,6 +326,9 @@ def _software(row: Row, assumed: list[str]) -> Software:
     compiled = row["compile"].lower()
     if chosen is FSDP and compiled not in {"", "no", "eager"}:
         chosen = FSDP_COMPILED
+    if "fms" in name or "true" in row["precision"]:
+        # fms-fsdp's mixed precision policy reduces in bfloat16; bf16-true has nothing wider.
+        chosen = replace(chosen, reduce_bytes=2.0)
     if plain:
         chosen = replace(chosen, flash=False)
     elif "flash" in kernel:

@@ -19,18 +19,18 @@ class Constants:
     sustained_fp8: float = 0.95
     # Time of a 128 x 256 tile beside its multiplications: filling the first stages of the copy
     # pipeline and writing the result (some hundred nanoseconds of memory latency each).
-    tile_seconds: float = 8e-7
+    tile_seconds: float = 8.5e-7
     # Share of the loss by unfilled last waves of 128 x 256 tiles that remains with split-K and
     # persistent kernels.
-    wave_loss: float = 0.9
+    wave_loss: float = 0.95
     # Share of the memory rate that streaming kernels reach.
     memory_share: float = 0.85
     # Extra traffic of casting inputs to 8 or 4 bits, bytes per element and product.
-    cast_bytes: float = 2.7
+    cast_bytes: float = 2.6
     # The same for 4 bits: blocks of 16 with scales, rotations and random rounding (2509.25149).
-    narrow_cast_bytes: float = 15.0
+    narrow_cast_bytes: float = 16.0
     # Row length at which a fused attention kernel reaches half of its rate.
-    half_row: float = 780.0
+    half_row: float = 690.0
     # Speed of FlashAttention-1 over 2 (arXiv 2307.08691: 2 is 1.7 to 3 times faster), and of a
     # kernel made for Hopper or newer over 2 there (arXiv 2407.08608: 1.5 to 2.0 times).
     first_attention: float = 0.55
@@ -40,7 +40,7 @@ class Constants:
     score_bytes: float = 24.0
     # Share of link rates that large messages reach (ring, both directions busy).
     link_share: float = 0.7
-    network_share: float = 0.75
+    network_share: float = 0.69
     # Latency: of a collective, of each hop in a node and of each hop between nodes.
     collective_seconds: float = 20e-6
     link_hop_seconds: float = 1.5e-6
@@ -48,7 +48,7 @@ class Constants:
     # The same over EFA and plain Ethernet: chunks of megabytes fill the ring hop by hop.
     cloud_hop_seconds: float = 500e-6
     # How much compute slows while a collective runs beside it (shared memory and processors).
-    contention: float = 0.09
+    contention: float = 0.12
     # Bytes per parameter that the update reads and writes, fused and not.
     update_bytes: float = 32.0
     eager_update_bytes: float = 60.0

@@ -119,7 +119,8 @@ class Pricing:
             (1 - share) * dense.backward + share * routed.backward,
         )
         tensor, context, expert = self._block_traffic(candidate, tokens=tokens, block=block)
-        repeated = {"none": 0.0, "selective": self._selective(candidate), "full": block.forward}
+        part = self._selective(candidate) + self.software.selective_share * block.forward
+        repeated = {"none": 0.0, "selective": part, "full": block.forward}
         again = repeated[candidate.recompute] * candidate.recompute_share
         send = self._sends(candidate, tokens=tokens)
         waiting = self._host_waiting(

@@ -42,6 +42,10 @@ app.add_typer(plan.app, name="plan")
 app.add_typer(simulate.app, name="simulate")
 
 
+_INTERRUPTED = 130
+"""typer's own status for a KeyboardInterrupt, which it does not let through."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done, 2 the user's mistake, 75 stopped and saved, 1 the rest."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -49,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = [word for word in given if word != "--debug"]
     try:
         status = app(args=given, standalone_mode=False) or 0
+        if status == _INTERRUPTED:
+            raise KeyboardInterrupt
     except ShoalError as error:
         status = _tell(error, debug=debug)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         status = _tell(Interrupted("interrupted; nothing was begun or saved"), debug=debug)
     except typer.Exit as leave:
         status = leave.exit_code

@@ -79,7 +79,8 @@ def run_seat(job: Job, *, seat: Seat, report: Report) -> int:
         report.say("stopped", text=str(error))
         return error.exit_status
     except UserError as error:
-        report.say("error", user=True, text=str(error), rank=seat.rank)
+        name = type(error).__name__
+        report.say("error", user=True, type=name, text=str(error), rank=seat.rank)
         return error.exit_status
     except BaseException as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:

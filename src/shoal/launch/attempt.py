@@ -13,11 +13,22 @@ from types import FrameType
 from typing import Any
 
 from shoal.engine.decision import Decision
-from shoal.errors import Interrupted, ShoalError, Stopped, UserError, WorkerError
+from shoal.errors import (
+    DataError,
+    FetchError,
+    Interrupted,
+    ModelError,
+    RunError,
+    ShoalError,
+    Stopped,
+    UserError,
+    WorkerError,
+)
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.observe.console import Console
 
 TARGET = "shoal.engine.worker:run"
+_USER_ERRORS = {kind.__name__: kind for kind in (DataError, ModelError, RunError, FetchError)}
 _GRACE_SECONDS = 1.0
 """After one worker failed, the others may still say what they saw before they are ended."""
 
@@ -58,7 +69,7 @@ class Attempt:
         """The error that best explains the end: a cause before those it brought about."""
         for error in self.errors:
             if error["user"]:
-                return UserError(error["text"])
+                return _USER_ERRORS.get(error.get("type", ""), UserError)(error["text"])
         if self.killed:
             rank = self.killed[0]
             name = signal.Signals(-(self.workers[rank].status or 0)).name

@@ -1,0 +1,133 @@
+"""The real command, killed and interrupted: what it says, what it leaves, how it goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from processes import alive, family, server_and_workers, started, wait_for_step, wait_until
+
+from shoal.observe.events import read_lines
+from tiny import Bench, Run
+
+LENGTH = ("train.steps=20", "train.evaluate_every_steps=5", "checkpoint.every_steps=5")
+# One sample a micro batch: a step takes long enough to be hit.
+SLOW = (*LENGTH, "train.micro_batch_samples=1")
+TWO = ("parallel.replicate=2", "launch.workers=processes")
+
+
+def assert_nothing_left(pids: list[int]) -> None:
+    wait_until(lambda: not alive(pids), what=f"the end of {pids}", seconds=15)
+
+
+def assert_same_end(found: Run, wanted: Run) -> None:
+    assert found.digits == wanted.digits
+    assert found.weights == wanted.weights
+
+
+def test_the_whole_job_killed_at_step_13(bench: Bench) -> None:
+    run = Run(bench.new_path())
+    with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
+        wait_for_step(run, 13)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=20)
+    bench.resume(run)
+    events = read_lines(run.path / "events.jsonl")
+    assert [row["step"] for row in events if row["event"] == "resumed"] == [10]
+    assert_same_end(run, bench.run(*SLOW, *TWO))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGINT to the group",
+        pytest.param("SIGTERM to the group", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", marks=pytest.mark.slow),
+    ],
+)
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(bench: Bench, how: str) -> None:
+    """A terminal sends Ctrl-C to the whole group; a batch system sends SIGTERM to either."""
+    run = Run(bench.new_path())
+    with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
+        wait_for_step(run, 7)
+        number = signal.SIGINT if "SIGINT" in how else signal.SIGTERM
+        (os.killpg if "group" in how else os.kill)(process.pid, number)
+        out, err = process.communicate(timeout=40)
+    assert process.returncode == 75, err
+    assert "asked to stop: saving after this step" in out
+    assert f"go on with: shoal resume {run.path}" in err
+    steps = len(run.losses)
+    assert 7 <= steps < 20
+    assert (run.path / f"checkpoints/step-{steps:08d}/manifest.json").is_file()
+    bench.resume(run)
+    assert_same_end(run, bench.run(*SLOW, *TWO))
+
+
+@pytest.mark.slow
+def test_a_thread_run_stops_too(bench: Bench) -> None:
+    run = Run(bench.new_path())
+    words = (*SLOW, "parallel.replicate=2", "launch.workers=threads")
+    with started("train", bench.recipe, *words, "--out", run.path) as process:
+        wait_for_step(run, 3)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=40)
+    assert process.returncode == 75, err
+    assert (run.path / f"checkpoints/step-{len(run.losses):08d}/manifest.json").is_file()
+
+
+def test_a_second_interrupt_ends_at_once(bench: Bench) -> None:
+    run = Run(bench.new_path())
+    long_steps = ("train.global_batch_samples=1024", "train.micro_batch_samples=1")
+    with started("train", bench.recipe, *long_steps, "--out", run.path) as process:
+        wait_until(lambda: "started" in run.events, what="a start")
+        left = list(family(process.pid))
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout is not None
+        wait_until(lambda: "asked to stop" in process.stdout.readline(), what="the first answer")
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=15)
+    assert process.returncode == 1, "nothing was saved, so there is nothing to resume"
+    assert "stopped at once, before the first save" in err
+    assert_nothing_left(left)
+
+
+def test_interrupted_while_preparing(bench: Bench, tmp_path: Path) -> None:
+    with started("train", bench.recipe, "--out", tmp_path / "run") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.endswith("shoal: interrupted; nothing was begun or saved\n")
+    assert not (tmp_path / "run").exists(), "the name is free again"
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_worker_is_named(bench: Bench, rank: int) -> None:
+    run = Run(bench.new_path())
+    with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
+        wait_for_step(run, 6)
+        server, workers = server_and_workers(process.pid)
+        assert len(workers) == 2
+        os.kill(workers[rank], signal.SIGKILL)
+        _, err = process.communicate(timeout=40)
+    assert process.returncode == 1
+    assert f"worker {rank} was killed (SIGKILL)" in err and "resume the run" in err
+    assert "Traceback" not in err.partition("shoal: ")[2]
+    assert_nothing_left([server, *workers])
+
+
+@pytest.mark.parametrize("who", ["the command", "its fork server"])
+def test_no_worker_outlives(bench: Bench, who: str) -> None:
+    run = Run(bench.new_path())
+    with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
+        wait_for_step(run, 3)
+        server, workers = server_and_workers(process.pid)
+        os.kill(process.pid if who == "the command" else server, signal.SIGKILL)
+        assert_nothing_left([server, *workers])
+        _, err = process.communicate(timeout=20)
+    if who == "its fork server":
+        assert process.returncode == 1
+        assert "the fork server ended" in err

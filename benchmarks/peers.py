@@ -80,7 +80,7 @@ def run(command: list[str], *, out: Path | None) -> dict[str, float]:
     first, seconds = None, []
     assert process.stdout is not None
     for line in process.stdout:
-        is_step = line.startswith('{"step"') or line.startswith("step")
+        is_step = line.startswith(('{"step"', "step"))
         if is_step and first is None and "evaluation" not in line:
             first = time.perf_counter() - began
         if line.startswith('{"step"'):

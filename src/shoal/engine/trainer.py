@@ -115,12 +115,11 @@ class Trainer:
     def _start(self) -> None:
         job, training = self.job, self.training
         if self._first:
-            if job.resume:
-                training.store.folder.mkdir(parents=True, exist_ok=True)
             self.sink = Fan([RunFiles(job.run), self._report])
         if job.resume:
             self._restore()
         if self._first:
+            self.sink.close()  # what it had open may have been cut after the step restored
             self.sink = Fan([*_sinks(job), self._report])
             kind = "resumed" if job.resume else "started"
             self.sink.event(kind, {"step": training.progress.step, **_facts(job)})

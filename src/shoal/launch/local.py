@@ -84,7 +84,9 @@ def resume(
     with _pool(pool) as workers:
         show.phase(f"resuming {folder}")
         inputs = prepare_inputs(resolved, say=show.phase)
-        decision = choose(resolved, inputs=inputs, pool=workers, console=show)
+        decision = _decision_before(folder, _texts(overrides))
+        if decision is None:
+            decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         job = _Start(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=True)
         return _run(job, pool=workers, console=show)
 
@@ -103,6 +105,23 @@ def resumed_recipe(run: Path, overrides: list[str]) -> Recipe:
             source=f"the overrides of {run}",
         )
     return wanted
+
+
+_DECIDED = ("parallel", "launch", "precision", "train.micro_batch_samples")
+"""Keys that bear on what is decided at the start."""
+
+
+def _decision_before(run: Path, overrides: list[str]) -> Decision | None:
+    """What was decided for `run`, unless an override bears on it: same choices, same bits."""
+    if any(text.startswith(_DECIDED) for text in overrides):
+        return None
+    path = run / "plan.json"
+    if not path.is_file():
+        return None
+    try:
+        return Decision.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError):  # written by hand, or by another version
+        return None
 
 
 @contextmanager

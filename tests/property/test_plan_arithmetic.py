@@ -116,10 +116,10 @@ def test_collectives_never_get_cheaper_by_sending_more(
     operation: str, size: int, stride: int, num_bytes: float
 ) -> None:
     traffic, group = Traffic(CLUSTER, DEFAULT), Group(size, stride)
-    one = traffic.collective(operation, group, num_bytes=num_bytes)
+    one = traffic.collective(operation, group=group, num_bytes=num_bytes)
     assert one >= 0
     assert (one == 0) == (size == 1)
-    assert traffic.collective(operation, group, num_bytes=2 * num_bytes) >= one
+    assert traffic.collective(operation, group=group, num_bytes=2 * num_bytes) >= one
 
 
 @given(powers, powers, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.booleans())

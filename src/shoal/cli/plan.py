@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +77,16 @@ def plan(
     from shoal.plan import explain
     from shoal.plan.search import find
 
-    asked = Asked(recipe, overrides or [], cluster, model, sequence, batch, precision, software)
+    asked = Asked(
+        recipe=recipe,
+        overrides=overrides or [],
+        spec=cluster,
+        model=model,
+        sequence=sequence,
+        batch=batch,
+        precision=precision,
+        software=software,
+    )
     estimator, fixed = asked.estimator(), asked.fixed(fix or [])
     if tokens:
         _whole_run(
@@ -157,33 +166,31 @@ def score(
     typer.echo(json.dumps(result, indent=1) if as_json else scoring.text(result))
 
 
+@dataclass(kw_only=True)
 class Asked:
     """What the command line asks to plan for, whichever way it was said."""
 
-    def __init__(
-        self,
-        recipe: str | None,
-        overrides: list[str],
-        cluster: str | None,
-        model: Path | None,
-        sequence: int | None,
-        batch: int | None,
-        precision: str | None,
-        software: str,
-    ) -> None:
-        self.spec, self.software = cluster, software
-        self.sequence, self.batch, self.precision = sequence, batch, precision
-        self.choices: dict[str, object] = {}
-        if (recipe is None) == (model is None):
+    recipe: str | None
+    overrides: list[str]
+    spec: str | None
+    model: Path | None
+    sequence: int | None
+    batch: int | None
+    precision: str | None
+    software: str
+    choices: dict[str, object] = field(default_factory=dict)
+
+    def _config(self) -> Mapping[str, Any]:
+        if (self.recipe is None) == (self.model is None):
             raise UserError(
                 "give either a recipe (a shipped name or a YAML file) or --model config.json"
             )
-        self.config = self._from_recipe(recipe, overrides) if recipe else _read_json(model)
+        return self._from_recipe(self.recipe) if self.recipe else _read_json(self.model)
 
-    def _from_recipe(self, name: str | None, overrides: list[str]) -> Mapping[str, Any]:
+    def _from_recipe(self, name: str) -> Mapping[str, Any]:
         from shoal.config.load import load_recipe
 
-        recipe = load_recipe(str(name), overrides)
+        recipe = load_recipe(name, self.overrides)
         self.sequence = self.sequence or recipe.data.sequence_tokens
         self.batch = self.batch or recipe.train.global_batch_samples
         names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "auto": "bf16"}
@@ -205,6 +212,7 @@ class Asked:
         from shoal.plan.software import PROFILES
         from shoal.plan.workload import Workload
 
+        config = self._config()
         if not self.sequence or not self.batch:
             raise UserError("with --model, give --sequence (tokens per row) and --batch (rows)")
         precision = self.precision or "bf16"
@@ -214,7 +222,7 @@ class Asked:
         if self.software not in PROFILES:
             raise UserError(f"--software {self.software!r}: {nearest(self.software, PROFILES)}")
         workload = Workload(
-            facts=facts_from_config(self.config),
+            facts=facts_from_config(config),
             sequence_tokens=self.sequence,
             global_batch_samples=self.batch,
             precision=precision,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,11 @@ from shoal.cli.plan import (
     Sequence,
     Spec,
 )
+
+if TYPE_CHECKING:
+    from shoal.plan.cost.step import Prediction
+    from shoal.plan.goodput import Jitter, Reliability
+    from shoal.plan.simulate import Timeline
 
 app = typer.Typer(
     cls=DefaultCommand,
@@ -56,11 +61,18 @@ def simulate(
     """Play out the best plan (or the one fixed by --fix) and say what a long run would keep."""
     from shoal.plan import goodput
     from shoal.plan import simulate as simulator
-    from shoal.plan.explain import choices, to_json
     from shoal.plan.search import find
-    from shoal.units import format_seconds
 
-    asked = Asked(recipe, overrides or [], cluster, model, sequence, batch, precision, software)
+    asked = Asked(
+        recipe=recipe,
+        overrides=overrides or [],
+        spec=cluster,
+        model=model,
+        sequence=sequence,
+        batch=batch,
+        precision=precision,
+        software=software,
+    )
     estimator, fixed = asked.estimator(), asked.fixed(fix or [])
     best = find(estimator, space=fixed).best
     timeline = simulator.simulate_step(estimator, candidate=best.candidate)
@@ -68,16 +80,26 @@ def simulate(
         out.write_text(simulator.trace(timeline))
     if image is not None:
         image.write_text(simulator.picture(timeline))
-    workers, layout = best.workers, best.candidate.layout
     trust = goodput.Reliability(
         device_failure_seconds=failure_hours * 3600,
         save_seconds=save_seconds,
         restart_seconds=restart_seconds,
     )
-    interval = goodput.best_interval_seconds(trust, workers=workers)
-    kept = goodput.expected_goodput(trust, workers=workers, interval_seconds=interval)
     jitter = goodput.Jitter(slow_share=slow_share, slow_factor=slow_factor)
-    copies = layout.replicate * layout.shard
+    report = _report(best, timeline=timeline, trust=trust, jitter=jitter)
+    typer.echo(json.dumps(report, indent=1) if as_json else _text(report, best=best))
+
+
+def _report(
+    best: Prediction, *, timeline: Timeline, trust: Reliability, jitter: Jitter
+) -> dict[str, Any]:
+    """The step as played, the best interval between saves, and how policies bear stragglers."""
+    from shoal.plan import goodput
+    from shoal.plan.explain import to_json
+
+    workers = best.workers
+    copies = best.candidate.layout.replicate * best.candidate.layout.shard
+    interval = goodput.best_interval_seconds(trust, workers=workers)
     waiting = {
         "every-step": goodput.waiting_factor(jitter, replicas=copies),
         "diloco every 100 steps": goodput.waiting_factor(
@@ -87,27 +109,31 @@ def simulate(
             jitter, replicas=copies, policy="server", staleness=4
         ),
     }
-    if as_json:
-        report = {
-            "plan": to_json(best),
-            "simulated_step_seconds": timeline.seconds,
-            "bubble": timeline.bubble,
-            "failure_seconds": goodput.failure_seconds(trust, workers=workers),
-            "checkpoint_seconds": interval,
-            "goodput": kept,
-            "waiting_factor": waiting,
-        }
-        typer.echo(json.dumps(report, indent=1))
-        return
-    failures = goodput.failure_seconds(trust, workers=workers)
-    typer.echo(f"Plan: {choices(best.candidate)}")
-    typer.echo(
-        f"Step: {timeline.seconds:.4g} s simulated, {best.step_seconds:.4g} s predicted, "
-        f"{timeline.bubble:.1%} of the passes are bubbles"
-    )
-    typer.echo(
-        f"Long run: a failure every {format_seconds(failures)}; save every "
-        f"{format_seconds(interval)}; {kept:.1%} of the time ends up in kept steps"
-    )
-    for name, factor in waiting.items():
-        typer.echo(f"  {name}: {factor:.3f} x the undisturbed step")
+    return {
+        "plan": to_json(best),
+        "simulated_step_seconds": timeline.seconds,
+        "bubble": timeline.bubble,
+        "failure_seconds": goodput.failure_seconds(trust, workers=workers),
+        "checkpoint_seconds": interval,
+        "goodput": goodput.expected_goodput(trust, workers=workers, interval_seconds=interval),
+        "waiting_factor": waiting,
+    }
+
+
+def _text(report: dict[str, Any], *, best: Prediction) -> str:
+    from shoal.plan.explain import choices
+    from shoal.units import format_seconds
+
+    lines = [
+        f"Plan: {choices(best.candidate)}",
+        f"Step: {report['simulated_step_seconds']:.4g} s simulated, {best.step_seconds:.4g} s "
+        f"predicted, {report['bubble']:.1%} of the passes are bubbles",
+        f"Long run: a failure every {format_seconds(report['failure_seconds'])}; save every "
+        f"{format_seconds(report['checkpoint_seconds'])}; {report['goodput']:.1%} of the time "
+        "ends up in kept steps",
+    ]
+    lines += [
+        f"  {name}: {factor:.3f} x the undisturbed step"
+        for name, factor in report["waiting_factor"].items()
+    ]
+    return "\n".join(lines)

@@ -53,7 +53,7 @@ def choices(candidate: Candidate) -> str:
     return "; ".join(parts)
 
 
-def why_not(best: Prediction, other: Prediction) -> str:
+def why_not(best: Prediction, *, other: Prediction) -> str:
     """One sentence on the largest thing that makes `other` slower than `best`."""
     slower = other.step_seconds / best.step_seconds - 1
     gains = {
@@ -134,7 +134,7 @@ def text(found: Found, *, estimator: Estimator) -> str:
         for other in found.runners_up
     ]
     lines += ["", "Rejected:"]
-    lines += [f"  {name}: {why_not(best, other)}" for name, other in found.rejected.items()]
+    lines += [f"  {name}: {why_not(best, other=other)}" for name, other in found.rejected.items()]
     far = far_tensor_note(estimator, best=best)
     lines += [f"  {note}" for note in (far, period_note(estimator, best=best)) if note]
     return "\n".join(lines)
@@ -231,7 +231,7 @@ def report_json(found: Found, *, cluster: Cluster) -> dict[str, Any]:
         "plan": to_json(found.best),
         "runners_up": [to_json(other) for other in found.runners_up],
         "rejected": {
-            name: {**to_json(other), "reason": why_not(found.best, other)}
+            name: {**to_json(other), "reason": why_not(found.best, other=other)}
             for name, other in found.rejected.items()
         },
         "examined": found.examined,

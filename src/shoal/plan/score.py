@@ -101,7 +101,7 @@ def _is_low(case: Case, prediction: Prediction) -> bool:
     return rate < LOW_UTILISATION * (peaks.get("bf16") or peaks.get("fp16") or peaks["fp32"])
 
 
-def quantile(values: Sequence[float], share: float) -> float:
+def quantile(values: Sequence[float], *, share: float) -> float:
     """The value below which `share` of the sorted values lie (nearest rank)."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
@@ -121,12 +121,12 @@ def _errors(values: Sequence[float]) -> dict[str, Any]:
     return {
         "rows": len(values),
         "median_absolute_error": median(absolute),
-        "p90_absolute_error": quantile(absolute, 0.9),
+        "p90_absolute_error": quantile(absolute, share=0.9),
         "median_signed_error": median(list(values)),
     }
 
 
-def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
+def kendall_tau(first: Sequence[float], *, second: Sequence[float]) -> float:
     """Share of concordant minus share of discordant pairs (Kendall's tau-a), in -1..1."""
     total = agreed = 0
     for at in range(len(first)):
@@ -145,7 +145,8 @@ def _ranking(scored: Sequence[Scored]) -> dict[str, Any]:
     # Three layouts are the least that can be ranked better or worse than by a coin.
     taus = [
         kendall_tau(
-            [one.prediction.step_seconds for one in group], [one.case.step_seconds for one in group]
+            [one.prediction.step_seconds for one in group],
+            second=[one.case.step_seconds for one in group],
         )
         for group in groups.values()
         if len({one.case.candidate for one in group}) >= 3

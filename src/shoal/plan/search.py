@@ -29,7 +29,7 @@ class Space:
     far_tensor: bool = False
     headroom: float = 0.04
 
-    def allows(self, name: str, value: object) -> bool:
+    def allows(self, name: str, *, value: object) -> bool:
         """Whether `value` is allowed for `name`."""
         return name not in self.fixed or self.fixed[name] == value
 
@@ -59,15 +59,19 @@ def layouts(
     limit = node * (2 if space.far_tensor else 1)
     tensors = [t for t in tensor_degrees(facts) if t <= limit] if "tensor" in able else [1]
     for tensor in tensors:
-        if workers % tensor or not space.allows("tensor", tensor):
+        if workers % tensor or not space.allows("tensor", value=tensor):
             continue
         for pipeline in divisors(workers // tensor):
             allowed = pipeline == 1 or "pipeline" in able
-            if pipeline > facts.layers or not allowed or not space.allows("pipeline", pipeline):
+            if (
+                pipeline > facts.layers
+                or not allowed
+                or not space.allows("pipeline", value=pipeline)
+            ):
                 continue
             rest = workers // tensor // pipeline
             for context in _contexts(rest, workload=workload, allowed="context" in able):
-                if space.allows("context", context):
+                if space.allows("context", value=context):
                     yield from _splits(
                         Layout(tensor=tensor, pipeline=pipeline, context=context),
                         facts=facts,
@@ -92,16 +96,16 @@ def _splits(
     near = max(1, node // (inner.tensor * inner.context))
     options = {1, copies} | ({near} if copies % near == 0 else set())
     if "shard" in space.fixed:
-        options = {shard for shard in divisors(copies) if space.allows("shard", shard)}
+        options = {shard for shard in divisors(copies) if space.allows("shard", value=shard)}
     for shard in sorted(options):
-        if not space.allows("replicate", copies // shard):
+        if not space.allows("replicate", value=copies // shard):
             continue
         whole = replace(inner, shard=shard, replicate=copies // shard)
         if not facts.experts:
             yield whole
             continue
         for expert in divisors(shard * inner.context):
-            if facts.experts % expert == 0 and space.allows("expert", expert):
+            if facts.experts % expert == 0 and space.allows("expert", value=expert):
                 yield replace(whole, expert=expert)
 
 
@@ -113,14 +117,14 @@ def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator
     share = workload.global_batch_samples // copies
     levels = LEVELS if layout.shard > 1 else ("parameters",)
     for micro in divisors(share):
-        if micro > 64 or not space.allows("micro_batch_samples", micro):
+        if micro > 64 or not space.allows("micro_batch_samples", value=micro):
             continue
         micro_batches = share // micro
         for schedule, chunks in _schedules(layout, workload=workload, micro_batches=micro_batches):
-            if not space.allows("schedule", schedule):
+            if not space.allows("schedule", value=schedule):
                 continue
             for level in levels:
-                if space.allows("level", level):
+                if space.allows("level", value=level):
                     yield Candidate(
                         layout=layout,
                         micro_batch_samples=micro,

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import csv
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from shoal.errors import UserError
 from shoal.layout import Layout
 from shoal.legal import ModelFacts
-from shoal.plan.hardware import GB, GIB, Cluster, Device, Nodes, device
-from shoal.plan.software import (
-    DEEPSPEED_2021,
-    FOUNDRY,
-    FSDP,
-    FSDP_COMPILED,
-    GENERIC,
-    GPT_NEOX,
-    MEGATRON,
-    MEGATRON_CLASSIC,
-    NANOTRON,
-    NANOTRON_EARLY,
-    NEMO_2024,
-    ONEFLOW,
-    Software,
-)
+from shoal.plan.habits import Row, Skipped, cluster_of, sharding_of, software_of
+from shoal.plan.hardware import Cluster
+from shoal.plan.software import Software
 from shoal.plan.workload import Candidate, Workload
 
 _TEXT = """
@@ -50,13 +37,6 @@ _GROUP = (
     "framework",
     "task",
 )
-
-
-Row = Mapping[str, str]
-
-
-class Skipped(Exception):
-    """A row that cannot be scored; the text is the reason, short and countable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +145,11 @@ def case_of(row: Row) -> Case:
         raise Skipped("no step time")
     if row["task"].startswith("qlora"):
         raise Skipped("quantised weights are not modelled")
-    software = _software(row, assumed)
-    cluster = _cluster(row, workers, assumed)
-    shard, level = _sharding(row, replicas, software, cluster, assumed)
+    software = software_of(row, assumed=assumed)
+    cluster = cluster_of(row, workers=workers, assumed=assumed)
+    shard, level = sharding_of(
+        row, replicas=replicas, software=software, cluster=cluster, assumed=assumed
+    )
     chunks = max(1, int(_number(row, "vpp") or 1)) if pipeline > 1 else 1
     layout = Layout(
         replicate=replicas // shard,
@@ -226,21 +208,30 @@ def _facts(row: Row, assumed: list[str]) -> ModelFacts:
     groups = int(_number(row, "kv_heads")) or heads
     inner = int(_number(row, "ffn_hidden")) or 4 * hidden
     exact = "exact" in row.get("params_kind", "exact")
-    return _dense_facts(
-        layers, hidden, heads, groups, inner, vocabulary, int(_number(row, "params") * exact)
-    )
+    stated = int(_number(row, "params") * exact)
+    return _dense_facts(_Sizes(layers, hidden, heads, groups, inner, vocabulary, stated))
+
+
+class _Sizes(NamedTuple):
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    inner: int
+    vocabulary: int
+    stated: int
 
 
 @cache
-def _dense_facts(
-    layers: int, hidden: int, heads: int, groups: int, inner: int, vocabulary: int, stated: int
-) -> ModelFacts:
+def _dense_facts(sizes: _Sizes) -> ModelFacts:
     """Facts from sizes. Gated or not, tied or not: whichever comes nearest to the stated count.
 
     Without an exact count, a feed-forward width of four times the hidden size means ungated.
     """
 
-    def build(gated: bool, tied: bool) -> ModelFacts:
+    layers, hidden, heads, groups, inner, vocabulary, stated = sizes
+
+    def build(*, gated: bool, tied: bool) -> ModelFacts:
         size = hidden // heads
         return ModelFacts(
             family="stated sizes",
@@ -262,8 +253,8 @@ def _dense_facts(
         )
 
     if not stated:
-        return build(inner != 4 * hidden, inner == 4 * hidden)
-    options = [build(gated, tied) for gated in (True, False) for tied in (True, False)]
+        return build(gated=inner != 4 * hidden, tied=inner == 4 * hidden)
+    options = [build(gated=gated, tied=tied) for gated in (True, False) for tied in (True, False)]
     return min(options, key=lambda facts: abs(facts.parameters - stated))
 
 
@@ -288,149 +279,3 @@ def _recompute(row: Row, assumed: list[str]) -> str:
             return name
     assumed.append("recompute")
     return "none"
-
-
-_FRAMEWORKS = (
-    ("nanotron", NANOTRON),
-    ("megatron-deepspeed", MEGATRON_CLASSIC),
-    ("deepspeed zero", DEEPSPEED_2021),
-    ("megatron-bridge", MEGATRON),
-    ("nemo", NEMO_2024),
-    ("megatron-core", MEGATRON),
-    ("megatron", MEGATRON),
-    ("oneflow", ONEFLOW),
-    ("gpt-neox", GPT_NEOX),
-    ("foundry", FOUNDRY),
-    ("fsdp", FSDP),
-    ("litgpt", FSDP),
-    ("torchtitan", FSDP),
-    ("torchtune", FSDP),
-)
-
-
-def _software(row: Row, assumed: list[str]) -> Software:
-    """The profile of the row's framework, corrected by what the row says itself."""
-    name, kernel = row["framework"].lower(), row["attention_kernel"].lower()
-    chosen = next((profile for mark, profile in _FRAMEWORKS if mark in name), None)
-    if chosen is None:
-        assumed.append("software")
-        chosen = GENERIC
-    if chosen is NANOTRON and _is_early_stack(row.get("notes", "")):
-        chosen = NANOTRON_EARLY
-    plain = any(word in kernel for word in ("no flash", "none", "standard", "fused softmax"))
-    early = row["gpu_type"].startswith("V100") or (
-        "fp16" in row["precision"] and "megatron" in name and "flash" not in kernel
-    )
-    if chosen is MEGATRON and (plain or early):
-        chosen = MEGATRON_CLASSIC
-    compiled = row["compile"].lower()
-    if chosen is FSDP and compiled not in {"", "no", "eager"}:
-        chosen = FSDP_COMPILED
-    if "fms" in name or "true" in row["precision"]:
-        # fms-fsdp's mixed precision policy reduces in bfloat16; bf16-true has nothing wider.
-        chosen = replace(chosen, reduce_bytes=2.0)
-    if plain:
-        chosen = replace(chosen, flash=False)
-    elif "flash" in kernel:
-        chosen = replace(chosen, flash=True)
-    if row["sp"].lower() in {"yes", "no"}:
-        chosen = replace(chosen, sequence_parallel=row["sp"].lower() == "yes")
-    return chosen
-
-
-def _is_early_stack(notes: str) -> bool:
-    """Whether a row of the nanotron sweep ran on the older of its two software stacks.
-
-    Its notes hold the all-reduce bandwidth measured in the node: 455 to 461 GB/s with the newer
-    stack and 410 to 430 with the older one, whose collectives cost far more host time.
-    """
-    found = re.search(r"node\s+([\d.]+)/", notes)
-    return found is not None and float(found[1]) < 440
-
-
-def _device(row: Row) -> Device:
-    text = row["gpu_type"].upper()
-    found = re.search(r"(RTX\s*\w+|GB\d00|[ABH]\d00|GH200|V100|MI\d+X|L4\b)", text)
-    if found is None:
-        raise Skipped("device not in the hardware table")
-    name = found[1].replace(" ", "")
-    memory = re.search(r"-?(\d+)\s*GB", text)
-    try:
-        return device(f"{name}-{memory[1]}" if memory else name)
-    except UserError:
-        try:
-            return device(name)
-        except UserError as error:
-            raise Skipped("device not in the hardware table") from error
-
-
-def _cluster(row: Row, workers: int, assumed: list[str]) -> Cluster:
-    kind = _device(row)
-    per_node = min(workers, kind.node_devices)
-    stated = re.search(r"(\d+)\s*GPU", row["intra_node"])
-    if stated:
-        per_node = min(workers, int(stated[1]))
-    if "PCI" in row["intra_node"].upper():
-        kind = replace(kind, node_link_bytes_per_second=25 * GB)
-    network = _network(row["inter_node"], per_node=per_node)
-    if not network and workers > per_node:
-        assumed.append("network")
-    return Cluster(
-        groups=(Nodes(count=-(-workers // per_node), devices=per_node, device=kind),),
-        network_bytes_per_second=network or kind.network_bytes_per_second,
-        network_is_stated=bool(network),
-        fabric=_fabric(row),
-    )
-
-
-def _fabric(row: Row) -> str:
-    text = row["inter_node"].lower()
-    # The sweep of the Ultrascale Playbook ran on the AWS nodes of its authors, which have EFA.
-    if "efa" in text or (not text and row["framework"] == "nanotron"):
-        return "efa"
-    return "roce" if "roce" in text else "infiniband"
-
-
-def _network(text: str, *, per_node: int) -> float:
-    """Bytes per second and device from a cell; a bare rate is that of the node."""
-    found = re.search(r"(?:(\d+)\s*x\s*)?([\d.]+)\s*(T|G)b/s", text)
-    if found is None:
-        return 0.0
-    rate = float(found[2]) * (1000 if found[3] == "T" else 1) * GB / 8
-    if "per GPU" in text:
-        return rate
-    return rate * int(found[1] or 1) / per_node
-
-
-def _sharding(
-    row: Row, replicas: int, software: Software, cluster: Cluster, assumed: list[str]
-) -> tuple[int, str]:
-    """(degree of the shard axis, level); HSDP shards within a node."""
-    text = row["sharding"].upper().replace("_", " ")
-    if "HSDP" in text:
-        local = min(replicas, cluster.node_devices)
-        return (local if replicas % local == 0 else replicas), "parameters"
-    for marks, level in (
-        (("ZERO-3", "FULL SHARD", "FSDP", "FULLY"), "parameters"),
-        (("ZERO-2", "GRAD OP"), "gradients"),
-        (("ZERO-1", "DISTRIBUTED OPTIMIZER"), "optimizer"),
-    ):
-        if "DDP" not in text and any(mark in text for mark in marks):
-            if "GRAD OP" in text:
-                return replicas, "gradients"
-            return replicas, level
-    if text:
-        return 1, "optimizer"
-    if replicas > 1:
-        assumed.append("sharding")
-    # Megatron-Core's published recipes split the optimizer state; its ancestors had no such thing.
-    return (
-        (replicas, "optimizer")
-        if software.name in {MEGATRON.name, NEMO_2024.name}
-        else (1, "optimizer")
-    )
-
-
-def gib(num_bytes: float) -> float:
-    """Bytes as GiB."""
-    return num_bytes / GIB

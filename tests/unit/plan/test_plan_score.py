@@ -15,7 +15,8 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.plan import fit, score
-from shoal.plan.table import COLUMNS, Case, Skipped, case_of, cases, read_rows
+from shoal.plan.habits import Skipped
+from shoal.plan.table import COLUMNS, Case, case_of, cases, read_rows
 
 EXCERPT = Path(__file__).parent / "excerpt.csv"
 
@@ -137,10 +138,10 @@ def test_malformed_tables(tmp_path: Path) -> None:
 
 
 def test_kendall_tau() -> None:
-    assert score.kendall_tau([1, 2, 3], [10, 20, 30]) == 1
-    assert score.kendall_tau([1, 2, 3], [30, 20, 10]) == -1
-    assert score.kendall_tau([1, 2, 3], [10, 30, 20]) == pytest.approx(1 / 3)
-    assert score.kendall_tau([1], [1]) == 0
+    assert score.kendall_tau([1, 2, 3], second=[10, 20, 30]) == 1
+    assert score.kendall_tau([1, 2, 3], second=[30, 20, 10]) == -1
+    assert score.kendall_tau([1, 2, 3], second=[10, 30, 20]) == pytest.approx(1 / 3)
+    assert score.kendall_tau([1], second=[1]) == 0
 
 
 def test_fitting_lowers_the_error_and_stays_in_bounds() -> None:

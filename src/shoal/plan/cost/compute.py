@@ -68,7 +68,7 @@ class Compute:
             share *= self.constants.sustained_fp8
         return self.device.rate(precision) * share
 
-    def product(self, rows: float, columns: float, depth: float, *, precision: str) -> float:
+    def product(self, *, rows: float, columns: float, depth: float, precision: str) -> float:
         """Seconds of a [rows, depth] x [depth, columns] product.
 
         The larger of its time at the compute rate (lowered by unfilled waves of tiles and by
@@ -89,14 +89,14 @@ class Compute:
         return max(seconds, self.stream(traffic))
 
     def layer(
-        self, rows: float, columns: float, depth: float, *, precision: str | None = None
+        self, *, rows: float, columns: float, depth: float, precision: str | None = None
     ) -> Pass:
         """A linear layer: forward, and backward for its input and (if trained) its weight."""
         chosen = precision or self.workload.precision
-        forward = self.product(rows, columns, depth, precision=chosen)
-        backward = self.product(rows, depth, columns, precision=chosen)
+        forward = self.product(rows=rows, columns=columns, depth=depth, precision=chosen)
+        backward = self.product(rows=rows, columns=depth, depth=columns, precision=chosen)
         if self.workload.trainable == "all":
-            backward += self.product(depth, columns, rows, precision=chosen)
+            backward += self.product(rows=depth, columns=columns, depth=rows, precision=chosen)
         return Pass(forward, backward)
 
     def stream(self, num_bytes: float) -> float:
@@ -143,8 +143,8 @@ class Compute:
         values = facts.heads * facts.value_head_size / cut.tensor
         groups = max(1.0, facts.key_value_heads / cut.tensor)
         keys = groups * (facts.head_size + facts.value_head_size)
-        work = self.layer(cut.tokens, queries + keys, facts.hidden)
-        work += self.layer(cut.tokens, facts.hidden, values)
+        work = self.layer(rows=cut.tokens, columns=queries + keys, depth=facts.hidden)
+        work += self.layer(rows=cut.tokens, columns=facts.hidden, depth=values)
         work += self.attention(cut)
         work += self._experts(cut) if experts else self._feed_forward(cut)
         return work + self._elementwise(cut, widths=queries + keys, experts=experts)
@@ -153,9 +153,8 @@ class Compute:
         facts = self.workload.facts
         inner = facts.feed_forward / cut.tensor
         up = (2 if facts.gated else 1) * inner
-        return self.layer(cut.tokens, up, facts.hidden) + self.layer(
-            cut.tokens, facts.hidden, inner
-        )
+        work = self.layer(rows=cut.tokens, columns=up, depth=facts.hidden)
+        return work + self.layer(rows=cut.tokens, columns=facts.hidden, depth=inner)
 
     def _experts(self, cut: Cut) -> Pass:
         """Routed experts as grouped products, plus the shared expert; routing is balanced."""
@@ -163,12 +162,13 @@ class Compute:
         local = max(1.0, facts.experts / cut.expert)
         rows = cut.tokens * facts.experts_per_token / local
         inner = facts.expert_feed_forward / cut.tensor
-        one = self.layer(rows, 2 * inner, facts.hidden) + self.layer(rows, facts.hidden, inner)
+        one = self.layer(rows=rows, columns=2 * inner, depth=facts.hidden)
+        one += self.layer(rows=rows, columns=facts.hidden, depth=inner)
         work = Pass(one.forward * local, one.backward * local)
         if facts.shared_feed_forward:
             shared = facts.shared_feed_forward / cut.tensor
-            work += self.layer(cut.tokens, 2 * shared, facts.hidden)
-            work += self.layer(cut.tokens, facts.hidden, shared)
+            work += self.layer(rows=cut.tokens, columns=2 * shared, depth=facts.hidden)
+            work += self.layer(rows=cut.tokens, columns=facts.hidden, depth=shared)
         return work
 
     def _elementwise(self, cut: Cut, *, widths: float, experts: bool) -> Pass:
@@ -214,7 +214,7 @@ class Compute:
         columns = facts.vocabulary / tensor
         precision = self.workload.precision
         precision = "bf16" if precision in {"fp8", "fp4"} else precision
-        work = self.layer(tokens, columns, facts.hidden, precision=precision)
+        work = self.layer(rows=tokens, columns=columns, depth=facts.hidden, precision=precision)
         traffic = self.stream(self.software.logit_traffic * tokens * columns)
         return work + Pass(traffic / 2, traffic / 2)
 

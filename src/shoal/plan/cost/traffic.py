@@ -69,7 +69,7 @@ class Traffic:
         return constants.collective_seconds + hops + far * hop
 
     def collective(
-        self, operation: str, group: Group, *, num_bytes: float, pieces: float = 1.0
+        self, operation: str, *, group: Group, num_bytes: float, pieces: float = 1.0
     ) -> float:
         """Seconds of a collective over `num_bytes` in `pieces` calls; 0 for a group of one."""
         if group.size <= 1 or num_bytes <= 0:

@@ -191,7 +191,7 @@ class Pricing:
             # Per pass two gathers and two reduce-scatters, or two all-reduces: the same bytes.
             # With sequence parallel the backward gathers both inputs once more (2205.05198).
             calls = 10 if self.software.sequence_parallel else 8
-            one = traffic.collective("all-gather", group, num_bytes=whole)
+            one = traffic.collective("all-gather", group=group, num_bytes=whole)
             tensor = calls * one * (1 - self.software.overlap_tensor)
         context = 0.0
         if layout.context > 1:
@@ -200,14 +200,14 @@ class Pricing:
             keys = 2.0 * tokens * facts.key_value_heads * size / layout.tensor
             # Keys and values go round once forward, and with their gradients once more backward
             # (ring attention, arXiv 2310.01889), behind the attention they feed.
-            ring = traffic.collective("all-gather", group, num_bytes=keys * layout.context)
+            ring = traffic.collective("all-gather", group=group, num_bytes=keys * layout.context)
             hidden = self.compute.attention(Cut(int(tokens), layout.tensor, layout.context)).total
             context = max(0.0, 3 * ring - 0.8 * hidden) + self.constants.contention * ring
         expert = 0.0
         if layout.expert > 1:
             group = Group(layout.expert, layout.tensor)
             moved = whole * facts.experts_per_token / layout.tensor
-            expert = 4 * traffic.collective("all-to-all", group, num_bytes=moved)
+            expert = 4 * traffic.collective("all-to-all", group=group, num_bytes=moved)
         return tensor, context, expert
 
     def _sends(self, candidate: Candidate, *, tokens: float) -> float:
@@ -234,13 +234,13 @@ class Pricing:
         parameters = blocks * facts.block_parameters / layout.tensor
         gather = blocks * self.traffic.collective(
             "all-gather",
-            group,
+            group=group,
             num_bytes=software.weight_bytes * facts.block_parameters / layout.tensor,
             pieces=software.gathers_per_block,
         )
         reduce = self.traffic.collective(
             "reduce-scatter",
-            group,
+            group=group,
             num_bytes=software.reduce_bytes * parameters,
             pieces=blocks * software.gathers_per_block,
         )
@@ -268,13 +268,13 @@ class Pricing:
             group = Group(layout.shard * layout.context, layout.tensor)
             out = self.traffic.collective(
                 "reduce-scatter",
-                group,
+                group=group,
                 num_bytes=software.reduce_bytes * held,
                 pieces=software.reduce_bytes * held / software.bucket_bytes,
             )
             back = self.traffic.collective(
                 "all-gather",
-                group,
+                group=group,
                 num_bytes=software.weight_bytes * held,
                 pieces=software.weight_bytes * held / software.bucket_bytes,
             )
@@ -287,7 +287,9 @@ class Pricing:
             near = layout.tensor if layout.shard == 1 else stride * layout.shard
             group = Group(copies, near)
             each = software.reduce_bytes * CODEC_SHARE.get(candidate.codec, 1.0)
-            out = self.traffic.collective("all-reduce", group, num_bytes=each * held / layout.shard)
+            out = self.traffic.collective(
+                "all-reduce", group=group, num_bytes=each * held / layout.shard
+            )
             if candidate.policy == "every-step":
                 replicate = max((1 - software.overlap_gradients) * out, out - backward)
             else:

@@ -15,7 +15,7 @@ from shoal.errors import RunError
 from shoal.models import init
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.export import export
-from shoal.models.huggingface import build_meta, fingerprint
+from shoal.models.huggingface import build_meta, config_from, fingerprint
 from shoal.tasks.kinds import create
 
 if TYPE_CHECKING:
@@ -52,13 +52,10 @@ def merge(reader: Reader, *, out: Path) -> float:
 
     Raises RunError when the merged model does not give the logits noted when it was saved.
     """
-    from transformers import AutoConfig
-
     inputs = Inputs.from_json(reader.state["inputs"])
     recipe = Recipe.model_validate(reader.state["recipe"])
     task = create(recipe.task.kind, settings=inputs.task_settings)
-    saved = dict(reader.state["model_config"])
-    config = AutoConfig.for_model(saved.pop("model_type"), **saved)
+    config = config_from(reader.state["model_config"])
     model = build_meta(config, auto_class=task.auto_class, dropout="off")
     init.materialise(model, record=init.record(model), seed=0, source=_ReaderSource(reader))
     difference = check_fingerprint(model, reader.state["fingerprint"], where=str(reader.folder))

@@ -71,6 +71,14 @@ def read_config(
     return config
 
 
+def config_from(tree: Mapping[str, Any]) -> Any:
+    """The configuration that `config.to_dict()` gave `tree`."""
+    from transformers import AutoConfig
+
+    saved = dict(tree)
+    return AutoConfig.for_model(saved.pop("model_type"), **saved)
+
+
 def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Module:
     """The model of `config` for a task's auto class: float32, meta device, attention `shoal`.
 

@@ -48,6 +48,8 @@ def start_process_group(
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    if dist.is_initialized():
+        return  # a launcher has joined already
     if store is None:
         dist.init_process_group(backend, timeout=timeout)
         return

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm.group import Group, ProcessGroup
+from shoal.comm.messages import broadcast_json
 from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.config.recipe import Recipe
 from shoal.data.stream import Stream
@@ -63,12 +64,14 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             timeout_seconds=300,
         )
     group = ProcessGroup()
-    devices = torch.cuda.device_count() if recipe.launch.device != "cpu" else 0
     try:
-        if devices:
-            results = _accelerated(recipe, devices=devices)
-        else:
-            results = _all(recipe, inputs, group=group, wanted=payload["wanted"])
+        # with devices there is one process per device: only the number format is open
+        accelerated = recipe.launch.device != "cpu" and torch.cuda.is_available()
+        results = (
+            measured_format(recipe)
+            if accelerated
+            else _all(recipe, inputs, group=group, wanted=payload["wanted"])
+        )
         if rank == 0:
             report.say("measured", **results)
     finally:
@@ -76,13 +79,14 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     return 0
 
 
-def _accelerated(recipe: Recipe, *, devices: int) -> dict[str, Any]:
-    """With CUDA devices there is one process per device; only the number format is measured."""
-    ratio = format_ratio(torch.device("cuda"))
+def measured_format(recipe: Recipe) -> dict[str, Any]:
+    """The number format for this machine, and how many devices it has; no `rows` yet."""
+    devices = torch.cuda.device_count() if recipe.launch.device != "cpu" else 0
+    ratio = format_ratio(torch.device("cuda") if devices else None)
     compute = recipe.precision.compute
     if compute == "auto":
-        fast = ratio >= WORTH_IT and torch.cuda.is_bf16_supported()
-        compute = "bfloat16" if fast else "float32"
+        known = not devices or torch.cuda.is_bf16_supported()
+        compute = "bfloat16" if known and ratio >= WORTH_IT else "float32"
     return {"rows": [], "compute": compute, "format_ratio": ratio, "devices": devices}
 
 
@@ -116,11 +120,8 @@ def _wait(device: torch.device | None) -> None:
 def _all(
     recipe: Recipe, inputs: Inputs, *, group: ProcessGroup, wanted: dict[str, Any]
 ) -> dict[str, Any]:
-    ratio = torch.tensor([format_ratio() if group.rank == 0 else 0.0], dtype=torch.float64)
-    group.broadcast_(ratio)
-    compute = recipe.precision.compute
-    if compute == "auto":
-        compute = "bfloat16" if ratio.item() >= WORTH_IT else "float32"
+    found = broadcast_json(group, measured_format(recipe) if group.rank == 0 else None)
+    compute = found["compute"]
     stream = Stream(
         Path(inputs.data_directory),
         seed=recipe.seed,
@@ -148,7 +149,7 @@ def _all(
         best = _best_micro(rows, wanted["replicas"], group=group)
         seconds = _time(subject, batch, micro=best, group=group)
         rows.append(_row("processes", size, 1, best, seconds))
-    return {"rows": rows, "compute": compute, "format_ratio": ratio.item(), "devices": 0}
+    return {**found, "rows": rows}
 
 
 def _best_micro(rows: list[dict[str, Any]], sizes: list[int], *, group: Group) -> int:

@@ -73,6 +73,13 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
     return _by_measure(recipe, found=found, cores=cores)
 
 
+def decide_joined(recipe: Recipe, *, cores_per_worker: int, found: dict[str, Any]) -> Decision:
+    """The decision for workers that another launcher has started. Raises ConfigError."""
+    layout = check(recipe)
+    cores = cores_per_worker * layout.workers
+    return _by_rule(recipe, layout=layout, cores=cores, found=found)
+
+
 def _replicas(recipe: Recipe, *, at_most: int) -> int:
     """The largest degree up to `at_most` that divides the global batch."""
     batch = recipe.train.global_batch_samples

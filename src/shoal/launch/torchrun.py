@@ -1,0 +1,142 @@
+"""Join as one worker under torchrun: the same command, with RANK and WORLD_SIZE in the environment.
+
+Rank 0 claims the run, prepares the data, decides, prints and writes; the others wait for its word.
+On several machines the run directory and the cache must be on storage that all of them see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.comm.group import ProcessGroup
+from shoal.comm.messages import broadcast_json
+from shoal.config.load import load_recipe, to_yaml
+from shoal.config.recipe import Recipe
+from shoal.engine.decision import Decision
+from shoal.engine.measure import measured_format
+from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.engine.worker import Seat, job_from, run_seat
+from shoal.environment import Rendezvous, usable_cores
+from shoal.errors import ConfigError, Problem, UserError
+from shoal.launch.attempt import Attempt
+from shoal.launch.choose import decide_joined
+from shoal.launch.directory import claim, write_whole
+from shoal.launch.summary import last_words, write_summary
+from shoal.observe.console import Console
+from shoal.observe.events import Report
+from shoal.runtime import choose_device, start_process_group, stop_process_group
+
+_TIMEOUT_SECONDS = 1800.0
+
+
+def join(recipe: str, overrides: Sequence[str], *, out: Path | None, seat: Rendezvous) -> int:
+    """Train as the worker that `seat` names; returns the exit status of this process."""
+    resolved = _recipe(recipe, overrides, size=seat.world_size)
+    device = choose_device(resolved.launch.device, local_rank=seat.local_rank)
+    start_process_group(
+        rank=seat.rank,
+        size=seat.world_size,
+        device=device,
+        store=None,
+        timeout_seconds=_TIMEOUT_SECONDS,
+    )
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        return _join(resolved, seat=seat, name=Path(recipe).stem, out=out)
+    finally:
+        stop_process_group()
+
+
+def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
+    resolved = load_recipe(recipe, overrides)
+    wanted = resolved.parallel.replicate
+    problems = []
+    if wanted is not None and wanted != size:
+        what = f"the recipe says {wanted} replicas, torchrun started {size} workers"
+        problems.append(Problem("parallel.replicate", what, "give the same number to both"))
+    if resolved.launch.workers == "threads":
+        hint = "leave launch.workers out, or run without torchrun"
+        problems.append(Problem("launch.workers", "workers of torchrun are processes", hint))
+    if problems:
+        raise ConfigError(problems)
+    parallel = [f"parallel.replicate={size}", "launch.workers=processes"]
+    return load_recipe(recipe, [*overrides, *parallel])
+
+
+def _join(recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None) -> int:
+    console = Console()
+    payload: dict[str, Any] = {}
+    if seat.rank == 0:
+        try:
+            payload = _prepare(recipe, seat=seat, name=name, out=out, console=console)
+        except UserError as error:
+            print(f"shoal: {error}", file=sys.stderr)
+            payload = {"status": error.exit_status}
+    payload = broadcast_json(ProcessGroup(), payload)
+    if "status" in payload:
+        return int(payload["status"])
+    place = Seat(seat.rank, seat.world_size, seat.local_rank, None)
+    if seat.rank != 0:
+        with open(os.devnull, "wb") as nowhere:
+            return run_seat(job_from(payload), seat=place, report=Report(nowhere.fileno()))
+    console.steps = recipe.train.steps
+    return _lead(payload, place=place, console=console, recipe=name)
+
+
+def _prepare(
+    recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None, console: Console
+) -> dict[str, Any]:
+    """What rank 0 does for all: the same as the parent of shoal's own workers."""
+    run = claim(out, name=name)
+    console.phase(f"run directory {run}")
+    inputs = prepare_inputs(recipe, say=console.phase)
+    found = measured_format(recipe)
+    cores = usable_cores() // seat.local_world_size
+    decision = decide_joined(recipe, cores_per_worker=max(1, cores), found=found)
+    console.phase(f"plan: {decision}")
+    write_whole(run / "config.yaml", to_yaml(recipe))
+    write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "run": str(run.resolve()),
+        "inputs": inputs.to_json(),
+        "decision": decision.to_json(),
+        "resume": False,
+    }
+
+
+def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str) -> int:
+    """Train as rank 0, showing what it reports; then write the summary."""
+    read, write = os.pipe()
+    attempt = Attempt([], console)
+
+    def show() -> None:
+        with open(read, encoding="utf-8") as lines:
+            for line in lines:
+                attempt.hear(json.loads(line))
+
+    listener = threading.Thread(target=show, name="reports")
+    listener.start()
+    try:
+        status = run_seat(job_from(payload), seat=place, report=Report(write))
+    finally:
+        os.close(write)
+        listener.join()
+    for error in attempt.errors:
+        print(f"shoal: {error['text']}\n{error.get('trace', '')}".rstrip(), file=sys.stderr)
+    if attempt.stopped is not None:
+        print(f"shoal: {attempt.stopped}", file=sys.stderr)
+    if attempt.done is not None:
+        run = Path(payload["run"])
+        decision = Decision.from_json(payload["decision"])
+        inputs = Inputs.from_json(payload["inputs"])
+        summary = write_summary(run, done=attempt.done, decision=decision, inputs=inputs)
+        print("\n".join(last_words(run, summary, recipe=recipe)))
+    return status

@@ -1,0 +1,37 @@
+"""Under torchrun the same command joins as one worker, and gives the same losses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import Bench, Run
+
+SHORT = ("train.steps=4", "train.evaluate_every_steps=0", "train.micro_batch_samples=4")
+
+
+def torchrun(bench: Bench, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two workers of torchrun, each `shoal train tiny words...`."""
+    shoal = Path(sys.executable).parent / "shoal"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "--no-python", str(shoal), "train", str(bench.recipe), *SHORT, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_two_workers_join(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "joined"
+    found = torchrun(bench, "parallel.replicate=2", "--out", str(out))
+    assert found.returncode == 0, found.stderr
+    assert "2 processes" in found.stdout
+    wanted = bench.run(*SHORT, "parallel.replicate=2")
+    assert Run(out).losses == wanted.losses
+    assert (out / "summary.json").is_file() and (out / "model").is_dir()
+
+
+def test_another_number_is_refused(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "refused"
+    found = torchrun(bench, "parallel.replicate=4", "--out", str(out))
+    assert found.returncode != 0
+    assert "the recipe says 4 replicas, torchrun started 2 workers" in found.stderr
+    assert not out.exists()

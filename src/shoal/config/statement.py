@@ -95,7 +95,7 @@ def _workers(recipe: Recipe) -> str:
         return f"{_OPEN} for this machine{asked}: how many, and threads in each"
     per = recipe.train.global_batch_samples // degree
     threads = recipe.launch.threads_per_worker
-    each = f"threads in each {_OPEN}" if threads == "auto" else f"{threads} threads in each"
+    each = f"threads in each: {_OPEN if threads == 'auto' else threads}"
     if degree == 1:
         return f"one, rank 0, with the whole batch; {each}"
     what = {"auto": "workers", "threads": "threads of one process"}.get(kind, kind)

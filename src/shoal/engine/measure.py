@@ -25,6 +25,7 @@ from shoal.data.stream import Stream
 from shoal.engine.model import model_config
 from shoal.engine.prepare import Inputs
 from shoal.engine.step import Batch, micro_batches
+from shoal.engine.worker import tell
 from shoal.layout import Share
 from shoal.models import init
 from shoal.models.anatomy import anatomy_of, canonical_parameters, check_logits
@@ -51,6 +52,14 @@ class _Subject:
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one measuring worker; rank 0 reports `measured`."""
     report = Report(descriptor)
+    try:
+        _measure(payload, report=report)
+    except BaseException as error:
+        return tell(error, report=report, rank=payload["rank"])
+    return 0
+
+
+def _measure(payload: dict[str, Any], *, report: Report) -> None:
     rank, size = payload["rank"], payload["size"]
     recipe = Recipe.model_validate(payload["recipe"])
     inputs = Inputs.from_json(payload["inputs"])
@@ -76,7 +85,6 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             report.say("measured", **results)
     finally:
         stop_process_group()
-    return 0
 
 
 def measured_format(recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 import threading
@@ -19,7 +18,7 @@ from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.prepare import Inputs
 from shoal.engine.trainer import Job, train
-from shoal.errors import ShoalError, Stopped, UserError, WorkerError
+from shoal.errors import ShoalError, Stopped, UserError, WorkerError, disk_problem
 from shoal.observe.events import Report
 from shoal.runtime import (
     Place,
@@ -78,27 +77,29 @@ def run_seat(job: Job, *, seat: Seat, report: Report) -> int:
     except Stopped as error:
         report.say("stopped", text=str(error))
         return error.exit_status
-    except UserError as error:
-        name = type(error).__name__
-        report.say("error", user=True, type=name, text=str(error), rank=seat.rank)
-        return error.exit_status
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            text = f"{job.run}: no space left on the disk; make room, then: shoal resume {job.run}"
-            report.say("error", user=True, text=text, rank=seat.rank)
-            return UserError.exit_status
-        report.say(
-            "error",
-            user=False,
-            text=f"{type(error).__name__}: {error}",
-            trace=traceback.format_exc(),
-            rank=seat.rank,
-            cause=not isinstance(error, WorkerError),
-        )
-        return getattr(error, "exit_status", 1)
+        return tell(error, report=report, rank=seat.rank)
     finally:
         sys.stdout.flush()
     return 0
+
+
+def tell(error: BaseException, *, report: Report, rank: int) -> int:
+    """Report what ended a worker, a person's mistake apart from ours; returns its exit status."""
+    full = disk_problem(error) if isinstance(error, OSError) else None
+    if isinstance(error, UserError) or full is not None:
+        name = type(error).__name__
+        report.say("error", user=True, type=name, text=full or str(error), rank=rank)
+        return UserError.exit_status
+    report.say(
+        "error",
+        user=False,
+        text=f"{type(error).__name__}: {error}",
+        trace=traceback.format_exc(),
+        rank=rank,
+        cause=not isinstance(error, WorkerError),
+    )
+    return getattr(error, "exit_status", 1)
 
 
 def _run_process(job: Job, *, seat: Seat, report: Report, stop: threading.Event) -> None:

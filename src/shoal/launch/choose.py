@@ -21,6 +21,7 @@ from shoal.engine.decision import (
 from shoal.engine.prepare import Inputs
 from shoal.environment import cache_directory, usable_cores
 from shoal.errors import ConfigError, Problem, UserError, WorkerError
+from shoal.launch.attempt import Attempt
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.legal import not_yet
@@ -203,7 +204,7 @@ def _measured(
         cached: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return cached
     console.phase("measuring this machine (number formats, workers, micro batch)")
-    found = _measure(recipe, inputs, pool=pool, size=replicate, wanted=wanted)
+    found = _measure(recipe, inputs, pool=pool, console=console, size=replicate, wanted=wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -241,7 +242,13 @@ def _sizes(recipe: Recipe, *, replicate: int) -> dict[str, list[int]]:
 
 
 def _measure(
-    recipe: Recipe, inputs: Inputs, *, pool: WorkerPool, size: int, wanted: dict[str, Any]
+    recipe: Recipe,
+    inputs: Inputs,
+    *,
+    pool: WorkerPool,
+    console: Console,
+    size: int,
+    wanted: dict[str, Any],
 ) -> dict[str, Any]:
     payload = {
         "recipe": recipe.model_dump(mode="json"),
@@ -255,11 +262,16 @@ def _measure(
             pool.start("shoal.engine.measure:run", {**payload, "rank": rank, "store": store})
             for rank in range(size)
         ]
+        attempt = Attempt(workers, console)
         found: dict[str, Any] | None = None
         while any(worker.status is None for worker in workers):
-            for _, message in pool.events(timeout_seconds=1.0):
+            for worker, message in pool.events(timeout_seconds=1.0):
                 if message is not None and message["kind"] == "measured":
                     found = message
+                elif message is not None and worker in workers:
+                    attempt.hear(message)
+            if attempt.errors:
+                pool.kill(workers)
     if found is None:
-        raise WorkerError("the measurement ended without a result; its output above says why")
+        raise attempt.failure() or WorkerError("the measurement ended without a result")
     return {key: found[key] for key in ("rows", "compute", "format_ratio", "devices")}

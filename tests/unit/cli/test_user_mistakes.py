@@ -1,0 +1,169 @@
+"""The user's mistakes: exit 2, one message that names the key or file, nothing written over."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shoal.cli.main import main
+from shoal.errors import FetchError, RunError
+from tiny import Bench, Run, shoal
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> object:
+    """Run the command in this process; returns (exit status, what it said on standard error)."""
+
+    def run(*words: str | Path) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_unknown_key(told, bench: Bench, tmp_path: Path) -> None:
+    status, said = told("train", bench.recipe, "train.step=3", "--out", tmp_path / "run")
+    assert status == 2
+    assert "train.step: unknown key" in said and "did you mean 'steps'?" in said
+    assert "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback(told, bench: Bench) -> None:
+    status, said = told("train", bench.recipe, "train.step=3", "--debug")
+    assert status == 2 and "Traceback" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("parallel.replicate=3",), "3 replicas do not divide global_batch_samples 16"),
+        (("parallel.replicate=3",), "nearest degrees that do: 2, 4"),
+        (("parallel.replicate=8",), "4 does not divide a replica's share of 2 samples"),
+        (("parallel.tensor=2",), "parallel.tensor"),
+        (("launch.workers=threads", "model.dropout=framework"), "refused with threads"),
+        (("data.source=missing.txt",), "missing.txt"),
+        (("train.freeze=['*nothing*']",), "'*nothing*' matches no parameter"),
+        (("train.freeze=['*']",), "every parameter is frozen; nothing to train"),
+        (("model.hidden_sise=8",), "hidden_sise"),
+        (("model.vocab_size=100",), "100"),
+        (("model.architecture=lama",), "lama"),
+        (("precision.compute=float16",), "float16 needs loss scaling"),
+    ],
+)
+def test_recipes_that_cannot_run(
+    told, bench: Bench, tmp_path: Path, change: tuple[str, ...], said: str
+) -> None:
+    run = tmp_path / "run"
+    status, text = told("train", bench.recipe, *change, "--out", run)
+    assert status == 2, text
+    assert said in text and "Traceback" not in text
+
+
+def test_a_run_is_never_written_over(told, bench: Bench) -> None:
+    run = bench.run()
+    before = contents(run.path)
+    status, said = told("train", bench.recipe, "--out", run.path)
+    assert status == 2
+    assert f"{run.path}: already holds a run" in said and f"shoal resume {run.path}" in said
+    assert contents(run.path) == before
+
+
+def test_a_folder_with_other_files(told, bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    status, said = told("train", bench.recipe, "--out", tmp_path)
+    assert (status, "expected a new or empty folder" in said) == (2, True)
+    status, said = told("train", bench.recipe, "--out", tmp_path / "thesis.txt")
+    assert (status, "expected a new or empty folder" in said) == (2, True)
+
+
+def test_a_folder_that_cannot_be_made(told, bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, said = told("train", bench.recipe, "--out", tmp_path / "file/run")
+    assert (status, "cannot be made" in said) == (2, True)
+
+
+def test_resume_of_nothing(told, tmp_path: Path) -> None:
+    (tmp_path / "run-001").mkdir()
+    status, said = told("resume", tmp_path / "run-01")
+    assert status == 2 and "no such run; did you mean 'run-001'?" in said
+    status, said = told("resume", tmp_path / "run-001")
+    assert status == 2 and "expected a run directory (with config.yaml), found none" in said
+
+
+def test_resume_before_the_first_save(bench: Bench) -> None:
+    run = bench.train("train.steps=2")
+    for path in run.path.glob("checkpoints/*/*"):
+        path.unlink()
+    for path in run.path.glob("checkpoints/*"):
+        path.rmdir()
+    with pytest.raises(RunError, match="no checkpoint here; nothing to resume from"):
+        bench.resume(run)
+
+
+def test_merge_into_a_folder_with_files(told, bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    status, said = told("merge", bench.run().path, "--out", tmp_path)
+    assert (status, "exists and is not empty; choose another --out" in said) == (2, True)
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_merge_of_what_is_no_run(told, tmp_path: Path) -> None:
+    status, said = told("merge", tmp_path, "--out", tmp_path / "model")
+    assert status == 2 and "expected a run directory" in said
+    status, said = told("merge", tmp_path / "step-00000007", "--out", tmp_path / "model")
+    assert status != 0 and "manifest.json: cannot be read" in said
+
+
+def test_generate_with_no_model(told, tmp_path: Path) -> None:
+    status, said = told("generate", tmp_path, "hello")
+    assert status == 2 and "expected a model folder (config.json and safetensors)" in said
+
+
+def test_an_unreachable_hub(told, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, said = told("train", bench.recipe, "model={kind: pretrained, path: nobody/nothing}")
+    assert status == 2
+    assert "model.path: 'nobody/nothing' could not be had from the hub" in said
+    assert "give a local folder" in said
+
+
+def test_more_workers_than_cores_is_a_warning(bench: Bench, tmp_path: Path) -> None:
+    done = bench.command(
+        "train", bench.recipe, "train.steps=1", "train.evaluate_every_steps=0",
+        "parallel.replicate=16", "train.micro_batch_samples=1", "launch.workers=threads",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "warning: 16 workers share" in done.stdout
+    assert "only makes each slower" in done.stdout
+
+
+def test_no_space_for_a_checkpoint(bench: Bench, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: what is larger cannot be written."""
+    run = Run(tmp_path / "run")
+    limit = 200_000  # bytes: metrics and tokens fit, a checkpoint does not
+    bench.run()  # prepares the data
+
+    def restrict() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    words = ("train", bench.recipe, "train.steps=8", "checkpoint.every_steps=4", "--out", run.path)
+    done = subprocess.run(
+        shoal(*words), capture_output=True, text=True, timeout=60, preexec_fn=restrict
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{run.path}/checkpoints: step 4 could not be saved: File too large" in done.stderr
+    assert "resume the run" in done.stderr and "Traceback" not in done.stderr
+    assert len(run.losses) == 4
+
+
+def test_errors_say_their_kind_to_the_api(bench: Bench) -> None:
+    with pytest.raises(FetchError):
+        bench.train("model={kind: pretrained, path: nobody/nothing}")

@@ -1,0 +1,209 @@
+"""Recipes in and out: words, overrides, every problem at once, and the round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.config.load import load_recipe, shipped_recipes, to_yaml
+from shoal.config.locked import changed
+from shoal.config.recipe import Recipe
+from shoal.config.yaml_text import dump, parse, read_mapping
+from shoal.errors import ConfigError, UserError
+
+MINIMAL = "model: {kind: config, architecture: llama}\ndata: {source: a.txt}\ntrain: {steps: 3}\n"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_recipe("quickstart", overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_and_come_back(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("off", "off"),
+        ("no", "no"),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("1e-3", 1e-3),
+        ("3", 3),
+        ("010", 10),
+        ("0x10", 16),
+        ("1:30", "1:30"),
+        ("2024-01-02", "2024-01-02"),
+        (".inf", float("inf")),
+    ],
+)
+def test_plain_words_mean_what_they_say(text: str, value: object) -> None:
+    found = parse(f"key: {text}")["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
+_scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
+    | st.sampled_from(["off", "yes", "1e-3", "0o7", "010", "1:30", "~", "<<", "", "2024-01-02"])
+)
+_trees = st.recursive(
+    _scalars,
+    lambda inner: st.lists(inner) | st.dictionaries(st.text("abc_", min_size=1), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text("abc_", min_size=1), _trees))
+def test_any_tree_comes_back_from_text(tree: dict[str, object]) -> None:
+    assert parse(dump(tree)) == tree
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "seed": st.integers(0, 2**63 - 1),
+            "train.max_gradient_norm": st.none() | st.floats(1e-6, 1e6),
+            "data.evaluation_samples": st.none() | st.integers(1, 500),
+            "train.optimizer.learning_rate": st.floats(1e-12, 10),
+            "model.dropout": st.sampled_from(["off", "keyed", "framework"]),
+            "model.rms_norm_eps": st.floats(1e-12, 1e-3),
+            "parallel.replicate": st.none() | st.integers(1, 64),
+            "launch.threads_per_worker": st.just("auto") | st.integers(1, 64),
+            "train.schedule.kind": st.sampled_from(["constant", "linear", "cosine"]),
+            "train.freeze": st.lists(st.text(min_size=1, max_size=5)),
+        },
+    )
+)
+def test_a_recipe_comes_back_from_text(changes: dict[str, object]) -> None:
+    tree = load_recipe("quickstart").model_dump(mode="json")
+    for path, value in changes.items():
+        *sections, key = path.split(".")
+        here = tree
+        for section in sections:
+            here = here[section]
+        if path == "train.schedule.kind":
+            here.pop("final_fraction", None) if value == "constant" else None
+        here[key] = value
+    recipe = Recipe.model_validate(tree)
+    assert Recipe.model_validate(parse(to_yaml(recipe))) == recipe
+
+
+def test_overrides_are_dotted_and_typed() -> None:
+    recipe = load_recipe(
+        "quickstart",
+        [
+            "train.steps=5",
+            "parallel.replicate=2",
+            "train.optimizer={kind: muon}",
+            "model.dropout=off",
+        ],
+    )
+    assert recipe.train.steps == 5
+    assert (recipe.parallel.auto, recipe.parallel.replicate) == (True, 2)
+    assert recipe.train.optimizer.kind == "muon"
+    assert recipe.model.dropout == "off"
+
+
+def test_every_problem_is_said_once_and_all_at_once() -> None:
+    said = problems(
+        "trian.steps=3",
+        "train.step=3",
+        "seed=x",
+        "data.source=[{source: a.txt, wieght: 3}]",
+        "train.optimizer.learning_rate=.inf",
+        "train.schedule.kind=cosin",
+    )
+    assert said.startswith("6 problems in recipe quickstart:")
+    for line in (
+        "trian: unknown key\n    did you mean 'train'?",
+        "train.step: unknown key\n    did you mean 'steps'?",
+        "seed: expected a whole number; got 'x'",
+        "data.source.0.wieght: unknown key\n    did you mean 'weight'?",
+        "train.optimizer.learning_rate: expected a finite number; got inf",
+        "train.schedule.kind: expected one of constant, linear, cosine, warmup-stable-decay; "
+        "got 'cosin'\n    did you mean 'cosine'?",
+    ):
+        assert line in said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.source=3", "data.source: expected text or a list; got 3"),
+        ("train.micro_batch_samples=x", "expected a whole number or 'auto'; got 'x'"),
+        ("train.micro_batch_samples=0", "expected at least 1 or 'auto'; got 0"),
+        ("train.micro_batch_samples=7", "7 does not divide global_batch_samples"),
+        ("train.epochs=2", "give exactly one of `steps` and `epochs`"),
+        ("parallel=3", "expected a section with keys of its own; got 3\n    auto, or degrees"),
+        ("train=null", "train: expected a section with keys of its own; got nothing"),
+        ("sync.kind=diloco", "got 'diloco'\n    local-sgd, diloco and server policies are not"),
+        ("model={}", "model.kind: required, and not given\n    one of: config, pretrained"),
+        ("data.tokenizer.kind=folder", "`path` goes with kind: folder"),
+        ("observe.console=7", "observe.console: expected true or false; got 7"),
+        ("seed", "seed: expected key=value, such as parallel.replicate=2"),
+        ("seed=[1", "seed: '[1' is not a valid value"),
+    ],
+)
+def test_one_problem_one_line(override: str, said: str) -> None:
+    text = problems(override)
+    assert text.startswith("1 problem in") and said in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2: the key 'seed' is given twice"),
+        ("train: {steps: 1, steps: 2}", "line 1: the key 'steps' is given twice"),
+        ("a: [1\nb: 2", "line 2: not valid YAML"),
+        ("- a\n", "expected a mapping of sections"),
+        ("", "got nothing"),
+        ("? [a]\n: 1\n", "expected a word as key"),
+    ],
+)
+def test_text_that_is_no_recipe(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=r"own\.yaml") as error:
+        read_mapping(text, source="own.yaml")
+    assert said in str(error.value)
+
+
+def test_recipes_that_are_not_there(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL)
+    for name, said in (
+        ("quikstart", "no recipe named 'quikstart'; did you mean 'quickstart'?"),
+        (str(tmp_path / "owm.yaml"), "no such recipe file; did you mean 'own.yaml'?"),
+        (str(tmp_path), "expected a recipe, got a folder"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_recipe(name)
+        assert said in str(error.value)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="expected a YAML text file, got binary data"):
+        load_recipe(str(tmp_path / "binary.yaml"))
+
+
+def test_locked_keys() -> None:
+    saved = load_recipe("quickstart").model_dump(mode="json")
+    free = load_recipe("quickstart", ["train.steps=9", "parallel.replicate=2"])
+    assert changed(saved, free.model_dump(mode="json")) == []
+    other = load_recipe("quickstart", ["seed=9", "model.hidden_size=8", "train.exact=true"])
+    assert changed(saved, other.model_dump(mode="json")) == ["seed", "model", "train.exact"]

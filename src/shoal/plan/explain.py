@@ -9,7 +9,7 @@ from shoal.errors import UserError
 from shoal.layout import Layout
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster
-from shoal.plan.search import Found, Offer, Space, find
+from shoal.plan.search import Found, Offer, Space, find, uneven_shares
 from shoal.plan.workload import Candidate
 from shoal.units import format_bytes, format_count, format_seconds
 
@@ -103,6 +103,16 @@ def period_note(estimator: Estimator, *, best: Prediction) -> str | None:
     return f"diloco every 100 steps would save {gain:.0%} of the step{room}; it learns differently"
 
 
+def uneven_note(estimator: Estimator, *, best: Prediction) -> str | None:
+    """What shares by speed would save on a mixed cluster."""
+    uneven = uneven_shares(estimator, best=best)
+    if uneven is None or uneven.seconds > 0.995 * uneven.even_seconds:
+        return None
+    shares = ", ".join(f"{count} on {name}" for name, count in uneven.shares.items())
+    gain = 1 - uneven.seconds / uneven.even_seconds
+    return f"shares by speed ({shares} micro batches per replica) would save {gain:.0%} of the step"
+
+
 def text(found: Found, *, estimator: Estimator) -> str:
     """The whole report for a terminal."""
     best, cluster, workload = found.best, estimator.cluster, estimator.workload
@@ -136,7 +146,8 @@ def text(found: Found, *, estimator: Estimator) -> str:
     lines += ["", "Rejected:"]
     lines += [f"  {name}: {why_not(best, other=other)}" for name, other in found.rejected.items()]
     far = far_tensor_note(estimator, best=best)
-    lines += [f"  {note}" for note in (far, period_note(estimator, best=best)) if note]
+    notes = (far, period_note(estimator, best=best), uneven_note(estimator, best=best))
+    lines += [f"  {note}" for note in notes if note]
     return "\n".join(lines)
 
 

@@ -76,16 +76,22 @@ def error_of(found: Sequence[Case], *, constants: Constants) -> float:
 
 
 def loss(sources: Mapping[str, Sequence[Case]], *, constants: Constants) -> float:
-    """Mean over sources of the mean absolute log error (at most 0.8 a row), pulled to the prior."""
-    total = 0.0
+    """Mean absolute log error (at most 0.8 a row), pulled to the prior.
+
+    A source counts with the square root of its rows: a large one says more, but its software is
+    still one program.
+    """
+    total = weights = 0.0
     for found in sources.values():
         errors = [
             min(0.8, abs(log(1 + score_case(case, constants=constants).time_error)))
             for case in found
         ]
-        total += sum(errors) / len(errors)
+        weight = len(errors) ** 0.5
+        total += weight * sum(errors) / len(errors)
+        weights += weight
     pull = sum(log(getattr(constants, name) / getattr(PRIOR, name)) ** 2 for name in BOUNDS)
-    return total / len(sources) + _PULL * pull
+    return total / weights + _PULL * pull
 
 
 def fit(sources: Mapping[str, Sequence[Case]], *, sweeps: int = 2) -> Constants:

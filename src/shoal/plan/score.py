@@ -83,13 +83,15 @@ def score_case(case: Case, *, constants: Constants = DEFAULT) -> Scored:
 
 
 def _with_least_recompute(estimator: Estimator, *, candidate: Candidate) -> Prediction:
-    """The smallest share of recomputed blocks that fits, in quarters; all of them if none does."""
-    for share in (0.25, 0.5, 0.75):
+    """The smallest share of recomputed blocks that fits, in quarters.
+
+    Where all of them are not enough, memory was saved in some other way, and none is assumed.
+    """
+    for share in (0.25, 0.5, 0.75, 1.0):
         tried = replace(candidate, recompute="full", recompute_share=share)
-        prediction = estimator.predict(tried)
-        if prediction.fits:
-            return prediction
-    return estimator.predict(replace(candidate, recompute="full"))
+        if estimator.fits(tried):
+            return estimator.predict(tried)
+    return estimator.predict(candidate)
 
 
 def _is_low(case: Case, prediction: Prediction) -> bool:

@@ -344,6 +344,44 @@ def choose(
     return min(fitting, key=lambda offer: offer.seconds)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Uneven:
+    """Shares of a step on a mixed cluster: micro batches of a replica in each group of nodes."""
+
+    shares: dict[str, int]
+    even_seconds: float
+    seconds: float
+
+
+def uneven_shares(estimator: Estimator, *, best: Prediction) -> Uneven | None:
+    """What giving faster devices more micro batches would save; None where it cannot be done.
+
+    It can when every replica (with its shard axis counted as replicas, since each of its ranks
+    computes its own samples) lies within one group of equal nodes, and stages are not spread.
+    """
+    layout, cluster = best.candidate.layout, estimator.cluster
+    cut = layout.tensor * layout.context
+    groups = cluster.groups
+    if len(groups) < 2 or layout.pipeline > 1 or any(group.workers % cut for group in groups):
+        return None
+    alone = [
+        replace(estimator, cluster=replace(cluster, groups=(group,))).pricing for group in groups
+    ]
+    seconds = [pricing.works(best.candidate)[0].total for pricing in alone]
+    copies = [group.workers // cut for group in groups]
+    speeds = [1 / each for each, count in zip(seconds, copies, strict=True) for _ in range(count)]
+    total = best.candidate.micro_batches(estimator.workload) * len(speeds)
+    shares = shares_by_speed(speeds=speeds, micro_batches=total)
+    passes = max(share / speed for share, speed in zip(shares, speeds, strict=True))
+    even = max(seconds) * best.candidate.micro_batches(estimator.workload)
+    first = [sum(copies[:at]) for at in range(len(groups))]
+    return Uneven(
+        shares={g.device.name: shares[at] for g, at in zip(groups, first, strict=True)},
+        even_seconds=best.step_seconds,
+        seconds=best.step_seconds - even + passes,
+    )
+
+
 def shares_by_speed(*, speeds: list[float], micro_batches: int) -> list[int]:
     """Micro batches per replica so that the slowest finishes first: one replica per speed.
 

@@ -141,7 +141,12 @@ FSDP_COMPILED = replace(FSDP, name="fsdp-compiled", fused=True, elementwise=1.1,
 FOUNDRY = replace(FSDP, name="foundry", attention_version=1, elementwise=1.7, logit_traffic=17.5)
 """llm-foundry: fused cross entropy and FlashAttention of the first version."""
 GENERIC = replace(
-    MEGATRON, name="generic", attention_version=2, overlap_tensor=0.2, elementwise=1.5
+    MEGATRON,
+    name="generic",
+    attention_version=2,
+    overlap_tensor=0.2,
+    elementwise=2.0,
+    reduce_bytes=2.0,
 )
 """For software that is not known: partly fused kernels, FlashAttention-2, some overlap."""
 _ALL = (

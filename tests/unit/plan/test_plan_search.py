@@ -21,6 +21,7 @@ from shoal.plan.search import (
     layouts,
     offers,
     shares_by_speed,
+    uneven_shares,
 )
 from shoal.plan.software import MEGATRON, MEGATRON_CLASSIC, SHOAL, Software
 from shoal.plan.workload import Candidate, Workload
@@ -236,6 +237,39 @@ def test_uneven_devices_share_by_speed() -> None:
     assert shares_by_speed(speeds=[2.0, 1.0, 1.0], micro_batches=8) == [4, 2, 2]
     with pytest.raises(ValueError, match="speeds must be positive"):
         shares_by_speed(speeds=[0.0], micro_batches=1)
+
+
+def test_a_mixed_cluster_is_told_what_uneven_shares_would_save() -> None:
+    """H100 beside A100: the faster gets more, all micro batches are given out, and time falls."""
+    estimator = estimator_of(ONE, "1x8xH100 + 1x8xA100", row=4096, batch=256)
+    space = Space(fixed={"micro_batch_samples": 1, "pipeline": 1, "tensor": 1, "context": 1})
+    best = find(estimator, space=space).best
+    uneven = uneven_shares(estimator, best=best)
+    assert uneven is not None
+    assert uneven.shares["H100-80"] > uneven.shares["A100-80"]
+    assert uneven.seconds < 0.9 * uneven.even_seconds
+    assert "shares by speed (" in (explain.uneven_note(estimator, best=best) or "")
+    alone = estimator_of(ONE, "8xH100", row=4096, batch=256)
+    assert uneven_shares(alone, best=find(alone).best) is None
+
+
+def test_what_seldom_agreement_would_save() -> None:
+    """Replicas over a slow network: the note names the gain; a fixed policy is kept."""
+    estimator = estimator_of(ONE, "4x1xRTX4090, 10Gbit", row=1024, batch=16)
+    space = Space(fixed={"replicate": 4, "recompute": "full"})
+    with pytest.raises(UserError, match="do not fit"):
+        find(estimator, space=space)
+    small = estimator_of(
+        llama(1024, 4, 16, 16, 4096, tied=True), "4x1xRTX4090, 10Gbit", row=1024, batch=16
+    )
+    best = find(small, space=space).best
+    note = explain.period_note(small, best=best)
+    assert note is not None and note.startswith("diloco every 100 steps would save")
+    fixed = {**space.fixed, "policy": "diloco", "every_steps": 100}
+    seldom = find(small, space=Space(fixed=fixed)).best
+    assert seldom.step_seconds < best.step_seconds
+    assert seldom.first.optimizer > best.first.optimizer
+    assert seldom.sent_bytes["replicate"] == pytest.approx(best.sent_bytes["replicate"] / 100)
 
 
 def test_predict_is_what_the_engine_calls() -> None:

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from shoal.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from shoal.plan.cost.step import Estimator
+    from shoal.plan.cost.step import Estimator, Prediction
     from shoal.plan.search import Space
 
 
@@ -100,10 +100,23 @@ def plan(
     found = find(estimator, space=fixed)
     if image is not None:
         image.write_text(explain.picture(found))
+    missing = _not_yet(found.best) if software == "shoal" else []
     if as_json:
-        typer.echo(json.dumps(explain.report_json(found, cluster=estimator.cluster), indent=1))
-    else:
-        typer.echo(explain.text(found, estimator=estimator))
+        report = explain.report_json(found, cluster=estimator.cluster)
+        typer.echo(json.dumps({**report, "not_yet": missing}, indent=1))
+        return
+    typer.echo(explain.text(found, estimator=estimator))
+    for line in missing:
+        typer.echo(f"Not to be run today: {line}")
+
+
+def _not_yet(best: Prediction) -> list[str]:
+    """What of a plan shoal itself cannot run yet."""
+    from shoal.legal import not_yet
+
+    candidate = best.candidate
+    found = not_yet(candidate.layout, policy=candidate.policy, codec=candidate.codec)
+    return [f"{problem.what}; {problem.hint}" for problem in found]
 
 
 def _whole_run(

@@ -60,14 +60,14 @@ def load_measurements(path: Path) -> Measurements:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"measurements {path}: cannot be read ({error}); measure again with "
-            "`shoal plan --calibrate`"
+            f"measurements {path}: cannot be read ({error}); delete the file to measure anew, or "
+            "give --cluster"
         ) from error
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
         raise UserError(
             f"measurements {path}: expected format {FORMAT!r}, got "
             f"{data.get('format') if isinstance(data, Mapping) else type(data).__name__!r}; "
-            "measure again with `shoal plan --calibrate`"
+            "delete the file to measure anew, or give --cluster"
         )
     try:
         return Measurements(
@@ -84,7 +84,7 @@ def load_measurements(path: Path) -> Measurements:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"measurements {path}: {error!r} while reading; expected name, memory_bytes, workers, "
-            "products, streams; measure again with `shoal plan --calibrate`"
+            "products, streams; delete the file to measure anew, or give --cluster"
         ) from error
 
 
@@ -118,7 +118,7 @@ def device_of(measured: Measurements) -> Device:
     if not peak or not measured.streams:
         raise UserError(
             f"measurements of {measured.name}: no matrix product or no memory stream in them; "
-            "measure again with `shoal plan --calibrate`"
+            "delete the file to measure anew, or give --cluster"
         )
     memory = max(num_bytes / seconds for num_bytes, seconds in measured.streams)
     link = memory / 4
@@ -145,8 +145,8 @@ def this_machine() -> Cluster:
     path = measurements_path()
     if not path.is_file():
         raise UserError(
-            "this machine has not been measured: give --cluster (such as 8xH100), or measure it "
-            "with `shoal plan --calibrate`"
+            "this machine has not been measured: give --cluster, such as 8xH100, or a cluster file "
+            "that describes it (docs/planner.md shows one)"
         )
     measured = load_measurements(path)
     device = device_of(measured)

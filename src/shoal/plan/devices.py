@@ -276,6 +276,5 @@ def device(name: str) -> Device:
     names = [known.name for known in DEVICES]
     raise UserError(
         f"unknown device {name!r}: {nearest(name.upper(), [*names, *_ALIASES])}\n    Known: "
-        f"{', '.join(names)}. Describe any other in a cluster file, or measure this machine with "
-        "`shoal plan --calibrate`."
+        f"{', '.join(names)}. Describe any other in a cluster file (docs/planner.md shows one)."
     )

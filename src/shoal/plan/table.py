@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -263,9 +264,9 @@ def _precision(row: Row) -> str:
     for name, marks in (
         ("fp4", ("fp4",)),
         ("fp8", ("fp8",)),
-        ("bf16", ("bf16",)),
-        ("fp16", ("fp16",)),
-        ("fp32", ("fp32", "tf32")),
+        ("bf16", ("bf16", "bfloat16")),
+        ("fp16", ("fp16", "float16", "half")),
+        ("fp32", ("fp32", "tf32", "float32")),
     ):
         if any(mark in text for mark in marks):
             return name
@@ -273,9 +274,13 @@ def _precision(row: Row) -> str:
 
 
 def _recompute(row: Row, assumed: list[str]) -> str:
-    text = row["act_ckpt"].lower()
-    for name in ("none", "selective", "full"):
-        if text.startswith(name) or (text == "no" and name == "none"):
+    text = row["act_ckpt"].strip().lower()
+    for name, marks in (
+        ("none", ("none", "no", "off", "false")),
+        ("selective", ("selective",)),
+        ("full", ("full", "yes", "on", "true", "every", "all")),
+    ):
+        if re.split(r"[^a-z]", text)[0] in marks:
             return name
     assumed.append("recompute")
     return "none"

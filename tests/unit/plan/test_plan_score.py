@@ -117,6 +117,11 @@ def test_what_a_row_says_is_used() -> None:
     assert case_of(row_of(framework="something new")).software.name == "generic"
     assert case_of(row_of(sharding="DDP")).candidate.layout.shard == 1
     assert case_of(row_of(sharding="ZeRO-2")).candidate.level == "gradients"
+    for text, kind in (("yes", "full"), ("every block", "full"), ("off", "none")):
+        assert case_of(row_of(act_ckpt=text)).candidate.recompute == kind
+    assert case_of(row_of(act_ckpt="selective (op)")).candidate.recompute == "selective"
+    assert case_of(row_of(precision="bfloat16")).workload.precision == "bf16"
+    assert "recompute" in case_of(row_of(act_ckpt="")).assumed
 
 
 def test_malformed_tables(tmp_path: Path) -> None:

@@ -12,11 +12,18 @@ os.environ["GOMP_SPINCOUNT"] = "0"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Workers of the pool may run functions of tests/*.py.
+os.environ["PYTHONPATH"] = os.path.dirname(__file__)
 
+import hypothesis
 import pytest
 
 from shoal.launch.pool import WorkerPool
 from tiny import Bench
+
+# A busy machine is no reason to fail: tests have a timeout of their own.
+hypothesis.settings.register_profile("shoal", deadline=None)
+hypothesis.settings.load_profile("shoal")
 
 
 @pytest.fixture(scope="session", autouse=True)

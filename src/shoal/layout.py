@@ -71,19 +71,12 @@ class Layout:
 
     def groups(self, *axes: str) -> Iterator[list[int]]:
         """Each set of ranks that differ only on `axes`, in rank order; every rank once."""
-        seen: set[int] = set()
+        groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.workers):
-            if rank in seen:
-                continue
             here = self.coordinates(rank)
-            fixed = {axis: here[axis] for axis in AXES if axis not in axes}
-            group = [
-                other
-                for other in range(self.workers)
-                if all(self.coordinates(other)[axis] == at for axis, at in fixed.items())
-            ]
-            seen.update(group)
-            yield group
+            fixed = tuple(here[axis] for axis in AXES if axis not in axes)
+            groups.setdefault(fixed, []).append(rank)
+        yield from groups.values()
 
     def __str__(self) -> str:
         named = [f"{f.name} {getattr(self, f.name)}" for f in fields(self)]

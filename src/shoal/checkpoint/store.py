@@ -51,6 +51,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return plain.view(torch.uint8).numpy().data
 
 
+def _key(piece: Piece) -> str:
+    """Name inside the file; a part of a tensor carries its offsets, for a rank may hold several."""
+    name = f"{piece.kind}/{piece.name}"
+    if piece.box == Box.whole(piece.shape):
+        return name
+    return f"{name}[{','.join(map(str, piece.box.offsets))}]"
+
+
 def _header(pieces: list[tuple[str, Piece]]) -> bytes:
     """The safetensors header (https://github.com/huggingface/safetensors#format)."""
     header: dict[str, Any] = {}
@@ -100,7 +108,7 @@ class Store:
 
     def write_part(self, step: int, *, rank: int, pieces: Iterable[Piece]) -> Part:
         """Write this rank's `pieces` to one file and flush it. Raises OSError."""
-        keyed = [(f"{piece.kind}/{piece.name}", piece) for piece in pieces]
+        keyed = [(_key(piece), piece) for piece in pieces]
         if not keyed:
             return Part()
         name = f"rank-{rank:05d}.safetensors"

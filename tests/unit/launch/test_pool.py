@@ -1,0 +1,95 @@
+"""The fork server: workers start in milliseconds, say how they ended, and never outlive it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from shoal.errors import WorkerError
+from shoal.launch.pool import Worker, WorkerPool
+
+FAIL = "group_contract:fail"
+
+
+def end_of(pool: WorkerPool, worker: Worker) -> list[dict[str, object]]:
+    """What `worker` says until it ends."""
+    said = []
+    while worker.status is None:
+        for _, message in pool.events(timeout_seconds=1, only=[worker]):
+            if message is not None:
+                said.append(message)
+    return said
+
+
+@pytest.mark.parametrize(("how", "status"), [("raise", 1), ("kill", -9), ("0", 0), ("75", 75)])
+def test_a_worker_s_end_comes_after_its_words(pool: WorkerPool, how: str, status: int) -> None:
+    worker = pool.start(FAIL, {"how": how})
+    assert end_of(pool, worker) == [{"kind": "about-to", "how": how}]
+    assert worker.status == status
+
+
+def test_a_signal_is_kept_until_the_worker_is_known(pool: WorkerPool) -> None:
+    worker = pool.start(FAIL, {"how": "wait"})
+    assert worker.pid is None, "the server has not answered yet"
+    pool.signal(worker, signal.SIGKILL)
+    end_of(pool, worker)
+    assert worker.status == -9
+    pool.signal(worker, signal.SIGKILL)  # to a worker that is gone: nothing
+
+
+def test_kill_waits_for_the_end(pool: WorkerPool) -> None:
+    workers = [pool.start(FAIL, {"how": "wait"}) for _ in range(3)]
+    pool.kill(workers)
+    assert [worker.status for worker in workers] == [-9] * 3
+
+
+def test_a_worker_starts_in_milliseconds(pool: WorkerPool) -> None:
+    end_of(pool, pool.start(FAIL, {"how": "0"}))  # the server has imported by now
+    began = time.perf_counter()
+    end_of(pool, pool.start(FAIL, {"how": "0"}))
+    # a fork of a process with torch in it takes 10-30 ms; importing torch would take seconds
+    assert time.perf_counter() - began < 1.0
+
+
+def test_a_server_that_is_killed_takes_its_workers_along() -> None:
+    with WorkerPool() as own:
+        worker = own.start(FAIL, {"how": "wait"})
+        while worker.pid is None:
+            list(own.events(timeout_seconds=1))
+        os.kill(own._server.pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match=r"the fork server ended \(status -9\)"):
+            while True:
+                list(own.events(timeout_seconds=1))
+        with pytest.raises(WorkerError, match="the fork server ended"):
+            own.start(FAIL, {"how": "0"})
+        deadline = time.monotonic() + 10
+        while _runs(worker.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not _runs(worker.pid)
+
+
+def test_closing_a_pool_ends_its_workers() -> None:
+    with WorkerPool() as own:
+        worker = own.start(FAIL, {"how": "wait"})
+        while worker.pid is None:
+            list(own.events(timeout_seconds=1))
+    deadline = time.monotonic() + 10
+    while _runs(worker.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _runs(worker.pid)
+
+
+def test_a_pool_that_was_not_needed_closes_at_once() -> None:
+    began = time.perf_counter()
+    WorkerPool().close()
+    assert time.perf_counter() - began < 1.5, "it does not wait for imports"
+
+
+def _runs(pid: int) -> bool:
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    state = listed.stdout.strip()
+    return bool(state) and not state.startswith("Z")

@@ -26,16 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "1 worker"
 
 
-def ways(*, micro: int) -> dict[str, dict[str, object]]:
-    """Name -> overrides."""
+def ways() -> dict[str, dict[str, object]]:
+    """Name -> overrides. The micro batch follows from each replica's share."""
     found: dict[str, dict[str, object]] = {
         REFERENCE: {"parallel.replicate": 1, "launch.workers": "processes"}
     }
     for degree in (2, 4):
         for kind in ("processes", "threads"):
             found[f"{degree} {kind}"] = {"parallel.replicate": degree, "launch.workers": kind}
-    for overrides in found.values():
-        overrides["train.micro_batch_samples"] = micro
     found["1 worker, micro batch 2"] = {**found[REFERENCE], "train.micro_batch_samples": 2}
     return found
 
@@ -84,7 +82,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--recipe", default="quickstart")
-    parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--compute", default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     given = parser.parse_args()
@@ -98,7 +95,7 @@ def main() -> None:
     curves: dict[str, list[float]] = {}
     fault: list[float] = []
     with tempfile.TemporaryDirectory() as folder, WorkerPool() as pool:
-        plans = {**ways(micro=given.micro), "fault": {}}
+        plans = {**ways(), "fault": {}}
         plans["fault"] = plans["2 processes"]
         for number, (name, overrides) in enumerate(plans.items()):
             texts = [f"{key}={json.dumps(value)}" for key, value in {**common, **overrides}.items()]

@@ -55,7 +55,7 @@ def format_count(count: float) -> str:
     """`4_200_000` -> `"4.2M"`."""
     value = float(count)
     for unit in ("", "k", "M", "B"):
-        if abs(value) < 1000:
+        if abs(float(f"{value:.3g}")) < 1000:  # 999,999 is 1M, not 1e+03k
             return f"{value:.0f}" if unit == "" else f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}T"

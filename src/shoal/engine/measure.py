@@ -130,6 +130,8 @@ def _all(
 ) -> dict[str, Any]:
     found = broadcast_json(group, measured_format(recipe) if group.rank == 0 else None)
     compute = found["compute"]
+    if not wanted["solo"] and not wanted["replicas"]:
+        return found
     stream = Stream(
         Path(inputs.data_directory),
         seed=recipe.seed,

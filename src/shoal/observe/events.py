@@ -43,7 +43,10 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        cut_short = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until `close`)
+        if cut_short:  # by a crash: what follows must not join the half line
+            self._file.write("\n")
 
     def append(self, row: Row) -> None:
         """Add one object."""
@@ -134,8 +137,9 @@ def cut_after(path: Path, *, step: int) -> int:
     """Drop the rows of steps after `step` (they are about to be done again); returns how many."""
     rows = read_lines(path)
     kept = [row for row in rows if row.get("step", -1) <= step]
-    if len(kept) != len(rows) or not path.is_file():
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
         beside = path.with_suffix(f".cut-{time.monotonic_ns()}")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     return len(rows) - len(kept)

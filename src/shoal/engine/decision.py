@@ -21,7 +21,9 @@ class Decision:
     compute: Literal["float32", "bfloat16"]
     reason: str
     measured: dict[str, Any] = field(default_factory=dict)
-    """tokens_per_second by choice, where it was measured."""
+    """samples_per_second by choice, where it was measured."""
+    predicted: dict[str, float] = field(default_factory=dict)
+    """step_seconds, where it can be foretold."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

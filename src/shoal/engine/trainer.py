@@ -294,6 +294,7 @@ class Trainer:
                 seconds=training.progress.seconds,
                 parameters=sum(p.numel() for p in training.model.parameters()),
                 peak_memory_bytes=training.peak_memory_bytes,
+                unigram_nats=training.evaluation.unigram_nats(),
             )
         self.group.barrier()
 

@@ -170,6 +170,7 @@ def _by_measure(recipe: Recipe, *, found: dict[str, Any], cores: int) -> Decisio
         found["compute"],
         f"measured {why}",
         measured,
+        {"step_seconds": recipe.train.global_batch_samples / best["samples_per_second"]},
     )
 
 

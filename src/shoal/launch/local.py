@@ -119,7 +119,9 @@ def _decision_before(run: Path, overrides: list[str]) -> Decision | None:
     if not path.is_file():
         return None
     try:
-        return Decision.from_json(json.loads(path.read_text(encoding="utf-8")))
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree.pop("outcome", None)
+        return Decision.from_json(tree)
     except (ValueError, TypeError, KeyError):  # written by hand, or by another version
         return None
 
@@ -190,5 +192,5 @@ def _run(job: _Start, *, pool: WorkerPool, console: Console) -> Result:
         raise Stopped(attempt.stopped)
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
-    summary = write_summary(run, done=attempt.done, decision=decision, inputs=inputs)
+    summary = write_summary(run, done=attempt.done, decision=decision)
     return Result(run, summary)

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 from shoal.engine.decision import Decision
-from shoal.engine.prepare import Inputs
 from shoal.launch.directory import write_whole
 from shoal.observe.events import read_lines
 from shoal.observe.plot import plot_run
 
 
-def write_summary(
-    run: Path, *, done: dict[str, Any], decision: Decision, inputs: Inputs
-) -> dict[str, Any]:
+def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dict[str, Any]:
     """Write and return the summary of a run that came to its end (or to stop_after_steps)."""
     rows = read_lines(run / "metrics.jsonl")
     losses = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "evaluation_loss" in row]
-    seconds = sum(row["step_seconds"] for row in losses)
+    measured = _measured(losses)
+    _note_in_plan(run, decision=decision, measured=measured)
     summary = {
         "steps": done["step"],
         "of_steps": done["steps"],
         "final_loss": losses[-1]["loss"] if losses else None,
         "evaluation": _scores(evaluations[-1]) if evaluations else None,
         "evaluation_before": _scores(evaluations[0]) if len(evaluations) > 1 else None,
-        "unigram_loss": inputs.unigram_nats,
+        "unigram_loss": done["unigram_nats"],
         "tokens": done["tokens"],
         "train_seconds": done["seconds"],
         "tokens_per_second": done["tokens"] / done["seconds"] if done["seconds"] else None,
-        "logged_seconds": seconds,
+        "step_seconds": measured.get("step_seconds"),
         "parameters": done["parameters"],
         "peak_memory_bytes": done["peak_memory_bytes"],
         "layout": decision.to_json()["layout"],
@@ -41,11 +40,32 @@ def write_summary(
         "micro_batch_samples": decision.micro_batch_samples,
         "compute": decision.compute,
         "measured": decision.measured,
-        "prediction_error": None,
+        "prediction_error": _error(decision.predicted, measured),
     }
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
-    plot_run(run, guess_loss=inputs.unigram_nats if _is_language(evaluations) else None)
+    plot_run(run, guess_loss=done["unigram_nats"] if _is_language(evaluations) else None)
     return summary
+
+
+def _measured(losses: list[dict[str, Any]]) -> dict[str, float]:
+    """What a prediction is held against: the median step without the first, which warms up."""
+    steps = [row["step_seconds"] for row in losses[1:] or losses]
+    found = {"step_seconds": statistics.median(steps)} if steps else {}
+    peaks = [row["peak_memory_bytes"] for row in losses if row.get("peak_memory_bytes")]
+    return {**found, "peak_memory_bytes": max(peaks)} if peaks else found
+
+
+def _note_in_plan(run: Path, *, decision: Decision, measured: dict[str, float]) -> None:
+    """Keep prediction and measurement side by side, for the planner to learn from."""
+    tree = {**decision.to_json(), "outcome": measured}
+    write_whole(run / "plan.json", json.dumps(tree, indent=1) + "\n")
+
+
+def _error(predicted: dict[str, float], measured: dict[str, float]) -> float | None:
+    """Predicted over measured step time, less 1; None where nothing was predicted."""
+    if "step_seconds" not in predicted or not measured.get("step_seconds"):
+        return None
+    return predicted["step_seconds"] / measured["step_seconds"] - 1.0
 
 
 def _is_language(evaluations: list[dict[str, Any]]) -> bool:

@@ -21,7 +21,7 @@ from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.measure import measured_format
-from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.engine.prepare import prepare_inputs
 from shoal.engine.worker import Seat, job_from, run_seat
 from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, UserError
@@ -136,7 +136,6 @@ def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str
     if attempt.done is not None:
         run = Path(payload["run"])
         decision = Decision.from_json(payload["decision"])
-        inputs = Inputs.from_json(payload["inputs"])
-        summary = write_summary(run, done=attempt.done, decision=decision, inputs=inputs)
+        summary = write_summary(run, done=attempt.done, decision=decision)
         print("\n".join(last_words(run, summary, recipe=recipe)))
     return status

@@ -207,13 +207,13 @@ def learn(runs: Sequence[Seen]) -> Correction:
 def read_run(run: Path) -> Seen:
     """The prediction and measurement that a finished run keeps in plan.json.
 
-    Expects `predicted` and `measured`, each with `step_seconds` and optionally
+    Expects `predicted` and `outcome`, each with `step_seconds` and optionally
     `peak_memory_bytes`. Raises UserError naming the file and what it lacks.
     """
     path = run / "plan.json"
     try:
         data = json.loads(path.read_text())
-        predicted, measured = data["predicted"], data["measured"]
+        predicted, measured = data["predicted"], data["outcome"]
         return Seen(
             predicted_seconds=float(predicted["step_seconds"]),
             measured_seconds=float(measured["step_seconds"]),
@@ -223,5 +223,5 @@ def read_run(run: Path) -> Seen:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: no prediction and measurement to learn from ({error!r}); expected "
-            "`predicted` and `measured`, each with step_seconds"
+            "`predicted` and `outcome`, each with step_seconds"
         ) from error

@@ -88,7 +88,7 @@ def test_learning_from_runs(tmp_path: Path) -> None:
     run.mkdir()
     content = {
         "predicted": {"step_seconds": 1.0, "peak_memory_bytes": 100},
-        "measured": {"step_seconds": 1.2, "peak_memory_bytes": 80},
+        "outcome": {"step_seconds": 1.2, "peak_memory_bytes": 80},
     }
     (run / "plan.json").write_text(json.dumps(content))
     seen = calibrate.read_run(run)

@@ -70,7 +70,7 @@ data:
 train:
   steps: 30
   global_batch_samples: 16
-  micro_batch_samples: 4
+  micro_batch_samples: auto
   evaluate_every_steps: 15
   optimizer: {{kind: adamw, learning_rate: 3.0e-3}}
   schedule: {{kind: cosine, warmup_steps: 4}}

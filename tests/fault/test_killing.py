@@ -119,7 +119,9 @@ def test_a_killed_worker_is_named(bench: Bench, rank: int) -> None:
     assert_nothing_left([server, *workers])
 
 
-@pytest.mark.parametrize("who", ["the command", "its fork server"])
+@pytest.mark.parametrize(
+    "who", ["the command", pytest.param("its fork server", marks=pytest.mark.slow)]
+)
 def test_no_worker_outlives(bench: Bench, who: str) -> None:
     run = Run(bench.new_path())
     with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:

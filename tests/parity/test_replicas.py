@@ -49,12 +49,12 @@ def test_replicas_follow_one_worker(bench: Bench, replicas: Replicas) -> None:
     assert_same_curve(bench.run(*replicas.overrides), bench.run())
 
 
-@pytest.mark.parametrize("size", [1, 8, 16])
+@pytest.mark.parametrize("size", [1, 4])
 def test_the_micro_batch_does_not_move_the_curve(bench: Bench, size: int) -> None:
     assert_same_curve(bench.run(f"train.micro_batch_samples={size}"), bench.run())
 
 
-@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize("size", [2])
 def test_accumulation_inside_replicas_does_not_move_the_curve(bench: Bench, size: int) -> None:
     found = bench.run(*TWO_THREADS.overrides, f"train.micro_batch_samples={size}")
     assert_same_curve(found, bench.run())
@@ -108,7 +108,9 @@ def test_the_same_run_twice_gives_the_same_digits(bench: Bench, replicas: Replic
 
 
 @pytest.mark.parametrize(
-    "change", [("train.micro_batch_samples=1",), PADDED], ids=["packed", "padded"]
+    "change",
+    [("train.micro_batch_samples=1",), ("train.micro_batch_samples=4", *PADDED)],
+    ids=["packed", "padded"],
 )
 def test_a_planted_fault_is_seen(bench: Bench, change: tuple[str, ...]) -> None:
     """Mean of means, the classic mistake, on rows with unequal numbers of targets."""

@@ -14,7 +14,8 @@ def plot_run(run: Path, *, guess_loss: float | None = None) -> Path:
     rows = read_lines(run / "metrics.jsonl")
     steps = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
     checks = [(r["step"], r["evaluation_loss"]) for r in rows if r.get("evaluation_loss")]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
+    figure.subplots_adjust(left=0.09, right=0.98, top=0.93, bottom=0.11)
     axes = figure.add_subplot()
     if steps:
         axes.plot(*zip(*steps), color="#1f6f8b", linewidth=1.2, label="training loss")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from shoal.cli.main import main
-from shoal.errors import FetchError, RunError
+from shoal.errors import FetchError, ModelError, RunError, UserError
+from shoal.launch import local
 from tiny import Bench, Run, shoal
 
 
@@ -46,15 +47,14 @@ def test_debug_shows_the_traceback(told, bench: Bench) -> None:
     [
         (("parallel.replicate=3",), "3 replicas do not divide global_batch_samples 16"),
         (("parallel.replicate=3",), "nearest degrees that do: 2, 4"),
-        (("parallel.replicate=8",), "4 does not divide a replica's share of 2 samples"),
+        (
+            ("parallel.replicate=8", "train.micro_batch_samples=4"),
+            "4 does not divide a replica's share of 2 samples",
+        ),
         (("parallel.tensor=2",), "parallel.tensor"),
         (("launch.workers=threads", "model.dropout=framework"), "refused with threads"),
         (("data.source=missing.txt",), "missing.txt"),
-        (("train.freeze=['*nothing*']",), "'*nothing*' matches no parameter"),
-        (("train.freeze=['*']",), "every parameter is frozen; nothing to train"),
-        (("model.hidden_sise=8",), "hidden_sise"),
         (("model.vocab_size=100",), "100"),
-        (("model.architecture=lama",), "lama"),
         (("precision.compute=float16",), "float16 needs loss scaling"),
     ],
 )
@@ -65,6 +65,24 @@ def test_recipes_that_cannot_run(
     status, text = told("train", bench.recipe, *change, "--out", run)
     assert status == 2, text
     assert said in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ("train.freeze=['*nothing*']", UserError, "'*nothing*' matches no parameter"),
+        ("train.freeze=['*']", UserError, "every parameter is frozen; nothing to train"),
+        ("model.hidden_sise=8", ModelError, "model.hidden_sise: did you mean 'hidden_size'"),
+        ("model.architecture=lama", ModelError, "did you mean 'llama'"),
+    ],
+)
+def test_what_only_a_worker_can_see(
+    bench: Bench, change: str, kind: type[UserError], said: str
+) -> None:
+    """Errors of workers come to the user as their own kind, once, without a traceback."""
+    with pytest.raises(kind) as error:
+        bench.train(change)
+    assert said in str(error.value) and "Traceback" not in str(error.value)
 
 
 def test_a_run_is_never_written_over(told, bench: Bench) -> None:
@@ -134,15 +152,14 @@ def test_an_unreachable_hub(told, bench: Bench, monkeypatch: pytest.MonkeyPatch)
     assert "give a local folder" in said
 
 
-def test_more_workers_than_cores_is_a_warning(bench: Bench, tmp_path: Path) -> None:
-    done = bench.command(
-        "train", bench.recipe, "train.steps=1", "train.evaluate_every_steps=0",
-        "parallel.replicate=16", "train.micro_batch_samples=1", "launch.workers=threads",
-        "--out", tmp_path / "run",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "warning: 16 workers share" in done.stdout
-    assert "only makes each slower" in done.stdout
+def test_more_workers_than_cores_is_a_warning(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = ("train.steps=1", "train.evaluate_every_steps=0", "parallel.replicate=16")
+    threads = ("launch.workers=threads", "train.micro_batch_samples=1")
+    local.train(bench.recipe, (*change, *threads), out=bench.new_path(), pool=bench.pool)
+    said = capsys.readouterr().out
+    assert "warning: 16 workers share" in said and "only makes each slower" in said
 
 
 def test_no_space_for_a_checkpoint(bench: Bench, tmp_path: Path) -> None:

@@ -78,6 +78,19 @@ def test_other_recipes_in_any_layout(
     assert_same_curve(bench.run(*replicas.overrides, *change), bench.run(*change))
 
 
+def test_bfloat16_stays_in_the_band_of_one_worker(bench: Bench) -> None:
+    """bfloat16 keeps 8 bits, so any other order of sums moves the curve. The band is what other
+    micro batches do to one worker; replicas must not leave it by more than chance (a factor 3)."""
+    change = ("train.steps=20", "precision.compute=bfloat16")
+    one = bench.run(*change).losses
+    others = [bench.run(*change, f"train.micro_batch_samples={n}").losses for n in (2, 4)]
+    band = max(largest_difference(other, one) for other in others)
+    assert 0 < band < 1e-3
+    for replicas in (TWO_PROCESSES, FOUR_THREADS):
+        found = bench.run(*change, *replicas.overrides).losses
+        assert largest_difference(found, one) < 3 * band
+
+
 def test_dropout_was_on(bench: Bench) -> None:
     """The parity of gpt2 above would hold without any dropout: so it must move the curve."""
     without = bench.run(*SHORT, *GPT2, "model.dropout=off")
@@ -109,7 +122,7 @@ def test_the_same_run_twice_gives_the_same_digits(bench: Bench, replicas: Replic
 
 @pytest.mark.parametrize(
     "change",
-    [("train.micro_batch_samples=1",), ("train.micro_batch_samples=4", *PADDED)],
+    [("train.micro_batch_samples=1",), ("train.micro_batch_samples=4", *SHORT, *PADDED)],
     ids=["packed", "padded"],
 )
 def test_a_planted_fault_is_seen(bench: Bench, change: tuple[str, ...]) -> None:

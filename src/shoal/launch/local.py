@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.locked import LOCKED, changed
 from shoal.config.recipe import Recipe
@@ -53,6 +54,7 @@ def train(
     after Ctrl-C or SIGTERM once everything is saved.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), _texts(overrides))
+    resolved = anchored(resolved)
     check(resolved)
     run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
     show = Console() if (resolved.observe.console if console is None else console) else _silent()

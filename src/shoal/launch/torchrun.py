@@ -17,6 +17,7 @@ from typing import Any
 
 from shoal.comm.group import ProcessGroup
 from shoal.comm.messages import broadcast_json
+from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
@@ -67,7 +68,7 @@ def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
     if problems:
         raise ConfigError(problems)
     parallel = [f"parallel.replicate={size}", "launch.workers=processes"]
-    return load_recipe(recipe, [*overrides, *parallel])
+    return anchored(load_recipe(recipe, [*overrides, *parallel]))
 
 
 def _join(recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None) -> int:

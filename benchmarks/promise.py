@@ -24,6 +24,7 @@ from shoal.launch.pool import WorkerPool
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "1 worker"
+PLANTED = "2 processes, mean of means (planted)"
 
 
 def ways(*, reordered: bool) -> dict[str, dict[str, object]]:
@@ -66,9 +67,7 @@ def draw(curves: dict[str, list[float]], fault: list[float], *, path: Path, titl
         if name != REFERENCE:
             near = [max(value, 1e-10) for value in differences(losses, reference)]
             below.plot(steps, near, linewidth=1, color=above.lines[-1].get_color())
-    above.plot(
-        steps[: len(fault)], fault, "k--", linewidth=1, label="2 processes, mean of means (planted)"
-    )
+    above.plot(steps[: len(fault)], fault, "k--", linewidth=1, label=PLANTED)
     far = [max(value, 1e-10) for value in differences(fault, reference)]
     below.plot(steps[: len(fault)], far, "k--", linewidth=1)
     below.axhline(1e-5, color="#999999", linewidth=0.8)

@@ -102,7 +102,14 @@ def test_padding_changes_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", [*SETTINGS])
 def test_no_family_leaks_between_documents(family: str) -> None:
-    probe_packing(real_model(family))
+    model = real_model(family)
+    probe_packing(model)  # raises for a leak; the next test sees it do so
+    batch = packed_batch(lengths=(5, 6))
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, :5] = (other["input_ids"][:, :5] + 1) % 20
+    before, after = hidden_of(model, batch), hidden_of(model, other)
+    assert torch.equal(before[:, 5:], after[:, 5:])
+    assert not torch.equal(before[:, :5], after[:, :5])
 
 
 def test_a_family_that_leaks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

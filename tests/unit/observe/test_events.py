@@ -8,6 +8,8 @@ import os
 import threading
 from pathlib import Path
 
+import pytest
+
 from shoal.observe.events import Fan, JsonLines, Report, RunFiles, cut_after, read_lines
 
 
@@ -94,7 +96,10 @@ def test_long_messages_of_many_threads_stay_whole() -> None:
 def test_a_parent_that_is_gone_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
-    Report(write).say("alive", rank=0)
+    report = Report(write)
+    report.say("alive", rank=0)
+    with pytest.raises(BrokenPipeError):  # there is really nobody
+        os.write(write, b"x")
     os.close(write)
 
 

@@ -66,7 +66,8 @@ def test_one_worker_reduces_nothing() -> None:
     ],
 )
 def test_schedules_in_words(schedule: str, expected: str) -> None:
-    assert said(f"train.schedule={schedule}")["learning rate"] == expected
+    lines = said("train.optimizer.learning_rate=3e-3", f"train.schedule={schedule}")
+    assert lines["learning rate"] == expected
 
 
 def test_the_rest_in_words() -> None:

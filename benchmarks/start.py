@@ -39,10 +39,19 @@ def seconds_to_first_step(command: list[str]) -> float:
         seen.append(line)
         if "the first step" in line:
             found = time.perf_counter() - began
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             return found
     raise SystemExit(f"{' '.join(command)} never came to the first step:\n{''.join(seen)}")
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a launcher and its workers; torchrun's are in sessions of their own, so it ends them."""
+    process.terminate()
+    try:
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> None:

@@ -68,6 +68,18 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
+_BREAKS = re.compile("[\\x85\\u2028\\u2029]")
+"""Line breaks of Unicode, which PyYAML writes bare and then reads as a space."""
+
+
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    style = '"' if _BREAKS.search(value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def parse(text: str) -> Any:
     """The value of `text`. Raises yaml.YAMLError, or UserError for a key given twice."""
     return yaml.load(text, Loader=_Loader)

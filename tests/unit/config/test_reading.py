@@ -77,6 +77,11 @@ def test_any_tree_comes_back_from_text(tree: dict[str, object]) -> None:
     assert parse(dump(tree)) == tree
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029", "a\nb", "\ufeff", "off", "1:30"])
+def test_awkward_text_comes_back(text: str) -> None:
+    assert parse(dump({"key": [text]})) == {"key": [text]}
+
+
 @given(
     st.fixed_dictionaries(
         {},

@@ -2,7 +2,8 @@
 
 One job of as many processes as there are cores. Rank 0 first times a lone worker with all cores
 and replicas as threads while the others wait; then all time replicas as processes. What is timed
-is what a step does: forward, backward and the reduction, on the first rows of the real data.
+is forward and backward on the first rows of the real data, until the slowest replica is done; the
+reduction and the update, which take a few percent of a step, are not.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.messages import broadcast_json
@@ -28,7 +27,7 @@ from shoal.engine.step import Batch, micro_batches
 from shoal.engine.worker import tell
 from shoal.layout import Share
 from shoal.models import init
-from shoal.models.anatomy import anatomy_of, canonical_parameters, check_logits
+from shoal.models.anatomy import anatomy_of, check_logits
 from shoal.models.huggingface import build_meta
 from shoal.observe.events import Report
 from shoal.parallel.loss import chunked_loss
@@ -40,13 +39,8 @@ WORTH_IT = 1.15
 """bfloat16 is chosen when its matrix products are at least this much faster than float32's."""
 
 
-@dataclass
-class _Subject:
-    """One replica to be timed."""
-
-    model: nn.Module
-    step: Callable[[Batch], None]
-    gradient: Tensor
+Subject = Callable[[Batch], None]
+"""One replica to be timed: forward and backward of a micro batch."""
 
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
@@ -182,7 +176,7 @@ def _row(kind: str, replicate: int, threads: int, micro: int, seconds: float) ->
     }
 
 
-def _subject(recipe: Recipe, inputs: Inputs, *, compute: str) -> _Subject:
+def _subject(recipe: Recipe, inputs: Inputs, *, compute: str) -> Subject:
     task = create(recipe.task.kind, settings=inputs.task_settings)
     config = model_config(recipe, inputs=inputs, task=task)
     model = build_meta(config, auto_class=task.auto_class, dropout=recipe.model.dropout)
@@ -203,29 +197,28 @@ def _subject(recipe: Recipe, inputs: Inputs, *, compute: str) -> _Subject:
             )
         loss.backward()
 
-    numel = sum(p.numel() for p in canonical_parameters(model).values())
-    return _Subject(model, step, torch.zeros(numel))
+    return step
 
 
 def _time(
-    subject: _Subject, batch: Batch, *, micro: int, group: Group | None = None, repeats: int = 2
+    subject: Subject, batch: Batch, *, micro: int, group: Group | None = None, repeats: int = 2
 ) -> float:
-    """Seconds of one micro batch and one reduction: the best of `repeats`, after a warm-up."""
+    """Seconds of one micro batch (the slowest replica's): the best of `repeats`, warmed up."""
     part, _ = micro_batches(batch, size=micro)[0]
-    subject.step(part)
+    subject(part)
     tries = []
     for _ in range(repeats):
         if group is not None:
             group.barrier()
         began = time.perf_counter()
-        subject.step(part)
+        subject(part)
         if group is not None:
             group.barrier()
         tries.append(time.perf_counter() - began)
     return min(tries)
 
 
-def _time_threads(subjects: list[_Subject], batch: Batch, *, micro: int) -> float:
+def _time_threads(subjects: list[Subject], batch: Batch, *, micro: int) -> float:
     meeting = Meeting(len(subjects), timeout_seconds=120)
     seconds = [0.0] * len(subjects)
 

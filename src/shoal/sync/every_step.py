@@ -74,8 +74,7 @@ class EveryStep:
         if self._scratch is None or self._scratch.numel() != len(own):
             self._scratch = torch.empty_like(gradient[own.start : own.stop])
         total = self._scratch
-        if group.size > 1:
-            torch.add(views[0][0], views[1][0], out=total)
+        torch.add(views[0][0], views[1][0], out=total)
         for (other,) in views[2:]:
             total.add_(other)
         # The others' gradients are free again once everybody is here; after_step's and the

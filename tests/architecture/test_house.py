@@ -19,7 +19,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 HARD_FILE_LINES = 500
 HARD_FUNCTION_LINES = 80
-BUDGET_CODE_LINES = 14_000
+BUDGET_CODE_LINES = 20_000
 
 PICKLED = re.compile(
     r"^\s*(import|from)\s+(pickle|cloudpickle|dill|shelve|marshal)\b"

@@ -13,7 +13,9 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Workers of the pool may run functions of tests/*.py.
-os.environ["PYTHONPATH"] = os.path.dirname(__file__)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import hypothesis
 import pytest

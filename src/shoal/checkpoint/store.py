@@ -81,7 +81,7 @@ class Store:
 
     def __init__(self, folder: Path, *, files: Files | None = None) -> None:
         self.folder = folder
-        self._files = files or Files()
+        self.files = files or Files()
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of `step`."""
@@ -101,10 +101,10 @@ class Store:
 
     def begin(self, step: int) -> None:
         """Make room for a save; what an interrupted one left behind goes. One rank calls it."""
-        self._files.make(self.folder)
+        self.files.make(self.folder)
         for leftover in self.folder.glob(".step-*"):
-            self._files.remove(leftover)
-        self._files.make(self._writing(step))
+            self.files.remove(leftover)
+        self.files.make(self._writing(step))
 
     def write_part(self, step: int, *, rank: int, pieces: Iterable[Piece]) -> Part:
         """Write this rank's `pieces` to one file and flush it. Raises OSError."""
@@ -124,7 +124,7 @@ class Store:
                 )
                 yield data
 
-        size, digest = self._files.write(self._writing(step) / name, content())
+        size, digest = self.files.write(self._writing(step) / name, content())
         return Part((FileRecord(name, size, digest),), tuple(entries))
 
     def publish(self, step: int, *, parts: list[Part], state: dict[str, Any], keep: int) -> Path:
@@ -137,18 +137,18 @@ class Store:
         entries = tuple(entry for part in parts for entry in part.entries)
         manifest = Manifest(step, Part(files, entries), state)
         writing, final = self._writing(step), self.path(step)
-        self._files.write(writing / NAME, [manifest.to_bytes()])
+        self.files.write(writing / NAME, [manifest.to_bytes()])
         if final.exists():
-            self._files.rename(final, self.folder / f".step-{step:08d}.replaced")
-        self._files.rename(writing, final)
+            self.files.rename(final, self.folder / f".step-{step:08d}.replaced")
+        self.files.rename(writing, final)
         for replaced in self.folder.glob(".step-*.replaced"):
-            self._files.remove(replaced)
+            self.files.remove(replaced)
         later = [other for other in self.steps() if other > step]
         earlier = [other for other in self.steps() if other <= step]
         for old in [*earlier[:-keep], *later]:
             dropped = self.folder / f".step-{old:08d}.dropped"
-            self._files.rename(self.path(old), dropped)  # half a removal must not look published
-            self._files.remove(dropped)
+            self.files.rename(self.path(old), dropped)  # half a removal must not look published
+            self.files.remove(dropped)
         return final
 
     # --- reading

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.errors import PeersLost
+from shoal.observe.pulse import Pulse
+
 
 @dataclass
 class Traffic:
@@ -41,8 +44,9 @@ class Group(ABC):
     shares_memory: bool
     """Whether ranks are threads that see one another's tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pulse: Pulse | None = None) -> None:
         self.traffic = Traffic()
+        self.pulse = pulse or Pulse()
 
     @abstractmethod
     def sum_(self, tensor: Tensor) -> None:
@@ -86,23 +90,41 @@ class ProcessGroup(Group):
     """Ranks are processes; collectives are torch.distributed's (gloo or NCCL).
 
     `group` None is the group of all processes, which must have been started; a single process
-    needs none.
+    needs none. When a rank dies, the operation under way raises PeersLost on the others, and
+    `reopen` makes this object the group of the next epoch.
     """
 
     shares_memory = False
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, pulse: Pulse | None = None
+    ) -> None:
+        super().__init__(pulse=pulse)
         self._group = group
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Read rank and size anew: another process group was started since."""
         started = dist.is_initialized()
-        self.rank = dist.get_rank(group) if started else 0
-        self.size = dist.get_world_size(group) if started else 1
+        self.rank = dist.get_rank(self._group) if started else 0
+        self.size = dist.get_world_size(self._group) if started else 1
 
     def _timed(self, name: str, num_bytes: int, call: Callable[[], object]) -> None:
         began = time.perf_counter()
-        call()
+        self._meet(name, num_bytes, call)
         self.traffic.communication_seconds += time.perf_counter() - began
         self.traffic.sent_bytes[name] += num_bytes
+
+    def _meet(self, name: str, num_bytes: int, call: Callable[[], object]) -> None:
+        self.pulse.enter(name, num_bytes=num_bytes)
+        problem = None
+        try:
+            call()
+        except RuntimeError as error:  # what gloo and NCCL raise when a connection ends
+            problem = str(error).partition("\n")[0]
+        if problem is not None:  # outside of the handler: its traceback would keep the group alive
+            raise PeersLost(f"{name} of {num_bytes} bytes did not complete: {problem}")
+        self.pulse.leave()
 
     def sum_(self, tensor: Tensor) -> None:
         if self.size > 1:
@@ -126,7 +148,7 @@ class ProcessGroup(Group):
     def barrier(self) -> None:
         if self.size > 1:
             began = time.perf_counter()
-            dist.barrier(group=self._group)
+            self._meet("barrier", 0, lambda: dist.barrier(group=self._group))
             self.traffic.waiting_seconds += time.perf_counter() - began
 
     def buffer(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shoal.comm.group import Group
 from shoal.errors import WorkerError
+from shoal.observe.pulse import Pulse
 
 
 class Meeting:
@@ -52,8 +53,8 @@ class ThreadGroup(Group):
 
     shares_memory = True
 
-    def __init__(self, meeting: Meeting, *, rank: int) -> None:
-        super().__init__()
+    def __init__(self, meeting: Meeting, *, rank: int, pulse: Pulse | None = None) -> None:
+        super().__init__(pulse=pulse)
         self._meeting = meeting
         self.rank, self.size = rank, meeting.size
         self._turn = 0
@@ -68,7 +69,9 @@ class ThreadGroup(Group):
 
     def _wait(self) -> None:
         began = time.perf_counter()
+        self.pulse.enter("meeting", num_bytes=0)
         self._meeting.wait()
+        self.pulse.leave()
         self.traffic.waiting_seconds += time.perf_counter() - began
 
     def sum_(self, tensor: Tensor) -> None:

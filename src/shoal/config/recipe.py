@@ -231,17 +231,41 @@ class TrainSection(Section):
 # --- parallel, sync, the rest -------------------------------------------------------------------
 
 
+class Elastic(Section):
+    """A degree that may shrink while workers are replaced, and grow again."""
+
+    min: Count
+    max: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Elastic:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}; exchange them")
+        return self
+
+
 class ParallelSection(Section):
     """Degrees of the axes. With `auto`, an axis without a value is chosen for this machine."""
 
     auto: bool = False
-    replicate: Count | None = None
+    replicate: Count | Elastic | None = None
+    """A fixed degree waits for a lost replica to be replaced; an elastic one goes on without."""
     shard: Count | None = None
     context: Count | None = None
     tensor: Count | None = None
     pipeline: Count | None = None
     expert: Count | None = None
     recompute: Literal["none"] = "none"
+
+    @property
+    def replicas(self) -> int | None:
+        """The degree of `replicate` to start with."""
+        return self.replicate.max if isinstance(self.replicate, Elastic) else self.replicate
+
+    @property
+    def fewest_replicas(self) -> int | None:
+        """The degree to which `replicate` may shrink; None where it is fixed."""
+        return self.replicate.min if isinstance(self.replicate, Elastic) else None
 
 
 class NoCodec(Section):
@@ -258,6 +282,8 @@ class EveryStep(Section):
     codec: NoCodec = NoCodec()
     bucket_bytes: Annotated[int, Field(ge=1024)] = 128 * 2**20
     """Largest message of one reduction."""
+    verify_every_steps: Annotated[int, Field(ge=0)] = 1
+    """Compare a hash of parameters and optimizer state over replicas; 0: never."""
 
 
 class PrecisionSection(Section):
@@ -280,6 +306,13 @@ class LaunchSection(Section):
 
     workers: Literal["auto", "threads", "processes"] = "auto"
     threads_per_worker: Count | Auto = "auto"
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Failures at one and the same step that are recovered from; 0: a failure ends the run."""
+    silence_seconds: Rate = 1.0
+    """A worker that gives no sign for this long, and three times as long as it lately took for
+    the same thing, is taken for stuck."""
+    time_limit_seconds: Rate | None = None
+    """Save and stop, resumable, after this time; None: no limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

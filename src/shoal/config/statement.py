@@ -84,7 +84,7 @@ def _optimizer(recipe: Recipe) -> str:
 
 def _degree(recipe: Recipe) -> int | None:
     """Replicas, or None where they are decided at start."""
-    given = recipe.parallel.replicate
+    given = recipe.parallel.replicas
     return given if given is not None else (None if recipe.parallel.auto else 1)
 
 

@@ -14,7 +14,6 @@ from shoal.comm.group import Group
 from shoal.config.recipe import CausalLM, Muon, Recipe
 from shoal.data.stream import Evaluation, Stream
 from shoal.data.tokenize import load_tokenizer
-from shoal.data.verify import FILE, sample_header, sample_row
 from shoal.engine import state as flat
 from shoal.engine.evaluate import complete, evaluate
 from shoal.engine.model import model_config
@@ -34,7 +33,7 @@ from shoal.models.dropout import apply_keyed, wants_dropout
 from shoal.models.huggingface import build_meta
 from shoal.models.pretrained import PretrainedWeights
 from shoal.models.probe import probe_keyed_dropout, probe_packing
-from shoal.observe.events import JsonLines, Report
+from shoal.observe.events import Report
 from shoal.parallel.precision import check_compute
 from shoal.runtime import Place
 from shoal.sync.every_step import EveryStep
@@ -66,7 +65,6 @@ class Training:
     steps: int
     progress: Progress = field(default_factory=Progress)
     peak_memory_bytes: int | None = None
-    _samples: JsonLines | None = None
 
     @property
     def config(self) -> Any:
@@ -76,13 +74,6 @@ class Training:
     def batches(self, step: int, share: Share) -> Batch:
         """This rank's part of the global batch of `step`; reads nothing else."""
         return {name: torch.from_numpy(a) for name, a in self.stream.at(step, share).items()}
-
-    def log_samples(self, step: int, *, read: list[int]) -> None:
-        """Note which samples `step` (from 0) should read and did; the header comes first."""
-        if self._samples is None:
-            self._samples = JsonLines(self.job.run / FILE)
-            self._samples.append(sample_header(self.stream))
-        self._samples.append(sample_row(step, stream=self.stream, read=read))
 
     def stream_state(self, step: int) -> dict[str, int]:
         """The data position: one integer per source."""
@@ -99,6 +90,17 @@ class Training:
             return []
         tokenizer = load_tokenizer(self.job.inputs.tokenizer_directory)
         return complete(self, prompts=task.prompts, tokens=task.sample_tokens, tokenizer=tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        """What a rank that joins, or a run that is resumed, needs besides tensors."""
+        return {"progress": vars(self.progress).copy(), "peak_memory_bytes": self.peak_memory_bytes}
+
+    def update_progress(self, facts: dict[str, Any]) -> None:
+        """Stand where `facts` say."""
+        for name, value in facts["progress"].items():
+            setattr(self.progress, name, value)
+        self.peak_memory_bytes = facts.get("peak_memory_bytes") or self.peak_memory_bytes
+        self.update.restore(self.progress.step, applied_steps=self.progress.applied_steps)
 
     def resident_bytes(self) -> int:
         """Parameters, gradients and optimizer state that this rank keeps."""
@@ -118,7 +120,7 @@ def build(job: Job, *, group: Group, place: Place, report: Report) -> Training:
     config = model_config(recipe, inputs=job.inputs, task=task)
     model = build_meta(config, auto_class=task.auto_class, dropout=recipe.model.dropout)
     keyed = recipe.model.dropout == "keyed"
-    state = _weights(job, model=model, group=group, device=place.device, report=report)
+    state, told = _weights(job, model=model, group=group, device=place.device)
     notes = apply_keyed(model, seed=recipe.seed, asked=config) if keyed else []
     anatomy = check_logits(model, anatomy_of(model))
     if recipe.data.packing:
@@ -126,9 +128,9 @@ def build(job: Job, *, group: Group, place: Place, report: Report) -> Training:
     if keyed and wants_dropout(config):
         probe_keyed_dropout(model)
     model.train()
-    if group.rank == 0:
-        for note in notes:
-            report.say("event", name="dropout", fields={"text": note})
+    if place.rank == 0:
+        for name, note in [*(("model", n) for n in told), *(("dropout", n) for n in notes)]:
+            report.say("event", name=name, fields={"text": note})
     decision = job.decision
     dtype = check_compute(decision.compute, device=place.device)
     sync = EveryStep(
@@ -196,9 +198,12 @@ def num_steps(recipe: Recipe, *, steps_per_epoch: float) -> int:
 
 
 def _weights(
-    job: Job, *, model: nn.Module, group: Group, device: torch.device, report: Report
-) -> FlatState:
-    """Materialise the model; where ranks share memory, rank 0 does it once for all."""
+    job: Job, *, model: nn.Module, group: Group, device: torch.device
+) -> tuple[FlatState, list[str]]:
+    """Materialise the model; where ranks share memory, rank 0 does it once for all.
+
+    Returns the state, and what a person should know about pretrained weights.
+    """
     recipe = job.recipe
     parameters = canonical_parameters(model)
     regions = flat.regions_of(
@@ -210,12 +215,11 @@ def _weights(
     state = flat.allocate(regions, group=group, optimizer=recipe.train.optimizer, device=device)
     record = init.record(model)
     first = not group.computes_in_place or group.rank == 0
+    notes: list[str] = []
     if first:
         source = _pretrained(job, model=model)
         init.materialise(model, record=record, seed=recipe.seed, source=source)
-        if source is not None and group.rank == 0:
-            for note in source.notes():
-                report.say("event", name="model", fields={"text": note})
+        notes = source.notes() if source is not None else []
         flat.fill(state, canonical_parameters(model))
     group.barrier()
     if not first:
@@ -224,7 +228,7 @@ def _weights(
     model.to(device)
     flat.adopt(state, canonical_parameters(model))
     group.barrier()
-    return state
+    return state, notes
 
 
 def _pretrained(job: Job, *, model: nn.Module) -> PretrainedWeights | None:

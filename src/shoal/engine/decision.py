@@ -52,8 +52,9 @@ def given_layout(recipe: Recipe) -> Layout:
     parallel = recipe.parallel
     degrees = {
         axis: getattr(parallel, axis) or 1
-        for axis in ("replicate", "shard", "context", "tensor", "pipeline", "expert")
+        for axis in ("shard", "context", "tensor", "pipeline", "expert")
     }
+    degrees["replicate"] = parallel.replicas or 1
     try:
         return Layout(**degrees)
     except ValueError as error:

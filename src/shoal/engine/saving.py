@@ -14,6 +14,8 @@ from shoal.checkpoint.manifest import Part
 from shoal.checkpoint.store import Piece, Reader, Store
 from shoal.comm.group import Group
 from shoal.comm.messages import broadcast_json, gather_json
+from shoal.config.locked import LOCKED, changed
+from shoal.config.recipe import Recipe
 from shoal.engine.state import FlatState
 from shoal.errors import RunError
 
@@ -140,3 +142,12 @@ def _check_names(reader: Reader, kind: str, named: dict[str, torch.Tensor]) -> N
                 f"{reader.folder}: a checkpoint of another model: {name} has the shape "
                 f"{reader.shape(name, kind=kind)}, expected {tuple(named[name].shape)}"
             )
+
+
+def check_same_run(saved: dict[str, Any], recipe: Recipe, *, at: Path) -> None:
+    """A resumed run keeps what makes it that run. Raises RunError."""
+    for path in changed(saved, recipe.model_dump(mode="json")):
+        raise RunError(
+            f"{at}: {path} differs from the run that was saved; a resumed run keeps "
+            f"{', '.join(LOCKED)}. Start a new run with --out for other values"
+        )

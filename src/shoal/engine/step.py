@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from shoal.comm.flat import ordered_sum
 from shoal.comm.tree import Node, TreeSum
-from shoal.data.verify import digest
+from shoal.data.verify import digest as samples_digest
+from shoal.engine.digest import ReplicasDiffer
 from shoal.engine.state import FlatState
 from shoal.layout import Share
 from shoal.models.anatomy import Anatomy
@@ -22,16 +23,30 @@ from shoal.tasks.outcome import TaskOutput
 Batch = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Word:
+    """What a rank tells the others with its count of targets; once summed, what anybody said."""
+
+    stop: bool = False
+    """Asked to save and end after this step."""
+    save: bool = False
+    """Asked to save after this step."""
+    leave: bool = False
+    """Another epoch was announced; all go there after this step."""
+
+
 @dataclass
 class StepResult:
     """Loss over the global batch, and this rank's gradients (in the state, or as tree nodes)."""
 
     loss: float
     targets: int
-    stop: bool
+    word: Word
     num_grains: int
     read: list[int]
     """Digest of the samples that all ranks read (data/verify.py)."""
+    norms: list[float] = field(default_factory=list)
+    """Norm of each rank's own gradients, before the reduction; empty for one rank."""
     nodes: list[Node] = field(default_factory=list)
 
 
@@ -64,20 +79,20 @@ class ForwardBackward:
         self._model, self._anatomy, self._forward = model, anatomy, forward
         self._state, self._sync, self._settings = state, sync, settings
         self._free: list[Tensor] = []
+        self.poison = 1.0
+        """Factor on this rank's gradients of the next step; anything but 1 is a planned fault."""
 
-    def run(self, batch: Batch, *, share: Share, step: int, stop: bool) -> StepResult:
+    def run(
+        self, batch: Batch, *, share: Share, step: int, word: Word, digest: int | None = None
+    ) -> StepResult:
         """Gradients of the mean loss over all targets of the *global* batch (DESIGN 5.3).
 
-        batch: input_ids, labels, position_ids, document_ids [share x T]. `stop`: this rank was
-        asked to stop; the request travels with the count of targets, so that all ranks know.
+        batch: input_ids, labels, position_ids, document_ids [share x T]. `word` travels with the
+        count of targets, so that all ranks know; so does `digest`, this rank's hash of its state.
+        Raises ReplicasDiffer on all ranks when those hashes are not one.
         """
-        settings = self._settings
-        counts = torch.tensor([int((batch["labels"] != -100).sum()), int(stop), 0, 0])
-        counts[2:] = torch.from_numpy(
-            digest(source_ids=batch["source_ids"], sample_ids=batch["sample_ids"])
-        )
-        self._sync.group.sum_(counts)
-        targets, stops, *read = counts.tolist()
+        settings, group = self._settings, self._sync.group
+        targets, word, read = self._count(batch, word=word, digest=digest)
         grains = torch.zeros(
             settings.global_batch_samples // settings.micro_batch_samples, dtype=torch.float64
         )
@@ -89,21 +104,53 @@ class ForwardBackward:
                 scale = 1.0 / targets
                 if settings.fault == "mean-of-means":
                     scale = 1.0 / (max(1, int((micro["labels"] != -100).sum())) * grains.numel())
-                grains[grain] = self._one(micro, step=step, scale=scale)
+                grains[grain] = self._one(micro, step=step, scale=scale * self.poison)
             if settings.exact:
                 self._take(tree, grain)
-        self._sync.group.sum_(grains)
+        self.poison = 1.0
+        group.pulse.mark("reduce")
+        nodes = tree.nodes if settings.exact else []
+        told = torch.cat([grains, torch.zeros(group.size, dtype=torch.float64)])
+        if group.size > 1:
+            told[grains.numel() + group.rank] = self._norm(nodes)
+        group.sum_(told)
         return StepResult(
-            loss=ordered_sum(grains.tolist()) / max(targets, 1),
+            loss=ordered_sum(told[: grains.numel()].tolist()) / max(targets, 1),
             targets=targets,
-            stop=stops > 0,
+            word=word,
             read=read,
             num_grains=grains.numel(),
-            nodes=tree.nodes if settings.exact else [],
+            norms=told[grains.numel() :].tolist() if group.size > 1 else [],
+            nodes=nodes,
         )
 
+    def _count(
+        self, batch: Batch, *, word: Word, digest: int | None
+    ) -> tuple[int, Word, list[int]]:
+        """Targets of the global batch, what anybody said, the digest of all samples read."""
+        group = self._sync.group
+        counts = torch.zeros(6 + group.size, dtype=torch.int64)
+        counts[0] = int((batch["labels"] != -100).sum())
+        counts[1:4] = torch.tensor([word.stop, word.save, word.leave])
+        counts[4:6] = torch.from_numpy(
+            samples_digest(source_ids=batch["source_ids"], sample_ids=batch["sample_ids"])
+        )
+        if digest is not None:
+            counts[6 + group.rank] = digest >> 1  # 63 bits: the sum of one number and zeros
+        group.sum_(counts)
+        targets, stop, save, leave, *read = counts[:6].tolist()
+        digests = counts[6:].tolist()
+        if len(set(digests)) > 1:
+            raise ReplicasDiffer(digests)
+        return targets, Word(stop > 0, save > 0, leave > 0), read
+
+    def _norm(self, nodes: list[Node]) -> float:
+        vectors = [node.value for node in nodes] or [self._state.gradients]
+        return float(torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm())
+
     def _one(self, micro: Batch, *, step: int, scale: float) -> float:
-        settings = self._settings
+        settings, pulse = self._settings, self._sync.group.pulse
+        pulse.mark("forward")
         micro = {name: tensor.to(settings.device) for name, tensor in micro.items()}
         with compute_context(settings.dtype, device=settings.device):
             output = self._forward(self._model, anatomy=self._anatomy, batch=micro, step=step)
@@ -113,6 +160,7 @@ class ForwardBackward:
                 logits_of=output.logits_of,
                 head_parameters=output.head_parameters,
             )
+        pulse.mark("backward")
         (loss * scale).backward()
         return loss.item()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +12,24 @@ import torch
 
 from shoal.comm.group import Group
 from shoal.comm.messages import gather_json
-from shoal.config.locked import LOCKED, changed
 from shoal.config.recipe import Recipe
+from shoal.engine.agree import FRESH, Standing, agree, check_same_program, transfer
 from shoal.engine.build import Training, build
 from shoal.engine.decision import Decision
+from shoal.engine.digest import ReplicasDiffer, differing_tensors, digest_of
 from shoal.engine.export import fingerprint_of, write_model
+from shoal.engine.faults import PlannedFaults
+from shoal.engine.log import RunLog
+from shoal.engine.members import Members, members_of
+from shoal.engine.orders import Orders
 from shoal.engine.prepare import Inputs
-from shoal.engine.saving import choose_checkpoint, load, save
-from shoal.engine.step import Batch, StepResult
+from shoal.engine.saving import check_same_run, choose_checkpoint, load, save
+from shoal.engine.step import Batch, StepResult, Word
 from shoal.engine.update import Outcome
-from shoal.errors import RunError, Stopped
+from shoal.errors import PeersLost, Stopped, WorkerError
 from shoal.layout import Share
-from shoal.observe.events import Fan, Report, RunFiles, Sink, cut_after
-from shoal.observe.memory import LiveStorage, private_bytes
+from shoal.observe.events import Report
+from shoal.observe.memory import LiveStorage
 from shoal.observe.trace import Trace, write_trace
 from shoal.runtime import Place
 
@@ -42,110 +46,193 @@ class Job:
     final_model: bool = True
     fault: str | None = None
     """A planned mistake, for showing that checks see it: `mean-of-means`."""
+    faults: tuple[dict[str, Any], ...] = ()
+    """Faults to commit at a rank, step and phase (engine/faults.py), for rehearsals."""
     score: str | None = None
     """Only evaluate, and write the scores to this file."""
 
 
-def train(job: Job, *, group: Group, place: Place, report: Report, stop: threading.Event) -> None:
+def train(
+    job: Job,
+    *,
+    group: Group,
+    place: Place,
+    report: Report,
+    orders: Orders,
+    supervised: bool = False,
+) -> None:
     """Train to the end of the recipe, or until asked to stop. Raises Stopped after saving."""
-    Trainer(job, group=group, place=place, report=report, stop=stop).run()
+    members = members_of(group, orders=orders, place=place, report=report, supervised=supervised)
+    Trainer(job, group=group, members=members, place=place, report=report, orders=orders).run()
 
 
 class Trainer:
     """One rank's loop."""
 
     def __init__(
-        self, job: Job, *, group: Group, place: Place, report: Report, stop: threading.Event
+        self,
+        job: Job,
+        *,
+        group: Group,
+        members: Members,
+        place: Place,
+        report: Report,
+        orders: Orders,
     ) -> None:
-        self.job, self.group, self.place = job, group, place
-        self._report, self._stop = report, stop
-        self._first = group.rank == 0
-        if self._first:
+        self.job, self.group, self.members, self.place = job, group, members, place
+        self._report, self._orders = report, orders
+        self.pulse = group.pulse
+        self.pulse.mark("building the model")
+        if place.rank == 0:
             report.say("phase", text="building the model")
         self.training: Training = build(job, group=group, place=place, report=report)
-        self.sink: Sink = Fan([])
-        self.trace = Trace(on=job.recipe.observe.trace, rank=group.rank)
-        self._started = time.monotonic()
+        if job.faults:
+            self.pulse.on_mark = PlannedFaults(job.faults, place.rank, self.training, report).mark
+        self.files = RunLog(job, report=report, training=self.training)
+        self.trace = Trace(on=job.recipe.observe.trace, rank=place.rank)
         self._step_began = time.perf_counter()
-        self._evaluated_at = -1
-        self._saved_at = -1
+        self._standing = Standing()
+        self._broken: PeersLost | ReplicasDiffer | None = None
+        self._finished = False
+
+    @property
+    def _first(self) -> bool:
+        return self.group.rank == 0
 
     # --- the loop
 
     def run(self) -> None:
         """Restore or start, then step until done."""
-        training, sync = self.training, self.training.sync
         if self.job.score is not None:
-            scores = training.evaluate()
-            if self._first:
-                Path(self.job.score).write_text(json.dumps(scores), encoding="utf-8")
+            Path(self.job.score).write_text(json.dumps(self.training.evaluate()), encoding="utf-8")
             return
-        self._start()
-        if self._due(self.job.recipe.train.evaluate_every_steps, start=True):
-            self._evaluate()
-        while training.progress.step < self._last_step:
-            step = training.progress.step
-            self._step_began = time.perf_counter()
-            sync.before_step(step)
-            share = sync.share()
-            with self.trace.span("batches", step=step):
-                batch = training.batches(step, share)
-            with self.trace.span("forward_backward", step=step):
-                stop = self._stop.is_set()
-                result = self._measured(batch, share=share, step=step, stop=stop)
-            with self.trace.span("update", step=step):
-                outcome = training.update.apply(result)
-                sync.after_step(step)
-            self._commit(outcome)
-        self._finish()
+        self._enter()
+        while not self._finished:
+            try:
+                if self._broken is not None:
+                    self._mend(self._broken)
+                self._settle()
+                if self.training.progress.step < self._last_step:
+                    self._step()
+                else:
+                    self._finish()
+            except (PeersLost, ReplicasDiffer) as problem:  # nothing of the step was applied here
+                self._broken = problem
 
-    def _measured(self, batch: Batch, *, share: Share, step: int, stop: bool) -> StepResult:
+    def _step(self) -> None:
+        """One step: nothing of it is applied unless all of it is."""
+        training, sync, step = self.training, self.training.sync, self.training.progress.step
+        self._step_began = time.perf_counter()
+        self.pulse.mark("batches", step=step + 1)
+        sync.before_step(step)
+        share = sync.share()
+        with self.trace.span("batches", step=step):
+            batch = training.batches(step, share)
+        with self.trace.span("forward_backward", step=step):
+            result = self._measured(batch, share=share, step=step)
+        with self.trace.span("update", step=step):
+            outcome = training.update.apply(result)
+            sync.after_step(step)
+        self._commit(outcome)
+
+    def _measured(self, batch: Batch, *, share: Share, step: int) -> StepResult:
         """Run the step; the first one of a run is counted storage by storage (DESIGN 5.9)."""
         training = self.training
-        run = training.forward_backward.run
+        run, orders = training.forward_backward.run, self._orders
+        word = Word(orders.stop.is_set(), orders.save.is_set(), self.members.pending)
+        digest = self._digest(step)
         if training.peak_memory_bytes is not None or self.place.device.type != "cpu":
-            return run(batch, share=share, step=step, stop=stop)
+            return run(batch, share=share, step=step, word=word, digest=digest)
         with LiveStorage(base_bytes=training.resident_bytes()) as live:
-            result = run(batch, share=share, step=step, stop=stop)
+            result = run(batch, share=share, step=step, word=word, digest=digest)
         training.peak_memory_bytes = live.peak_bytes
         return result
 
-    # --- start
+    def _digest(self, step: int) -> int | None:
+        every = self.job.recipe.sync.verify_every_steps
+        if not every or step % every or self.group.size == 1 or self.group.shares_memory:
+            return None
+        self.pulse.mark("verify")
+        return digest_of(self.training.state)
 
-    def _start(self) -> None:
-        job, training = self.job, self.training
-        if self._first:
-            self.sink = Fan([RunFiles(job.run), self._report])
+    # --- membership and repair
+
+    def _enter(self, lost: PeersLost | None = None) -> None:
+        """Join the newest epoch and agree on one state with its members."""
+        training, job = self.training, self.job
+        while True:
+            try:
+                self.members.join(lost)
+                parameters = sum(p.numel() for p in training.model.parameters())
+                recipe = job.recipe.model_dump(mode="json")
+                check_same_program(self.group, recipe=recipe, parameters=parameters)
+                self._standing = agree(self.group, self._standing, state=training.state)
+                if self._standing.step == FRESH:
+                    self._begin()
+                else:
+                    training.update_progress(self._standing.facts)
+                    if self._first:
+                        self.files.open(last=self._standing.facts)
+                self._broken = None
+                return
+            except PeersLost as again:
+                lost = again
+
+    def _begin(self) -> None:
+        """The state of a run that begins or is resumed; nobody has one yet."""
+        training, job = self.training, self.job
         if job.resume:
-            self._restore()
+            step = self._restore()
+        else:
+            step = 0
+            self._standing = Standing(0, saved_at=0)
         if self._first:
-            self.sink.close()  # what it had open may have been cut after the step restored
-            self.sink = Fan([*_sinks(job), self._report])
+            self.files.open(last={}, step=step)
             kind = "resumed" if job.resume else "started"
-            self.sink.event(kind, {"step": training.progress.step, **_facts(job)})
+            fields = {"decision": job.decision.to_json(), "torch": torch.__version__}
+            self.files.sink.event(kind, {"step": training.progress.step, **fields})
             self._report.say("phase", text="the first step")
 
-    def _restore(self) -> None:
-        job, training = self.job, self.training
-        step = choose_checkpoint(training.store, group=self.group, sink=self.sink)
+    def _restore(self) -> int:
+        """Load the newest checkpoint that can be trusted; returns its step."""
+        training = self.training
+        self.pulse.mark("restore")
+        step = choose_checkpoint(training.store, group=self.group, sink=self.files.events)
         reader = training.store.open(step)
-        _check_same_run(reader.state["recipe"], job.recipe.model_dump(mode="json"), at=job.run)
+        check_same_run(reader.state["recipe"], self.job.recipe, at=self.job.run)
         load(reader, training.state, group=self.group)
-        progress = training.progress
-        for name in ("step", "applied_steps", "tokens", "samples", "seconds"):
-            setattr(progress, name, reader.state["progress"][name])
-        training.update.restore(progress.step, applied_steps=progress.applied_steps)
+        training.update_progress(reader.state)
         states = reader.state["random_states"]
         if self.group.rank < len(states) and not self.group.shares_memory:
             raw = bytearray(bytes.fromhex(states[self.group.rank]))
             torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
-        self._saved_at = progress.step
-        if self._first:
-            dropped = cut_after(job.run / "metrics.jsonl", step=progress.step)
-            cut_after(job.run / "samples.jsonl", step=progress.step - 1)  # counts from 0
-            if dropped:
-                self.sink.event("redone", {"step": progress.step, "rows": dropped})
+        self._standing = Standing(step, evaluated_at=step, saved_at=step)
+        self._standing.facts = training.facts()
         self.group.barrier()
+        return step
+
+    def _mend(self, problem: PeersLost | ReplicasDiffer) -> None:
+        """Go on after a loss in the next epoch; make replicas equal that are not."""
+        if isinstance(problem, PeersLost):
+            self._enter(problem)
+            return
+        self.pulse.mark("repair")
+        training, majority = self.training, problem.majority
+        wrong = differing_tensors(self.group, training.state)
+        named = ", ".join(f"{name} (rank {', '.join(map(str, r))})" for name, r in wrong.items())
+        if majority:
+            transfer(self.group, training.state, source=majority[0])
+            text = f"replicas differ in {named}; repaired from rank {majority[0]}"
+        elif training.store.steps():
+            step = self._restore()
+            if self._first:
+                self.files.open(last={}, step=step)
+            text = f"replicas differ in {named}; no majority, so back to the save of step {step}"
+        else:
+            raise WorkerError(f"replicas differ in {named}; no majority, and nothing saved yet")
+        if self._first:
+            self.files.sink.event("repaired", {"step": training.progress.step, "text": text})
+        self._broken = None
 
     # --- after a step
 
@@ -154,77 +241,55 @@ class Trainer:
         early = self.job.recipe.train.stop_after_steps
         return min(self.training.steps, early) if early else self.training.steps
 
-    def _due(self, every: int, *, start: bool = False) -> bool:
+    def _due(self, every: int) -> bool:
         step = self.training.progress.step
-        if start:
-            return every > 0 and step == 0
         return every > 0 and (step % every == 0 or step == self._last_step)
 
     def _commit(self, outcome: Outcome) -> None:
         """The step counts from here on: rows, evaluation, checkpoint, in this order."""
-        training, recipe = self.training, self.job.recipe
+        training, standing = self.training, self._standing
         progress = training.progress
         progress.step += 1
         progress.applied_steps += outcome.applied
         progress.tokens += outcome.targets
-        progress.samples += recipe.train.global_batch_samples
+        progress.samples += self.job.recipe.train.global_batch_samples
         seconds = time.perf_counter() - self._step_began
         progress.seconds += seconds
-        self._log(outcome, seconds)
-        if not outcome.applied and self._first:
-            why = "no targets" if outcome.targets == 0 else "gradients are not finite"
-            self.sink.event("skipped", {"step": progress.step, "text": f"step skipped: {why}"})
-        if self._due(recipe.train.evaluate_every_steps):
-            self._evaluate()
-        stopping = outcome.stop and progress.step < self._last_step
-        if stopping or self._due(recipe.checkpoint.every_steps) or self._at_end():
-            self._save()
+        standing.step = progress.step
+        self.pulse.mark("commit", step=progress.step)
+        traffic = self.group.traffic.take()
+        row = self.files.row(outcome, seconds=seconds, traffic=traffic)
+        standing.facts = {**training.facts(), "row": row, "read": outcome.read}
+        self._report.say("step", rank=self.group.rank, epoch=self.pulse.epoch, **_pace(row))
+        if self._first:
+            self.files.committed(row, outcome)
+        stopping = outcome.word.stop and progress.step < self._last_step
+        self._settle(save=stopping or outcome.word.save)
+        if outcome.word.save:
+            self._orders.save.clear()
         if stopping:
             raise Stopped(
                 f"stopped after step {progress.step}, saved; "
                 f"go on with: shoal resume {self.job.run}"
             )
+        if outcome.word.leave:
+            self._enter()
 
-    def _at_end(self) -> bool:
-        return self.training.progress.step == self._last_step
-
-    def _log(self, outcome: Outcome, seconds: float) -> None:
-        training, progress = self.training, self.training.progress
-        traffic = self.group.traffic.take()
-        self._report.say(
-            "alive", rank=self.group.rank, step=progress.step, waiting=traffic.waiting_seconds
-        )
-        if not self._first:
-            return
-        training.log_samples(progress.step - 1, read=outcome.read)
-        if progress.step % self.job.recipe.observe.log_every_steps and not self._at_end():
-            return
-        other = traffic.communication_seconds + traffic.waiting_seconds
-        self.sink.row(
-            {
-                "step": progress.step,
-                "loss": outcome.loss,
-                "learning_rate": outcome.learning_rate,
-                "gradient_norm": outcome.gradient_norm,
-                "tokens": progress.tokens,
-                "samples": progress.samples,
-                "step_seconds": seconds,
-                "compute_seconds": seconds - other,
-                "communication_seconds": traffic.communication_seconds,
-                "waiting_seconds": traffic.waiting_seconds,
-                "tokens_per_second": outcome.targets / seconds,
-                "sent_bytes": sum(traffic.sent_bytes.values()),
-                "peak_memory_bytes": training.peak_memory_bytes,
-                "peak_private_bytes": private_bytes() if progress.step % 50 == 1 else None,
-                "mfu": None,
-            }
-        )
+    def _settle(self, *, save: bool = False) -> None:
+        """What is due at this step and not yet done: evaluation, checkpoint."""
+        recipe, step = self.job.recipe, self.training.progress.step
+        standing = self._standing
+        if self._due(recipe.train.evaluate_every_steps) and standing.evaluated_at != step:
+            self._evaluate()
+            standing.evaluated_at = step
+        due = self._due(recipe.checkpoint.every_steps) or step == self._last_step
+        if (save or due) and step and standing.saved_at != step:
+            self._save()
+            standing.saved_at = step
 
     def _evaluate(self) -> None:
         training, progress = self.training, self.training.progress
-        if self._evaluated_at == progress.step:
-            return
-        self._evaluated_at = progress.step
+        self.pulse.mark("evaluate")
         began = time.perf_counter()
         with self.trace.span("evaluate", step=progress.step):
             metrics = training.evaluate()
@@ -233,16 +298,15 @@ class Trainer:
         self.group.traffic.take()
         if self._first:
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
-            self.sink.row({**row, "completions": completions} if completions else row)
+            self.files.evaluated({**row, "completions": completions} if completions else row)
 
     def _save(self) -> None:
         training, progress = self.training, self.training.progress
-        if self._saved_at == progress.step:
-            return
+        self.pulse.mark("save")
         began = time.perf_counter()
         recipe = self.job.recipe
         facts = {
-            "progress": vars(progress).copy(),
+            **training.facts(),
             "recipe": recipe.model_dump(mode="json"),
             "layout": self.job.decision.to_json()["layout"],
             "data": training.stream_state(progress.step),
@@ -261,19 +325,18 @@ class Trainer:
                 facts=facts,
                 keep=recipe.checkpoint.keep,
             )
-        self._saved_at = progress.step
         self.group.traffic.take()
         if self._first:
             seconds = time.perf_counter() - began
-            self.sink.event("saved", {"step": progress.step, "seconds": seconds, "at": where.name})
+            fields = {"step": progress.step, "seconds": seconds, "at": where.name}
+            self.files.sink.event("saved", fields)
 
     # --- the end
 
     def _finish(self) -> None:
         training, job = self.training, self.job
         whole = training.progress.step >= training.steps
-        if self._saved_at != training.progress.step:
-            self._save()
+        self.pulse.mark("finish")
         if job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
             if self._first:
@@ -284,8 +347,10 @@ class Trainer:
             if whole and job.final_model:
                 self._report.say("phase", text=f"writing the model to {job.run / 'model'}")
                 write_model(training, out=job.run / "model")
-            self.sink.event("finished" if whole else "paused", {"step": training.progress.step})
-            self.sink.close()
+            self.files.sink.event(
+                "finished" if whole else "paused", {"step": training.progress.step}
+            )
+            self.files.close()
             self._report.say(
                 "done",
                 step=training.progress.step,
@@ -296,27 +361,12 @@ class Trainer:
                 peak_memory_bytes=training.peak_memory_bytes,
                 unigram_nats=training.evaluation.unigram_nats(),
             )
-        self.group.barrier()
+        self._finished = True
+        if self.group.shares_memory:
+            self.group.barrier()  # no thread leaves while another still reads
 
 
-def _sinks(job: Job) -> list[Sink]:
-    from shoal.observe.boards import TensorBoard, WandB
-
-    sinks: list[Sink] = [RunFiles(job.run)]
-    if job.recipe.observe.tensorboard:
-        sinks.append(TensorBoard(job.run))
-    if job.recipe.observe.wandb:
-        sinks.append(WandB(job.run, config=job.recipe.model_dump(mode="json")))
-    return sinks
-
-
-def _facts(job: Job) -> dict[str, Any]:
-    return {"decision": job.decision.to_json(), "torch": torch.__version__}
-
-
-def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any], *, at: Path) -> None:
-    for path in changed(saved, wanted):
-        raise RunError(
-            f"{at}: {path} differs from the run that was saved; a resumed run keeps "
-            f"{', '.join(LOCKED)}. Start a new run with --out for other values"
-        )
+def _pace(row: dict[str, Any]) -> dict[str, Any]:
+    """What the supervisor needs of a row: whether this rank keeps up."""
+    names = ("step", "step_seconds", "compute_seconds", "waiting_seconds")
+    return {name: row[name] for name in names}

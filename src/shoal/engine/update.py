@@ -12,7 +12,7 @@ from shoal.comm.flat import CHUNK, Span, chunk_squares, ordered_sum
 from shoal.config.recipe import AdamW, Muon, OptimizerSection, ScheduleSection
 from shoal.engine.schedule import rate_factor
 from shoal.engine.state import FlatState
-from shoal.engine.step import StepResult
+from shoal.engine.step import StepResult, Word
 from shoal.sync.every_step import EveryStep, Reduced
 
 
@@ -25,9 +25,10 @@ class Outcome:
     learning_rate: float
     targets: int
     applied: bool
-    stop: bool
+    word: Word
     read: list[int]
-    retry: bool = False
+    norms: list[float]
+    """Norm of each rank's own gradients; empty for one rank."""
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Update:
         else:
             reduced = self._sync.reduce(state.gradients, state.layout)
         norm = self._norm(reduced)
+        self._sync.group.pulse.mark("apply")
         rate = self._set_rates()
         applied = math.isfinite(norm) and result.targets > 0
         if applied:
@@ -91,8 +93,9 @@ class Update:
             learning_rate=rate,
             targets=result.targets,
             applied=applied,
-            stop=result.stop,
+            word=result.word,
             read=result.read,
+            norms=result.norms,
         )
 
     def _norm(self, reduced: Reduced) -> float:

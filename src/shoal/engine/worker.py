@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
 import sys
 import threading
@@ -16,14 +18,24 @@ from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
+from shoal.engine.members import TIMEOUT_SECONDS
+from shoal.engine.orders import Orders
 from shoal.engine.prepare import Inputs
 from shoal.engine.trainer import Job, train
-from shoal.errors import ShoalError, Stopped, UserError, WorkerError, disk_problem
+from shoal.errors import (
+    PeersLost,
+    ShoalError,
+    Stopped,
+    UserError,
+    WorkerError,
+    disk_problem,
+    out_of_memory,
+)
 from shoal.observe.events import Report
+from shoal.observe.pulse import Pulse
 from shoal.runtime import (
     Place,
     choose_device,
-    start_process_group,
     start_worker,
     stop_process_group,
 )
@@ -36,7 +48,12 @@ class Seat:
     rank: int
     size: int
     local_rank: int
-    store: Path | None
+    supervised: bool = False
+    """Whether epochs are announced by a supervisor (launch/supervise.py)."""
+    pulse: Path | None = None
+    """The file that the supervisor watches."""
+    stack: Path | None = None
+    """Where SIGUSR1 writes what every thread of this worker does."""
 
 
 def job_from(payload: dict[str, Any]) -> Job:
@@ -47,6 +64,7 @@ def job_from(payload: dict[str, Any]) -> Job:
         inputs=Inputs.from_json(payload["inputs"]),
         decision=Decision.from_json(payload["decision"]),
         resume=payload["resume"],
+        faults=tuple(payload.get("faults", ())),
         final_model=payload.get("final_model", True),
         fault=payload.get("fault"),
         score=payload.get("score"),
@@ -59,21 +77,27 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         payload["rank"],
         payload["size"],
         payload["rank"],
-        Path(payload["store"]) if payload.get("store") else None,
+        supervised=True,
+        pulse=Path(payload["pulse"]),
+        stack=Path(payload["stack"]),
     )
-    return run_seat(job_from(payload), seat=seat, report=Report(descriptor))
+    orders = Orders().listen(descriptor)
+    return run_seat(job_from(payload), seat=seat, report=Report(descriptor), orders=orders)
 
 
-def run_seat(job: Job, *, seat: Seat, report: Report) -> int:
+def run_seat(job: Job, *, seat: Seat, report: Report, orders: Orders | None = None) -> int:
     """Train as `seat`; every failure becomes one message and an exit status."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    orders = orders or Orders()
+    signal.signal(signal.SIGTERM, lambda *_: orders.stop.set())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the fork server blocks it
+    if seat.stack is not None:
+        stack = os.open(seat.stack, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     try:
         if job.decision.workers == "threads" and job.decision.layout.workers > 1:
-            _run_threads(job, report=report, stop=stop)
+            _run_threads(job, seat=seat, report=report, orders=orders)
         else:
-            _run_process(job, seat=seat, report=report, stop=stop)
+            _run_process(job, seat=seat, report=report, orders=orders)
     except Stopped as error:
         report.say("stopped", text=str(error))
         return error.exit_status
@@ -81,6 +105,7 @@ def run_seat(job: Job, *, seat: Seat, report: Report) -> int:
         return tell(error, report=report, rank=seat.rank)
     finally:
         sys.stdout.flush()
+    report.say("ended", rank=seat.rank)
     return 0
 
 
@@ -97,42 +122,44 @@ def tell(error: BaseException, *, report: Report, rank: int) -> int:
         text=f"{type(error).__name__}: {error}",
         trace=traceback.format_exc(),
         rank=rank,
-        cause=not isinstance(error, WorkerError),
+        cause=not isinstance(error, PeersLost | WorkerError),
+        out_of_memory=out_of_memory(error),
     )
     return getattr(error, "exit_status", 1)
 
 
-def _run_process(job: Job, *, seat: Seat, report: Report, stop: threading.Event) -> None:
+def _run_process(job: Job, *, seat: Seat, report: Report, orders: Orders) -> None:
     device = choose_device(job.recipe.launch.device, local_rank=seat.local_rank)
     place = Place(seat.rank, seat.size, device, job.decision.threads_per_worker)
     start_worker(place, seed=job.recipe.seed)
-    if seat.size > 1:
-        start_process_group(
-            rank=seat.rank,
-            size=seat.size,
-            device=device,
-            store=seat.store,
-            timeout_seconds=1800,
-        )
+    group = ProcessGroup(pulse=Pulse(seat.pulse, slot=seat.rank))
     try:
-        train(job, group=ProcessGroup(), place=place, report=report, stop=stop)
+        train(
+            job,
+            group=group,
+            place=place,
+            report=report,
+            orders=orders,
+            supervised=seat.supervised and job.score is None,
+        )
     finally:
         stop_process_group()
 
 
-def _run_threads(job: Job, *, report: Report, stop: threading.Event) -> None:
+def _run_threads(job: Job, *, seat: Seat, report: Report, orders: Orders) -> None:
     """One thread per replica; the first failure ends them all, and is the one that is raised."""
     size = job.decision.layout.workers
-    meeting = Meeting(size, timeout_seconds=1800)
+    meeting = Meeting(size, timeout_seconds=TIMEOUT_SECONDS)
     failures: list[tuple[int, BaseException]] = []
     device = torch.device("cpu")
 
     def body(rank: int) -> None:
         place = Place(rank, size, device, job.decision.threads_per_worker)
-        group: Group = ThreadGroup(meeting, rank=rank)
+        pulse = Pulse(seat.pulse, slot=rank)
+        group: Group = ThreadGroup(meeting, rank=rank, pulse=pulse)
         try:
             start_worker(place, seed=job.recipe.seed)
-            train(job, group=group, place=place, report=report, stop=stop)
+            train(job, group=group, place=place, report=report, orders=orders)
         except BaseException as error:
             failures.append((rank, error))
             if not isinstance(error, Stopped):

@@ -20,7 +20,7 @@ from shoal.engine.decision import (
 )
 from shoal.engine.prepare import Inputs
 from shoal.environment import cache_directory, usable_cores
-from shoal.errors import ConfigError, Problem, UserError, WorkerError
+from shoal.errors import ConfigError, Problem, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
@@ -37,6 +37,10 @@ def check(recipe: Recipe) -> Layout:
     problems = list(not_yet(layout, policy=recipe.sync.kind, codec=recipe.sync.codec.kind))
     problems += divisible(recipe, replicate=layout.replicate)
     if recipe.launch.workers == "threads":
+        if recipe.parallel.fewest_replicas is not None:
+            what = "threads of one process live and die together: their degree cannot shrink"
+            hint = "use launch.workers=processes, or a fixed degree"
+            problems.append(Problem("parallel.replicate", what, hint))
         if layout.workers != layout.replicate:
             problems.append(
                 Problem("launch.workers", "threads carry the replicate axis only; use processes")
@@ -90,6 +94,8 @@ def _replicas(recipe: Recipe, *, at_most: int) -> int:
 def _kind(recipe: Recipe, *, replicate: int, devices: int) -> Literal["threads", "processes"]:
     if recipe.launch.workers != "auto":
         return recipe.launch.workers
+    if recipe.parallel.fewest_replicas is not None:
+        return "processes"
     if replicate > 1 and not devices and recipe.model.dropout != "framework":
         return "threads"
     return "processes"
@@ -263,7 +269,7 @@ def _measure(
             pool.start("shoal.engine.measure:run", {**payload, "rank": rank, "store": store})
             for rank in range(size)
         ]
-        attempt = Attempt(workers, console)
+        attempt = Attempt(console)
         found: dict[str, Any] | None = None
         while any(worker.status is None for worker in workers):
             for worker, message in pool.events(timeout_seconds=1.0):
@@ -274,5 +280,5 @@ def _measure(
             if attempt.errors:
                 pool.kill(workers)
     if found is None:
-        raise attempt.failure() or WorkerError("the measurement ended without a result")
+        raise attempt.failure()
     return {key: found[key] for key in ("rows", "compute", "format_ratio", "devices")}

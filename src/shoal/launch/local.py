@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.errors import ConfigError, Problem, RunError, Stopped
-from shoal.launch.attempt import run_workers
 from shoal.launch.choose import check, choose
 from shoal.launch.directory import claim, open_run, write_whole
 from shoal.launch.pool import WorkerPool
 from shoal.launch.summary import write_summary
+from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console
 
 
@@ -30,6 +30,8 @@ class Result:
 
     run: Path
     summary: dict[str, Any]
+    story: list[dict[str, Any]] = field(default_factory=list)
+    """What the supervisor saw: faults, losses, recoveries."""
 
     @property
     def loss(self) -> float:
@@ -45,12 +47,13 @@ def train(
     console: bool | None = None,
     pool: WorkerPool | None = None,
     fault: str | None = None,
+    faults: Sequence[dict[str, Any]] = (),
 ) -> Result:
     """Train `recipe` (a shipped name or a YAML file) and return its result.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
     by default a new one below runs/. `fault`: plant a mistake (engine/step.py), to show what it
-    does. Raises UserError for what is wrong with the recipe, Stopped
+    does; `faults`: commit these (engine/faults.py), to show what is survived. Raises UserError for what is wrong with the recipe, Stopped
     after Ctrl-C or SIGTERM once everything is saved.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), _texts(overrides))
@@ -63,7 +66,14 @@ def train(
         inputs = prepare_inputs(resolved, say=show.phase)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         write_whole(run / "config.yaml", to_yaml(resolved))
-        job = _Start(recipe=resolved, inputs=inputs, decision=decision, run=run, fault=fault)
+        job = _Start(
+            recipe=resolved,
+            inputs=inputs,
+            decision=decision,
+            run=run,
+            fault=fault,
+            faults=tuple(faults),
+        )
         return _run(job, pool=workers, console=show)
 
 
@@ -170,6 +180,7 @@ class _Start:
     run: Path
     resume: bool = False
     fault: str | None = None
+    faults: tuple[dict[str, Any], ...] = ()
 
 
 def _run(job: _Start, *, pool: WorkerPool, console: Console) -> Result:
@@ -182,7 +193,11 @@ def _run(job: _Start, *, pool: WorkerPool, console: Console) -> Result:
         "decision": decision.to_json(),
         "resume": job.resume,
         "fault": job.fault,
+        "faults": [{**fault, "number": n} for n, fault in enumerate(job.faults)],
     }
+    fewest = job.recipe.parallel.fewest_replicas
+    if fewest is not None:
+        payload["smallest"] = fewest
 
     def begun() -> None:
         """Only now are the words of an earlier start out of date."""
@@ -195,4 +210,4 @@ def _run(job: _Start, *, pool: WorkerPool, console: Console) -> Result:
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
     summary = write_summary(run, done=attempt.done, decision=decision)
-    return Result(run, summary)
+    return Result(run, summary, attempt.story)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,10 @@ from shoal.errors import WorkerError
 
 @dataclass
 class Worker:
-    """One worker process: what it said last, and how it ended (None: it runs)."""
+    """One worker process: what it said last, and how it ended (None: it runs).
+
+    `report` is our end of a socket pair: reports come in, orders go out.
+    """
 
     name: int
     report: int
@@ -83,20 +87,28 @@ class WorkerPool:
 
     def start(self, target: str, payload: dict[str, Any]) -> Worker:
         """Ask for a worker that runs `module:function(payload, report_descriptor)`."""
-        read, write = os.pipe()
+        ours, theirs = socket.socketpair()
         request = {"start": self._next, "target": target, "payload": payload}
         line = json.dumps(request).encode() + b"\n"
         try:
-            sent = socket.send_fds(self._link, [line], [write])
+            sent = socket.send_fds(self._link, [line], [theirs.fileno()])
             self._link.sendall(line[sent:])
         except OSError:
+            ours.close()
             raise WorkerError(self._server_died()) from None
         finally:
-            os.close(write)
-        worker = Worker(self._next, read)
+            theirs.close()
+        worker = Worker(self._next, ours.detach())
         self.workers[self._next] = worker
         self._next += 1
         return worker
+
+    def send(self, worker: Worker, message: dict[str, Any]) -> None:
+        """Give a worker an order (engine/orders.py); one that is gone needs none."""
+        data = json.dumps(message).encode() + b"\n"
+        with suppress(OSError):
+            while data and worker.open:
+                data = data[os.write(worker.report, data) :]
 
     def signal(self, worker: Worker, number: int) -> None:
         """Send a signal to a worker that still runs."""
@@ -137,13 +149,16 @@ class WorkerPool:
         link = self._link.fileno()
         readable, _, _ = select.select([link, *reports], [], [], timeout_seconds)
         for descriptor in readable:
-            if descriptor in reports:
+            if descriptor in reports and reports[descriptor].open:
                 yield from self._hear(reports[descriptor])
         if link in readable:
             yield from self._answers()
 
     def _hear(self, worker: Worker) -> Iterator[tuple[Worker, dict[str, Any]]]:
-        data = os.read(worker.report, 1 << 16)
+        try:
+            data = os.read(worker.report, 1 << 16)
+        except ConnectionResetError:  # it died with orders unread
+            data = b""
         if not data:
             os.close(worker.report)
             worker.open = False
@@ -167,7 +182,7 @@ class WorkerPool:
                 for number in worker.pending:
                     self.signal(worker, number)
             elif "exited" in answer:
-                for worker in self.workers.values():
+                for worker in list(self.workers.values()):  # whoever hears of it may start more
                     if worker.pid == answer["exited"] and worker.status is None:
                         worker.status = answer["status"]
                         while worker.open:

@@ -14,8 +14,8 @@ from shoal.engine.decision import Decision
 from shoal.engine.prepare import prepare_inputs
 from shoal.environment import usable_cores
 from shoal.errors import WorkerError
-from shoal.launch.attempt import run_workers
 from shoal.launch.pool import WorkerPool
+from shoal.launch.supervise import run_workers
 from shoal.layout import Layout
 from shoal.observe.console import Console
 from shoal.serve.generate import model_directory

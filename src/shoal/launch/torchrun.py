@@ -57,7 +57,7 @@ def join(recipe: str, overrides: Sequence[str], *, out: Path | None, seat: Rende
 
 def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
     resolved = load_recipe(recipe, overrides)
-    wanted = resolved.parallel.replicate
+    wanted = resolved.parallel.replicas
     problems = []
     if wanted is not None and wanted != size:
         what = f"the recipe says {wanted} replicas, torchrun started {size} workers"
@@ -83,7 +83,7 @@ def _join(recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None) -> i
     payload = broadcast_json(ProcessGroup(), payload)
     if "status" in payload:
         return int(payload["status"])
-    place = Seat(seat.rank, seat.world_size, seat.local_rank, None)
+    place = Seat(seat.rank, seat.world_size, seat.local_rank)
     if seat.rank != 0:
         with open(os.devnull, "wb") as nowhere:
             return run_seat(job_from(payload), seat=place, report=Report(nowhere.fileno()))
@@ -116,7 +116,7 @@ def _prepare(
 def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str) -> int:
     """Train as rank 0, showing what it reports; then write the summary."""
     read, write = os.pipe()
-    attempt = Attempt([], console)
+    attempt = Attempt(console)
 
     def show() -> None:
         with open(read, encoding="utf-8") as lines:

@@ -78,7 +78,7 @@ class RunFiles(Sink):
 
 
 class Report(Sink):
-    """One end of a pipe to the parent: JSON lines, written whole, by any thread."""
+    """The worker's end of its link to the parent: JSON lines, written whole, by any thread."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -91,7 +91,7 @@ class Report(Sink):
             try:
                 while data:
                     data = data[os.write(self._descriptor, data) :]
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 return
 
     def row(self, row: Row) -> None:

@@ -1,0 +1,108 @@
+"""What ranks agree on when an epoch begins: that they are the same program, and one state.
+
+Every rank says where it stands. The newest step that a living rank has applied counts: its
+reduction was complete, so it is the step that all would have taken. Whoever is behind, or new,
+gets the whole state from the lowest rank that has it, and all compare a hash of what they hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import shoal
+from shoal.comm.group import Group
+from shoal.comm.messages import broadcast_json, gather_json
+from shoal.engine.digest import digest_of
+from shoal.engine.state import FlatState
+from shoal.errors import RunError, WorkerError
+
+FRESH = -1
+"""Step of a rank that has no state yet."""
+
+
+@dataclass
+class Standing:
+    """Where one rank stands between two steps."""
+
+    step: int = FRESH
+    evaluated_at: int = -1
+    saved_at: int = -1
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else a joining rank needs: progress, the last row, the digest of the samples read."""
+
+
+@cache
+def _code() -> str:
+    """Hash of shoal's own sources."""
+    assert shoal.__file__ is not None, "shoal is a package with a file"
+    root, total = Path(shoal.__file__).parent, xxhash.xxh3_64()
+    for path in sorted(root.rglob("*.py")):
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def check_same_program(group: Group, *, recipe: dict[str, Any], parameters: int) -> None:
+    """All ranks run the same code on the same recipe. Raises RunError with the differences."""
+    own = {"shoal": _code(), "torch": version("torch"), "parameters": parameters}
+    everybody = gather_json(group, {**own, **{f"recipe.{k}": v for k, v in _flat(recipe).items()}})
+    found = [
+        f"{key}: rank 0 has {everybody[0].get(key)!r}, rank {rank} has {theirs.get(key)!r}"
+        for rank, theirs in enumerate(everybody)
+        for key in sorted({*everybody[0], *theirs})
+        if everybody[0].get(key) != theirs.get(key)
+    ]
+    if found:
+        raise RunError(
+            "the ranks do not run the same thing; start them all from one recipe and one "
+            "version of shoal:\n  " + "\n  ".join(found)
+        )
+
+
+def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{at}{key}.")
+        else:
+            found[at + key] = value
+    return found
+
+
+def agree(group: Group, standing: Standing, *, state: FlatState) -> Standing:
+    """One standing for all ranks; `state` is filled where it was behind.
+
+    The step is FRESH when nobody has a state yet. Raises WorkerError when the states differ
+    after the transfer.
+    """
+    own = asdict(standing)
+    facts = own.pop("facts")
+    everybody = gather_json(group, own)
+    newest = max(each["step"] for each in everybody)
+    if newest == FRESH:
+        return Standing()
+    holders = [rank for rank, each in enumerate(everybody) if each["step"] == newest]
+    if len(holders) < group.size:
+        transfer(group, state, source=holders[0])
+    facts = broadcast_json(group, facts, source=holders[0])
+    known = [everybody[rank] for rank in holders]
+    return Standing(
+        newest,
+        evaluated_at=min(each["evaluated_at"] for each in known),
+        saved_at=min(each["saved_at"] for each in known),
+        facts=facts,
+    )
+
+
+def transfer(group: Group, state: FlatState, *, source: int) -> None:
+    """Give every rank the state of rank `source`, bit for bit. Raises WorkerError if it is not."""
+    for vector in (state.values, *state.moments.values()):
+        group.broadcast_(vector, source=source)
+    digests = gather_json(group, f"{digest_of(state):016x}")
+    if len(set(digests)) > 1:
+        raise WorkerError(f"the state that rank {source} handed on arrived changed: {digests}")

@@ -1,0 +1,139 @@
+"""What rank 0 writes while a run goes on: rows, events, samples read; whoever is rank 0 now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shoal.comm.group import Traffic
+from shoal.data.verify import FILE, sample_header, sample_row
+from shoal.engine.build import Training
+from shoal.engine.update import Outcome
+from shoal.observe.events import Fan, JsonLines, Report, RunFiles, Sink, cut_after, read_lines
+from shoal.observe.memory import private_bytes
+from shoal.observe.outliers import Outliers
+
+if TYPE_CHECKING:
+    from shoal.engine.trainer import Job
+
+
+class RunLog:
+    """The files of a run directory, as one rank may write them; only rank 0 opens them."""
+
+    def __init__(self, job: Job, *, report: Report, training: Training) -> None:
+        self._job, self._report, self._training = job, report, training
+        self._boards: list[Sink] | None = None
+        self._files: RunFiles | None = None
+        self._samples: JsonLines | None = None
+        self._outliers = Outliers()
+        self.sink: Sink = Fan([])
+
+    @property
+    def events(self) -> Sink:
+        """For events before the files are open for rows."""
+        return Fan([RunFiles(self._job.run), self._report])
+
+    def open(self, *, last: dict[str, Any], step: int | None = None) -> None:
+        """Begin to write, as the first rank at `step` (default: that of `last`).
+
+        Rows of later steps, which are about to be done again, go; the row of the last step, when
+        the rank that should have written it did not come to it, is taken from `last`.
+        """
+        run = self._job.run
+        step = last["progress"]["step"] if step is None else step
+        self.close()
+        if step == 0:
+            dropped = cut_after(run / "metrics.jsonl", step=-1)
+            cut_after(run / FILE, step=-1)
+        else:
+            dropped = cut_after(run / "metrics.jsonl", step=step)
+            cut_after(run / FILE, step=step - 1)  # counts from 0
+        if self._boards is None:
+            self._boards = _boards(self._job)
+        self._files = RunFiles(run)
+        self.sink = Fan([self._files, *self._boards, self._report])
+        self._samples = JsonLines(run / FILE)
+        self._samples.append(sample_header(self._training.stream))
+        if dropped:
+            self.sink.event("redone", {"step": step, "rows": dropped})
+        if "row" in last:
+            self._complete(last, step=step)
+
+    def _complete(self, last: dict[str, Any], *, step: int) -> None:
+        run = self._job.run
+        samples = [row["step"] for row in read_lines(run / FILE) if "step" in row]
+        if step - 1 not in samples[-2:]:
+            self._write_samples(step - 1, read=last["read"])
+        logged = [row["step"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
+        if self._logged(step) and step not in logged[-2:]:
+            self.sink.row(last["row"])
+
+    def _logged(self, step: int) -> bool:
+        every = self._job.recipe.observe.log_every_steps
+        early = self._job.recipe.train.stop_after_steps or self._training.steps
+        return step % every == 0 or step == min(early, self._training.steps)
+
+    def _write_samples(self, step: int, *, read: list[int]) -> None:
+        assert self._samples is not None, "opened"
+        self._samples.append(sample_row(step, stream=self._training.stream, read=read))
+
+    def row(self, outcome: Outcome, *, seconds: float, traffic: Traffic) -> dict[str, Any]:
+        """The row of the step just committed; the same numbers on every rank but for its times."""
+        training, progress = self._training, self._training.progress
+        other = traffic.communication_seconds + traffic.waiting_seconds
+        return {
+            "step": progress.step,
+            "loss": outcome.loss,
+            "learning_rate": outcome.learning_rate,
+            "gradient_norm": outcome.gradient_norm,
+            "tokens": progress.tokens,
+            "samples": progress.samples,
+            "step_seconds": seconds,
+            "compute_seconds": seconds - other,
+            "communication_seconds": traffic.communication_seconds,
+            "waiting_seconds": traffic.waiting_seconds,
+            "tokens_per_second": outcome.targets / seconds,
+            "sent_bytes": sum(traffic.sent_bytes.values()),
+            "peak_memory_bytes": training.peak_memory_bytes,
+            "peak_private_bytes": private_bytes() if progress.step % 50 == 1 else None,
+            "mfu": None,
+        }
+
+    def committed(self, row: dict[str, Any], outcome: Outcome) -> None:
+        """Write what the step just committed came to, and name what is odd about it."""
+        step = row["step"]
+        self._write_samples(step - 1, read=outcome.read)
+        if self._logged(step):
+            self.sink.row(row)
+        if not outcome.applied:
+            why = "no targets" if outcome.targets == 0 else "gradients are not finite"
+            culprits = self._outliers.not_finite(outcome.norms)
+            named = f" (those of rank {', '.join(map(str, culprits))})" if culprits else ""
+            text = f"step skipped: {why}{named}"
+            self.sink.event("skipped", {"step": step, "ranks": culprits, "text": text})
+            return
+        for name, fields in self._outliers.look(loss=outcome.loss, norms=outcome.norms):
+            self.sink.event(name, {"step": step, **fields})
+
+    def evaluated(self, row: dict[str, Any]) -> None:
+        """Write an evaluation, unless it was written before the rank that made it died."""
+        known = read_lines(self._job.run / "metrics.jsonl")[-3:]
+        if not any(r["step"] == row["step"] and "evaluation_loss" in r for r in known):
+            self.sink.row(row)
+
+    def close(self) -> None:
+        """Nothing follows, or another rank writes from now on."""
+        for each in (self._files, self._samples):
+            if each is not None:
+                each.close()
+        self._files = self._samples = None
+
+
+def _boards(job: Job) -> list[Sink]:
+    from shoal.observe.boards import TensorBoard, WandB
+
+    sinks: list[Sink] = []
+    if job.recipe.observe.tensorboard:
+        sinks.append(TensorBoard(job.run))
+    if job.recipe.observe.wandb:
+        sinks.append(WandB(job.run, config=job.recipe.model_dump(mode="json")))
+    return sinks

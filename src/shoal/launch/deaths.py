@@ -1,0 +1,70 @@
+"""Why a worker ended: a signal, an error, no memory, or a quiet exit before its time."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_COUNTERS = (
+    ("/sys/fs/cgroup/memory.events", "oom_kill"),
+    ("/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
+    ("/proc/vmstat", "oom_kill"),
+)
+
+
+def oom_kills() -> int:
+    """Processes that the system has ended for want of memory, as far as it says so here."""
+    total = 0
+    for path, name in _COUNTERS:
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(v) for key, _, v in (line.partition(" ") for line in lines) if key == name)
+    return total
+
+
+@dataclass(frozen=True)
+class Death:
+    """One worker's end before its time."""
+
+    rank: int
+    kind: str
+    """killed, stuck, error, out-of-memory, exited"""
+    text: str
+    step: int
+    where: str
+    trace: str = ""
+
+
+def death_of(
+    *,
+    rank: int,
+    status: int,
+    step: int,
+    where: str,
+    error: dict[str, Any] | None,
+    stuck: str | None,
+    ran_out: bool,
+) -> Death:
+    """What to call the end of worker `rank`.
+
+    `status`: its exit status, or minus a signal. `error`: what it said last of itself. `stuck`:
+    why we ended it. `ran_out`: whether the system ended a process for want of memory meanwhile.
+    """
+    if stuck is not None:
+        return Death(rank, "stuck", f"worker {rank} {stuck}", step, where)
+    if error is not None:
+        kind = "out-of-memory" if error.get("out_of_memory") else "error"
+        text = f"worker {rank}: {error['text']}"
+        return Death(rank, kind, text, step, where, error.get("trace", ""))
+    if status < 0:
+        name = signal.Signals(-status).name
+        if ran_out and name == "SIGKILL":
+            text = f"worker {rank} was killed by the system, which ran out of memory"
+            return Death(rank, "out-of-memory", text, step, where)
+        return Death(rank, "killed", f"worker {rank} was killed ({name})", step, where)
+    text = f"worker {rank} ended with status {status} before its time"
+    return Death(rank, "exited", text, step, where)

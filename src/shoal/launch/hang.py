@@ -1,0 +1,199 @@
+"""The hang doctor: who is where, who waits for whom, who is stuck, and what it does just now.
+
+Reads the pulses (observe/pulse.py) and what the system knows of each process. Works without the
+workers' help: a stopped or spinning worker cannot answer.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.observe.pulse import Beat
+
+WAITS = ("waiting for an epoch", "meeting the others")
+"""Phases in which a worker waits for others, or for the supervisor."""
+LONG = (
+    "starting",
+    "building the model",
+    "agreeing",
+    "restore",
+    "repair",
+    "evaluate",
+    "save",
+    "finish",
+)
+"""Phases that may take long without a sign."""
+FACTOR = 3.0
+FIRST_SECONDS = 60.0
+"""Patience with a phase that was never timed, such as the first forward."""
+LONG_SECONDS = 600.0
+STOPPED_SECONDS = 0.4
+DEADLOCK_SECONDS = 20.0
+"""Patience when every worker is inside a collective: a slow network, or a mismatch."""
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One worker, as seen now."""
+
+    rank: int
+    pid: int | None
+    beat: Beat | None
+    silent_seconds: float
+    state: str
+    """What the system says: runs, sleeps, is stopped, waits for a device, unknown."""
+    cpu_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A worker that must be replaced, and why."""
+
+    rank: int
+    reason: str
+
+
+_STATES = {
+    "R": "runs",
+    "S": "sleeps",
+    "T": "is stopped",
+    "t": "is traced",
+    "D": "waits for a device",
+}
+
+
+def process_state(pid: int | None) -> tuple[str, float | None]:
+    """(state in words, CPU seconds used so far) of a process, where the system tells (Linux)."""
+    if pid is None:
+        return "unknown", None
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "unknown", None
+    fields = text.rpartition(")")[2].split()  # the name may hold anything, brackets too
+    ticks = os.sysconf("SC_CLK_TCK")
+    return _STATES.get(fields[0], "unknown"), (int(fields[11]) + int(fields[12])) / ticks
+
+
+class Doctor:
+    """Judges sightings; remembers the CPU time of silent workers, to tell starved from spinning."""
+
+    def __init__(self, *, silence_seconds: float) -> None:
+        self._floor = silence_seconds
+        self._cpu: dict[int, tuple[float, float]] = {}
+        self._looked_at = time.monotonic()
+        self._since = self._looked_at
+
+    def silence(self, beat: Beat | None) -> float:
+        """Seconds without a sign, not counting time in which this process itself was stopped."""
+        return time.monotonic() - max(self._since, beat.beat_at if beat is not None else 0.0)
+
+    def look(self, seen: list[Sighting]) -> list[Stuck]:
+        """The workers that are stuck, if any."""
+        now = time.monotonic()
+        if now - self._looked_at > 1.0:  # we were stopped ourselves: nobody is late yet
+            self._since = now
+        self._looked_at = now
+        found = [
+            Stuck(one.rank, "is stopped (SIGSTOP)")
+            for one in seen
+            if one.state == "is stopped" and one.silent_seconds > STOPPED_SECONDS
+        ]
+        found = found or [stuck for one in seen if (stuck := self._late(one)) is not None]
+        return found or _deadlock(seen)
+
+    def limit(self, beat: Beat | None) -> float | None:
+        """How long this beat may be the last; None: as long as it takes."""
+        if beat is None:
+            return LONG_SECONDS
+        if beat.operation or beat.phase in WAITS:
+            return None
+        if beat.phase in LONG:
+            return (
+                max(10.0, FACTOR * beat.expected_seconds) if beat.expected_seconds else LONG_SECONDS
+            )
+        if not beat.expected_seconds:
+            return max(self._floor, FIRST_SECONDS)
+        return max(self._floor, FACTOR * beat.expected_seconds)
+
+    def _late(self, one: Sighting) -> Stuck | None:
+        limit = self.limit(one.beat)
+        if limit is None or one.silent_seconds <= limit:
+            self._cpu.pop(one.rank, None)
+            return None
+        before = self._cpu.setdefault(one.rank, (time.monotonic(), one.cpu_seconds or 0.0))
+        waited = time.monotonic() - before[0]
+        if one.cpu_seconds is not None:
+            used = one.cpu_seconds - before[1]
+            if waited < 0.25:  # look twice: is it starved of the processor, or does it spin?
+                return None
+            if one.state in ("runs", "waits for a device") and used < 0.2 * waited:
+                return None if one.silent_seconds < 10 * limit else Stuck(one.rank, "gets no time")
+            if used >= 0.2 * waited:
+                return Stuck(one.rank, "runs without a step (a live-lock)")
+        return Stuck(one.rank, f"gives no sign ({one.state})")
+
+
+def _deadlock(seen: list[Sighting]) -> list[Stuck]:
+    """Everybody is inside a collective and nothing moves: those unlike the others are stuck."""
+    beats = [(one.rank, one.beat) for one in seen if one.beat is not None]
+    if len(beats) < 2 or len(beats) < len(seen) or not all(b.operation for _, b in beats):
+        return []
+    if min(one.silent_seconds for one in seen) < DEADLOCK_SECONDS:
+        return []
+    calls = {rank: (b.collective, b.operation, b.num_bytes) for rank, b in beats}
+    usual = Counter(calls.values()).most_common(1)[0][0]
+    other = [rank for rank, call in calls.items() if call != usual]
+    if not other:
+        return [Stuck(rank, "waits with all others: the network moves nothing") for rank in calls]
+    text = "collective {} is {} of {} bytes"
+    wanted = text.format(*usual)
+    return [
+        Stuck(rank, f"does not match the others: its {text.format(*calls[rank])}, theirs {wanted}")
+        for rank in other
+    ]
+
+
+def report(seen: list[Sighting]) -> list[str]:
+    """The table that a person reads: one line a worker, and who is waited for."""
+    lines = []
+    for one in seen:
+        where = one.beat.where if one.beat is not None else "has not begun"
+        since = f"{one.silent_seconds:.1f} s ago"
+        lines.append(f"worker {one.rank}: {where}; last sign {since}; the process {one.state}")
+    waiting = [one.rank for one in seen if one.beat is not None and one.beat.operation]
+    missing = [one.rank for one in seen if one.rank not in waiting]
+    if waiting and missing:
+        who = " and ".join(map(str, missing))
+        lines.append(f"workers {', '.join(map(str, waiting))} wait for worker {who}")
+    return lines
+
+
+def stack_of(pid: int | None, file: Path, *, stopped: bool) -> str:
+    """What every thread of a worker does just now, by SIGUSR1; empty when it does not tell.
+
+    A stopped worker is continued for it, so ask this only of one that is ended next.
+    """
+    if pid is None:
+        return ""
+    before = file.stat().st_size if file.is_file() else 0
+    try:
+        os.kill(pid, signal.SIGUSR1)
+        if stopped:
+            os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return ""
+    deadline = time.monotonic() + 0.2
+    text = ""
+    while time.monotonic() < deadline:
+        text = file.read_text(errors="replace")[before:] if file.is_file() else ""
+        if "most recent call first" in text:
+            time.sleep(0.01)
+            return file.read_text(errors="replace")[before:]
+        time.sleep(0.005)
+    return text

@@ -138,7 +138,7 @@ class Supervisor:
             if self._ending is not None and time.monotonic() > self._ending:
                 break
         attempt = self._attempt
-        if attempt.done is None and attempt.stopped is None:
+        if not all(seat.done for seat in self.seats) and attempt.stopped is None:
             raise attempt.failure()
         return attempt
 

@@ -11,7 +11,7 @@ from torch import nn
 from shoal.comm.group import ProcessGroup
 from shoal.config.recipe import AdamW, Constant, Muon
 from shoal.engine import state as flat
-from shoal.engine.step import StepResult
+from shoal.engine.step import StepResult, Word
 from shoal.engine.update import Update
 from shoal.sync.every_step import EveryStep
 
@@ -50,7 +50,7 @@ def give(state: flat.FlatState, values: dict[str, torch.Tensor]) -> StepResult:
     state.zero_gradients()
     for name, value in values.items():
         state.layout.view(state.gradients, name).copy_(value)
-    return StepResult(loss=1.0, targets=7, stop=False, num_grains=4, read=[0, 0])
+    return StepResult(loss=1.0, targets=7, word=Word(), num_grains=4, read=[0, 0])
 
 
 @pytest.mark.parametrize("limit", [0.5, None])
@@ -103,7 +103,7 @@ def test_a_step_that_is_not_finite_changes_nothing(spoiled: float) -> None:
 def test_a_step_without_targets_changes_nothing() -> None:
     state, update = build(AdamW(), limit=1.0)
     values = state.values.clone()
-    empty = StepResult(loss=0.0, targets=0, stop=False, num_grains=4, read=[0, 0])
+    empty = StepResult(loss=0.0, targets=0, word=Word(), num_grains=4, read=[0, 0])
     state.zero_gradients()
     assert not update.apply(empty).applied
     assert torch.equal(state.values, values), "no weight decay either"

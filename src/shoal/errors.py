@@ -9,6 +9,7 @@ ShoalError
 |   +-- FetchError       something that had to be fetched could not be
 +-- CheckpointError      a checkpoint is damaged (the caller may fall back to an older one)
 +-- WorkerError          a worker failed; carries rank and phase
++-- ChannelError         state could not be handed over between workers (another donor may do)
 +-- Stopped              asked to stop by a signal, saved: exit status 75
 +-- Interrupted          ended by a signal with nothing saved
 """
@@ -77,6 +78,10 @@ class CheckpointError(ShoalError):
 
 class WorkerError(ShoalError):
     """A worker failed. The message carries its rank, its phase and its traceback."""
+
+
+class ChannelError(ShoalError):
+    """State could not be handed from one worker to another; nothing was changed by the attempt."""
 
 
 class Stopped(ShoalError):

@@ -10,6 +10,7 @@ ShoalError
 +-- CheckpointError      a checkpoint is damaged (the caller may fall back to an older one)
 +-- WorkerError          a worker failed; carries rank and phase
 |   +-- PeersLost        a collective failed because another rank is gone: nothing is lost yet
++-- ChannelError         state could not be handed over between workers (another donor may do)
 +-- Stopped              asked to stop by a signal, saved: exit status 75
 +-- Interrupted          ended by a signal with nothing saved
 """
@@ -82,6 +83,10 @@ class WorkerError(ShoalError):
 
 class PeersLost(WorkerError):
     """A collective could not be completed: another rank is gone, or has left for a new epoch."""
+
+
+class ChannelError(ShoalError):
+    """State could not be handed from one worker to another; nothing was changed by the attempt."""
 
 
 class Stopped(ShoalError):

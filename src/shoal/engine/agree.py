@@ -7,6 +7,7 @@ gets the whole state from the lowest rank that has it, and all compare a hash of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -16,11 +17,13 @@ from typing import Any
 import xxhash
 
 import shoal
+from shoal.comm.channel import Donor, fetch
 from shoal.comm.group import Group
+from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.engine.digest import digest_of
 from shoal.engine.state import FlatState
-from shoal.errors import RunError, WorkerError
+from shoal.errors import ChannelError, PeersLost, RunError, WorkerError
 
 FRESH = -1
 """Step of a rank that has no state yet."""
@@ -74,7 +77,9 @@ def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
     return found
 
 
-def agree(group: Group, standing: Standing, *, state: FlatState) -> Standing:
+def agree(
+    group: Group, standing: Standing, *, state: FlatState, keys: Keys | None = None, epoch: int = 0
+) -> Standing:
     """One standing for all ranks; `state` is filled where it was behind.
 
     The step is FRESH when nobody has a state yet. Raises WorkerError when the states differ
@@ -88,7 +93,8 @@ def agree(group: Group, standing: Standing, *, state: FlatState) -> Standing:
         return Standing()
     holders = [rank for rank, each in enumerate(everybody) if each["step"] == newest]
     if len(holders) < group.size:
-        transfer(group, state, source=holders[0])
+        behind = [rank for rank in range(group.size) if rank not in holders]
+        transfer(group, state, source=holders[0], to=behind, keys=keys, epoch=epoch)
     facts = broadcast_json(group, facts, source=holders[0])
     known = [everybody[rank] for rank in holders]
     return Standing(
@@ -99,10 +105,36 @@ def agree(group: Group, standing: Standing, *, state: FlatState) -> Standing:
     )
 
 
-def transfer(group: Group, state: FlatState, *, source: int) -> None:
-    """Give every rank the state of rank `source`, bit for bit. Raises WorkerError if it is not."""
-    for vector in (state.values, *state.moments.values()):
-        group.broadcast_(vector, source=source)
+def transfer(
+    group: Group,
+    state: FlatState,
+    *,
+    source: int,
+    to: Sequence[int],
+    keys: Keys | None = None,
+    epoch: int = 0,
+) -> None:
+    """Give the ranks `to` the state of rank `source`, bit for bit; all ranks call it.
+
+    Over an authenticated channel where there are `keys`, else by the group's own broadcast.
+    Raises PeersLost when the source goes meanwhile, WorkerError when states differ afterwards.
+    """
+    vectors = {"values": state.values, **state.moments}
+    if keys is None:
+        for vector in vectors.values():
+            group.broadcast_(vector, source=source)
+    else:
+        donor = Donor(vectors, keys=keys, epoch=epoch) if group.rank == source else None
+        try:
+            address = broadcast_json(group, donor and donor.address, source=source)
+            if group.rank in to:
+                fetch(address, keys=keys, epoch=epoch, timeout_seconds=600.0, into=vectors)
+            group.barrier()
+        except ChannelError as error:
+            raise PeersLost(f"the state of rank {source} did not arrive: {error}") from None
+        finally:
+            if donor is not None:
+                donor.close()
     digests = gather_json(group, f"{digest_of(state):016x}")
     if len(set(digests)) > 1:
         raise WorkerError(f"the state that rank {source} handed on arrived changed: {digests}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from shoal.comm.group import Group, ProcessGroup
+from shoal.comm.keys import Keys
 from shoal.engine.orders import Orders
 from shoal.errors import PeersLost, WorkerError
 from shoal.observe.events import Report
@@ -21,6 +22,9 @@ TIMEOUT_SECONDS = 1800.0
 
 class Members(ABC):
     """What the loop asks about membership."""
+
+    keys: Keys | None = None
+    """For handing state from one rank to another."""
 
     @property
     @abstractmethod
@@ -46,11 +50,17 @@ class Epochs(Members):
     """Epochs as the supervisor announces them, over processes."""
 
     def __init__(
-        self, group: ProcessGroup, *, orders: Orders, place: Place, report: Report
+        self,
+        group: ProcessGroup,
+        *,
+        orders: Orders,
+        place: Place,
+        report: Report,
+        keys: Keys | None,
     ) -> None:
         self._group, self._orders = group, orders
         self._place, self._report = place, report
-        self.number = 0
+        self.number, self.keys = 0, keys
 
     @property
     def pending(self) -> bool:
@@ -97,9 +107,15 @@ class Epochs(Members):
 
 
 def members_of(
-    group: Group, *, orders: Orders, place: Place, report: Report, supervised: bool
+    group: Group,
+    *,
+    orders: Orders,
+    place: Place,
+    report: Report,
+    supervised: bool,
+    keys: Keys | None,
 ) -> Members:
     """The membership that fits how this worker was started."""
     if supervised and isinstance(group, ProcessGroup):
-        return Epochs(group, orders=orders, place=place, report=report)
+        return Epochs(group, orders=orders, place=place, report=report, keys=keys)
     return Fixed()

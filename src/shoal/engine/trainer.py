@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shoal.comm.group import Group
+from shoal.comm.keys import Keys
 from shoal.comm.messages import gather_json
 from shoal.config.recipe import Recipe
 from shoal.engine.agree import FRESH, Standing, agree, check_same_program, transfer
@@ -60,9 +61,12 @@ def train(
     report: Report,
     orders: Orders,
     supervised: bool = False,
+    keys: Keys | None = None,
 ) -> None:
     """Train to the end of the recipe, or until asked to stop. Raises Stopped after saving."""
-    members = members_of(group, orders=orders, place=place, report=report, supervised=supervised)
+    members = members_of(
+        group, orders=orders, place=place, report=report, supervised=supervised, keys=keys
+    )
     Trainer(job, group=group, members=members, place=place, report=report, orders=orders).run()
 
 
@@ -166,7 +170,13 @@ class Trainer:
                 parameters = sum(p.numel() for p in training.model.parameters())
                 recipe = job.recipe.model_dump(mode="json")
                 check_same_program(self.group, recipe=recipe, parameters=parameters)
-                self._standing = agree(self.group, self._standing, state=training.state)
+                self._standing = agree(
+                    self.group,
+                    self._standing,
+                    state=training.state,
+                    keys=self.members.keys,
+                    epoch=self.pulse.epoch,
+                )
                 if self._standing.step == FRESH:
                     self._begin()
                 else:
@@ -221,7 +231,15 @@ class Trainer:
         wrong = differing_tensors(self.group, training.state)
         named = ", ".join(f"{name} (rank {', '.join(map(str, r))})" for name, r in wrong.items())
         if majority:
-            transfer(self.group, training.state, source=majority[0])
+            others = [rank for rank in range(self.group.size) if rank not in majority]
+            transfer(
+                self.group,
+                training.state,
+                source=majority[0],
+                to=others,
+                keys=self.members.keys,
+                epoch=self.pulse.epoch,
+            )
             text = f"replicas differ in {named}; repaired from rank {majority[0]}"
         elif training.store.steps():
             step = self._restore()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from shoal.comm.group import Group, ProcessGroup
+from shoal.comm.keys import Keys
 from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
@@ -54,6 +55,8 @@ class Seat:
     """The file that the supervisor watches."""
     stack: Path | None = None
     """Where SIGUSR1 writes what every thread of this worker does."""
+    keys: Path | None = None
+    """Folder of the keys for handing state from one worker to another."""
 
 
 def job_from(payload: dict[str, Any]) -> Job:
@@ -80,6 +83,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         supervised=True,
         pulse=Path(payload["pulse"]),
         stack=Path(payload["stack"]),
+        keys=Path(payload["keys"]),
     )
     orders = Orders().listen(descriptor)
     return run_seat(job_from(payload), seat=seat, report=Report(descriptor), orders=orders)
@@ -141,6 +145,7 @@ def _run_process(job: Job, *, seat: Seat, report: Report, orders: Orders) -> Non
             report=report,
             orders=orders,
             supervised=seat.supervised and job.score is None,
+            keys=None if seat.keys is None else Keys.read(seat.keys),
         )
     finally:
         stop_process_group()

@@ -53,8 +53,9 @@ def train(
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
     by default a new one below runs/. `fault`: plant a mistake (engine/step.py), to show what it
-    does; `faults`: commit these (engine/faults.py), to show what is survived. Raises UserError for what is wrong with the recipe, Stopped
-    after Ctrl-C or SIGTERM once everything is saved.
+    does; `faults`: commit these (engine/faults.py), to show what is survived. Raises
+    UserError for what is wrong with the recipe, Stopped after Ctrl-C or SIGTERM once everything
+    is saved.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), _texts(overrides))
     resolved = anchored(resolved)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.comm.keys import Keys
 from shoal.engine.decision import Decision
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.deaths import death_of, oom_kills
@@ -107,6 +108,7 @@ class Supervisor:
         """Fewest replicas that may go on while others are replaced."""
         self._doctor = Doctor(silence_seconds=launch["silence_seconds"])
         self._pace = Pace()
+        Keys.make(folder / "keys")
         self._watch = Watch(folder / "pulse", slots=self._ranks)
         self._run = Path(payload["run"])
         self._epoch = 0
@@ -303,6 +305,7 @@ class Supervisor:
                 "size": self._size,
                 "pulse": str(self._watch.path),
                 "stack": str(self._folder / f"stack-{rank}"),
+                "keys": str(self._folder / "keys"),
                 "faults": self._faults,
             },
         )

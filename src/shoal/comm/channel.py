@@ -1,0 +1,379 @@
+"""A channel that hands a whole training state from a living worker to one that joins.
+
+ZeroMQ over TCP on loopback, encrypted and authenticated at both ends by CURVE keys (comm/keys.py).
+The receiver asks, the donor answers: first for the header (which tensors there are, their hashes
+and some facts), then chunk by chunk with a few requests under way, so that the donor keeps nothing
+per receiver and a receiver that dies costs nothing. Every request carries the epoch; one of
+another epoch is refused. Headers are msgspec structures with limits, tensors are their raw bytes;
+nothing that arrives is ever run, and nothing is used before its size and hash are right.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+import zmq.utils.monitor
+import zmq.utils.z85
+from torch import Tensor
+
+from shoal.comm.keys import Keys
+from shoal.comm.wire import (
+    DTYPES,
+    LARGEST_HEADER,
+    NAMES,
+    Answer,
+    Header,
+    Request,
+    TensorHead,
+    bytes_of,
+    hash_of,
+)
+from shoal.errors import ChannelError
+
+CHUNK_BYTES = 1 << 20
+_UNDER_WAY = 8
+"""Requests without an answer yet: enough to keep both ends and the wire busy."""
+_LARGEST_REQUEST = 4096
+_HANDSHAKE_MILLISECONDS = 5000
+_ZAP = "inproc://zeromq.zap.01"
+_NO_HANDSHAKE = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+class Donor:
+    """Serves one state to any number of receivers, from a thread of its own, until `close`.
+
+    Contiguous CPU tensors are not copied: they must not change before `close` (a receiver would
+    find other bytes than were announced, and refuse them). Only receivers of the same `epoch` and
+    keys are served. Raises ChannelError for a dtype that no state has.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        keys: Keys,
+        epoch: int,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.epoch = epoch
+        self.num_requests = 0
+        """Answered requests."""
+        self.num_refused = 0
+        """Requests of another epoch or without sense, and connections that did not prove (or not
+        yet) that they have the right key."""
+        self._keys = keys
+        self._data = [bytes_of(tensor) for tensor in tensors.values()]
+        self._header = msgspec.msgpack.encode(self._describe(tensors, facts or {}))
+        if len(self._header) > LARGEST_HEADER:
+            raise ChannelError(
+                f"names and facts take {len(self._header)} bytes, more than {LARGEST_HEADER}"
+            )
+        self._decoder = msgspec.msgpack.Decoder(Request)
+        self._context = zmq.Context()
+        self._guard = self._context.socket(zmq.REP)
+        self._guard.bind(_ZAP)
+        self._socket = self._listen()
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        )
+        self.address: str = self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="donor", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Donor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving at once; what a receiver still waits for does not come."""
+        self._closing.set()
+        self._thread.join()
+
+    def _describe(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Header:
+        heads = []
+        for (name, tensor), data in zip(tensors.items(), self._data):
+            if tensor.dtype not in NAMES:
+                raise ChannelError(f"{name}: dtype {tensor.dtype} cannot be sent")
+            shape = tuple(tensor.shape)
+            heads.append(TensorHead(name, NAMES[tensor.dtype], shape, hash_of(data)))
+        total = sum(len(data) for data in self._data)
+        return Header(self.epoch, total, tuple(heads), json.dumps(dict(facts)))
+
+    def _listen(self) -> zmq.Socket[bytes]:
+        """A socket on loopback, on a port that the system chooses."""
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_REQUEST)
+        socket.setsockopt(zmq.SNDHWM, 4 * _UNDER_WAY)
+        socket.setsockopt(zmq.RCVHWM, 4 * _UNDER_WAY)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MILLISECONDS)
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.donor.secret)
+        socket.setsockopt(zmq.ZAP_DOMAIN, b"shoal")
+        socket.bind("tcp://127.0.0.1:*")
+        return socket
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        for socket in (self._socket, self._guard, self._monitor):
+            poller.register(socket, zmq.POLLIN)
+        while not self._closing.is_set():
+            ready = dict(poller.poll(50))
+            if self._guard in ready:
+                self._admit(self._guard.recv_multipart())
+            while self._monitor in ready and self._monitor.poll(0):
+                event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
+                self.num_refused += 1 if event == zmq.EVENT_ACCEPTED else -1
+            if self._socket in ready:
+                self._reply(self._socket.recv_multipart())
+        self._socket.disable_monitor()
+        self._context.destroy(linger=0)
+
+    def _admit(self, frames: list[bytes]) -> None:
+        """Answer ZeroMQ's question whether a peer may come in (https://rfc.zeromq.org/spec/27)."""
+        version, request, _domain, _address, _identity, mechanism, *credentials = frames
+        known = zmq.utils.z85.decode(self._keys.receiver.public)
+        right = mechanism == b"CURVE" and hmac.compare_digest(b"".join(credentials), known)
+        status = (b"200", b"OK") if right else (b"400", b"unknown key")
+        self._guard.send_multipart([version, request, *status, b"", b""])
+
+    def _reply(self, frames: list[bytes]) -> None:
+        peer, *rest = frames
+        try:
+            (text,) = rest
+            request = self._decoder.decode(text)
+            data = self._part(request)
+        except (ValueError, msgspec.DecodeError, ChannelError) as error:
+            self.num_refused += 1
+            problem = str(error) if isinstance(error, ChannelError) else "not a request"
+            answer = msgspec.msgpack.encode(Answer(-1, 0, problem[:1024]))
+            self._socket.send_multipart([peer, answer, b""])
+            return
+        self.num_requests += 1
+        answer = msgspec.msgpack.encode(Answer(request.tensor, request.chunk))
+        self._socket.send_multipart([peer, answer], flags=zmq.SNDMORE)
+        self._socket.send(data, copy=False)
+
+    def _part(self, request: Request) -> bytes | memoryview:
+        if request.epoch != self.epoch:
+            raise ChannelError(
+                f"asked for epoch {request.epoch}, this donor is of epoch {self.epoch}"
+            )
+        if request.tensor == -1:
+            return self._header
+        start = request.chunk * CHUNK_BYTES
+        if request.tensor >= len(self._data) or start >= len(self._data[request.tensor]):
+            raise ChannelError(f"no chunk {request.chunk} of tensor {request.tensor}")
+        return self._data[request.tensor][start : start + CHUNK_BYTES]
+
+
+def fetch(
+    address: str,
+    *,
+    keys: Keys,
+    epoch: int,
+    timeout_seconds: float,
+    into: Mapping[str, Tensor] | None = None,
+    most_bytes: int = 1 << 36,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts that the donor at `address` gives, every one checked by its hash.
+
+    `into`: tensors to fill, which must be exactly those announced, with their dtypes and shapes;
+    they are touched only once all has arrived and is right. Without it new CPU tensors are made,
+    of `most_bytes` at most. Raises ChannelError, with the reason, within `timeout_seconds`.
+    """
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        line = _Line(socket, keys=keys, timeout_seconds=timeout_seconds)
+        try:
+            line.connect(address)
+            header = _header_of(line.ask_one(Request(epoch)), epoch=epoch, address=address)
+            _check(header, address=address, most_bytes=most_bytes, into=into)
+            tensors = _receive(line, header)
+        finally:
+            line.close()
+    if into is not None:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                into[name].copy_(tensor)
+        tensors = dict(into)
+    return tensors, json.loads(header.facts)
+
+
+def _header_of(data: memoryview, *, epoch: int, address: str) -> Header:
+    try:
+        header = msgspec.msgpack.decode(data, type=Header)
+    except msgspec.DecodeError as error:
+        raise ChannelError(f"{address}: its header cannot be read: {error}") from None
+    if header.epoch != epoch:
+        raise ChannelError(f"{address}: expected a state of epoch {epoch}, got {header.epoch}")
+    return header
+
+
+def _check(
+    header: Header, *, address: str, most_bytes: int, into: Mapping[str, Tensor] | None
+) -> None:
+    """Compare what is announced with itself and with what is expected, before any allocation."""
+    total = sum(head.num_bytes for head in header.tensors)
+    if total != header.total_bytes:
+        raise ChannelError(
+            f"{address}: announces {header.total_bytes} bytes, its tensors have {total}"
+        )
+    names = {head.name for head in header.tensors}
+    if len(names) != len(header.tensors):
+        raise ChannelError(f"{address}: announces a name twice")
+    if into is None:
+        if total > most_bytes:
+            raise ChannelError(f"{address}: announces {total} bytes, more than {most_bytes}")
+        return
+    if names != set(into):
+        other = sorted(names ^ set(into))[0]
+        side = "the donor" if other in names else "this worker"
+        raise ChannelError(f"{address}: only {side} has {other!r}; expected the same state")
+    for head in header.tensors:
+        wanted = into[head.name]
+        if (DTYPES[head.dtype], head.shape) != (wanted.dtype, tuple(wanted.shape)):
+            raise ChannelError(
+                f"{address}: {head.name} is {head.dtype} {list(head.shape)}, expected "
+                f"{NAMES.get(wanted.dtype)} {list(wanted.shape)}"
+            )
+
+
+def _receive(line: _Line, header: Header) -> dict[str, Tensor]:
+    """All tensors, chunk by chunk."""
+    tensors = {h.name: torch.empty(h.shape, dtype=DTYPES[h.dtype]) for h in header.tensors}
+    landing = [bytes_of(tensor) for tensor in tensors.values()]
+
+    def requests() -> Iterator[Request]:
+        for index, data in enumerate(landing):
+            for chunk in range(-(-len(data) // CHUNK_BYTES)):
+                yield Request(header.epoch, index, chunk)
+
+    def place(answer: Request, data: memoryview) -> None:
+        start = answer.chunk * CHUNK_BYTES
+        room = landing[answer.tensor][start : start + CHUNK_BYTES]
+        if len(room) != len(data):
+            raise ChannelError(f"{line.address}: sent {len(data)} bytes, expected {len(room)}")
+        room[:] = data
+
+    line.ask(requests(), place)
+    for head, data in zip(header.tensors, landing):
+        if hash_of(data) != head.hash:
+            raise ChannelError(
+                f"{line.address}: {head.name} arrived with another hash than announced (it changed "
+                "while it was sent, or was damaged on the way); ask again, or ask another donor"
+            )
+    return tensors
+
+
+class _Line:
+    """A receiver's end of the connection: requests out, answers in, and what went wrong."""
+
+    def __init__(self, socket: zmq.Socket[bytes], *, keys: Keys, timeout_seconds: float) -> None:
+        self.address = ""
+        self._socket = socket
+        self._seconds = timeout_seconds
+        self._deadline = time.monotonic() + timeout_seconds
+        self._joined = False
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_HEADER)
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a donor that goes away is gone: say so at once
+        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MILLISECONDS)
+        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.donor.public)
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.receiver.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.receiver.secret)
+        self._monitor = socket.get_monitor_socket()
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._decoder = msgspec.msgpack.Decoder(Answer)
+
+    def connect(self, address: str) -> None:
+        """Begin to connect. Raises ChannelError for what is no address."""
+        self.address = address
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            raise ChannelError(f"{address}: not an address of a donor: {error}") from None
+
+    def close(self) -> None:
+        """Stop watching the connection."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+
+    def ask_one(self, request: Request) -> memoryview:
+        """The bytes that answer one request."""
+        found: list[memoryview] = []
+        self.ask(iter([request]), lambda _, data: found.append(data))
+        return found[0]
+
+    def ask(self, requests: Iterator[Request], take: Callable[[Request, memoryview], None]) -> None:
+        """Send all `requests`, a few ahead of their answers; `take` gets each with its bytes."""
+        under_way: list[Request] = []
+        more = True
+        while more or under_way:
+            while more and len(under_way) < _UNDER_WAY:
+                request = next(requests, None)
+                if request is None:
+                    more = False
+                else:
+                    self._socket.send(msgspec.msgpack.encode(request))
+                    under_way.append(request)
+            if under_way:
+                answer, data = self._next()
+                expected = under_way.pop(0)  # one donor, one connection: answers keep their order
+                if (answer.tensor, answer.chunk) != (expected.tensor, expected.chunk):
+                    raise ChannelError(f"{self.address}: answered something that was not asked")
+                take(expected, data)
+
+    def _next(self) -> tuple[Answer, memoryview]:
+        while True:
+            left = self._deadline - time.monotonic()
+            ready = dict(self._poller.poll(int(max(0.0, left) * 1000)))
+            if self._socket in ready:
+                return self._read()
+            if self._monitor in ready:
+                self._watch(zmq.utils.monitor.recv_monitor_message(self._monitor))
+            elif left <= 0:
+                where = "no whole answer" if self._joined else "no connection"
+                raise ChannelError(f"{self.address}: {where} within {self._seconds:g} s")
+
+    def _read(self) -> tuple[Answer, memoryview]:
+        frames = self._socket.recv_multipart(copy=False)
+        if len(frames) != 2:
+            raise ChannelError(f"{self.address}: answered {len(frames)} frames, expected 2")
+        try:
+            answer = self._decoder.decode(frames[0].buffer)
+        except msgspec.DecodeError as error:
+            raise ChannelError(f"{self.address}: its answer cannot be read: {error}") from None
+        if answer.problem:
+            raise ChannelError(f"{self.address}: refused: {answer.problem}")
+        return answer, frames[1].buffer
+
+    def _watch(self, event: Mapping[str, Any]) -> None:
+        """Raise ChannelError for an event after which nothing more will come."""
+        kind = event["event"]
+        if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._joined = True
+        elif kind & _NO_HANDSHAKE:
+            raise ChannelError(
+                f"{self.address}: the donor does not accept this worker's key, or is not the donor "
+                "whose key this worker has; both must be started with the keys of one attempt"
+            )
+        elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+            gone = "the donor went away" if self._joined else "nobody answers there"
+            raise ChannelError(f"{self.address}: {gone}; ask another donor")

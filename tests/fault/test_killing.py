@@ -107,7 +107,8 @@ def test_interrupted_while_preparing(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_worker_is_named(bench: Bench, rank: int) -> None:
     run = Run(bench.new_path())
-    with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
+    words = (*SLOW, *TWO, "launch.retries=0", "--out", run.path)
+    with started("train", bench.recipe, *words) as process:
         wait_for_step(run, 6)
         server, workers = server_and_workers(process.pid)
         assert len(workers) == 2
@@ -117,6 +118,58 @@ def test_a_killed_worker_is_named(bench: Bench, rank: int) -> None:
     assert f"worker {rank} was killed (SIGKILL)" in err and "resume the run" in err
     assert "Traceback" not in err.partition("shoal: ")[2]
     assert_nothing_left([server, *workers])
+
+
+def test_a_worker_killed_by_a_stranger_is_replaced(bench: Bench) -> None:
+    """Not a planned fault: nobody says so beforehand."""
+    run = Run(bench.new_path())
+    with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
+        wait_for_step(run, 6)
+        _, workers = server_and_workers(process.pid)
+        os.kill(workers[1], signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "lost: worker 1 was killed (SIGKILL)" in out and "recovered: step" in out
+    assert_same_end(run, bench.run(*SLOW, *TWO))
+
+
+@pytest.mark.parametrize("how", ["STOP", "time limit"])
+def test_other_ways_to_ask_for_an_end(bench: Bench, how: str) -> None:
+    run = Run(bench.new_path())
+    limit = ("launch.time_limit_seconds=0.1",) if how == "time limit" else ()
+    with started("train", bench.recipe, *SLOW, *TWO, *limit, "--out", run.path) as process:
+        if how == "STOP":
+            wait_for_step(run, 3)
+            (run.path / "STOP").touch()
+        _, err = process.communicate(timeout=40)
+    assert process.returncode == 75, err
+    assert (run.path / f"checkpoints/step-{len(run.losses):08d}/manifest.json").is_file()
+    assert not (run.path / "STOP").exists(), "else it would stop what is resumed"
+
+
+def test_the_file_save_saves_and_goes_on(bench: Bench) -> None:
+    run = Run(bench.new_path())
+    words = (*SLOW, *TWO, "checkpoint.every_steps=0", "train.stop_after_steps=12")
+    with started("train", bench.recipe, *words, "--out", run.path) as process:
+        wait_for_step(run, 3)
+        (run.path / "SAVE").touch()
+        _, err = process.communicate(timeout=40)
+    assert process.returncode == 0, err
+    events = read_lines(run.path / "events.jsonl")
+    saved = [row["step"] for row in events if row["event"] == "saved"]
+    assert len(saved) == 2 and 3 <= saved[0] < 12 and saved[1] == 12
+
+
+def test_a_healthy_run_tells_where_everyone_is(bench: Bench) -> None:
+    run = Run(bench.new_path())
+    with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
+        wait_for_step(run, 3)
+        os.kill(process.pid, signal.SIGUSR1)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "worker 0: step" in out and "worker 1: step" in out
+    assert out.count("stack of worker") == 2 and "trainer.py" in out
+    assert_same_end(run, bench.run(*SLOW, *TWO))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from shoal.cli import (
     generate,
     merge,
     plan,
+    rehearse,
     resume,
     simulate,
     train,
@@ -35,6 +36,7 @@ app.command("resume")(resume.resume)
 app.command("merge")(merge.merge)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("rehearse")(rehearse.rehearse)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Attempt:
     errors: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
     story: list[dict[str, Any]] = field(default_factory=list)
-    """Faults, recoveries and what else the supervisor wrote into events.jsonl."""
+    """Every event, with the monotonic time at which it was heard of."""
 
     def hear(self, message: dict[str, Any]) -> None:
         """Show or keep one message."""
@@ -49,6 +50,8 @@ class Attempt:
             if message["name"] in ("started", "resumed"):
                 self.begun()
             self.console.event(message["name"], message["fields"])
+            now = time.monotonic()
+            self.story.append({"event": message["name"], "monotonic": now, **message["fields"]})
         elif kind == "phase":
             self.console.phase(message["text"])
         elif kind == "error":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ class Result:
 
     run: Path
     summary: dict[str, Any]
-    story: list[dict[str, Any]] = field(default_factory=list)
-    """What the supervisor saw: faults, losses, recoveries."""
 
     @property
     def loss(self) -> float:
@@ -48,14 +46,15 @@ def train(
     pool: WorkerPool | None = None,
     fault: str | None = None,
     faults: Sequence[dict[str, Any]] = (),
+    story: list[dict[str, Any]] | None = None,
 ) -> Result:
     """Train `recipe` (a shipped name or a YAML file) and return its result.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
     by default a new one below runs/. `fault`: plant a mistake (engine/step.py), to show what it
-    does; `faults`: commit these (engine/faults.py), to show what is survived. Raises
-    UserError for what is wrong with the recipe, Stopped after Ctrl-C or SIGTERM once everything
-    is saved.
+    does; `faults`: commit these (engine/faults.py), to show what is survived; `story` collects
+    every event with its time. Raises UserError for what is wrong with the recipe, Stopped after
+    Ctrl-C or SIGTERM once everything is saved.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), _texts(overrides))
     resolved = anchored(resolved)
@@ -75,7 +74,7 @@ def train(
             fault=fault,
             faults=tuple(faults),
         )
-        return _run(job, pool=workers, console=show)
+        return _run(job, pool=workers, console=show, story=story)
 
 
 def resume(
@@ -184,7 +183,13 @@ class _Start:
     faults: tuple[dict[str, Any], ...] = ()
 
 
-def _run(job: _Start, *, pool: WorkerPool, console: Console) -> Result:
+def _run(
+    job: _Start,
+    *,
+    pool: WorkerPool,
+    console: Console,
+    story: list[dict[str, Any]] | None = None,
+) -> Result:
     run, inputs, decision = job.run, job.inputs, job.decision
     console.phase(f"plan: {decision}")
     payload = {
@@ -205,10 +210,12 @@ def _run(job: _Start, *, pool: WorkerPool, console: Console) -> Result:
         write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")
         write_whole(run / "config.yaml", to_yaml(job.recipe))
 
-    attempt = run_workers(payload, decision=decision, pool=pool, console=console, begun=begun)
+    attempt = run_workers(
+        payload, decision=decision, pool=pool, console=console, begun=begun, story=story
+    )
     if attempt.stopped is not None:
         raise Stopped(attempt.stopped)
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
     summary = write_summary(run, done=attempt.done, decision=decision)
-    return Result(run, summary, attempt.story)
+    return Result(run, summary)

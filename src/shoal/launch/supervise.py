@@ -62,18 +62,20 @@ def run_workers(
     pool: WorkerPool,
     console: Console,
     begun: Callable[[], None] = lambda: None,
+    story: list[dict[str, Any]] | None = None,
 ) -> Attempt:
     """Start the workers of `decision` and see them to their end. Raises the error that ended them.
 
     SIGINT and SIGTERM ask the workers to save and stop; a second one ends them at once (Stopped
     when there is a checkpoint to resume from, else Interrupted). SIGUSR1 prints where each is.
+    `story` collects every event, also of a run that ends with an error.
     """
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder, signals_asked() as asked:
         supervisor = Supervisor(
             payload,
             decision=decision,
             pool=pool,
-            attempt=Attempt(console, begun),
+            attempt=Attempt(console, begun, story=[] if story is None else story),
             folder=Path(folder),
             asked=asked,
         )

@@ -20,12 +20,13 @@ from shoal.comm.messages import broadcast_json
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import Recipe
+from shoal.engine.agree import check_same_program
 from shoal.engine.decision import Decision
 from shoal.engine.measure import measured_format
 from shoal.engine.prepare import prepare_inputs
 from shoal.engine.worker import Seat, job_from, run_seat
 from shoal.environment import Rendezvous, usable_cores
-from shoal.errors import ConfigError, Problem, UserError
+from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import claim, write_whole
@@ -74,6 +75,12 @@ def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
 def _join(recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None) -> int:
     console = Console()
     payload: dict[str, Any] = {}
+    try:
+        check_same_program(ProcessGroup(), recipe=recipe.model_dump(mode="json"), parameters=0)
+    except RunError as error:
+        if seat.rank == 0:
+            raise
+        return error.exit_status  # rank 0 says it for all
     if seat.rank == 0:
         try:
             payload = _prepare(recipe, seat=seat, name=name, out=out, console=console)

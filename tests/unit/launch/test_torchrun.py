@@ -35,3 +35,17 @@ def test_another_number_is_refused(bench: Bench, tmp_path: Path) -> None:
     assert found.returncode != 0
     assert "the recipe says 4 replicas, torchrun started 2 workers" in found.stderr
     assert not out.exists()
+
+
+def test_ranks_with_other_recipes_are_refused(bench: Bench, tmp_path: Path) -> None:
+    """One message that names the difference, instead of a hang or a silent choice."""
+    out = tmp_path / "refused"
+    shoal = Path(sys.executable).parent / "shoal"
+    script = f'exec {shoal} train {bench.recipe} train.steps=4 "seed=$RANK" --out {out}'
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "--no-python", "sh", "-c", script]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert found.returncode != 0
+    assert found.stderr.count("the ranks do not run the same thing") == 1
+    assert "recipe.seed: rank 0 has 0, rank 1 has 1" in found.stderr
+    assert not out.exists()

@@ -19,7 +19,8 @@ from shoal.engine.build import Training, build
 from shoal.engine.decision import Decision
 from shoal.engine.export import fingerprint_of, write_model
 from shoal.engine.prepare import Inputs
-from shoal.engine.saving import choose_checkpoint, load, save
+from shoal.engine.saver import Saver
+from shoal.engine.saving import choose_checkpoint, load, random_state
 from shoal.engine.step import Batch, StepResult
 from shoal.engine.update import Outcome
 from shoal.errors import RunError, Stopped
@@ -69,6 +70,8 @@ class Trainer:
         self._step_began = time.perf_counter()
         self._evaluated_at = -1
         self._saved_at = -1
+        settings = job.recipe.checkpoint
+        self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)
 
     # --- the loop
 
@@ -178,7 +181,8 @@ class Trainer:
             self._evaluate()
         stopping = outcome.stop and progress.step < self._last_step
         if stopping or self._due(recipe.checkpoint.every_steps) or self._at_end():
-            self._save()
+            self._save(last=stopping or self._at_end())
+        self._tell()
         if stopping:
             raise Stopped(
                 f"stopped after step {progress.step}, saved; "
@@ -235,37 +239,39 @@ class Trainer:
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
             self.sink.row({**row, "completions": completions} if completions else row)
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
         training, progress = self.training, self.training.progress
         if self._saved_at == progress.step:
             return
-        began = time.perf_counter()
         recipe = self.job.recipe
-        facts = {
-            "progress": vars(progress).copy(),
-            "recipe": recipe.model_dump(mode="json"),
-            "layout": self.job.decision.to_json()["layout"],
-            "data": training.stream_state(progress.step),
-            "random_states": training.random_states(),
-            "model_config": training.config.to_dict(),
-            "ties": [list(names) for names in training.anatomy.ties],
-            "inputs": self.job.inputs.to_json(),
-        }
-        facts["fingerprint"] = fingerprint_of(training) if self._first else None
+
+        def facts() -> dict[str, Any]:
+            return {
+                "progress": vars(progress).copy(),
+                "recipe": recipe.model_dump(mode="json"),
+                "layout": self.job.decision.to_json()["layout"],
+                "data": training.stream_state(progress.step),
+                "model_config": training.config.to_dict(),
+                "ties": [list(names) for names in training.anatomy.ties],
+                "inputs": self.job.inputs.to_json(),
+                "fingerprint": fingerprint_of(training),
+            }
+
         with self.trace.span("save", step=progress.step):
-            where = save(
-                training.store,
+            self._saver.save(
                 training.state,
                 group=self.group,
                 step=progress.step,
                 facts=facts,
-                keep=recipe.checkpoint.keep,
+                random_state=random_state(),
+                last=last,
             )
         self._saved_at = progress.step
         self.group.traffic.take()
-        if self._first:
-            seconds = time.perf_counter() - began
-            self.sink.event("saved", {"step": progress.step, "seconds": seconds, "at": where.name})
+
+    def _tell(self) -> None:
+        for name, fields in self._saver.notes():
+            self.sink.event(name, fields)
 
     # --- the end
 
@@ -273,7 +279,8 @@ class Trainer:
         training, job = self.training, self.job
         whole = training.progress.step >= training.steps
         if self._saved_at != training.progress.step:
-            self._save()
+            self._save(last=True)
+            self._tell()
         if job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
             if self._first:

@@ -1,7 +1,7 @@
 """The few file operations a save is made of, in one place, so that each can be made to fail.
 
 `Files` does them; `FaultyFiles` does them too, and dies or raises at a chosen one: tests kill a
-save at every operation and assert that a checkpoint can still be loaded.
+save at every operation and assert that a checkpoint can still be loaded. `SlowFiles` takes time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,6 +39,14 @@ class Files:
         self._about_to("make")
         folder.mkdir(parents=True, exist_ok=True)
 
+    def put(self, path: Path, content: bytes) -> None:
+        """Write a file that is there whole or not at all. For others to see now, not to last."""
+        beside = path.with_name(f"{path.name}.new")
+        self._about_to("write")
+        beside.write_bytes(content)
+        self._about_to("rename")
+        os.rename(beside, path)
+
     def rename(self, source: Path, target: Path) -> None:
         """Give a folder its final name, and flush both the folder and its parent."""
         self.flush(source)
@@ -54,13 +63,26 @@ class Files:
         finally:
             os.close(handle)
 
-    def remove(self, folder: Path) -> None:
-        """Remove a folder and what is in it."""
+    def remove(self, path: Path) -> None:
+        """Remove a folder and what is in it, or a file; of a link the link only."""
         self._about_to("remove")
-        shutil.rmtree(folder)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
     def _about_to(self, operation: str) -> None:
         """Called before each operation; a place to fail."""
+
+
+class SlowFiles(Files):
+    """Takes `seconds` for each operation, as a network disk under load does."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def _about_to(self, operation: str) -> None:
+        time.sleep(self.seconds)
 
 
 class FaultyFiles(Files):

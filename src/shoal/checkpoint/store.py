@@ -24,6 +24,8 @@ from shoal.checkpoint.files import Files
 from shoal.checkpoint.manifest import NAME, Entry, FileRecord, Manifest, Part
 from shoal.errors import CheckpointError, RunError
 
+_WRITING = re.compile(r"\.step-(\d{8,})\.([0-9a-f]+)\.writing")
+
 _DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -87,8 +89,9 @@ class Store:
         """Folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:08d}"
 
-    def _writing(self, step: int) -> Path:
-        return self.folder / f".step-{step:08d}.writing"
+    def writing(self, step: int, *, token: str = "") -> Path:
+        """The hidden folder in which the save of `step` is made; `token` tells attempts apart."""
+        return self.folder / f".step-{step:08d}{token and '.'}{token}.writing"
 
     def steps(self) -> list[int]:
         """Steps that have a published checkpoint, oldest first."""
@@ -102,11 +105,21 @@ class Store:
     def begin(self, step: int) -> None:
         """Make room for a save; what an interrupted one left behind goes. One rank calls it."""
         self.files.make(self.folder)
-        for leftover in self.folder.glob(".step-*"):
-            self.files.remove(leftover)
-        self.files.make(self._writing(step))
+        self.clear()
+        self.files.make(self.writing(step))
 
-    def write_part(self, step: int, *, rank: int, pieces: Iterable[Piece]) -> Part:
+    def clear(self, *, token: str = "", step: int = 0) -> None:
+        """Remove what interrupted saves left behind. Raises OSError.
+
+        With a `token`, what this attempt writes for `step` or later stays.
+        """
+        for leftover in self.folder.glob(".step-*"):
+            match = _WRITING.fullmatch(leftover.name)
+            if match and token and match[2] == token and int(match[1]) >= step:
+                continue
+            self.files.remove(leftover)
+
+    def write_part(self, step: int, *, rank: int, pieces: Iterable[Piece], token: str = "") -> Part:
         """Write this rank's `pieces` to one file and flush it. Raises OSError."""
         keyed = [(_key(piece), piece) for piece in pieces]
         if not keyed:
@@ -124,10 +137,18 @@ class Store:
                 )
                 yield data
 
-        size, digest = self.files.write(self._writing(step) / name, content())
+        size, digest = self.files.write(self.writing(step, token=token) / name, content())
         return Part((FileRecord(name, size, digest),), tuple(entries))
 
-    def publish(self, step: int, *, parts: list[Part], state: dict[str, Any], keep: int) -> Path:
+    def publish(
+        self,
+        step: int,
+        *,
+        parts: list[Part],
+        state: dict[str, Any],
+        keep: int,
+        token: str = "",
+    ) -> Path:
         """Write the manifest, give the checkpoint its name, then drop the oldest beyond `keep`.
 
         A later step that is already there could not be loaded, else the run would have gone on
@@ -136,14 +157,14 @@ class Store:
         files = tuple(file for part in parts for file in part.files)
         entries = tuple(entry for part in parts for entry in part.entries)
         manifest = Manifest(step, Part(files, entries), state)
-        writing, final = self._writing(step), self.path(step)
+        writing, final = self.writing(step, token=token), self.path(step)
+        later = [other for other in self.steps() if other > step]
         self.files.write(writing / NAME, [manifest.to_bytes()])
         if final.exists():
             self.files.rename(final, self.folder / f".step-{step:08d}.replaced")
         self.files.rename(writing, final)
         for replaced in self.folder.glob(".step-*.replaced"):
             self.files.remove(replaced)
-        later = [other for other in self.steps() if other > step]
         earlier = [other for other in self.steps() if other <= step]
         for old in [*earlier[:-keep], *later]:
             dropped = self.folder / f".step-{old:08d}.dropped"

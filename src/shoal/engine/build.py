@@ -107,11 +107,6 @@ class Training:
         tensors = [self.state.values, self.state.gradients, *self.state.moments.values()]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def random_states(self) -> list[str]:
-        """The global generators of all ranks, as hexadecimal (for dropout: framework)."""
-        own = torch.get_rng_state()
-        return [bytes(each.tolist()).hex() for each in self.group.gather(own)]
-
 
 def build(job: Job, *, group: Group, place: Place, report: Report) -> Training:
     """Build one rank's objects. Raises the errors of the parts it builds."""

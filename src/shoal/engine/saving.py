@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from shoal.comm.messages import broadcast_json, gather_json
 from shoal.config.locked import LOCKED, changed
 from shoal.config.recipe import Recipe
 from shoal.engine.state import FlatState
-from shoal.errors import RunError
+from shoal.errors import RunError, disk_problem
 
 
 def pieces_of(state: FlatState, *, rank: int, size: int) -> Iterator[Piece]:
@@ -40,6 +39,7 @@ def save(
     step: int,
     facts: dict[str, Any],
     keep: int,
+    random_state: str = "",
 ) -> Path:
     """Save all ranks' parts and publish them. Raises RunError on every rank when one rank failed.
 
@@ -47,7 +47,7 @@ def save(
     """
     problem = None
     if group.rank == 0:
-        problem = _attempt(lambda: store.begin(step))
+        problem = attempted(lambda: store.begin(step))
     problem = broadcast_json(group, problem)
     part = Part()
     if problem is None:
@@ -57,28 +57,36 @@ def save(
             pieces = pieces_of(state, rank=group.rank, size=group.size)
             part = store.write_part(step, rank=group.rank, pieces=pieces)
 
-        problem = _attempt(write)
-    reports = gather_json(group, {"problem": problem, "part": part.to_json()})
+        problem = attempted(write)
+    own = {"problem": problem, "part": part.to_json(), "random_state": random_state}
+    reports = gather_json(group, own)
     problem = next((r["problem"] for r in reports if r["problem"]), None)
     if problem is None and group.rank == 0:
         parts = [Part.from_json(report["part"]) for report in reports]
-        problem = _attempt(lambda: store.publish(step, parts=parts, state=facts, keep=keep))
+        whole = {**facts, "random_states": [report["random_state"] for report in reports]}
+        problem = attempted(lambda: store.publish(step, parts=parts, state=whole, keep=keep))
     problem = broadcast_json(group, problem)
     if problem is not None:
         raise RunError(
             f"{store.folder}: step {step} could not be saved: {problem}. The checkpoints before it "
-            "are as they were; make room (or set checkpoint.keep lower) and resume the run"
+            "are as they were; put that right (checkpoint.keep=1 takes least room) and resume the "
+            "run"
         )
     return store.path(step)
 
 
-def _attempt(call: Any) -> str | None:
+def random_state() -> str:
+    """This rank's global generator, as hexadecimal (for dropout: framework)."""
+    return bytes(torch.get_rng_state().numpy()).hex()
+
+
+def attempted(call: Callable[[], object]) -> str | None:
+    """Do it; what the disk had against it, in words, or None."""
     try:
         call()
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return "no space left on the disk"
-        return f"{error.strerror or error} ({error.filename or 'file'})"
+        full = disk_problem(error)
+        return full or f"{error.strerror or error} ({error.filename or 'file'})"
     return None
 
 

@@ -24,7 +24,8 @@ from shoal.engine.log import RunLog
 from shoal.engine.members import Members, members_of
 from shoal.engine.orders import Orders
 from shoal.engine.prepare import Inputs
-from shoal.engine.saving import check_same_run, choose_checkpoint, load, save
+from shoal.engine.saver import Saver
+from shoal.engine.saving import check_same_run, choose_checkpoint, load, random_state
 from shoal.engine.step import Batch, StepResult, Word
 from shoal.engine.update import Outcome
 from shoal.errors import PeersLost, Stopped, WorkerError
@@ -94,6 +95,8 @@ class Trainer:
             self.pulse.on_mark = PlannedFaults(job.faults, place.rank, self.training, report).mark
         self.files = RunLog(job, report=report, training=self.training)
         self.trace = Trace(on=job.recipe.observe.trace, rank=place.rank)
+        settings = job.recipe.checkpoint
+        self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)
         self._step_began = time.perf_counter()
         self._standing = Standing()
         self._broken: PeersLost | ReplicasDiffer | None = None
@@ -164,6 +167,7 @@ class Trainer:
     def _enter(self, lost: PeersLost | None = None) -> None:
         """Join the newest epoch and agree on one state with its members."""
         training, job = self.training, self.job
+        self._saver.leave()
         while True:
             try:
                 self.members.join(lost)
@@ -242,6 +246,7 @@ class Trainer:
             )
             text = f"replicas differ in {named}; repaired from rank {majority[0]}"
         elif training.store.steps():
+            self._saver.leave()
             step = self._restore()
             if self._first:
                 self.files.open(last={}, step=step)
@@ -282,7 +287,7 @@ class Trainer:
         if self._first:
             self.files.committed(row, outcome)
         stopping = outcome.word.stop and progress.step < self._last_step
-        self._settle(save=stopping or outcome.word.save)
+        self._settle(save=stopping or outcome.word.save, last=stopping)
         if outcome.word.save:
             self._orders.save.clear()
         if stopping:
@@ -293,17 +298,21 @@ class Trainer:
         if outcome.word.leave:
             self._enter()
 
-    def _settle(self, *, save: bool = False) -> None:
+    def _settle(self, *, save: bool = False, last: bool = False) -> None:
         """What is due at this step and not yet done: evaluation, checkpoint."""
         recipe, step = self.job.recipe, self.training.progress.step
         standing = self._standing
         if self._due(recipe.train.evaluate_every_steps) and standing.evaluated_at != step:
             self._evaluate()
             standing.evaluated_at = step
-        due = self._due(recipe.checkpoint.every_steps) or step == self._last_step
-        if (save or due) and step and standing.saved_at != step:
-            self._save()
+        last = last or step == self._last_step
+        due = save or last or self._due(recipe.checkpoint.every_steps)
+        if due and step and standing.saved_at != step:
+            self._save(last=last)
             standing.saved_at = step
+        notes = self._saver.notes()
+        for name, fields in notes if self._first else []:
+            self.files.sink.event(name, fields)
 
     def _evaluate(self) -> None:
         training, progress = self.training, self.training.progress
@@ -318,36 +327,34 @@ class Trainer:
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
             self.files.evaluated({**row, "completions": completions} if completions else row)
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool) -> None:
         training, progress = self.training, self.training.progress
         self.pulse.mark("save")
-        began = time.perf_counter()
         recipe = self.job.recipe
-        facts = {
-            **training.facts(),
-            "recipe": recipe.model_dump(mode="json"),
-            "layout": self.job.decision.to_json()["layout"],
-            "data": training.stream_state(progress.step),
-            "random_states": training.random_states(),
-            "model_config": training.config.to_dict(),
-            "ties": [list(names) for names in training.anatomy.ties],
-            "inputs": self.job.inputs.to_json(),
-        }
-        facts["fingerprint"] = fingerprint_of(training) if self._first else None
+
+        def facts() -> dict[str, Any]:
+            return {
+                **training.facts(),
+                "recipe": recipe.model_dump(mode="json"),
+                "layout": self.job.decision.to_json()["layout"],
+                "data": training.stream_state(progress.step),
+                "model_config": training.config.to_dict(),
+                "ties": [list(names) for names in training.anatomy.ties],
+                "inputs": self.job.inputs.to_json(),
+                "fingerprint": fingerprint_of(training),
+            }
+
         with self.trace.span("save", step=progress.step):
-            where = save(
-                training.store,
+            self._saver.save(
                 training.state,
                 group=self.group,
                 step=progress.step,
                 facts=facts,
-                keep=recipe.checkpoint.keep,
+                random_state=random_state(),
+                last=last,
+                while_waiting=lambda: self.pulse.mark("save"),
             )
         self.group.traffic.take()
-        if self._first:
-            seconds = time.perf_counter() - began
-            fields = {"step": progress.step, "seconds": seconds, "at": where.name}
-            self.files.sink.event("saved", fields)
 
     # --- the end
 

@@ -299,7 +299,7 @@ class CheckpointSection(Section):
     every_steps: Annotated[int, Field(ge=0)] = 100
     """0: only at the end and when stopped."""
     keep: Count = 2
-    background: bool = False
+    background: bool = True
     """Copy the state and write it while the steps go on; the last save is always waited for."""
 
 

@@ -12,7 +12,7 @@ import torch
 
 from shoal.comm.group import Group
 from shoal.comm.keys import Keys
-from shoal.comm.messages import gather_json
+from shoal.comm.messages import broadcast_json, gather_json
 from shoal.config.recipe import Recipe
 from shoal.engine.agree import FRESH, Standing, agree, check_same_program, transfer
 from shoal.engine.build import Training, build
@@ -245,8 +245,7 @@ class Trainer:
                 epoch=self.pulse.epoch,
             )
             text = f"replicas differ in {named}; repaired from rank {majority[0]}"
-        elif training.store.steps():
-            self._saver.leave()
+        elif self._anything_saved():
             step = self._restore()
             if self._first:
                 self.files.open(last={}, step=step)
@@ -256,6 +255,13 @@ class Trainer:
         if self._first:
             self.files.sink.event("repaired", {"step": training.progress.step, "text": text})
         self._broken = None
+
+    def _anything_saved(self) -> bool:
+        """Whether there is a checkpoint, the one being written counted; the same on every rank."""
+        self._saver.wait(timeout_seconds=60.0)
+        self.group.barrier()
+        self._saver.leave()
+        return bool(broadcast_json(self.group, bool(self.training.store.steps())))
 
     # --- after a step
 
@@ -330,6 +336,11 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         training, progress = self.training, self.training.progress
         self.pulse.mark("save")
+        digest = self._digest(0)
+        if digest is not None:  # what is saved must be what all replicas hold
+            digests = [int(text, 16) for text in gather_json(self.group, f"{digest:x}")]
+            if len(set(digests)) > 1:
+                raise ReplicasDiffer(digests)
         recipe = self.job.recipe
 
         def facts() -> dict[str, Any]:

@@ -29,7 +29,9 @@ LONG = (
 )
 """Phases that may take long without a sign."""
 FACTOR = 3.0
-FIRST_SECONDS = 60.0
+STARVED = 60.0
+"""Times its limit: after that even a worker that is only starved of a processor is given up."""
+FIRST_SECONDS = 300.0
 """Patience with a phase that was never timed, such as the first forward."""
 LONG_SECONDS = 600.0
 STOPPED_SECONDS = 0.4
@@ -81,17 +83,19 @@ def process_state(pid: int | None) -> tuple[str, float | None]:
 
 
 class Doctor:
-    """Judges sightings; remembers the CPU time of silent workers, to tell starved from spinning."""
+    """Judges sightings. A worker is late when it is silent for too long, and when that is not
+    for want of a processor: one that runs must have computed for as long as its limit, too."""
 
     def __init__(self, *, silence_seconds: float) -> None:
         self._floor = silence_seconds
         self._cpu: dict[int, tuple[float, float]] = {}
-        self._looked_at = time.monotonic()
-        self._since = self._looked_at
+        """Rank -> (time of its last beat, CPU seconds it had used when that was first seen)."""
+        self._looked_at = self._since = time.monotonic()
 
-    def silence(self, beat: Beat | None) -> float:
+    def silence(self, beat: Beat | None, *, started_at: float) -> float:
         """Seconds without a sign, not counting time in which this process itself was stopped."""
-        return time.monotonic() - max(self._since, beat.beat_at if beat is not None else 0.0)
+        last = beat.beat_at if beat is not None else started_at
+        return time.monotonic() - max(self._since, last)
 
     def look(self, seen: list[Sighting]) -> list[Stuck]:
         """The workers that are stuck, if any."""
@@ -104,7 +108,8 @@ class Doctor:
             for one in seen
             if one.state == "is stopped" and one.silent_seconds > STOPPED_SECONDS
         ]
-        found = found or [stuck for one in seen if (stuck := self._late(one)) is not None]
+        late = [(one, self._computed(one)) for one in seen]
+        found = found or [stuck for one, cpu in late if (stuck := self._late(one, cpu)) is not None]
         return found or _deadlock(seen)
 
     def limit(self, beat: Beat | None) -> float | None:
@@ -114,29 +119,31 @@ class Doctor:
         if beat.operation or beat.phase in WAITS:
             return None
         if beat.phase in LONG:
-            return (
-                max(10.0, FACTOR * beat.expected_seconds) if beat.expected_seconds else LONG_SECONDS
-            )
+            usual = FACTOR * beat.expected_seconds
+            return max(10.0, usual) if usual else LONG_SECONDS
         if not beat.expected_seconds:
             return max(self._floor, FIRST_SECONDS)
         return max(self._floor, FACTOR * beat.expected_seconds)
 
-    def _late(self, one: Sighting) -> Stuck | None:
+    def _computed(self, one: Sighting) -> float | None:
+        """CPU seconds used since its last beat, all its threads together; None: not known."""
+        if one.cpu_seconds is None:
+            return None
+        beat_at = one.beat.beat_at if one.beat is not None else 0.0
+        known = self._cpu.get(one.rank)
+        if known is None or known[0] != beat_at:
+            known = self._cpu[one.rank] = (beat_at, one.cpu_seconds)
+        return one.cpu_seconds - known[1]
+
+    def _late(self, one: Sighting, computed: float | None) -> Stuck | None:
         limit = self.limit(one.beat)
         if limit is None or one.silent_seconds <= limit:
-            self._cpu.pop(one.rank, None)
             return None
-        before = self._cpu.setdefault(one.rank, (time.monotonic(), one.cpu_seconds or 0.0))
-        waited = time.monotonic() - before[0]
-        if one.cpu_seconds is not None:
-            used = one.cpu_seconds - before[1]
-            if waited < 0.25:  # look twice: is it starved of the processor, or does it spin?
-                return None
-            if one.state in ("runs", "waits for a device") and used < 0.2 * waited:
-                return None if one.silent_seconds < 10 * limit else Stuck(one.rank, "gets no time")
-            if used >= 0.2 * waited:
-                return Stuck(one.rank, "runs without a step (a live-lock)")
-        return Stuck(one.rank, f"gives no sign ({one.state})")
+        if one.state not in ("runs", "waits for a device") or computed is None:
+            return Stuck(one.rank, f"gives no sign ({one.state})")
+        if computed > limit:
+            return Stuck(one.rank, "runs without a step (a live-lock)")
+        return Stuck(one.rank, "gets no time") if one.silent_seconds > STARVED * limit else None
 
 
 def _deadlock(seen: list[Sighting]) -> list[Stuck]:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Seat:
 
     rank: int
     worker: Worker
+    started_at: float = field(default_factory=time.monotonic)
     waiting: bool = False
     """Built, and waiting for an epoch."""
     epoch: int = 0
@@ -208,8 +209,8 @@ class Supervisor:
             if not seat.alive:
                 continue
             beat = self._watch.read(rank)
-            silent = self._doctor.silence(beat)
-            state, cpu = process_state(seat.worker.pid) if silent > 0.3 else ("runs", None)
+            silent = self._doctor.silence(beat, started_at=seat.started_at)
+            state, cpu = process_state(seat.worker.pid)
             seen.append(Sighting(rank, seat.worker.pid, beat, silent, state, cpu))
         return seen
 
@@ -295,7 +296,7 @@ class Supervisor:
 
     def _seat_anew(self, seat: Seat) -> None:
         self._watch.clear(seat.rank)
-        seat.worker = self._start(seat.rank)
+        seat.worker, seat.started_at = self._start(seat.rank), time.monotonic()
         seat.waiting, seat.epoch, seat.error, seat.stuck, seat.done = False, 0, None, None, False
 
     def _start(self, rank: int) -> Worker:

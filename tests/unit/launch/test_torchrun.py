@@ -41,7 +41,8 @@ def test_ranks_with_other_recipes_are_refused(bench: Bench, tmp_path: Path) -> N
     """One message that names the difference, instead of a hang or a silent choice."""
     out = tmp_path / "refused"
     shoal = Path(sys.executable).parent / "shoal"
-    script = f'exec {shoal} train {bench.recipe} train.steps=4 parallel.replicate=2 "seed=$RANK" --out {out}'
+    words = f'train.steps=4 parallel.replicate=2 "seed=$RANK" --out {out}'
+    script = f"exec {shoal} train {bench.recipe} {words}"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*launcher, "--no-python", "sh", "-c", script]
     found = subprocess.run(command, capture_output=True, text=True, timeout=100)

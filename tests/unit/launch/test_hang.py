@@ -1,0 +1,168 @@
+"""The hang doctor's judgement: who is stuck, who only waits, who is starved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from shoal.launch.deaths import death_of
+from shoal.launch.hang import Doctor, Sighting, process_state, report, stack_of
+from shoal.launch.pace import Pace
+from shoal.observe.pulse import Beat
+
+COMPUTING = Beat(0.0, 0.2, 12, 40, 0, 1, 0, "forward", "")
+WAITING = replace(COMPUTING, collective=41, num_bytes=800, phase="reduce", operation="all_reduce")
+
+
+def seen(rank: int, beat: Beat | None, silent: float, state: str, cpu: float | None) -> Sighting:
+    return Sighting(rank, 1000 + rank, beat, silent, state, cpu)
+
+
+def judged(*pairs: tuple[Sighting, Sighting]) -> list[tuple[int, str]]:
+    """What the doctor says at the second look."""
+    doctor = Doctor(silence_seconds=1.0)
+    doctor.look([first for first, _ in pairs])
+    return [(stuck.rank, stuck.reason) for stuck in doctor.look([second for _, second in pairs])]
+
+
+def moving(rank: int, beat: Beat, *, silent: float, cpu: float, state: str = "runs"):
+    """A worker first seen at its beat, then after `silent` seconds in which it used `cpu`."""
+    return seen(rank, beat, 0.0, state, 5.0), seen(rank, beat, silent, state, 5.0 + cpu)
+
+
+def test_a_short_silence_is_nothing() -> None:
+    assert judged(moving(0, COMPUTING, silent=0.9, cpu=0.9)) == []
+
+
+def test_patience_is_three_times_what_it_lately_took() -> None:
+    slow = replace(COMPUTING, expected_seconds=4.0)
+    assert judged(moving(0, slow, silent=11.0, cpu=11.0)) == []
+    assert judged(moving(0, slow, silent=13.0, cpu=13.0)) != []
+
+
+def test_one_that_computes_without_a_step() -> None:
+    found = judged(
+        moving(0, COMPUTING, silent=1.5, cpu=1.5), moving(1, WAITING, silent=1.5, cpu=0.0)
+    )
+    assert found == [(0, "runs without a step (a live-lock)")]
+
+
+def test_one_that_sleeps() -> None:
+    found = judged(moving(0, COMPUTING, silent=1.5, cpu=0.0, state="sleeps"))
+    assert found == [(0, "gives no sign (sleeps)")]
+
+
+def test_a_starved_worker_is_not_stuck() -> None:
+    """On a busy machine it runs, but gets little time: it must not be ended for that."""
+    assert judged(moving(0, COMPUTING, silent=20.0, cpu=0.4)) == []
+    assert judged(moving(0, COMPUTING, silent=100.0, cpu=0.4)) == [(0, "gets no time")]
+
+
+def test_a_stopped_one_is_known_wherever_it_stands() -> None:
+    for beat in (COMPUTING, WAITING):
+        found = judged(moving(1, beat, silent=0.5, cpu=0.0, state="is stopped"))
+        assert found == [(1, "is stopped (SIGSTOP)")]
+
+
+def test_waiting_is_no_fault() -> None:
+    assert (
+        judged(
+            moving(0, WAITING, silent=500.0, cpu=0.0, state="sleeps"),
+            ()[:0]
+            or moving(1, replace(COMPUTING, expected_seconds=400.0), silent=500.0, cpu=500.0),
+        )
+        == []
+    )
+
+
+def test_calls_that_do_not_match() -> None:
+    other = replace(WAITING, operation="broadcast", num_bytes=16)
+    found = judged(
+        *(moving(rank, WAITING, silent=30.0, cpu=0.0, state="sleeps") for rank in (0, 1)),
+        moving(2, other, silent=30.0, cpu=0.0, state="sleeps"),
+    )
+    ((rank, reason),) = found
+    assert rank == 2 and "is broadcast of 16 bytes" in reason
+    assert "theirs collective 41 is all_reduce of 800 bytes" in reason
+
+
+def test_all_wait_and_nothing_moves() -> None:
+    found = judged(*(moving(r, WAITING, silent=30.0, cpu=0.0, state="sleeps") for r in (0, 1)))
+    assert [rank for rank, _ in found] == [0, 1]
+
+
+def test_after_a_stop_of_our_own_nobody_is_late() -> None:
+    doctor = Doctor(silence_seconds=1.0)
+    doctor._looked_at -= 30.0  # as after SIGSTOP and SIGCONT of this process
+    assert doctor.look([]) == []
+    assert doctor.silence(replace(COMPUTING, beat_at=time.monotonic() - 29), started_at=0.0) < 1.0
+
+
+def test_the_table_says_who_waits_for_whom() -> None:
+    lines = report([seen(0, WAITING, 2.0, "sleeps", 1.0), seen(1, COMPUTING, 2.5, "runs", 1.0)])
+    assert lines[0].startswith(
+        "worker 0: step 12, reduce, in collective 41 (all_reduce, 800 bytes)"
+    )
+    assert lines[-1] == "workers 0 wait for worker 1"
+
+
+def test_state_and_stack_of_a_real_process(tmp_path: Path) -> None:
+    code = (
+        "import faulthandler, signal, sys\n"
+        "faulthandler.register(signal.SIGUSR1, file=open(sys.argv[1], 'a'), all_threads=True)\n"
+        "print('ready', flush=True)\n"
+        "def busy():\n    while True: pass\n"
+        "busy()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "stack")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert process_state(process.pid)[0] == "runs"
+        assert "in busy" in stack_of(process.pid, tmp_path / "stack", stopped=False)
+        os.kill(process.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 5
+        while process_state(process.pid)[0] != "is stopped":
+            assert time.monotonic() < deadline
+        assert "in busy" in stack_of(process.pid, tmp_path / "stack", stopped=True)
+        process.kill()
+    assert process_state(None) == ("unknown", None)
+
+
+def test_what_a_death_is_called() -> None:
+    known = {"rank": 1, "step": 7, "where": "step 7, forward", "error": None, "stuck": None}
+    assert death_of(**known, status=-9, ran_out=False).text == "worker 1 was killed (SIGKILL)"
+    assert death_of(**known, status=-9, ran_out=True).kind == "out-of-memory"
+    assert death_of(**known, status=-11, ran_out=True).kind == "killed"
+    assert death_of(**known, status=0, ran_out=False).kind == "exited"
+    failed = {**known, "error": {"text": "ValueError: x", "trace": "..."}}
+    assert death_of(**failed, status=1, ran_out=False).text == "worker 1: ValueError: x"
+    stuck = {**known, "stuck": "is stopped (SIGSTOP)"}
+    assert death_of(**stuck, status=-9, ran_out=True).kind == "stuck"
+
+
+def paced(*seconds: float, steps: int = 12) -> list[int]:
+    """Ranks named slow when rank r computes seconds[r] a step."""
+    pace, named = Pace(), []
+    for step in range(steps):
+        for rank, own in enumerate(seconds):
+            message = {"epoch": 1, "rank": rank, "step": step, "compute_seconds": own}
+            if (slow := pace.note(message)) is not None:
+                named.append(slow["rank"])
+    return named
+
+
+def test_a_slow_worker_is_named_once() -> None:
+    assert paced(0.5, 0.9) == [1]
+    assert paced(0.9, 0.5, 0.5, 0.5) == [0]
+
+
+def test_small_differences_are_noise() -> None:
+    assert paced(0.5, 0.6) == []
+    assert paced(0.01, 0.03) == []
+    assert paced(0.7) == []

@@ -15,8 +15,11 @@ def resume(
     overrides: Overrides = None,
 ) -> None:
     """Go on with RUN; another layout or kind of worker is allowed."""
-    from shoal.launch import local
-    from shoal.launch.summary import last_words
+    from shoal.launch.pool import WorkerPool
 
-    result = local.resume(run, overrides or [])
+    with WorkerPool() as pool:  # before anything else is imported: its own imports take longest
+        from shoal.launch import local
+        from shoal.launch.summary import last_words
+
+        result = local.resume(run, overrides or [], pool=pool)
     print("\n".join(last_words(result.run, result.summary, recipe=str(run / "config.yaml"))))

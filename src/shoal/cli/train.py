@@ -26,8 +26,11 @@ def train(
         from shoal.launch.torchrun import join
 
         raise typer.Exit(join(recipe, overrides or [], out=out, seat=seat))
-    from shoal.launch import local
-    from shoal.launch.summary import last_words
+    from shoal.launch.pool import WorkerPool
 
-    result = local.train(recipe, overrides or [], out=out)
+    with WorkerPool() as pool:  # before anything else is imported: its own imports take longest
+        from shoal.launch import local
+        from shoal.launch.summary import last_words
+
+        result = local.train(recipe, overrides or [], out=out, pool=pool)
     print("\n".join(last_words(result.run, result.summary, recipe=recipe)))

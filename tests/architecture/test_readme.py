@@ -13,7 +13,9 @@ import pytest
 
 from shoal.cli.main import main
 from shoal.launch import local
+from shoal.launch import pool as pools
 from shoal.launch.pool import WorkerPool
+from shoal.prove import rehearse as rehearsal
 from tiny import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +86,9 @@ def workplace(
 ) -> Path:
     """A folder with a user's text and tags, where commands take workers from the shared server."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(local, "_pool", lambda given: nullcontext(given or pool))
+    for module in (local, rehearsal):
+        monkeypatch.setattr(module, "_pool", lambda given: nullcontext(given or pool))
+    monkeypatch.setattr(pools, "WorkerPool", lambda: nullcontext(pool))
     sentence = "Ada B-person\nlives O\nin O\nParis B-place\n. O\n\n"
     (tmp_path / "tags.conll").write_text(sentence.replace(" ", "\t") * 60, encoding="utf-8")
     stories = "\n\n\n".join(
@@ -103,6 +107,8 @@ def run(command: str, bench: Bench) -> int:
         words += TAGGING
     elif words[1:3] == ["train", "quickstart"] or words[1] == "evaluate":
         words += small
+    elif words[1] == "rehearse":
+        words += [*small, "train.steps=21", "train.evaluate_every_steps=0"]
     with pytest.raises(SystemExit) as ended:
         main(words[1:])
     return int(ended.value.code or 0)

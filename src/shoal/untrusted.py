@@ -108,7 +108,7 @@ def _info(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"{where}: dtype {str(dtype)[:20]!r} is not known")
     if not _counts(shape) or len(shape) > MOST_DIMS or prod(shape) > MOST_ELEMENTS:
         raise ValueError(f"{where}: {str(shape)[:80]} is not the shape of a tensor")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from shoal.data.storage import appearing
 from shoal.errors import FetchError
@@ -141,7 +141,7 @@ def _check_members(members: Sequence[zipfile.ZipInfo], *, archive: Path) -> None
     if len({info.filename for info in members}) != len(members):
         raise FetchError(f"{archive.name}: a name stands there twice; do not use this package")
     for info in members:
-        parts = PurePosixPath(info.filename).parts
+        parts = info.filename.split("/")
         kind = stat.S_IFMT(info.external_attr >> 16)
         if not all(is_plain_name(part) for part in parts) or kind not in {0, stat.S_IFREG}:
             raise FetchError(

@@ -230,7 +230,7 @@ def test_a_failed_save_is_said_and_the_next_one_tried(
         notes = ranks.notes()
         if names(notes) != ["saved"]:  # the fault may come after the checkpoint has its name
             assert names(notes) == ["save-failed"]
-            tried = "tried again at the next save; the checkpoints before it are as they were"
+            tried = "the next save tries again; the checkpoints before it are as they were"
             assert tried in text(notes)
             assert said in text(notes) or "no room to say why" in text(notes), (at, notes)
         assert newest(folder) in (1, 3)

@@ -1,23 +1,28 @@
 """The manifest of a checkpoint: every file with its hash, every box with its place and hash.
 
 The file is JSON whose first field is a checksum of all its other bytes, so that a change of any
-byte, white space included, is noticed.
+byte, white space included, is noticed. The checksum is no signature: what a manifest says is
+checked before it is used, for it may have been made by anybody.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xxhash
 
 from shoal.checkpoint.boxes import Box
 from shoal.errors import CheckpointError
+from shoal.untrusted import MOST_DIMS, MOST_ELEMENTS, MOST_TENSORS, is_plain_name, open_plain
 
 NAME = "manifest.json"
 FORMAT = 1
+_LARGEST_BYTES = 1 << 28
 _HEAD = '{"checksum": "'
 _BLANK = "0" * 16
 
@@ -47,7 +52,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank wrote."""
+    """What one rank wrote, or all of them."""
 
     files: tuple[FileRecord, ...] = ()
     entries: tuple[Entry, ...] = ()
@@ -57,17 +62,38 @@ class Part:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> Part:
-        """The inverse of `to_json`."""
-        return cls(
-            tuple(FileRecord(**file) for file in tree["files"]),
-            tuple(_entry(entry) for entry in tree["entries"]),
-        )
+    def from_json(cls, tree: Any) -> Part:
+        """The inverse of `to_json`. Raises ValueError for what cannot be a part."""
+        part = msgspec.convert(tree, type=cls)  # its ValidationError is a ValueError
+        problem = _problem(part)
+        if problem is not None:
+            raise ValueError(problem)
+        return part
 
 
-def _entry(tree: dict[str, Any]) -> Entry:
-    box = Box(tuple(tree["box"]["offsets"]), tuple(tree["box"]["sizes"]))
-    return Entry(**{**tree, "shape": tuple(tree["shape"]), "box": box})
+def _problem(part: Part) -> str | None:
+    """What is wrong with a part: names that lead elsewhere, boxes outside of their tensor."""
+    files = {record.file for record in part.files}
+    for name in sorted(files):
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
+            return f"{name[:80]!r} cannot be a file of a checkpoint"
+    if len(files) != len(part.files) or len(part.entries) > MOST_TENSORS:
+        return "a file stands there twice, or too many boxes"
+    taken: set[tuple[str, str]] = set()
+    for entry in part.entries:
+        where, box = entry.name[:80], entry.box
+        dims = {len(entry.shape), len(box.offsets), len(box.sizes)}
+        if len(dims) > 1 or max(dims) > MOST_DIMS or prod(entry.shape) > MOST_ELEMENTS:
+            return f"{where}: no tensor has the shape {str(entry.shape)[:80]}"
+        for size, low, count in zip(entry.shape, box.offsets, box.sizes):
+            if low < 0 or count < 0 or low + count > size:
+                return f"{where}: its box lies outside of it"
+        if entry.file not in files:
+            return f"{where}: is in {entry.file[:80]!r}, which is no file of this checkpoint"
+        if (entry.file, entry.key) in taken:
+            return f"{where}: shares its bytes with another box"
+        taken.add((entry.file, entry.key))
+    return None
 
 
 @dataclass(frozen=True)
@@ -86,23 +112,43 @@ class Manifest:
         return (_HEAD + checksum + rest).encode()
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """The manifest of the checkpoint in `folder`. Raises CheckpointError."""
+    def read(cls, folder: Path, *, step: int | None = None) -> Manifest:
+        """The manifest of the checkpoint in `folder`, of `step` if given. CheckpointError."""
         path = folder / NAME
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        content = _content(path)
         start, stop = len(_HEAD), len(_HEAD) + len(_BLANK)
         found = content[start:stop]
         blanked = content[:start] + _BLANK.encode() + content[stop:]
         expected = xxhash.xxh3_64(blanked).hexdigest().encode()
         if found != expected:
             raise CheckpointError(f"{path}: damaged (its checksum does not match its content)")
-        body = json.loads(content)["body"]
-        if body["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path}: expected format {FORMAT}, got {body['format']}; "
-                "read it with the version of shoal that wrote it"
-            )
-        return cls(body["step"], Part.from_json(body), body["state"])
+        try:
+            body = json.loads(content)["body"]
+            if body["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{path}: expected format {FORMAT}, got {body['format']}; "
+                    "read it with the version of shoal that wrote it"
+                )
+            part = Part.from_json({"files": body["files"], "entries": body["entries"]})
+            state = msgspec.convert(body["state"], type=dict[str, Any])
+            manifest = cls(msgspec.convert(body["step"], type=int), part, state)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise CheckpointError(f"{path}: refused, it is not a manifest: {reason}") from None
+        if step is not None and manifest.step != step:
+            raise CheckpointError(f"{path}: is of step {manifest.step}, expected {step}")
+        return manifest
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a manifest. Raises CheckpointError."""
+    if path.parent.is_symlink():
+        raise CheckpointError(f"{path.parent}: is a link, expected the folder of a checkpoint")
+    try:
+        with open_plain(path) as file:
+            content = file.read(_LARGEST_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > _LARGEST_BYTES:
+        raise CheckpointError(f"{path}: larger than any manifest ({_LARGEST_BYTES} bytes)")
+    return content

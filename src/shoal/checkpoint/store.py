@@ -8,6 +8,7 @@ final name is therefore complete; hashes tell whether it still is.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from shoal.checkpoint.boxes import Box
 from shoal.checkpoint.files import Files
 from shoal.checkpoint.manifest import NAME, Entry, FileRecord, Manifest, Part
 from shoal.errors import CheckpointError, RunError
+from shoal.untrusted import TensorInfo, open_plain, read_header
 
 _WRITING = re.compile(r"\.step-(\d{8,})\.([0-9a-f]+)\.writing")
 
@@ -177,7 +179,7 @@ class Store:
     def verify(self, step: int) -> Manifest:
         """Check every byte of a checkpoint. Raises CheckpointError that names the file."""
         folder = self.path(step)
-        manifest = Manifest.read(folder)
+        manifest = Manifest.read(folder, step=step)
         for record in manifest.part.files:
             _verify_file(folder / record.file, record)
         return manifest
@@ -204,16 +206,16 @@ class Store:
 
     def open(self, step: int) -> Reader:
         """A reader of the checkpoint of `step` (verified file by file as it is read)."""
-        return Reader(self.path(step), Manifest.read(self.path(step)))
+        return Reader(self.path(step), Manifest.read(self.path(step), step=step))
 
 
 def _verify_file(path: Path, record: FileRecord) -> None:
     try:
-        size = path.stat().st_size
-        if size != record.num_bytes:
-            raise CheckpointError(f"{path}: expected {record.num_bytes} bytes, got {size}")
         digest = xxhash.xxh3_64()
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.num_bytes:
+                raise CheckpointError(f"{path}: expected {record.num_bytes} bytes, got {size}")
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:
@@ -227,6 +229,7 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.step, self.state = folder, manifest.step, manifest.state
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
         self._entries: dict[tuple[str, str], list[Entry]] = {}
         for entry in manifest.part.entries:
             self._entries.setdefault((entry.kind, entry.name), []).append(entry)
@@ -246,26 +249,56 @@ class Reader:
             raise CheckpointError(f"{self.folder}: holds no {kind} of {name}") from None
 
     def read(self, name: str, *, kind: str = "parameter", box: Box | None = None) -> Tensor:
-        """The tensor, or a `box` of it; each saved box that is touched whole is hash-checked."""
+        """The tensor, or a `box` of it; each saved box that is touched whole is hash-checked.
+
+        Nothing is allocated before the boxes that are there make up what is asked for. Raises
+        CheckpointError.
+        """
         entries = self._of(kind, name)
         wanted = box or Box.whole(entries[0].shape)
-        result: Tensor | None = None
-        filled = 0
-        for entry in entries:
-            shared = wanted.meet(entry.box) if wanted.sizes else entry.box
-            if shared is None:
-                continue
-            part = self._read(entry, shared)
-            if result is None:
-                result = torch.empty(wanted.sizes, dtype=part.dtype)
-            result[shared.within(wanted)] = part
-            filled += shared.numel
-        if result is None or filled != wanted.numel:
+        found = [
+            (entry, wanted.meet(entry.box) if wanted.sizes else entry.box) for entry in entries
+        ]
+        shared = [(entry, part) for entry, part in found if part is not None]
+        filled = sum(part.numel for _, part in shared)
+        if not shared or filled != wanted.numel:
             raise CheckpointError(
                 f"{self.folder}: {kind} of {name}: the saved boxes hold {filled} of "
                 f"{wanted.numel} elements asked for"
             )
+        for entry, _ in shared:
+            self._check(entry)
+        if len(shared) == 1 and shared[0][1] == wanted:
+            return self._read(*shared[0])
+        parts = [(part, self._read(entry, part)) for entry, part in shared]
+        if len({tensor.dtype for _, tensor in parts}) > 1:
+            raise CheckpointError(f"{self.folder}: {kind} of {name}: its boxes differ in dtype")
+        result = torch.empty(wanted.sizes, dtype=parts[0][1].dtype)
+        seen = torch.zeros(wanted.sizes, dtype=torch.bool)
+        for part, tensor in parts:
+            at = part.within(wanted)
+            result[at], seen[at] = tensor, True
+        if not seen.all():
+            raise CheckpointError(f"{self.folder}: {kind} of {name}: its saved boxes overlap")
         return result
+
+    def _check(self, entry: Entry) -> None:
+        """What the file's header says of a box is what the manifest says. CheckpointError."""
+        path = self.folder / entry.file
+        try:
+            if entry.file not in self._headers:
+                with open_plain(path) as file:
+                    self._headers[entry.file] = read_header(file)
+            info = self._headers[entry.file].get(entry.key)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from None
+        if info is None or info.shape != entry.box.sizes or info.dtype not in _DTYPES.values():
+            has = "nothing" if info is None else f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(
+                f"{path}: {entry.key}: expected a box of {list(entry.box.sizes)}, found {has}"
+            )
 
     def _read(self, entry: Entry, shared: Box) -> Tensor:
         path = self.folder / entry.file

@@ -88,7 +88,9 @@ class Donor:
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         )
-        self.address: str = self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes), "as ZeroMQ documents it"
+        self.address: str = endpoint.rstrip(b"\0").decode()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="donor", daemon=True)
         self._thread.start()

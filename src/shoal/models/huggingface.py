@@ -20,6 +20,9 @@ from shoal.models.dropout import mute_attention_dropout, mute_dropout
 _ALSO_KNOWN = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"}
 """Keys that configurations take besides their fields."""
 
+_REMOTE_CODE = "auto_map"
+"""The key by which a folder asks for classes of its own code: never followed."""
+
 _building = threading.Lock()
 
 _COUNTS = (
@@ -72,10 +75,10 @@ def read_config(
 
 
 def config_from(tree: Mapping[str, Any]) -> Any:
-    """The configuration that `config.to_dict()` gave `tree`."""
+    """The configuration that `config.to_dict()` gave `tree`. Names of code in it are left out."""
     from transformers import AutoConfig
 
-    saved = dict(tree)
+    saved = {key: value for key, value in tree.items() if key != _REMOTE_CODE}
     return AutoConfig.for_model(saved.pop("model_type"), **saved)
 
 
@@ -104,7 +107,10 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
         # transformers patches torch while it builds: one thread at a time
         with _building, torch.device("meta"):
             model: nn.Module = factory.from_config(
-                config, attn_implementation=attention.NAME, dtype=torch.float32
+                config,
+                attn_implementation=attention.NAME,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
     except ValueError as error:
         raise ModelError(
@@ -156,12 +162,14 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
     if "model_type" not in content:
         raise ModelError(f"{file}: it names no model_type\n    add it, for example llama")
     _refuse_unknown(content["model_type"], settings)
-    return _guarded(
+    config = _guarded(
         lambda: AutoConfig.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True, **settings
         ),
         where=str(file),
     )
+    vars(config).pop(_REMOTE_CODE, None)  # nor is it handed on to who reads what we export
+    return config
 
 
 def _from_settings(architecture: str, settings: dict[str, Any], vocabulary: int | None) -> Any:

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters, ties_of
 from shoal.models.init import Box
+from shoal.untrusted import (
+    LARGEST_HEADER_BYTES,
+    TensorInfo,
+    is_plain_name,
+    open_plain,
+    read_header,
+)
 
 _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -119,16 +126,11 @@ def _files_of(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
-        listed: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        for file in set(listed.values()):
-            if Path(file).name != file or not (folder / file).is_file():
-                raise ModelError(
-                    f"{index}: it names {file!r}, which is not a file of this folder\n"
-                    "    fetch the model again"
-                )
-        return {name: folder / file for name, file in listed.items()}
+        listed = _weight_map(index)
+        return {name: _inside(folder, file, of=index) for name, file in listed.items()}
     if single.is_file():
-        return dict.fromkeys(_keys_of(single), single)
+        file = _inside(folder, single.name, of=folder)
+        return dict.fromkeys(_header_of(file), file)
     pickled = [name for name in _PICKLED if (folder / name).exists()]
     if pickled:
         raise ModelError(
@@ -143,11 +145,47 @@ def _files_of(folder: Path) -> dict[str, Path]:
     )
 
 
-def _keys_of(file: Path) -> list[str]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """The index's map from tensor to file. Raises ModelError."""
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
+        if index.stat().st_size > LARGEST_HEADER_BYTES:
+            raise ValueError(f"it is larger than {LARGEST_HEADER_BYTES} bytes")
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+            raise ValueError("weight_map is not a map from names to files")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModelError(
+            f"{index}: not the index of a model: {reason}\n    fetch the model again"
+        ) from None
+    return listed
+
+
+def _inside(folder: Path, name: str, *, of: Path) -> Path:
+    """The file `name` of `folder`. Raises ModelError for a name or a link that leads elsewhere.
+
+    The hub's cache keeps a snapshot as links into the `blobs` folder beside it: that is inside.
+    """
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    path = home / name
+    plain = is_plain_name(name) and name.endswith(".safetensors") and path.is_file()
+    if not plain or not any(path.resolve().is_relative_to(each) for each in homes):
+        raise ModelError(
+            f"{of}: it names {name[:80]!r}, which is not a file of this folder\n"
+            "    fetch the model again; if it came like this, do not use it"
+        )
+    return path.resolve()
+
+
+def _header_of(file: Path) -> dict[str, TensorInfo]:
+    """What a safetensors file holds, checked against its size. Raises ModelError."""
+    try:
+        with open_plain(file) as opened:
+            return read_header(opened)
+    except (ValueError, OSError) as error:
         raise ModelError(
             f"{file}: damaged or not a safetensors file: {error}\n    fetch the model again"
         ) from error
@@ -156,15 +194,14 @@ def _keys_of(file: Path) -> list[str]:
 def _shapes_of(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(files.values())):
-        present = set(_keys_of(file))
-        with safe_open(str(file), framework="pt") as opened:
-            for name in (name for name, where in files.items() if where == file):
-                if name not in present:
-                    raise ModelError(
-                        f"{file}: the index says it holds {name}, but it does not\n"
-                        "    fetch the model again"
-                    )
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
+        header = _header_of(file)
+        for name in (name for name, where in files.items() if where == file):
+            if name not in header:
+                raise ModelError(
+                    f"{file}: the index says it holds {name}, but it does not\n"
+                    "    fetch the model again"
+                )
+            shapes[name] = header[name].shape
     return shapes
 
 
@@ -201,7 +238,11 @@ def _is_converted(model: nn.Module) -> bool:
 
 def _read_by_transformers(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     loaded = type(model).from_pretrained(  # type: ignore[attr-defined]
-        str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
+        str(folder),
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
     )
     return {name: each.detach() for name, each in loaded.named_parameters()}
 

@@ -24,9 +24,11 @@ def continue_prompt(path: Path, *, prompt: str, tokens: int, temperature: float,
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_directory(path)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(seed)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from shoal.errors import RunError
-from shoal.launch.directory import claim, open_run, write_whole
+from shoal.launch.directory import claim, hold, open_run, write_whole
 
 
 def test_numbers_go_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +63,75 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         write_whole(path, "half \ud800")
     assert path.read_text() == "first"
     assert [found.name for found in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
+    with hold(tmp_path):
+        who = f"process {os.getpid()} is at work in this run"
+        with pytest.raises(RunError, match=who), hold(tmp_path):
+            pass
+        with pytest.raises(RunError, match="another --out"), hold(tmp_path):
+            pass
+    with hold(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == [], "a folder with nothing in it can go again"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from shoal.launch.directory import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(RunError, match=f"process {process.pid} is"), hold(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    assert (tmp_path / ".lock").read_text() == f"{process.pid}\n", "left behind, and no obstacle"
+    with hold(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_many_at_once_hold_one_after_another(tmp_path: Path) -> None:
+    """The file is removed and made anew all the time; two never hold it together."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work() -> None:
+        done = 0
+        while done < 20:
+            try:
+                with hold(tmp_path):
+                    inside.append(1)
+                    most.append(len(inside))
+                    inside.pop()
+                    done += 1
+            except RunError:
+                continue
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 80 and max(most) == 1
+
+
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "other")
+    with pytest.raises(RunError, match=r"\.lock: cannot be written"), hold(tmp_path / "run"):
+        pass
+    assert (tmp_path / "other").read_text() == "precious"

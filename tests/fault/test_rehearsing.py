@@ -212,3 +212,9 @@ def test_the_command(bench: Bench, tmp_path: Path) -> None:
     assert "kill:1@12" in done.stdout and "identical to the last digit" in done.stdout
     tree = json.loads((tmp_path / "both/rehearsal.json").read_text())
     assert tree["same_weights"] and tree["faults"][0]["noticed_as"] == "killed"
+
+
+def test_when_both_die_the_save_is_what_is_left(bench: Bench) -> None:
+    """The second dies while the first's replacement has no state yet."""
+    found = rehearsed(bench, "kill:0@12:forward", "kill:1@12:forward")
+    assert_as_if_nothing(found)

@@ -310,7 +310,7 @@ class LaunchSection(Section):
     threads_per_worker: Count | Auto = "auto"
     retries: Annotated[int, Field(ge=0)] = 3
     """Failures at one and the same step that are recovered from; 0: a failure ends the run."""
-    silence_seconds: Rate = 1.0
+    silence_seconds: Rate = 1.5
     """A worker that gives no sign for this long, and three times as long as it lately took for
     the same thing, is taken for stuck."""
     time_limit_seconds: Rate | None = None

@@ -209,7 +209,7 @@ def _weights(
     )
     state = flat.allocate(regions, group=group, optimizer=recipe.train.optimizer, device=device)
     record = init.record(model)
-    first = not group.computes_in_place or group.rank == 0
+    first = not job.joining and (not group.computes_in_place or group.rank == 0)
     notes: list[str] = []
     if first:
         source = _pretrained(job, model=model)

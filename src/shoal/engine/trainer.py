@@ -45,6 +45,8 @@ class Job:
     inputs: Inputs
     decision: Decision
     resume: bool
+    joining: bool = False
+    """Takes the place of a lost worker: the state comes from a living one, and is not drawn."""
     final_model: bool = True
     fault: str | None = None
     """A planned mistake, for showing that checks see it: `mean-of-means`."""
@@ -195,6 +197,8 @@ class Trainer:
     def _begin(self) -> None:
         """The state of a run that begins or is resumed; nobody has one yet."""
         training, job = self.training, self.job
+        if job.joining:
+            raise WorkerError("joined a run whose state nobody holds any more")
         if job.resume:
             step = self._restore()
         else:

@@ -67,6 +67,7 @@ def job_from(payload: dict[str, Any]) -> Job:
         inputs=Inputs.from_json(payload["inputs"]),
         decision=Decision.from_json(payload["decision"]),
         resume=payload["resume"],
+        joining=payload.get("joining", False),
         faults=tuple(payload.get("faults", ())),
         final_model=payload.get("final_model", True),
         fault=payload.get("fault"),

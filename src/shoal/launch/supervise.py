@@ -291,15 +291,15 @@ class Supervisor:
             where = "the last checkpoint" if resume else "the beginning"
             self._tell("restarted", {"text": f"all workers start again from {where}"})
             return
-        self._seat_anew(lost)
+        self._seat_anew(lost, joining=True)
         self._form()
 
-    def _seat_anew(self, seat: Seat) -> None:
+    def _seat_anew(self, seat: Seat, *, joining: bool = False) -> None:
         self._watch.clear(seat.rank)
-        seat.worker, seat.started_at = self._start(seat.rank), time.monotonic()
+        seat.worker, seat.started_at = self._start(seat.rank, joining=joining), time.monotonic()
         seat.waiting, seat.epoch, seat.error, seat.stuck, seat.done = False, 0, None, None, False
 
-    def _start(self, rank: int) -> Worker:
+    def _start(self, rank: int, *, joining: bool = False) -> Worker:
         return self._pool.start(
             TARGET,
             {
@@ -310,6 +310,7 @@ class Supervisor:
                 "stack": str(self._folder / f"stack-{rank}"),
                 "keys": str(self._folder / "keys"),
                 "faults": self._faults,
+                "joining": joining,
             },
         )
 

@@ -362,11 +362,9 @@ class _Family:
     axes: frozenset[str]
 
 
-# phi3 keeps queries, keys and values in one projection that transformers' plan gathers: attention
-# would not be split, so tensor is refused until the projection is rewritten.
 _FAMILIES: dict[str, _Family] = {
     **{name: _Family(_decoder, _EVERY_AXIS) for name in _LIKE_LLAMA},
-    "phi3": _Family(_decoder, _EVERY_AXIS - {"tensor"}),
+    "phi3": _Family(_decoder, _EVERY_AXIS),
     "deepseek_v2": _Family(_latent_decoder, _EVERY_AXIS),
     "deepseek_v3": _Family(_latent_decoder, _EVERY_AXIS),
     "gpt2": _Family(_gpt2, _EVERY_AXIS),

@@ -377,6 +377,15 @@ _FAMILIES: dict[str, _Family] = {
 
 FAMILIES = tuple(_FAMILIES)
 
+TENSOR_FAMILIES = frozenset(
+    {
+        *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "granite", "phi3"),
+        *("gpt2", "gpt_neox", "bert", "roberta"),
+    }
+)
+"""Families whose layers have a table for the tensor axis (models/families/tensor.py). Others that
+`axes_of` allows it are refused by `rules.not_yet` until they have one."""
+
 
 def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     """Read the sizes of a model out of its config.json (a dict).

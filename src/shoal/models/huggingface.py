@@ -16,7 +16,11 @@ from shoal.errors import ModelError, nearest
 from shoal.models import attention
 from shoal.models.anatomy import example_of
 from shoal.models.dropout import KINDS as DROPOUT_KINDS
-from shoal.models.dropout import mute_attention_dropout, mute_dropout
+from shoal.models.dropout import (
+    mute_attention_dropout,
+    mute_attention_modules,
+    mute_dropout,
+)
 
 _ALSO_KNOWN = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"}
 """Keys that configurations take besides their fields."""
@@ -116,6 +120,8 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+    if dropout != "framework":
+        mute_attention_modules(model)
     for module in model.modules():
         module.framework_dropout = dropout == "framework"  # type: ignore[assignment]
     return model

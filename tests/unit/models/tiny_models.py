@@ -72,11 +72,13 @@ FIRST = ("llama", "qwen3", "gpt2", "bert")
 VOCABULARY = 61
 
 
-def config_of(family: str) -> Any:
+def config_of(family: str, **settings: Any) -> Any:
     """The configuration of a tiny model."""
     vocabulary = None if family == "vit" else VOCABULARY
     return read_config(
-        architecture=family, settings=SETTINGS[family], vocabulary_size=vocabulary
+        architecture=family,
+        settings={**SETTINGS[family], **settings},
+        vocabulary_size=vocabulary,
     )
 
 
@@ -94,11 +96,11 @@ def auto_class_of(family: str) -> str:
 
 
 def meta_model(
-    family: str, *, dropout: str = "off", auto_class: str | None = None
+    family: str, *, dropout: str = "off", auto_class: str | None = None, **settings: Any
 ) -> nn.Module:
     """A tiny model on the meta device."""
     chosen = auto_class or auto_class_of(family)
-    return build_meta(config_of(family), auto_class=chosen, dropout=dropout)
+    return build_meta(config_of(family, **settings), auto_class=chosen, dropout=dropout)
 
 
 def real_model(family: str, *, seed: int = 0, dropout: str = "off") -> nn.Module:

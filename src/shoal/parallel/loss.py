@@ -57,6 +57,7 @@ def chunked_loss(
     head_parameters: Sequence[nn.Parameter] = (),
     chunk_tokens: int | None = None,
     vocabulary: Vocabulary | None = None,
+    expected_scale: float = 1.0,
 ) -> Tensor:
     """SUM over targets of the cross entropy, a float32 scalar (float64 for float64 hidden states).
 
@@ -65,6 +66,8 @@ def chunked_loss(
     this gradient to its own). Differentiable once. `chunk_tokens` None: from a byte budget.
     `vocabulary`: `logits_of` gives this rank's part of the logits; every rank of the group gets the
     same loss, and a part of the gradient of `hidden` (its sum over the group is the gradient).
+    `expected_scale`: what the loss will be multiplied by before backward. Right without it; with
+    it, gradients are made at that scale, which float16 needs (its smallest number is 6e-8).
     """
     flat, targets = _targets(hidden, labels)
     if not torch.is_grad_enabled():
@@ -78,7 +81,8 @@ def chunked_loss(
         ).losses.sum()
     wanted = [each for each in head_parameters if each.requires_grad]
     chunk = chunk_tokens or chunk_tokens_for(_num_labels(flat, logits_of, head_parameters))
-    result: Tensor = _ChunkedLoss.apply(flat, targets, logits_of, chunk, vocabulary, *wanted)  # type: ignore[no-untyped-call]
+    how = _How(logits_of, chunk, vocabulary, expected_scale)
+    result: Tensor = _ChunkedLoss.apply(flat, targets, how, *wanted)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -123,18 +127,22 @@ def chunked_losses(
     )
 
 
+@dataclass(frozen=True)
+class _How:
+    """Everything of one loss that is no tensor."""
+
+    logits_of: Logits
+    chunk: int
+    vocabulary: Vocabulary | None
+    scale: float
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and all gradients in the forward; the backward only scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        logits_of: Logits,
-        chunk: int,
-        vocabulary: Vocabulary | None,
-        *head: nn.Parameter,
+        ctx: Any, hidden: Tensor, targets: Tensor, how: _How, *head: nn.Parameter
     ) -> Tensor:
         wide = _wide(hidden.dtype)
         rows = _rows_with_targets(targets)
@@ -142,10 +150,8 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden) if rows is not None else torch.empty_like(hidden)
         head_gradients: list[Tensor | None] = [None] * len(head)
         needs_hidden = ctx.needs_input_grad[0]
-        for part in _parts(len(targets) if rows is None else len(rows), chunk, rows):
-            loss, gradients = _chunk(
-                hidden[part].detach(), targets[part], logits_of, head, needs_hidden, vocabulary
-            )
+        for part in _parts(len(targets) if rows is None else len(rows), how.chunk, rows):
+            loss, gradients = _chunk(hidden[part].detach(), targets[part], how, head, needs_hidden)
             total += loss
             if needs_hidden:
                 hidden_gradient[part] = gradients[0]
@@ -154,6 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 before = head_gradients[index]
                 head_gradients[index] = gradient if before is None else before.add_(gradient)
         ctx.has_head = [gradient is not None for gradient in head_gradients]
+        ctx.scale = how.scale
         ctx.save_for_backward(
             hidden_gradient, *[each for each in head_gradients if each is not None]
         )
@@ -164,31 +171,33 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, *saved = ctx.saved_tensors
         rest = iter(saved)
-        head = [next(rest) * gradient if has else None for has in ctx.has_head]
-        scaled = hidden_gradient * gradient if ctx.needs_input_grad[0] else None
-        return (scaled, None, None, None, None, *head)
+        factor = gradient / ctx.scale
+        head = [next(rest) * factor if has else None for has in ctx.has_head]
+        scaled = hidden_gradient * factor if ctx.needs_input_grad[0] else None
+        return (scaled, None, None, *head)
 
 
 def _chunk(
     hidden: Tensor,
     targets: Tensor,
-    logits_of: Logits,
+    how: _How,
     head: Sequence[nn.Parameter],
     needs_hidden: bool,
-    vocabulary: Vocabulary | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss of one chunk [N, D] and its gradients by (hidden if needed, *head)."""
+    """Loss of one chunk [N, D] and its scaled gradients by (hidden if needed, *head)."""
     with torch.enable_grad():
         hidden = hidden.requires_grad_(needs_hidden)
-        logits = logits_of(hidden)
+        logits = how.logits_of(hidden)
     with torch.no_grad():
-        scores = _scored(logits, targets, vocabulary)
+        scores = _scored(logits, targets, how.vocabulary)
         loss = (scores.normaliser - scores.at_target).sum()
         gradient = scores.probabilities
-        if vocabulary is None:
+        if how.vocabulary is None:
             gradient[torch.arange(len(targets), device=targets.device), targets] -= 1.0
         else:
             gradient.scatter_add_(1, scores.own[:, None], -scores.has[:, None].to(gradient.dtype))
+        if how.scale != 1.0:
+            gradient *= how.scale
         gradient = gradient.to(logits.dtype)
     wanted = [hidden, *head] if needs_hidden else list(head)
     return loss, torch.autograd.grad(logits, wanted, grad_outputs=gradient)

@@ -31,25 +31,21 @@ def compute_context(
     return torch.autocast(device.type, dtype=dtype)
 
 
-def check_compute(name: str, *, device: torch.device) -> torch.dtype:
-    """The dtype of `precision.compute`. Raises UserError for one that cannot train here."""
-    if name == "float16":
-        raise UserError(
-            "precision.compute: float16 needs loss scaling, which is not there yet; "
-            f"use bfloat16 or float32 on {device.type}"
-        )
-    return DTYPES[name]
+def check_compute(name: str, *, device: torch.device, scales_loss: bool = False) -> torch.dtype:
+    """The dtype of `precision.compute`. Raises UserError for one that cannot train here.
 
-
-def check_scaled_compute(name: str, *, device: torch.device) -> torch.dtype:
-    """The dtype of `precision.compute` for a step that scales its loss (see `LossScale`).
-
-    Raises UserError for float16 on a CPU, where it is slower than float32 and rounds worse.
+    `scales_loss`: the step uses a `LossScale`. float16 on a CPU is refused all the same: it is
+    slower there than float32 and rounds worse than bfloat16.
     """
     if name == "float16" and device.type == "cpu":
         raise UserError(
-            "precision.compute: float16 with loss scaling runs on a GPU only, got a CPU\n"
+            "precision.compute: float16 needs loss scaling and a GPU, got a CPU\n"
             "    use bfloat16, which needs no scaling, or float32"
+        )
+    if name == "float16" and not scales_loss:
+        raise UserError(
+            "precision.compute: float16 needs loss scaling, which is not there yet\n"
+            f"    use bfloat16 or float32 on {device.type}"
         )
     return DTYPES[name]
 

@@ -43,19 +43,20 @@ AFTER = """
 
 ## What shard cuts
 
-For P parameters with optimizer state of two moments in float32, S ranks along shard, and B the
-parameters of the largest block (FSDP2 gathers one block at a time). Bytes per rank, activations
-apart:
+P parameters, E of them outside blocks (embeddings, last norm, head), B in the largest block, S
+ranks along shard; optimizer state of two moments; all in float32. Bytes per rank, activations
+apart (tensor divides P, E and B first):
 
-| `level` | parameters | gradients | optimizer | in all |
-| --- | --- | --- | --- | --- |
-| `parameters` | 4P/S, and 4B gathered (twice that while the next is fetched) | 4P/S, and 4B | 8P/S | 16P/S + 12B |
-| `gradients` | 4P/S, and 4P from forward to backward | 4P/S, and 4B | 8P/S | 16P/S + 4P + 4B |
-| `optimizer` | 4P/S, and 4P from forward to backward | 4P, and 4P/S after the last micro batch | 8P/S | 16P/S + 8P |
+| `level` | kept | gathered in forward and backward | gradients before they are scattered |
+| --- | --- | --- | --- |
+| `parameters` | 16P/S | 4E, and 4B each for a block, the next one and the message | 4E + 4B |
+| `gradients` | 16P/S | 4P, and 4B for the message | 4E + 4B |
+| `optimizer` | 16P/S | 4P, and 4B for the message | 4P |
 
 `parameters` gathers every block in forward and again in backward; `gradients` once per micro batch;
 both scatter gradients once per micro batch. `optimizer` scatters once per step: least traffic, most
-memory. All reductions are sums (DESIGN 5.3): the loss is divided by the step's targets beforehand.
+memory. tests/parity/test_strategies_memory.py measures these figures. All reductions are sums
+(DESIGN 5.3): the loss is divided by the step's targets beforehand.
 """
 
 

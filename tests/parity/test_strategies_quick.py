@@ -11,17 +11,7 @@ import pytest
 
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
-from strategies import Differences, Job, Strategies
-
-LOSS = 1e-5
-"""Relative, over five steps (the issue's). Measured: 1.4e-7, two last places of float32."""
-
-GRADIENT = 1e-3
-"""By DESIGN 9's rule, first step, both from the same weights. Measured: 2e-6 where a gradient is
-not zero in truth, from sums in another order. Key biases are zero in truth, so what is left is the
-rounding of terms as large as other gradients (6e-8 of them), set against 1e-6 of the whole: up to
-1.5e-4 measured (vit), and the floor of this tolerance. A missing or doubled reduction gives 0.5 to
-1.0 (below), a wrong scale or shard no less."""
+from strategies import GRADIENT, LOSS, Differences, Job, Strategies
 
 
 @pytest.fixture(scope="session")

@@ -184,8 +184,25 @@ def test_kinds_of_shard_and_recompute() -> None:
     assert "parallel.recompute: expected one of none, selective, full; got 'partial'" in text
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text",
-    "phi3", "granite", "gpt2", "gpt_neox", "bert", "roberta", "vit", "t5"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "granite",
+        "gpt2",
+        "gpt_neox",
+        "bert",
+        "roberta",
+        "vit",
+        "t5",
+    ],
+)
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_a_shrunk_model_is_of_the_same_kind(family: str, degree: int) -> None:
     """The published sizes of each family (transformers' defaults) become small and stay legal."""

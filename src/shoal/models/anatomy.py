@@ -31,8 +31,9 @@ _WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_m
 class Anatomy:
     """Dotted paths of the parts of one model, and its canonical parameters.
 
-    `embeddings`: every table looked up before the blocks, tokens first. `more_blocks`: further lists
-    of blocks (T5's decoder). `head` is None for a bare base model. `ties`: groups of names of one parameter, canonical name first. `whole_logits`:
+    `embeddings`: every table looked up before the blocks, tokens first. `more_blocks`: further
+    lists of blocks (T5's decoder). `head` is None for a bare base model. `ties`: groups of names of
+    one parameter, canonical name first. `whole_logits`:
     head(hidden) is not the model's logits for this class, so `hidden_of` gives the model's own
     logits and `logits_of` changes nothing (right, but never chunked).
     """
@@ -157,7 +158,8 @@ def hidden_of(model: nn.Module, batch: dict[str, Tensor], *, step: int = 0) -> T
 
 def _inputs(batch: dict[str, Tensor], *, first_position: int) -> dict[str, Tensor]:
     """What of a batch the model's own forward takes."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    taken = ("input_ids", "position_ids")
+    inputs: dict[str, Tensor] = {name: batch[name] for name in taken if name in batch}
     if first_position and "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"] + first_position
     return inputs
@@ -243,7 +245,7 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
 
 def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
     """One small sample that the model takes: tokens, tokens of both sides, or an image."""
-    device, config = next(model.parameters()).device, model.config
+    device, config = next(model.parameters()).device, _config(model)
     if getattr(model, "main_input_name", "") == "pixel_values":
         shape = (1, config.num_channels, config.image_size, config.image_size)
         numel = config.num_channels * config.image_size**2
@@ -253,6 +255,10 @@ def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
     if config.is_encoder_decoder:
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     return {"input_ids": ids, "position_ids": places}
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
 
 
 def _blocks_path(base: nn.Module, corrected: str | None, model: nn.Module) -> str:

@@ -109,8 +109,9 @@ def attend(
     """Attention of one layer: query [B, H, T, D], key and value [B, K, S, D] -> [B, T, H, D].
 
     `attention_mask` is what `build_mask` gave; a `position_bias` [1, H, T, S] (T5) is added to the
-    scores. Raises ModelError for terms it does not know (sinks), and for dropout of probabilities unless the model keeps `framework`
-    dropout: that dropout has no key, so the loss would depend on the layout.
+    scores. Raises ModelError for terms it does not know (sinks), and for dropout of probabilities
+    unless the model keeps `framework` dropout: that dropout has no key, so the loss would depend on
+    the layout.
     """
     if extras.get("s_aux") is not None:
         raise ModelError(

@@ -36,8 +36,8 @@ class KeyedDropout(nn.Module):
     """Dropout with probability `p` (rounded to 1/65536) whose mask is a function of position.
 
     Takes [B, T, D] and needs the passage of the forward (models/passage.py) to know which tokens
-    these are. Raises ModelError when it does not. `sequence_part` (rank, ranks): where hidden states
-    are split along the sequence, the part of the tokens that this one sees.
+    these are. Raises ModelError when it does not. `sequence_part` (rank, ranks): where hidden
+    states are split along the sequence, the part of the tokens that this one sees.
     """
 
     sequence_part = (0, 1)
@@ -49,6 +49,7 @@ class KeyedDropout(nn.Module):
         self._key = key_of(seed, "dropout", layer)
         self._threshold = round(p * 65536)
 
+    @torch.compiler.disable  # the passage changes from call to call; compiled code would keep one
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> the same shape, scaled by 1 / (1 - p) where kept."""
         if not self.training or not self._threshold:

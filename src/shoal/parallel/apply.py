@@ -1,8 +1,10 @@
 """Cuts a replica: the strategies in their one order.
 
 1. tensor     parameters become this rank's parts; exchanges sit at the borders of regions
-2. recompute  around each block's forward, so that it repeats the exchanges inside the block
-3. compile    of each block's forward with what is around it by now
+2. compile    of each block's forward, up to its exchanges
+3. recompute  around that, so that it repeats the exchanges inside the block. Compiled blocks
+              recompute what is cheap by themselves (their partitioner keeps the fewest bytes), so
+              `selective` adds nothing to them
 4. shard      last: it divides the rows of what the tensor axis left, and gathers around all this
 5. then parallel/materialise.py gives every rank the values of its own boxes
 """
@@ -40,9 +42,8 @@ def apply(model: nn.Module, anatomy: Anatomy, mesh: Mesh, settings: Settings) ->
     """
     placed = apply_tensor(model, anatomy, mesh)
     mark(model, placed)
-    apply_recompute(model, anatomy, kind=settings.recompute)
     if settings.compile:
         apply_compile(model, anatomy)
-    apply_shard(
-        model, anatomy, placed, level=settings.shard_level, offload=settings.offload
-    )
+    covered = settings.compile and settings.recompute == "selective"
+    apply_recompute(model, anatomy, kind="none" if covered else settings.recompute)
+    apply_shard(model, anatomy, placed, level=settings.shard_level, offload=settings.offload)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from shoal.comm.group import Traffic
 
-
 # torch 2.13 renames both and warns of the old names; earlier ones have no other
 all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -59,8 +58,13 @@ _Move = Callable[[Tensor, Exchange], Tensor]
 
 
 def _apply(tensor: Tensor, exchange: Exchange, forward: _Move, backward: _Move) -> Tensor:
-    moved: Tensor = _Moved.apply(tensor, exchange, forward, backward)  # type: ignore[no-untyped-call]
+    moved: Tensor = _eager(tensor, exchange, forward, backward)
     return moved
+
+
+@torch.compiler.disable  # what is sent is counted: compiled code would count its tracing, once
+def _eager(*arguments: Any) -> Any:
+    return _Moved.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 class _Moved(torch.autograd.Function):
@@ -73,7 +77,8 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return ctx.move(gradient, ctx.exchange), None, None, None
+        moved: Tensor = ctx.move(gradient, ctx.exchange)
+        return moved, None, None, None
 
 
 def _gathered(part: Tensor, exchange: Exchange) -> Tensor:

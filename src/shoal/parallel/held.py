@@ -124,9 +124,9 @@ def pieces_of(tensor: Tensor, parameter: Tensor, cut: Cut) -> list[Piece]:
         first = offsets[0] if rows[0] else 0
     if not math.prod(rows):
         return []
-    offsets = [first] + [0] * (len(cut.shape) - 1) if cut.shape else []
+    begins = [first] + [0] * (len(cut.shape) - 1) if cut.shape else []
     if cut.dim is None:
-        return [Piece(Box(tuple(offsets), rows), tensor)]
+        return [Piece(Box(tuple(begins), rows), tensor)]
     found, at = [], 0
     for start, size in cut.segments:
         # this segment is [at, at + size) of what the tensor axis left, of which we have [low, high)
@@ -134,7 +134,7 @@ def pieces_of(tensor: Tensor, parameter: Tensor, cut: Cut) -> list[Piece]:
         low = max(at, base)
         high = min(at + size, base + rows[cut.dim])
         if high > low:
-            box = list(offsets), list(rows)
+            box = list(begins), list(rows)
             box[0][cut.dim], box[1][cut.dim] = start + low - at, high - low
             view = tensor.narrow(cut.dim, low - base, high - low)
             found.append(Piece(Box(tuple(box[0]), tuple(box[1])), view))

@@ -1,4 +1,4 @@
-"""The groups of one layout: who shares an axis with this rank, and who holds its replica with it."""
+"""The groups of one layout: who shares an axis, a replica or a batch with this rank."""
 
 from __future__ import annotations
 

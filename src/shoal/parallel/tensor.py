@@ -189,9 +189,7 @@ def _canonical(anatomy: Anatomy, name: str) -> str:
     return next((group[0] for group in anatomy.ties if name in group), name)
 
 
-def _vocabulary(
-    model: nn.Module, cuts: dict[str, Cut], exchange: Exchange
-) -> Vocabulary | None:
+def _vocabulary(model: nn.Module, cuts: dict[str, Cut], exchange: Exchange) -> Vocabulary | None:
     if not has_vocabulary_head(model):
         return None
     head: Any = model.get_output_embeddings()  # type: ignore[operator]

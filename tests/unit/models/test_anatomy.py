@@ -74,7 +74,7 @@ def test_an_encoder_decoder_has_two_lists_of_blocks() -> None:
     anatomy = anatomy_of(meta_model("t5"))
     assert (anatomy.blocks, anatomy.more_blocks) == ("encoder.block", ("decoder.block",))
     assert (anatomy.num_blocks, anatomy.head, anatomy.causal) == (4, "lm_head", False)
-    assert ("shared.weight", "encoder.embed_tokens.weight") == anatomy.ties[0][:2]
+    assert anatomy.ties[0][:2] == ("shared.weight", "encoder.embed_tokens.weight")
 
 
 def test_ties_name_the_embedding_first_and_count_once() -> None:

@@ -31,7 +31,9 @@ def test_every_parameter_is_placed(family: str) -> None:
         if placed.dim is not None:
             whole = parameter.shape[placed.dim]
             assert sum(placed.pieces) in (0, whole), name
-            assert placed.style == "vocabulary" or all(p % 2 == 0 for p in placed.pieces or (whole,))
+            assert placed.style == "vocabulary" or all(
+                p % 2 == 0 for p in placed.pieces or (whole,)
+            )
 
 
 @pytest.mark.parametrize("family", [*SETTINGS])
@@ -80,7 +82,10 @@ def test_what_stands_beside_a_cut_head_sees_a_part_of_the_loss() -> None:
 
 def test_regions_hold_the_column_wise_layers() -> None:
     regions = regions_of(meta_model("bert"), base="bert")
-    assert regions[:2] == ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.0.intermediate"]
+    assert regions[:2] == [
+        "bert.encoder.layer.0.attention.self",
+        "bert.encoder.layer.0.intermediate",
+    ]
     assert row_layers_of(meta_model("llama"), base="model")[:2] == [
         "model.layers.0.self_attn.o_proj",
         "model.layers.0.mlp.down_proj",

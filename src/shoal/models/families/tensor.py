@@ -91,7 +91,7 @@ _BERT = TensorTable(
 )
 
 _CORRECTED = {"gpt2": _GPT2, "phi3": _PHI3, "bert": _BERT, "roberta": _BERT}
-"""Families whose plan transformers lacks (gpt2, bert), or that gathers instead of cutting (phi3)."""
+"""Families whose plan transformers lacks (gpt2, bert), or whose plan gathers (phi3)."""
 
 _PLANNED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "granite", "gpt_neox")
 """Families whose plan is right as transformers ships it; each is tested against one worker.

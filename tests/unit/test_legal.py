@@ -13,7 +13,16 @@ from transformers import AutoConfig
 
 from shoal.errors import ModelError
 from shoal.layout import Layout
-from shoal.legal import FAMILIES, facts_from_config, not_yet, problems, tensor_degrees
+from shoal.legal import (
+    FAMILIES,
+    axes_of,
+    facts_from_config,
+    not_yet,
+    problems,
+    shrunk,
+    tensor_degrees,
+)
+from shoal.models.huggingface import config_from
 
 SMALL = {
     "hidden_size": 64,
@@ -158,8 +167,79 @@ def test_threads_carry_replicas_only() -> None:
 def test_families_are_refused_axes_they_lack() -> None:
     vit = facts_from_config({**VIT, "model_type": "vit"})
     assert "a vit model cannot be cut along tensor, got 2" in text_of(Layout(tensor=2), vit)
-    phi = facts_from_config({**SMALL, "model_type": "phi3"})
-    assert "use shard=2 instead" in text_of(Layout(tensor=2), phi)
+    assert "use shard=2 instead" in text_of(Layout(tensor=2), vit)
+
+
+def test_a_family_without_a_table_is_refused_tensor_until_it_has_one() -> None:
+    text = "\n".join(map(str, not_yet(Layout(tensor=2), family="mixtral")))
+    assert "a mixtral model has no table for the tensor axis yet, got 2" in text
+    assert "use shard=2 instead" in text
+    # vit can never: that is `problems`' to say, once
+    assert "no table" not in "\n".join(map(str, not_yet(Layout(tensor=2), family="vit")))
+
+
+def test_kinds_of_shard_and_recompute() -> None:
+    assert "did you mean 'gradients'" in text_of(Layout(shard=2), shard_level="gradient")
+    text = text_of(Layout(), recompute="partial")
+    assert "parallel.recompute: expected one of none, selective, full; got 'partial'" in text
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "granite",
+        "gpt2",
+        "gpt_neox",
+        "bert",
+        "roberta",
+        "vit",
+        "t5",
+    ],
+)
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_a_shrunk_model_is_of_the_same_kind(family: str, degree: int) -> None:
+    """The published sizes of each family (transformers' defaults) become small and stay legal."""
+    mixed = {"use_sliding_window": True, "max_window_layers": 3}
+    whole = AutoConfig.for_model(family, **(mixed if family in ("qwen2", "qwen3") else {}))
+    before = json.loads(whole.to_json_string(use_diff=False))
+    sizes = shrunk(before, tensor=degree, pipeline=2)
+    small = config_from({**before, **sizes})
+    after = json.loads(small.to_json_string(use_diff=False))
+    facts, wanted = facts_from_config(before), facts_from_config(after)
+    assert wanted.parameters - wanted.vocabulary * wanted.hidden * 2 < 0.01 * facts.parameters
+    assert wanted.vocabulary == facts.vocabulary
+    assert (wanted.heads > wanted.key_value_heads) == (facts.heads > facts.key_value_heads)
+    assert set(after.get("layer_types") or ()) == set(before.get("layer_types") or ())
+    if "tensor" in axes_of(family):
+        assert degree in tensor_degrees(wanted)
+    if degree != 2:
+        return
+    factory = {"bert": "MaskedLM", "roberta": "MaskedLM", "vit": "ImageClassification"}
+    kind = factory.get(family, "Seq2SeqLM" if family == "t5" else "CausalLM")
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(small)
+    if family != "vit":
+        ids = torch.arange(24)[None]
+        inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if family == "t5" else {})}
+    else:
+        inputs = {"pixel_values": torch.zeros(1, 3, small.image_size, small.image_size)}
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_a_shrunk_model_keeps_what_its_positions_need() -> None:
+    """longrope has a factor per dim of a head, so such a head keeps its size."""
+    long = {"rope_type": "longrope", "long_factor": [1.0] * 24, "short_factor": [1.0] * 24}
+    sizes = shrunk({**SMALL, "hidden_size": 192, "model_type": "phi3", "rope_parameters": long})
+    assert sizes["hidden_size"] == 4 * 48
+    assert shrunk({**SMALL, "model_type": "llama", "head_dim": 128})["head_dim"] == 16
+    with pytest.raises(ModelError, match="key 'hidden_size': expected a size, found none"):
+        shrunk({"model_type": "resnet"})
 
 
 def test_stages_experts_and_rows() -> None:

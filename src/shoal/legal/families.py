@@ -362,11 +362,9 @@ class _Family:
     axes: frozenset[str]
 
 
-# phi3 keeps queries, keys and values in one projection that transformers' plan gathers: attention
-# would not be split, so tensor is refused until the projection is rewritten.
 _FAMILIES: dict[str, _Family] = {
     **{name: _Family(_decoder, _EVERY_AXIS) for name in _LIKE_LLAMA},
-    "phi3": _Family(_decoder, _EVERY_AXIS - {"tensor"}),
+    "phi3": _Family(_decoder, _EVERY_AXIS),
     "deepseek_v2": _Family(_latent_decoder, _EVERY_AXIS),
     "deepseek_v3": _Family(_latent_decoder, _EVERY_AXIS),
     "gpt2": _Family(_gpt2, _EVERY_AXIS),
@@ -378,6 +376,15 @@ _FAMILIES: dict[str, _Family] = {
 }
 
 FAMILIES = tuple(_FAMILIES)
+
+TENSOR_FAMILIES = frozenset(
+    {
+        *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "granite", "phi3"),
+        *("gpt2", "gpt_neox", "bert", "roberta"),
+    }
+)
+"""Families whose layers have a table for the tensor axis (models/families/tensor.py). Others that
+`axes_of` allows it are refused by `rules.not_yet` until they have one."""
 
 
 def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:

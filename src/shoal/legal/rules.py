@@ -7,10 +7,15 @@ from dataclasses import fields
 from shoal.errors import Problem, nearest
 from shoal.layout import Layout
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families import axes_of
+from shoal.legal.families import TENSOR_FAMILIES, axes_of
 
 POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk", "powersgd")
+
+SHARD_LEVELS = ("parameters", "gradients", "optimizer")
+"""What of a replica is cut along shard: all of it, all but the parameters in forward and backward,
+or the optimizer state alone (docs/layouts.md has the memory of each)."""
+RECOMPUTE = ("none", "selective", "full")
 
 IMPLEMENTED_AXES = frozenset({"replicate"})
 IMPLEMENTED_POLICIES = frozenset({"every-step"})
@@ -34,6 +39,8 @@ def problems(
     workers: str = "processes",
     count: int | None = None,
     sequence_tokens: int | None = None,
+    shard_level: str = "parameters",
+    recompute: str = "none",
 ) -> list[Problem]:
     """Everything that makes this run impossible, each with the nearest legal choice.
 
@@ -57,6 +64,7 @@ def problems(
                 f"{-(-sequence_tokens // (2 * layout.context)) * 2 * layout.context}",
             )
         )
+    found += _kind_problems(shard_level=shard_level, recompute=recompute)
     found += _worker_problems(layout, policy=policy, workers=workers)
     found += _exchange_problems(layout, policy=policy, codec=codec)
     return found
@@ -121,6 +129,18 @@ def _degree_problems(facts: ModelFacts, layout: Layout) -> list[Problem]:
     return found
 
 
+def _kind_problems(*, shard_level: str, recompute: str) -> list[Problem]:
+    kinds = (
+        ("parallel.shard.level", shard_level, SHARD_LEVELS),
+        ("parallel.recompute", recompute, RECOMPUTE),
+    )
+    return [
+        Problem(where, f"expected one of {', '.join(known)}; got {kind!r}", nearest(kind, known))
+        for where, kind, known in kinds
+        if kind not in known
+    ]
+
+
 def _count_problem(layout: Layout, *, count: int) -> Problem:
     fixed = layout.workers // layout.replicate
     if count % fixed == 0:
@@ -178,8 +198,13 @@ def _exchange_problems(layout: Layout, *, policy: str, codec: str) -> list[Probl
     return found
 
 
-def not_yet(layout: Layout, *, policy: str = "every-step", codec: str = "none") -> list[Problem]:
-    """What of this run is designed but not built: legal, and refused all the same."""
+def not_yet(
+    layout: Layout, *, policy: str = "every-step", codec: str = "none", family: str | None = None
+) -> list[Problem]:
+    """What of this run is designed but not built: legal, and refused all the same.
+
+    `family`: the model's, where it is known.
+    """
     found = [
         Problem(
             f"parallel.{field.name}",
@@ -189,6 +214,15 @@ def not_yet(layout: Layout, *, policy: str = "every-step", codec: str = "none") 
         for field in fields(layout)
         if layout.degree(field.name) > 1 and field.name not in IMPLEMENTED_AXES
     ]
+    tabled = family is None or family in TENSOR_FAMILIES or "tensor" not in axes_of(family)
+    if layout.tensor > 1 and not tabled:
+        found.append(
+            Problem(
+                "parallel.tensor",
+                f"a {family} model has no table for the tensor axis yet, got {layout.tensor}",
+                f"set it to 1 and use shard={layout.tensor} instead",
+            )
+        )
     if policy in POLICIES and policy not in IMPLEMENTED_POLICIES:
         found.append(
             Problem(

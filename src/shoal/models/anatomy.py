@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
 from shoal.models.families.corrections import correction_of
 from shoal.models.passage import passage_of, passing
-from shoal.models.placement import Placement, placements_of
+from shoal.models.placement import Parts, Placement, placements_of
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -30,8 +31,9 @@ _WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_m
 class Anatomy:
     """Dotted paths of the parts of one model, and its canonical parameters.
 
-    `embeddings`: every table looked up before the blocks, tokens first. `head` is None for a bare
-    base model. `ties`: groups of names of one parameter, canonical name first. `whole_logits`:
+    `embeddings`: every table looked up before the blocks, tokens first. `more_blocks`: further
+    lists of blocks (T5's decoder). `head` is None for a bare base model. `ties`: groups of names of
+    one parameter, canonical name first. `whole_logits`:
     head(hidden) is not the model's logits for this class, so `hidden_of` gives the model's own
     logits and `logits_of` changes nothing (right, but never chunked).
     """
@@ -40,6 +42,7 @@ class Anatomy:
     base: str
     embeddings: tuple[str, ...]
     blocks: str
+    more_blocks: tuple[str, ...]
     num_blocks: int
     norm: str | None
     head: str | None
@@ -101,39 +104,82 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         base_path, base = "", model
     blocks = _blocks_path(base, correction.blocks, model)
     dotted = f"{base_path}." if base_path else ""
-    ties = ties_of(model)
+    lists = (dotted + blocks, *(dotted + each for each in correction.more_blocks))
+    parts = Parts(
+        base=base_path,
+        blocks=lists[0],
+        norm=_norm_path(base, correction.norm, blocks, config, dotted),
+        head=_head_path(model, base_path),
+        ties=ties_of(model),
+    )
     return Anatomy(
         family=config.model_type,
         base=base_path,
         embeddings=tuple(_embedding_paths(model, dotted + blocks)),
-        blocks=dotted + blocks,
-        num_blocks=sum(1 for _ in base.get_submodule(blocks).children()),
-        norm=_norm_path(base, correction.norm, blocks, config, dotted),
-        head=_head_path(model, base_path),
+        blocks=parts.blocks,
+        more_blocks=lists[1:],
+        num_blocks=sum(len(list(model.get_submodule(each).children())) for each in lists),
+        norm=parts.norm,
+        head=parts.head,
         after_base=tuple(_dropouts_after(model, base_path)),
         causal=correction.causal and not getattr(config, "is_encoder_decoder", False),
         parameters=tuple(canonical_parameters(model)),
-        ties=ties,
-        placements=placements_of(model, base=base_path, ties=ties),
+        ties=tuple(tuple(group) for group in parts.ties),
+        placements=placements_of(model, parts),
     )
 
 
 def hidden_of(model: nn.Module, batch: dict[str, Tensor], *, step: int = 0) -> Tensor:
     """Hidden states [B, T, D] of a batch, without the head.
 
-    `batch`: input_ids int64 [B, T]; position_ids int64 [B, T], document_ids int32 [B, T],
-    sample_ids int64 [B] where the model uses them. `step` keys the dropout.
+    `batch`: input_ids int64 [B, T]; position_ids int64 [B, T] (a document's first token has 0),
+    document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
+    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+    config: Any = model.config
+    correction = correction_of(config.model_type)
+    multiple = int(getattr(model, "shoal_sequence_multiple", 1))
+    num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+    if num_tokens % multiple:
+        batch = _padded(batch, length=-(-num_tokens // multiple) * multiple)
     with passing(passage_of(batch, step=step)):
+        if correction.hidden is not None:
+            return correction.hidden(model, batch)
+        inputs = _inputs(batch, first_position=correction.first_position(config))
         if getattr(model, "shoal_whole_logits", False):
             logits: Tensor = model(**inputs, use_cache=False).logits
             return logits
+        base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
         hidden: Tensor = base(**inputs, use_cache=False).last_hidden_state
         for path in _dropouts_after(model, str(getattr(model, "base_model_prefix", ""))):
             hidden = model.get_submodule(path)(hidden)
-    return hidden
+    return hidden[:, :num_tokens] if num_tokens % multiple else hidden
+
+
+def _inputs(batch: dict[str, Tensor], *, first_position: int) -> dict[str, Tensor]:
+    """What of a batch the model's own forward takes."""
+    taken = ("input_ids", "position_ids")
+    inputs: dict[str, Tensor] = {name: batch[name] for name in taken if name in batch}
+    if first_position and "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"] + first_position
+    return inputs
+
+
+def _padded(batch: dict[str, Tensor], *, length: int) -> dict[str, Tensor]:
+    """Rows of `length` tokens: ranks that split the sequence need equal parts.
+
+    What is added is padding (document -1), which no token of a document sees.
+    """
+    rows, before = batch["input_ids"].shape
+    more = length - before
+    device = batch["input_ids"].device
+    documents = torch.zeros(rows, before, dtype=torch.int32, device=device)
+    padded = {"document_ids": documents, **batch}
+    fill = {"document_ids": -1, "labels": -100}
+    return {
+        name: functional.pad(each, (0, more), value=fill.get(name, 0)) if each.dim() == 2 else each
+        for name, each in padded.items()
+    }
 
 
 def logits_of(model: nn.Module) -> Logits:
@@ -174,15 +220,14 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
     """
     if anatomy.head is None:
         return anatomy
-    device = next(model.parameters()).device
+    batch = example_of(model, num_tokens=num_tokens)
     config: Any = model.config
-    ids = torch.arange(num_tokens, device=device)[None] % config.vocab_size
-    batch = {"input_ids": ids, "position_ids": torch.arange(num_tokens, device=device)[None]}
+    inputs = _inputs(batch, first_position=correction_of(config.model_type).first_position(config))
     training = model.training
     model.eval()
     try:
         with passing(passage_of(batch)):
-            own = model(**batch, use_cache=False).logits.float()
+            own = model(**{**batch, **inputs}).logits.float()
         ours = logits_of(model)(hidden_of(model, batch)).float()
     finally:
         model.train(training)
@@ -196,6 +241,24 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
     )
     model.shoal_whole_logits = True  # type: ignore[assignment]
     return replace(anatomy, whole_logits=True)
+
+
+def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
+    """One small sample that the model takes: tokens, tokens of both sides, or an image."""
+    device, config = next(model.parameters()).device, _config(model)
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        shape = (1, config.num_channels, config.image_size, config.image_size)
+        numel = config.num_channels * config.image_size**2
+        return {"pixel_values": torch.linspace(-1, 1, numel, device=device).view(shape)}
+    places = torch.arange(num_tokens, device=device)[None]
+    ids = places % config.vocab_size
+    if config.is_encoder_decoder:
+        return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    return {"input_ids": ids, "position_ids": places}
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
 
 
 def _blocks_path(base: nn.Module, corrected: str | None, model: nn.Module) -> str:
@@ -244,6 +307,10 @@ def _embedding_paths(model: nn.Module, blocks: str) -> Iterator[str]:
 
 def _head_path(model: nn.Module, base: str) -> str | None:
     """The output embedding, else the last linear layer outside the base model."""
+    config: Any = model.config
+    corrected = correction_of(config.model_type).head
+    if corrected is not None:
+        return corrected if hasattr(model, corrected) else None
     if not base or not hasattr(model, base):
         return None
     wrapped: Any = model

@@ -108,16 +108,16 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of one layer: query [B, H, T, D], key and value [B, K, S, D] -> [B, T, H, D].
 
-    `attention_mask` is what `build_mask` gave. Raises ModelError for terms it does not know
-    (position biases, sinks), and for dropout of probabilities unless the model keeps `framework`
-    dropout: that dropout has no key, so the loss would depend on the layout.
+    `attention_mask` is what `build_mask` gave; a `position_bias` [1, H, T, S] (T5) is added to the
+    scores. Raises ModelError for terms it does not know (sinks), and for dropout of probabilities
+    unless the model keeps `framework` dropout: that dropout has no key, so the loss would depend on
+    the layout.
     """
-    for name in ("s_aux", "position_bias"):
-        if extras.get(name) is not None:
-            raise ModelError(
-                f"{type(module).__name__}: attention with {name!r} is not supported by shoal\n"
-                "    choose another model family"
-            )
+    if extras.get("s_aux") is not None:
+        raise ModelError(
+            f"{type(module).__name__}: attention with 's_aux' is not supported by shoal\n"
+            "    choose another model family"
+        )
     if dropout and not getattr(module, "framework_dropout", False):
         raise ModelError(
             f"{type(module).__name__}: dropout of attention probabilities ({dropout}) has no key\n"
@@ -127,7 +127,10 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # a causal layer's mask never lets a token look ahead: blocks then need not look there either
     query, key, value = _as_autocast(query, key, value)
-    if softcap is None and is_suited(query, key, dropout=dropout):
+    bias = extras.get("position_bias")
+    if bias is not None:
+        attention_mask = _masked_bias(bias, attention_mask, causal=causal).to(query.dtype)
+    if softcap is None and bias is None and is_suited(query, key, dropout=dropout):
         return attend_in_blocks(
             query, key=key, value=value, mask=attention_mask, causal=causal, scale=scale
         ), None
@@ -161,6 +164,13 @@ def _as_autocast(*tensors: Tensor) -> list[Tensor]:
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     return [each.to(torch.get_autocast_dtype(device)) for each in tensors]
+
+
+def _masked_bias(bias: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+    """A bias of the scores with -inf where a token may not look."""
+    if mask is None and causal and bias.shape[-2] > 1:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
 
 def _capped_weights(

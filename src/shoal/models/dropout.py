@@ -36,8 +36,11 @@ class KeyedDropout(nn.Module):
     """Dropout with probability `p` (rounded to 1/65536) whose mask is a function of position.
 
     Takes [B, T, D] and needs the passage of the forward (models/passage.py) to know which tokens
-    these are. Raises ModelError when it does not.
+    these are. Raises ModelError when it does not. `sequence_part` (rank, ranks): where hidden
+    states are split along the sequence, the part of the tokens that this one sees.
     """
+
+    sequence_part = (0, 1)
 
     def __init__(self, p: float, *, seed: int, layer: str) -> None:
         super().__init__()
@@ -46,6 +49,7 @@ class KeyedDropout(nn.Module):
         self._key = key_of(seed, "dropout", layer)
         self._threshold = round(p * 65536)
 
+    @torch.compiler.disable  # the passage changes from call to call; compiled code would keep one
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> the same shape, scaled by 1 / (1 - p) where kept."""
         if not self.training or not self._threshold:
@@ -53,7 +57,7 @@ class KeyedDropout(nn.Module):
         if self._threshold >= 65536:
             return hidden * 0.0
         passage = current()
-        indices = passage.token_indices
+        indices = self._own(passage.token_indices, length=hidden.shape[1])
         if indices is None or hidden.shape[:2] != indices.shape:
             known = "unknown" if indices is None else f"of shape {tuple(indices.shape)}"
             raise ModelError(
@@ -64,6 +68,12 @@ class KeyedDropout(nn.Module):
         key = mix64(self._key + mix64(passage.step + 1))
         keep = keep_mask(indices, num_features=hidden.shape[-1], key=key, threshold=self._threshold)
         return (hidden * keep) * (65536 / (65536 - self._threshold))
+
+    def _own(self, indices: Tensor | None, *, length: int) -> Tensor | None:
+        part, parts = self.sequence_part
+        if indices is None or parts == 1 or indices.shape[1] != parts * length:
+            return indices
+        return indices.narrow(1, part * length, length)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -101,6 +111,14 @@ def mute_attention_dropout(config: Any) -> None:
     for key in _ATTENTION:
         if isinstance(getattr(config, key, None), (int, float)):
             setattr(config, key, 0.0)
+
+
+def mute_attention_modules(model: nn.Module) -> None:
+    """The same where attention shares its configuration key with all other dropout (T5)."""
+    for module in model.modules():
+        probability = getattr(module, "dropout", None)
+        if "Attention" in type(module).__name__ and isinstance(probability, float):
+            module.dropout = 0.0  # type: ignore[assignment]
 
 
 def mute_dropout(config: Any) -> None:

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 from shoal.errors import ModelError, nearest
 from shoal.models import attention
+from shoal.models.anatomy import example_of
 from shoal.models.dropout import KINDS as DROPOUT_KINDS
-from shoal.models.dropout import mute_attention_dropout, mute_dropout
+from shoal.models.dropout import (
+    mute_attention_dropout,
+    mute_attention_modules,
+    mute_dropout,
+)
 
 _ALSO_KNOWN = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"}
 """Keys that configurations take besides their fields."""
@@ -121,6 +126,8 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+    if dropout != "framework":
+        mute_attention_modules(model)
     for module in model.modules():
         module.framework_dropout = dropout == "framework"  # type: ignore[assignment]
     return model
@@ -128,22 +135,26 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, *, num_tokens: int = 16, num_values: int = 32) -> list[float]:
-    """Logits of a fixed row of tokens, float32: `num_values` of the last position, evenly spread.
+    """Logits of a fixed sample, float32: `num_values` of the last position, evenly spread.
 
     The same weights give the same list (within rounding of the kernels used): merge compares.
     """
     config: Any = model.config
-    device = next(model.parameters()).device
-    # a stride that is coprime to most sizes, so that the tokens differ and stay in the vocabulary
-    row = (torch.arange(num_tokens, device=device) * 7919 + 11) % config.vocab_size
+    sample = example_of(model, num_tokens=num_tokens)
+    sample.pop("position_ids", None)
+    if "input_ids" in sample:
+        # a stride coprime to most sizes, so that the tokens differ and stay in the vocabulary
+        places = torch.arange(num_tokens, device=sample["input_ids"].device)
+        sample["input_ids"] = ((places * 7919 + 11) % config.vocab_size)[None]
     training = model.training
     model.eval()
     try:
-        logits: Tensor = model(input_ids=row[None], use_cache=False).logits[0, -1].float()
+        whole: Tensor = model(**sample).logits[0].float()
+        logits = whole if whole.dim() == 1 else whole[-1]
     finally:
         model.train(training)
     chosen = torch.linspace(0, len(logits) - 1, min(num_values, len(logits))).round().long()
-    return [float(each) for each in logits[chosen.to(device)]]
+    return [float(each) for each in logits[chosen.to(logits.device)]]
 
 
 def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:

@@ -58,7 +58,7 @@ def passage_of(batch: dict[str, Tensor], *, step: int = 0) -> Passage:
     """The passage of a batch (DESIGN 4: document_ids [B, T], sample_ids [B], both optional)."""
     indices = batch.get("token_indices")
     samples = batch.get("sample_ids")
-    if indices is None and samples is not None:
+    if indices is None and samples is not None and "input_ids" in batch:
         places = torch.arange(batch["input_ids"].shape[1], device=samples.device)
         indices = samples[:, None] * ROW_STRIDE + places
     return Passage(document_ids=batch.get("document_ids"), token_indices=indices, step=step)

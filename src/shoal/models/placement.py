@@ -1,74 +1,184 @@
 """Placement of every parameter on the tensor axis, with its gradient rule.
 
-transformers ships `base_model_tp_plan` for most families. This table adds what a plan leaves out;
-the tensor strategy reads it. A parameter that no rule places has style `unplaced`.
+Along `shard` no table is needed: every parameter is cut on its first dim, and its gradient is
+summed as it is scattered. Along `replicate` every parameter is whole and its gradient summed.
+
+The rules of the tensor axis, for hidden states that are split along the sequence between regions
+(models/families/tensor.py):
+
+- a cut parameter's gradient is right as it is on each rank (`local`);
+- what is whole, but sees a part of the tokens (norms, biases added after a row-wise product) or a
+  part of the heads (norms of queries and keys), holds a part of its gradient (`partial`);
+- what runs before the first block sees every token on every rank (`local`);
+- beside a head that is cut by vocabulary a rank sees a part of the loss (`partial`); a head that is
+  whole is computed by every rank alike (`local`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-_STYLES: dict[str, tuple[int | None, int | None]] = {
-    # style of the plan: (dim of a weight that is cut, dim of a bias that is cut)
-    "colwise": (0, 0),
-    "colwise_gather_output": (0, 0),
-    "colwise_rep": (0, 0),
-    "rowwise": (1, None),
-    "rowwise_rep": (1, None),
-    "embedding_rowwise": (0, None),
-}
+from shoal.errors import ModelError
+from shoal.models.families.tensor import TensorTable, tensor_table
+
+if TYPE_CHECKING:
+    from shoal.models.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
 class Placement:
     """How one parameter lies on the tensor axis.
 
-    `style`: transformers' word, or `replicated` or `unplaced`. `dim`: the dimension that is cut, or
-    None. `gradient`: `local` (the gradient of a rank is right as it is) or `partial` (each rank
-    holds a part of it: summed over the tensor axis).
+    `style`: `column`, `row`, `vocabulary` (cut), `whole`, or `unplaced`. `dim`: the dimension that
+    is cut, or None. `pieces`: sizes along `dim` of parts that are cut each by itself (empty: one
+    part). `gradient`: `local` (right as it is) or `partial` (to be summed over the tensor axis).
     """
 
     style: str
     dim: int | None = None
     gradient: str = "local"
+    pieces: tuple[int, ...] = ()
 
 
-def placements_of(
-    model: nn.Module, *, base: str, ties: Sequence[Sequence[str]]
-) -> Mapping[str, Placement]:
+@dataclass(frozen=True)
+class Parts:
+    """What placements need to know of an anatomy (paths from the model)."""
+
+    base: str
+    blocks: str
+    norm: str | None
+    head: str | None
+    ties: Sequence[Sequence[str]]
+
+
+UNPLACED = Placement("unplaced")
+_LOCAL, _PARTIAL = Placement("whole"), Placement("whole", gradient="partial")
+
+
+def placements_of(model: nn.Module, parts: Parts) -> Mapping[str, Placement]:
     """Placement by canonical parameter name (a tied name resolves to its group's)."""
-    plan = _whole_plan(model, base)
-    aliases = {name: group for group in ties for name in group}
-    blocks_planned = any("*" in pattern for pattern in plan)
-    return {
-        name: _place(aliases.get(name, (name,)), plan, blocks_planned)
-        for name, _ in model.named_parameters()
-    }
+    table = tensor_table(model.config)
+    names = [name for name, _ in model.named_parameters()]
+    if table is None:
+        return dict.fromkeys(names, UNPLACED)
+    aliases = {name: group for group in parts.ties for name in group}
+    vocabulary = _vocabulary_modules(model)
+    placer = _Placer(model, parts, table, vocabulary)
+    return {name: placer.place(aliases.get(name, (name,))) for name in names}
 
 
-def _whole_plan(model: nn.Module, base: str) -> dict[str, str]:
-    config: Any = model.config
-    below = getattr(config, "base_model_tp_plan", None) or {}
-    plan = {f"{base}.{pattern}" if base else pattern: style for pattern, style in below.items()}
-    plan.update(getattr(model, "_tp_plan", None) or {})
-    return {pattern: style for pattern, style in plan.items() if isinstance(style, str)}
+def regions_of(model: nn.Module, *, base: str) -> list[str]:
+    """Paths of the modules whose input is whole along the sequence: they hold column-wise layers.
+
+    Empty for a family that is not cut along tensor.
+    """
+    table = tensor_table(model.config)
+    if table is None:
+        return []
+    paths = [path for path, _ in model.named_modules() if _matches(path, table.columns, base=base)]
+    return list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
 
 
-def _place(names: Sequence[str], plan: Mapping[str, str], blocks_planned: bool) -> Placement:
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        for pattern, style in plan.items():
-            if not re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), path):
-                continue
-            if style in _STYLES:
-                return Placement(style, _STYLES[style][0 if leaf == "weight" else 1])
-            if style == "replicated_with_grad_allreduce":
-                return Placement(style, None, "partial")
-            return Placement(style)
-    # outside the plan but beside it (norms of the residual stream): whole, gradient equal on ranks
-    return Placement("replicated" if blocks_planned else "unplaced")
+def row_layers_of(model: nn.Module, *, base: str) -> list[str]:
+    """Paths of the row-wise layers: their product is a part of a sum over the tensor axis."""
+    table = tensor_table(model.config)
+    rows = table.rows if table is not None else ()
+    return [path for path, _ in model.named_modules() if _matches(path, rows, base=base)]
+
+
+def has_vocabulary_head(model: nn.Module) -> bool:
+    """Whether the head's outputs are the entries of the vocabulary, and so can be cut by it."""
+    return _output_embedding(model) is not None
+
+
+def check_placed(anatomy: Anatomy) -> None:
+    """Raise ModelError, naming the parameter, when the tensor axis has no rule for one."""
+    unplaced = [name for name, each in anatomy.placements.items() if each == UNPLACED]
+    if not unplaced:
+        return
+    if len(unplaced) == len(anatomy.placements):
+        raise ModelError(
+            f"{anatomy.family}: no table says how its layers are cut along tensor\n"
+            "    set parallel.tensor to 1 and use parallel.shard instead, which takes any family"
+        )
+    raise ModelError(
+        f"{unplaced[0]}: no rule places it along the tensor axis"
+        + (f", nor {len(unplaced) - 1} more" if len(unplaced) > 1 else "")
+        + f"\n    {anatomy.family} needs an entry for it in models/families/tensor.py; until then "
+        "set parallel.tensor to 1"
+    )
+
+
+class _Placer:
+    def __init__(
+        self, model: nn.Module, parts: Parts, table: TensorTable, vocabulary: list[str]
+    ) -> None:
+        self.model, self.parts, self.table, self.vocabulary = model, parts, table, vocabulary
+        self.split_head = has_vocabulary_head(model)
+
+    def place(self, names: Sequence[str]) -> Placement:
+        """Placement of one parameter by any of its names."""
+        found = [self._one(*name.rpartition(".")[::2]) for name in names]
+        cut = [each for each in found if each.dim is not None]
+        return cut[0] if cut else found[0]
+
+    def _one(self, path: str, leaf: str) -> Placement:
+        parts = self.parts
+        module = self.model.get_submodule(path)
+        if path in self.vocabulary:
+            return Placement("vocabulary", 0)
+        pattern = _matches(path, self.table.columns, base=parts.base)
+        if pattern is not None:
+            sizes = self.table.pieces.get(pattern)
+            pieces = sizes(self.model.config) if sizes is not None else ()
+            dim = 0 if leaf == "bias" or not _is_transposed(module) else 1
+            return Placement("column", dim, pieces=pieces)
+        if _matches(path, self.table.rows, base=parts.base) is not None:
+            return _PARTIAL if leaf == "bias" else Placement("row", int(not _is_transposed(module)))
+        if path.startswith(parts.blocks + "."):
+            # one that is neither cut nor a norm may mix tokens or heads: nobody has checked it
+            return _PARTIAL if "Norm" in type(module).__name__ else UNPLACED
+        if path == parts.norm:
+            return _PARTIAL
+        inside_base = not parts.base or path.startswith(parts.base + ".")
+        if inside_base:
+            return _LOCAL
+        return _PARTIAL if self.split_head else _LOCAL
+
+
+def _matches(path: str, patterns: Sequence[str], *, base: str) -> str | None:
+    """The pattern that `path` (from the model) matches inside the base model."""
+    inner = path.removeprefix(base + ".") if base else path
+    for pattern in patterns:
+        if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), inner):
+            return pattern
+    return None
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a layer's weight is [inputs, outputs], as GPT-2's Conv1D has it."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    wrapped: Any = model
+    found = wrapped.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return found if isinstance(found, nn.Linear) else None
+
+
+def _vocabulary_modules(model: nn.Module) -> list[str]:
+    """Paths of the token embedding and of the output embedding."""
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    wanted = [tokens, _output_embedding(model)]
+    return list(_paths_of(model, [each for each in wanted if each is not None]))
+
+
+def _paths_of(model: nn.Module, wanted: Sequence[nn.Module]) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if any(module is each for each in wanted):
+            yield path

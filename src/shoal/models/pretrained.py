@@ -230,10 +230,9 @@ def _is_converted(model: nn.Module) -> bool:
     except ImportError:  # it moved, or is gone: the check of names and shapes still guards
         return False
     config: Any = model.config
-    return any(
-        get_checkpoint_conversion_mapping(each) is not None
-        for each in (type(model).__name__, config.model_type)
-    )
+    # a base model brings the conversions of its own class into every model around it (ViT)
+    names = {type(module).__name__ for module in model.modules()} | {config.model_type}
+    return any(get_checkpoint_conversion_mapping(each) is not None for each in names)
 
 
 def _read_by_transformers(folder: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.models.anatomy import hidden_of
+from shoal.models.anatomy import example_of, hidden_of
+from shoal.models.families.corrections import correction_of
 
 _DOCUMENT = 8
 """Tokens per document of the probe."""
@@ -22,7 +23,13 @@ def probe_packing(model: nn.Module) -> None:
     document in a row of its own by more than rounding.
     """
     config: Any = model.config
-    family, vocabulary = config.model_type, config.vocab_size
+    family = config.model_type
+    if not correction_of(family).packs:
+        raise ModelError(
+            f"{family}: its rows hold one sample each, so this family cannot be packed\n"
+            "    set data.packing to false"
+        )
+    vocabulary = config.vocab_size
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
@@ -48,9 +55,8 @@ def probe_keyed_dropout(model: nn.Module) -> None:
 
     Raises ModelError, naming the class, for a model that drops in ways that have no key.
     """
-    config: Any = model.config
-    batch = _second(config.vocab_size, device=next(model.parameters()).device)
-    batch["sample_ids"] = torch.zeros_like(batch["input_ids"][:, 0])
+    batch = example_of(model)
+    batch["sample_ids"] = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
     training = model.training
     model.train()
     try:

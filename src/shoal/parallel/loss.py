@@ -3,6 +3,8 @@
 Tokens x vocabulary in float32 is the largest tensor of a small model's step. Here the logits of a
 chunk of tokens are made, turned into their own gradient in place, pulled back to the hidden states
 and the head, and forgotten, all within the forward (as Liger Kernel does, arXiv 2410.10989).
+Where the head is cut by vocabulary, ranks exchange three numbers per token (the largest logit, the
+sum of exponentials below it, the target's logit): no rank ever holds a token's whole logits.
 
 Shapes: N tokens (any leading shape), D hidden size, V vocabulary.
 """
@@ -14,9 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from shoal.parallel.exchange import all_gather_into
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -26,6 +31,16 @@ IGNORED = -100
 CHUNK_BYTES = 8 * 2**20
 """Budget for one chunk of logits in float32: small enough for a processor's cache, large enough
 that the work per chunk hides the cost of starting it."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The part of the vocabulary whose logits this rank has: `size` entries from `start`."""
+
+    start: int
+    size: int
+    whole: int
+    group: dist.ProcessGroup
 
 
 def chunk_tokens_for(num_labels: int, *, budget_bytes: int = CHUNK_BYTES) -> int:
@@ -41,12 +56,18 @@ def chunked_loss(
     *,
     head_parameters: Sequence[nn.Parameter] = (),
     chunk_tokens: int | None = None,
+    vocabulary: Vocabulary | None = None,
+    expected_scale: float = 1.0,
 ) -> Tensor:
     """SUM over targets of the cross entropy, a float32 scalar (float64 for float64 hidden states).
 
     `hidden` [..., D]; `labels` int64 [...], -100 = no target. `logits_of` maps [N, D] to [N, V] and
     reads no parameters but `head_parameters`, which get gradients (a tied embedding among them adds
     this gradient to its own). Differentiable once. `chunk_tokens` None: from a byte budget.
+    `vocabulary`: `logits_of` gives this rank's part of the logits; every rank of the group gets the
+    same loss, and a part of the gradient of `hidden` (its sum over the group is the gradient).
+    `expected_scale`: what the loss will be multiplied by before backward. Right without it; with
+    it, gradients are made at that scale, which float16 needs (its smallest number is 6e-8).
     """
     flat, targets = _targets(hidden, labels)
     if not torch.is_grad_enabled():
@@ -56,10 +77,12 @@ def chunked_loss(
             logits_of,
             head_parameters=head_parameters,
             chunk_tokens=chunk_tokens,
+            vocabulary=vocabulary,
         ).losses.sum()
     wanted = [each for each in head_parameters if each.requires_grad]
     chunk = chunk_tokens or chunk_tokens_for(_num_labels(flat, logits_of, head_parameters))
-    result: Tensor = _ChunkedLoss.apply(flat, targets, logits_of, chunk, *wanted)  # type: ignore[no-untyped-call]
+    how = _How(logits_of, chunk, vocabulary, expected_scale)
+    result: Tensor = _ChunkedLoss.apply(flat, targets, how, *wanted)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -80,6 +103,7 @@ def chunked_losses(
     head_parameters: Sequence[nn.Parameter] = (),
     chunk_tokens: int | None = None,
     predict: bool = False,
+    vocabulary: Vocabulary | None = None,
 ) -> TokenLosses:
     """Evaluation: `losses` float32 like `labels`; `predictions` int64 like `labels` when `predict`.
 
@@ -93,13 +117,24 @@ def chunked_losses(
     guesses = torch.full_like(targets, IGNORED) if predict else None
     chunk = chunk_tokens or chunk_tokens_for(_num_labels(flat, logits_of, head_parameters))
     for part in rows.split(chunk):
-        logits = logits_of(flat[part]).to(wide)
-        losses[part] = functional.cross_entropy(logits, targets[part], reduction="none")
+        logits = logits_of(flat[part])
+        scores = _scored(logits, targets[part], vocabulary)
+        losses[part] = scores.normaliser - scores.at_target
         if guesses is not None:
-            guesses[part] = logits.argmax(dim=-1)
+            guesses[part] = scores.best
     return TokenLosses(
         losses.view(labels.shape), None if guesses is None else guesses.view(labels.shape)
     )
+
+
+@dataclass(frozen=True)
+class _How:
+    """Everything of one loss that is no tensor."""
+
+    logits_of: Logits
+    chunk: int
+    vocabulary: Vocabulary | None
+    scale: float
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -107,12 +142,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        logits_of: Logits,
-        chunk: int,
-        *head: nn.Parameter,
+        ctx: Any, hidden: Tensor, targets: Tensor, how: _How, *head: nn.Parameter
     ) -> Tensor:
         wide = _wide(hidden.dtype)
         rows = _rows_with_targets(targets)
@@ -120,10 +150,8 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden) if rows is not None else torch.empty_like(hidden)
         head_gradients: list[Tensor | None] = [None] * len(head)
         needs_hidden = ctx.needs_input_grad[0]
-        for part in _parts(len(targets) if rows is None else len(rows), chunk, rows):
-            loss, gradients = _chunk(
-                hidden[part].detach(), targets[part], logits_of, head, needs_hidden
-            )
+        for part in _parts(len(targets) if rows is None else len(rows), how.chunk, rows):
+            loss, gradients = _chunk(hidden[part].detach(), targets[part], how, head, needs_hidden)
             total += loss
             if needs_hidden:
                 hidden_gradient[part] = gradients[0]
@@ -132,6 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 before = head_gradients[index]
                 head_gradients[index] = gradient if before is None else before.add_(gradient)
         ctx.has_head = [gradient is not None for gradient in head_gradients]
+        ctx.scale = how.scale
         ctx.save_for_backward(
             hidden_gradient, *[each for each in head_gradients if each is not None]
         )
@@ -142,36 +171,87 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, *saved = ctx.saved_tensors
         rest = iter(saved)
-        head = [next(rest) * gradient if has else None for has in ctx.has_head]
-        scaled = hidden_gradient * gradient if ctx.needs_input_grad[0] else None
-        return (scaled, None, None, None, *head)
+        factor = gradient / ctx.scale
+        head = [next(rest) * factor if has else None for has in ctx.has_head]
+        scaled = hidden_gradient * factor if ctx.needs_input_grad[0] else None
+        return (scaled, None, None, *head)
 
 
 def _chunk(
     hidden: Tensor,
     targets: Tensor,
-    logits_of: Logits,
+    how: _How,
     head: Sequence[nn.Parameter],
     needs_hidden: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss of one chunk [N, D] and its gradients by (hidden if needed, *head)."""
+    """Loss of one chunk [N, D] and its scaled gradients by (hidden if needed, *head)."""
     with torch.enable_grad():
         hidden = hidden.requires_grad_(needs_hidden)
-        logits = logits_of(hidden)
-    wide = _wide(logits.dtype)
+        logits = how.logits_of(hidden)
     with torch.no_grad():
-        # One buffer of N x V and one exponential: probabilities, which become the gradient. The
-        # normaliser is read off the largest probability, which cannot underflow:
-        # log sum exp(x) = max x - log p(max).
-        highest, where = logits.max(dim=-1, keepdim=True)
-        scores = functional.softmax(logits, dim=-1, dtype=wide)
-        normaliser = highest.to(wide) - scores.gather(-1, where).log()
-        at_target = logits.gather(-1, targets[:, None]).to(wide)
-        loss = (normaliser - at_target).sum()
-        scores[torch.arange(len(targets), device=targets.device), targets] -= 1.0
-        scores = scores.to(logits.dtype)
+        scores = _scored(logits, targets, how.vocabulary)
+        loss = (scores.normaliser - scores.at_target).sum()
+        gradient = scores.probabilities
+        if how.vocabulary is None:
+            gradient[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+        else:
+            gradient.scatter_add_(1, scores.own[:, None], -scores.has[:, None].to(gradient.dtype))
+        if how.scale != 1.0:
+            gradient *= how.scale
+        gradient = gradient.to(logits.dtype)
     wanted = [hidden, *head] if needs_hidden else list(head)
-    return loss, torch.autograd.grad(logits, wanted, grad_outputs=scores)
+    return loss, torch.autograd.grad(logits, wanted, grad_outputs=gradient)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of one chunk, per token [N]; `probabilities` [N, entries on this rank]."""
+
+    normaliser: Tensor
+    at_target: Tensor
+    best: Tensor
+    probabilities: Tensor
+    own: Tensor
+    has: Tensor
+
+
+def _scored(logits: Tensor, targets: Tensor, vocabulary: Vocabulary | None) -> _Scores:
+    """Softmax over the vocabulary from the part of the logits [N, entries] on this rank."""
+    wide = _wide(logits.dtype)
+    # One buffer of N x V and one exponential: probabilities, which become the gradient. The
+    # normaliser is read off the largest probability, which cannot underflow:
+    # log sum exp(x) = max x - log p(max).
+    highest, best = logits.max(dim=-1)
+    probabilities = functional.softmax(logits, dim=-1, dtype=wide)
+    normaliser = highest.to(wide) - probabilities.gather(-1, best[:, None])[:, 0].log()
+    own, has = targets, torch.ones_like(targets, dtype=torch.bool)
+    if vocabulary is not None:
+        own = targets - vocabulary.start
+        has = (own >= 0) & (own < vocabulary.size)
+        own, best = own.masked_fill(~has, 0), best + vocabulary.start
+    at_target = logits.gather(-1, own[:, None])[:, 0].to(wide)
+    if vocabulary is not None:
+        parts = _exchanged(
+            torch.stack(
+                [normaliser, at_target.masked_fill(~has, 0.0), highest.to(wide), best.to(wide)]
+            ),
+            vocabulary,
+        )
+        # a rank's normaliser is its own part's: their log-sum-exp is the whole's
+        whole = torch.logsumexp(parts[:, 0], dim=0)
+        probabilities *= torch.exp(normaliser - whole)[:, None]
+        normaliser, at_target = whole, parts[:, 1].sum(dim=0)
+        winner = parts[:, 2].argmax(dim=0)
+        best = parts[:, 3].gather(0, winner[None])[0].to(best.dtype)
+    return _Scores(normaliser, at_target, best, probabilities, own, has)
+
+
+def _exchanged(mine: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Every rank's `mine` [K, N]: [ranks, K, N], in rank order."""
+    ranks = dist.get_world_size(vocabulary.group)
+    parts = mine.new_empty(ranks, *mine.shape)
+    all_gather_into(parts.flatten(0, 1), mine, group=vocabulary.group)
+    return parts
 
 
 def _targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

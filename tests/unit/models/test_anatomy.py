@@ -18,6 +18,7 @@ from shoal.models.anatomy import (
     canonical_name,
     canonical_parameters,
     check_logits,
+    example_of,
     head_parameters,
     hidden_of,
     logits_of,
@@ -28,6 +29,18 @@ from shoal.models.huggingface import build_meta
 EXPECTED = {
     "llama": ("model.layers", "model.norm", "lm_head", ("model.embed_tokens",)),
     "qwen3": ("model.layers", "model.norm", "lm_head", ("model.embed_tokens",)),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        "lm_head",
+        ("gpt_neox.embed_in",),
+    ),
+    "vit": (
+        "vit.layers",
+        "vit.layernorm",
+        "classifier",
+        ("vit.embeddings.patch_embeddings",),
+    ),
     "phi3": ("model.layers", "model.norm", "lm_head", ("model.embed_tokens",)),
     "gpt2": (
         "transformer.h",
@@ -54,7 +67,14 @@ def test_parts_are_found(family: str) -> None:
     found = (anatomy.blocks, anatomy.norm, anatomy.head, anatomy.embeddings)
     assert found == EXPECTED[family]
     assert (anatomy.family, anatomy.num_blocks) == (family, 2)
-    assert anatomy.causal == (family != "bert")
+    assert anatomy.causal == (family not in ("bert", "vit"))
+
+
+def test_an_encoder_decoder_has_two_lists_of_blocks() -> None:
+    anatomy = anatomy_of(meta_model("t5"))
+    assert (anatomy.blocks, anatomy.more_blocks) == ("encoder.block", ("decoder.block",))
+    assert (anatomy.num_blocks, anatomy.head, anatomy.causal) == (4, "lm_head", False)
+    assert anatomy.ties[0][:2] == ("shared.weight", "encoder.embed_tokens.weight")
 
 
 def test_ties_name_the_embedding_first_and_count_once() -> None:
@@ -68,10 +88,13 @@ def test_ties_name_the_embedding_first_and_count_once() -> None:
 @pytest.mark.parametrize("family", [*SETTINGS])
 def test_logits_of_hidden_states_are_the_models_own(family: str) -> None:
     model = real_model(family)
-    batch = packed_batch(rows=1, lengths=(9,))
+    batch = example_of(model, num_tokens=9)
+    if family == "roberta":
+        batch["input_ids"] += 2  # its own positions skip the id of padding
     with torch.no_grad():
         ours = logits_of(model)(hidden_of(model, batch))
-        own = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        # without positions: the model finds its own, which ours must be
+        own = model(**{name: batch[name] for name in batch if name != "position_ids"}).logits
     # the same modules in the same order: only the mask may take another kernel
     assert torch.allclose(ours, own, rtol=0, atol=2e-6)
     assert not check_logits(model, anatomy_of(model)).whole_logits
@@ -142,22 +165,6 @@ def test_dropout_before_the_head_belongs_to_the_hidden_states() -> None:
     model.bert.eval()  # leaves the dropout before the head as the only one
     hidden = hidden_of(model, packed_batch())
     assert 0.02 < float((hidden == 0).float().mean()) < 0.2  # p is 0.1, over 1,024 values
-
-
-def test_placements_follow_transformers_plans() -> None:
-    table = anatomy_of(meta_model("qwen3")).placements
-    layer = "model.layers.1."
-    query = table[layer + "self_attn.q_proj.weight"]
-    assert (query.style, query.dim, query.gradient) == ("colwise", 0, "local")
-    assert table[layer + "mlp.down_proj.weight"].dim == 1
-    # Qwen3's head norms see a part of the heads only: their gradient is a part as well
-    assert table[layer + "self_attn.q_norm.weight"].gradient == "partial"
-    assert table[layer + "input_layernorm.weight"].style == "replicated"
-    assert table["lm_head.weight"].dim == 0
-    assert set(table) == set(anatomy_of(meta_model("qwen3")).parameters)
-    assert {each.style for each in anatomy_of(meta_model("bert")).placements.values()} == {
-        "unplaced"
-    }
 
 
 def test_auto_class_gives_the_tasks_head() -> None:

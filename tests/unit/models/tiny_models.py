@@ -18,23 +18,53 @@ _DECODER = {
     "num_key_value_heads": 2,
 }
 
+_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {**_DECODER, "pad_token_id": 0, "tie_word_embeddings": True},
+    "qwen2": _DECODER,
     "qwen3": {**_DECODER, "head_dim": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "bert": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
+    "gpt_neox": {**_ENCODER, "partial_rotary_factor": 0.5},
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+    "granite": {
+        **_DECODER,
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": True,
+        "mlp_bias": True,
     },
-    "granite": {**_DECODER, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
     "cohere": {**_DECODER, "logit_scale": 0.25},
     "gemma2": {**_DECODER, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.05},
+    "gemma3_text": {
+        **_DECODER,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "mistral": {**_DECODER, "sliding_window": 4},
     "phi3": {**_DECODER, "pad_token_id": 0},
+    "vit": {
+        **{key: _ENCODER[key] for key in _ENCODER if key != "max_position_embeddings"},
+        "image_size": 8,
+        "patch_size": 4,
+    },
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
 }
+
+TENSOR = tuple(family for family in SETTINGS if family not in ("cohere", "vit", "t5"))
+"""Families that are cut along the tensor axis."""
+
+ROWS_OF_TOKENS = tuple(family for family in SETTINGS if family not in ("vit", "t5"))
+"""Families whose rows can hold several documents."""
 
 FIRST = ("llama", "qwen3", "gpt2", "bert")
 """Families that the project names first; the others check that nothing is tied to those."""
@@ -42,19 +72,35 @@ FIRST = ("llama", "qwen3", "gpt2", "bert")
 VOCABULARY = 61
 
 
-def config_of(family: str) -> Any:
+def config_of(family: str, **settings: Any) -> Any:
     """The configuration of a tiny model."""
-    return read_config(architecture=family, settings=SETTINGS[family], vocabulary_size=VOCABULARY)
+    vocabulary = None if family == "vit" else VOCABULARY
+    return read_config(
+        architecture=family,
+        settings={**SETTINGS[family], **settings},
+        vocabulary_size=vocabulary,
+    )
+
+
+_AUTO_CLASSES = {
+    "bert": "AutoModelForTokenClassification",
+    "roberta": "AutoModelForMaskedLM",
+    "vit": "AutoModelForImageClassification",
+    "t5": "AutoModelForSeq2SeqLM",
+}
 
 
 def auto_class_of(family: str) -> str:
     """The task's auto class that suits the family."""
-    return "AutoModelForTokenClassification" if family == "bert" else "AutoModelForCausalLM"
+    return _AUTO_CLASSES.get(family, "AutoModelForCausalLM")
 
 
-def meta_model(family: str, *, dropout: str = "off") -> nn.Module:
+def meta_model(
+    family: str, *, dropout: str = "off", auto_class: str | None = None, **settings: Any
+) -> nn.Module:
     """A tiny model on the meta device."""
-    return build_meta(config_of(family), auto_class=auto_class_of(family), dropout=dropout)
+    chosen = auto_class or auto_class_of(family)
+    return build_meta(config_of(family, **settings), auto_class=chosen, dropout=dropout)
 
 
 def real_model(family: str, *, seed: int = 0, dropout: str = "off") -> nn.Module:

@@ -1,0 +1,107 @@
+"""Writes docs/layouts.md: what each model family can be cut along, from shoal.legal.
+
+python scripts/layouts.py           write
+python scripts/layouts.py --check   exit 1 when the page is not current
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING
+
+from shoal.layout import Layout
+from shoal.legal import FAMILIES, TENSOR_FAMILIES, axes_of, facts_from_config, not_yet
+from shoal.legal import tensor_degrees as degrees_of
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "layouts.md"
+AXES = ("replicate", "shard", "context", "tensor", "pipeline")
+READ_THROUGH = {"gemma3": "gemma3_text"}
+"""Families that are read through a part of their file."""
+
+HEAD = """\
+# Layouts: what each family can be cut along
+
+Written by `scripts/layouts.py` from `shoal.legal`, which refuses everything else before a worker
+starts. workers = replicate x shard x context x tensor x pipeline; expert divides shard x context.
+
+"""
+
+AFTER = """
+- *yes*: trains today, and is proven against one worker (docs/parity.md). *planned*: the design has
+  it, a run with it is refused. *no*: the family cannot be cut that way.
+- **replicate** and **shard** take any family, also one that is not in this table, and any degree up
+  to the number of samples in a batch. What is smaller than the degree lies on some ranks only.
+- **tensor** takes degrees that divide the query heads, the key-value heads and the feed-forward
+  width, so that every rank has whole heads. The vocabulary need not be divisible. The last column
+  gives those degrees for the published model whose sizes are transformers' defaults.
+- Fused projections (GPT-2 `c_attn`, Phi-3 `qkv_proj` and `gate_up_proj`) are cut piece by piece and
+  stay fused: a rank's queries, keys and values lie next to one another, and checkpoints see boxes
+  of the whole.
+
+## What shard cuts
+
+P parameters, E of them outside blocks (embeddings, last norm, head), B in the largest block, S
+ranks along shard; optimizer state of two moments; all in float32. Bytes per rank, activations
+apart (tensor divides P, E and B first):
+
+| `level` | kept | gathered in forward and backward | gradients before they are scattered |
+| --- | --- | --- | --- |
+| `parameters` | 16P/S | 4E, and 4B each for a block, the next one and the message | 4E + 4B |
+| `gradients` | 16P/S | 4P, and 4B for the message | 4E + 4B |
+| `optimizer` | 16P/S | 4P, and 4B for the message | 4P |
+
+`parameters` gathers every block in forward and again in backward; `gradients` once per micro batch;
+both scatter gradients once per micro batch. `optimizer` scatters once per step: least traffic, most
+memory. tests/parity/test_strategies_memory.py measures these figures. All reductions are sums
+(DESIGN 5.3): the loss is divided by the step's targets beforehand.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [f"| family | {' | '.join(AXES)} | tensor degrees of its defaults |"]
+    lines.append("| --- " * (len(AXES) + 2) + "|")
+    for family in FAMILIES:
+        cells = [_cell(family, axis) for axis in AXES]
+        lines.append(f"| {family} | {' | '.join(cells)} | {_degrees(family)} |")
+    return HEAD + "\n".join(lines) + "\n" + AFTER
+
+
+def _cell(family: str, axis: str) -> str:
+    if axis not in axes_of(family):
+        return "no"
+    name = READ_THROUGH.get(family, family)
+    return "planned" if not_yet(Layout(**{axis: 2}), family=name) else "yes"
+
+
+def _degrees(family: str) -> str:
+    """Tensor degrees of transformers' default sizes, with the sizes they come from."""
+    name = READ_THROUGH.get(family, family)
+    if name not in TENSOR_FAMILIES:
+        return "-"
+    config = CONFIG_MAPPING[name]()
+    facts = facts_from_config(json.loads(config.to_json_string(use_diff=False)))
+    degrees = ", ".join(map(str, degrees_of(facts)))
+    return (
+        f"{degrees} ({facts.heads} heads, {facts.key_value_heads} key-value heads, "
+        f"width {facts.feed_forward})"
+    )
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    text = page()
+    if "--check" in sys.argv[1:]:
+        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
+        if not current:
+            print("docs/layouts.md is not current: run python scripts/layouts.py")
+        return 0 if current else 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

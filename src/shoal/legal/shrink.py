@@ -1,0 +1,110 @@
+"""Smaller sizes for a model that keep it of the same kind: what `shoal parity` trains instead.
+
+The model's class, its vocabulary, its kinds of layers in their order, whether query heads share
+keys, and what its positions need stay; layers, heads and widths become few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.errors import ModelError
+
+_HEAD_SIZE = 16
+_WINDOW = 8
+"""Tokens: shorter than the rows that parity trains on, so that the window is felt."""
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Names of the sizes in one family's configuration."""
+
+    hidden: str = "hidden_size"
+    inner: str = "intermediate_size"
+    layers: tuple[str, ...] = ("num_hidden_layers",)
+    heads: str = "num_attention_heads"
+    groups: str = "num_key_value_heads"
+    head_size: str = "head_dim"
+
+
+_STANDARD = _Keys()
+_KEYS = {
+    "gpt2": _Keys(hidden="n_embd", inner="n_inner", layers=("n_layer",), heads="n_head"),
+    "t5": _Keys(
+        hidden="d_model",
+        inner="d_ff",
+        layers=("num_layers", "num_decoder_layers"),
+        heads="num_heads",
+        head_size="d_kv",
+    ),
+}
+
+
+def shrunk(config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
+    """Sizes to override in `config` (what `to_dict()` of a transformers configuration gives).
+
+    The result is legal for `tensor` ranks and `pipeline` stages where the model itself is. Sizes
+    never grow. Raises ModelError for a configuration without the sizes that this rule reads.
+    """
+    keys = _KEYS.get(str(config.get("model_type")), _STANDARD)
+    missing = [key for key in (keys.hidden, keys.heads, keys.layers[0]) if not config.get(key)]
+    if missing:
+        raise ModelError(
+            f"config.json, key {missing[0]!r}: expected a size, found none, so this "
+            f"{config.get('model_type')!r} cannot be made smaller\n"
+            "    prove the layout on the model as it is (parity.shrink=false)"
+        )
+    hidden, heads = int(config[keys.hidden]), int(config[keys.heads])
+    groups = int(config.get(keys.groups) or heads)
+    size = int(config.get(keys.head_size) or hidden // heads)
+    few = min(groups, tensor if tensor > 1 else 2)
+    fewer_heads = few * min(2, heads // groups)
+    small = _head_size(config, size)
+    width = fewer_heads * small
+    inner = int(config.get(keys.inner) or 4 * hidden)
+    step = 4 * tensor
+    result: dict[str, Any] = {
+        keys.hidden: width,
+        keys.heads: fewer_heads,
+        keys.inner: min(inner, max(step, round(inner * width / hidden / step) * step)),
+    }
+    if config.get(keys.groups):
+        result[keys.groups] = few
+    if config.get(keys.head_size):
+        result[keys.head_size] = small
+    if config.get("sliding_window"):
+        result["sliding_window"] = min(int(config["sliding_window"]), _WINDOW)
+    return {**result, **_layers(config, keys.layers, least=max(2, pipeline))}
+
+
+def _layers(config: Mapping[str, Any], names: tuple[str, ...], *, least: int) -> dict[str, Any]:
+    """The fewest layers in which every kind of layer appears, in the model's own order."""
+    kinds = config.get("layer_types")
+    count = least
+    if kinds:
+        seen = [len(set(kinds[:n])) for n in range(len(kinds) + 1)]
+        count = max(least, seen.index(len(set(kinds))))
+    result: dict[str, Any] = {
+        name: min(count, int(config[name])) for name in names if config.get(name)
+    }
+    if kinds:
+        result["layer_types"] = list(kinds[:count])
+    return result
+
+
+def _head_size(config: Mapping[str, Any], size: int) -> int:
+    """A small head whose rotated part is an even number of dims, as rotary positions need."""
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(value, (list, tuple)) for value in rotary.values()):
+        return size  # factors per dim (longrope): their number is that of the head
+    nested = [value for value in rotary.values() if isinstance(value, Mapping)]
+    part = min(
+        [float(each.get("partial_rotary_factor", 1.0)) for each in [rotary, *nested]],
+        default=1.0,
+    )
+    for small in (_HEAD_SIZE, 2 * _HEAD_SIZE, 4 * _HEAD_SIZE):
+        if small < size and int(small * part) >= 2 and int(small * part) % 2 == 0:
+            return small
+    return size

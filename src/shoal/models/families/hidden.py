@@ -1,0 +1,60 @@
+"""Hidden states of families whose base model is not one call on a row of tokens: ViT, T5.
+
+Shapes: B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.models.passage import ROW_STRIDE, current, passing
+
+Hidden = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""Runs a model without its head on a batch; called inside the batch's passage."""
+
+
+def first_token_of_image(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """`pixel_values` [B, channels, height, width] -> [B, D]: what ViT's classifier reads."""
+    config: Any = model.config
+    base: Any = model.get_submodule(str(model.base_model_prefix))
+    pixels = batch["pixel_values"]
+    patches = (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
+    with passing(replace(current(), token_indices=_indices(batch, num_tokens=patches + 1))):
+        hidden: Tensor = base(pixel_values=pixels).last_hidden_state[:, 0]
+    return hidden
+
+
+def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """`input_ids` and `decoder_input_ids` [B, T] (masks optional) -> [B, T, D] before the head.
+
+    T5 scales what its tied head reads (config.scale_decoder_outputs): that scale is in here.
+    """
+    parts: Any = model
+    mask, ids = batch.get("attention_mask"), batch["decoder_input_ids"]
+    memory = parts.encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+    # the decoder's tokens are other tokens than the encoder's: they lie in the row's second half
+    indices = _indices(batch, num_tokens=ids.shape[1], offset=ROW_STRIDE // 2)
+    with passing(replace(current(), token_indices=indices)):
+        hidden: Tensor = parts.decoder(
+            input_ids=ids,
+            attention_mask=batch.get("decoder_attention_mask"),
+            encoder_hidden_states=memory,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
+    if parts.config.scale_decoder_outputs:
+        hidden = hidden * parts.config.d_model**-0.5
+    return hidden
+
+
+def _indices(batch: dict[str, Tensor], *, num_tokens: int, offset: int = 0) -> Tensor | None:
+    """Global token indices [B, num_tokens] that key the dropout, where samples are known."""
+    samples = batch.get("sample_ids")
+    if samples is None:
+        return None
+    return samples[:, None] * ROW_STRIDE + offset + torch.arange(num_tokens, device=samples.device)

@@ -1,0 +1,15 @@
+"""Compilation block by block: all blocks of a model share their code, so it is compiled once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from shoal.models.anatomy import Anatomy
+
+
+def apply_compile(model: nn.Module, anatomy: Anatomy) -> None:
+    """Compile the forward of every block; names of parameters stay as they are."""
+    for path in (anatomy.blocks, *anatomy.more_blocks):
+        for block in model.get_submodule(path).children():
+            block.forward = torch.compile(block.forward)

@@ -1,0 +1,113 @@
+"""Exchanges along the sequence between the ranks of the tensor axis, with their gradients.
+
+Two layouts of hidden states: whole on every rank, or split, rank r having tokens r x T/t to
+(r + 1) x T/t. Each exchange is the transpose of its gradient's (Korthikanti et al., arXiv
+2205.05198, section 4.2).
+
+Shapes: B rows, T tokens (a multiple of t), t ranks, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.comm.group import Traffic
+
+# torch 2.13 renames both and warns of the old names; earlier ones have no other
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass
+class Exchange:
+    """One group of ranks that split the sequence; counts what it sends."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """[B, T/t, D] -> [B, T, D]. Gradient: partial sums of all ranks, summed and split."""
+        return _apply(part, self, _gathered, _scattered)
+
+    def scatter(self, partial: Tensor) -> Tensor:
+        """A partial sum [B, T, D] -> the sum's own part [B, T/t, D]. Gradient: gathered."""
+        return _apply(partial, self, _scattered, _gathered)
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """A partial sum -> the sum, on every rank. Gradient: as it is (it is whole and equal)."""
+        return _apply(partial, self, _summed, lambda each, _: each)
+
+    def split(self, whole: Tensor) -> Tensor:
+        """[B, T, D], equal on all ranks -> own part [B, T/t, D]. Gradient: gathered."""
+        return _apply(whole, self, _own, _gathered)
+
+    def join(self, part: Tensor) -> Tensor:
+        """[B, T/t, D] -> [B, T, D], of which every rank computes the same. Gradient: own part."""
+        return _apply(part, self, _gathered, _own)
+
+
+_Move = Callable[[Tensor, Exchange], Tensor]
+
+
+def _apply(tensor: Tensor, exchange: Exchange, forward: _Move, backward: _Move) -> Tensor:
+    moved: Tensor = _eager(tensor, exchange, forward, backward)
+    return moved
+
+
+@torch.compiler.disable  # what is sent is counted: compiled code would count its tracing, once
+def _eager(*arguments: Any) -> Any:
+    return _Moved.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, exchange: Exchange, forward: _Move, backward: _Move
+    ) -> Tensor:
+        ctx.exchange, ctx.move = exchange, backward
+        return forward(tensor, exchange)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        moved: Tensor = ctx.move(gradient, ctx.exchange)
+        return moved, None, None, None
+
+
+def _gathered(part: Tensor, exchange: Exchange) -> Tensor:
+    parts = part.new_empty(exchange.size, *part.shape)
+    _count(exchange, "all_gather", (exchange.size - 1) * part.nbytes)
+    all_gather_into(parts.flatten(0, 1), part.contiguous(), group=exchange.group)
+    # [t, B, T/t, D] -> [B, t, T/t, D] -> [B, T, D]
+    return parts.transpose(0, 1).flatten(1, 2)
+
+
+def _scattered(partial: Tensor, exchange: Exchange) -> Tensor:
+    parts = partial.unflatten(1, (exchange.size, -1)).transpose(0, 1).contiguous()
+    own = parts.new_empty(parts.shape[1:])
+    _count(exchange, "reduce_scatter", (exchange.size - 1) * own.nbytes)
+    _reduce_scatter_into(own, parts.flatten(0, 1), group=exchange.group)
+    return own
+
+
+def _summed(partial: Tensor, exchange: Exchange) -> Tensor:
+    total = partial.clone(memory_format=torch.contiguous_format)
+    _count(exchange, "all_reduce", 2 * (exchange.size - 1) * total.nbytes // exchange.size)
+    dist.all_reduce(total, group=exchange.group)
+    return total
+
+
+def _own(whole: Tensor, exchange: Exchange) -> Tensor:
+    length = whole.shape[1] // exchange.size
+    return whole.narrow(1, exchange.rank * length, length).contiguous()
+
+
+def _count(exchange: Exchange, operation: str, num_bytes: int) -> None:
+    exchange.traffic.sent_bytes[operation] += num_bytes

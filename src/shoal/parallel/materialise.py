@@ -1,0 +1,48 @@
+"""Gives a cut model its values: each rank draws, or reads, only the boxes that it holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shoal.models.draw import InitRecord
+from shoal.models.init import Source
+from shoal.parallel.held import held, placed_of
+from shoal.parallel.shard import adopt, storage_shapes
+
+
+@torch.no_grad()
+def materialise(
+    model: nn.Module,
+    *,
+    record: InitRecord,
+    seed: int,
+    source: Source | None = None,
+    storage: dict[str, Tensor] | None = None,
+    gradients: dict[str, Tensor] | None = None,
+) -> None:
+    """Make a model that `parallel.apply` has cut real, in place: float32 on the mesh's device.
+
+    Values come from `source`, or else are drawn (models/init.py). `storage` and `gradients`: zeroed
+    memory by canonical name for parameters and gradients, of the shapes `shard.storage_shapes`
+    gives; None: memory of its own, and no gradients yet. Buffers are recomputed.
+    Raises ModelError for a weight that nothing initialises.
+    """
+    device = placed_of(model).mesh.device
+    if storage is None:
+        shapes = storage_shapes(model)
+        storage = {n: torch.zeros(shape, device=device) for n, shape in shapes.items()}
+    kept, slots = storage, gradients or {}
+    adopt(model, kept.__getitem__, slots.get)
+    for name, pieces in held(model).items():
+        for piece in pieces:
+            box = (piece.box.offsets, piece.box.sizes)
+            value = source.tensor(name, box=box) if source is not None else None
+            if value is None:
+                value = record.draw(name, seed=seed, box=box)
+            piece.tensor.copy_(value)
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        for leaf, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                name = f"{path}.{leaf}" if path else leaf
+                module._buffers[leaf] = record.draw(name, seed=seed).to(device)

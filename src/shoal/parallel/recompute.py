@@ -1,0 +1,72 @@
+"""Recompute of blocks in the backward instead of keeping what their forward made.
+
+`full` keeps a block's input only (Chen et al., arXiv 1604.06174). `selective` keeps the results of
+matrix products and of attention, which cost most to make again, and recomputes the rest
+(arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from shoal.models.anatomy import Anatomy
+from shoal.models.passage import checkpoint_contexts
+
+KINDS = ("none", "selective", "full")
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def apply_recompute(model: nn.Module, anatomy: Anatomy, *, kind: str) -> None:
+    """Make every block recompute; `none` changes nothing."""
+    if kind not in KINDS:
+        raise ValueError(f"recompute: expected one of {', '.join(KINDS)}; got {kind!r}")
+    if kind == "none":
+        return
+    contexts = checkpoint_contexts if kind == "full" else _selective
+    for path in (anatomy.blocks, *anatomy.more_blocks):
+        for block in model.get_submodule(path).children():
+            block.forward = _recomputing(block.forward, contexts)
+
+
+def _recomputing(run: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
+    # nothing draws from the global random state: dropout is keyed, and its key travels by passage
+    return functools.partial(
+        checkpoint, run, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+    )
+
+
+def _selective() -> tuple[Any, Any]:
+    forward, backward = create_selective_checkpoint_contexts(_policy)
+    ours_forward, ours_backward = checkpoint_contexts()
+    return _both(forward, ours_forward), _both(backward, ours_backward)
+
+
+def _policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    kept = operation in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def _both(first: Any, second: Any) -> Any:
+    with first, second:
+        yield

@@ -1,0 +1,202 @@
+"""Sharding of parameters, gradients and optimizer state over the shard axis, with FSDP2.
+
+Three levels (docs/layouts.md has their memory):
+
+- `parameters`: a block's parameters are gathered before its forward and again before its backward;
+- `gradients`: gathered once per micro batch and kept from forward to backward;
+- `optimizer`: gathered once per step; gradients are held whole and scattered by one reduction after
+  the last micro batch.
+
+Every reduction is a SUM: the loss is divided by the step's number of targets before (DESIGN 5.3).
+With replicas the policy sums the shards' gradients between them; FSDP2 never sees that axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from shoal.models.anatomy import Anatomy, canonical_name, canonical_parameters, ties_of
+from shoal.parallel.held import Placed, placed_of
+
+LEVELS = ("parameters", "gradients", "optimizer")
+
+
+class _Root(nn.Module):
+    """What FSDP2 takes for the model: its forward is a whole forward with the loss.
+
+    A transformers model's own forward would give whole logits; ours calls its base model, then its
+    head chunk by chunk. Inside, what lies outside blocks (embeddings, last norm, head) is whole.
+    """
+
+    def __init__(self, model: nn.Module, *, holds_gradients: bool) -> None:
+        super().__init__()
+        self.model, self.holds_gradients = model, holds_gradients
+
+    def forward(self, function: Callable[[], Tensor]) -> Tensor:
+        return function()
+
+
+def apply_shard(
+    model: nn.Module, anatomy: Anatomy, placed: Placed, *, level: str, offload: bool = False
+) -> None:
+    """Shard `model` (meta or real) over the shard axis in place; nothing for a degree of 1.
+
+    `offload`: what is sharded lives in CPU memory, the optimizer's state with it.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}; got {level!r}")
+    if placed.mesh.degree("shard") == 1:
+        return
+    mesh = placed.mesh.along("shard")
+    pinned = placed.mesh.device.type == "cuda"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": level == "parameters",
+        "offload_policy": policy,
+    }
+    for path in (anatomy.blocks, *anatomy.more_blocks):
+        for block in model.get_submodule(path).children():
+            block.register_forward_hook(_own_outputs)
+            fully_shard(block, **settings)
+    root = _Root(model, holds_gradients=level == "optimizer")
+    fully_shard(root, **{**settings, "reshard_after_forward": False})
+    placed.root = root
+    for module in _sharded(root):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    assert ties_of(model) == anatomy.ties, "shard: the tied parameters changed"
+
+
+def _own_outputs(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Copies of outputs that are views (T5's position bias): FSDP2 hooks would be lost on them."""
+    if isinstance(output, tuple):
+        return tuple(_own_outputs(module, inputs, each) for each in output)
+    is_view = isinstance(output, Tensor) and output._base is not None
+    return output.clone() if is_view else output
+
+
+def forward(model: nn.Module, function: Callable[[], Tensor]) -> Tensor:
+    """Run `function` as the model's forward: parameters are whole where it uses them.
+
+    `function` runs the model and returns the tensor that backward starts from (the loss), or what
+    an evaluation wants (without gradients).
+    """
+    root = placed_of(model).root
+    if root is None:
+        return function()
+    result: Tensor = root(function)
+    if not torch.is_grad_enabled():
+        # no backward follows that would give the whole parameters up; the next step changes them
+        for module in _sharded(root):
+            module.reshard()
+    return result
+
+
+def micro_batch(model: nn.Module, *, last: bool) -> None:
+    """Say, before its forward, whether a micro batch is the step's last one.
+
+    Matters to the level `optimizer` only, whose gradients are reduced after the last.
+    """
+    root = placed_of(model).root
+    if not isinstance(root, _Root) or not root.holds_gradients:
+        return
+    for module in _sharded(root):
+        module.set_requires_gradient_sync(last, recurse=False)
+        module.set_reshard_after_backward(last, recurse=False)
+
+
+def _sharded(root: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in root.modules() if isinstance(module, FSDPModule))
+
+
+def storage_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of the storage that each parameter needs on this rank, by canonical name.
+
+    FSDP2 wants equal storage on all ranks: rows beyond a rank's own stay zero, parameters,
+    gradients and moments alike, so that they change no norm and no update.
+    """
+    shapes = {name: tuple(p.shape) for name, p in canonical_parameters(model).items()}
+    root = placed_of(model).root
+    for name, each in _fsdp_parameters(model, root):
+        shapes[name] = tuple(each.padded_sharded_param_size)
+    return shapes
+
+
+@torch.no_grad()
+def adopt(
+    model: nn.Module,
+    values: Callable[[str], Tensor],
+    gradients: Callable[[str], Tensor | None] = lambda name: None,
+) -> None:
+    """Make each parameter, and its gradient, a view of storage that the caller owns.
+
+    `values(name)`: storage of `storage_shapes()[name]`, already filled or to be filled;
+    `gradients(name)`: the same for its gradient, into which backward accumulates, or None. Ties
+    are kept. After this the model is real, whatever it was.
+    """
+    ties = ties_of(model)
+    replaced: dict[int, nn.Parameter] = {}
+    originals = []
+    sharded = dict(_fsdp_parameters(model, placed_of(model).root))
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        for leaf, old in list(module._parameters.items()):
+            if old is None:
+                continue
+            if id(old) not in replaced:
+                name = canonical_name(f"{path}.{leaf}" if path else leaf)
+                originals.append(old)
+                replaced[id(old)] = _over(old, values(name), gradients(name), sharded.get(name))
+            module._parameters[leaf] = replaced[id(old)]
+    # FSDP2 sets parameters by name on the modules; tied ones were found under their first name
+    assert ties_of(model) == ties, "adopt: the tied parameters changed"
+
+
+def _over(old: nn.Parameter, values: Tensor, gradient: Tensor | None, fsdp: Any) -> nn.Parameter:
+    """A parameter like `old` over given storage."""
+    if fsdp is None:
+        new = nn.Parameter(values.view(old.shape), requires_grad=old.requires_grad)
+        new.grad = None if gradient is None or not old.requires_grad else gradient.view(old.shape)
+        return new
+    assert isinstance(old, DTensor), "FSDP2 keeps its parameters as DTensors"
+    new = nn.Parameter(_sharded_view(old, values), requires_grad=old.requires_grad)
+    if gradient is not None and old.requires_grad:
+        new.grad = _sharded_view(old, gradient)
+    fsdp.sharded_param = new
+    fsdp._sharded_param_data = values.view(-1)
+    return new
+
+
+def _sharded_view(like: DTensor, storage: Tensor) -> DTensor:
+    """The rows of padded `storage` that are this rank's own, as a DTensor like `like`."""
+    rows = like.to_local().shape[0]
+    return DTensor.from_local(
+        storage.narrow(0, 0, rows),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def _fsdp_parameters(model: nn.Module, root: nn.Module | None) -> Iterator[tuple[str, Any]]:
+    """FSDP2's own records of its parameters, by canonical name.
+
+    Private in torch 2.13, used here only: FSDP2 re-reads a parameter that was replaced
+    (`reset_sharded_param`), but copies one that needs padding into storage of its own; with the
+    padded storage given beforehand it sees that nothing changed, and copies nothing.
+    """
+    if root is None:
+        return
+    names = {id(parameter): name for name, parameter in canonical_parameters(model).items()}
+    for module in _sharded(root):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            for each in group.fsdp_params:
+                yield names[id(each.sharded_param)], each

@@ -1,0 +1,209 @@
+"""Tensor parallelism by the anatomy's table, with hidden states split along the sequence.
+
+Parameters become plain local tensors (parallel/held.py knows their boxes), and four kinds of places
+exchange: the token embedding sums its lookups, the first block takes its part of the tokens,
+regions (attention, feed-forward) gather before and scatter their sums after, and the last norm's
+output is gathered for the head. No module of the model is replaced, none knows that it is a part.
+
+DTensor was not used inside: its dispatch costs more than these products take on small shapes, and a
+fused projection that is cut piece by piece has no placement in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from shoal.errors import ModelError
+from shoal.legal import facts_from_config, tensor_degrees
+from shoal.models.anatomy import Anatomy, canonical_name, ties_of
+from shoal.models.dropout import KeyedDropout
+from shoal.models.families.tensor import tensor_table
+from shoal.models.placement import (
+    check_placed,
+    has_vocabulary_head,
+    regions_of,
+    row_layers_of,
+)
+from shoal.parallel.exchange import Exchange
+from shoal.parallel.held import Cut, Placed, cut_of
+from shoal.parallel.loss import Vocabulary
+from shoal.parallel.mesh import Mesh
+
+
+def apply_tensor(model: nn.Module, anatomy: Anatomy, mesh: Mesh) -> Placed:
+    """Cut `model` (meta or real) for this rank in place; says how.
+
+    Raises ModelError: a family or parameter without a rule, or heads that the degree does not
+    divide, naming the degrees that do.
+    """
+    degree, rank = mesh.degree("tensor"), mesh.coordinate("tensor")
+    whole = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if degree == 1:
+        return Placed(mesh, {canonical_name(name): Cut(shape) for name, shape in whole.items()})
+    check_degree(model, anatomy, degree)
+    group = mesh.group("tensor")
+    assert group is not None, "a degree above 1 has a group"
+    exchange = Exchange(group, rank=rank, size=degree)
+    cuts = {
+        name: cut_of(anatomy.placements[name], shape, rank=rank, degree=degree)
+        for name, shape in whole.items()
+    }
+    _cut_parameters(model, cuts)
+    assert ties_of(model) == anatomy.ties, "tensor: the tied parameters changed"
+    _exchange_in_regions(model, anatomy, exchange)
+    _exchange_at_ends(model, anatomy, exchange)
+    _part_the_vocabulary(model, anatomy, exchange, cuts)
+    _localise(model, anatomy, degree=degree, rank=rank)
+    model.shoal_sequence_multiple = degree  # type: ignore[assignment]
+    partial = [n for n, each in anatomy.placements.items() if each.gradient == "partial"]
+    return Placed(
+        mesh,
+        cuts,
+        partial=tuple(partial),
+        exchange=exchange,
+        vocabulary=_vocabulary(model, cuts, exchange),
+    )
+
+
+def check_degree(model: nn.Module, anatomy: Anatomy, degree: int) -> None:
+    """Raise ModelError when `model` cannot be cut over `degree` ranks of the tensor axis."""
+    check_placed(anatomy)
+    config: Any = model.config
+    facts = facts_from_config(config.to_dict())
+    legal = tensor_degrees(facts)
+    if degree not in legal:
+        raise ModelError(
+            f"parallel.tensor: {degree} does not divide {facts.heads} query heads, "
+            f"{facts.key_value_heads} key-value heads and the feed-forward width "
+            f"{facts.feed_forward} of this {anatomy.family}\n"
+            f"    degrees that do: {', '.join(map(str, legal))}"
+        )
+    if anatomy.whole_logits:
+        raise ModelError(
+            f"{type(model).__name__}: its logits are more than head(hidden), so its head cannot be "
+            "cut by vocabulary\n    set parallel.tensor to 1"
+        )
+    if getattr(model, "framework_dropout", False):
+        raise ModelError(
+            "model.dropout: framework dropout differs between ranks that compute the same tokens\n"
+            "    set model.dropout to keyed or off, or parallel.tensor to 1"
+        )
+
+
+def _cut_parameters(model: nn.Module, cuts: dict[str, Cut]) -> None:
+    made: dict[int, nn.Parameter] = {}
+    kept = []  # the originals stay alive: their ids are keys
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                kept.append(parameter)
+                cut = cuts[canonical_name(f"{path}.{leaf}" if path else leaf)]
+                made[id(parameter)] = _local_parameter(parameter, cut)
+            module._parameters[leaf] = made[id(parameter)]
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and weight is not None:
+            module.out_features, module.in_features = weight.shape
+        elif type(module).__name__ == "Conv1D" and weight is not None:
+            module.nx, module.nf = weight.shape  # its forward shapes its output by nf
+
+
+def _local_parameter(parameter: nn.Parameter, cut: Cut) -> nn.Parameter:
+    if cut.dim is None:
+        return parameter
+    parts = [parameter.data.narrow(cut.dim, start, size) for start, size in cut.segments]
+    value = torch.cat(parts, dim=cut.dim).contiguous()
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _exchange_in_regions(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
+    for path in regions_of(model, base=anatomy.base):
+        model.get_submodule(path).register_forward_pre_hook(
+            _on_hidden(exchange.gather), with_kwargs=True
+        )
+    for path in row_layers_of(model, base=anatomy.base):
+        layer = model.get_submodule(path)
+        layer.forward = _row_forward(layer, exchange)
+
+
+def _row_forward(layer: Any, exchange: Exchange) -> Callable[[Tensor], Tensor]:
+    """A row-wise layer: the sum of all ranks' products, split; the bias once, after the sum."""
+    transposed = not isinstance(layer, nn.Linear)  # Conv1D
+
+    def forward(hidden: Tensor) -> Tensor:
+        weight = layer.weight.t() if transposed else layer.weight
+        output = exchange.scatter(functional.linear(hidden, weight))
+        return output if layer.bias is None else output + layer.bias.to(output.dtype)
+
+    return forward
+
+
+def _exchange_at_ends(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
+    blocks = list(model.get_submodule(anatomy.blocks).children())
+    blocks[0].register_forward_pre_hook(_on_hidden(exchange.split), with_kwargs=True)
+    # a rank's part of the vocabulary gives a part of the gradient; a whole head all of it
+    leave = exchange.gather if has_vocabulary_head(model) else exchange.join
+    last = model.get_submodule(anatomy.norm) if anatomy.norm else blocks[-1]
+    last.register_forward_hook(lambda module, inputs, output: leave(output))
+
+
+def _on_hidden(move: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A pre-hook that moves the hidden states: the first argument, by place or by name."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if inputs:
+            return (move(inputs[0]), *inputs[1:]), named
+        return inputs, {**named, "hidden_states": move(named["hidden_states"])}
+
+    return hook
+
+
+def _part_the_vocabulary(
+    model: nn.Module, anatomy: Anatomy, exchange: Exchange, cuts: dict[str, Cut]
+) -> None:
+    path = anatomy.embeddings[0]
+    start, size = cuts[_canonical(anatomy, f"{path}.weight")].segments[0]
+    table: Any = model.get_submodule(path)
+    padding = table.padding_idx
+    inside = padding is not None and start <= padding < start + size
+    table.padding_idx = padding - start if inside else None
+    table.num_embeddings = size
+    lookup = table.forward
+
+    def forward(tokens: Tensor) -> Tensor:
+        own = tokens - start
+        absent = (own < 0) | (own >= size)
+        found = lookup(own.masked_fill(absent, 0)).masked_fill(absent[..., None], 0.0)
+        return exchange.sum(found)
+
+    table.forward = forward
+
+
+def _canonical(anatomy: Anatomy, name: str) -> str:
+    return next((group[0] for group in anatomy.ties if name in group), name)
+
+
+def _vocabulary(model: nn.Module, cuts: dict[str, Cut], exchange: Exchange) -> Vocabulary | None:
+    if not has_vocabulary_head(model):
+        return None
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    name = next(name for name, each in model.named_parameters() if each is head.weight)
+    start, size = cuts[canonical_name(name)].segments[0]
+    return Vocabulary(start, size, cuts[canonical_name(name)].shape[0], exchange.group)
+
+
+def _localise(model: nn.Module, anatomy: Anatomy, *, degree: int, rank: int) -> None:
+    """Correct counts of heads, and tell dropout in blocks which tokens it sees."""
+    table = tensor_table(model.config)
+    assert table is not None, "check_placed has passed"
+    for path in regions_of(model, base=anatomy.base):
+        table.localise(model.get_submodule(path), degree)
+    for module in model.get_submodule(anatomy.blocks).modules():
+        if isinstance(module, KeyedDropout):
+            module.sequence_part = (rank, degree)

@@ -282,8 +282,9 @@ class EveryStep(Section):
     codec: NoCodec = NoCodec()
     bucket_bytes: Annotated[int, Field(ge=1024)] = 128 * 2**20
     """Largest message of one reduction."""
-    verify_every_steps: Annotated[int, Field(ge=0)] = 1
-    """Compare a hash of parameters and optimizer state over replicas; 0: never."""
+    verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Compare a hash of parameters and optimizer state over replicas; 0: never; auto: before every
+    step on a CPU, every 100 steps on a device, whose state must be copied for it."""
 
 
 class PrecisionSection(Section):

@@ -159,6 +159,8 @@ class Trainer:
 
     def _digest(self, step: int) -> int | None:
         every = self.job.recipe.sync.verify_every_steps
+        if every == "auto":
+            every = 1 if self.place.device.type == "cpu" else 100
         if not every or step % every or self.group.size == 1 or self.group.shares_memory:
             return None
         self.pulse.mark("verify")

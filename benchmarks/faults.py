@@ -322,7 +322,65 @@ def markdown(rows: dict[str, Row]) -> str:
             f"{row['measured']} ({row['commit']})",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Rows that are tests, done for real at every `make test` or `make test-all`:", ""]
+    lines += ["| fault | what happens | test |", "| --- | --- | --- |"]
+    lines += [f"| {fault} | {what} | `{where}` |" for fault, what, where in TESTED]
     return "\n".join(lines) + "\n"
+
+
+TESTED = (
+    (
+        "the whole job killed",
+        "resumed from the newest save; same digits, same weights",
+        "tests/fault/test_killing.py",
+    ),
+    (
+        "the command or its fork server killed",
+        "no worker outlives it",
+        "tests/fault/test_killing.py",
+    ),
+    (
+        "kill, disk full or I/O error at each operation of a save, foreground and background",
+        "a checkpoint can be loaded after every one",
+        "tests/fault/test_saving.py, test_saving_in_background.py",
+    ),
+    (
+        "any byte flipped, a file cut, missing, swapped, linked elsewhere; a slow or read-only disk",
+        "named; the older checkpoint is used",
+        "tests/fault/test_damaged.py",
+    ),
+    (
+        "both replicas die within one step",
+        "back to the newest save; same digits",
+        "tests/fault/test_rehearsing.py",
+    ),
+    (
+        "the same step fails again and again",
+        "given up after `launch.retries`, with the reason",
+        "tests/fault/test_rehearsing.py",
+    ),
+    (
+        "a second job in the run directory",
+        "refused at once, naming the process",
+        "tests/unit/launch/test_directory.py",
+    ),
+    (
+        "a rank with another recipe or code",
+        "refused by all ranks, with the difference",
+        "tests/unit/launch/test_torchrun.py, tests/unit/engine/test_agree.py",
+    ),
+    (
+        "a port in use, a stale store",
+        "cannot happen on one machine: ranks meet at a new file for every epoch",
+        "tests/security/test_sockets.py",
+    ),
+    (
+        "garbage, a pickle, 4 GB announced on a socket",
+        "refused; training goes on",
+        "tests/unit/comm/test_channel.py, tests/security/test_sockets.py",
+    ),
+)
+"""(fault, what happens, tests) of rows that need no figures."""
 
 
 def _times(spread: dict[str, float] | None) -> str:

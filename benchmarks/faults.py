@@ -345,7 +345,7 @@ TESTED = (
         "tests/fault/test_saving.py, test_saving_in_background.py",
     ),
     (
-        "any byte flipped, a file cut, missing, swapped, linked elsewhere; a slow or read-only disk",
+        "any byte flipped, a file cut, missing, swapped or a link; a slow or read-only disk",
         "named; the older checkpoint is used",
         "tests/fault/test_damaged.py",
     ),

@@ -88,3 +88,27 @@ def usable_cores() -> int:
         if limit != "max" and period:
             cores = min(cores, max(1, int(limit) // int(period)))
     return cores
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that new processes can have: free or reclaimable, and within this process's control
+    group. None where the system does not say (other than Linux)."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            most = Path(limit).read_text().strip()
+            if most != "max":
+                free = min(free, max(0, int(most) - int(Path(used).read_text())))
+        except OSError:
+            continue
+    return free

@@ -80,14 +80,14 @@ class Attempt:
         return WorkerError("a worker ended without a word; its output above may say why")
 
 
-def gave_up(death: Death, *, times: int, run: Path) -> WorkerError:
+def gave_up(death: Death, *, times: int, run: Path, doctor: str = "") -> WorkerError:
     """What is said when the same step fails again and again."""
     often = f" at step {death.step}, {times} times" if times > 1 else f" ({death.where})"
     advice = f"resume the run to go on from its last checkpoint: shoal resume {run}"
     if not any(run.glob("checkpoints/step-*")):
         advice = "nothing was saved yet"
-    if death.kind == "out-of-memory":
-        advice = f"smaller micro batches need less memory; {advice}"
+    if doctor:
+        return WorkerError(f"{death.text}{often}\n{doctor}\n{advice}")
     trace = f"\n{death.trace.rstrip()}" if death.trace else ""
     return WorkerError(f"{death.text}{often}; {advice}{trace}")
 

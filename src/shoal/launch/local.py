@@ -15,9 +15,11 @@ from shoal.config.locked import LOCKED, changed
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import check, choose
 from shoal.launch.directory import claim, hold, open_run, write_whole
+from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.pool import WorkerPool
 from shoal.launch.summary import write_summary
 from shoal.launch.supervise import run_workers
@@ -203,6 +205,7 @@ def _run(
 ) -> Result:
     run, inputs, decision = job.run, job.inputs, job.decision
     console.phase(f"plan: {decision}")
+    refuse_what_cannot_fit(job.recipe, decision, free_bytes=free_memory_bytes())
     payload = {
         "recipe": job.recipe.model_dump(mode="json"),
         "run": str(run.resolve()),  # workers have the fork server's working directory

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from shoal.comm.keys import Keys
+from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
-from shoal.launch.deaths import death_of, oom_kills
+from shoal.launch.deaths import Death, death_of, oom_kills
 from shoal.launch.hang import Doctor, Sighting, Stuck, process_state, report, stack_of
+from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.observe.console import Console
@@ -275,9 +277,17 @@ class Supervisor:
         times = self._failures[death.step]
         most = min(self._retries, 1) if death.kind == "out-of-memory" else self._retries
         if times > most or self._passed_on:
-            raise gave_up(death, times=times, run=self._run)
+            raise gave_up(death, times=times, run=self._run, doctor=self._about_memory(death))
         self._hurt_at = self._hurt_at or time.monotonic()
         self._recover(seat)
+
+    def _about_memory(self, death: Death) -> str:
+        """What the out-of-memory doctor says of this death; nothing of any other."""
+        if death.kind != "out-of-memory":
+            return ""
+        recipe = Recipe.model_validate(self._payload["recipe"])
+        decision = Decision.from_json(self._payload["decision"])
+        return explained(recipe, decision, run=self._run, where=death.where)
 
     def _recover(self, lost: Seat) -> None:
         """Put a new worker into the seat; if nobody else holds the state, start all anew."""

@@ -109,6 +109,9 @@ class Rehearsal:
     clean: Path
     faults: list[Seen] = field(default_factory=list)
     ended: str = "done"
+    """`done`, or the first line of the error that ended it."""
+    message: str = ""
+    """All of that error."""
     committed_steps_lost: int = 0
     steps_redone: int = 0
     sample_problems: list[str] = field(default_factory=list)
@@ -228,7 +231,8 @@ def _run(
         story.append({"event": "stopped", "monotonic": time.monotonic(), "text": str(stopped)})
         local.resume(run, console=console, pool=pool)
     except ShoalError as error:
-        into.ended = str(error).partition("\n")[0]
+        into.message = str(error)
+        into.ended = into.message.partition("\n")[0]
         story.append({"event": "failed", "monotonic": time.monotonic(), "text": into.ended})
     return story
 

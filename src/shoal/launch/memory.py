@@ -1,0 +1,87 @@
+"""The out-of-memory doctor: refuses a run that cannot fit, and explains one that did not.
+
+Fixes are ordered by what they cost: first those that change only the speed a little, then those
+that change how many workers there are, last those that change what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shoal.config.recipe import Recipe
+from shoal.engine.decision import Decision
+from shoal.errors import ConfigError, Problem
+from shoal.observe.events import read_lines
+from shoal.units import format_bytes
+
+SPARE = 0.95
+"""Share of the free memory that a run may plan with."""
+
+
+def needed_bytes(decision: Decision) -> float | None:
+    """Predicted bytes of all workers together; None when the peak of one is not known.
+
+    Threads share parameters and optimizer state; processes hold everything each.
+    """
+    peak = decision.predicted.get("peak_memory_bytes")
+    if peak is None:
+        return None
+    count = decision.layout.workers
+    if decision.workers == "threads" and count > 1:
+        shared = decision.predicted.get("shared_bytes", 0.0)
+        return shared + count * (peak - shared)
+    return count * peak
+
+
+def refuse_what_cannot_fit(recipe: Recipe, decision: Decision, *, free_bytes: int | None) -> None:
+    """Raises ConfigError, with the fixes ordered by their cost, for a run that needs too much."""
+    need = needed_bytes(decision)
+    if need is None or free_bytes is None or need <= SPARE * free_bytes:
+        return
+    what = (
+        f"needs about {format_bytes(need)} at its peak, and {format_bytes(free_bytes)} are free "
+        f"({decision.layout.workers} {decision.workers}, micro batch "
+        f"{decision.micro_batch_samples})"
+    )
+    raise ConfigError([Problem("memory", what, "; or ".join(fixes(recipe, decision)))])
+
+
+def fixes(recipe: Recipe, decision: Decision) -> Iterator[str]:
+    """What would need less, the cheapest first."""
+    micro, count = decision.micro_batch_samples, decision.layout.replicate
+    if micro > 1:
+        yield f"train.micro_batch_samples={micro // 2} (a little slower, the same curve)"
+    if decision.workers == "processes" and count > 1:
+        yield "launch.workers=threads (one copy of parameters and optimizer state for all)"
+    if count > 1:
+        yield f"parallel.replicate={count // 2} (fewer workers, the same curve)"
+    if decision.compute == "float32":
+        yield "precision.compute=bfloat16 (smaller activations, rounds more)"
+    if recipe.data.sequence_tokens > 64:
+        yield f"data.sequence_tokens={recipe.data.sequence_tokens // 2} (learns from shorter rows)"
+    yield "a smaller model"
+
+
+def explained(recipe: Recipe, decision: Decision, *, run: Path, where: str) -> str:
+    """After a real one: what was measured, what it was doing, and the same fixes."""
+    lines = [f"out of memory at {where}; {decision.layout.workers} {decision.workers}"]
+    for name, value in _measured(run).items():
+        lines.append(f"  {name}: {format_bytes(value)}")
+    lines += [f"  needs less: {fix}" for fix in fixes(recipe, decision)]
+    return "\n".join(lines)
+
+
+def _measured(run: Path) -> dict[str, float]:
+    rows: list[dict[str, Any]] = [r for r in read_lines(run / "metrics.jsonl") if "loss" in r]
+    names = {
+        "peak of live tensors in one worker": "peak_memory_bytes",
+        "private memory of one worker": "peak_private_bytes",
+    }
+    found = {}
+    for words, key in names.items():
+        values = [row[key] for row in rows if row.get(key)]
+        if values:
+            found[words] = float(max(values))
+    return found

@@ -100,10 +100,9 @@ class Training:
         tokenizer = load_tokenizer(self.job.inputs.tokenizer_directory)
         return complete(self, prompts=task.prompts, tokens=task.sample_tokens, tokenizer=tokenizer)
 
-    def resident_bytes(self) -> int:
+    def resident(self) -> list[torch.Tensor]:
         """Parameters, gradients and optimizer state that this rank keeps."""
-        tensors = [self.state.values, self.state.gradients, *self.state.moments.values()]
-        return sum(tensor.nbytes for tensor in tensors)
+        return [self.state.values, self.state.gradients, *self.state.moments.values()]
 
     def random_states(self) -> list[str]:
         """The global generators of all ranks, as hexadecimal (for dropout: framework)."""

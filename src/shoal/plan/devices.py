@@ -13,8 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from shoal.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from shoal.plan.rates import Rates
 
 GB = 10**9
 GIB = 2**30
@@ -44,10 +48,12 @@ class Device:
     network_bytes_per_second: float
     price_per_hour: float = 0.0
     attention_share: float = 0.5
+    rates: Rates | None = None
+    """What was measured, where this device is one worker of a measured machine."""
 
     def rate(self, precision: str) -> float:
         """Achievable FLOPs per second; a format the device lacks runs at the next wider one."""
-        for name in _WIDER[precision]:
+        for name in WIDER[precision]:
             if name in self.peak:
                 return self.peak[name] * self.achievable[name]
         raise UserError(
@@ -56,7 +62,7 @@ class Device:
         )
 
 
-_WIDER = {
+WIDER = {
     "fp4": ("fp4", "fp8", "bf16", "fp16", "fp32"),
     "fp8": ("fp8", "bf16", "fp16", "fp32"),
     "bf16": ("bf16", "fp16", "fp32"),

@@ -16,7 +16,7 @@ from shoal.legal import ModelFacts, facts_from_config
 from shoal.plan.cost.compute import Cut
 from shoal.plan.cost.constants import DEFAULT
 from shoal.plan.cost.measured import MeasuredCompute
-from shoal.plan.cost.step import Estimator
+from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import Cluster, Device, Nodes
 from shoal.plan.measurements import (
     REFERENCE,
@@ -28,7 +28,7 @@ from shoal.plan.measurements import (
 )
 from shoal.plan.rates import Key, Rates
 from shoal.plan.software import SHOAL
-from shoal.plan.workload import Workload
+from shoal.plan.workload import Crew, Workload
 
 WORTH_IT = 1.15
 """bfloat16 is chosen when its matrix products are at least this much faster than float32's."""
@@ -37,22 +37,9 @@ STEP_SECONDS = 0.003
 """Reading a batch, checking it and writing a row: what a step costs on any machine measured."""
 
 MEETINGS = 5
-"""How often the replicas meet in a step beside the sum of gradients (targets, losses, norm, ...)."""
+"""How often the replicas meet in a step beside the sum of gradients: targets, losses, norm."""
 
 _SMALL = 32.0  # bytes of such a meeting
-
-
-@dataclass(frozen=True, order=True)
-class Crew:
-    """The workers of a run on one machine: `count` of a kind, each with `threads` threads."""
-
-    workers: str
-    count: int
-    threads: int
-
-    def __str__(self) -> str:
-        kind = self.workers if self.count > 1 else "worker"
-        return f"{self.count} {kind} x {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
 def crews(
@@ -72,7 +59,7 @@ def crews(
 
 
 def rates_of(measured: Measurements, crew: Crew) -> Rates:
-    """Times of one worker of `crew`: of the nearest conditions, blended; more when cores are shared.
+    """Times of one worker of `crew`: of the nearest conditions, blended; more on shared cores.
 
     With one thread each: between a lone worker and all cores busy, by the busy cores. With more:
     between one thread and all cores in one worker, by the logarithm of the threads.
@@ -81,7 +68,7 @@ def rates_of(measured: Measurements, crew: Crew) -> Rates:
     busy = min(cores, crew.count * crew.threads)
     one = _timed(measured, workers=crew.workers, busy=1, threads=1)
     result = _timed(measured, workers=crew.workers, busy=cores, threads=1)
-    if 1 < cores and busy < cores:
+    if cores > 1 and busy < cores:
         result = one.blended(result, share=(busy - 1) / (cores - 1))
     threads = min(crew.threads, cores)
     if threads > 1:
@@ -93,7 +80,7 @@ def rates_of(measured: Measurements, crew: Crew) -> Rates:
         for kind, ranks, num_bytes, seconds in measured.reduces
         if kind == crew.workers
     }
-    return Rates({**result.seconds, **reduces}).scaled(learn(measured.runs).time)
+    return Rates({**result.seconds, **reduces})
 
 
 def _timed(measured: Measurements, *, workers: str, busy: int, threads: int) -> Rates:
@@ -232,9 +219,26 @@ def estimator_for(measured: Measurements, crew: Crew, *, workload: Workload) -> 
             shares_update=crew.workers == "threads",
         ),
         replace(
-            DEFAULT, reserve_share=0.0, context_bytes=0.0, activation_factor=learned.activations
+            DEFAULT,
+            reserve_share=0.0,
+            context_bytes=0.0,
+            activation_factor=learned.activations,
+            time_factor=learned.time,
         ),
     )
+
+
+def predicted_for(prediction: Prediction) -> dict[str, float]:
+    """What plan.json keeps of a prediction; `read_run` reads it back.
+
+    The peak is of live tensors (DESIGN 5.9); `state_bytes` of them are exact.
+    """
+    return {
+        "step_seconds": prediction.step_seconds,
+        "peak_memory_bytes": prediction.peak.live,
+        "state_bytes": prediction.peak.states,
+        "time_factor": prediction.time_factor,
+    }
 
 
 def this_machine() -> Measurements:

@@ -284,3 +284,21 @@ def device(name: str) -> Device:
         f"unknown device {name!r}: {nearest(name.upper(), [*names, *_ALIASES])}\n    Known: "
         f"{', '.join(names)}. Describe any other in a cluster file (docs/planner.md shows one)."
     )
+
+
+def device_named(text: str) -> Device | None:
+    """The device that a longer name means, such as a driver's "NVIDIA H100 80GB HBM3".
+
+    The memory in it chooses among variants; None for one that is not in the table.
+    """
+    found = re.search(r"RTX\s*\w+|G?[ABH]\d00|V100|MI\d+X|L4\b", text.upper())
+    if found is None:
+        return None
+    name = found[0].replace(" ", "")
+    memory = re.search(r"\b(\d+)\s*GB\b", text.upper())
+    for wanted in ([f"{name}-{memory[1]}"] if memory else []) + [name]:
+        try:
+            return device(wanted)
+        except UserError:
+            continue
+    return None

@@ -1,4 +1,4 @@
-"""What a machine was measured at: the file that `shoal plan --calibrate` writes, read and written."""
+"""What a machine was measured at: the file that `shoal plan --calibrate` writes."""
 
 from __future__ import annotations
 
@@ -45,17 +45,18 @@ REFERENCE: Mapping[str, Mapping[str, Any]] = {
 class Condition:
     """Times taken while `busy` workers of a kind compute at once, each with `threads` threads.
 
-    Of one worker, all in seconds. `products`: (precision, kind, tokens, columns, depth, s) of the
-    three products of a linear layer: `forward` x w', `input` g w, `weight` g' x. `attention`:
-    (precision, tokens of a row, head size, s per token and head), both passes. `blocks`:
-    (precision, family, blocks, rows, tokens of a row, s): both passes of a REFERENCE model.
+    Of one worker, all in seconds; threads have no products of their own. `products`: (precision,
+    kind, tokens, columns, depth, s) of the three products of a linear layer: `forward` x w',
+    `input` g w, `weight` g' x. `attention`: (precision, tokens of a row, head size, s per token
+    and head), both passes. `blocks`: (precision, family, blocks, rows, tokens of a row, s): both
+    passes of a REFERENCE model.
     `streams`: (bytes moved, s). `updates`: (parameters, s of zeroing, norm, scaling and AdamW).
     """
 
     workers: str
     busy: int
     threads: int
-    products: tuple[tuple[str, str, int, int, int, float], ...]
+    products: tuple[tuple[str, str, int, int, int, float], ...] = ()
     attention: tuple[tuple[str, int, int, float], ...] = ()
     blocks: tuple[tuple[str, str, int, int, int, float], ...] = ()
     streams: tuple[tuple[float, float], ...] = ()
@@ -99,6 +100,16 @@ class Measurements:
         """As stored."""
         return {"format": FORMAT, **asdict(self)}
 
+    def peak(self, precision: str) -> float | None:
+        """FLOPs per second of the fastest product seen, of all cores; None for another format."""
+        rates = [
+            each.busy * 2.0 * tokens * columns * depth / seconds
+            for each in self.conditions
+            for name, _, tokens, columns, depth, seconds in each.products
+            if name == precision and each.busy * each.threads == self.cores
+        ]
+        return max(rates, default=None)
+
 
 def machine_name() -> str:
     """The processor's name, as the system tells it."""
@@ -113,7 +124,7 @@ def machine_name() -> str:
 def machine_key() -> str:
     """A short word for this processor, these cores and this torch: what measurements depend on."""
     parts = [machine_name(), str(usable_cores()), version("torch")]
-    return xxhash.xxh3_64_hexdigest("\n".join(parts))
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
 
 
 def measurements_path() -> Path:
@@ -161,7 +172,7 @@ def load_measurements(path: Path) -> Measurements:
             f"{', '.join(field.name for field in fields(Measurements))}; delete the file to "
             "measure anew, or give --cluster"
         ) from error
-    if not measured.conditions or not all(each.products for each in measured.conditions):
+    if not any(each.products for each in measured.conditions):
         raise UserError(
             f"measurements {path}: no matrix product in them; delete the file to measure anew, or "
             "give --cluster"
@@ -189,9 +200,7 @@ def condition_from(data: Mapping[str, Any]) -> Condition:
 
 def _rows(data: Any, types: tuple[Callable[[Any], Any], ...]) -> Any:
     """Rows of typed cells; seconds (the last cell) must be more than zero."""
-    rows = tuple(
-        tuple(kind(cell) for kind, cell in zip(types, row, strict=True)) for row in data
-    )
+    rows = tuple(tuple(kind(cell) for kind, cell in zip(types, row, strict=True)) for row in data)
     if any(row[-1] <= 0 for row in rows):
         raise ValueError("seconds must be more than zero")
     return rows

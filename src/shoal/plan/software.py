@@ -85,11 +85,14 @@ SHOAL = Software(
     elementwise=4.8,
     accumulate_bytes=12.0,
     autocast=True,
+    weight_bytes=4.0,
+    master_bytes=0.0,
     overlap_shard=0.6,
     overlap_gradients=0.0,
     selective_share=0.3,
 )
-"""This project: eager torch, FSDP2, chunked loss, one flat reduction after the last backward."""
+"""This project: eager torch under autocast, FSDP2 that gathers float32, chunked loss, one flat
+reduction after the last backward."""
 
 NANOTRON = Software(
     name="nanotron",

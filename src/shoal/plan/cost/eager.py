@@ -47,9 +47,7 @@ def eager_bytes(
     return hidden + (width * kept + scores) / tensor
 
 
-def _cpu_scores(
-    facts: ModelFacts, *, rows: int, sequence_tokens: int, width: float
-) -> float:
+def _cpu_scores(facts: ModelFacts, *, rows: int, sequence_tokens: int, width: float) -> float:
     """Probabilities that attention in blocks keeps, or the float32 mask of the fused kernel."""
     kept = rows * facts.heads * sequence_tokens**2 * width
     in_blocks = width < 4 or sequence_tokens >= _FLOAT32_TOKENS
@@ -59,9 +57,7 @@ def _cpu_scores(
     return 4.0 * sequence_tokens + 4.0 * facts.heads
 
 
-def loss_bytes(
-    facts: ModelFacts, *, tokens: float, tensor: int = 1, width: float = 2.0
-) -> float:
+def loss_bytes(facts: ModelFacts, *, tokens: float, tensor: int = 1, width: float = 2.0) -> float:
     """Live bytes of a micro batch outside its blocks, at the loss.
 
     The last norm, rotations and ids; logits and probabilities of one chunk of tokens; and the

@@ -157,8 +157,10 @@ def memory_of(
         block = candidate.recompute_share * kept + (1 - candidate.recompute_share) * whole
     activations = held * stage.blocks * block * tokens
     if software.autocast and workload.precision != "fp32":
-        # The cast weights stay until the backward of their micro batch has read them.
-        activations += held * 2.0 * parameters / candidate.state_split
+        # The backward of a micro batch reads the cast weights: they stay until then, whole even
+        # where parameters are sharded. Recompute casts a block's again.
+        casts = 2.0 * parameters / (1 if candidate.recompute == "none" else stage.blocks)
+        activations += held * casts
     if candidate.recompute != "none":
         # The block being recomputed is whole again for a moment.
         activations += (whole - kept) * tokens

@@ -112,3 +112,17 @@ def free_memory_bytes() -> int | None:
         except OSError:
             continue
     return free
+
+
+def usable_memory_bytes() -> int | None:
+    """Memory of this machine, or of the container it is limited to; None where unknown."""
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file():
+        text = limit.read_text().strip()
+        if text.isdigit():
+            whole = min(whole, int(text))
+    return whole

@@ -8,19 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.plan import (
-    Asked,
-    Batch,
-    DefaultCommand,
-    Fixed,
-    ModelFile,
-    Overrides,
-    Precision,
-    Program,
-    Recipe,
-    Sequence,
-    Spec,
-)
+from shoal.cli.asked import Asked, DefaultCommand, asking
 
 if TYPE_CHECKING:
     from shoal.plan.cost.step import Prediction
@@ -35,16 +23,9 @@ app = typer.Typer(
 
 
 @app.command("for")
+@asking
 def simulate(
-    recipe: Recipe = None,
-    overrides: Overrides = None,
-    cluster: Spec = None,
-    model: ModelFile = None,
-    sequence: Sequence = None,
-    batch: Batch = None,
-    precision: Precision = None,
-    software: Program = "shoal",
-    fix: Fixed = None,
+    asked: Asked,
     out: Annotated[
         Path | None, typer.Option("--trace", help="Write a Perfetto trace here.")
     ] = None,
@@ -61,20 +42,9 @@ def simulate(
     """Play out the best plan (or the one fixed by --fix) and say what a long run would keep."""
     from shoal.plan import goodput
     from shoal.plan import simulate as simulator
-    from shoal.plan.search import find
 
-    asked = Asked(
-        recipe=recipe,
-        overrides=overrides or [],
-        spec=cluster,
-        model=model,
-        sequence=sequence,
-        batch=batch,
-        precision=precision,
-        software=software,
-    )
-    estimator, fixed = asked.estimator(), asked.fixed(fix or [])
-    best = find(estimator, space=fixed).best
+    found, estimator = asked.found()
+    best = found.best
     timeline = simulator.simulate_step(estimator, candidate=best.candidate)
     if out is not None:
         out.write_text(simulator.trace(timeline))

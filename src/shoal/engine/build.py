@@ -102,10 +102,9 @@ class Training:
         self.peak_memory_bytes = facts.get("peak_memory_bytes") or self.peak_memory_bytes
         self.update.restore(self.progress.step, applied_steps=self.progress.applied_steps)
 
-    def resident_bytes(self) -> int:
+    def resident(self) -> list[torch.Tensor]:
         """Parameters, gradients and optimizer state that this rank keeps."""
-        tensors = [self.state.values, self.state.gradients, *self.state.moments.values()]
-        return sum(tensor.nbytes for tensor in tensors)
+        return [self.state.values, self.state.gradients, *self.state.moments.values()]
 
 
 def build(job: Job, *, group: Group, place: Place, report: Report) -> Training:

@@ -21,9 +21,20 @@ class Decision:
     compute: Literal["float32", "bfloat16"]
     reason: str
     measured: dict[str, Any] = field(default_factory=dict)
-    """samples_per_second by choice, where it was measured."""
+    """What was timed at the start: micro batches by crew, `speedup`, `format_ratio`, ..."""
     predicted: dict[str, float] = field(default_factory=dict)
-    """step_seconds, where it can be foretold."""
+    """step_seconds and peak_memory_bytes, where they can be foretold; and what is in them: the
+    learned `time_factor`, and the `state_bytes` that are exact."""
+    flops_per_token: float | None = None
+    """Model FLOPs of a trained token (plan/workload.py), of a family that is known."""
+    peak_flops_per_second: float | None = None
+    """Of all workers together, in the number format of `compute`, where it is known."""
+
+    def mfu(self, *, tokens: int, seconds: float) -> float | None:
+        """Model FLOPs per second over the peak; None when one of them is unknown."""
+        if not self.flops_per_token or not self.peak_flops_per_second or seconds <= 0:
+            return None
+        return self.flops_per_token * tokens / (seconds * self.peak_flops_per_second)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

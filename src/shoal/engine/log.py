@@ -95,7 +95,7 @@ class RunLog:
             "sent_bytes": sum(traffic.sent_bytes.values()),
             "peak_memory_bytes": training.peak_memory_bytes,
             "peak_private_bytes": private_bytes() if progress.step % 50 == 1 else None,
-            "mfu": None,
+            "mfu": self._job.decision.mfu(tokens=outcome.targets, seconds=seconds),
         }
 
     def committed(self, row: dict[str, Any], outcome: Outcome) -> None:

@@ -152,7 +152,9 @@ class Trainer:
         digest = self._digest(step)
         if training.peak_memory_bytes is not None or self.place.device.type != "cpu":
             return run(batch, share=share, step=step, word=word, digest=digest)
-        with LiveStorage(base_bytes=training.resident_bytes()) as live:
+        resident = training.resident()
+        with LiveStorage(base_bytes=sum(tensor.nbytes for tensor in resident)) as live:
+            live.ignore(resident)  # their views and updates in place are no new storage
             result = run(batch, share=share, step=step, word=word, digest=digest)
         training.peak_memory_bytes = live.peak_bytes
         return result

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-
-import xxhash
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import (
@@ -20,12 +16,22 @@ from shoal.engine.decision import (
 )
 from shoal.engine.prepare import Inputs
 from shoal.environment import cache_directory, usable_cores
-from shoal.errors import ConfigError, Problem, UserError
-from shoal.launch.attempt import Attempt
+from shoal.errors import ConfigError, ModelError, Problem, UserError
+from shoal.launch.directory import write_whole
+from shoal.launch.measuring import measure_machine, measured_before, measuring_job
 from shoal.launch.pool import WorkerPool
+from shoal.launch.trial import Trial
 from shoal.layout import Layout
 from shoal.legal import not_yet
 from shoal.observe.console import Console
+from shoal.plan.ask import choices_of, config_of, workload_of
+from shoal.plan.calibrate import predicted_for
+from shoal.plan.cost.step import Estimator
+from shoal.plan.devices import device_named
+from shoal.plan.hardware import Cluster, Nodes
+from shoal.plan.measurements import machine_key
+from shoal.plan.search import Space, find
+from shoal.plan.workload import FORMATS, Workload, flops_per_token
 
 _MICRO_TOKENS = 2048
 """Tokens of a micro batch when none is measured: enough to fill matrix products, small in cache."""
@@ -56,33 +62,46 @@ def check(recipe: Recipe) -> Layout:
 
 
 def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console) -> Decision:
-    """The decision for this machine. Measures (once per model and machine) where the recipe asks.
+    """The decision for this machine. Measures (once per machine, and per recipe) what it must.
 
     Raises ConfigError for what is refused.
     """
     layout, cores = check(recipe), usable_cores()
-    given = recipe.parallel.replicate is not None or not recipe.parallel.auto
-    if given and layout.workers > cores:
+    auto, given = recipe.parallel.auto, recipe.parallel.replicate is not None
+    if (given or not auto) and layout.workers > cores:
         console.line(
             f"warning: {layout.workers} workers share {cores} cores; more workers than cores "
             "only makes each slower (fine for a test)"
         )
-    if given or recipe.train.exact:
-        found = _measured(recipe, inputs, pool=pool, console=console, only_format=True)
-        return _by_rule(recipe, layout=layout, cores=cores, found=found)
-    found = _measured(recipe, inputs, pool=pool, console=console)
-    if found["devices"]:
-        replicate = _replicas(recipe, at_most=found["devices"])
-        layout = Layout(replicate=replicate)
-        return _by_rule(recipe, layout=layout, cores=cores, found=found)
-    return _by_measure(recipe, found=found, cores=cores)
+    formats = _formats(recipe, pool=pool, console=console)
+    if auto and formats["devices"] and not given:
+        layout = replace(layout, replicate=_replicas(recipe, at_most=formats["devices"]))
+    workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
+    if not auto or recipe.train.exact or workload is None:
+        decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
+    elif formats["devices"]:
+        decision = _on_devices(recipe, layout=layout, workload=workload, formats=formats)
+    else:
+        return _with_figures(
+            _on_machine(
+                recipe, inputs, layout=layout, workload=workload, pool=pool, console=console
+            ),
+            workload=workload,
+            formats=formats,
+        )
+    return _with_figures(decision, workload=workload, formats=formats)
 
 
-def decide_joined(recipe: Recipe, *, cores_per_worker: int, found: dict[str, Any]) -> Decision:
+def decide_joined(
+    recipe: Recipe, *, inputs: Inputs, cores_per_worker: int, formats: dict[str, Any]
+) -> Decision:
     """The decision for workers that another launcher has started. Raises ConfigError."""
     layout = check(recipe)
     cores = cores_per_worker * layout.workers
-    return _by_rule(recipe, layout=layout, cores=cores, found=found)
+    formats = {**formats, "compute": _compute(recipe, formats=formats)}
+    decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
+    workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
+    return _with_figures(decision, workload=workload, formats=formats)
 
 
 def _replicas(recipe: Recipe, *, at_most: int) -> int:
@@ -101,7 +120,8 @@ def _kind(recipe: Recipe, *, replicate: int, devices: int) -> Literal["threads",
     return "processes"
 
 
-def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, found: dict[str, Any]) -> Decision:
+def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, Any]) -> Decision:
+    """What needs no plan: the layout is given, and the rest follows from cores and tokens."""
     chosen = recipe.train.micro_batch_samples
     fitting = max(1, _MICRO_TOKENS // recipe.data.sequence_tokens)
     if recipe.train.exact:  # nothing that changes a bit may depend on the number of workers
@@ -124,161 +144,132 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, found: dict[str, Any
         )
     if recipe.launch.threads_per_worker != "auto":
         threads = recipe.launch.threads_per_worker
-    kind = _kind(recipe, replicate=layout.replicate, devices=found["devices"])
+    kind = _kind(recipe, replicate=layout.replicate, devices=formats["devices"])
     if kind == "threads" and layout.replicate > 1 and recipe.launch.workers == "auto":
         reason += "; threads share one copy of the parameters"
     if recipe.precision.compute == "auto":
-        reason += f"; {_about_format(found)}"
-    return Decision(layout, kind, threads, micro, _format(found["compute"]), reason)
+        reason += f"; bfloat16 products are {formats['format_ratio']:.1f} x float32's here"
+    return Decision(layout, kind, threads, micro, formats["compute"], reason)
 
 
-def _about_format(found: dict[str, Any]) -> str:
-    return f"bfloat16 products are {found['format_ratio']:.1f} x float32's here"
+def _on_devices(
+    recipe: Recipe, *, layout: Layout, workload: Workload, formats: dict[str, Any]
+) -> Decision:
+    """One process per device; the micro batch that the planner finds fastest of those that fit.
+
+    By rule for a device that the hardware table does not know, and where nothing seems to fit:
+    then the run itself will tell.
+    """
+    decision = _by_rule(recipe, layout=layout, cores=layout.workers, formats=formats)
+    known = device_named(formats["device_name"])
+    if known is None:
+        return replace(decision, reason=f"{decision.reason}; {formats['device_name']} is unknown")
+    cluster = Cluster(
+        groups=(Nodes(count=1, devices=layout.workers, device=known),),
+        network_bytes_per_second=known.network_bytes_per_second,
+    )
+    fixed = choices_of(recipe, layout=layout, only_replicate=True).fixed
+    space = Space(fixed={**fixed, "replicate": layout.replicate, "recompute": "none"})
+    try:
+        best = find(Estimator(workload, cluster), space=space).best
+    except UserError:
+        return replace(decision, reason=f"{decision.reason}; it may not fit")
+    return replace(
+        decision,
+        micro_batch_samples=best.candidate.micro_batch_samples,
+        reason=f"planned {best.step_seconds:.3g} s per step on {known.name}",
+        predicted=predicted_for(best),
+    )
 
 
-def _format(compute: str) -> Literal["float32", "bfloat16"]:
-    if compute == "float16":
+def _on_machine(
+    recipe: Recipe,
+    inputs: Inputs,
+    *,
+    layout: Layout,
+    workload: Workload,
+    pool: WorkerPool,
+    console: Console,
+) -> Decision:
+    """The planner's choice among threads, processes and micro batches of this machine."""
+    measured = measured_before()
+    if measured is None:
+        console.phase("measuring this machine, once (about ten seconds)")
+        wanted = recipe.precision.compute
+        names = ["float32", "bfloat16"] if wanted == "auto" else [wanted]
+        measured = measure_machine(pool=pool, console=console, formats=names, short=True)
+    return Trial(recipe, inputs=inputs, measured=measured, workload=workload).decide(
+        layout, pool=pool, console=console
+    )
+
+
+def _workload(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:
+    """The step of the recipe, or None for a family whose sizes are not known."""
+    tags = inputs.task_settings.get("tags")
+    try:
+        config = config_of(
+            recipe,
+            folder=Path(inputs.model_directory) if inputs.model_directory else None,
+            vocabulary_size=inputs.vocabulary_size,
+            labels=len(tags) if tags else None,
+        )
+        return workload_of(recipe, config=config, precision=FORMATS[compute])
+    except ModelError:
+        return None
+
+
+def _with_figures(
+    decision: Decision, *, workload: Workload | None, formats: dict[str, Any]
+) -> Decision:
+    """The decision with what the model FLOPs of a token are, and the peak of what it runs on."""
+    flops = None
+    if workload is not None:
+        flops = flops_per_token(workload.facts, sequence_tokens=workload.sequence_tokens)
+    return replace(
+        decision,
+        flops_per_token=flops,
+        peak_flops_per_second=_peak(decision, formats=formats),
+    )
+
+
+def _peak(decision: Decision, *, formats: dict[str, Any]) -> float | None:
+    """FLOPs per second of all workers: by the hardware table on devices, else as measured.
+
+    Of a CPU, the fastest product that its cores were seen to do, for the cores that are used.
+    """
+    if formats["devices"]:
+        known = device_named(formats["device_name"])
+        peak = known.peak.get(FORMATS[decision.compute]) if known else None
+        return peak * decision.layout.workers if peak else None
+    cores = usable_cores()
+    used = min(cores, decision.layout.workers * decision.threads_per_worker)
+    measured = measured_before()
+    whole = measured.peak(FORMATS[decision.compute]) if measured else None
+    return (whole or float(formats["peaks"][decision.compute])) * used / cores
+
+
+def _compute(recipe: Recipe, *, formats: dict[str, Any]) -> Literal["float32", "bfloat16"]:
+    wanted = recipe.precision.compute
+    if wanted == "float16":
         raise UserError(
             "precision.compute: float16 needs loss scaling, which is not there yet; "
             "use bfloat16 or float32"
         )
-    return "bfloat16" if compute == "bfloat16" else "float32"
+    if wanted == "auto":
+        wanted = formats["compute"]
+    return "bfloat16" if wanted == "bfloat16" else "float32"
 
 
-def _by_measure(recipe: Recipe, *, found: dict[str, Any], cores: int) -> Decision:
-    rows = found["rows"]
-    if recipe.launch.workers != "auto":
-        rows = [r for r in rows if r["workers"] in ("solo", recipe.launch.workers)]
-    if recipe.model.dropout == "framework":
-        rows = [r for r in rows if r["workers"] != "threads"]
-    best = max(rows, key=lambda row: row["samples_per_second"])
-    lone = max(row["samples_per_second"] for row in found["rows"] if row["workers"] == "solo")
-    speedup = best["samples_per_second"] / lone
-    measured: dict[str, Any] = {"rows": found["rows"], "format_ratio": found["format_ratio"]}
-    if best["workers"] == "solo":
-        others = [row["samples_per_second"] for row in rows if row["workers"] != "solo"]
-        why = "this machine has one core"
-        if others:
-            ratio = lone / max(others)
-            why = f"one worker with {cores} threads is {ratio:.2f} x the best of replicas"
-        measured["why_one"] = why
-    else:
-        measured["speedup"] = speedup
-        why = f"{speedup:.2f} x one worker with {cores} threads"
-    if found["compute"] == "bfloat16":
-        why += f"; {_about_format(found)}"
-    threads = recipe.launch.threads_per_worker
-    return Decision(
-        Layout(replicate=best["replicate"]),
-        "processes" if best["workers"] == "processes" else "threads",
-        best["threads_per_worker"] if threads == "auto" else threads,
-        best["micro_batch_samples"],
-        found["compute"],
-        f"measured {why}",
-        measured,
-        {"step_seconds": recipe.train.global_batch_samples / best["samples_per_second"]},
-    )
-
-
-def _measured(
-    recipe: Recipe,
-    inputs: Inputs,
-    *,
-    pool: WorkerPool,
-    console: Console,
-    only_format: bool = False,
-) -> dict[str, Any]:
-    """Measurements of this recipe on this machine, from the cache or from a short run."""
-    cores = usable_cores()
-    replicate = _replicas(recipe, at_most=cores)
-    wanted = _sizes(recipe, replicate=replicate)
-    if only_format:
-        wanted, replicate = {"solo": [], "replicas": []}, 1
-    key = {
-        "model": recipe.model.model_dump(mode="json"),
-        "task": recipe.task.kind,
-        "sequence": recipe.data.sequence_tokens,
-        "compute": recipe.precision.compute,
-        "wanted": wanted,
-        "workers": [cores, replicate],
-        "device": recipe.launch.device,
-        "torch": version("torch"),
-        "machine": _machine(),
-    }
-    name = xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
-    path = cache_directory() / "measured" / f"{name}.json"
+def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str, Any]:
+    """Devices and number formats of this machine, from the cache or from a worker's look."""
+    wanted = recipe.launch.device
+    path = cache_directory() / "machines" / f"{machine_key()}-{wanted}.json"
     if path.is_file():
-        cached: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return cached
-    console.phase("measuring this machine (number formats, workers, micro batch)")
-    found = _measure(recipe, inputs, pool=pool, console=console, size=replicate, wanted=wanted)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    os.replace(beside, path)
-    return found
-
-
-def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith(("model name", "CPU part")):
-                return line.partition(":")[2].strip()
-    import platform
-
-    return platform.processor() or platform.machine()
-
-
-def _sizes(recipe: Recipe, *, replicate: int) -> dict[str, list[int]]:
-    chosen = recipe.train.micro_batch_samples
-    batch = recipe.train.global_batch_samples
-    if chosen != "auto":
-        share = batch // replicate
-        return {"solo": [chosen], "replicas": [chosen] if share % chosen == 0 else [share]}
-    fitting = max(1, _MICRO_TOKENS // recipe.data.sequence_tokens)
-
-    def around(degree: int) -> list[int]:
-        sizes = {
-            largest_micro_batch(recipe, replicate=degree, at_most=n)
-            for n in (max(1, fitting // 2), fitting, fitting * 2)
-        }
-        return sorted(sizes)
-
-    return {"solo": around(1)[-2:], "replicas": around(replicate)}
-
-
-def _measure(
-    recipe: Recipe,
-    inputs: Inputs,
-    *,
-    pool: WorkerPool,
-    console: Console,
-    size: int,
-    wanted: dict[str, Any],
-) -> dict[str, Any]:
-    payload = {
-        "recipe": recipe.model_dump(mode="json"),
-        "inputs": inputs.to_json(),
-        "wanted": wanted,
-        "size": size,
-    }
-    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
-        store = str(Path(folder) / "store")
-        workers = [
-            pool.start("shoal.engine.measure:run", {**payload, "rank": rank, "store": store})
-            for rank in range(size)
-        ]
-        attempt = Attempt(console)
-        found: dict[str, Any] | None = None
-        while any(worker.status is None for worker in workers):
-            for worker, message in pool.events(timeout_seconds=1.0):
-                if message is not None and message["kind"] == "measured":
-                    found = message
-                elif message is not None and worker in workers:
-                    attempt.hear(message)
-            if attempt.errors:
-                pool.kill(workers)
-    if found is None:
-        raise attempt.failure()
-    return {key: found[key] for key in ("rows", "compute", "format_ratio", "devices")}
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        payload = {"device": wanted, "threads": usable_cores()}
+        target = "shoal.engine.measure:run_formats"
+        found = measuring_job(target, payload, size=1, pool=pool, console=console)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
+    return {**found, "compute": _compute(recipe, formats=found)}

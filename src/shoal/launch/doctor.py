@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from shoal.environment import cache_directory, noted_settings, usable_cores
+from shoal.environment import cache_directory, noted_settings, usable_cores, usable_memory_bytes
 from shoal.units import format_bytes
 
 Finding = tuple[str, str]
@@ -32,16 +32,9 @@ def _system() -> Iterator[Finding]:
     if sys.platform == "win32":
         yield "warning", "Windows is not supported; use WSL (Windows Subsystem for Linux)"
     yield "ok", f"{usable_cores()} usable cores of {os.cpu_count()}"
-    memory = _memory_bytes()
+    memory = usable_memory_bytes()
     if memory is not None:
         yield "ok", f"memory {format_bytes(memory)}"
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _versions() -> Iterator[Finding]:
@@ -90,9 +83,9 @@ def _compute() -> Iterator[Finding]:
 
 
 def _format_ratio() -> float:
-    from shoal.engine.measure import format_ratio
+    from shoal.engine.measure import measured_formats
 
-    return format_ratio()
+    return float(measured_formats("cpu")["format_ratio"])
 
 
 def _folders() -> Iterator[Finding]:

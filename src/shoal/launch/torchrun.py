@@ -22,7 +22,7 @@ from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import Recipe
 from shoal.engine.agree import check_same_program
 from shoal.engine.decision import Decision
-from shoal.engine.measure import measured_format
+from shoal.engine.measure import measured_formats
 from shoal.engine.prepare import prepare_inputs
 from shoal.engine.worker import Seat, job_from, run_seat
 from shoal.environment import Rendezvous, usable_cores
@@ -106,9 +106,9 @@ def _prepare(
     run = claim(out, name=name)
     console.phase(f"run directory {run}")
     inputs = prepare_inputs(recipe, say=console.phase)
-    found = measured_format(recipe)
+    formats = measured_formats(recipe.launch.device)
     cores = usable_cores() // seat.local_world_size
-    decision = decide_joined(recipe, cores_per_worker=max(1, cores), found=found)
+    decision = decide_joined(recipe, inputs=inputs, cores_per_worker=max(1, cores), formats=formats)
     console.phase(f"plan: {decision}")
     write_whole(run / "config.yaml", to_yaml(recipe))
     write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")

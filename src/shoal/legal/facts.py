@@ -13,6 +13,8 @@ class ModelFacts:
     `layers` counts encoder and decoder blocks together; `cross_layers` of them also attend to
     the encoder. `window` limits the attention of `window_layers` blocks to that many tokens.
     The first `dense_layers` blocks of a mixture-of-experts model have a dense feed-forward part.
+    `vocabulary` is what the head gives: labels, in a classifier. `activation_copies`: tensors of
+    the inner width that an ungated feed-forward part keeps for its backward in eager torch.
     """
 
     family: str
@@ -25,6 +27,7 @@ class ModelFacts:
     feed_forward: int
     vocabulary: int
     gated: bool
+    activation_copies: int = 2
     causal: bool = True
     tied: bool = False
     window: int = 0

@@ -189,8 +189,11 @@ def _gpt2(config: Mapping[str, Any], family: str) -> ModelFacts:
     inner = read.integer("n_inner", default=4 * hidden)
     tied = read.flag("tie_word_embeddings", default=True)
     vocabulary = read.integer("vocab_size")
+    activation = config.get("activation_function") or "gelu_new"
     return _plain(
         family=family,
+        # gelu_new is a formula of five operations, each of which keeps what it reads
+        activation_copies=5 if activation == "gelu_new" else 2,
         layers=read.integer("n_layer"),
         hidden=hidden,
         heads=read.integer("n_head"),
@@ -234,6 +237,7 @@ def _bert(config: Mapping[str, Any], family: str) -> ModelFacts:
         head = dense + 2 * hidden + vocabulary + (0 if tied else vocabulary * hidden)
     elif "Classification" in kind:
         labels = read.labels()
+        vocabulary, tied = labels, False
         pooled = dense if "Sequence" in kind else 0
         head = pooled + hidden * labels + labels
     else:
@@ -287,6 +291,7 @@ def _plain(
     causal: bool = True,
     biased: bool = True,
     final_parameters: int = 0,
+    activation_copies: int = 2,
 ) -> ModelFacts:
     """A block of four square projections and an ungated feed-forward part, layer norms, biases."""
     return ModelFacts(
@@ -300,6 +305,7 @@ def _plain(
         feed_forward=inner,
         vocabulary=vocabulary,
         gated=False,
+        activation_copies=activation_copies,
         causal=causal,
         tied=tied,
         attention_parameters=4 * (hidden * hidden + (hidden if biased else 0)) + 4 * hidden,

@@ -13,8 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from shoal.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from shoal.plan.rates import Rates
 
 GB = 10**9
 GIB = 2**30
@@ -44,10 +48,12 @@ class Device:
     network_bytes_per_second: float
     price_per_hour: float = 0.0
     attention_share: float = 0.5
+    rates: Rates | None = None
+    """What was measured, where this device is one worker of a measured machine."""
 
     def rate(self, precision: str) -> float:
         """Achievable FLOPs per second; a format the device lacks runs at the next wider one."""
-        for name in _WIDER[precision]:
+        for name in WIDER[precision]:
             if name in self.peak:
                 return self.peak[name] * self.achievable[name]
         raise UserError(
@@ -56,7 +62,7 @@ class Device:
         )
 
 
-_WIDER = {
+WIDER = {
     "fp4": ("fp4", "fp8", "bf16", "fp16", "fp32"),
     "fp8": ("fp8", "bf16", "fp16", "fp32"),
     "bf16": ("bf16", "fp16", "fp32"),
@@ -278,3 +284,21 @@ def device(name: str) -> Device:
         f"unknown device {name!r}: {nearest(name.upper(), [*names, *_ALIASES])}\n    Known: "
         f"{', '.join(names)}. Describe any other in a cluster file (docs/planner.md shows one)."
     )
+
+
+def device_named(text: str) -> Device | None:
+    """The device that a longer name means, such as a driver's "NVIDIA H100 80GB HBM3".
+
+    The memory in it chooses among variants; None for one that is not in the table.
+    """
+    found = re.search(r"RTX\s*\w+|G?[ABH]\d00|V100|MI\d+X|L4\b", text.upper())
+    if found is None:
+        return None
+    name = found[0].replace(" ", "")
+    memory = re.search(r"\b(\d+)\s*GB\b", text.upper())
+    for wanted in ([f"{name}-{memory[1]}"] if memory else []) + [name]:
+        try:
+            return device(wanted)
+        except UserError:
+            continue
+    return None

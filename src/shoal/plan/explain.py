@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from shoal.errors import UserError
 from shoal.layout import Layout
+from shoal.plan.calibrate import crews, fastest_format, learn, rates_of
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster
+from shoal.plan.measurements import Measurements
 from shoal.plan.search import Found, Offer, Space, find, uneven_shares
-from shoal.plan.workload import Candidate
+from shoal.plan.workload import Candidate, Crew
 from shoal.units import format_bytes, format_count, format_seconds
 
 _COLOURS = {
@@ -40,7 +42,11 @@ _COLOURS = {
 def choices(candidate: Candidate) -> str:
     """A candidate in one line, in the words of a recipe."""
     layout = candidate.layout
-    parts = [str(layout), f"micro batch {candidate.micro_batch_samples}"]
+    who = str(layout)
+    if candidate.crew is not None:
+        only = layout.replica_workers == 1
+        who = str(candidate.crew) if only else f"{candidate.crew} ({layout})"
+    parts = [who, f"micro batch {candidate.micro_batch_samples}"]
     if layout.pipeline > 1:
         chunks = f" with {candidate.chunks} stages per rank" if candidate.chunks > 1 else ""
         parts.append(candidate.schedule + chunks)
@@ -70,7 +76,7 @@ def why_not(best: Prediction, *, other: Prediction) -> str:
     reason = reasons.get(part, f"exposed {part} communication")
     return (
         f"+{slower:.0%}: {reason} (+{gains[part] / best.step_seconds:.0%} of the step); "
-        f"best was {other.candidate.layout}"
+        f"best was {choices(other.candidate)}"
     )
 
 
@@ -205,6 +211,7 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
     candidate = prediction.candidate
     return {
         "layout": layout_json(candidate.layout),
+        "crew": asdict(candidate.crew) if candidate.crew else None,
         "micro_batch_samples": candidate.micro_batch_samples,
         "schedule": candidate.schedule if candidate.layout.pipeline > 1 else None,
         "stages_per_rank": candidate.chunks,
@@ -307,3 +314,36 @@ def _stack(parts: dict[str, float], *, x: float, y: float, scale: float, limit: 
 
 def _colour(name: str) -> str:
     return _COLOURS.get(name, "#999999")
+
+
+def machine_text(measured: Measurements) -> str:
+    """What was measured of a machine, and what its runs have taught, for a terminal."""
+    lines = [f"{measured.name}, {measured.cores} cores, {format_bytes(measured.memory_bytes)}"]
+    for crew in dict.fromkeys([Crew("processes", 1, 1), *crews(measured)]):
+        rates = rates_of(measured, crew)
+        peaks = [
+            f"{name} {rates.peak(name) * crew.count / 1e9:.3g} GFLOP/s"
+            for name in ("fp32", "bf16")
+            if rates.precision(name) == name
+        ]
+        stream = crew.count * 1e8 / rates.stream(1e8) / 1e9
+        line = f"  {crew}: {', '.join(peaks)}, memory {stream:.3g} GB/s"
+        if crew.count > 1:
+            line += (
+                f", summing 16 MB {1e3 * rates.reduce(2**24, ranks=crew.count):.3g} ms"
+                f", a meeting {1e3 * rates.reduce(32, ranks=crew.count):.2g} ms"
+            )
+        lines.append(line)
+    best, ratio = fastest_format(measured)
+    lines.append(f"  fastest format: {best} (bf16 products are {ratio:.2g} x fp32's)")
+    lines.append(f"  a worker starts in {1e3 * measured.start_seconds:.0f} ms")
+    learned = learn(measured.runs)
+    if learned.runs:
+        lines.append(
+            f"  learned from {learned.runs} run{'s' if learned.runs > 1 else ''}: time x "
+            f"{learned.time:.3f}, activations x {learned.activations:.3f}; median error of the "
+            f"step {learned.median_error_before:.1%} before, {learned.median_error_after:.1%} after"
+        )
+    if measured.is_short:
+        lines.append("  taken at a first use; shoal plan --calibrate takes more")
+    return "\n".join(lines)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from shoal.errors import UserError
-from shoal.plan.hardware import GB, Cluster, Device, Nodes, device
+from shoal.plan.devices import device_named
+from shoal.plan.hardware import GB, Cluster, Device, Nodes
 from shoal.plan.software import (
     DEEPSPEED_2021,
     FOUNDRY,
@@ -90,19 +90,10 @@ def _is_early_stack(notes: str) -> bool:
 
 
 def _device(row: Row) -> Device:
-    text = row["gpu_type"].upper()
-    found = re.search(r"(RTX\s*\w+|GB\d00|[ABH]\d00|GH200|V100|MI\d+X|L4\b)", text)
+    found = device_named(row["gpu_type"])
     if found is None:
         raise Skipped("device not in the hardware table")
-    name = found[1].replace(" ", "")
-    memory = re.search(r"-?(\d+)\s*GB", text)
-    try:
-        return device(f"{name}-{memory[1]}" if memory else name)
-    except UserError:
-        try:
-            return device(name)
-        except UserError as error:
-            raise Skipped("device not in the hardware table") from error
+    return found
 
 
 def cluster_of(row: Row, *, workers: int, assumed: list[str]) -> Cluster:

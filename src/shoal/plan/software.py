@@ -31,7 +31,10 @@ class Software:
     allocated. `balanced_stages`: stages are cut by compute cost, not by number of blocks.
     `selective_share`: part of a block that selective recompute runs again, beside attention that
     stores its scores (0 where a flash kernel makes it idle). `resets_peak`: the reported peak of
-    live tensors is that of the update alone.
+    live tensors is that of the update alone. `autocast`: eager torch, weights and residuals in
+    float32, inputs of products cast, the loss in chunks. `on_cpu`: with the attention of
+    models/cpu_attention.py. `shares_update`: replicas share their
+    parameters, and each updates a part.
     """
 
     name: str
@@ -67,12 +70,29 @@ class Software:
     dropout: bool = False
     selective_share: float = 0.0
     resets_peak: bool = False
+    autocast: bool = False
+    on_cpu: bool = False
+    shares_update: bool = False
+
+    def accumulated(self, precision: str) -> float:
+        """Bytes that a micro batch moves per parameter: adding gradients up, and casts."""
+        casts = 12.0 if self.autocast and precision != "fp32" else 0.0
+        return self.accumulate_bytes + casts
 
 
 SHOAL = Software(
-    name="shoal", elementwise=4.8, logit_bytes=2.0, overlap_shard=0.6, selective_share=0.3
+    name="shoal",
+    elementwise=4.8,
+    accumulate_bytes=12.0,
+    autocast=True,
+    weight_bytes=4.0,
+    master_bytes=0.0,
+    overlap_shard=0.6,
+    overlap_gradients=0.0,
+    selective_share=0.3,
 )
-"""This project: eager torch, FSDP2, chunked loss, one flat reduction after the last backward."""
+"""This project: eager torch under autocast, FSDP2 that gathers float32, chunked loss, one flat
+reduction after the last backward."""
 
 NANOTRON = Software(
     name="nanotron",

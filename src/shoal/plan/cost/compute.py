@@ -147,7 +147,7 @@ class Compute:
         work += self.layer(rows=cut.tokens, columns=facts.hidden, depth=values)
         work += self.attention(cut)
         work += self._experts(cut) if experts else self._feed_forward(cut)
-        return work + self._elementwise(cut, widths=queries + keys, experts=experts)
+        return work + self._elementwise(cut, experts=experts)
 
     def _feed_forward(self, cut: Cut) -> Pass:
         facts = self.workload.facts
@@ -171,42 +171,66 @@ class Compute:
             work += self.layer(rows=cut.tokens, columns=facts.hidden, depth=shared)
         return work
 
-    def _elementwise(self, cut: Cut, *, widths: float, experts: bool) -> Pass:
-        """Norms, residuals, rotations and activations, bound by memory; bytes per element.
+    def elementwise_bytes(self, cut: Cut, *, experts: bool = False) -> tuple[float, float]:
+        """Bytes that fused kernels of norms, rotations and activations move, (forward, backward).
 
-        Fused, forward: two norms (read, write) and two residual sums, 20 per hidden element;
-        rotation 4; a gated activation 6 per inner element, a plain one 4. Backward: 30, 4, 10, 6.
+        Per token, forward: two norms (read, write) and two residual sums, 20 per hidden element;
+        rotation 4 per element of queries, keys and values; a gated activation 6 per inner
+        element, a plain one 4. Backward: 30, 4, 10, 6.
         """
-        facts, constants = self.workload.facts, self.constants
-        split = cut.tensor if self.software.sequence_parallel else 1
-        hidden = facts.hidden / split
-        inner = facts.feed_forward / cut.tensor
-        if experts:
-            chosen = facts.experts_per_token * facts.expert_feed_forward
-            inner = (chosen + facts.shared_feed_forward) / cut.tensor
+        facts = self.workload.facts
+        hidden, widths, inner = self._widths(cut, experts=experts)
         dropped = 6.0 if self.software.dropout else 0.0
         forward = (20 + dropped) * hidden + 4 * widths + (6 if facts.gated else 4) * inner
         backward = (30 + dropped) * hidden + 4 * widths + (10 if facts.gated else 6) * inner
-        forward *= self.software.elementwise
-        backward *= self.software.elementwise
-        if self.workload.precision in {"fp8", "fp4"}:
-            each = constants.cast_bytes
-            if self.workload.precision == "fp4" and "fp4" in self.device.peak:
-                each = constants.narrow_cast_bytes
-            cast = each * (2 * hidden + widths + 2 * inner)
-            forward, backward = forward + cast, backward + cast
-        if experts:
-            moved = 8.0 * facts.experts_per_token * facts.hidden
-            forward, backward = forward + moved, backward + moved
-        tokens = cut.tokens
-        return Pass(self.stream(forward * tokens), self.stream(backward * tokens))
+        return forward * cut.tokens, backward * cut.tokens
 
-    def host(self, *, collectives: int, tensor: int = 1, experts: bool = False) -> float:
-        """Seconds the host needs to start one block, both passes: a lower bound of its time."""
+    def _widths(self, cut: Cut, *, experts: bool) -> tuple[float, float, float]:
+        """Elements per token on one device: hidden; queries, keys and values; feed-forward."""
+        facts = self.workload.facts
+        hidden = facts.hidden / (cut.tensor if self.software.sequence_parallel else 1)
+        groups = max(1.0, facts.key_value_heads / cut.tensor)
+        widths = facts.heads * facts.head_size / cut.tensor
+        widths += groups * (facts.head_size + facts.value_head_size)
+        inner = facts.feed_forward
+        if experts:
+            inner = facts.experts_per_token * facts.expert_feed_forward + facts.shared_feed_forward
+        return hidden, widths, inner / cut.tensor
+
+    def _elementwise(self, cut: Cut, *, experts: bool) -> Pass:
+        """Norms, residuals, rotations and activations, bound by memory."""
+        forward, backward = self.elementwise_bytes(cut, experts=experts)
+        work = Pass(self.elementwise(forward), self.elementwise(backward))
+        extra = 0.0
+        if self.workload.precision in {"fp8", "fp4"}:
+            each = self.constants.cast_bytes
+            if self.workload.precision == "fp4" and "fp4" in self.device.peak:
+                each = self.constants.narrow_cast_bytes
+            hidden, widths, inner = self._widths(cut, experts=experts)
+            extra += each * (2 * hidden + widths + 2 * inner)
+        if experts:
+            extra += 8.0 * self.workload.facts.experts_per_token * self.workload.facts.hidden
+        moved = self.stream(extra * cut.tokens)
+        return work + Pass(moved, moved)
+
+    def elementwise(self, num_bytes: float) -> float:
+        """Seconds of what fused kernels would do by moving `num_bytes`."""
+        return self.stream(self.software.elementwise * num_bytes)
+
+    def host_waiting(self, *, collectives: int, tensor: int, repeated: float, busy: float) -> float:
+        """Seconds per block in which the device, `busy` so long, waits for the host to start it.
+
+        The host's time for a block (both passes, `repeated` with recompute) is a lower bound of
+        the block's.
+        """
         software = self.software
-        block = software.block_host_seconds * (1.6 if experts else 1.0)
+        block = software.block_host_seconds * (1.6 if self.workload.facts.experts else 1.0)
         each = software.collective_host_seconds + software.collective_rank_seconds * tensor
-        return block + collectives * each
+        return max(0.0, repeated * (block + collectives * each) - busy)
+
+    def once(self) -> float:
+        """Seconds that a micro batch costs whatever it holds; a device hides them."""
+        return 0.0
 
     def head(self, *, tokens: float, tensor: int) -> Pass:
         """Final projection and loss; stays in 16 bits when the blocks run in fewer."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from shoal.legal import ModelFacts
 from shoal.plan.cost.constants import Constants
+from shoal.plan.cost.eager import eager_bytes, loss_bytes
 from shoal.plan.cost.pipeline import in_flight
 from shoal.plan.software import Software
 from shoal.plan.workload import Candidate, Workload
@@ -155,10 +156,19 @@ def memory_of(
         kept = _per_block(workload, candidate=candidate, software=software, recompute=None)
         block = candidate.recompute_share * kept + (1 - candidate.recompute_share) * whole
     activations = held * stage.blocks * block * tokens
+    if software.autocast and workload.precision != "fp32":
+        # The backward of a micro batch reads the cast weights: they stay until then, whole even
+        # where parameters are sharded. Recompute casts a block's again.
+        casts = 2.0 * parameters / (1 if candidate.recompute == "none" else stage.blocks)
+        activations += held * casts
     if candidate.recompute != "none":
         # The block being recomputed is whole again for a moment.
         activations += (whole - kept) * tokens
-    logits = software.logit_bytes * tokens * facts.vocabulary / layout.tensor if last else 0.0
+    logits, width = 0.0, 4.0 if workload.precision == "fp32" else 2.0
+    if last and software.autocast:
+        logits = loss_bytes(facts, tokens=tokens, tensor=layout.tensor, width=width)
+    elif last:
+        logits = software.logit_bytes * tokens * facts.vocabulary / layout.tensor
     gathers = 0.0
     if candidate.level == "parameters" and layout.shard > 1:
         # The block in use and the one fetched ahead, and one gradient on its way out.
@@ -169,7 +179,7 @@ def memory_of(
         weights=states[0],
         gradients=states[1],
         optimizer=states[2],
-        activations=activations,
+        activations=constants.activation_factor * activations,
         logits=logits,
         gathers=gathers,
         transient=states[3] + (gathers if software.keeps_gathers else 0.0),
@@ -186,6 +196,17 @@ def _per_block(
     share = facts.expert_layers / facts.layers
 
     def one(experts: bool) -> float:
+        if software.autocast:
+            return eager_bytes(
+                facts,
+                rows=candidate.micro_batch_samples,
+                sequence_tokens=workload.sequence_tokens,
+                tensor=candidate.layout.tensor,
+                recompute=recompute or candidate.recompute,
+                experts=experts,
+                width=4.0 if workload.precision == "fp32" else 2.0,
+                on_cpu=software.on_cpu,
+            )
         return activation_bytes(
             facts,
             sequence_tokens=workload.sequence_tokens,

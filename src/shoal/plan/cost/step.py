@@ -21,7 +21,8 @@ class Prediction:
     `seconds` by part: compute, recompute, tensor, context, expert, shard, replicate, pipeline,
     bubble, update, host; communication is what is not hidden. `first`, `last` and `peak` are the
     memory of a device of the first stage, of the last, and of the one that needs most.
-    `sent_bytes`: what a device sends per step on each axis.
+    `sent_bytes`: what a device sends per step on each axis. `time_factor`: what was learned from
+    runs, and is in the seconds.
     """
 
     candidate: Candidate
@@ -34,6 +35,7 @@ class Prediction:
     peak_flops_per_second: float
     device_memory_bytes: float
     sent_bytes: dict[str, float] = field(default_factory=dict)
+    time_factor: float = 1.0
 
     @property
     def step_seconds(self) -> float:
@@ -111,6 +113,9 @@ class Estimator:
         seconds["replicate"] = replicate
         seconds["update"] = self.pricing.update(candidate)
         seconds["host"] += self.software.step_host_seconds
+        factor = self.constants.time_factor
+        if factor != 1.0:
+            seconds = {part: factor * value for part, value in seconds.items()}
         first, last = self._memory(candidate)
         return Prediction(
             candidate=candidate,
@@ -123,6 +128,7 @@ class Estimator:
             peak_flops_per_second=self._peak,
             device_memory_bytes=self.cluster.smallest_memory_bytes,
             sent_bytes=self.pricing.sent_bytes(candidate),
+            time_factor=factor,
         )
 
     def memory_bytes(self, candidate: Candidate) -> float:
@@ -136,7 +142,12 @@ class Estimator:
 
     def floor_seconds(self, candidate: Candidate) -> float:
         """A lower bound of the step: the compute of the average stage, nothing else."""
-        return self.pricing.floor_seconds(candidate)
+        return self.constants.time_factor * self.pricing.floor_seconds(candidate)
+
+    def pass_seconds(self, candidate: Candidate) -> float:
+        """Seconds of one micro batch on the slowest stage, forward and backward."""
+        slowest = max(work.total for work in self.pricing.works(candidate))
+        return self.constants.time_factor * slowest
 
     @cached_property
     def _step_flops(self) -> float:

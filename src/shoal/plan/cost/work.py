@@ -7,6 +7,7 @@ from functools import cached_property
 
 from shoal.plan.cost.compute import Compute, Cut, Pass
 from shoal.plan.cost.constants import DEFAULT, Constants
+from shoal.plan.cost.measured import MeasuredCompute, MeasuredTraffic
 from shoal.plan.cost.memory import stage_parameters
 from shoal.plan.cost.traffic import Group, Traffic, ring_bytes
 from shoal.plan.hardware import Cluster
@@ -68,12 +69,14 @@ class Pricing:
     @cached_property
     def compute(self) -> Compute:
         """Times on the slowest device of the cluster: a synchronous step waits for it."""
-        return Compute(self.workload, self.cluster.slowest, self.software, self.constants)
+        kind = MeasuredCompute if self.cluster.slowest.rates else Compute
+        return kind(self.workload, self.cluster.slowest, self.software, self.constants)
 
     @cached_property
     def traffic(self) -> Traffic:
         """Times over the cluster's links."""
-        return Traffic(self.cluster, self.constants)
+        kind = MeasuredTraffic if self.cluster.slowest.rates else Traffic
+        return kind(self.cluster, self.constants)
 
     def stages(self, candidate: Candidate) -> list[int]:
         """Blocks of each stage."""
@@ -136,12 +139,13 @@ class Pricing:
                     passes += self.compute.embedding(tokens=tokens)
                 if last:
                     passes += self.compute.head(tokens=tokens, tensor=layout.tensor)
-                if self.software.accumulate_bytes:
+                each = self.software.accumulated(self.workload.precision)
+                if each:
                     held = stage_parameters(
                         facts, blocks=count, candidate=candidate, first=first, last=last
                     )
-                    adding = self.compute.stream(self.software.accumulate_bytes * held)
-                    passes += Pass(0.0, adding)
+                    split = 1 if candidate.level == "optimizer" else candidate.state_split
+                    passes += Pass(0.0, self.compute.stream(each * held / split))
                 full = candidate.recompute == "full"
                 refetch = 1 + 0.5 * candidate.recompute_share * full
                 known[count, first, last] = Work(
@@ -152,7 +156,7 @@ class Pricing:
                     count * expert * refetch,
                     self._fetches(candidate, passes=passes, blocks=count),
                     send,
-                    count * waiting,
+                    count * waiting + (self.compute.once() if first else 0.0),
                 )
             works.append(known[count, first, last])
         return works
@@ -164,12 +168,12 @@ class Pricing:
         calls += 3 * (layout.context - 1)
         if layout.shard > 1 and candidate.level != "optimizer":
             calls += 3
-        needed = self.compute.host(
-            collectives=calls, tensor=layout.tensor, experts=bool(self.workload.facts.experts)
+        return self.compute.host_waiting(
+            collectives=calls,
+            tensor=layout.tensor,
+            repeated=4 / 3 if candidate.recompute == "full" else 1.0,
+            busy=busy,
         )
-        if candidate.recompute == "full":
-            needed *= 4 / 3
-        return max(0.0, needed - busy)
 
     def _selective(self, candidate: Candidate) -> float:
         """Recomputing the attention core; nothing where the kernel does it anyway."""
@@ -333,8 +337,9 @@ class Pricing:
         """Seconds of the optimizer on the stage with most parameters."""
         if self.workload.trainable != "all":
             return 0.0
-        held = self._largest_stage(candidate)
-        return self.compute.update(held / candidate.state_split)
+        held = self._largest_stage(candidate) / candidate.state_split
+        copies = candidate.layout.replicate if self.software.shares_update else 1
+        return self.compute.update(held / copies)
 
     def _largest_stage(self, candidate: Candidate) -> float:
         """Parameters per device of the stage that has most, before the shard axis."""

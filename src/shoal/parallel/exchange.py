@@ -91,7 +91,7 @@ def _gathered(part: Tensor, exchange: Exchange) -> Tensor:
 
 def _scattered(partial: Tensor, exchange: Exchange) -> Tensor:
     parts = partial.unflatten(1, (exchange.size, -1)).transpose(0, 1).contiguous()
-    own = parts.new_empty(parts.shape[1:])
+    own: Tensor = parts.new_empty(parts.shape[1:])
     _count(exchange, "reduce_scatter", (exchange.size - 1) * own.nbytes)
     _reduce_scatter_into(own, parts.flatten(0, 1), group=exchange.group)
     return own

@@ -29,7 +29,7 @@ CHOICE = [
     Job("llama", Layout(shard=2, tensor=2)),
     Job("qwen2", Layout(tensor=2), recompute="full"),
     Job("qwen3", Layout(tensor=4)),
-    Job("mistral", Layout(shard=2), shard_level="gradients"),
+    Job("mistral", Layout(shard=2), shard_level="gradients", offload=True),
     Job("gemma2", Layout(shard=2, tensor=2), shard_level="optimizer"),
     Job("gemma3_text", Layout(tensor=2)),
     Job("phi3", Layout(shard=2, tensor=2), shard_level="gradients", recompute="selective"),

@@ -72,9 +72,9 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     return 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
 def test_boxes_have_the_bits_of_the_whole(family: str, pool: WorkerPool, tmp_path: Path) -> None:
-    """llama is tied; gpt2 is tied, transposed and fused; phi3 is fused in pieces of two sizes."""
+    """gpt2 is tied, transposed and fused; phi3 is fused in pieces of two sizes."""
     real_model(family, seed=8).save_pretrained(tmp_path / "model")  # type: ignore[operator]
     payload = {
         "family": family,

@@ -53,6 +53,13 @@ class Placed:
     vocabulary: Vocabulary | None = None
     root: nn.Module | None = None
     """What FSDP2 calls its root (parallel/shard.py)."""
+    offloaded: bool = False
+    """Parameters, gradients and optimizer state live in CPU memory."""
+
+    @property
+    def storage_device(self) -> torch.device:
+        """Where parameters are stored."""
+        return torch.device("cpu") if self.offloaded else self.mesh.device
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,18 @@ def materialise(
     storage: dict[str, Tensor] | None = None,
     gradients: dict[str, Tensor] | None = None,
 ) -> None:
-    """Make a model that `parallel.apply` has cut real, in place: float32 on the mesh's device.
+    """Make a model that `parallel.apply` has cut real, in place: float32, on the mesh's device (an
+    offloaded one on the CPU).
 
     Values come from `source`, or else are drawn (models/init.py). `storage` and `gradients`: zeroed
     memory by canonical name for parameters and gradients, of the shapes `shard.storage_shapes`
     gives; None: memory of its own, and no gradients yet. Buffers are recomputed.
     Raises ModelError for a weight that nothing initialises.
     """
-    device = placed_of(model).mesh.device
+    placed = placed_of(model)
     if storage is None:
-        shapes = storage_shapes(model)
-        storage = {n: torch.zeros(shape, device=device) for n, shape in shapes.items()}
+        shapes, where = storage_shapes(model), placed.storage_device
+        storage = {n: torch.zeros(shape, device=where) for n, shape in shapes.items()}
     kept, slots = storage, gradients or {}
     adopt(model, kept.__getitem__, slots.get)
     for name, pieces in held(model).items():
@@ -45,4 +46,4 @@ def materialise(
         for leaf, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
                 name = f"{path}.{leaf}" if path else leaf
-                module._buffers[leaf] = record.draw(name, seed=seed).to(device)
+                module._buffers[leaf] = record.draw(name, seed=seed).to(placed.mesh.device)

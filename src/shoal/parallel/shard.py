@@ -67,7 +67,7 @@ def apply_shard(
             fully_shard(block, **settings)
     root = _Root(model, holds_gradients=level == "optimizer")
     fully_shard(root, **{**settings, "reshard_after_forward": False})
-    placed.root = root
+    placed.root, placed.offloaded = root, offload
     for module in _sharded(root):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -48,9 +48,9 @@ def test_a_good_header_is_read(tmp_path: Path) -> None:
 
 
 def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    dtypes += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-    wanted = {str(dtype): torch.ones(3, 5).to(dtype) for dtype in dtypes}
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    others = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    wanted = {str(dtype): torch.ones(3, 5).to(dtype) for dtype in (*floats, *others)}
     save_file(wanted, tmp_path / "x.safetensors", metadata={"note": "x"})
     with (tmp_path / "x.safetensors").open("rb") as file:
         assert {name: i.shape for name, i in read_header(file).items()} == dict.fromkeys(

@@ -11,6 +11,7 @@ import pytest
 from shoal.cli.main import main
 from shoal.errors import FetchError, ModelError, RunError, UserError
 from shoal.launch import local
+from shoal.observe.events import read_lines
 from tiny import Bench, Run, shoal
 
 
@@ -176,9 +177,12 @@ def test_no_space_for_a_checkpoint(bench: Bench, tmp_path: Path) -> None:
         shoal(*words), capture_output=True, text=True, timeout=60, preexec_fn=restrict
     )
     assert done.returncode == 2, done.stderr
-    assert f"{run.path}/checkpoints: step 4 could not be saved: File too large" in done.stderr
+    said = f"{run.path}/checkpoints: step {{}} could not be saved: the file would be larger than"
+    assert said.format(8) in done.stderr
     assert "resume the run" in done.stderr and "Traceback" not in done.stderr
-    assert len(run.losses) == 4
+    failed = [row for row in read_lines(run.path / "events.jsonl") if row["event"] == "save-failed"]
+    assert [row["step"] for row in failed] == [4] and said.format(4) in failed[0]["text"]
+    assert len(run.losses) == 8, "only the last save of a run is worth ending it for"
 
 
 def test_errors_say_their_kind_to_the_api(bench: Bench) -> None:

@@ -17,13 +17,8 @@ READMES = ("README.md", "README.zh.md")
 ORDER = (
     *("cli", "prove", "launch", "engine", "serve", "parallel", "sync"),
     *("models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
-<<<<<<< HEAD
     *("legal", "config", "recipes", "layout.py", "units.py"),
     *("environment.py", "untrusted.py", "errors.py"),
-=======
-    *("legal", "config", "recipes", "layout.py", "units.py", "environment.py"),
-    *("untrusted.py", "errors.py"),
->>>>>>> 99b9342
 )
 
 

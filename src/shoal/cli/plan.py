@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     cls=DefaultCommand,
-    help="Choose the layout for a recipe on a cluster: `shoal plan RECIPE --cluster 16x8xH100`.",
+    help="Choose the layout for a recipe on a cluster: `shoal plan RECIPE --cluster 16x8xH100`. "
+    "`shoal plan --calibrate` measures this machine; with runs, it learns from them.",
     no_args_is_help=True,
 )
 

@@ -163,4 +163,4 @@ class _Trial:
 
 
 def _timed(subject: Subject, part: Batch, group: Group) -> float:
-    return Clock(group, readings=2).seconds(lambda: subject(part))
+    return Clock(group).seconds(lambda: subject(part))

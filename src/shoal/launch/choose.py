@@ -25,13 +25,13 @@ from shoal.layout import Layout
 from shoal.legal import not_yet
 from shoal.observe.console import Console
 from shoal.plan.ask import choices_of, config_of, workload_of
-from shoal.plan.calibrate import predicted_for
+from shoal.plan.calibrate import estimator_for, predicted_for
 from shoal.plan.cost.step import Estimator
 from shoal.plan.devices import device_named
 from shoal.plan.hardware import Cluster, Nodes
 from shoal.plan.measurements import machine_key
 from shoal.plan.search import Space, find
-from shoal.plan.workload import FORMATS, Workload, flops_per_token
+from shoal.plan.workload import FORMATS, Candidate, Crew, Workload, flops_per_token
 
 _MICRO_TOKENS = 2048
 """Tokens of a micro batch when none is measured: enough to fill matrix products, small in cache."""
@@ -225,11 +225,28 @@ def _with_figures(
     flops = None
     if workload is not None:
         flops = flops_per_token(workload.facts, sequence_tokens=workload.sequence_tokens)
+    predicted = decision.predicted
+    if workload is not None and not predicted and not formats["devices"]:
+        predicted = _foretold(decision, workload=workload)
     return replace(
         decision,
+        predicted=predicted,
         flops_per_token=flops,
         peak_flops_per_second=_peak(decision, formats=formats),
     )
+
+
+def _foretold(decision: Decision, *, workload: Workload) -> dict[str, float]:
+    """The prediction for a choice that was not planned; empty where the machine is not known."""
+    measured = measured_before()
+    if measured is None:
+        return {}
+    crew = Crew(decision.workers, decision.layout.workers, decision.threads_per_worker)
+    estimator = estimator_for(
+        measured, crew, workload=replace(workload, precision=FORMATS[decision.compute])
+    )
+    candidate = Candidate(layout=decision.layout, micro_batch_samples=decision.micro_batch_samples)
+    return predicted_for(estimator.predict(candidate))
 
 
 def _peak(decision: Decision, *, formats: dict[str, Any]) -> float | None:

@@ -39,16 +39,19 @@ def measuring_job(
         found: dict[str, Any] | None = None
         while any(worker.status is None for worker in workers):
             for worker, message in pool.events(timeout_seconds=1.0):
-                if message is None or worker not in workers:
+                if worker not in workers:
                     continue
-                if message["kind"] == "measured":
+                if message is None:
+                    if worker.status is not None and worker.status < 0 and not attempt.killed:
+                        attempt.killed.append(workers.index(worker))
+                elif message["kind"] == "measured":
                     found = message
                 elif message["kind"] == "begun":
                     begun_seconds.append(time.perf_counter() - ordered_at)
                 else:
                     attempt.hear(message)
-            if attempt.errors:
-                pool.kill(workers)
+            if attempt.errors or attempt.killed:
+                pool.kill(workers)  # the others would wait for it
     if found is None:
         raise attempt.failure()
     return {**found, "start_seconds": max(begun_seconds, default=0.0)}

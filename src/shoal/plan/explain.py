@@ -73,6 +73,8 @@ def why_not(best: Prediction, *, other: Prediction) -> str:
         "update": "each device updates more parameters",
         "host": "the devices wait for the host to start kernels",
     }
+    if other.candidate.crew is not None:
+        reasons["compute"] = "its workers compute less per second"
     reason = reasons.get(part, f"exposed {part} communication")
     return (
         f"+{slower:.0%}: {reason} (+{gains[part] / best.step_seconds:.0%} of the step); "

@@ -74,10 +74,15 @@ def score_cases(
 
 
 def score_case(case: Case, *, constants: Constants = DEFAULT) -> Scored:
-    """Predict one case. A row silent on recompute gets the least that fits."""
+    """Predict one case. A row silent on recompute gets the least that fits.
+
+    Of software that is not known either, how many bytes a parameter needs is unknown as well: a
+    misfit then says nothing about recompute, and none is assumed.
+    """
     estimator = Estimator(case.workload, case.cluster, case.software, constants)
     prediction = estimator.predict(case.candidate)
-    if not case.recompute_is_stated and not prediction.fits:
+    silent = not case.recompute_is_stated and "software" not in case.assumed
+    if silent and not prediction.fits:
         prediction = _with_least_recompute(estimator, candidate=case.candidate)
     return Scored(case=case, prediction=prediction, is_low=_is_low(case, prediction))
 

@@ -29,6 +29,7 @@ class Software:
     logit at the peak of the loss. `unsplit_bytes`: activations per hidden element and block that
     the tensor axis does not split. `keeps_gathers`: two gather buffers of the tensor axis stay
     allocated. `balanced_stages`: stages are cut by compute cost, not by number of blocks.
+    `recomputes_gate`: the product of a gated activation is made again in the backward.
     `selective_share`: part of a block that selective recompute runs again, beside attention that
     stores its scores (0 where a flash kernel makes it idle). `resets_peak`: the reported peak of
     live tensors is that of the update alone. `autocast`: eager torch, weights and residuals in
@@ -68,6 +69,7 @@ class Software:
     regather_bytes: float = 0.0
     balanced_stages: bool = False
     dropout: bool = False
+    recomputes_gate: bool = False
     selective_share: float = 0.0
     resets_peak: bool = False
     autocast: bool = False

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from test_plan_calibrate import MEASURED
 from typer.testing import CliRunner
 
 from shoal.cli import plan, simulate
 from shoal.errors import UserError
+from shoal.plan.measurements import measurements_path, save_measurements
 
 EXCERPT = str(Path(__file__).parent / "excerpt.csv")
 
@@ -132,3 +134,40 @@ def test_planning_needs_no_torch_and_starts_fast() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.0
     assert time.monotonic() - started < 20
+
+
+def test_this_machine_is_planned_from_its_measurements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crews instead of layouts; bf16 was not timed there, so fp32 is planned."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="run shoal plan --calibrate"):
+        run(plan.app, "quickstart")
+    save_measurements(MEASURED, measurements_path())
+    text = run(plan.app, "quickstart")
+    assert "in fp32, on two cores, " in text
+    assert "Plan: " in text and " threads x 1 thread; micro batch " in text
+    data = json.loads(run(plan.app, "quickstart", "--json", "--fix", "micro_batch_samples=2"))
+    assert data["plan"]["crew"]["count"] in (1, 2)
+    assert data["plan"]["micro_batch_samples"] == 2
+    assert "A run over 1M tokens:" in run(plan.app, "quickstart", "--tokens", "1M")
+    assert "of the passes are bubbles" in run(simulate.app, "quickstart")
+
+
+def test_calibrating_with_runs_says_what_was_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    save_measurements(MEASURED, measurements_path())
+    runs = []
+    for number in range(2):
+        runs.append(tmp_path / f"run-{number}")
+        runs[-1].mkdir()
+        content = {"predicted": {"step_seconds": 1.0}, "outcome": {"step_seconds": 1.1}}
+        (runs[-1] / "plan.json").write_text(json.dumps(content))
+    text = run(plan.app, "--calibrate", *map(str, runs))
+    assert "learned from 2 runs: time x 1.066" in text  # 1.1 to the two thirds
+    data = json.loads(run(plan.app, "--calibrate", str(runs[0]), "--json"))
+    assert len(data["runs"]) == 2
+    with pytest.raises(UserError, match=r"plan\.json: no prediction and measurement"):
+        run(plan.app, "--calibrate", str(tmp_path))

@@ -94,6 +94,10 @@ def test_405b_on_4096_devices_within_a_second() -> None:
     assert found.best.fits
 
 
+# A fused SwiGLU keeps gate and up only and makes their product again in its backward, as that of
+# xformers, Meta's own library, does (_SwiGLUFusedFunc).
+META = replace(MEGATRON, name="meta", recomputes_gate=True)
+
 PRODUCTION = [
     # Llama 3 405B: tensor 8, pipeline 16, data 128 (arXiv 2407.21783, table 4).
     (
@@ -101,7 +105,7 @@ PRODUCTION = [
         "2048x8xH100",
         8192,
         2048,
-        MEGATRON,
+        META,
         Candidate(
             layout=Layout(shard=128, tensor=8, pipeline=16),
             schedule="interleaved-1f1b",
@@ -143,13 +147,12 @@ def test_published_layouts_are_within_reach(
 ) -> None:
     """What the team ran fits by our reckoning and is never faster than what we recommend.
 
-    Llama 3 frees tensors that the pipeline no longer needs (section 3.3.2), which the memory
-    model does not know: a fifth is granted. Utilisation of the three was 0.41, 0.36 and 0.48.
+    Utilisation of the three was 0.41, 0.36 and 0.48.
     """
     estimator = estimator_of(facts, cluster, row=row, batch=batch, software=software)
     theirs = estimator.predict(used)
     ours = find(estimator).best
-    assert theirs.peak.total <= 1.2 * theirs.device_memory_bytes
+    assert theirs.fits
     assert ours.step_seconds <= theirs.step_seconds
     assert 0.25 < theirs.mfu < 0.65
 

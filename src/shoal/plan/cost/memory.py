@@ -94,7 +94,7 @@ def activation_bytes(
         inner = facts.experts_per_token * facts.expert_feed_forward + facts.shared_feed_forward
         hidden += 4.0 * facts.experts_per_token * facts.hidden  # copies sent to the experts
     per_inner = (4.0 if software.fused else 6.0) if facts.gated else 2.0
-    per_inner += input_bytes
+    per_inner += 0.0 if facts.gated and software.recomputes_gate else input_bytes
     split = 2.0 * (queries + groups + values) + per_inner * inner
     if not software.flash and recompute == "none":
         split += (5.0 if software.dropout else 2.0) * facts.heads * sequence_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -116,12 +117,12 @@ class Estimator:
         factor = self.constants.time_factor
         if factor != 1.0:
             seconds = {part: factor * value for part, value in seconds.items()}
-        first, last = self._memory(candidate)
+        first, *more = self._memories(candidate)
         return Prediction(
             candidate=candidate,
             seconds=seconds,
             first=first,
-            last=last,
+            last=more[0] if more else first,
             tokens=workload.tokens,
             workers=layout.workers,
             model_flops=self._step_flops,
@@ -133,12 +134,12 @@ class Estimator:
 
     def memory_bytes(self, candidate: Candidate) -> float:
         """Bytes that the device with the highest peak needs; much cheaper than `predict`."""
-        return max(memory.total for memory in self._memory(candidate))
+        return max(memory.total for memory in self._memories(candidate))
 
     def fits(self, candidate: Candidate, *, headroom: float = 0.0) -> bool:
         """Whether every device has the memory that `candidate` needs, and that share to spare."""
         limit = self.cluster.smallest_memory_bytes * (1 - headroom)
-        return self.memory_bytes(candidate) <= limit
+        return all(memory.total <= limit for memory in self._memories(candidate))
 
     def floor_seconds(self, candidate: Candidate) -> float:
         """A lower bound of the step: the compute of the average stage, nothing else."""
@@ -160,20 +161,17 @@ class Estimator:
         peaks = self.cluster.slowest.peak
         return peaks.get(self.workload.precision) or peaks.get("fp16") or peaks["fp32"]
 
-    def _memory(self, candidate: Candidate) -> tuple[Memory, Memory]:
+    def _memories(self, candidate: Candidate) -> Iterator[Memory]:
+        """Of a device of the first stage, and of the last where that is another."""
         blocks = self.pricing.stages(candidate)
-
-        def at(index: int) -> Memory:
-            return memory_of(
+        for index in sorted({0, len(blocks) - 1}):
+            yield memory_of(
                 Stage(index=index, blocks=blocks[index], count=len(blocks)),
                 workload=self.workload,
                 candidate=candidate,
                 software=self.software,
                 constants=self.constants,
             )
-
-        first = at(0)
-        return first, first if len(blocks) == 1 else at(len(blocks) - 1)
 
 
 def predict(

@@ -65,6 +65,9 @@ class Pricing:
         default_factory=dict, init=False, compare=False, repr=False
     )
     _cuts: dict[int, list[int]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _largest: dict[tuple[int, int, int], float] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     @cached_property
     def compute(self) -> Compute:
@@ -343,13 +346,21 @@ class Pricing:
 
     def _largest_stage(self, candidate: Candidate) -> float:
         """Parameters per device of the stage that has most, before the shard axis."""
-        blocks = self.stages(candidate)
-        kinds = {
-            (count, index == 0, index == len(blocks) - 1) for index, count in enumerate(blocks)
-        }
-        return max(
-            stage_parameters(
-                self.workload.facts, blocks=count, candidate=candidate, first=first, last=last
+        layout = candidate.layout
+        key = (layout.pipeline, layout.tensor, layout.expert)
+        if key not in self._largest:
+            blocks = self.stages(candidate)
+            end = len(blocks) - 1
+            self._largest[key] = max(
+                stage_parameters(
+                    self.workload.facts,
+                    blocks=count,
+                    candidate=candidate,
+                    first=first,
+                    last=last,
+                )
+                for count, first, last in {
+                    (count, at == 0, at == end) for at, count in enumerate(blocks)
+                }
             )
-            for count, first, last in kinds
-        )
+        return self._largest[key]

@@ -1,0 +1,215 @@
+"""The planner on this machine: 20 layouts of two models, predicted against measured.
+
+    shoal plan --calibrate
+    python benchmarks/planner_cpu.py [--out FOLDER] [--seconds 420] [--table]
+
+Each layout trains a few steps (bfloat16 fewer and smaller ones, since it may be emulated); the
+median without the first is held against the prediction from the machine's measurements, and so is
+the live memory. Results go to FOLDER/results.jsonl after each layout, so that a run that stops
+(--seconds) goes on where it was; --table only prints. At the end `parallel: auto` chooses for
+each model, and its step is held against the best of the layouts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from shoal.config.load import load_recipe
+from shoal.launch import local
+from shoal.launch.pool import WorkerPool
+from shoal.layout import Layout
+from shoal.observe.events import read_lines
+from shoal.plan.ask import config_of, workload_of
+from shoal.plan.calibrate import estimator_for, this_machine
+from shoal.plan.workload import FORMATS, Candidate, Crew
+
+LARGER = [
+    "model.hidden_size=512",
+    "model.intermediate_size=1720",
+    "model.num_attention_heads=8",
+    "model.num_key_value_heads=8",
+]
+"""16.9M parameters, four times the quickstart's 4.2M."""
+
+# (replicas, kind of worker, threads of each, micro batch, number format)
+LAYOUTS: dict[str, list[tuple[int, str, int, int, str]]] = {
+    "quickstart": [
+        (1, "processes", 1, 4, "float32"),
+        (1, "processes", 2, 8, "float32"),
+        (1, "processes", 2, 16, "float32"),
+        (2, "threads", 1, 4, "float32"),
+        (2, "threads", 1, 8, "float32"),
+        (2, "processes", 1, 2, "float32"),
+        (2, "processes", 1, 8, "float32"),
+        (4, "processes", 1, 4, "float32"),
+        (1, "processes", 2, 2, "bfloat16"),
+        (2, "processes", 1, 2, "bfloat16"),
+    ],
+    "larger": [
+        (1, "processes", 1, 4, "float32"),
+        (1, "processes", 2, 4, "float32"),
+        (1, "processes", 2, 8, "float32"),
+        (2, "threads", 1, 2, "float32"),
+        (2, "threads", 1, 4, "float32"),
+        (2, "threads", 1, 8, "float32"),
+        (2, "processes", 1, 4, "float32"),
+        (4, "threads", 1, 2, "float32"),
+        (1, "processes", 2, 1, "bfloat16"),
+        (2, "threads", 1, 1, "bfloat16"),
+    ],
+}
+
+
+def overrides_of(model: str, *, batch: int, steps: int) -> list[str]:
+    """What every run of `model` has in common."""
+    return [
+        *(LARGER if model == "larger" else []),
+        f"train.steps={steps}",
+        f"train.global_batch_samples={batch}",
+        "train.evaluate_every_steps=0",
+        "checkpoint.every_steps=0",
+        "task.prompts=[]",
+        "observe.console=false",
+    ]
+
+
+def size_of(model: str, compute: str) -> tuple[int, int]:
+    """(global batch, steps) of a layout: emulated formats get few tokens."""
+    if compute == "float32":
+        return 16, 6 if model == "quickstart" else 4
+    return 4 if model == "quickstart" else 2, 3
+
+
+def run(name: str, words: list[str], *, folder: Path, pool: WorkerPool) -> dict:
+    """Train; the median step without the first, the peak, and what was decided."""
+    out = folder / "runs" / f"{name}-{time.time_ns()}"
+    local.train("quickstart", words, out=out, console=False, pool=pool)
+    rows = [row for row in read_lines(out / "metrics.jsonl") if "loss" in row]
+    seconds = [row["step_seconds"] for row in rows[1:]]
+    plan = json.loads((out / "plan.json").read_text())
+    return {
+        "name": name,
+        "step_seconds": statistics.median(seconds),
+        "spread": max(seconds) / min(seconds) - 1,
+        "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
+        "mfu": rows[-1]["mfu"],
+        "run": str(out),
+        "plan": plan,
+    }
+
+
+def jobs() -> list[tuple[str, str, list[str]]]:
+    """(name, model, overrides) of everything that is run, the automatic choices last."""
+    found = []
+    for model, layouts in LAYOUTS.items():
+        for replicate, kind, threads, micro, compute in layouts:
+            batch, steps = size_of(model, compute)
+            words = [
+                *overrides_of(model, batch=batch, steps=steps),
+                f"parallel={{replicate: {replicate}}}",
+                f"launch.workers={kind}",
+                f"launch.threads_per_worker={threads}",
+                f"train.micro_batch_samples={micro}",
+                f"precision.compute={compute}",
+            ]
+            name = f"{model}-{replicate}-{kind}-{threads}-{micro}-{compute}"
+            found.append((name, model, words))
+    for model in LAYOUTS:
+        batch, steps = size_of(model, "float32")
+        found.append((f"{model}-auto", model, overrides_of(model, batch=batch, steps=steps)))
+    return found
+
+
+def measure(folder: Path, *, seconds: float) -> None:
+    """Run what has no result yet, until `seconds` are over."""
+    began = time.monotonic()
+    done = {row["name"] for row in read_lines(folder / "results.jsonl")}
+    with WorkerPool() as pool:
+        for name, _, words in jobs():
+            if name in done:
+                continue
+            if time.monotonic() - began > seconds:
+                print(f"stopped after {seconds:.0f} s; call again to go on")
+                return
+            result = run(name, words, folder=folder, pool=pool)
+            with open(folder / "results.jsonl", "a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{name}: {result['step_seconds']:.3f} s a step", flush=True)
+
+
+def predict(name: str) -> tuple[float, float]:
+    """(seconds, bytes) of a step by the machine's measurements."""
+    model, replicate, kind, threads, micro, compute = name.split("-")
+    batch, steps = size_of(model, compute)
+    recipe = load_recipe("quickstart", overrides_of(model, batch=batch, steps=steps))
+    workload = workload_of(recipe, config=config_of(recipe), precision=FORMATS[compute])
+    crew = Crew(kind, int(replicate), int(threads))
+    estimator = estimator_for(this_machine(), crew, workload=workload)
+    layout = Layout(replicate=int(replicate))
+    found = estimator.predict(Candidate(layout=layout, micro_batch_samples=int(micro)))
+    return found.step_seconds, found.peak.live
+
+
+def table(folder: Path) -> None:
+    """Predicted against measured, and the automatic choice against the best."""
+    results = {row["name"]: row for row in read_lines(folder / "results.jsonl")}
+    errors, memory_errors = [], []
+    print("| layout | measured s | predicted s | error | peak MB | predicted MB | error | mfu |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in results.items():
+        if name.endswith("auto"):
+            continue
+        seconds, num_bytes = predict(name)
+        errors.append(seconds / row["step_seconds"] - 1)
+        memory_errors.append(num_bytes / row["peak_memory_bytes"] - 1)
+        print(
+            f"| {name} | {row['step_seconds']:.3f} | {seconds:.3f} | {errors[-1]:+.1%} "
+            f"| {row['peak_memory_bytes'] / 1e6:.1f} | {num_bytes / 1e6:.1f} "
+            f"| {memory_errors[-1]:+.1%} | {row['mfu']:.1%} |"
+        )
+    for what, found in (("step time", errors), ("peak memory", memory_errors)):
+        absolute = sorted(abs(error) for error in found)
+        if absolute:
+            print(
+                f"{what}: {len(found)} layouts, median error {statistics.median(absolute):.1%}, "
+                f"worst {absolute[-1]:.1%}"
+            )
+    for model in LAYOUTS:
+        row = results.get(f"{model}-auto")
+        if row is None:
+            continue
+        tried = {
+            name: other["step_seconds"]
+            for name, other in results.items()
+            if name.startswith(model) and name.endswith("float32")
+        }
+        best = min(tried, key=lambda name: tried[name])
+        planned = min(tried, key=lambda name: predict(name)[0])
+        plan = row["plan"]
+        print(
+            f"{model}: auto chose {plan['layout']['replicate']} {plan['workers']} x "
+            f"{plan['threads_per_worker']}, micro batch {plan['micro_batch_samples']} "
+            f"({plan['reason']}): {row['step_seconds']:.3f} s, "
+            f"{row['step_seconds'] / tried[best] - 1:+.1%} against the best, {best}; the best by "
+            f"prediction alone, {planned}: {tried[planned] / tried[best] - 1:+.1%}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/planner_cpu"))
+    parser.add_argument("--seconds", type=float, default=420.0)
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if not given.table:
+        measure(given.out, seconds=given.seconds)
+    table(given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What is decided at a start: planned, timed where plans are close, by rule where given."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.config.load import load_recipe
+from shoal.config.recipe import Recipe
+from shoal.engine.decision import given_layout
+from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.errors import UserError
+from shoal.launch import choose, local
+from shoal.launch.measuring import learn_from, measured_before
+from shoal.observe.console import Console
+from shoal.plan.ask import config_of, workload_of
+from shoal.plan.measurements import load_measurements, measurements_path
+from tiny import Bench, Run
+
+OPEN = (
+    "parallel=auto",
+    "train.micro_batch_samples=auto",
+    "launch.workers=auto",
+    "launch.threads_per_worker=auto",
+    "train.steps=6",
+    "train.evaluate_every_steps=0",
+    "checkpoint.every_steps=0",
+)
+
+
+def plan_of(run: Run) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.path / "plan.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def planned(bench: Bench) -> Run:
+    """A run that chose for itself; the first on this machine measures it (some ten seconds)."""
+    return bench.train(*OPEN)
+
+
+def test_the_machine_is_measured_once_and_the_best_plans_are_timed(
+    bench: Bench, planned: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = load_measurements(measurements_path())
+    assert measured.is_short
+    assert {each.threads for each in measured.conditions} >= {1}
+    assert measured.start_seconds > 0
+    plan = plan_of(planned)
+    assert plan["reason"].startswith(("timed", "planned"))
+    assert plan["measured"]["plans"][0]["predicted_step_seconds"] > 0
+    local.train(bench.recipe, OPEN, out=bench.new_path(), console=True, pool=bench.pool)
+    said = capsys.readouterr().out
+    assert "plan: " in said and plan["reason"] in said
+    assert "measuring" not in said and "timing" not in said
+
+
+def test_a_run_says_what_was_foretold_of_it(planned: Run) -> None:
+    """Memory is counted tensor by tensor: 15 % is what the planner promises (DESIGN 5.9)."""
+    plan, summary = plan_of(planned), json.loads((planned.path / "summary.json").read_text())
+    predicted, outcome = plan["predicted"], plan["outcome"]
+    assert predicted["peak_memory_bytes"] == pytest.approx(outcome["peak_memory_bytes"], rel=0.15)
+    error = predicted["step_seconds"] / outcome["step_seconds"] - 1
+    assert summary["prediction_error"] == pytest.approx(error)
+    assert all(0 < row["mfu"] < 1 for row in planned.rows if "loss" in row)
+
+
+def test_what_is_fixed_on_auto_stays_and_the_rest_is_planned(bench: Bench, planned: Run) -> None:
+    run = bench.train(
+        *OPEN,
+        "parallel={auto: true, replicate: 2}",
+        "launch.workers=processes",
+        "train.micro_batch_samples=2",
+    )
+    plan = plan_of(run)
+    assert (plan["layout"]["replicate"], plan["workers"]) == (2, "processes")
+    assert plan["micro_batch_samples"] == 2
+    assert plan["predicted"]["step_seconds"] > 0
+
+
+def test_a_given_layout_is_foretold_on_a_known_machine(bench: Bench, planned: Run) -> None:
+    run = bench.train("train.steps=4", "train.evaluate_every_steps=0", "checkpoint.every_steps=0")
+    plan = plan_of(run)
+    assert plan["reason"].startswith("as the recipe says")
+    assert plan["predicted"]["peak_memory_bytes"] == pytest.approx(
+        plan["outcome"]["peak_memory_bytes"], rel=0.15
+    )
+
+
+def test_runs_teach_the_planner_once_each(
+    bench: Bench, planned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = measurements_path().read_text()
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="run shoal plan --calibrate first, then give runs"):
+        learn_from([planned.path])
+    measurements_path().parent.mkdir()
+    measurements_path().write_text(known)
+    learn_from([planned.path])
+    learned = learn_from([planned.path])
+    assert [each.run for each in learned.runs] == [str(planned.path.resolve())]
+    assert measured_before() == learned
+
+
+def given(tmp_path: Path, bench: Bench, *overrides: str) -> tuple[Recipe, Inputs]:
+    recipe = load_recipe(str(bench.recipe), [*OPEN, *overrides])
+    return recipe, prepare_inputs(recipe, say=lambda text: None)
+
+
+FORMATS = {
+    "devices": 2,
+    "device_name": "NVIDIA H100 80GB HBM3",
+    "format_ratio": 12.0,
+    "compute": "bfloat16",
+    "peaks": {"float32": 5e13, "bfloat16": 6e14},
+}
+
+
+def test_devices_are_planned_from_the_hardware_table(tmp_path: Path, bench: Bench) -> None:
+    """One process per device; the micro batch is the planner's; the peak that of the data sheet."""
+    recipe, _ = given(tmp_path, bench)
+    workload = workload_of(recipe, config=config_of(recipe), precision="bf16")
+    layout = replace(given_layout(recipe), replicate=2)
+    decision = choose._on_devices(recipe, layout=layout, workload=workload, formats=FORMATS)
+    assert (decision.workers, decision.layout.replicate) == ("processes", 2)
+    assert decision.reason.startswith("planned ") and decision.reason.endswith(" on H100-80")
+    assert decision.predicted["step_seconds"] > 0
+    whole = choose._with_figures(decision, workload=workload, formats=FORMATS)
+    assert whole.peak_flops_per_second == pytest.approx(2 * 989.4e12)
+    unknown = {**FORMATS, "device_name": "Brand X"}
+    decision = choose._on_devices(recipe, layout=layout, workload=workload, formats=unknown)
+    assert "Brand X is unknown" in decision.reason
+    whole = choose._with_figures(decision, workload=workload, formats=unknown)
+    assert whole.peak_flops_per_second is None
+    assert whole.mfu(tokens=100, seconds=1.0) is None
+
+
+def test_a_family_without_sizes_is_decided_by_rule(bench: Bench, tmp_path: Path) -> None:
+    recipe, inputs = given(tmp_path, bench)
+    tree = recipe.model_dump(mode="json")
+    tree["model"] = {"kind": "config", "architecture": "stablelm", "hidden_size": 32}
+    other = Recipe.model_validate(tree)
+    console = Console(out=io.StringIO())
+    decision = choose.choose(other, inputs=inputs, pool=bench.pool, console=console)
+    assert decision.reason.startswith("as the recipe says")
+    assert decision.flops_per_token is None
+    assert decision.mfu(tokens=100, seconds=1.0) is None
+    assert asdict(decision) == asdict(type(decision).from_json(decision.to_json()))

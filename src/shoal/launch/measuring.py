@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.environment import usable_cores, usable_memory_bytes
-from shoal.errors import UserError
+from shoal.errors import UserError, WorkerError
 from shoal.launch.attempt import Attempt
+from shoal.launch.deaths import Death, death_of
 from shoal.launch.pool import WorkerPool
 from shoal.observe.console import Console
 from shoal.plan.calibrate import read_run
@@ -37,24 +38,34 @@ def measuring_job(
         workers = [pool.start(target, {**whole, "rank": rank}) for rank in range(size)]
         attempt = Attempt(console)
         found: dict[str, Any] | None = None
+        lost: Death | None = None
         while any(worker.status is None for worker in workers):
             for worker, message in pool.events(timeout_seconds=1.0):
                 if worker not in workers:
                     continue
                 if message is None:
-                    if worker.status is not None and worker.status < 0 and not attempt.killed:
-                        attempt.killed.append(workers.index(worker))
+                    if worker.status is not None and worker.status < 0:
+                        lost = lost or _death(workers.index(worker), status=worker.status)
                 elif message["kind"] == "measured":
                     found = message
                 elif message["kind"] == "begun":
                     begun_seconds.append(time.perf_counter() - ordered_at)
                 else:
                     attempt.hear(message)
-            if attempt.errors or attempt.killed:
+            if attempt.errors or lost is not None:
                 pool.kill(workers)  # the others would wait for it
+    if lost is not None and not attempt.errors:
+        raise WorkerError(f"{lost.text} while it measured this machine; start the run again")
     if found is None:
         raise attempt.failure()
     return {**found, "start_seconds": max(begun_seconds, default=0.0)}
+
+
+def _death(rank: int, *, status: int) -> Death:
+    where = "measuring"
+    return death_of(
+        rank=rank, status=status, step=0, where=where, error=None, stuck=None, ran_out=False
+    )
 
 
 def measure_machine(

@@ -124,7 +124,7 @@ class _Bench:
     def _condition(self, group: Group, *, workers: str, threads: int) -> dict[str, Any]:
         clock = Clock(group)
         products = list(self._products(clock))
-        self._plan_blocks(products)
+        self._plan_blocks(products, busy_cores=group.size * threads)
         subjects = self._subjects()
         return {
             "workers": workers,
@@ -153,10 +153,11 @@ class _Bench:
         condition |= {"attention": [], "blocks": blocks, "streams": [], "updates": updates}
         return condition, [["threads", *row] for row in sums]
 
-    def _plan_blocks(self, products: list[list[Any]]) -> None:
+    def _plan_blocks(self, products: list[list[Any]], *, busy_cores: int) -> None:
         """Which formats and sizes of micro batch to time blocks with, from the smallest products.
 
-        At a first use only the fastest format; sizes as far as they take no longer than allowed.
+        At a first use only the fastest format; sizes as far as they take no longer than allowed,
+        and two where most cores idle, which few runs choose.
         """
         rates = {}
         for name in self._formats:
@@ -171,7 +172,8 @@ class _Bench:
             fitting = [each for each in _SAMPLES if each[0] * each[1] <= limit]
             if len(fitting) < 2:
                 fitting = list(_SLOW_SAMPLES)
-            self._samples[name] = fitting[:2] if self._short else fitting
+            few = self._short or (busy_cores == 1 and self._group.size > 1)
+            self._samples[name] = fitting[:2] if few else fitting
 
     def _subjects(self) -> dict[tuple[str, str, int], Subject]:
         """Reference models by format, family and number of blocks."""

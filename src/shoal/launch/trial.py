@@ -114,15 +114,12 @@ class Trial:
                 yield crew
 
     def _contenders(self, layout: Layout) -> list[Contender]:
-        """Plans in the order predicted: the best of each crew, then the best crew's second."""
+        """The best plan of each crew, in the order predicted."""
         space = choices_of(self._recipe, layout=layout, only_replicate=True)
         found = find_here(
             self._measured, workload=self._workload, space=space, among=self._crews(layout)
         )
-        plans = list(found.families.values())
-        best = found.best.candidate
-        plans += [p for p in found.runners_up if p.candidate.crew == best.crew][:1]
-        return [self._contender(plan) for plan in plans]
+        return [self._contender(plan) for plan in found.families.values()]
 
     def _contender(self, plan: Prediction) -> Contender:
         crew = plan.candidate.crew

@@ -102,10 +102,10 @@ class _Bench:
         if lead and cores > 1:
             if not self._short:
                 self._say("one worker, one thread")
-                conditions.append(self._condition(alone(), workers="processes", threads=1))
+                conditions.append(self._condition(alone(), threads=1))
             self._say(f"one worker, {cores} threads")
             torch.set_num_threads(cores)
-            conditions.append(self._condition(alone(), workers="processes", threads=cores))
+            conditions.append(self._condition(alone(), threads=cores))
             torch.set_num_threads(1)
             self._say(f"{cores} threads at once")
             threaded, sums = self._threads(cores)
@@ -113,7 +113,7 @@ class _Bench:
             reduces += sums
         self._group.barrier()
         self._say(f"{cores} processes at once" if cores > 1 else "one worker, one core")
-        conditions.append(self._condition(self._group, workers="processes", threads=1))
+        conditions.append(self._condition(self._group, threads=1))
         reduces += self.sums()["reduces"]
         return {"conditions": conditions, "reduces": reduces}
 
@@ -121,13 +121,14 @@ class _Bench:
         """Sums of a flat gradient over the group: (kind, ranks, bytes, seconds)."""
         return {"reduces": [["processes", *row] for row in self._sums(self._group)]}
 
-    def _condition(self, group: Group, *, workers: str, threads: int) -> dict[str, Any]:
+    def _condition(self, group: Group, *, threads: int) -> dict[str, Any]:
+        """Everything of one worker of a group of processes."""
         clock = Clock(group)
         products = list(self._products(clock))
         self._plan_blocks(products, busy_cores=group.size * threads)
         subjects = self._subjects()
         return {
-            "workers": workers,
+            "workers": "processes",
             "busy": group.size,
             "threads": threads,
             "products": products,
@@ -294,7 +295,8 @@ def _updates(clock: Clock, *, share: int) -> Iterator[list[float]]:
     `share` replicas update a part each; the parameters counted are those of one part.
     """
     for count in (1 << 20, 1 << 22):
-        parameter = torch.nn.Parameter(torch.zeros(count // share))
+        part = max(1, count // share // CHUNK) * CHUNK
+        parameter = torch.nn.Parameter(torch.zeros(part))
         parameter.grad = torch.zeros_like(parameter)
         gradient = parameter.grad
         optimizer = torch.optim.AdamW([parameter], fused=True)
@@ -307,4 +309,4 @@ def _updates(clock: Clock, *, share: int) -> Iterator[list[float]]:
             optimizer.step()
             gradient.zero_()
 
-        yield [count // share, clock.seconds(step)]
+        yield [part, clock.seconds(step)]

@@ -1,13 +1,14 @@
 """The planner on this machine: 20 layouts of two models, predicted against measured.
 
     shoal plan --calibrate
-    python benchmarks/planner_cpu.py [--out FOLDER] [--seconds 420] [--table]
+    python benchmarks/planner_cpu.py [--out FOLDER] [--rounds 3] [--seconds 420] [--table]
 
-Each layout trains a few steps (bfloat16 fewer and smaller ones, since it may be emulated); the
-median without the first is held against the prediction from the machine's measurements, and so is
-the live memory. Results go to FOLDER/results.jsonl after each layout, so that a run that stops
-(--seconds) goes on where it was; --table only prints. At the end `parallel: auto` chooses for
-each model, and its step is held against the best of the layouts.
+Each layout trains a few steps in every round (bfloat16 fewer and smaller ones, in one round only,
+since it may be emulated); the median over all without each run's first is held against the
+prediction from the machine's measurements, and so is the live memory. `parallel: auto` takes part
+in every round, and its step is held against the best of the layouts. Results go to
+FOLDER/results.jsonl after each run, so that a call that stops (--seconds) is gone on with by the
+next; --table only prints.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 from shoal.config.load import load_recipe
@@ -80,7 +82,7 @@ def overrides_of(model: str, *, batch: int, steps: int) -> list[str]:
 def size_of(model: str, compute: str) -> tuple[int, int]:
     """(global batch, steps) of a layout: emulated formats get few tokens."""
     if compute == "float32":
-        return 16, 6 if model == "quickstart" else 4
+        return 16, 5 if model == "quickstart" else 3
     return 4 if model == "quickstart" else 2, 3
 
 
@@ -89,12 +91,10 @@ def run(name: str, words: list[str], *, folder: Path, pool: WorkerPool) -> dict:
     out = folder / "runs" / f"{name}-{time.time_ns()}"
     local.train("quickstart", words, out=out, console=False, pool=pool)
     rows = [row for row in read_lines(out / "metrics.jsonl") if "loss" in row]
-    seconds = [row["step_seconds"] for row in rows[1:]]
     plan = json.loads((out / "plan.json").read_text())
     return {
         "name": name,
-        "step_seconds": statistics.median(seconds),
-        "spread": max(seconds) / min(seconds) - 1,
+        "steps": [row["step_seconds"] for row in rows[1:]],
         "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
         "mfu": rows[-1]["mfu"],
         "run": str(out),
@@ -102,8 +102,8 @@ def run(name: str, words: list[str], *, folder: Path, pool: WorkerPool) -> dict:
     }
 
 
-def jobs() -> list[tuple[str, str, list[str]]]:
-    """(name, model, overrides) of everything that is run, the automatic choices last."""
+def jobs() -> list[tuple[str, list[str]]]:
+    """(name, overrides) of everything that is run, the automatic choices last."""
     found = []
     for model, layouts in LAYOUTS.items():
         for replicate, kind, threads, micro, compute in layouts:
@@ -117,28 +117,43 @@ def jobs() -> list[tuple[str, str, list[str]]]:
                 f"precision.compute={compute}",
             ]
             name = f"{model}-{replicate}-{kind}-{threads}-{micro}-{compute}"
-            found.append((name, model, words))
+            found.append((name, words))
     for model in LAYOUTS:
         batch, steps = size_of(model, "float32")
-        found.append((f"{model}-auto", model, overrides_of(model, batch=batch, steps=steps)))
+        found.append((f"{model}-auto", overrides_of(model, batch=batch, steps=steps)))
     return found
 
 
-def measure(folder: Path, *, seconds: float) -> None:
-    """Run what has no result yet, until `seconds` are over."""
+def measure(folder: Path, *, rounds: int, seconds: float) -> None:
+    """Run what has no result yet, round by round, until `seconds` are over."""
     began = time.monotonic()
-    done = {row["name"] for row in read_lines(folder / "results.jsonl")}
+    done = Counter(row["name"] for row in read_lines(folder / "results.jsonl"))
     with WorkerPool() as pool:
-        for name, _, words in jobs():
-            if name in done:
-                continue
-            if time.monotonic() - began > seconds:
-                print(f"stopped after {seconds:.0f} s; call again to go on")
-                return
-            result = run(name, words, folder=folder, pool=pool)
-            with open(folder / "results.jsonl", "a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(f"{name}: {result['step_seconds']:.3f} s a step", flush=True)
+        for number in range(rounds):
+            for name, words in jobs():
+                if done[name] > number or (number and "bfloat16" in name):
+                    continue
+                if time.monotonic() - began > seconds:
+                    print(f"stopped after {seconds:.0f} s; call again to go on")
+                    return
+                result = run(name, words, folder=folder, pool=pool)
+                done[name] += 1
+                with open(folder / "results.jsonl", "a") as file:
+                    file.write(json.dumps(result) + "\n")
+                middle = statistics.median(result["steps"])
+                print(f"round {number}: {name}: {middle:.3f} s a step", flush=True)
+
+
+def pooled(folder: Path) -> dict[str, dict]:
+    """Per layout the newest result, with the median step over all its rounds."""
+    steps: dict[str, list[float]] = {}
+    found: dict[str, dict] = {}
+    for row in read_lines(folder / "results.jsonl"):
+        steps.setdefault(row["name"], []).extend(row["steps"])
+        found[row["name"]] = row
+    return {
+        name: {**row, "step_seconds": statistics.median(steps[name])} for name, row in found.items()
+    }
 
 
 def predict(name: str) -> tuple[float, float]:
@@ -156,7 +171,7 @@ def predict(name: str) -> tuple[float, float]:
 
 def table(folder: Path) -> None:
     """Predicted against measured, and the automatic choice against the best."""
-    results = {row["name"]: row for row in read_lines(folder / "results.jsonl")}
+    results = pooled(folder)
     errors, memory_errors = [], []
     print("| layout | measured s | predicted s | error | peak MB | predicted MB | error | mfu |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -202,12 +217,13 @@ def table(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/planner_cpu"))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=420.0)
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.table:
-        measure(given.out, seconds=given.seconds)
+        measure(given.out, rounds=given.rounds, seconds=given.seconds)
     table(given.out)
 
 

@@ -129,9 +129,8 @@ class Asked:
     def _fixed(self, choices: Mapping[str, object]) -> dict[str, object]:
         """`choices` and those of --fix."""
         from shoal.legal import CODECS, POLICIES
-        from shoal.plan.workload import LEVELS, RECOMPUTE, SCHEDULES
+        from shoal.plan.workload import DEGREES, LEVELS, RECOMPUTE, SCHEDULES
 
-        known = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
         words = {
             "schedule": SCHEDULES,
             "recompute": RECOMPUTE,
@@ -139,7 +138,7 @@ class Asked:
             "policy": POLICIES,
             "codec": CODECS,
         }
-        counts = (*known, "micro_batch_samples", "every_steps")
+        counts = (*DEGREES, "micro_batch_samples", "every_steps")
         fixed = dict(choices)
         for pair in self.fix or []:
             name, _, value = pair.partition("=")

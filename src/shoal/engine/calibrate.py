@@ -18,7 +18,7 @@ import torch
 from shoal.comm.flat import CHUNK, FlatLayout, chunk_squares
 from shoal.comm.group import Group, ProcessGroup
 from shoal.engine.step import Batch
-from shoal.engine.timing import Clock, Subject, alone, in_threads, subject_of
+from shoal.engine.timing import Clock, Subject, alone, in_threads
 from shoal.engine.worker import tell
 from shoal.models.attention import attend
 from shoal.models.huggingface import config_from
@@ -42,7 +42,7 @@ _FULL = (
     *((1024, 1024, 256), (1024, 512, 512), (256, 1024, 1024), (2048, 256, 1024), (2048, 2048, 256)),
     *((4096, 1024, 256), (1024, 4096, 512), (2048, 1024, 1024)),
 )
-_LONGEST = {True: 0.06, False: 0.12}  # seconds of a product, short and full: larger are left out
+_LONGEST = {True: 0.06, False: 0.08}  # seconds of a product, short and full: larger are left out
 _BLOCK_SECONDS = {True: 0.6, False: 1.2}  # the same of a micro batch of a reference model
 _BLOCKS = (1, 3)  # blocks of a reference model: their difference is a block
 _SAMPLES = ((1, 64), (4, 256), (8, 256))  # (rows, tokens of a row)
@@ -102,10 +102,10 @@ class _Bench:
         if lead and cores > 1:
             if not self._short:
                 self._say("one worker, one thread")
-                conditions.append(self._condition(alone(), workers="processes", threads=1))
+                conditions.append(self._condition(alone(), threads=1))
             self._say(f"one worker, {cores} threads")
             torch.set_num_threads(cores)
-            conditions.append(self._condition(alone(), workers="processes", threads=cores))
+            conditions.append(self._condition(alone(), threads=cores))
             torch.set_num_threads(1)
             self._say(f"{cores} threads at once")
             threaded, sums = self._threads(cores)
@@ -113,7 +113,7 @@ class _Bench:
             reduces += sums
         self._group.barrier()
         self._say(f"{cores} processes at once" if cores > 1 else "one worker, one core")
-        conditions.append(self._condition(self._group, workers="processes", threads=1))
+        conditions.append(self._condition(self._group, threads=1))
         reduces += self.sums()["reduces"]
         return {"conditions": conditions, "reduces": reduces}
 
@@ -121,13 +121,14 @@ class _Bench:
         """Sums of a flat gradient over the group: (kind, ranks, bytes, seconds)."""
         return {"reduces": [["processes", *row] for row in self._sums(self._group)]}
 
-    def _condition(self, group: Group, *, workers: str, threads: int) -> dict[str, Any]:
+    def _condition(self, group: Group, *, threads: int) -> dict[str, Any]:
+        """Everything of one worker of a group of processes."""
         clock = Clock(group)
         products = list(self._products(clock))
-        self._plan_blocks(products)
+        self._plan_blocks(products, busy_cores=group.size * threads)
         subjects = self._subjects()
         return {
-            "workers": workers,
+            "workers": "processes",
             "busy": group.size,
             "threads": threads,
             "products": products,
@@ -153,10 +154,11 @@ class _Bench:
         condition |= {"attention": [], "blocks": blocks, "streams": [], "updates": updates}
         return condition, [["threads", *row] for row in sums]
 
-    def _plan_blocks(self, products: list[list[Any]]) -> None:
+    def _plan_blocks(self, products: list[list[Any]], *, busy_cores: int) -> None:
         """Which formats and sizes of micro batch to time blocks with, from the smallest products.
 
-        At a first use only the fastest format; sizes as far as they take no longer than allowed.
+        At a first use only the fastest format; sizes as far as they take no longer than allowed,
+        and two where most cores idle, which few runs choose.
         """
         rates = {}
         for name in self._formats:
@@ -171,13 +173,14 @@ class _Bench:
             fitting = [each for each in _SAMPLES if each[0] * each[1] <= limit]
             if len(fitting) < 2:
                 fitting = list(_SLOW_SAMPLES)
-            self._samples[name] = fitting[:2] if self._short else fitting
+            few = self._short or (busy_cores == 1 and self._group.size > 1)
+            self._samples[name] = fitting[:2] if few else fitting
 
     def _subjects(self) -> dict[tuple[str, str, int], Subject]:
         """Reference models by format, family and number of blocks."""
         task = create("causal-lm")
         return {
-            (name, family, blocks): subject_of(
+            (name, family, blocks): Subject(
                 config_from(reference_config(family, blocks=blocks)), task=task, compute=name
             )
             for name in self._block_formats
@@ -292,7 +295,8 @@ def _updates(clock: Clock, *, share: int) -> Iterator[list[float]]:
     `share` replicas update a part each; the parameters counted are those of one part.
     """
     for count in (1 << 20, 1 << 22):
-        parameter = torch.nn.Parameter(torch.zeros(count // share))
+        part = max(1, count // share // CHUNK) * CHUNK
+        parameter = torch.nn.Parameter(torch.zeros(part))
         parameter.grad = torch.zeros_like(parameter)
         gradient = parameter.grad
         optimizer = torch.optim.AdamW([parameter], fused=True)
@@ -305,4 +309,4 @@ def _updates(clock: Clock, *, share: int) -> Iterator[list[float]]:
             optimizer.step()
             gradient.zero_()
 
-        yield [count // share, clock.seconds(step)]
+        yield [part, clock.seconds(step)]

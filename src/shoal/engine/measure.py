@@ -8,6 +8,7 @@ and backward on the first rows of the real data; the reduction and the update ar
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from shoal.data.stream import Stream
 from shoal.engine.model import model_config
 from shoal.engine.prepare import Inputs
 from shoal.engine.step import Batch, micro_batches
-from shoal.engine.timing import Clock, Subject, alone, in_threads, subject_of
+from shoal.engine.timing import Clock, Subject, alone, in_threads
 from shoal.engine.worker import tell
 from shoal.layout import Share
 from shoal.observe.events import Report
@@ -27,6 +28,9 @@ from shoal.plan.calibrate import WORTH_IT
 from shoal.plan.workload import Crew
 from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
 from shoal.tasks.kinds import create
+
+TURNS = 3
+"""How often each candidate computes a micro batch."""
 
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
@@ -133,34 +137,37 @@ class _Trial:
             task = create(self._recipe.task.kind, settings=self._inputs.task_settings)
             config = model_config(self._recipe, inputs=self._inputs, task=task)
             dropout = self._recipe.model.dropout
-            subject = subject_of(config, task=task, compute=self._compute, dropout=dropout)
+            subject = Subject(config, task=task, compute=self._compute, dropout=dropout)
             self._subjects.append(subject)
         return self._subjects[index]
 
     def seconds(self, group: Group) -> list[float]:
-        """Seconds of a micro batch of each candidate, in their order (rank 0 knows them all)."""
-        found = []
-        for crew, micro in self._candidates:
-            part, _ = micro_batches(self._batch, size=micro)[0]
-            shared = crew.count > 1 and crew.workers == "processes"
-            if group.rank and not shared:
-                found.append(0.0)
-            elif crew.count > 1 and crew.workers == "threads":
-                found.append(self._threads(crew, part))
-            else:
-                torch.set_num_threads(crew.threads)
-                found.append(_timed(self._subject(0), part, group if shared else alone()))
-        return found
+        """Seconds of a micro batch of each candidate, in their order (rank 0 knows them all).
+
+        In turns, so that a slower moment of the machine hits all of them; the first turn warms up
+        and does not count, and the quickest of the others is the least disturbed.
+        """
+        turns = [
+            [self._once(crew, micro, group) for crew, micro in self._candidates]
+            for _ in range(TURNS)
+        ]
+        return [min(each) for each in zip(*turns[1:], strict=True)]
+
+    def _once(self, crew: Crew, micro: int, group: Group) -> float:
+        part, _ = micro_batches(self._batch, size=micro)[0]
+        shared = crew.count > 1 and crew.workers == "processes"
+        if group.rank and not shared:
+            return 0.0
+        if crew.count > 1 and crew.workers == "threads":
+            return self._threads(crew, part)
+        torch.set_num_threads(crew.threads)
+        return Clock(group if shared else alone()).once(partial(self._subject(0), part))
 
     def _threads(self, crew: Crew, part: Batch) -> float:
         subjects = [self._subject(index) for index in range(crew.count)]
 
         def body(group: Group) -> float:
-            return _timed(subjects[group.rank], part, group)
+            return Clock(group).once(partial(subjects[group.rank], part))
 
         seconds: float = in_threads(crew.count, body, threads_each=crew.threads)[0]
         return seconds
-
-
-def _timed(subject: Subject, part: Batch, group: Group) -> float:
-    return Clock(group).seconds(lambda: subject(part))

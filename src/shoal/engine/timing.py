@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from shoal.comm.group import Group
 from shoal.comm.threads import Meeting, ThreadGroup
@@ -21,9 +20,6 @@ from shoal.models.huggingface import build_meta
 from shoal.parallel.loss import chunked_loss
 from shoal.parallel.precision import DTYPES, compute_context
 from shoal.tasks.outcome import Task
-
-Subject = Callable[[Batch], None]
-"""One replica to be timed: forward and backward of a micro batch."""
 
 _SHORT_SECONDS = 0.004
 """Calls are repeated until a reading takes so long: a clock's own cost then does not count."""
@@ -40,13 +36,14 @@ class Clock:
 
         The shorter a call, the more often it is read: interruptions are as long for all.
         """
-        self.group.barrier()
-        began = time.perf_counter()
-        call()
-        first = self._mean(time.perf_counter() - began)
+        first = self.once(call)
         inner = max(1, min(1000, round(_SHORT_SECONDS / first)))
         readings = 1 if first > 0.3 else 2 if first > 0.1 else 3
         return self._mean(statistics.median(self._read(call, inner) for _ in range(readings)))
+
+    def once(self, call: Callable[[], object]) -> float:
+        """Seconds of this one call, averaged over the ranks."""
+        return self._mean(self._read(call, 1))
 
     def _read(self, call: Callable[[], object], inner: int) -> float:
         self.group.barrier()
@@ -92,19 +89,28 @@ def in_threads(
     return results
 
 
-def subject_of(config: Any, *, task: Task, compute: str, dropout: str = "off") -> Subject:
-    """A replica of the model of `config` with gradients to add to, as a run has them."""
-    model = build_meta(config, auto_class=task.auto_class, dropout=dropout)
-    # The values do not matter for the time; zeros would (denormals do not, constants are fine).
-    init.materialise(model, record=init.record(model), seed=0)
-    anatomy = check_logits(model, anatomy_of(model))
-    model.train()
-    _give_gradients(model)
-    device = torch.device("cpu")
+class Subject:
+    """One replica to be timed: forward and backward of a micro batch, gradients added up."""
 
-    def step(batch: Batch) -> None:
-        with compute_context(DTYPES[compute], device=device):
-            output = task.forward(model, anatomy=anatomy, batch=batch, step=0)
+    def __init__(self, config: Any, *, task: Task, compute: str, dropout: str = "off") -> None:
+        self._model = build_meta(config, auto_class=task.auto_class, dropout=dropout)
+        # The values do not matter for the time; zeros would (denormals do not, constants are fine).
+        init.materialise(self._model, record=init.record(self._model), seed=0)
+        self._anatomy = check_logits(self._model, anatomy_of(self._model))
+        self._model.train()
+        self._task, self._dtype = task, DTYPES[compute]
+        for parameter in self._model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def resident(self) -> list[torch.Tensor]:
+        """Parameters and gradients."""
+        found = list(self._model.parameters())
+        return [*found, *(each.grad for each in found if each.grad is not None)]
+
+    def __call__(self, batch: Batch) -> None:
+        with compute_context(self._dtype, device=torch.device("cpu")):
+            output = self._task.forward(self._model, anatomy=self._anatomy, batch=batch, step=0)
             loss = chunked_loss(
                 output.hidden,
                 labels=output.labels,
@@ -112,10 +118,3 @@ def subject_of(config: Any, *, task: Task, compute: str, dropout: str = "off") -
                 head_parameters=output.head_parameters,
             )
         loss.backward()
-
-    return step
-
-
-def _give_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)

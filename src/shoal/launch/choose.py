@@ -20,7 +20,7 @@ from shoal.errors import ConfigError, ModelError, Problem, UserError
 from shoal.launch.directory import write_whole
 from shoal.launch.measuring import measure_machine, measured_before, measuring_job
 from shoal.launch.pool import WorkerPool
-from shoal.launch.trial import Trial
+from shoal.launch.trial import FIRST_TRIAL_SECONDS, TRIAL_SECONDS, Trial
 from shoal.layout import Layout
 from shoal.legal import not_yet
 from shoal.observe.console import Console
@@ -192,15 +192,17 @@ def _on_machine(
     console: Console,
 ) -> Decision:
     """The planner's choice among threads, processes and micro batches of this machine."""
-    measured = measured_before()
+    measured, budget = measured_before(), TRIAL_SECONDS
     if measured is None:
+        budget = FIRST_TRIAL_SECONDS
         console.phase("measuring this machine, once (about ten seconds)")
         wanted = recipe.precision.compute
         names = ["float32", "bfloat16"] if wanted == "auto" else [wanted]
         measured = measure_machine(pool=pool, console=console, formats=names, short=True)
-    return Trial(recipe, inputs=inputs, measured=measured, workload=workload).decide(
-        layout, pool=pool, console=console
+    trial = Trial(
+        recipe, inputs=inputs, measured=measured, workload=workload, budget_seconds=budget
     )
+    return trial.decide(layout, pool=pool, console=console)
 
 
 def _workload(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:

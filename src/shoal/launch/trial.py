@@ -28,11 +28,14 @@ from shoal.plan.workload import FORMATS, Crew, Workload
 CLOSE = 1.15
 """Plans predicted within this factor of the best are timed: it is about the planner's error."""
 
-TRIAL_SECONDS = 6.0
+TRIAL_SECONDS = 12.0
 """What timing them may take, by prediction; plans beyond it are left to the prediction."""
 
+FIRST_TRIAL_SECONDS = 4.0
+"""The same where the machine has just been measured: a first start has waited long enough."""
+
 _MOST = 3
-_READINGS = 3  # one to warm up, two that count
+_TURNS = 3  # engine/measure.py: one to warm up, two that count
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +64,15 @@ class Trial:
     """Plans a recipe on this machine, and times what the planner cannot tell apart."""
 
     def __init__(
-        self, recipe: Recipe, *, inputs: Inputs, measured: Measurements, workload: Workload
+        self,
+        recipe: Recipe,
+        *,
+        inputs: Inputs,
+        measured: Measurements,
+        workload: Workload,
+        budget_seconds: float = TRIAL_SECONDS,
     ) -> None:
+        self._budget = budget_seconds
         self._recipe, self._inputs, self._measured = recipe, inputs, measured
         best, self._ratio = fastest_format(measured)
         precision = FORMATS.get(recipe.precision.compute, best)
@@ -104,15 +114,12 @@ class Trial:
                 yield crew
 
     def _contenders(self, layout: Layout) -> list[Contender]:
-        """Plans in the order predicted: the best of each crew, then the best crew's second."""
+        """The best plan of each crew, in the order predicted."""
         space = choices_of(self._recipe, layout=layout, only_replicate=True)
         found = find_here(
             self._measured, workload=self._workload, space=space, among=self._crews(layout)
         )
-        plans = list(found.families.values())
-        best = found.best.candidate
-        plans += [p for p in found.runners_up if p.candidate.crew == best.crew][:1]
-        return [self._contender(plan) for plan in plans]
+        return [self._contender(plan) for plan in found.families.values()]
 
     def _contender(self, plan: Prediction) -> Contender:
         crew = plan.candidate.crew
@@ -127,8 +134,8 @@ class Trial:
         chosen: list[Contender] = []
         spent = 0.0
         for each in close[:_MOST]:
-            spent += _READINGS * each.pass_seconds
-            if spent <= TRIAL_SECONDS:
+            spent += _TURNS * each.pass_seconds
+            if spent <= self._budget:
                 chosen.append(each)
         return chosen
 

@@ -12,7 +12,7 @@ from shoal.errors import UserError
 from shoal.layout import Layout
 from shoal.legal import facts_from_config
 from shoal.plan.search import Space
-from shoal.plan.workload import Workload
+from shoal.plan.workload import DEGREES, Workload
 
 _HEADS = {"causal-lm": "ForCausalLM", "token-classification": "ForTokenClassification"}
 
@@ -71,7 +71,7 @@ def choices_of(recipe: Recipe, *, layout: Layout, only_replicate: bool = False) 
     With `only_replicate` the axes that it does not give stay as in `layout`, replicate excepted.
     """
     fixed: dict[str, object] = {}
-    for axis in ("replicate", "shard", "context", "tensor", "pipeline", "expert"):
+    for axis in DEGREES:
         is_open = only_replicate is False or axis == "replicate"
         if getattr(recipe.parallel, axis) is not None or not is_open:
             fixed[axis] = layout.degree(axis)

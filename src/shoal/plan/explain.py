@@ -7,36 +7,14 @@ from typing import Any
 
 from shoal.errors import UserError
 from shoal.layout import Layout
+from shoal.plan import picture as svg
 from shoal.plan.calibrate import crews, fastest_format, learn, rates_of
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster
 from shoal.plan.measurements import Measurements
 from shoal.plan.search import Found, Offer, Space, find, uneven_shares
-from shoal.plan.workload import Candidate, Crew
+from shoal.plan.workload import DEGREES, Candidate, Crew
 from shoal.units import format_bytes, format_count, format_seconds
-
-_COLOURS = {
-    "compute": "#3b6ea5",
-    "recompute": "#8fb3d9",
-    "tensor": "#d1495b",
-    "context": "#edae49",
-    "expert": "#8d6a9f",
-    "shard": "#66a182",
-    "replicate": "#2e8b57",
-    "pipeline": "#c77d3b",
-    "bubble": "#bbbbbb",
-    "update": "#555555",
-    "host": "#e0c3a0",
-    "weights": "#3b6ea5",
-    "gradients": "#66a182",
-    "optimizer": "#8d6a9f",
-    "activations": "#d1495b",
-    "logits": "#edae49",
-    "gathers": "#8fb3d9",
-    "transient": "#c77d3b",
-    "reserve": "#bbbbbb",
-    "context_memory": "#555555",
-}
 
 
 def choices(candidate: Candidate) -> str:
@@ -239,8 +217,7 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
 
 def layout_json(layout: Layout) -> dict[str, int]:
     """The degrees of a layout by axis name."""
-    axes = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
-    return {axis: layout.degree(axis) for axis in axes}
+    return {axis: layout.degree(axis) for axis in DEGREES}
 
 
 def report_json(found: Found, *, cluster: Cluster) -> dict[str, Any]:
@@ -261,61 +238,43 @@ def report_json(found: Found, *, cluster: Cluster) -> dict[str, Any]:
 def picture(found: Found) -> str:
     """An SVG of the time and memory breakdown of the plan and its runners-up."""
     plans = [found.best, *found.runners_up]
-    rows = [_row(plan, index=index, top=found.best) for index, plan in enumerate(plans)]
     height = 60 + 56 * len(plans) + 70
     seen = dict.fromkeys(
         name for plan in plans for name, value in plan.seconds.items() if value > 0.002
     )
     seen |= dict.fromkeys(name for plan in plans for name, v in plan.peak.parts().items() if v)
-    legend = [
-        f'<rect x="{20 + 105 * (at % 9)}" y="{height - 48 + 20 * (at // 9)}" width="11" '
-        f'height="11" fill="{_colour(name)}"/><text x="{35 + 105 * (at % 9)}" '
-        f'y="{height - 38 + 20 * (at // 9)}">{name}</text>'
-        for at, name in enumerate(seen)
+    parts = [
+        svg.words("Time of a step", x=20, y=24, size=15),
+        svg.words("Memory of the fullest device", x=520, y=24, size=15),
     ]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{height}" '
-            'font-family="sans-serif" font-size="12">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            '<text x="20" y="24" font-size="15">Time of a step</text>',
-            '<text x="520" y="24" font-size="15">Memory of the fullest device</text>',
-            *rows,
-            *legend,
-            "</svg>",
-            "",
-        ]
-    )
+    for index, plan in enumerate(plans):
+        parts += _row(plan, y=44 + 56 * index, top=found.best)
+    for at, name in enumerate(seen):
+        x, y = 20 + 105 * (at % 9), height - 48 + 20 * (at // 9)
+        parts += [svg.box(name, x=x, y=y, width=11, height=11), svg.words(name, x=x + 15, y=y + 10)]
+    return svg.frame(parts, width=980, height=height, font=12)
 
 
-def _row(plan: Prediction, *, index: int, top: Prediction) -> str:
-    y = 44 + 56 * index
-    longest = 1.6 * top.step_seconds
-    time = _stack(plan.seconds, x=20, y=y + 16, scale=440 / longest, limit=440)
-    scale = 430 / plan.device_memory_bytes
-    memory = _stack(plan.peak.parts(), x=520, y=y + 16, scale=scale, limit=440)
-    return (
-        f'<text x="20" y="{y + 10}">{choices(plan.candidate)} ({plan.step_seconds:.3g} s, '
-        f"{plan.peak.total / GIB:.0f} GiB)</text>{time}{memory}"
-        f'<line x1="950" x2="950" y1="{y + 14}" y2="{y + 40}" stroke="black"/>'
-    )
+def _row(plan: Prediction, *, y: float, top: Prediction) -> list[str]:
+    text = f"{choices(plan.candidate)} ({plan.step_seconds:.3g} s, {plan.peak.total / GIB:.0f} GiB)"
+    limit = f'<line x1="950" x2="950" y1="{y + 14}" y2="{y + 40}" stroke="black"/>'
+    return [
+        svg.words(text, x=20, y=y + 10),
+        *_stack(plan.seconds, x=20, y=y + 16, scale=440 / (1.6 * top.step_seconds)),
+        *_stack(plan.peak.parts(), x=520, y=y + 16, scale=430 / plan.device_memory_bytes),
+        limit,
+    ]
 
 
-def _stack(parts: dict[str, float], *, x: float, y: float, scale: float, limit: float) -> str:
+def _stack(parts: dict[str, float], *, x: float, y: float, scale: float) -> list[str]:
+    """Boxes beside one another, 440 wide at most."""
     pieces, at = [], 0.0
     for name, value in parts.items():
-        width = min(value * scale, limit - at)
+        width = min(value * scale, 440 - at)
         if width > 0.3:
-            pieces.append(
-                f'<rect x="{x + at:.1f}" y="{y}" width="{width:.1f}" height="22" '
-                f'fill="{_colour(name)}"><title>{name}</title></rect>'
-            )
+            pieces.append(svg.box(name, x=x + at, y=y, width=width, height=22))
             at += width
-    return "".join(pieces)
-
-
-def _colour(name: str) -> str:
-    return _COLOURS.get(name, "#999999")
+    return pieces
 
 
 def machine_text(measured: Measurements) -> str:

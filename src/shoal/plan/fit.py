@@ -13,49 +13,30 @@ from shoal.plan.score import median, score_case
 from shoal.plan.software import FSDP, GENERIC, MEGATRON_CLASSIC, Software
 from shoal.plan.table import Case, cases, read_rows
 
-PRIOR = Constants(
-    sustained_volta=0.9,
-    sustained_ampere=0.9,
-    sustained_hopper=0.85,
-    sustained_blackwell=0.85,
-    sustained_fp8=0.9,
-    tile_seconds=1e-6,
-    wave_loss=0.5,
-    cast_bytes=4.0,
-    narrow_cast_bytes=10.0,
-    half_row=500.0,
-    first_attention=0.5,
-    modern_attention=1.6,
-    score_bytes=30.0,
-    link_share=0.75,
-    network_share=0.75,
-    network_hop_seconds=40e-6,
-    cloud_hop_seconds=200e-6,
-    contention=0.1,
-)
-"""The constants before any row was seen: papers, data sheets and round guesses."""
-
-BOUNDS: dict[str, tuple[float, float]] = {
-    "sustained_volta": (0.6, 1.0),
-    "sustained_ampere": (0.6, 0.95),
-    "sustained_hopper": (0.6, 0.9),
-    "sustained_blackwell": (0.6, 0.9),
-    "sustained_fp8": (0.6, 0.95),
-    "tile_seconds": (1e-7, 2e-6),
-    "wave_loss": (0.1, 1.0),
-    "cast_bytes": (1.0, 8.0),
-    "narrow_cast_bytes": (2.0, 30.0),
-    "half_row": (100.0, 1500.0),
-    "first_attention": (0.3, 0.8),
-    "modern_attention": (1.2, 2.0),
-    "score_bytes": (15.0, 45.0),
-    "link_share": (0.5, 0.9),
-    "network_share": (0.4, 0.9),
-    "network_hop_seconds": (5e-6, 2e-4),
-    "cloud_hop_seconds": (5e-5, 1e-3),
-    "contention": (0.01, 0.3),
+RANGES: dict[str, tuple[float, float, float]] = {
+    "sustained_volta": (0.9, 0.6, 1.0),
+    "sustained_ampere": (0.9, 0.6, 0.95),
+    "sustained_hopper": (0.85, 0.6, 0.9),
+    "sustained_blackwell": (0.85, 0.6, 0.9),
+    "sustained_fp8": (0.9, 0.6, 0.95),
+    "tile_seconds": (1e-6, 1e-7, 2e-6),
+    "wave_loss": (0.5, 0.1, 1.0),
+    "cast_bytes": (4.0, 1.0, 8.0),
+    "narrow_cast_bytes": (10.0, 2.0, 30.0),
+    "half_row": (500.0, 100.0, 1500.0),
+    "first_attention": (0.5, 0.3, 0.8),
+    "modern_attention": (1.6, 1.2, 2.0),
+    "score_bytes": (30.0, 15.0, 45.0),
+    "link_share": (0.75, 0.5, 0.9),
+    "network_share": (0.75, 0.4, 0.9),
+    "network_hop_seconds": (40e-6, 5e-6, 2e-4),
+    "cloud_hop_seconds": (200e-6, 5e-5, 1e-3),
+    "contention": (0.1, 0.01, 0.3),
 }
-"""What each fitted constant may be without losing its meaning."""
+"""Each fitted constant: a guess before any row was seen (papers, data sheets, round figures), and
+the least and most that it may be without losing its meaning."""
+
+PRIOR = Constants(**{name: guess for name, (guess, _, _) in RANGES.items()})
 
 _MOST_ROWS = 150
 _PULL = 0.002  # weight of the squared log distance from the prior: data win, noise does not
@@ -90,7 +71,7 @@ def loss(sources: Mapping[str, Sequence[Case]], *, constants: Constants) -> floa
         weight = len(errors) ** 0.5
         total += weight * sum(errors) / len(errors)
         weights += weight
-    pull = sum(log(getattr(constants, name) / getattr(PRIOR, name)) ** 2 for name in BOUNDS)
+    pull = sum(log(getattr(constants, name) / getattr(PRIOR, name)) ** 2 for name in RANGES)
     return total / weights + _PULL * pull
 
 
@@ -100,7 +81,7 @@ def fit(sources: Mapping[str, Sequence[Case]], *, sweeps: int = 2) -> Constants:
     lowest = loss(sources, constants=best)
     step = 1.3
     for _ in range(sweeps):
-        for name, (low, high) in BOUNDS.items():
+        for name, (_, low, high) in RANGES.items():
             for factor in (step, 1 / step):
                 while True:
                     value = min(high, max(low, getattr(best, name) * factor))

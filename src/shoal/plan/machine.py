@@ -9,7 +9,7 @@ from shoal.errors import UserError
 from shoal.plan.calibrate import crews, estimator_for
 from shoal.plan.cost.step import Prediction
 from shoal.plan.measurements import Measurements
-from shoal.plan.search import Found, Space, find
+from shoal.plan.search import Found, Space, find, ranked
 from shoal.plan.workload import Crew, Workload
 
 
@@ -24,33 +24,21 @@ def find_here(
 
     Raises UserError when no crew can run it, with the reason of the largest.
     """
-    every: list[Prediction] = []
+    every: list[tuple[str, Prediction]] = []
     examined = 0
     refusal: UserError | None = None
     for crew in crews(measured) if among is None else among:
+        estimator = estimator_for(measured, crew, workload=workload)
         try:
-            found = find(
-                estimator_for(measured, crew, workload=workload), space=space, runners_up=64
-            )
+            found = find(estimator, space=space, runners_up=64)
         except UserError as error:
             refusal = error
             continue
         examined += found.examined
-        every += [_by(crew, each) for each in (found.best, *found.runners_up)]
+        every += [(str(crew), _by(crew, each)) for each in (found.best, *found.runners_up)]
     if not every:
-        raise refusal or UserError("no crew to plan for")
-    ordered = sorted(every, key=lambda each: each.step_seconds)
-    best = ordered[0]
-    families: dict[str, Prediction] = {}
-    for each in ordered:
-        families.setdefault(str(each.candidate.crew), each)
-    return Found(
-        best=best,
-        runners_up=ordered[1:5],
-        families=families,
-        rejected={name: led for name, led in families.items() if led is not best},
-        examined=examined,
-    )
+        raise refusal or UserError("there are no workers to plan for")
+    return ranked(every, examined=examined)
 
 
 def _by(crew: Crew, prediction: Prediction) -> Prediction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
@@ -171,41 +171,45 @@ def find(estimator: Estimator, *, space: Space | None = None, runners_up: int = 
     Raises UserError when nothing fits, with the smallest change that would.
     """
     space = space or Space()
-    workload, cluster = estimator.workload, estimator.cluster
-    families: dict[str, Prediction] = {}
     by_layout: dict[Layout, Prediction] = {}
     examined = 0
-    for layout in layouts(workload.facts, cluster=cluster, workload=workload, space=space):
-        family = family_of(layout)
-        for candidate in _candidates(layout, workload=workload, space=space):
-            examined += 1
-            known = by_layout.get(layout)
-            if known and estimator.floor_seconds(candidate) >= known.step_seconds:
-                continue
-            prediction = _first_that_fits(estimator, candidate=candidate, space=space)
-            if prediction is None:
-                continue
-            if known is None or prediction.step_seconds < known.step_seconds:
-                by_layout[layout] = prediction
-            leader = families.get(family)
-            if leader is None or prediction.step_seconds < leader.step_seconds:
-                families[family] = prediction
+    for candidate in _everything(estimator, space=space):
+        examined += 1
+        known = by_layout.get(candidate.layout)
+        if known and estimator.floor_seconds(candidate) >= known.step_seconds:
+            continue
+        prediction = _first_that_fits(estimator, candidate=candidate, space=space)
+        if prediction and (known is None or prediction.step_seconds < known.step_seconds):
+            by_layout[candidate.layout] = prediction
     if not by_layout:
         raise UserError(_nothing_fits(estimator, space=space, examined=examined))
-    ordered = sorted(by_layout.values(), key=lambda prediction: prediction.step_seconds)
-    best = ordered[0]
-    rejected = {
-        name: leader
-        for name, leader in sorted(families.items(), key=lambda item: item[1].step_seconds)
-        if name != family_of(best.candidate.layout)
-    }
+    named = [(family_of(layout), prediction) for layout, prediction in by_layout.items()]
+    return ranked(named, examined=examined, runners_up=runners_up)
+
+
+def ranked(named: Iterable[tuple[str, Prediction]], *, examined: int, runners_up: int = 4) -> Found:
+    """Predictions with the names of their families, in the order of their time."""
+    ordered = sorted(named, key=lambda each: each[1].step_seconds)
+    families: dict[str, Prediction] = {}
+    for name, prediction in ordered:
+        families.setdefault(name, prediction)
+    best = ordered[0][1]
     return Found(
         best=best,
-        runners_up=ordered[1 : runners_up + 1],
+        runners_up=[prediction for _, prediction in ordered[1 : runners_up + 1]],
         families=families,
-        rejected=rejected,
+        rejected={name: leader for name, leader in families.items() if leader is not best},
         examined=examined,
     )
+
+
+def _everything(estimator: Estimator, *, space: Space) -> Iterator[Candidate]:
+    """Every candidate of the space, layout by layout; recompute is left to the search."""
+    workload = estimator.workload
+    for layout in layouts(
+        workload.facts, cluster=estimator.cluster, workload=workload, space=space
+    ):
+        yield from _candidates(layout, workload=workload, space=space)
 
 
 def _first_that_fits(
@@ -236,12 +240,11 @@ def _nothing_fits(estimator: Estimator, *, space: Space, examined: int) -> str:
             "batch, tensor its heads, pipeline its blocks. Change the batch or the devices, or "
             "leave more axes open."
         )
-    needs = []
-    for layout in layouts(workload.facts, cluster=cluster, workload=workload, space=space):
-        for candidate in _candidates(layout, workload=workload, space=space):
-            tried = replace(candidate, recompute="full")
-            needs.append(estimator.memory_bytes(tried))
-    least, have = min(needs), cluster.smallest_memory_bytes
+    least = min(
+        estimator.memory_bytes(replace(candidate, recompute="full"))
+        for candidate in _everything(estimator, space=space)
+    )
+    have = cluster.smallest_memory_bytes
     change = _more_devices(estimator, space=space)
     return (
         f"{workload.facts.parameters / 1e9:.3g}B parameters do not fit on {cluster} at any of "
@@ -264,16 +267,12 @@ def _more_devices(estimator: Estimator, *, space: Space) -> str:
                 global_batch_samples=estimator.workload.global_batch_samples * factor,
             ),
         )
-        for layout in layouts(
-            estimator.workload.facts, cluster=larger, workload=wider.workload, space=space
-        ):
-            for candidate in _candidates(layout, workload=wider.workload, space=space):
-                tried = replace(candidate, recompute="full")
-                if wider.fits(tried, headroom=space.headroom):
-                    return (
-                        f"The smallest change that fits: {larger.workers} such devices (or a "
-                        "smaller model, or shorter rows)."
-                    )
+        for candidate in _everything(wider, space=space):
+            if wider.fits(replace(candidate, recompute="full"), headroom=space.headroom):
+                return (
+                    f"The smallest change that fits: {larger.workers} such devices (or a "
+                    "smaller model, or shorter rows)."
+                )
     return "No number of such devices up to 128 times as many would do: use larger devices."
 
 

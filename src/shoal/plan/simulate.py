@@ -6,21 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.plan import picture as svg
 from shoal.plan.cost.step import Estimator
 from shoal.plan.schedules import Piece, Times, idle_fraction, play, rank_of_stage
 from shoal.plan.workload import Candidate
 
 _WORDS = {"F": "forward", "B": "backward", "W": "backward weights"}
-_COLOURS = {
-    "forward": "#3b6ea5",
-    "backward": "#66a182",
-    "backward weights": "#8fb3d9",
-    "communication": "#d1495b",
-    "send": "#c77d3b",
-    "reduce": "#edae49",
-    "update": "#555555",
-    "host": "#e0c3a0",
-}
 _MOST_PIECES = 60_000
 
 
@@ -163,42 +154,26 @@ def trace(timeline: Timeline) -> str:
 
 def picture(timeline: Timeline) -> str:
     """An SVG of the compute lanes, one row per stage, with links below each."""
-    end = max(span.stop for span in timeline.spans)
-    scale, row = 900 / end, 26
-    height = 60 + row * timeline.stages
-    bars = [
-        _bar(span, x=70 + span.start * scale, width=(span.stop - span.start) * scale, row=row)
-        for span in timeline.spans
-    ]
-    names = [
-        f'<text x="8" y="{46 + row * stage}">stage {stage}</text>'
-        for stage in range(timeline.stages)
-    ]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="990" height="{height}" '
-            'font-family="sans-serif" font-size="11">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            f'<text x="8" y="18" font-size="14">{timeline.seconds:.4g} s per step, '
-            f"{timeline.bubble:.1%} bubbles, {timeline.shown_micro_batches} of "
-            f"{timeline.micro_batches} micro batches shown</text>",
-            *names,
-            *bars,
-            "</svg>",
-            "",
-        ]
+    scale, row = 900 / max(span.stop for span in timeline.spans), 26
+    title = (
+        f"{timeline.seconds:.4g} s per step, {timeline.bubble:.1%} bubbles, "
+        f"{timeline.shown_micro_batches} of {timeline.micro_batches} micro batches shown"
     )
-
-
-def _bar(span: Span, *, x: float, width: float, row: int) -> str:
-    word = span.name.rsplit(" ", 1)[0] if span.name[-1].isdigit() else span.name
-    compute = span.lane == "compute"
-    y = 34 + row * span.stage + (0 if compute else 16)
-    return (
-        f'<rect x="{x:.2f}" y="{y}" width="{max(width, 0.2):.2f}" '
-        f'height="{15 if compute else 6}" fill="{_COLOURS.get(word, "#999999")}">'
-        f"<title>{span.name}</title></rect>"
-    )
+    parts = [svg.words(title, x=8, y=18, size=14)]
+    parts += [svg.words(f"stage {at}", x=8, y=46 + row * at) for at in range(timeline.stages)]
+    for span in timeline.spans:
+        compute = span.lane == "compute"
+        parts.append(
+            svg.box(
+                span.name.rstrip("0123456789").rstrip(),
+                x=70 + span.start * scale,
+                y=34 + row * span.stage + (0 if compute else 16),
+                width=max((span.stop - span.start) * scale, 0.2),
+                height=15 if compute else 6,
+                title=span.name,
+            )
+        )
+    return svg.frame(parts, width=990, height=60 + row * timeline.stages, font=11)
 
 
 def busy_seconds(spans: Sequence[Span], *, lane: str, stage: int) -> float:

@@ -143,9 +143,11 @@ MEGATRON_CLASSIC = replace(
     overlap_gradients=0.0,
     reduce_bytes=2.0,
     gradient_bytes=2.0,
+    accumulate_bytes=6.0,
     dropout=True,
 )
-"""Megatron-LM of 2020 to 2022: attention that stores its scores, nothing overlaps."""
+"""Megatron-LM of 2020 to 2022: attention that stores its scores, nothing overlaps, and every micro
+batch adds its 16-bit gradients to the sum (read both, write one)."""
 DEEPSPEED_2021 = replace(
     MEGATRON_CLASSIC, name="deepspeed-2021", overlap_shard=0.0, gathers_per_block=12.0
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from shoal.layout import Layout
 from shoal.legal import ModelFacts
@@ -10,6 +10,8 @@ from shoal.legal import ModelFacts
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble")
 RECOMPUTE = ("none", "selective", "full")
 LEVELS = ("optimizer", "gradients", "parameters")
+DEGREES = tuple(each.name for each in fields(Layout))
+"""The axes of a layout by name."""
 FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """The planner's short words for a recipe's number formats."""
 

@@ -158,7 +158,7 @@ def test_fitting_lowers_the_error_and_stays_in_bounds() -> None:
     }
     found = fit.fit(sources, sweeps=1)
     assert fit.loss(sources, constants=found) <= fit.loss(sources, constants=fit.PRIOR)
-    for name, (low, high) in fit.BOUNDS.items():
+    for name, (_, low, high) in fit.RANGES.items():
         assert low <= getattr(found, name) <= high
     everything = [case for case in cases(read_rows(EXCERPT)) if isinstance(case, Case)]
     stand_ins = {fit.as_unknown(case).software.name for case in everything}

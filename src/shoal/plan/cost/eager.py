@@ -67,7 +67,9 @@ def loss_bytes(facts: ModelFacts, *, tokens: float, tensor: int = 1, width: floa
     columns = facts.vocabulary / tensor
     chunk = max(64.0, _CHUNK_BYTES // (4 * facts.vocabulary) // 64 * 64)
     once = min(tokens, chunk)
-    head = (3 if tokens > chunk else 2) * 4.0 * columns * facts.hidden
+    head = (3 if tokens > chunk else 1) * 4.0 * columns * facts.hidden
     last = (16.0 if facts.gated else 12.0) + (width if width < 4 else 0.0)
     beside = (8.0 * facts.head_size if facts.gated else 0.0) + 40.0
-    return 8.0 * once * columns + head + (last * facts.hidden + beside) * tokens
+    # Logits, their float32 copy where they are narrower, and probabilities.
+    chunks = (8.0 if width == 4 else width + 8.0) * once * columns
+    return chunks + head + (last * facts.hidden + beside) * tokens

@@ -1,0 +1,65 @@
+"""The activations that the planner counts are those that autograd keeps, storage by storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.engine import calibrate as measuring
+from shoal.engine.timing import Subject
+from shoal.legal import facts_from_config
+from shoal.models.huggingface import config_from
+from shoal.observe.memory import LiveStorage
+from shoal.plan.cost.eager import eager_bytes, loss_bytes
+from shoal.plan.workload import FORMATS
+from shoal.tasks.kinds import create
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_positions": 1024, "vocab_size": 2048}
+
+
+def peak_bytes(config: dict[str, Any], compute: str, *, rows: int, tokens: int) -> int:
+    """Peak of live storage of both passes, parameters and gradients not counted."""
+    step = Subject(config_from(config), task=create("causal-lm"), compute=compute)
+    batch = measuring._batch("llama", rows=rows, tokens=tokens)
+    step(batch)  # what is made once is made
+    with LiveStorage(base_bytes=0) as live:
+        live.ignore(step.resident)
+        step(batch)
+    return live.peak_bytes
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("config", "rows", "tokens"), [(LLAMA, 4, 64), (LLAMA, 1, 512), (GPT2, 4, 64)]
+)
+def test_activations_of_a_block_and_of_the_loss(
+    config: dict[str, Any], rows: int, tokens: int, compute: str
+) -> None:
+    """A block to 1 %: what is left out are a few numbers per token. The rest of a micro batch to
+    10 %: buffers that live for a moment while the loss is made, and the mask."""
+    depth = "n_layer" if config is GPT2 else "num_hidden_layers"
+    torch.manual_seed(0)
+    one, three = (
+        peak_bytes({**config, depth: count}, compute, rows=rows, tokens=tokens) for count in (1, 3)
+    )
+    block = (three - one) / 2
+    facts = facts_from_config({**config, depth: 1})
+    width = 4.0 if FORMATS[compute] == "fp32" else 2.0
+    each = eager_bytes(facts, rows=rows, sequence_tokens=tokens, width=width, on_cpu=True)
+    casts = 2.0 * facts.block_parameters if width < 4 else 0.0
+    assert rows * tokens * each + casts == pytest.approx(block, rel=0.01)
+    rest = loss_bytes(facts, tokens=rows * tokens, width=width)
+    rest += 2.0 * facts.vocabulary * facts.hidden if width < 4 else 0.0
+    assert rest == pytest.approx(one - block, rel=0.1)

@@ -104,7 +104,8 @@ def test_interrupted_while_preparing(bench: Bench, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists(), "the name is free again"
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_worker_is_named(bench: Bench, rank: int) -> None:
     run = Run(bench.new_path())
     words = (*SLOW, *TWO, "launch.retries=0", "--out", run.path)
@@ -133,7 +134,7 @@ def test_a_worker_killed_by_a_stranger_is_replaced(bench: Bench) -> None:
     assert_same_end(run, bench.run(*SLOW, *TWO))
 
 
-@pytest.mark.parametrize("how", ["STOP", "time limit"])
+@pytest.mark.parametrize("how", ["STOP", pytest.param("time limit", marks=pytest.mark.slow)])
 def test_other_ways_to_ask_for_an_end(bench: Bench, how: str) -> None:
     run = Run(bench.new_path())
     limit = ("launch.time_limit_seconds=0.1",) if how == "time limit" else ()
@@ -147,6 +148,7 @@ def test_other_ways_to_ask_for_an_end(bench: Bench, how: str) -> None:
     assert not (run.path / "STOP").exists(), "else it would stop what is resumed"
 
 
+@pytest.mark.slow
 def test_the_file_save_saves_and_goes_on(bench: Bench) -> None:
     run = Run(bench.new_path())
     words = (*SLOW, *TWO, "checkpoint.every_steps=0", "train.stop_after_steps=12")

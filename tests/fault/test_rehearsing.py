@@ -39,7 +39,7 @@ def assert_as_if_nothing(found: Rehearsal) -> None:
     [
         "kill:1@12:forward",
         pytest.param("kill:0@12:backward", marks=slow),
-        "kill:0@12:reducing",
+        pytest.param("kill:0@12:reducing", marks=slow),
         "kill:0@12:apply",
         pytest.param("kill:1@12:apply", marks=slow),
         "kill:0@8:save",
@@ -82,7 +82,7 @@ def test_several_faults_in_one_run(bench: Bench) -> None:
     assert [seen.fired for seen in found.faults] == [True] * 3
 
 
-@pytest.mark.parametrize("kind", ["flip-parameter", "flip-optimizer"])
+@pytest.mark.parametrize("kind", [pytest.param("flip-parameter", marks=slow), "flip-optimizer"])
 def test_of_two_that_differ_the_save_decides(bench: Bench, kind: str) -> None:
     found = rehearsed(bench, f"{kind}:1@12")
     assert_as_if_nothing(found)
@@ -133,12 +133,14 @@ def test_a_slow_worker_is_named(bench: Bench) -> None:
     assert found.faults[0].culprit_named
 
 
+@slow
 def test_no_memory_is_told_apart(bench: Bench) -> None:
     found = rehearsed(bench, "out-of-memory:1@12")
     assert_as_if_nothing(found)
     assert found.faults[0].noticed_as == "out-of-memory"
 
 
+@slow
 def test_asked_to_stop_and_resumed(bench: Bench) -> None:
     assert_as_if_nothing(rehearsed(bench, "sigterm:0@12"))
 
@@ -156,6 +158,7 @@ def test_threads_go_back_to_the_save(bench: Bench) -> None:
     assert_as_if_nothing(rehearsed(bench, "spin:1@12", overrides=threads))
 
 
+@slow
 def test_before_the_first_save_it_begins_anew(bench: Bench) -> None:
     found = rehearsed(bench, "kill:0@3", overrides=LENGTH)
     assert_as_if_nothing(found)
@@ -172,6 +175,7 @@ def test_an_elastic_degree_goes_on_at_once(bench: Bench) -> None:
     assert members == [[0], [0, 1]], "first without the lost one, then with its replacement"
 
 
+@slow
 def test_an_elastic_degree_in_exact_mode_keeps_the_bits(bench: Bench) -> None:
     elastic = (
         *(*LENGTH, "parallel.replicate={min: 1, max: 2}", "train.micro_batch_samples=2"),
@@ -205,6 +209,7 @@ def test_a_fault_beyond_the_run(bench: Bench) -> None:
         rehearsed(bench, "kill:1@17")
 
 
+@slow
 def test_the_command(bench: Bench, tmp_path: Path) -> None:
     words = ("rehearse", bench.recipe, *TWO, "--fault", "kill:1@12", "--out", tmp_path / "both")
     done = bench.command(*map(str, words))

@@ -81,7 +81,7 @@ def write(folder: str, state: list[Given], *, size: int, draw: st.DataObject) ->
     return store
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.data(), states())
 def test_any_boxes_read_what_any_boxes_wrote(draw: st.DataObject, state: list[Given]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def test_any_boxes_read_what_any_boxes_wrote(draw: st.DataObject, state: list[Gi
             assert same_bits(again, each.value)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.data(), states())
 def test_a_lost_box_is_never_made_up(draw: st.DataObject, state: list[Given]) -> None:
     """One saved box is left out: what touches it is an error, the rest reads as before."""

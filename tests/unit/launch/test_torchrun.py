@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tiny import Bench, Run
 
 SHORT = ("train.steps=4", "train.evaluate_every_steps=0", "train.micro_batch_samples=4")
@@ -29,6 +31,7 @@ def test_two_workers_join(bench: Bench, tmp_path: Path) -> None:
     assert (out / "summary.json").is_file() and (out / "model").is_dir()
 
 
+@pytest.mark.slow
 def test_another_number_is_refused(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "refused"
     found = torchrun(bench, "parallel.replicate=4", "--out", str(out))
@@ -37,6 +40,7 @@ def test_another_number_is_refused(bench: Bench, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_ranks_with_other_recipes_are_refused(bench: Bench, tmp_path: Path) -> None:
     """One message that names the difference, instead of a hang or a silent choice."""
     out = tmp_path / "refused"

@@ -29,9 +29,6 @@ from shoal.plan.workload import Crew
 from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
 from shoal.tasks.kinds import create
 
-TURNS = 3
-"""How often each candidate computes a micro batch."""
-
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one measuring worker; rank 0 reports `measured`."""
@@ -115,10 +112,11 @@ def _wait(device: torch.device | None) -> None:
 
 
 class _Trial:
-    """The candidates of one recipe: pairs of a crew and a micro batch."""
+    """Candidates of one recipe: pairs of a crew and a micro batch, computed `turns` times each."""
 
     def __init__(self, recipe: Recipe, *, payload: dict[str, Any]) -> None:
         self._recipe, self._compute = recipe, payload["compute"]
+        self._turns: int = payload["turns"]
         self._inputs = Inputs.from_json(payload["inputs"])
         self._candidates = [(Crew(**crew), micro) for crew, micro in payload["candidates"]]
         stream = Stream(
@@ -149,7 +147,7 @@ class _Trial:
         """
         turns = [
             [self._once(crew, micro, group) for crew, micro in self._candidates]
-            for _ in range(TURNS)
+            for _ in range(self._turns)
         ]
         return [min(each) for each in zip(*turns[1:], strict=True)]
 

@@ -18,7 +18,7 @@ import torch
 from shoal.comm.flat import CHUNK, FlatLayout, chunk_squares
 from shoal.comm.group import Group, ProcessGroup
 from shoal.engine.step import Batch
-from shoal.engine.timing import Clock, Subject, alone, in_threads
+from shoal.engine.timing import Clock, Subject, Threads, alone
 from shoal.engine.worker import tell
 from shoal.models.attention import attend
 from shoal.models.huggingface import config_from
@@ -149,7 +149,7 @@ class _Bench:
             blocks = list(self._blocks(clock, subjects[group.rank]))
             return blocks, list(_updates(clock, share=count)), list(self._sums(group))
 
-        blocks, updates, sums = in_threads(count, body, threads_each=1)[0]
+        blocks, updates, sums = Threads(count, threads_each=1).run(body)[0]
         condition = {"workers": "threads", "busy": count, "threads": 1, "products": []}
         condition |= {"attention": [], "blocks": blocks, "streams": [], "updates": updates}
         return condition, [["threads", *row] for row in sums]

@@ -20,7 +20,7 @@ from shoal.data.stream import Stream
 from shoal.engine.model import model_config
 from shoal.engine.prepare import Inputs
 from shoal.engine.step import Batch, micro_batches
-from shoal.engine.timing import Clock, Subject, alone, in_threads
+from shoal.engine.timing import Clock, Subject, Threads, alone
 from shoal.engine.worker import tell
 from shoal.layout import Share
 from shoal.observe.events import Report
@@ -128,6 +128,7 @@ class _Trial:
         arrays = stream.at(0, Share(0, most))
         self._batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self._subjects: list[Subject] = []
+        self._crowds: dict[Crew, Threads] = {}
 
     def _subject(self, index: int) -> Subject:
         """Replica `index` of this process; built once."""
@@ -167,5 +168,7 @@ class _Trial:
         def body(group: Group) -> float:
             return Clock(group).once(partial(subjects[group.rank], part))
 
-        seconds: float = in_threads(crew.count, body, threads_each=crew.threads)[0]
+        if crew not in self._crowds:
+            self._crowds[crew] = Threads(crew.count, threads_each=crew.threads)
+        seconds: float = self._crowds[crew].run(body)[0]
         return seconds

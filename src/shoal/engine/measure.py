@@ -20,7 +20,7 @@ from shoal.data.stream import Stream
 from shoal.engine.model import model_config
 from shoal.engine.prepare import Inputs
 from shoal.engine.step import Batch, micro_batches
-from shoal.engine.timing import Clock, Subject, alone, in_threads
+from shoal.engine.timing import Clock, Subject, Threads, alone
 from shoal.engine.worker import tell
 from shoal.layout import Share
 from shoal.observe.events import Report
@@ -28,9 +28,6 @@ from shoal.plan.calibrate import WORTH_IT
 from shoal.plan.workload import Crew
 from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
 from shoal.tasks.kinds import create
-
-TURNS = 3
-"""How often each candidate computes a micro batch."""
 
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
@@ -115,10 +112,11 @@ def _wait(device: torch.device | None) -> None:
 
 
 class _Trial:
-    """The candidates of one recipe: pairs of a crew and a micro batch."""
+    """Candidates of one recipe: pairs of a crew and a micro batch, computed `turns` times each."""
 
     def __init__(self, recipe: Recipe, *, payload: dict[str, Any]) -> None:
         self._recipe, self._compute = recipe, payload["compute"]
+        self._turns: int = payload["turns"]
         self._inputs = Inputs.from_json(payload["inputs"])
         self._candidates = [(Crew(**crew), micro) for crew, micro in payload["candidates"]]
         stream = Stream(
@@ -130,6 +128,7 @@ class _Trial:
         arrays = stream.at(0, Share(0, most))
         self._batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self._subjects: list[Subject] = []
+        self._crowds: dict[Crew, Threads] = {}
 
     def _subject(self, index: int) -> Subject:
         """Replica `index` of this process; built once."""
@@ -149,7 +148,7 @@ class _Trial:
         """
         turns = [
             [self._once(crew, micro, group) for crew, micro in self._candidates]
-            for _ in range(TURNS)
+            for _ in range(self._turns)
         ]
         return [min(each) for each in zip(*turns[1:], strict=True)]
 
@@ -169,5 +168,7 @@ class _Trial:
         def body(group: Group) -> float:
             return Clock(group).once(partial(subjects[group.rank], part))
 
-        seconds: float = in_threads(crew.count, body, threads_each=crew.threads)[0]
+        if crew not in self._crowds:
+            self._crowds[crew] = Threads(crew.count, threads_each=crew.threads)
+        seconds: float = self._crowds[crew].run(body)[0]
         return seconds

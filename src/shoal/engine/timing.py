@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from shoal.comm.group import Group
 from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.engine.step import Batch
+from shoal.errors import WorkerError
 from shoal.models import init
 from shoal.models.anatomy import anatomy_of, check_logits
 from shoal.models.huggingface import build_meta
@@ -63,30 +64,35 @@ def alone() -> Group:
     return ThreadGroup(Meeting(1, timeout_seconds=60), rank=0)
 
 
-def in_threads(
-    count: int, body: Callable[[Group], object], *, threads_each: int, timeout_seconds: float = 300
-) -> list[Any]:
-    """What `body` gives in each of `count` threads of one group, in rank order."""
-    meeting = Meeting(count, timeout_seconds=timeout_seconds)
-    results: list[Any] = [None] * count
-    failures: list[BaseException] = []
+class Threads:
+    """`count` threads that stay, each with `threads_each` threads of its own for its operations.
 
-    def run(rank: int) -> None:
-        torch.set_num_threads(threads_each)
-        try:
-            results[rank] = body(ThreadGroup(meeting, rank=rank))
-        except BaseException as error:
-            failures.append(error)
-            meeting.fail(str(error))
+    A thread that is made anew has to fetch its memory from the system again.
+    """
 
-    workers = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if failures:
-        raise failures[0]
-    return results
+    def __init__(self, count: int, *, threads_each: int, timeout_seconds: float = 300) -> None:
+        self._count, self._timeout_seconds = count, timeout_seconds
+        self._threads = ThreadPoolExecutor(
+            count, initializer=torch.set_num_threads, initargs=(threads_each,)
+        )
+
+    def run(self, body: Callable[[Group], Any]) -> list[Any]:
+        """What `body` gives for each rank of one group of them all, in rank order."""
+        meeting = Meeting(self._count, timeout_seconds=self._timeout_seconds)
+
+        def guarded(rank: int) -> Any:
+            try:
+                return body(ThreadGroup(meeting, rank=rank))
+            except BaseException as error:
+                meeting.fail(str(error))
+                raise
+
+        ranks = [self._threads.submit(guarded, rank) for rank in range(self._count)]
+        wait(ranks)
+        failures = [error for each in ranks if (error := each.exception()) is not None]
+        if failures:  # a broken meeting is what the others saw of it
+            raise next((e for e in failures if not isinstance(e, WorkerError)), failures[0])
+        return [each.result() for each in ranks]
 
 
 class Subject:

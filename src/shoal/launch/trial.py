@@ -35,7 +35,8 @@ FIRST_TRIAL_SECONDS = 4.0
 """The same where the machine has just been measured: a first start has waited long enough."""
 
 _MOST = 3
-_TURNS = 3  # engine/measure.py: one to warm up, two that count
+_TURNS = 3  # at least: one to warm up, two that count
+_MOST_TURNS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +171,8 @@ class Trial:
         sizes = [_processes(each.crew) for each in chosen]
         jobs = sorted({size for size in sizes if size > 1}) or [1]
         seconds = [0.0] * len(chosen)
+        turn = sum(each.pass_seconds for each in chosen)
+        turns = max(_TURNS, min(_MOST_TURNS, int(self._budget / 2 / turn)))
         for job in jobs:
             first = job == jobs[0]
             places = [at for at, size in enumerate(sizes) if size == job or (first and size == 1)]
@@ -177,6 +180,7 @@ class Trial:
                 "recipe": self._recipe.model_dump(mode="json"),
                 "inputs": self._inputs.to_json(),
                 "compute": self._compute,
+                "turns": turns,
                 "candidates": [[asdict(chosen[at].crew), chosen[at].micro] for at in places],
             }
             found = measuring_job(

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from shoal.errors import UserError
 from shoal.plan.calibrate import crews, estimator_for
-from shoal.plan.cost.step import Prediction
+from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.measurements import Measurements
-from shoal.plan.search import Found, Space, find, ranked
+from shoal.plan.search import Found, Space, divisors, find, ranked
 from shoal.plan.workload import Crew, Workload
+
+_ALIKE = 1.02
 
 
 def find_here(
@@ -22,7 +24,9 @@ def find_here(
 ) -> Found:
     """The fastest plan over all crews of the machine; families are crews here.
 
-    Raises UserError when no crew can run it, with the reason of the largest.
+    Of micro batches whose times come within 2 % the smallest is taken: the model cannot tell
+    them apart, and memory can. Raises UserError when no crew can run it, with the reason of the
+    last one tried.
     """
     every: list[tuple[str, Prediction]] = []
     examined = 0
@@ -35,11 +39,24 @@ def find_here(
             refusal = error
             continue
         examined += found.examined
-        every += [(str(crew), _by(crew, each)) for each in (found.best, *found.runners_up)]
+        every += [
+            (str(crew), _with_crew(_smallest(each, estimator=estimator), crew))
+            for each in (found.best, *found.runners_up)
+        ]
     if not every:
         raise refusal or UserError("there are no workers to plan for")
     return ranked(every, examined=examined)
 
 
-def _by(crew: Crew, prediction: Prediction) -> Prediction:
+def _smallest(plan: Prediction, *, estimator: Estimator) -> Prediction:
+    """`plan`, with the smallest micro batch that takes no more than 2 % longer."""
+    most = plan.candidate.micro_batch_samples
+    for micro in (size for size in divisors(most) if size < most):
+        tried = estimator.predict(replace(plan.candidate, micro_batch_samples=micro))
+        if tried.step_seconds <= _ALIKE * plan.step_seconds:
+            return tried
+    return plan
+
+
+def _with_crew(prediction: Prediction, crew: Crew) -> Prediction:
     return replace(prediction, candidate=replace(prediction.candidate, crew=crew))

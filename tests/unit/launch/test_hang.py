@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def test_the_table_says_who_waits_for_whom() -> None:
     assert lines[-1] == "workers 0 wait for worker 1"
 
 
+def wait_for(true: Callable[[], bool]) -> None:
+    """Poll for ten seconds: the machine may be busy."""
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_state_and_stack_of_a_real_process(tmp_path: Path) -> None:
     code = (
         "import faulthandler, signal, sys\n"
@@ -121,16 +130,17 @@ def test_state_and_stack_of_a_real_process(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "stack")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert process_state(process.pid)[0] == "runs"
-        assert "in busy" in stack_of(process.pid, tmp_path / "stack", stopped=False)
-        os.kill(process.pid, signal.SIGSTOP)
-        deadline = time.monotonic() + 5
-        while process_state(process.pid)[0] != "is stopped":
-            assert time.monotonic() < deadline
-        assert "in busy" in stack_of(process.pid, tmp_path / "stack", stopped=True)
-        process.kill()
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            wait_for(lambda: process_state(process.pid)[0] == "runs")
+            file = tmp_path / "stack"
+            wait_for(lambda: "in busy" in stack_of(process.pid, file, stopped=False))
+            os.kill(process.pid, signal.SIGSTOP)
+            wait_for(lambda: process_state(process.pid)[0] == "is stopped")
+            wait_for(lambda: "in busy" in stack_of(process.pid, file, stopped=True))
+        finally:
+            process.kill()
     assert process_state(None) == ("unknown", None)
 
 

@@ -5,8 +5,7 @@ exchange: the token embedding sums its lookups, the first block takes its part o
 regions (attention, feed-forward) gather before and scatter their sums after, and the last norm's
 output is gathered for the head. No module of the model is replaced, none knows that it is a part.
 
-DTensor was not used inside: its dispatch costs more than these products take on small shapes, and a
-fused projection that is cut piece by piece has no placement in it.
+DTensor is not used inside: a fused projection that is cut piece by piece has no placement in it.
 """
 
 from __future__ import annotations

@@ -61,12 +61,29 @@ def start_process_group(
     )
 
 
+_inner: list[dist.ProcessGroup] = []
+"""Groups made within the group of all, which have connections of their own."""
+
+
+def new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A group of some of the ranks; every rank of the group of all calls it."""
+    made: dist.ProcessGroup = dist.new_group(ranks)
+    if dist.get_rank() in ranks:
+        _inner.append(made)
+    return made
+
+
 def stop_process_group(*, at_once: bool = False) -> None:
-    """Leave the group, if any; `at_once` breaks its connections, so that nobody waits for us."""
+    """Leave the group, if any, and all groups within it.
+
+    `at_once` breaks its connections, so that nobody waits for us.
+    """
     if not dist.is_initialized():
         return
     if at_once and dist.group.WORLD is not None:
-        dist.group.WORLD.abort()
+        for group in (*_inner, dist.group.WORLD):
+            group.abort()
+    _inner.clear()
     dist.destroy_process_group()
 
 

@@ -6,11 +6,13 @@ A `Group` is either torch collectives between processes, or slots in shared memo
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -86,26 +88,51 @@ class Group(ABC):
         return self.shares_memory and self.size > 1
 
 
+_Result = TypeVar("_Result")
+_LOST = re.compile(r"gloo|NCCL|[Cc]onnection|ProcessGroup|process group", re.ASCII)
+
+
+def watched(call: Callable[[], _Result]) -> _Result:
+    """What `call` gives; it computes, with collectives of torch in between.
+
+    Raises PeersLost when one of them ended because a rank went; other errors as they are.
+    """
+    problem = None
+    try:
+        return call()
+    except RuntimeError as error:
+        problem = str(error).partition("\n")[0]
+        if not _LOST.search(problem) or isinstance(error, torch.OutOfMemoryError):
+            raise
+    # outside of the handler: its traceback would keep the group alive
+    raise PeersLost(f"a collective inside the model did not complete: {problem}")
+
+
 class ProcessGroup(Group):
     """Ranks are processes; collectives are torch.distributed's (gloo or NCCL).
 
     `group` None is the group of all processes, which must have been started; a single process
-    needs none. When a rank dies, the operation under way raises PeersLost on the others, and
-    `reopen` makes this object the group of the next epoch.
+    needs none. `alone`: this rank by itself, though there are others. When a rank dies, the
+    operation under way raises PeersLost on the others, and `reopen` makes this object the
+    group of the next epoch.
     """
 
     shares_memory = False
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, *, pulse: Pulse | None = None
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        pulse: Pulse | None = None,
+        alone: bool = False,
     ) -> None:
         super().__init__(pulse=pulse)
-        self._group = group
+        self._group, self._alone = group, alone
         self.reopen()
 
     def reopen(self) -> None:
         """Read rank and size anew: another process group was started since."""
-        started = dist.is_initialized()
+        started = dist.is_initialized() and not self._alone
         self.rank = dist.get_rank(self._group) if started else 0
         self.size = dist.get_world_size(self._group) if started else 1
 

@@ -69,6 +69,8 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
         below = here.get(part)
         if path[: depth + 1] == ["parallel"] and below in ("auto", None):
             below = {"auto": True}  # a key set on auto fixes it, the rest stays auto
+        if path[0] == "parallel" and depth == 1 and type(below) is int:
+            below = {"degree": below}  # an axis given as an integer gets settings of its own
         if not isinstance(below, dict):
             below = {}
         here[part] = dict(below)

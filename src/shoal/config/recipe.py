@@ -244,18 +244,38 @@ class Elastic(Section):
         return self
 
 
+class Shard(Section):
+    """The shard axis with its own settings."""
+
+    degree: Count
+    level: Literal["parameters", "gradients", "optimizer"] = "parameters"
+    """What is cut: all of it; all but parameters from forward to backward; or gradients and
+    optimizer state between steps only (docs/layouts.md has the memory of each)."""
+    offload: bool = False
+    """Keep what is cut in CPU memory, and compute on the device."""
+
+
 class ParallelSection(Section):
     """Degrees of the axes. With `auto`, an axis without a value is chosen for this machine."""
 
     auto: bool = False
     replicate: Count | Elastic | None = None
     """A fixed degree waits for a lost replica to be replaced; an elastic one goes on without."""
-    shard: Count | None = None
+    shard: Count | Shard | None = None
+    """A degree, or a section with the level and offload as well."""
     context: Count | None = None
     tensor: Count | None = None
     pipeline: Count | None = None
     expert: Count | None = None
-    recompute: Literal["none"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Compute activations of a block again in the backward, instead of keeping them."""
+    compile: bool = False
+    """Compile each block (torch.compile); needs a C++ compiler on a CPU."""
+
+    @property
+    def sharding(self) -> Shard:
+        """The shard axis with its settings, whichever way it was written."""
+        return self.shard if isinstance(self.shard, Shard) else Shard(degree=self.shard or 1)
 
     @property
     def replicas(self) -> int | None:

@@ -21,7 +21,7 @@ from shoal.comm.channel import Donor, fetch
 from shoal.comm.group import Group
 from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
-from shoal.engine.digest import digest_of
+from shoal.engine.digest import Move, digest_of
 from shoal.engine.state import FlatState
 from shoal.errors import ChannelError, PeersLost, RunError, WorkerError
 
@@ -82,8 +82,9 @@ def agree(
 ) -> Standing:
     """One standing for all ranks; `state` is filled where it was behind.
 
-    The step is FRESH when nobody has a state yet. Raises WorkerError when the states differ
-    after the transfer.
+    A rank gets its state from one at its own place in another replica. The step is FRESH when
+    nobody has a state yet. Raises WorkerError when the states differ after the transfer, or when
+    no step is there in all its parts.
     """
     own = asdict(standing)
     facts = own.pop("facts")
@@ -92,9 +93,18 @@ def agree(
     if newest == FRESH:
         return Standing()
     holders = [rank for rank, each in enumerate(everybody) if each["step"] == newest]
-    if len(holders) < group.size:
-        behind = [rank for rank in range(group.size) if rank not in holders]
-        transfer(group, state, source=holders[0], to=behind, keys=keys, epoch=epoch)
+    moves: list[Move] = []
+    places = state.cut.workers
+    for place in range(places):
+        here = range(place, group.size, places)
+        able = [rank for rank in here if rank in holders]
+        if not able:
+            raise WorkerError(f"nobody holds place {place} of the model at step {newest} any more")
+        behind = [rank for rank in here if rank not in holders]
+        if behind:
+            moves.append((able[0], behind))
+    if moves:
+        transfer(group, state, moves=moves, keys=keys, epoch=epoch)
     facts = broadcast_json(group, facts, source=holders[0])
     known = [everybody[rank] for rank in holders]
     return Standing(
@@ -109,32 +119,39 @@ def transfer(
     group: Group,
     state: FlatState,
     *,
-    source: int,
-    to: Sequence[int],
+    moves: Sequence[Move],
     keys: Keys | None = None,
     epoch: int = 0,
 ) -> None:
-    """Give the ranks `to` the state of rank `source`, bit for bit; all ranks call it.
+    """Give ranks the state of others, bit for bit, as `moves` says; all ranks call it.
 
-    Over an authenticated channel where there are `keys`, else by the group's own broadcast.
-    Raises PeersLost when the source goes meanwhile, WorkerError when states differ afterwards.
+    Over an authenticated channel where there are `keys`, else by the group's own broadcast (one
+    replica is then one rank). Raises PeersLost when a source goes meanwhile, WorkerError when
+    states differ afterwards.
     """
     vectors = {"values": state.values, **state.moments}
     if keys is None:
-        for vector in vectors.values():
-            group.broadcast_(vector, source=source)
+        assert state.cut.workers == 1, "a broadcast reaches every rank"
+        for source, _ in moves:
+            for vector in vectors.values():
+                group.broadcast_(vector, source=source)
     else:
-        donor = Donor(vectors, keys=keys, epoch=epoch) if group.rank == source else None
+        source_of = {rank: source for source, ranks in moves for rank in ranks}
+        gives = group.rank in source_of.values()
+        donor = Donor(vectors, keys=keys, epoch=epoch) if gives else None
         try:
-            address = broadcast_json(group, donor and donor.address, source=source)
-            if group.rank in to:
+            addresses = gather_json(group, donor and donor.address)
+            if group.rank in source_of:
+                address = addresses[source_of[group.rank]]
                 fetch(address, keys=keys, epoch=epoch, timeout_seconds=600.0, into=vectors)
             group.barrier()
         except ChannelError as error:
-            raise PeersLost(f"the state of rank {source} did not arrive: {error}") from None
+            raise PeersLost(f"the state of another rank did not arrive: {error}") from None
         finally:
             if donor is not None:
                 donor.close()
     digests = gather_json(group, f"{digest_of(state):016x}")
-    if len(set(digests)) > 1:
-        raise WorkerError(f"the state that rank {source} handed on arrived changed: {digests}")
+    for source, ranks in moves:
+        got = [digests[source], *(digests[rank] for rank in ranks)]
+        if len(set(got)) > 1:
+            raise WorkerError(f"the state that rank {source} handed on arrived changed: {got}")

@@ -11,28 +11,19 @@ from torch import nn
 
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
-from shoal.config.recipe import CausalLM, Muon, Recipe
+from shoal.config.recipe import CausalLM, Recipe
 from shoal.data.stream import Evaluation, Stream
 from shoal.data.tokenize import load_tokenizer
-from shoal.engine import state as flat
 from shoal.engine.evaluate import complete, evaluate
 from shoal.engine.model import model_config
+from shoal.engine.ranks import Ranks
+from shoal.engine.replica import Replica, allocate, build_replica, check, cut, fill
 from shoal.engine.state import FlatState, Progress
 from shoal.engine.step import Batch, ForwardBackward, StepSettings
 from shoal.engine.update import Update
 from shoal.layout import Share
-from shoal.models import init
-from shoal.models.anatomy import (
-    Anatomy,
-    anatomy_of,
-    canonical_parameters,
-    check_logits,
-    weight_decay_names,
-)
-from shoal.models.dropout import apply_keyed, wants_dropout
-from shoal.models.huggingface import build_meta
+from shoal.models.anatomy import Anatomy
 from shoal.models.pretrained import PretrainedWeights
-from shoal.models.probe import probe_keyed_dropout, probe_packing
 from shoal.observe.events import Report
 from shoal.parallel.precision import check_compute
 from shoal.runtime import Place
@@ -49,10 +40,9 @@ class Training:
     """The objects of one rank's run."""
 
     job: Job
-    group: Group
+    ranks: Ranks
     device: torch.device
-    model: nn.Module
-    anatomy: Anatomy
+    replica: Replica
     task: Task
     state: FlatState
     sync: EveryStep
@@ -67,9 +57,36 @@ class Training:
     peak_memory_bytes: int | None = None
 
     @property
+    def model(self) -> nn.Module:
+        """The model as this rank has it."""
+        return self.replica.model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Where its parts are."""
+        return self.replica.anatomy
+
+    @property
     def config(self) -> Any:
         """The model's transformers configuration."""
         return self.model.config
+
+    def enter(self, ranks: Ranks) -> None:
+        """Go on among other ranks, with the state as it is. Collective; raises PeersLost.
+
+        A model that was cut is built and cut anew: its exchanges belong to the groups it met.
+        """
+        if self.replica.is_cut:
+            recipe = self.job.recipe
+            config = model_config(recipe, inputs=self.job.inputs, task=self.task)
+            marked = getattr(self.model, "shoal_whole_logits", False)
+            new = build_replica(recipe, config=config, auto_class=self.task.auto_class)
+            new.model.shoal_whole_logits = marked  # type: ignore[assignment]
+            cut(new, recipe, mesh=ranks.mesh)
+            fill(new, self.state, seed=recipe.seed, draws=False)
+            self.replica.model, self.replica.anatomy = new.model, new.anatomy
+        ranks.attach(self.model)
+        self.ranks, self.forward_backward.ranks, self.sync.group = ranks, ranks, ranks.replicas
 
     def batches(self, step: int, share: Share) -> Batch:
         """This rank's part of the global batch of `step`; reads nothing else."""
@@ -107,31 +124,34 @@ class Training:
         return [self.state.values, self.state.gradients, *self.state.moments.values()]
 
 
-def build(job: Job, *, group: Group, place: Place, report: Report) -> Training:
-    """Build one rank's objects. Raises the errors of the parts it builds."""
+def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
+    """Build one rank's objects. Raises the errors of the parts it builds.
+
+    Collective inside a replica of several workers: raises PeersLost when one goes.
+    """
     recipe = job.recipe
     task = create(recipe.task.kind, settings=job.inputs.task_settings)
     config = model_config(recipe, inputs=job.inputs, task=task)
-    model = build_meta(config, auto_class=task.auto_class, dropout=recipe.model.dropout)
-    keyed = recipe.model.dropout == "keyed"
-    state, told = _weights(job, model=model, group=group, device=place.device)
-    notes = apply_keyed(model, seed=recipe.seed, asked=config) if keyed else []
-    anatomy = check_logits(model, anatomy_of(model))
-    if recipe.data.packing:
-        probe_packing(model)
-    if keyed and wants_dropout(config):
-        probe_keyed_dropout(model)
-    model.train()
+    replica = build_replica(recipe, config=config, auto_class=task.auto_class)
+    source = _pretrained(job, model=replica.model)
+    cut(replica, recipe, mesh=ranks.mesh)
+    state = _state(job, replica=replica, source=source, group=ranks.world)
+    check(replica, recipe, config=config, auto_class=task.auto_class)
+    ranks.attach(replica.model)
     if place.rank == 0:
-        for name, note in [*(("model", n) for n in told), *(("dropout", n) for n in notes)]:
+        told = source.notes() if source is not None else []
+        notes = [*(("model", note) for note in told), *(("dropout", n) for n in replica.notes)]
+        for name, note in notes:
             report.say("event", name=name, fields={"text": note})
     decision = job.decision
     dtype = check_compute(decision.compute, device=place.device)
     sync = EveryStep(
-        group,
+        ranks.replicas,
         global_batch_samples=recipe.train.global_batch_samples,
         grain_samples=decision.micro_batch_samples,
         bucket_bytes=recipe.sync.bucket_bytes,
+        shard=ranks.shard,
+        shards=ranks.cut.shard,
     )
     stream = Stream(
         Path(job.inputs.data_directory),
@@ -141,19 +161,17 @@ def build(job: Job, *, group: Group, place: Place, report: Report) -> Training:
     steps = num_steps(recipe, steps_per_epoch=stream.steps_per_epoch)
     return Training(
         job=job,
-        group=group,
+        ranks=ranks,
         device=place.device,
-        model=model,
-        anatomy=anatomy,
+        replica=replica,
         task=task,
         state=state,
         sync=sync,
         forward_backward=ForwardBackward(
-            model,
-            anatomy=anatomy,
+            replica,
             forward=task.forward,
             state=state,
-            sync=sync,
+            ranks=ranks,
             settings=StepSettings(
                 micro_batch_samples=decision.micro_batch_samples,
                 global_batch_samples=recipe.train.global_batch_samples,
@@ -166,6 +184,7 @@ def build(job: Job, *, group: Group, place: Place, report: Report) -> Training:
         update=Update(
             state,
             sync=sync,
+            replica=replica,
             optimizer=recipe.train.optimizer,
             schedule=recipe.train.schedule,
             steps=steps,
@@ -191,49 +210,20 @@ def num_steps(recipe: Recipe, *, steps_per_epoch: float) -> int:
     return max(1, round(recipe.train.epochs * steps_per_epoch))
 
 
-def _weights(
-    job: Job, *, model: nn.Module, group: Group, device: torch.device
-) -> tuple[FlatState, list[str]]:
-    """Materialise the model; where ranks share memory, rank 0 does it once for all.
-
-    Returns the state, and what a person should know about pretrained weights.
-    """
+def _state(
+    job: Job, *, replica: Replica, source: PretrainedWeights | None, group: Group
+) -> FlatState:
+    """The state, and the model over it; where ranks share memory, rank 0 fills it for all."""
     recipe = job.recipe
-    parameters = canonical_parameters(model)
-    regions = flat.regions_of(
-        parameters,
-        decayed=weight_decay_names(model),
-        matrices=_muon_names(recipe, model=model),
-        frozen=flat.frozen_names(parameters, patterns=recipe.train.freeze),
-    )
-    state = flat.allocate(regions, group=group, optimizer=recipe.train.optimizer, device=device)
-    record = init.record(model)
+    state = allocate(replica, recipe, group=group)
     first = not job.joining and (not group.computes_in_place or group.rank == 0)
-    notes: list[str] = []
-    if first:
-        source = _pretrained(job, model=model)
-        init.materialise(model, record=record, seed=recipe.seed, source=source)
-        notes = source.notes() if source is not None else []
-        flat.fill(state, canonical_parameters(model))
-    group.barrier()
-    if not first:
-        shared = flat.StateSource(state)
-        init.materialise(model, record=record, seed=recipe.seed, source=shared)
-    model.to(device)
-    flat.adopt(state, canonical_parameters(model))
-    group.barrier()
-    return state, notes
+    fill(replica, state, seed=recipe.seed, source=source, draws=first)
+    if group.shares_memory:
+        group.barrier()
+    return state
 
 
 def _pretrained(job: Job, *, model: nn.Module) -> PretrainedWeights | None:
+    """Weights to begin with; a rank that joins gets its state from another."""
     folder = job.inputs.model_directory
-    return None if folder is None else PretrainedWeights(folder, model=model)
-
-
-def _muon_names(recipe: Recipe, *, model: nn.Module) -> set[str]:
-    """Matrices of the blocks: what Muon is for."""
-    if not isinstance(recipe.train.optimizer, Muon):
-        return set()
-    blocks = anatomy_of(model).blocks + "."
-    named = canonical_parameters(model)
-    return {name for name, p in named.items() if name.startswith(blocks) and p.dim() == 2}
+    return None if folder is None or job.joining else PretrainedWeights(folder, model=model)

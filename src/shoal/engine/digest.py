@@ -30,32 +30,55 @@ def digest_of(state: FlatState) -> int:
     return total.intdigest()
 
 
-class ReplicasDiffer(Exception):
-    """Replicas that must be equal are not; raised on every rank, with everybody's digest."""
+Move = tuple[int, list[int]]
+"""A rank, and the ranks that get its state."""
 
-    def __init__(self, digests: Sequence[int]) -> None:
-        self.digests = list(digests)
+
+class ReplicasDiffer(Exception):
+    """Ranks that must be equal are not; raised on every rank, with everybody's digest.
+
+    `places`: ranks of one replica, each of which has a part of its own; rank r is at place
+    r % places, and equal to the ranks at that place in the other replicas.
+    """
+
+    def __init__(self, digests: Sequence[int], *, places: int = 1) -> None:
+        self.digests, self.places = list(digests), places
         super().__init__(f"replicas hold different states: {self.digests}")
 
-    @property
-    def majority(self) -> list[int]:
-        """The ranks that agree, when they are more than half; else none."""
-        value, count = Counter(self.digests).most_common(1)[0]
-        if 2 * count <= len(self.digests):
-            return []
-        return [rank for rank, digest in enumerate(self.digests) if digest == value]
+    def repairs(self) -> list[Move] | None:
+        """Who gives whom its state: at each place the majority; None where there is none."""
+        moves: list[Move] = []
+        for place in range(self.places):
+            ranks = range(place, len(self.digests), self.places)
+            own = {rank: self.digests[rank] for rank in ranks}
+            value, count = Counter(own.values()).most_common(1)[0]
+            if count == len(own):
+                continue
+            if 2 * count <= len(own):
+                return None
+            good = [rank for rank in ranks if own[rank] == value]
+            moves.append((good[0], [rank for rank in ranks if own[rank] != value]))
+        return moves
+
+
+def compare(digests: Sequence[int], *, places: int = 1) -> None:
+    """Raises ReplicasDiffer unless ranks at one place have one digest."""
+    if any(len(set(digests[place::places])) > 1 for place in range(places)):
+        raise ReplicasDiffer(digests, places=places)
 
 
 def differing_tensors(group: Group, state: FlatState) -> dict[str, list[int]]:
-    """`kind name` -> the ranks whose tensor is not what most have (all of them, in a tie)."""
-    kinds = ("parameter", *state.moments)
+    """`kind name` -> ranks whose tensor is not what most at their place have (a tie: all)."""
+    kinds, places = ("parameter", *state.moments), state.cut.workers
     own = {f"{k} {name}": _hash(t) for k in kinds for name, t in state.named(k).items()}
     everybody = gather_json(group, {name: f"{value:016x}" for name, value in own.items()})
     found: dict[str, list[int]] = {}
     for name in own:
-        values = [theirs[name] for theirs in everybody]
-        usual, count = Counter(values).most_common(1)[0]
-        if count < len(values):
-            tie = 2 * count <= len(values)
-            found[name] = [r for r, value in enumerate(values) if tie or value != usual]
+        for place in range(places):
+            values = {rank: everybody[rank][name] for rank in range(place, group.size, places)}
+            usual, count = Counter(values.values()).most_common(1)[0]
+            if count < len(values):
+                tie = 2 * count <= len(values)
+                wrong = [rank for rank, value in values.items() if tie or value != usual]
+                found[name] = sorted([*found.get(name, []), *wrong])
     return found

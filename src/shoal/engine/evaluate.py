@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from shoal.models.anatomy import hidden_of, logits_of
 from shoal.parallel.loss import chunked_losses
 from shoal.parallel.precision import compute_context
 
@@ -23,26 +22,29 @@ def evaluate(training: Training) -> dict[str, float]:
 
     A mixture also gets `evaluation_loss/SOURCE`.
     """
-    group, evaluation = training.group, training.evaluation
+    ranks, evaluation = training.ranks, training.evaluation
     metrics = training.task.metrics()
     by_source = torch.zeros(len(evaluation.names), 2, dtype=torch.float64)
     training.model.eval()
     try:
-        for number in range(evaluation.num_batches(group.size)):
-            arrays = evaluation.at(number, part=group.rank, parts=group.size)
+        for number in range(evaluation.num_batches(ranks.num_parts)):
+            arrays = evaluation.at(number, part=ranks.part, parts=ranks.num_parts)
             batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            if int(batch["sample_ids"].max()) < 0:
+            empty = int(batch["sample_ids"].max()) < 0
+            if empty and not training.replica.is_cut:
                 continue
             losses, predictions = _losses(training, batch, predict=metrics.needs_predictions)
+            if empty or not ranks.counts:
+                continue  # what was computed only gave the other ranks of the replica their part
             metrics.add(batch=batch, losses=losses, predictions=predictions)
             _count(by_source, batch=batch, losses=losses)
     finally:
         training.model.train()
     vector = torch.from_numpy(metrics.vector())
-    group.sum_(vector)
+    ranks.world.sum_(vector)
     result = metrics.result(vector.numpy())
     if len(evaluation.names) > 1:
-        group.sum_(by_source)
+        ranks.world.sum_(by_source)
         for name, (loss, targets) in zip(evaluation.names, by_source.tolist()):
             result[f"evaluation_loss/{name}"] = loss / targets if targets else math.nan
     return result
@@ -52,15 +54,24 @@ def _losses(
     training: Training, batch: dict[str, Tensor], *, predict: bool
 ) -> tuple[Tensor, Tensor | None]:
     moved = {name: tensor.to(training.device) for name, tensor in batch.items()}
-    with compute_context(training.dtype, device=training.device):
-        output = training.task.forward(training.model, anatomy=training.anatomy, batch=moved)
-        found = chunked_losses(
+    replica, kept = training.replica, []
+
+    def compute() -> Tensor:
+        output = training.task.forward(replica.model, anatomy=replica.anatomy, batch=moved)
+        losses = chunked_losses(
             output.hidden,
             labels=output.labels,
             logits_of=output.logits_of,
             head_parameters=output.head_parameters,
             predict=predict,
+            vocabulary=replica.vocabulary,
         )
+        kept.append(losses)
+        return losses.losses
+
+    with compute_context(training.dtype, device=training.device):
+        replica.forward(compute)
+    (found,) = kept
     return found.losses.cpu(), None if found.predictions is None else found.predictions.cpu()
 
 
@@ -78,7 +89,8 @@ def complete(
 ) -> list[tuple[str, str]]:
     """Sample a continuation of each prompt (temperature 0.8, the 40 likeliest; seeded).
 
-    The whole row is computed again for each token: short, exact, and no cache to keep.
+    The whole row is computed again for each token: short, exact, and no cache to keep. Of a model
+    that was cut, all ranks do the same, and come to the same tokens.
     """
     generator = torch.Generator().manual_seed(training.job.recipe.seed)
     longest = int(getattr(training.model.config, "max_position_embeddings", 0) or 1 << 30)
@@ -107,5 +119,4 @@ def _next_logits(training: Training, ids: list[int]) -> Tensor:
     row = torch.tensor([ids], device=training.device)
     batch = {"input_ids": row, "position_ids": torch.arange(len(ids), device=row.device)[None]}
     with compute_context(training.dtype, device=training.device):
-        hidden = hidden_of(training.model, batch)
-        return logits_of(training.model)(hidden[0, -1]).float().cpu()
+        return training.replica.logits(batch)[0, -1].float().cpu()

@@ -15,7 +15,13 @@ from shoal.errors import RunError
 from shoal.models import init
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.export import export
-from shoal.models.huggingface import build_meta, config_from, fingerprint
+from shoal.models.huggingface import (
+    build_meta,
+    config_from,
+    fingerprint,
+    fingerprint_sample,
+    fingerprint_values,
+)
 from shoal.tasks.kinds import create
 
 if TYPE_CHECKING:
@@ -23,14 +29,29 @@ if TYPE_CHECKING:
 
 
 def fingerprint_of(training: Training) -> list[float]:
-    """Logits that the model gives for a fixed row now, in float32."""
-    return fingerprint(training.model)
+    """Logits that the model gives for a fixed row now, in float32.
+
+    Of a model that was cut it is collective in each replica; raises PeersLost.
+    """
+    replica = training.replica
+    if not replica.is_cut:
+        return fingerprint(replica.model)
+    replica.model.eval()
+    try:
+        logits = replica.logits(fingerprint_sample(replica.model))[0]
+    finally:
+        replica.model.train()
+    return fingerprint_values(logits if logits.dim() == 1 else logits[-1])
 
 
 def write_model(training: Training, *, out: Path) -> None:
-    """Export the weights as they are now."""
+    """Export the weights as they are now; of a model that was cut, those of the save just made."""
+    tensors = training.state.named("parameter")
+    if training.replica.is_cut:
+        reader = training.store.open(training.progress.step)
+        tensors = {name: reader.read(name) for name in reader.names()}
     export(
-        tensors=training.state.named("parameter"),
+        tensors=tensors,
         config=training.model.config,
         auto_class=training.task.auto_class,
         tokenizer_directory=training.job.inputs.tokenizer_directory,

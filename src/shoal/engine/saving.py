@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shoal.checkpoint.boxes import Box
 from shoal.checkpoint.manifest import Part
 from shoal.checkpoint.store import Piece, Reader, Store
 from shoal.comm.group import Group
@@ -20,15 +20,29 @@ from shoal.errors import RunError, disk_problem
 
 
 def pieces_of(state: FlatState, *, rank: int, size: int) -> Iterator[Piece]:
-    """What `rank` writes: every tensor belongs to one rank, and the bytes are spread evenly."""
-    loads = [0] * size
+    """What `rank` writes: every box belongs to one of the ranks that have it, bytes spread evenly.
+
+    Ranks that have a box in common agree on who writes it without asking: those at one place along
+    shard, of all replicas, and of all places along tensor where the tensor is not cut along it.
+    """
+    cut = state.cut
+    replicas = range(size // cut.workers)
+    here, replica = cut.coordinates(rank % cut.workers), rank // cut.workers
+    loads = {(r, t): 0 for r in replicas for t in range(cut.tensor)}
     for kind in ("parameter", *state.moments):
-        for name, tensor in state.named(kind).items():
-            owner = loads.index(min(loads))
-            loads[owner] += tensor.nbytes
-            if owner == rank:
-                shape = tuple(tensor.shape)
-                yield Piece(name, kind, shape, Box.whole(shape), tensor)
+        for name, pieces in state.pieces(kind).items():
+            shape, owners = state.shapes[name], []
+            num_bytes = prod(shape) * 4 // cut.shard
+            if name in state.cut_names:
+                for t in range(cut.tensor):
+                    owners.append(min(((r, t) for r in replicas), key=loads.__getitem__))
+                    loads[owners[-1]] += num_bytes // cut.tensor
+            else:
+                owners.append(min(loads, key=loads.__getitem__))
+                loads[owners[-1]] += num_bytes
+            if (replica, here["tensor"]) in owners:
+                for piece in pieces:
+                    yield Piece(name, kind, shape, piece.box, piece.tensor)
 
 
 def save(
@@ -115,16 +129,17 @@ def load(reader: Reader, state: FlatState, *, group: Group) -> None:
     """
     if not group.computes_in_place or group.rank == 0:
         for kind in ("parameter", *state.moments):
-            named = state.named(kind)
-            _check_names(reader, kind, named)
-            for name, tensor in named.items():
-                with torch.no_grad():
-                    tensor.copy_(reader.read(name, kind=kind))
+            wanted = {name: state.shapes[name] for name in state.named(kind)}
+            _check_names(reader, kind, wanted)
+            for name, pieces in state.pieces(kind).items():
+                for piece in pieces:
+                    with torch.no_grad():
+                        piece.tensor.copy_(reader.read(name, kind=kind, box=piece.box))
     group.barrier()
 
 
-def _check_names(reader: Reader, kind: str, named: dict[str, torch.Tensor]) -> None:
-    saved, wanted = set(reader.names(kind)), set(named)
+def _check_names(reader: Reader, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    saved, wanted = set(reader.names(kind)), set(shapes)
     if kind != "parameter":  # a frozen set may differ; states that are missing start at zero
         if saved and not wanted <= saved:
             missing = sorted(wanted - saved)[0]
@@ -145,10 +160,10 @@ def _check_names(reader: Reader, kind: str, named: dict[str, torch.Tensor]) -> N
             "was trained with"
         )
     for name in wanted & saved:
-        if reader.shape(name, kind=kind) != tuple(named[name].shape):
+        if reader.shape(name, kind=kind) != shapes[name]:
             raise RunError(
                 f"{reader.folder}: a checkpoint of another model: {name} has the shape "
-                f"{reader.shape(name, kind=kind)}, expected {tuple(named[name].shape)}"
+                f"{reader.shape(name, kind=kind)}, expected {shapes[name]}"
             )
 
 

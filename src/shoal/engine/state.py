@@ -8,24 +8,26 @@ is one kernel per region, and threads share a single copy. Regions: `matrices` (
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from shoal.checkpoint.boxes import Box
 from shoal.comm.flat import FlatLayout
 from shoal.comm.group import Group
 from shoal.config.recipe import Muon, OptimizerSection
 from shoal.errors import ConfigError, Problem, nearest
+from shoal.layout import Layout
+from shoal.parallel.held import Piece, Slot, all_slots, placed_of
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum_buffer")}
 """Optimizer states by kind of optimizer, by torch's own names."""
 
 
 def regions_of(
-    parameters: Mapping[str, nn.Parameter],
+    shapes: Mapping[str, Sequence[int]],
     *,
     decayed: Iterable[str],
     matrices: Iterable[str],
@@ -39,14 +41,14 @@ def regions_of(
         "plain": {},
         "frozen": {},
     }
-    for name, parameter in parameters.items():
+    for name, shape in shapes.items():
         if name in still:
             region = "frozen"
         elif name in muon:
             region = "matrices"
         else:
             region = "decay" if name in decay else "plain"
-        regions[region][name] = tuple(parameter.shape)
+        regions[region][name] = tuple(shape)
     return regions
 
 
@@ -70,12 +72,26 @@ def frozen_names(names: Iterable[str], *, patterns: Iterable[str]) -> set[str]:
 
 @dataclass
 class FlatState:
-    """All tensors of training on one rank. `gradients` covers the trainable regions only."""
+    """All tensors of training on one rank. `gradients` covers the trainable regions only.
+
+    `shapes`: the parameters' global ones. `slots`: the boxes of them that this rank has. `cut`: how
+    the replica is divided, and `cut_names`: which names along tensor (the others are whole there).
+    """
 
     layout: FlatLayout
     values: Tensor
     gradients: Tensor
     moments: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    slots: dict[str, list[Slot]] = field(default_factory=dict)
+    cut: Layout = field(default_factory=Layout)
+    cut_names: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            self.shapes = dict(self.layout.shapes)
+            whole = ((name, Box.whole(shape)) for name, shape in self.shapes.items())
+            self.slots = {name: [Slot(box, box.offsets)] for name, box in whole}
 
     @property
     def trainable_numel(self) -> int:
@@ -93,8 +109,15 @@ class FlatState:
             return False
         return (kind == "momentum_buffer") == (name in members["matrices"])
 
+    def pieces(self, kind: str) -> dict[str, list[Piece]]:
+        """`parameter`, or an optimizer state: name -> the boxes of it on this rank."""
+        return {
+            name: [Piece(slot.box, slot.of(storage)) for slot in self.slots[name]]
+            for name, storage in self.named(kind).items()
+        }
+
     def named(self, kind: str) -> dict[str, Tensor]:
-        """`parameter`, or an optimizer state: name -> view."""
+        """`parameter`, or an optimizer state: name -> view of this rank's storage."""
         if kind == "parameter":
             return {name: self.layout.view(self.values, name) for name in self.layout.shapes}
         flat = self.moments[kind]
@@ -111,8 +134,13 @@ def allocate(
     group: Group,
     optimizer: OptimizerSection,
     device: torch.device,
+    model: nn.Module | None = None,
 ) -> FlatState:
-    """Zeroed vectors for `regions`. Threads share values and moments; gradients are each rank's."""
+    """Zeroed vectors for `regions`. Threads share values and moments; gradients are each rank's.
+
+    `model`: one that was cut (parallel/apply.py), whose storage the regions describe; without it
+    every tensor is whole.
+    """
     layout = FlatLayout.of(regions, whole=["matrices"] if isinstance(optimizer, Muon) else [])
     values = group.buffer(layout.numel, dtype=torch.float32, device=device)
     trainable = layout.regions["frozen"].start
@@ -121,36 +149,14 @@ def allocate(
         kind: group.buffer(trainable, dtype=torch.float32, device=device)
         for kind in MOMENTS[optimizer.kind]
     }
-    return FlatState(layout, values, gradients, moments)
-
-
-@torch.no_grad()
-def fill(state: FlatState, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copy the values of real `parameters` into the vector."""
-    for name, parameter in parameters.items():
-        state.layout.view(state.values, name).copy_(parameter)
-
-
-@torch.no_grad()
-def adopt(state: FlatState, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Make every parameter and its gradient a view of the vectors."""
-    for name, parameter in parameters.items():
-        parameter.data = state.layout.view(state.values, name)
-        if name in state.layout.members["frozen"]:
-            parameter.requires_grad_(False)
-        else:
-            parameter.grad = state.layout.view(state.gradients, name)
-
-
-class StateSource:
-    """Gives `models.init.materialise` the values that the vector already holds."""
-
-    def __init__(self, state: FlatState) -> None:
-        self._named = state.named("parameter")
-
-    def tensor(self, name: str, *, box: Any = None) -> Tensor | None:
-        """The value of a parameter, or None for a name that is none."""
-        return self._named.get(name)
+    state = FlatState(layout, values, gradients, moments)
+    if model is not None:
+        placed = placed_of(model)
+        state.shapes = {name: each.shape for name, each in placed.cuts.items()}
+        state.slots = all_slots(model)
+        state.cut = replace(placed.mesh.layout, replicate=1)
+        state.cut_names = frozenset(n for n, each in placed.cuts.items() if each.dim is not None)
+    return state
 
 
 @dataclass

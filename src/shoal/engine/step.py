@@ -6,18 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal.comm.flat import ordered_sum
 from shoal.comm.tree import Node, TreeSum
 from shoal.data.verify import digest as samples_digest
-from shoal.engine.digest import ReplicasDiffer
+from shoal.engine.digest import compare
+from shoal.engine.ranks import Ranks
+from shoal.engine.replica import Replica
 from shoal.engine.state import FlatState
 from shoal.layout import Share
-from shoal.models.anatomy import Anatomy
+from shoal.parallel import shard
 from shoal.parallel.loss import chunked_loss
 from shoal.parallel.precision import compute_context
-from shoal.sync.every_step import EveryStep
 from shoal.tasks.outcome import TaskOutput
 
 Batch = dict[str, Tensor]
@@ -46,7 +47,7 @@ class StepResult:
     read: list[int]
     """Digest of the samples that all ranks read (data/verify.py)."""
     norms: list[float] = field(default_factory=list)
-    """Norm of each rank's own gradients, before the reduction; empty for one rank."""
+    """Norm of each replica's own gradients, before the reduction; empty for one replica."""
     nodes: list[Node] = field(default_factory=list)
 
 
@@ -68,16 +69,15 @@ class ForwardBackward:
 
     def __init__(
         self,
-        model: nn.Module,
+        replica: Replica,
         *,
-        anatomy: Anatomy,
         forward: Callable[..., TaskOutput],
         state: FlatState,
-        sync: EveryStep,
+        ranks: Ranks,
         settings: StepSettings,
     ) -> None:
-        self._model, self._anatomy, self._forward = model, anatomy, forward
-        self._state, self._sync, self._settings = state, sync, settings
+        self._replica, self._forward = replica, forward
+        self._state, self.ranks, self._settings = state, ranks, settings
         self._free: list[Tensor] = []
         self.poison = 1.0
         """Factor on this rank's gradients of the next step; anything but 1 is a planned fault."""
@@ -89,38 +89,45 @@ class ForwardBackward:
 
         batch: input_ids, labels, position_ids, document_ids [share x T]. `word` travels with the
         count of targets, so that all ranks know; so does `digest`, this rank's hash of its state.
-        Raises ReplicasDiffer on all ranks when those hashes are not one.
+        Raises ReplicasDiffer on all ranks when those hashes are not one; PeersLost.
         """
-        settings, group = self._settings, self._sync.group
+        settings, ranks = self._settings, self.ranks
         targets, word, read = self._count(batch, word=word, digest=digest)
         grains = torch.zeros(
             settings.global_batch_samples // settings.micro_batch_samples, dtype=torch.float64
         )
         self._state.zero_gradients()
         tree = TreeSum()
-        for micro, start in micro_batches(batch, size=settings.micro_batch_samples):
+        parts = micro_batches(batch, size=settings.micro_batch_samples)
+        for number, (micro, start) in enumerate(parts):
             grain = (share.start + start) // settings.micro_batch_samples
             if targets:
                 scale = 1.0 / targets
                 if settings.fault == "mean-of-means":
                     scale = 1.0 / (max(1, int((micro["labels"] != -100).sum())) * grains.numel())
+                shard.micro_batch(self._replica.model, last=number == len(parts) - 1)
                 grains[grain] = self._one(micro, step=step, scale=scale * self.poison)
             if settings.exact:
                 self._take(tree, grain)
         self.poison = 1.0
-        group.pulse.mark("reduce")
+        ranks.world.pulse.mark("reduce")
+        if targets:
+            self._replica.finish_gradients()
         nodes = tree.nodes if settings.exact else []
-        told = torch.cat([grains, torch.zeros(group.size, dtype=torch.float64)])
-        if group.size > 1:
-            told[grains.numel() + group.rank] = self._norm(nodes)
-        group.sum_(told)
+        if not ranks.counts:
+            grains.zero_()  # another rank of this replica says the same
+        told = torch.cat([grains, torch.zeros(ranks.num_replicas, dtype=torch.float64)])
+        if ranks.num_replicas > 1:
+            told[grains.numel() + ranks.replica] = self._square(nodes)
+        ranks.world.sum_(told)
+        squares = told[grains.numel() :]
         return StepResult(
             loss=ordered_sum(told[: grains.numel()].tolist()) / max(targets, 1),
             targets=targets,
             word=word,
             read=read,
             num_grains=grains.numel(),
-            norms=told[grains.numel() :].tolist() if group.size > 1 else [],
+            norms=squares.sqrt().tolist() if ranks.num_replicas > 1 else [],
             nodes=nodes,
         )
 
@@ -128,40 +135,48 @@ class ForwardBackward:
         self, batch: Batch, *, word: Word, digest: int | None
     ) -> tuple[int, Word, list[int]]:
         """Targets of the global batch, what anybody said, the digest of all samples read."""
-        group = self._sync.group
-        counts = torch.zeros(6 + group.size, dtype=torch.int64)
-        counts[0] = int((batch["labels"] != -100).sum())
+        world = self.ranks.world
+        counts = torch.zeros(6 + world.size, dtype=torch.int64)
         counts[1:4] = torch.tensor([word.stop, word.save, word.leave])
-        counts[4:6] = torch.from_numpy(
-            samples_digest(source_ids=batch["source_ids"], sample_ids=batch["sample_ids"])
-        )
+        if self.ranks.counts:
+            counts[0] = int((batch["labels"] != -100).sum())
+            counts[4:6] = torch.from_numpy(
+                samples_digest(source_ids=batch["source_ids"], sample_ids=batch["sample_ids"])
+            )
         if digest is not None:
-            counts[6 + group.rank] = digest >> 1  # 63 bits: the sum of one number and zeros
-        group.sum_(counts)
+            counts[6 + world.rank] = digest >> 1  # 63 bits: the sum of one number and zeros
+        world.sum_(counts)
         targets, stop, save, leave, *read = counts[:6].tolist()
-        digests = counts[6:].tolist()
-        if len(set(digests)) > 1:
-            raise ReplicasDiffer(digests)
+        if digest is not None:
+            compare(counts[6:].tolist(), places=self.ranks.cut.workers)
         return targets, Word(stop > 0, save > 0, leave > 0), read
 
-    def _norm(self, nodes: list[Node]) -> float:
+    def _square(self, nodes: list[Node]) -> float:
+        """Square of the norm of this rank's own part of its replica's gradients."""
+        if self._replica.is_cut:
+            return self._replica.own_square(self._state)
         vectors = [node.value for node in nodes] or [self._state.gradients]
-        return float(torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm())
+        return float(torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm()) ** 2
 
     def _one(self, micro: Batch, *, step: int, scale: float) -> float:
-        settings, pulse = self._settings, self._sync.group.pulse
+        settings, pulse, replica = self._settings, self.ranks.world.pulse, self._replica
         pulse.mark("forward")
         micro = {name: tensor.to(settings.device) for name, tensor in micro.items()}
-        with compute_context(settings.dtype, device=settings.device):
-            output = self._forward(self._model, anatomy=self._anatomy, batch=micro, step=step)
-            loss = chunked_loss(
+
+        def compute() -> Tensor:
+            output = self._forward(replica.model, anatomy=replica.anatomy, batch=micro, step=step)
+            return chunked_loss(
                 output.hidden,
                 labels=output.labels,
                 logits_of=output.logits_of,
                 head_parameters=output.head_parameters,
+                vocabulary=replica.vocabulary,
             )
+
+        with compute_context(settings.dtype, device=settings.device):
+            loss = replica.forward(compute)
         pulse.mark("backward")
-        (loss * scale).backward()
+        replica.backward(loss * scale)
         return loss.item()
 
     def _take(self, tree: TreeSum, grain: int) -> None:

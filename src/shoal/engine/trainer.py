@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
-from shoal.comm.group import Group
+from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.config.recipe import Recipe
 from shoal.engine.agree import FRESH, Standing, agree, check_same_program, transfer
 from shoal.engine.build import Training, build
 from shoal.engine.decision import Decision
-from shoal.engine.digest import ReplicasDiffer, differing_tensors, digest_of
+from shoal.engine.digest import ReplicasDiffer, compare, differing_tensors, digest_of
 from shoal.engine.export import fingerprint_of, write_model
 from shoal.engine.faults import PlannedFaults
 from shoal.engine.log import RunLog
 from shoal.engine.members import Members, members_of
 from shoal.engine.orders import Orders
 from shoal.engine.prepare import Inputs
+from shoal.engine.ranks import Ranks, meet, whole
 from shoal.engine.saver import Saver
 from shoal.engine.saving import check_same_run, choose_checkpoint, load, random_state
 from shoal.engine.step import Batch, StepResult, Word
@@ -92,17 +93,26 @@ class Trainer:
         self.pulse.mark("building the model")
         if place.rank == 0:
             report.say("phase", text="building the model")
-        self.training: Training = build(job, group=group, place=place, report=report)
-        if job.faults:
-            self.pulse.on_mark = PlannedFaults(job.faults, place.rank, self.training, report).mark
-        self.files = RunLog(job, report=report, training=self.training)
         self.trace = Trace(on=job.recipe.observe.trace, rank=place.rank)
-        settings = job.recipe.checkpoint
-        self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)
         self._step_began = time.perf_counter()
         self._standing = Standing()
         self._broken: PeersLost | ReplicasDiffer | None = None
         self._finished = False
+        self.training: Training
+        self._built = False
+        if job.decision.layout.replica_workers == 1 or place.size == 1:
+            self._build(whole(group, device=place.device))
+
+    def _build(self, ranks: Ranks) -> None:
+        """Build the model and all around it. A replica of several workers must have met before."""
+        job, place, report = self.job, self.place, self._report
+        self.training = build(job, ranks=ranks, place=place, report=report)
+        if job.faults:
+            self.pulse.on_mark = PlannedFaults(job.faults, place.rank, self.training, report).mark
+        self.files = RunLog(job, report=report, training=self.training)
+        settings = job.recipe.checkpoint
+        self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)
+        self._built = True
 
     @property
     def _first(self) -> bool:
@@ -112,7 +122,7 @@ class Trainer:
 
     def run(self) -> None:
         """Restore or start, then step until done."""
-        if self.job.score is not None:
+        if self.job.score is not None and self._built:
             Path(self.job.score).write_text(json.dumps(self.training.evaluate()), encoding="utf-8")
             return
         self._enter()
@@ -163,7 +173,8 @@ class Trainer:
         every = self.job.recipe.sync.verify_every_steps
         if every == "auto":
             every = 1 if self.place.device.type == "cpu" else 100
-        if not every or step % every or self.group.size == 1 or self.group.shares_memory:
+        alone = self.training.ranks.num_replicas == 1
+        if not every or step % every or alone or self.group.shares_memory:
             return None
         self.pulse.mark("verify")
         return digest_of(self.training.state)
@@ -172,13 +183,16 @@ class Trainer:
 
     def _enter(self, lost: PeersLost | None = None) -> None:
         """Join the newest epoch and agree on one state with its members."""
-        training, job = self.training, self.job
-        self._saver.leave()
+        job = self.job
+        if self._built:
+            self._saver.leave()
         while True:
             try:
                 self.members.join(lost)
-                parameters = sum(p.numel() for p in training.model.parameters())
+                self._take_place()
+                training = self.training
                 recipe = job.recipe.model_dump(mode="json")
+                parameters = training.replica.num_parameters
                 check_same_program(self.group, recipe=recipe, parameters=parameters)
                 self._standing = agree(
                     self.group,
@@ -197,6 +211,19 @@ class Trainer:
                 return
             except PeersLost as again:
                 lost = again
+
+    def _take_place(self) -> None:
+        """Stand among the ranks of the epoch; only then is a model cut, for it needs the others."""
+        if self.job.decision.layout.replica_workers == 1:
+            return
+        assert isinstance(self.group, ProcessGroup), "threads are whole replicas"
+        self.pulse.mark("building the model")
+        layout, device = self.job.decision.layout, self.place.device
+        ranks = meet(self.group, layout=layout, device=device)
+        if self._built:
+            self.training.enter(ranks)
+        else:
+            self._build(ranks)
 
     def _begin(self) -> None:
         """The state of a run that begins or is resumed; nobody has one yet."""
@@ -239,20 +266,19 @@ class Trainer:
             self._enter(problem)
             return
         self.pulse.mark("repair")
-        training, majority = self.training, problem.majority
+        training, moves = self.training, problem.repairs()
         wrong = differing_tensors(self.group, training.state)
         named = ", ".join(f"{name} (rank {', '.join(map(str, r))})" for name, r in wrong.items())
-        if majority:
-            others = [rank for rank in range(self.group.size) if rank not in majority]
+        if moves is not None:
             transfer(
                 self.group,
                 training.state,
-                source=majority[0],
-                to=others,
+                moves=moves,
                 keys=self.members.keys,
                 epoch=self.pulse.epoch,
             )
-            text = f"replicas differ in {named}; repaired from rank {majority[0]}"
+            good = ", ".join(str(source) for source, _ in moves)
+            text = f"replicas differ in {named}; repaired from rank {good}"
         elif self._anything_saved():
             step = self._restore()
             if self._first:
@@ -334,7 +360,8 @@ class Trainer:
         began = time.perf_counter()
         with self.trace.span("evaluate", step=progress.step):
             metrics = training.evaluate()
-            completions = training.complete() if self._first else []
+            speaks = self._first or training.replica.is_cut
+            completions = training.complete() if speaks else []
             self.group.barrier()
         self.group.traffic.take()
         if self._first:
@@ -347,9 +374,9 @@ class Trainer:
         digest = self._digest(0)
         if digest is not None:  # what is saved must be what all replicas hold
             digests = [int(text, 16) for text in gather_json(self.group, f"{digest:x}")]
-            if len(set(digests)) > 1:
-                raise ReplicasDiffer(digests)
+            compare(digests, places=training.ranks.cut.workers)
         recipe = self.job.recipe
+        logits = fingerprint_of(training) if training.replica.is_cut or self._first else []
 
         def facts() -> dict[str, Any]:
             return {
@@ -360,7 +387,7 @@ class Trainer:
                 "model_config": training.config.to_dict(),
                 "ties": [list(names) for names in training.anatomy.ties],
                 "inputs": self.job.inputs.to_json(),
-                "fingerprint": fingerprint_of(training),
+                "fingerprint": logits,
             }
 
         with self.trace.span("save", step=progress.step):
@@ -401,7 +428,7 @@ class Trainer:
                 steps=training.steps,
                 tokens=training.progress.tokens,
                 seconds=training.progress.seconds,
-                parameters=sum(p.numel() for p in training.model.parameters()),
+                parameters=training.replica.num_parameters,
                 peak_memory_bytes=training.peak_memory_bytes,
                 unigram_nats=training.evaluation.unigram_nats(),
             )

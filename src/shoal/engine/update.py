@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shoal.comm.flat import CHUNK, Span, chunk_squares, ordered_sum
 from shoal.config.recipe import AdamW, Muon, OptimizerSection, ScheduleSection
+from shoal.engine.replica import Replica
 from shoal.engine.schedule import rate_factor
 from shoal.engine.state import FlatState
 from shoal.engine.step import StepResult, Word
@@ -28,7 +29,7 @@ class Outcome:
     word: Word
     read: list[int]
     norms: list[float]
-    """Norm of each rank's own gradients; empty for one rank."""
+    """Norm of each replica's own gradients; empty for one replica."""
 
 
 @dataclass
@@ -48,12 +49,13 @@ class Update:
         state: FlatState,
         *,
         sync: EveryStep,
+        replica: Replica,
         optimizer: OptimizerSection,
         schedule: ScheduleSection,
         steps: int,
         max_gradient_norm: float | None,
     ) -> None:
-        self._state, self._sync = state, sync
+        self._state, self._sync, self._replica = state, sync, replica
         self._schedule, self._steps = schedule, steps
         self._limit = max_gradient_norm
         self._settings = optimizer
@@ -99,6 +101,9 @@ class Update:
         )
 
     def _norm(self, reduced: Reduced) -> float:
+        """Of the summed gradients over the whole model; the same on every rank."""
+        if self._replica.is_cut:
+            return self._replica.norm(reduced.values, self._state)
         squares = chunk_squares(reduced.values).cpu()
         whole = self._sync.total_of_chunks(
             squares,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,8 @@ from shoal.launch.measuring import measure_machine, measured_before, measuring_j
 from shoal.launch.pool import WorkerPool
 from shoal.launch.trial import FIRST_TRIAL_SECONDS, TRIAL_SECONDS, Trial
 from shoal.layout import Layout
-from shoal.legal import not_yet
+from shoal.legal import facts_from_config, not_yet
+from shoal.legal import problems as legal_problems
 from shoal.observe.console import Console
 from shoal.plan.ask import choices_of, config_of, workload_of
 from shoal.plan.calibrate import estimator_for, predicted_for
@@ -41,16 +43,16 @@ def check(recipe: Recipe) -> Layout:
     """Refuse what cannot run, before anything is fetched or started. Raises ConfigError."""
     layout = given_layout(recipe)
     problems = list(not_yet(layout, policy=recipe.sync.kind, codec=recipe.sync.codec.kind))
-    problems += divisible(recipe, replicate=layout.replicate)
+    problems += divisible(recipe, layout)
+    problems += _cut_problems(recipe, layout)
     if recipe.launch.workers == "threads":
         if recipe.parallel.fewest_replicas is not None:
             what = "threads of one process live and die together: their degree cannot shrink"
             hint = "use launch.workers=processes, or a fixed degree"
             problems.append(Problem("parallel.replicate", what, hint))
-        if layout.workers != layout.replicate:
-            problems.append(
-                Problem("launch.workers", "threads carry the replicate axis only; use processes")
-            )
+        if layout.replica_workers > 1:
+            what = f"threads carry the replicate axis only, got {layout}"
+            problems.append(Problem("launch.workers", what, "use processes"))
         if recipe.model.dropout == "framework":
             hint = "use model.dropout=keyed, or launch.workers=processes"
             problems.append(
@@ -59,6 +61,60 @@ def check(recipe: Recipe) -> Layout:
     if problems:
         raise ConfigError(problems)
     return layout
+
+
+def _cut_problems(recipe: Recipe, layout: Layout) -> list[Problem]:
+    """What a replica of several workers cannot do, whatever its model."""
+    if layout.replica_workers == 1:
+        return []
+    found = []
+    if recipe.train.exact:
+        what = f"holds for whole replicas only, got {layout}"
+        hint = "set it to false, or use parallel.replicate alone"
+        found.append(Problem("train.exact", what, hint))
+    if recipe.train.optimizer.kind == "muon":
+        what = f"muon needs whole matrices, got {layout}"
+        hint = "use adamw, or parallel.replicate alone"
+        found.append(Problem("train.optimizer.kind", what, hint))
+    if recipe.model.dropout == "framework" and layout.tensor > 1:
+        what = "framework dropout differs between the ranks of the tensor axis"
+        found.append(Problem("model.dropout", what, "use keyed or off"))
+    return found
+
+
+def _refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any]) -> None:
+    """Refuse what this model cannot be cut along, before a worker starts. Raises ConfigError.
+
+    A family that nobody has a table of can be replicated and sharded.
+    """
+    if layout.replica_workers == 1:
+        return
+    try:
+        facts = facts_from_config(config)
+    except ModelError:
+        problems = [
+            Problem(
+                f"parallel.{axis}",
+                f"shoal has no table for a {config.get('model_type')} model, so it cannot be cut "
+                f"along {axis}, got {layout.degree(axis)}",
+                f"set it to 1 and use shard={layout.degree(axis)} instead, which takes any family",
+            )
+            for axis in ("tensor", "context", "pipeline", "expert")
+            if layout.degree(axis) > 1
+        ]
+    else:
+        problems = not_yet(layout, family=facts.family) or legal_problems(
+            facts,
+            layout,
+            policy=recipe.sync.kind,
+            codec=recipe.sync.codec.kind,
+            workers=recipe.launch.workers,
+            shard_level=recipe.parallel.sharding.level,
+            recompute=recipe.parallel.recompute,
+            sequence_tokens=recipe.data.sequence_tokens,
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console) -> Decision:
@@ -73,23 +129,27 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             f"warning: {layout.workers} workers share {cores} cores; more workers than cores "
             "only makes each slower (fine for a test)"
         )
+    _refuse_illegal(recipe, layout, config=_config(recipe, inputs=inputs))
     formats = _formats(recipe, pool=pool, console=console)
-    if auto and formats["devices"] and not given:
-        layout = replace(layout, replicate=_replicas(recipe, at_most=formats["devices"]))
+    inside = layout.replica_workers
+    if auto and not given and (formats["devices"] or inside > 1):
+        room = max(1, (formats["devices"] or cores) // inside)
+        layout = replace(layout, replicate=_replicas(recipe, layout, at_most=room))
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
-    if not auto or recipe.train.exact or workload is None:
+    if not auto or recipe.train.exact or workload is None or inside > 1:
         decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
     elif formats["devices"]:
         decision = _on_devices(recipe, layout=layout, workload=workload, formats=formats)
     else:
         return _with_figures(
+            recipe,
             _on_machine(
                 recipe, inputs, layout=layout, workload=workload, pool=pool, console=console
             ),
             workload=workload,
             formats=formats,
         )
-    return _with_figures(decision, workload=workload, formats=formats)
+    return _with_figures(recipe, decision, workload=workload, formats=formats)
 
 
 def decide_joined(
@@ -97,25 +157,26 @@ def decide_joined(
 ) -> Decision:
     """The decision for workers that another launcher has started. Raises ConfigError."""
     layout = check(recipe)
+    _refuse_illegal(recipe, layout, config=_config(recipe, inputs=inputs))
     cores = cores_per_worker * layout.workers
     formats = {**formats, "compute": _compute(recipe, formats=formats)}
     decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
-    return _with_figures(decision, workload=workload, formats=formats)
+    return _with_figures(recipe, decision, workload=workload, formats=formats)
 
 
-def _replicas(recipe: Recipe, *, at_most: int) -> int:
-    """The largest degree up to `at_most` that divides the global batch."""
-    batch = recipe.train.global_batch_samples
+def _replicas(recipe: Recipe, layout: Layout, *, at_most: int) -> int:
+    """The largest degree up to `at_most` that divides the global batch (of one shard)."""
+    batch = recipe.train.global_batch_samples // layout.shard
     return max(n for n in range(1, min(at_most, batch) + 1) if batch % n == 0)
 
 
-def _kind(recipe: Recipe, *, replicate: int, devices: int) -> Literal["threads", "processes"]:
+def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads", "processes"]:
     if recipe.launch.workers != "auto":
         return recipe.launch.workers
-    if recipe.parallel.fewest_replicas is not None:
+    if recipe.parallel.fewest_replicas is not None or layout.replica_workers > 1:
         return "processes"
-    if replicate > 1 and not devices and recipe.model.dropout != "framework":
+    if layout.replicate > 1 and not devices and recipe.model.dropout != "framework":
         return "threads"
     return "processes"
 
@@ -128,7 +189,7 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, A
         threads, reason = 1, "exact: one thread and one micro batch, whatever the degree"
         eighth = max(1, recipe.train.global_batch_samples // 8)
         micro = (
-            largest_micro_batch(recipe, replicate=1, at_most=min(fitting, eighth))
+            largest_micro_batch(recipe, parts=1, at_most=min(fitting, eighth))
             if chosen == "auto"
             else chosen
         )
@@ -138,13 +199,13 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, A
     else:
         threads, reason = max(1, cores // layout.workers), "as the recipe says"
         micro = (
-            largest_micro_batch(recipe, replicate=layout.replicate, at_most=fitting)
+            largest_micro_batch(recipe, parts=layout.replicate * layout.shard, at_most=fitting)
             if chosen == "auto"
             else chosen
         )
     if recipe.launch.threads_per_worker != "auto":
         threads = recipe.launch.threads_per_worker
-    kind = _kind(recipe, replicate=layout.replicate, devices=formats["devices"])
+    kind = _kind(recipe, layout=layout, devices=formats["devices"])
     if kind == "threads" and layout.replicate > 1 and recipe.launch.workers == "auto":
         reason += "; threads share one copy of the parameters"
     if recipe.precision.compute == "auto":
@@ -205,23 +266,28 @@ def _on_machine(
     return trial.decide(layout, pool=pool, console=console)
 
 
+def _config(recipe: Recipe, *, inputs: Inputs) -> Mapping[str, Any]:
+    """The keys of config.json of the model that is trained."""
+    tags = inputs.task_settings.get("tags")
+    return config_of(
+        recipe,
+        folder=Path(inputs.model_directory) if inputs.model_directory else None,
+        vocabulary_size=inputs.vocabulary_size,
+        labels=len(tags) if tags else None,
+    )
+
+
 def _workload(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:
     """The step of the recipe, or None for a family whose sizes are not known."""
-    tags = inputs.task_settings.get("tags")
     try:
-        config = config_of(
-            recipe,
-            folder=Path(inputs.model_directory) if inputs.model_directory else None,
-            vocabulary_size=inputs.vocabulary_size,
-            labels=len(tags) if tags else None,
-        )
+        config = _config(recipe, inputs=inputs)
         return workload_of(recipe, config=config, precision=FORMATS[compute])
     except ModelError:
         return None
 
 
 def _with_figures(
-    decision: Decision, *, workload: Workload | None, formats: dict[str, Any]
+    recipe: Recipe, decision: Decision, *, workload: Workload | None, formats: dict[str, Any]
 ) -> Decision:
     """The decision with what the model FLOPs of a token are, and the peak of what it runs on."""
     flops = None
@@ -229,7 +295,7 @@ def _with_figures(
         flops = flops_per_token(workload.facts, sequence_tokens=workload.sequence_tokens)
     predicted = decision.predicted
     if workload is not None and not predicted and not formats["devices"]:
-        predicted = _foretold(decision, workload=workload)
+        predicted = _foretold(recipe, decision, workload=workload)
     return replace(
         decision,
         predicted=predicted,
@@ -238,7 +304,7 @@ def _with_figures(
     )
 
 
-def _foretold(decision: Decision, *, workload: Workload) -> dict[str, float]:
+def _foretold(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
     """The prediction for a choice that was not planned; empty where the machine is not known."""
     measured = measured_before()
     if measured is None:
@@ -247,7 +313,12 @@ def _foretold(decision: Decision, *, workload: Workload) -> dict[str, float]:
     estimator = estimator_for(
         measured, crew, workload=replace(workload, precision=FORMATS[decision.compute])
     )
-    candidate = Candidate(layout=decision.layout, micro_batch_samples=decision.micro_batch_samples)
+    candidate = Candidate(
+        layout=decision.layout,
+        micro_batch_samples=decision.micro_batch_samples,
+        level=recipe.parallel.sharding.level,
+        recompute=recipe.parallel.recompute,
+    )
     return predicted_for(estimator.predict(candidate))
 
 

@@ -28,6 +28,8 @@ LONG = (
     "finish",
 )
 """Phases that may take long without a sign."""
+INSIDE = ("forward", "backward", "reduce", "apply")
+"""Phases in which workers of one replica exchange parts of tensors."""
 FACTOR = 3.0
 STARVED = 60.0
 """Times its limit: after that even a worker that is only starved of a processor is given up."""
@@ -86,8 +88,9 @@ class Doctor:
     """Judges sightings. A worker is late when it is silent for too long, and when that is not
     for want of a processor: one that runs must have computed for as long as its limit, too."""
 
-    def __init__(self, *, silence_seconds: float) -> None:
-        self._floor = silence_seconds
+    def __init__(self, *, silence_seconds: float, meets_inside: bool = False) -> None:
+        """`meets_inside`: workers of one replica also meet inside forward and backward, unseen."""
+        self._floor, self._meets_inside = silence_seconds, meets_inside
         self._cpu: dict[int, tuple[float, float]] = {}
         """Rank -> (time of its last beat, CPU seconds it had used when that was first seen)."""
         self._looked_at = self._since = time.monotonic()
@@ -139,7 +142,11 @@ class Doctor:
         limit = self.limit(one.beat)
         if limit is None or one.silent_seconds <= limit:
             return None
-        if one.state not in ("runs", "waits for a device") or computed is None:
+        asleep = one.state not in ("runs", "waits for a device")
+        inside = one.beat is not None and one.beat.phase in INSIDE
+        if asleep and inside and self._meets_inside and one.silent_seconds <= DEADLOCK_SECONDS:
+            return None  # most likely it waits for another, who is the one that is late
+        if asleep or computed is None:
             return Stuck(one.rank, f"gives no sign ({one.state})")
         if computed > limit:
             return Stuck(one.rank, "runs without a step (a live-lock)")

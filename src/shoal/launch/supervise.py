@@ -109,9 +109,13 @@ class Supervisor:
         self._ranks = decision.layout.workers
         launch = payload["recipe"]["launch"]
         self._retries, self._limit = launch["retries"], launch["time_limit_seconds"]
-        self._smallest = payload.get("smallest", self._size)
+        self._replica = 1 if self._threads else decision.layout.replica_workers
+        """Workers that hold one replica together: neighbours in rank."""
+        self._smallest = payload.get("smallest", self._size // self._replica)
         """Fewest replicas that may go on while others are replaced."""
-        self._doctor = Doctor(silence_seconds=launch["silence_seconds"])
+        self._doctor = Doctor(
+            silence_seconds=launch["silence_seconds"], meets_inside=self._replica > 1
+        )
         self._pace = Pace()
         Keys.make(folder / "keys")
         self._watch = Watch(folder / "pulse", slots=self._ranks)
@@ -290,9 +294,10 @@ class Supervisor:
         return explained(recipe, decision, run=self._run, where=death.where)
 
     def _recover(self, lost: Seat) -> None:
-        """Put a new worker into the seat; if nobody else holds the state, start all anew."""
-        survivors = [seat for seat in self.seats if seat.alive and seat.epoch > 0]
-        if not survivors:
+        """Put a new worker into the seat; if nobody else holds its state, start all anew."""
+        place = lost.rank % self._replica
+        equals = [seat for seat in self.seats if seat.rank % self._replica == place]
+        if not any(seat.alive and seat.epoch > 0 for seat in equals):
             self._pool.kill([seat.worker for seat in self.seats if seat.alive])
             resume = any((self._run / "checkpoints").glob("step-*"))
             self._payload = {**self._payload, "resume": resume}
@@ -326,12 +331,13 @@ class Supervisor:
 
     def _form(self) -> None:
         """Announce an epoch when one is needed and enough replicas can be in it."""
-        inside = [s for s in self.seats if s.alive and 0 < s.epoch == self._epoch]
-        able = [s for s in self.seats if s in inside or (s.alive and s.waiting)]
-        enough = self._smallest if self._epoch else self._size
-        changed = any(s.waiting for s in self.seats) or [s.rank for s in inside] != self._members
-        if changed and len(able) >= enough:
-            self._announce(able)
+        able = [s for s in self.seats if s.alive and (s.waiting or 0 < s.epoch == self._epoch)]
+        replicas = Counter(seat.rank // self._replica for seat in able)
+        members = [s for s in able if replicas[s.rank // self._replica] == self._replica]
+        changed = any(s.waiting for s in members) or [s.rank for s in members] != self._members
+        enough = self._smallest * self._replica if self._epoch else self._size
+        if changed and len(members) >= enough:
+            self._announce(members)
 
     def _announce(self, members: list[Seat]) -> None:
         self._epoch += 1
@@ -342,7 +348,8 @@ class Supervisor:
             store = self._folder / f"epoch-{self._epoch:06d}"
             self._pool.send(seat.worker, {**order, "store": str(store)})
         if self._epoch > 1:
-            text = f"epoch {self._epoch}: {len(members)} replicas (workers {self._members})"
+            count = len(members) // self._replica
+            text = f"epoch {self._epoch}: {count} replicas (workers {self._members})"
             self._tell("epoch", {"epoch": self._epoch, "members": self._members, "text": text})
 
     def _tell(self, name: str, fields: dict[str, Any], *, to_file: bool = True) -> None:

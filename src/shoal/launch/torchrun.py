@@ -21,7 +21,7 @@ from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import Recipe
 from shoal.engine.agree import check_same_program
-from shoal.engine.decision import Decision
+from shoal.engine.decision import Decision, given_layout
 from shoal.engine.measure import measured_formats
 from shoal.engine.prepare import prepare_inputs
 from shoal.engine.worker import Seat, job_from, run_seat
@@ -58,17 +58,22 @@ def join(recipe: str, overrides: Sequence[str], *, out: Path | None, seat: Rende
 
 def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
     resolved = load_recipe(recipe, overrides)
-    wanted = resolved.parallel.replicas
+    wanted, inside = resolved.parallel.replicas, given_layout(resolved).replica_workers
     problems = []
-    if wanted is not None and wanted != size:
+    if size % inside:
+        what = f"one replica takes {inside} workers, torchrun started {size}"
+        problems.append(Problem("parallel", what, f"start a multiple of {inside}"))
+    elif wanted is not None and wanted * inside != size:
         what = f"the recipe says {wanted} replicas, torchrun started {size} workers"
-        problems.append(Problem("parallel.replicate", what, "give the same number to both"))
+        if inside > 1:
+            what += f" ({inside} each)"
+        problems.append(Problem("parallel.replicate", what, f"set it to {size // inside}"))
     if resolved.launch.workers == "threads":
         hint = "leave launch.workers out, or run without torchrun"
         problems.append(Problem("launch.workers", "workers of torchrun are processes", hint))
     if problems:
         raise ConfigError(problems)
-    parallel = [f"parallel.replicate={size}", "launch.workers=processes"]
+    parallel = [f"parallel.replicate={size // inside}", "launch.workers=processes"]
     return anchored(load_recipe(recipe, [*overrides, *parallel]))
 
 

@@ -17,7 +17,7 @@ SHARD_LEVELS = ("parameters", "gradients", "optimizer")
 or the optimizer state alone (docs/layouts.md has the memory of each)."""
 RECOMPUTE = ("none", "selective", "full")
 
-IMPLEMENTED_AXES = frozenset({"replicate"})
+IMPLEMENTED_AXES = frozenset({"replicate", "shard", "tensor"})
 IMPLEMENTED_POLICIES = frozenset({"every-step"})
 IMPLEMENTED_CODECS = frozenset({"none"})
 

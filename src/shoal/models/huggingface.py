@@ -134,18 +134,12 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, *, num_tokens: int = 16, num_values: int = 32) -> list[float]:
+def fingerprint(model: nn.Module, *, num_values: int = 32) -> list[float]:
     """Logits of a fixed sample, float32: `num_values` of the last position, evenly spread.
 
     The same weights give the same list (within rounding of the kernels used): merge compares.
     """
-    config: Any = model.config
-    sample = example_of(model, num_tokens=num_tokens)
-    sample.pop("position_ids", None)
-    if "input_ids" in sample:
-        # a stride coprime to most sizes, so that the tokens differ and stay in the vocabulary
-        places = torch.arange(num_tokens, device=sample["input_ids"].device)
-        sample["input_ids"] = ((places * 7919 + 11) % config.vocab_size)[None]
+    sample = fingerprint_sample(model)
     training = model.training
     model.eval()
     try:
@@ -153,8 +147,25 @@ def fingerprint(model: nn.Module, *, num_tokens: int = 16, num_values: int = 32)
         logits = whole if whole.dim() == 1 else whole[-1]
     finally:
         model.train(training)
+    return fingerprint_values(logits, num_values=num_values)
+
+
+def fingerprint_sample(model: nn.Module, *, num_tokens: int = 16) -> dict[str, Tensor]:
+    """The sample that the fingerprint is taken of."""
+    config: Any = model.config
+    sample = example_of(model, num_tokens=num_tokens)
+    sample.pop("position_ids", None)
+    if "input_ids" in sample:
+        # a stride coprime to most sizes, so that the tokens differ and stay in the vocabulary
+        places = torch.arange(num_tokens, device=sample["input_ids"].device)
+        sample["input_ids"] = ((places * 7919 + 11) % config.vocab_size)[None]
+    return sample
+
+
+def fingerprint_values(logits: Tensor, *, num_values: int = 32) -> list[float]:
+    """The fingerprint from the logits [V] of the sample's last position."""
     chosen = torch.linspace(0, len(logits) - 1, min(num_values, len(logits))).round().long()
-    return [float(each) for each in logits[chosen.to(logits.device)]]
+    return [float(each) for each in logits.float()[chosen.to(logits.device)]]
 
 
 def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:

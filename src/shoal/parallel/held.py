@@ -63,6 +63,19 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """One box of a parameter, and where in this rank's tensor it begins (per dim)."""
+
+    box: Box
+    begins: tuple[int, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of `tensor`, which lies as the parameter's storage does; a view."""
+        ends = (low + size for low, size in zip(self.begins, self.box.sizes))
+        return tensor[tuple(slice(low, end) for low, end in zip(self.begins, ends))]
+
+
+@dataclass(frozen=True)
 class Piece:
     """One box of a parameter, and the part of the local tensor that is its storage."""
 
@@ -123,7 +136,12 @@ def held(model: nn.Module, *, gradients: bool = False) -> dict[str, list[Piece]]
 
 def pieces_of(tensor: Tensor, parameter: Tensor, cut: Cut) -> list[Piece]:
     """The boxes of `tensor`, which lies on this rank as `parameter` does."""
-    first, rows = 0, tuple(tensor.shape)
+    return [Piece(slot.box, slot.of(tensor)) for slot in slots_of(parameter, cut)]
+
+
+def slots_of(parameter: Tensor, cut: Cut) -> list[Slot]:
+    """The boxes of one parameter that this rank has, and where they lie in its storage."""
+    first, rows = 0, tuple(parameter.shape)
     if isinstance(parameter, DTensor):
         rows, offsets = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
@@ -133,7 +151,7 @@ def pieces_of(tensor: Tensor, parameter: Tensor, cut: Cut) -> list[Piece]:
         return []
     begins = [first] + [0] * (len(cut.shape) - 1) if cut.shape else []
     if cut.dim is None:
-        return [Piece(Box(tuple(begins), rows), tensor)]
+        return [Slot(Box(tuple(begins), tuple(rows)), (0,) * len(rows))]
     found, at = [], 0
     for start, size in cut.segments:
         # this segment is [at, at + size) of what the tensor axis left, of which we have [low, high)
@@ -143,10 +161,17 @@ def pieces_of(tensor: Tensor, parameter: Tensor, cut: Cut) -> list[Piece]:
         if high > low:
             box = list(begins), list(rows)
             box[0][cut.dim], box[1][cut.dim] = start + low - at, high - low
-            view = tensor.narrow(cut.dim, low - base, high - low)
-            found.append(Piece(Box(tuple(box[0]), tuple(box[1])), view))
+            places = [0] * len(rows)
+            places[cut.dim] = low - base
+            found.append(Slot(Box(tuple(box[0]), tuple(box[1])), tuple(places)))
         at += size
     return found
+
+
+def all_slots(model: nn.Module) -> dict[str, list[Slot]]:
+    """`slots_of` every canonical parameter."""
+    cuts = placed_of(model).cuts
+    return {name: slots_of(each, cuts[name]) for name, each in canonical_parameters(model).items()}
 
 
 def counted(model: nn.Module) -> frozenset[str]:

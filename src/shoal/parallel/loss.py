@@ -11,6 +11,7 @@ Shapes: N tokens (any leading shape), D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,16 @@ class Vocabulary:
     size: int
     whole: int
     group: dist.ProcessGroup
+
+    def gather(self, part: Tensor) -> Tensor:
+        """This rank's logits [..., size] -> all logits [..., whole], on every rank."""
+        ranks = dist.get_world_size(self.group)
+        edges = [self.whole * rank // ranks for rank in range(ranks + 1)]
+        sizes = [end - start for start, end in itertools.pairwise(edges)]
+        padded = functional.pad(part, (0, max(sizes) - part.shape[-1])).contiguous()
+        parts = padded.new_empty(ranks, *padded.shape)
+        all_gather_into(parts.flatten(0, 1), padded, group=self.group)
+        return torch.cat([each[..., :size] for each, size in zip(parts, sizes)], dim=-1)
 
 
 def chunk_tokens_for(num_labels: int, *, budget_bytes: int = CHUNK_BYTES) -> int:

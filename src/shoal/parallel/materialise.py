@@ -20,13 +20,15 @@ def materialise(
     source: Source | None = None,
     storage: dict[str, Tensor] | None = None,
     gradients: dict[str, Tensor] | None = None,
+    fill: bool = True,
 ) -> None:
     """Make a model that `parallel.apply` has cut real, in place: float32, on the mesh's device (an
     offloaded one on the CPU).
 
     Values come from `source`, or else are drawn (models/init.py). `storage` and `gradients`: zeroed
     memory by canonical name for parameters and gradients, of the shapes `shard.storage_shapes`
-    gives; None: memory of its own, and no gradients yet. Buffers are recomputed.
+    gives; None: memory of its own, and no gradients yet. Buffers are recomputed. `fill` False:
+    the storage has its values already, or gets them later.
     Raises ModelError for a weight that nothing initialises.
     """
     placed = placed_of(model)
@@ -35,7 +37,7 @@ def materialise(
         storage = {n: torch.zeros(shape, device=where) for n, shape in shapes.items()}
     kept, slots = storage, gradients or {}
     adopt(model, kept.__getitem__, slots.get)
-    for name, pieces in held(model).items():
+    for name, pieces in held(model).items() if fill else ():
         for piece in pieces:
             box = (piece.box.offsets, piece.box.sizes)
             value = source.tensor(name, box=box) if source is not None else None

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shoal.layout import AXES, Layout
+from shoal.runtime import new_group
 
 REPLICA = tuple(axis for axis in AXES if axis != "replicate")
 """Axes that one replica is cut along."""
@@ -25,6 +26,12 @@ class Mesh:
     rank: int
     device: torch.device
     groups: Mapping[tuple[str, ...], dist.ProcessGroup | None]
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Mesh:
+        """The mesh of a replica that is one worker; its replicas are no matter of the mesh."""
+        axes = (*((axis,) for axis in AXES), REPLICA, BATCH)
+        return cls(Layout(), 0, device, dict.fromkeys(axes))
 
     def degree(self, axis: str) -> int:
         """Number of ranks along `axis`."""
@@ -54,12 +61,14 @@ def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:
     if layout.workers != met:
         raise ValueError(f"the degrees ({layout}) multiply to {layout.workers}, but {met} met")
     groups: dict[tuple[str, ...], dist.ProcessGroup | None] = {}
+    known: dict[tuple[int, ...], dist.ProcessGroup | None] = {(rank,): None}
     for axes in (*((axis,) for axis in AXES), REPLICA, BATCH):
         mine = None
         for ranks in layout.groups(*axes):
             # every rank takes part in making every group, in one order
-            made = dist.new_group(ranks) if len(ranks) > 1 else None
+            if tuple(ranks) not in known:
+                known[tuple(ranks)] = new_group(ranks) if len(ranks) > 1 else None
             if rank in ranks:
-                mine = made
+                mine = known[tuple(ranks)]
         groups[axes] = mine
     return Mesh(layout, rank, device, groups)

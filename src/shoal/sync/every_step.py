@@ -27,12 +27,23 @@ class Reduced:
 
 
 class EveryStep:
-    """Synchronous agreement over `group`, one replica per rank."""
+    """Synchronous agreement over `group`: one rank of each replica, all at one place in it.
+
+    `shard` of `shards`: which part of its replica's samples this rank computes.
+    """
 
     def __init__(
-        self, group: Group, *, global_batch_samples: int, grain_samples: int, bucket_bytes: int
+        self,
+        group: Group,
+        *,
+        global_batch_samples: int,
+        grain_samples: int,
+        bucket_bytes: int,
+        shard: int = 0,
+        shards: int = 1,
     ) -> None:
         self.group = group
+        self._shard, self._shards = shard, shards
         self._batch, self._grain = global_batch_samples, grain_samples
         self._bucket_bytes = bucket_bytes
         self._scratch: Tensor | None = None
@@ -46,11 +57,14 @@ class EveryStep:
             self.group.barrier()
 
     def share(self) -> Share:
-        """This replica's part of every global batch, in whole grains."""
-        return self._share(self.group.rank)
+        """This rank's part of every global batch, in whole grains; equal for all shards."""
+        mine = self._share(self.group.rank)
+        part = split_evenly(len(mine), self._shards, self._shard, grain=self._grain)
+        return Share(mine.start + part.start, mine.start + part.stop)
 
     def _share(self, rank: int) -> Share:
-        return split_evenly(self._batch, self.group.size, rank, grain=self._grain)
+        grain = self._grain * self._shards
+        return split_evenly(self._batch, self.group.size, rank, grain=grain)
 
     def owned(self, layout: FlatLayout, *, numel: int) -> Span:
         """The part of the first `numel` elements that this rank updates."""

@@ -184,7 +184,7 @@ def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
         update=Update(
             state,
             sync=sync,
-            replica=replica,
+            cut_norm=replica.norm if replica.is_cut else None,
             optimizer=recipe.train.optimizer,
             schedule=recipe.train.schedule,
             steps=steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from shoal.comm.flat import CHUNK, Span, chunk_squares, ordered_sum
 from shoal.config.recipe import AdamW, Muon, OptimizerSection, ScheduleSection
-from shoal.engine.replica import Replica
 from shoal.engine.schedule import rate_factor
 from shoal.engine.state import FlatState
 from shoal.engine.step import StepResult, Word
@@ -49,13 +49,14 @@ class Update:
         state: FlatState,
         *,
         sync: EveryStep,
-        replica: Replica,
         optimizer: OptimizerSection,
         schedule: ScheduleSection,
         steps: int,
         max_gradient_norm: float | None,
+        cut_norm: Callable[[Tensor, FlatState], float] | None = None,
     ) -> None:
-        self._state, self._sync, self._replica = state, sync, replica
+        """`cut_norm`: gives the norm of flat gradients where each rank has a part of a replica."""
+        self._state, self._sync, self._cut_norm = state, sync, cut_norm
         self._schedule, self._steps = schedule, steps
         self._limit = max_gradient_norm
         self._settings = optimizer
@@ -102,8 +103,8 @@ class Update:
 
     def _norm(self, reduced: Reduced) -> float:
         """Of the summed gradients over the whole model; the same on every rank."""
-        if self._replica.is_cut:
-            return self._replica.norm(reduced.values, self._state)
+        if self._cut_norm is not None:
+            return self._cut_norm(reduced.values, self._state)
         squares = chunk_squares(reduced.values).cpu()
         whole = self._sync.total_of_chunks(
             squares,

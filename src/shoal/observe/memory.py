@@ -37,6 +37,7 @@ class LiveStorage(TorchDispatchMode):
         return result
 
     def _see(self, tensor: torch.Tensor) -> None:
+        tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor has no storage of its own
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if size == 0 or place in self._known:

@@ -104,7 +104,11 @@ def test_one_bit_changes_the_digest_and_names_the_tensor(vector: str) -> None:
 
 
 def test_majorities() -> None:
-    assert ReplicasDiffer([5, 5, 6]).majority == [0, 1]
-    assert ReplicasDiffer([6, 5, 5, 5]).majority == [1, 2, 3]
-    assert ReplicasDiffer([5, 6]).majority == []
-    assert ReplicasDiffer([5, 5, 6, 6]).majority == []
+    assert ReplicasDiffer([5, 5, 6]).repairs() == [(0, [2])]
+    assert ReplicasDiffer([6, 5, 5, 5]).repairs() == [(1, [0])]
+    assert ReplicasDiffer([5, 6]).repairs() is None
+    assert ReplicasDiffer([5, 5, 6, 6]).repairs() is None
+    # two workers a replica: each place by itself
+    assert ReplicasDiffer([5, 7, 5, 7, 6, 7], places=2).repairs() == [(0, [4])]
+    assert ReplicasDiffer([5, 7, 5, 8, 6, 7], places=2).repairs() == [(0, [4]), (1, [3])]
+    assert ReplicasDiffer([5, 7, 6, 7], places=2).repairs() is None

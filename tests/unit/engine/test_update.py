@@ -26,14 +26,15 @@ def parameters() -> dict[str, nn.Parameter]:
 def build(optimizer: AdamW | Muon, *, limit: float | None) -> tuple[flat.FlatState, Update]:
     group, named = ProcessGroup(), parameters()
     regions = flat.regions_of(
-        named,
+        SHAPES,
         decayed=["matrix"],
         matrices=["matrix"] if isinstance(optimizer, Muon) else [],
         frozen=[],
     )
     device = torch.device("cpu")
     state = flat.allocate(regions, group=group, optimizer=optimizer, device=device)
-    flat.fill(state, named)
+    for name, parameter in named.items():
+        state.layout.view(state.values, name).copy_(parameter.detach())
     sync = EveryStep(group, global_batch_samples=4, grain_samples=1, bucket_bytes=1 << 20)
     update = Update(
         state, sync=sync, optimizer=optimizer, schedule=Constant(), steps=9, max_gradient_norm=limit

@@ -1,11 +1,11 @@
-"""One seed, one loss curve, when a replica is cut: shard, tensor and their mixes, through the engine."""
+"""One seed, one loss curve, when a replica is cut: shard, tensor and mixes, through the engine."""
 
 from __future__ import annotations
 
 import pytest
 
+from parity.test_replicas import FROZEN, GPT2, PADDED, SHORT, assert_same_curve
 from tiny import Bench
-from parity.test_replicas import CURVE, FROZEN, GPT2, PADDED, SHORT, assert_same_curve
 
 LAYOUTS = {
     "shard 2": ("parallel.shard=2",),

@@ -15,6 +15,7 @@ from shoal.cli import (
     evaluate,
     generate,
     merge,
+    parity,
     plan,
     rehearse,
     resume,
@@ -36,6 +37,7 @@ app.command("resume")(resume.resume)
 app.command("merge")(merge.merge)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("parity")(parity.parity)
 app.command("rehearse")(rehearse.rehearse)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")

@@ -215,7 +215,8 @@ def _state(
 ) -> FlatState:
     """The state, and the model over it; where ranks share memory, rank 0 fills it for all."""
     recipe = job.recipe
-    state = allocate(replica, recipe, group=group)
+    dtype = torch.float64 if job.double else torch.float32
+    state = allocate(replica, recipe, group=group, dtype=dtype)
     first = not job.joining and (not group.computes_in_place or group.rank == 0)
     fill(replica, state, seed=recipe.seed, source=source, draws=first)
     if group.shares_memory:

@@ -17,7 +17,8 @@ from shoal.comm.messages import gather_json
 from shoal.engine.state import FlatState
 
 
-def _hash(tensor: Tensor) -> int:
+def hash_of(tensor: Tensor) -> int:
+    """64 bits of a tensor's bytes."""
     plain = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
     return xxhash.xxh3_64_intdigest(plain.data)
 
@@ -26,7 +27,7 @@ def digest_of(state: FlatState) -> int:
     """One 64-bit hash of parameters and optimizer state."""
     total = xxhash.xxh3_64()
     for vector in (state.values, *state.moments.values()):
-        total.update(_hash(vector).to_bytes(8, "little"))
+        total.update(hash_of(vector).to_bytes(8, "little"))
     return total.intdigest()
 
 
@@ -70,7 +71,7 @@ def compare(digests: Sequence[int], *, places: int = 1) -> None:
 def differing_tensors(group: Group, state: FlatState) -> dict[str, list[int]]:
     """`kind name` -> ranks whose tensor is not what most at their place have (a tie: all)."""
     kinds, places = ("parameter", *state.moments), state.cut.workers
-    own = {f"{k} {name}": _hash(t) for k in kinds for name, t in state.named(k).items()}
+    own = {f"{k} {name}": hash_of(t) for k in kinds for name, t in state.named(k).items()}
     everybody = gather_json(group, {name: f"{value:016x}" for name, value in own.items()})
     found: dict[str, list[int]] = {}
     for name in own:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.group import watched
+from shoal.comm.group import Group, watched
 from shoal.config.recipe import Muon, Recipe
 from shoal.engine import state as flat
 from shoal.engine.model import small_model
@@ -186,7 +186,9 @@ def fill(
     replica.model.train()
 
 
-def allocate(replica: Replica, recipe: Recipe, *, group: Any) -> FlatState:
+def allocate(
+    replica: Replica, recipe: Recipe, *, group: Group, dtype: torch.dtype = torch.float32
+) -> FlatState:
     """The zeroed state of a model that was cut."""
     regions = flat.regions_of(
         shard.storage_shapes(replica.model),
@@ -200,6 +202,7 @@ def allocate(replica: Replica, recipe: Recipe, *, group: Any) -> FlatState:
         optimizer=recipe.train.optimizer,
         device=held.placed_of(replica.model).storage_device,
         model=replica.model,
+        dtype=dtype,
     )
 
 

@@ -107,7 +107,7 @@ class FlatState:
         members = self.layout.members
         if name in members["frozen"]:
             return False
-        return (kind == "momentum_buffer") == (name in members["matrices"])
+        return kind == "gradient" or (kind == "momentum_buffer") == (name in members["matrices"])
 
     def pieces(self, kind: str) -> dict[str, list[Piece]]:
         """`parameter`, or an optimizer state: name -> the boxes of it on this rank."""
@@ -135,18 +135,19 @@ def allocate(
     optimizer: OptimizerSection,
     device: torch.device,
     model: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> FlatState:
     """Zeroed vectors for `regions`. Threads share values and moments; gradients are each rank's.
 
     `model`: one that was cut (parallel/apply.py), whose storage the regions describe; without it
-    every tensor is whole.
+    every tensor is whole. `dtype`: float64 for proofs, which want to know what rounding does.
     """
     layout = FlatLayout.of(regions, whole=["matrices"] if isinstance(optimizer, Muon) else [])
-    values = group.buffer(layout.numel, dtype=torch.float32, device=device)
+    values = group.buffer(layout.numel, dtype=dtype, device=device)
     trainable = layout.regions["frozen"].start
-    gradients = torch.zeros(trainable, dtype=torch.float32, device=device)
+    gradients = torch.zeros(trainable, dtype=dtype, device=device)
     moments = {
-        kind: group.buffer(trainable, dtype=torch.float32, device=device)
+        kind: group.buffer(trainable, dtype=dtype, device=device)
         for kind in MOMENTS[optimizer.kind]
     }
     state = FlatState(layout, values, gradients, moments)

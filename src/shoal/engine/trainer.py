@@ -22,9 +22,11 @@ from shoal.engine.export import fingerprint_of, write_model
 from shoal.engine.faults import PlannedFaults
 from shoal.engine.log import RunLog
 from shoal.engine.members import Members, members_of
+from shoal.engine.mistakes import make
 from shoal.engine.orders import Orders
 from shoal.engine.prepare import Inputs
 from shoal.engine.ranks import Ranks, meet, whole
+from shoal.engine.recorder import Recorder
 from shoal.engine.saver import Saver
 from shoal.engine.saving import check_same_run, choose_checkpoint, load, random_state
 from shoal.engine.step import Batch, StepResult, Word
@@ -50,11 +52,15 @@ class Job:
     """Takes the place of a lost worker: the state comes from a living one, and is not drawn."""
     final_model: bool = True
     fault: str | None = None
-    """A planned mistake, for showing that checks see it: `mean-of-means`."""
+    """A planned mistake (engine/mistakes.py), for showing that checks see it."""
     faults: tuple[dict[str, Any], ...] = ()
     """Faults to commit at a rank, step and phase (engine/faults.py), for rehearsals."""
     score: str | None = None
     """Only evaluate, and write the scores to this file."""
+    record: bool = False
+    """Keep parameters and gradients of every step (engine/recorder.py), for proofs."""
+    double: bool = False
+    """Compute in float64, for proofs."""
 
 
 def train(
@@ -109,6 +115,10 @@ class Trainer:
         self.training = build(job, ranks=ranks, place=place, report=report)
         if job.faults:
             self.pulse.on_mark = PlannedFaults(job.faults, place.rank, self.training, report).mark
+        if job.record:
+            self.training.update.on_reduced = Recorder(job.run, self.training).note
+        if job.fault is not None:
+            make(job.fault, self.training)
         self.files = RunLog(job, report=report, training=self.training)
         settings = job.recipe.checkpoint
         self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)

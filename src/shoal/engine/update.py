@@ -63,6 +63,8 @@ class Update:
         self._owned = sync.owned(state.layout, numel=state.trainable_numel)
         self._slots: list[_Slot] = []
         self._optimizers = _build(state, self._owned, optimizer, self._slots)
+        self.on_reduced: Callable[[int, Reduced, float], None] = lambda step, reduced, norm: None
+        """Called with the number of the step, the summed gradients before clipping, their norm."""
         self.step = 0
         """Optimizer steps applied or skipped so far: what the schedule counts."""
 
@@ -77,6 +79,7 @@ class Update:
         else:
             reduced = self._sync.reduce(state.gradients, state.layout)
         norm = self._norm(reduced)
+        self.on_reduced(self.step, reduced, norm)
         self._sync.group.pulse.mark("apply")
         rate = self._set_rates()
         applied = math.isfinite(norm) and result.targets > 0

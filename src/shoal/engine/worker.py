@@ -72,6 +72,8 @@ def job_from(payload: dict[str, Any]) -> Job:
         final_model=payload.get("final_model", True),
         fault=payload.get("fault"),
         score=payload.get("score"),
+        record=payload.get("record", False),
+        double=payload.get("double", False),
     )
 
 

@@ -82,7 +82,7 @@ def _cut_problems(recipe: Recipe, layout: Layout) -> list[Problem]:
     return found
 
 
-def _refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any]) -> None:
+def refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any]) -> None:
     """Refuse what this model cannot be cut along, before a worker starts. Raises ConfigError.
 
     A family that nobody has a table of can be replicated and sharded.
@@ -129,7 +129,7 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             f"warning: {layout.workers} workers share {cores} cores; more workers than cores "
             "only makes each slower (fine for a test)"
         )
-    _refuse_illegal(recipe, layout, config=_config(recipe, inputs=inputs))
+    refuse_illegal(recipe, layout, config=_config(recipe, inputs=inputs))
     formats = _formats(recipe, pool=pool, console=console)
     inside = layout.replica_workers
     if auto and not given and (formats["devices"] or inside > 1):
@@ -157,7 +157,7 @@ def decide_joined(
 ) -> Decision:
     """The decision for workers that another launcher has started. Raises ConfigError."""
     layout = check(recipe)
-    _refuse_illegal(recipe, layout, config=_config(recipe, inputs=inputs))
+    refuse_illegal(recipe, layout, config=_config(recipe, inputs=inputs))
     cores = cores_per_worker * layout.workers
     formats = {**formats, "compute": _compute(recipe, formats=formats)}
     decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)

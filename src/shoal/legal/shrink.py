@@ -54,7 +54,7 @@ def shrunk(config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1) -> 
         raise ModelError(
             f"config.json, key {missing[0]!r}: expected a size, found none, so this "
             f"{config.get('model_type')!r} cannot be made smaller\n"
-            "    prove the layout on the model as it is (parity.shrink=false)"
+            "    prove the layout on the model as it is: shoal parity --whole"
         )
     hidden, heads = int(config[keys.hidden]), int(config[keys.heads])
     groups = int(config.get(keys.groups) or heads)

@@ -1,0 +1,46 @@
+"""`shoal parity`: prove that a layout of this model equals one worker, with a certificate."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli.train import Overrides
+
+
+def parity(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe, or a YAML file.")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps to compare.")] = 4,
+    whole: Annotated[bool, typer.Option("--whole", help="The model as it is, not small.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder that keeps the runs and the certificate.")
+    ] = None,
+    plant: Annotated[
+        str | None, typer.Option(metavar="MISTAKE", help="Make a mistake, to see it caught.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Exit status 0 when the layout equals one worker within the derived tolerance, else 1."""
+    from shoal.errors import RunError
+    from shoal.prove.parity import prove
+
+    if out is not None and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise RunError(f"{out}: exists and is not empty; choose another --out")
+    with tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
+        found = prove(
+            recipe,
+            overrides or [],
+            out=out or Path(scratch),
+            steps=steps,
+            whole=whole,
+            mistake=plant,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    print(json.dumps(found.to_json(), indent=1) if as_json else found)
+    raise typer.Exit(0 if found.proven else 1)

@@ -1,0 +1,136 @@
+"""What a proof trains instead of the user's run: the same model made small, for a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.config.anchor import anchored
+from shoal.config.recipe import ConfiguredModel, Recipe
+from shoal.engine.decision import Decision, given_layout
+from shoal.engine.prepare import Inputs
+from shoal.errors import ConfigError, Problem
+from shoal.launch.choose import check, refuse_illegal
+from shoal.layout import Layout
+from shoal.legal import shrunk
+from shoal.plan.ask import config_of
+
+_SAMPLES = 2
+"""Samples that each reader computes in a step, one after the other: gradients are accumulated."""
+
+
+def proof_layout(recipe: Recipe) -> Layout:
+    """The layout to prove. Raises ConfigError for one worker, and for what `check` refuses."""
+    layout = given_layout(recipe)
+    if layout.workers == 1:
+        hint = "name one, such as parallel.replicate=2, parallel.shard=2 or parallel.tensor=2"
+        raise ConfigError([Problem("parallel", "one worker is its own proof", hint)])
+    if recipe.model.dropout == "framework":
+        what = "framework dropout draws other numbers in every layout, so no two runs are equal"
+        raise ConfigError([Problem("model.dropout", what, "use keyed or off")])
+    check(recipe)
+    return layout
+
+
+def proof_recipe(
+    recipe: Recipe, *, inputs: Inputs, layout: Layout, steps: int, whole: bool, num_devices: int = 0
+) -> Recipe:
+    """The recipe of the proof's runs: the task, data and optimizer of the user's.
+
+    The model is made small (unless `whole`), drawn even where the recipe reads weights; the rate is
+    constant, so that the first steps move the weights; a step has few samples.
+    Raises ConfigError when the model cannot be cut so, ModelError when no rule makes it small.
+    """
+    config = _config(recipe, inputs)
+    refuse_illegal(recipe, layout, config=config)
+    tree = recipe.model_dump(mode="json")
+    if not whole:
+        tree["model"] = _small(recipe, config, inputs=inputs, layout=layout)
+        if not isinstance(recipe.model, ConfiguredModel):
+            tree["data"]["tokenizer"] = {"kind": "folder", "path": str(inputs.tokenizer_directory)}
+    samples = _SAMPLES * layout.replicate * layout.shard
+    compute = recipe.precision.compute
+    tree["train"] |= {
+        "steps": steps,
+        "epochs": None,
+        "stop_after_steps": None,
+        "evaluate_every_steps": 0,
+        "global_batch_samples": samples,
+        "micro_batch_samples": 1,
+        "schedule": {"kind": "constant"},
+        "max_gradient_norm": recipe.train.max_gradient_norm or 1.0,
+    }
+    tree["task"] |= {"prompts": []} if recipe.task.kind == "causal-lm" else {}
+    tree["checkpoint"] = {"every_steps": max(1, steps // 2), "keep": 3, "background": False}
+    tree["precision"] = {"compute": "float32" if compute == "auto" else compute}
+    tree["sync"] |= {"verify_every_steps": 0}
+    tree["observe"] = {"console": False}
+    if recipe.launch.device == "auto":  # ranks of NCCL cannot share a device
+        tree["launch"]["device"] = "cuda" if num_devices >= layout.workers else "cpu"
+    return anchored(Recipe.model_validate(tree))
+
+
+def proof_decision(recipe: Recipe, layout: Layout, *, micro: int = 1) -> Decision:
+    """How one of the runs is done: threads only where the recipe says so, one core each."""
+    compute = recipe.precision.compute
+    threads = recipe.launch.workers == "threads" and layout.workers > 1
+    return Decision(
+        layout,
+        "threads" if threads else "processes",
+        1,
+        micro,
+        "bfloat16" if compute == "bfloat16" else "float32",
+        "a proof",
+    )
+
+
+def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
+    """The same recipe on one worker, when `layout` is that; else as it is."""
+    if layout.workers > 1:
+        return recipe
+    tree = recipe.model_dump(mode="json")
+    tree["parallel"] = {"replicate": 1}
+    tree["launch"] |= {"workers": "processes"}
+    return Recipe.model_validate(tree)
+
+
+def _config(recipe: Recipe, inputs: Inputs) -> Mapping[str, Any]:
+    tags = inputs.task_settings.get("tags")
+    folder = Path(inputs.model_directory) if inputs.model_directory else None
+    return config_of(
+        recipe,
+        folder=folder,
+        vocabulary_size=inputs.vocabulary_size,
+        labels=len(tags) if tags else None,
+    )
+
+
+def _small(
+    recipe: Recipe, config: Mapping[str, Any], *, inputs: Inputs, layout: Layout
+) -> dict[str, Any]:
+    """The model section of a small model of the same kind."""
+    from shoal.models.huggingface import read_config
+
+    model = recipe.model
+    if isinstance(model, ConfiguredModel):
+        size = model.settings.get("vocab_size") or inputs.vocabulary_size
+        full = read_config(
+            architecture=model.architecture, settings=model.settings, vocabulary_size=size
+        )
+        kept = model.settings
+    else:
+        full, kept = read_config(path=inputs.model_directory), dict(config)
+        known = full.to_dict()
+        dropped = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version"}
+        kept = {k: v for k, v in kept.items() if k in known and k not in dropped and k[0] != "_"}
+        kept = {k: v for k, v in kept.items() if k not in ("num_labels", "id2label", "label2id")}
+    small = shrunk(full.to_dict(), tensor=layout.tensor, pipeline=layout.pipeline)
+    architecture = full.model_type
+    settings = {**kept, **small, "vocab_size": full.vocab_size}
+    return {
+        "kind": "config",
+        "architecture": architecture,
+        "dropout": model.dropout,
+        **{key: value for key, value in settings.items() if key not in ("kind", "architecture")},
+    }

@@ -102,7 +102,7 @@ class Replica:
         for name in state.layout.shapes:
             if name in names and name not in state.layout.members["frozen"]:
                 view = state.layout.view(state.gradients, name)
-                total += float(torch.linalg.vector_norm(view)) ** 2
+                total += float(held.squares_of(view).sum())
         return total
 
     def norm(self, values: Tensor, state: FlatState) -> float:

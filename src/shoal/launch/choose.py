@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import (
     Decision,
-    divisible,
-    given_layout,
     largest_micro_batch,
 )
 from shoal.engine.prepare import Inputs
@@ -21,12 +17,11 @@ from shoal.errors import ConfigError, ModelError, Problem, UserError
 from shoal.launch.directory import write_whole
 from shoal.launch.measuring import measure_machine, measured_before, measuring_job
 from shoal.launch.pool import WorkerPool
+from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.launch.trial import FIRST_TRIAL_SECONDS, TRIAL_SECONDS, Trial
 from shoal.layout import Layout
-from shoal.legal import facts_from_config, not_yet
-from shoal.legal import problems as legal_problems
 from shoal.observe.console import Console
-from shoal.plan.ask import choices_of, config_of, workload_of
+from shoal.plan.ask import choices_of, workload_of
 from shoal.plan.calibrate import estimator_for, predicted_for
 from shoal.plan.cost.step import Estimator
 from shoal.plan.devices import device_named
@@ -37,84 +32,6 @@ from shoal.plan.workload import FORMATS, Candidate, Crew, Workload, flops_per_to
 
 _MICRO_TOKENS = 2048
 """Tokens of a micro batch when none is measured: enough to fill matrix products, small in cache."""
-
-
-def check(recipe: Recipe) -> Layout:
-    """Refuse what cannot run, before anything is fetched or started. Raises ConfigError."""
-    layout = given_layout(recipe)
-    problems = list(not_yet(layout, policy=recipe.sync.kind, codec=recipe.sync.codec.kind))
-    problems += divisible(recipe, layout)
-    problems += _cut_problems(recipe, layout)
-    if recipe.launch.workers == "threads":
-        if recipe.parallel.fewest_replicas is not None:
-            what = "threads of one process live and die together: their degree cannot shrink"
-            hint = "use launch.workers=processes, or a fixed degree"
-            problems.append(Problem("parallel.replicate", what, hint))
-        if layout.replica_workers > 1:
-            what = f"threads carry the replicate axis only, got {layout}"
-            problems.append(Problem("launch.workers", what, "use processes"))
-        if recipe.model.dropout == "framework":
-            hint = "use model.dropout=keyed, or launch.workers=processes"
-            problems.append(
-                Problem("model.dropout", "framework dropout is refused with threads", hint)
-            )
-    if problems:
-        raise ConfigError(problems)
-    return layout
-
-
-def _cut_problems(recipe: Recipe, layout: Layout) -> list[Problem]:
-    """What a replica of several workers cannot do, whatever its model."""
-    if layout.replica_workers == 1:
-        return []
-    found = []
-    if recipe.train.exact:
-        what = f"holds for whole replicas only, got {layout}"
-        hint = "set it to false, or use parallel.replicate alone"
-        found.append(Problem("train.exact", what, hint))
-    if recipe.train.optimizer.kind == "muon":
-        what = f"muon needs whole matrices, got {layout}"
-        hint = "use adamw, or parallel.replicate alone"
-        found.append(Problem("train.optimizer.kind", what, hint))
-    if recipe.model.dropout == "framework" and layout.tensor > 1:
-        what = "framework dropout differs between the ranks of the tensor axis"
-        found.append(Problem("model.dropout", what, "use keyed or off"))
-    return found
-
-
-def refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any]) -> None:
-    """Refuse what this model cannot be cut along, before a worker starts. Raises ConfigError.
-
-    A family that nobody has a table of can be replicated and sharded.
-    """
-    if layout.replica_workers == 1:
-        return
-    try:
-        facts = facts_from_config(config)
-    except ModelError:
-        problems = [
-            Problem(
-                f"parallel.{axis}",
-                f"shoal has no table for a {config.get('model_type')} model, so it cannot be cut "
-                f"along {axis}, got {layout.degree(axis)}",
-                f"set it to 1 and use shard={layout.degree(axis)} instead, which takes any family",
-            )
-            for axis in ("tensor", "context", "pipeline", "expert")
-            if layout.degree(axis) > 1
-        ]
-    else:
-        problems = not_yet(layout, family=facts.family) or legal_problems(
-            facts,
-            layout,
-            policy=recipe.sync.kind,
-            codec=recipe.sync.codec.kind,
-            workers=recipe.launch.workers,
-            shard_level=recipe.parallel.sharding.level,
-            recompute=recipe.parallel.recompute,
-            sequence_tokens=recipe.data.sequence_tokens,
-        )
-    if problems:
-        raise ConfigError(problems)
 
 
 def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console) -> Decision:
@@ -129,7 +46,7 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             f"warning: {layout.workers} workers share {cores} cores; more workers than cores "
             "only makes each slower (fine for a test)"
         )
-    refuse_illegal(recipe, layout, config=_config(recipe, inputs=inputs))
+    refuse_illegal(recipe, layout, config=trained_config(recipe, inputs=inputs))
     formats = _formats(recipe, pool=pool, console=console)
     inside = layout.replica_workers
     if auto and not given and (formats["devices"] or inside > 1):
@@ -157,7 +74,7 @@ def decide_joined(
 ) -> Decision:
     """The decision for workers that another launcher has started. Raises ConfigError."""
     layout = check(recipe)
-    refuse_illegal(recipe, layout, config=_config(recipe, inputs=inputs))
+    refuse_illegal(recipe, layout, config=trained_config(recipe, inputs=inputs))
     cores = cores_per_worker * layout.workers
     formats = {**formats, "compute": _compute(recipe, formats=formats)}
     decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
@@ -266,21 +183,10 @@ def _on_machine(
     return trial.decide(layout, pool=pool, console=console)
 
 
-def _config(recipe: Recipe, *, inputs: Inputs) -> Mapping[str, Any]:
-    """The keys of config.json of the model that is trained."""
-    tags = inputs.task_settings.get("tags")
-    return config_of(
-        recipe,
-        folder=Path(inputs.model_directory) if inputs.model_directory else None,
-        vocabulary_size=inputs.vocabulary_size,
-        labels=len(tags) if tags else None,
-    )
-
-
 def _workload(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:
     """The step of the recipe, or None for a family whose sizes are not known."""
     try:
-        config = _config(recipe, inputs=inputs)
+        config = trained_config(recipe, inputs=inputs)
         return workload_of(recipe, config=config, precision=FORMATS[compute])
     except ModelError:
         return None

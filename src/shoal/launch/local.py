@@ -17,10 +17,11 @@ from shoal.engine.decision import Decision
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
-from shoal.launch.choose import check, choose
+from shoal.launch.choose import choose
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.pool import WorkerPool
+from shoal.launch.refuse import check
 from shoal.launch.summary import write_summary
 from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console

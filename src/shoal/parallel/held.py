@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from shoal.checkpoint.boxes import Box
+from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.placement import Placement
 from shoal.parallel.exchange import Exchange
@@ -211,7 +212,15 @@ def norm(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> float
 def _squares(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
     for each in tensors:
         if each.numel():
-            yield torch.linalg.vector_norm(each, dtype=torch.float32).double().square()
+            yield squares_of(each).sum()
+
+
+def squares_of(tensor: Tensor) -> Tensor:
+    """Sums of squares over parts of `tensor`, float64: float32 adds up too few digits over all."""
+    flat = tensor.reshape(-1)
+    even = len(flat) // CHUNK * CHUNK
+    rest = torch.linalg.vector_norm(flat[even:]).double().square()
+    return torch.cat([chunk_squares(flat[:even]), rest[None]])
 
 
 @torch.no_grad()

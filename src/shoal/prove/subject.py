@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from shoal.config.anchor import anchored
@@ -11,10 +10,9 @@ from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.prepare import Inputs
 from shoal.errors import ConfigError, Problem
-from shoal.launch.choose import check, refuse_illegal
+from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.layout import Layout
 from shoal.legal import shrunk
-from shoal.plan.ask import config_of
 
 _SAMPLES = 2
 """Samples that each reader computes in a step, one after the other: gradients are accumulated."""
@@ -42,7 +40,7 @@ def proof_recipe(
     constant, so that the first steps move the weights; a step has few samples.
     Raises ConfigError when the model cannot be cut so, ModelError when no rule makes it small.
     """
-    config = _config(recipe, inputs)
+    config = trained_config(recipe, inputs=inputs)
     refuse_illegal(recipe, layout, config=config)
     tree = recipe.model_dump(mode="json")
     if not whole:
@@ -93,17 +91,6 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
     tree["parallel"] = {"replicate": 1}
     tree["launch"] |= {"workers": "processes"}
     return Recipe.model_validate(tree)
-
-
-def _config(recipe: Recipe, inputs: Inputs) -> Mapping[str, Any]:
-    tags = inputs.task_settings.get("tags")
-    folder = Path(inputs.model_directory) if inputs.model_directory else None
-    return config_of(
-        recipe,
-        folder=folder,
-        vocabulary_size=inputs.vocabulary_size,
-        labels=len(tags) if tags else None,
-    )
 
 
 def _small(

@@ -130,12 +130,12 @@ def test_devices_are_planned_from_the_hardware_table(tmp_path: Path, bench: Benc
     assert (decision.workers, decision.layout.replicate) == ("processes", 2)
     assert decision.reason.startswith("planned ") and decision.reason.endswith(" on H100-80")
     assert decision.predicted["step_seconds"] > 0
-    whole = choose._with_figures(decision, workload=workload, formats=FORMATS)
+    whole = choose._with_figures(recipe, decision, workload=workload, formats=FORMATS)
     assert whole.peak_flops_per_second == pytest.approx(2 * 989.4e12)
     unknown = {**FORMATS, "device_name": "Brand X"}
     decision = choose._on_devices(recipe, layout=layout, workload=workload, formats=unknown)
     assert "Brand X is unknown" in decision.reason
-    whole = choose._with_figures(decision, workload=workload, formats=unknown)
+    whole = choose._with_figures(recipe, decision, workload=workload, formats=unknown)
     assert whole.peak_flops_per_second is None
     assert whole.mfu(tokens=100, seconds=1.0) is None
 

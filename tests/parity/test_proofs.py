@@ -1,0 +1,108 @@
+"""`shoal parity`: right layouts are proven, planted mistakes are caught and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import ConfigError
+from shoal.prove.certificate import Certificate
+from shoal.prove.parity import prove
+from tiny import Bench
+
+GPT2 = (
+    "model={kind: config, architecture: gpt2, n_embd: 64, n_layer: 2, n_head: 4, n_positions: 64,"
+    " embd_pdrop: 0.2, resid_pdrop: 0.2, attn_pdrop: 0.2}",
+)
+
+
+def proof(bench: Bench, *overrides: str, mistake: str | None = None) -> Certificate:
+    out = bench.new_path()
+    found = prove(bench.recipe, overrides, out=out, mistake=mistake, pool=bench.pool, steps=2)
+    assert json.loads((out / "certificate.json").read_text())["proven"] == found.proven
+    assert (out / "certificate.txt").read_text().startswith(found.layout)
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.replicate=1", "parallel.shard=2", "parallel.tensor=2"),
+        ("parallel.replicate=4", "launch.workers=threads"),
+        ("parallel.tensor=2", "parallel.recompute=full", *GPT2),
+    ],
+    ids=["shard x tensor", "threads", "gpt2"],
+)
+def test_a_right_layout_is_proven(bench: Bench, layout: tuple[str, ...]) -> None:
+    found = proof(bench, *layout)
+    assert found.proven, str(found)
+    assert found.cause is None
+    assert found.largest["loss"][0] < 1e-6
+    assert set(found.largest) == {"loss", "gradient", "norm", "parameter", "round trip"}
+    # the tolerance says what rounding does, not what a mistake does
+    assert max(found.tolerance.gradients.values()) < 1e-3
+    assert found.tolerance.rounding is not None
+
+
+MISTAKES = [
+    ("no-reduction", "parallel.replicate=2", "missing reduction"),
+    ("no-reduction", "parallel.tensor=2", "missing reduction over tensor"),
+    ("double-reduction", "parallel.replicate=2", "double reduction over replicate"),
+    ("double-reduction", "parallel.tensor=2", "double reduction over tensor"),
+    ("mean-of-means", "parallel.replicate=2", "mean of means"),
+    ("mean-of-means", "parallel.shard=2", "mean of means"),
+    ("mean-for-sum", "parallel.replicate=2", "scale off by a mesh degree"),
+    ("same-shards", "parallel.shard=2", "identical shards at the start"),
+    ("same-shards", "parallel.tensor=2", "identical shards at the start"),
+    ("lost-tie", "parallel.replicate=2", "lost tie: only model.embed_tokens.weight"),
+    ("lost-tie", "parallel.tensor=2", "lost tie: only model.embed_tokens.weight"),
+    ("missing-partial", "parallel.tensor=2", "missing reduction over tensor"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "layout", "cause"), MISTAKES)
+def test_a_planted_mistake_is_caught_and_named(
+    bench: Bench, mistake: str, layout: str, cause: str
+) -> None:
+    found = proof(bench, layout, mistake=mistake)
+    assert not found.proven
+    assert found.failures
+    assert found.cause is not None
+    assert cause in found.cause
+    assert "DOES NOT EQUAL" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("parallel.replicate=1",), "one worker is its own proof"),
+        (("parallel.tensor=3",), "degrees that do: 1, 2"),
+        (("parallel.shard=2", "launch.workers=threads"), "threads carry the replicate axis only"),
+        (("parallel.replicate=2", "model.dropout=framework"), "framework dropout"),
+        (("parallel.context=2",), "context is not there yet"),
+    ],
+)
+def test_what_cannot_be_proven_is_refused(
+    bench: Bench, overrides: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        proof(bench, *overrides)
+
+
+def test_the_command(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "proof"
+    words = ("parity", str(bench.recipe), "parallel.replicate=2", "--steps", "2")
+    done = bench.command(*words, "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["proven"] is True
+    again = bench.command(*words, "--out", str(out))
+    assert again.returncode == 2
+    assert "exists and is not empty" in again.stderr
+    planted = bench.command(*words, "--plant", "mean-for-sum")
+    assert planted.returncode == 1
+    assert "likely cause" in planted.stdout
+    unknown = bench.command(*words, "--plant", "mean-for-some")
+    assert unknown.returncode == 2
+    assert "did you mean mean-for-sum" in unknown.stderr

@@ -12,7 +12,6 @@ from shoal.checkpoint.store import Store
 from shoal.comm.messages import gather_json
 from shoal.engine.digest import hash_of
 from shoal.engine.saving import save
-from shoal.parallel.held import placed_of
 from shoal.sync.every_step import Reduced
 
 if TYPE_CHECKING:
@@ -38,12 +37,10 @@ class Recorder:
             whole = torch.zeros(state.trainable_numel, dtype=whole.dtype)
             whole[reduced.span.start : reduced.span.stop] = reduced.values
             world.sum_(whole)
-        placed = placed_of(training.model)
         facts = {
             "norm": norm,
             "gradient_digests": gather_json(world, f"{hash_of(whole):016x}"),
             "places": training.ranks.cut.workers,
-            "partial": list(placed.partial),
             "cut": sorted(state.cut_names),
             "ties": [list(names) for names in training.anatomy.ties],
         }

@@ -48,7 +48,9 @@ def cause_of(
     fits = {name: _fit(*_read(found, wanted, name)) for name in bad}
     scaled = {name: fit for name, fit in fits.items() if fit.left < _CLEAR}
     everywhere = len(bad) > 0.9 * len(figures.gradients[0])
-    partial, ties = set(facts["partial"]), [set(names) for names in facts["ties"]]
+    ties = [set(names) for names in facts["ties"]]
+    # along tensor, gradients of parameters that are whole on every rank are parts of a sum
+    partial = set(figures.gradients[0]) - set(facts["cut"]) if layout.tensor > 1 else set()
     tied = {name for names in ties for name in names}
     if set(bad) <= tied:
         return f"lost tie: only {', '.join(sorted(bad))} is off, whose gradient has two parts"

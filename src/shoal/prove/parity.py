@@ -21,8 +21,9 @@ from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.decision import Decision
+from shoal.engine.mistakes import MISTAKES
 from shoal.engine.prepare import Inputs, prepare_inputs
-from shoal.errors import WorkerError
+from shoal.errors import ConfigError, Problem, WorkerError, nearest
 from shoal.launch.pool import WorkerPool
 from shoal.launch.supervise import run_workers
 from shoal.layout import Layout
@@ -52,6 +53,9 @@ def prove(
     layout's run. Raises UserError for a layout that cannot run, WorkerError for one that fails.
     """
     began = time.monotonic()
+    if mistake is not None and mistake not in MISTAKES:
+        hint = nearest(mistake, MISTAKES)
+        raise ConfigError([Problem("--plant", f"unknown mistake {mistake!r}", hint)])
     given = anchored(load_recipe(str(recipe), list(overrides)))
     layout = proof_layout(given)
     inputs = prepare_inputs(given, say=say)

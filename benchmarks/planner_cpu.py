@@ -250,25 +250,25 @@ def table(folder: Path) -> None:
 
 
 def final_of(model: str, *, results: dict[str, dict], folder: Path) -> str:
-    """What the final says of the automatic choice."""
-    steps: dict[str, list[float]] = {}
+    """What the final says of the automatic choice: medians of the ratios within each turn."""
+    turns: dict[str, list[float]] = {}
     for other in final_rows(folder):
         if other["name"].startswith(model):
-            steps.setdefault(other["name"], []).extend(other["steps"])
-    if not steps:
-        return f"{model}: no final yet"
-    medians = {name: statistics.median(each) for name, each in steps.items()}
-    best = min(medians, key=lambda name: medians[name])
+            turns.setdefault(other["name"], []).append(statistics.median(other["steps"]))
     row = results[f"{model}-auto"]
-    taken = medians[row["layout"]]
-    lines = [
-        f"{model}: auto chose {row['layout']} ({row['plan']['reason']}): {taken:.3f} s a step, "
-        f"{taken / medians[best] - 1:+.1%} against the best of the final, {best}"
-    ]
-    for name, value in sorted(medians.items(), key=lambda pair: pair[1]):
-        spread = f"{min(steps[name]):.3f} to {max(steps[name]):.3f}"
-        lines.append(f"  {name}: {value:.3f} s ({spread}, {len(steps[name])} steps)")
-    return "\n".join(lines)
+    chosen = row["layout"]
+    if chosen not in turns:
+        return f"{model}: no final yet"
+    lines = []
+    for name, theirs in turns.items():
+        ratios = sorted(a / b for a, b in zip(turns[chosen], theirs, strict=False))
+        spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
+        text = f"its step against {name}'s: {statistics.median(ratios):.3f} ({spread})"
+        lines.append((statistics.median(ratios), f"  {text}; {statistics.median(theirs):.3f} s"))
+    lines.sort(reverse=True)
+    worst = lines[0][0] - 1
+    first = f"{model}: auto chose {chosen} ({row['plan']['reason']}), {worst:+.1%} against the best"
+    return "\n".join([first, *(text for _, text in lines)])
 
 
 def main() -> None:

@@ -269,7 +269,11 @@ def torchft(bench: Bench, repeats: int) -> Row:
     return row
 
 
-ELASTIC = ("parallel.replicate={min: 1, max: 2}", "precision.compute=float32")
+ELASTIC = (
+    "parallel.replicate={min: 1, max: 2}",
+    "launch.workers=processes",
+    "precision.compute=float32",
+)
 FOUR = ("parallel.replicate=4", "launch.workers=processes", "precision.compute=float32")
 ROWS: dict[str, Callable[[Bench, int], Row]] = {
     "kill -9 in forward": kills("forward"),

@@ -318,7 +318,8 @@ def markdown(rows: dict[str, Row]) -> str:
         "Written by `python benchmarks/faults.py`; each row says on which day and commit. Two "
         "processes of the quickstart in float32 unless said otherwise. Seconds are median / p95 / "
         "worst. Detection: from the fault to the notice; recovery: from the notice to the next "
-        "committed step, which holds one step's own time. Losses are beside the clean run.",
+        "committed step, which holds one step's own time. Losses are beside the clean run. Of two "
+        "replicas that differ nobody knows which is right: none is named, the last save decides.",
         "",
         "| fault | noticed | detection | recovery | committed steps lost | done again | "
         "samples wrong | losses | weights | culprit named | when |",

@@ -289,7 +289,7 @@ ROWS: dict[str, Callable[[Bench, int], Row]] = {
     ),
     "SIGSTOP": stuck("stop"),
     "busy loop": stuck("spin"),
-    "slow worker": single("slow", argument="0.6", step=4, most=2),
+    "slow worker": single("slow", argument="1.2", step=4, most=2),
     "NaN gradient": single("nan"),
     "huge gradient": single("spike", step=14),
     "flipped bit, parameter, 2 replicas": single("flip-parameter"),

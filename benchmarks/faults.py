@@ -310,6 +310,10 @@ ROWS: dict[str, Callable[[Bench, int], Row]] = {
 }
 
 
+NOBODY = ("disk full for one save", "SIGTERM, then resume")
+"""Rows in which no rank is at fault."""
+
+
 def markdown(rows: dict[str, Row]) -> str:
     """docs/faults.md."""
     lines = [
@@ -336,7 +340,7 @@ def markdown(rows: dict[str, Row]) -> str:
             _cell(row.get("samples_wrong")),
             _losses(row),
             {True: "same bits", False: "other bits"}.get(row.get("same_weights"), ""),
-            _named(row),
+            _named(name, row),
             f"{row['measured']} ({row['commit']})",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -421,8 +425,10 @@ def _losses(row: Row) -> str:
     return (f"{difference:.1e}" if difference is not None else "") + note
 
 
-def _named(row: Row) -> str:
-    return f"{row['culprit_named']} of {row['repeats']}" if "culprit_named" in row else ""
+def _named(name: str, row: Row) -> str:
+    if name in NOBODY or "culprit_named" not in row:
+        return ""
+    return f"{row['culprit_named']} of {row['repeats']}"
 
 
 def asks_for(name: str, *, word: str) -> bool:

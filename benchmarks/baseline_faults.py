@@ -35,6 +35,7 @@ def work(folder: Path, fault: str) -> None:
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=10))
     rank = dist.get_rank()
+    (folder / f"pid-{os.getpid()}").touch()
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
@@ -54,7 +55,7 @@ def work(folder: Path, fault: str) -> None:
             (folder / "done").touch()
             (folder / "fault").write_text(str(time.monotonic()))
             if fault == "flip":
-                next(model.parameters()).data.view(torch.int32).view(-1)[700] ^= 1 << 30
+                next(model.parameters()).data.view(torch.int32).view(-1)[1] ^= 1 << 12
             else:
                 os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
         loss = wrapped(input_ids=rows, labels=rows).loss
@@ -77,6 +78,17 @@ def work(folder: Path, fault: str) -> None:
     dist.destroy_process_group()
 
 
+def end_workers(folder: Path) -> None:
+    """End the workers that outlive their launcher: each is in a session of its own."""
+    for path in folder.glob("pid-*"):
+        pid = int(path.name.partition("-")[2])
+        try:
+            if str(folder) in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+
+
 def once(fault: str) -> dict:
     """One job; what became of it."""
     with tempfile.TemporaryDirectory() as name:
@@ -87,18 +99,23 @@ def once(fault: str) -> dict:
             *(__file__, fault, "--folder", name),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
+        launcher = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, timeout=240)
-            status = done.returncode
+            _, said = launcher.communicate(timeout=240)
         except subprocess.TimeoutExpired:
-            status = -1
-        subprocess.run(["pkill", "-9", "-f", name], check=False)
+            launcher.kill()
+            _, said = launcher.communicate()
+        end_workers(folder)
+        if not (folder / "fault").exists():
+            raise SystemExit(said.decode()[-3000:])
         at = float((folder / "fault").read_text())
         steps = [json.loads(line) for line in (folder / "steps").read_text().splitlines()]
         after = [row["at"] for row in steps if row["at"] > at]
         digests = {path.read_text() for path in folder.glob("digest-*")}
         return {
-            "finished": status == 0 and steps[-1]["step"] == STEPS,
+            "finished": launcher.returncode == 0 and steps[-1]["step"] == STEPS,
             "seconds": after[0] - at if after else None,
             "redone": len(steps) - len({row["step"] for row in steps}),
             "replicas_equal": len(digests) == 1,

@@ -44,8 +44,9 @@ Row = dict[str, Any]
 class Bench:
     """One fork server, one scratch folder, one clean run for every set of overrides."""
 
-    def __init__(self, recipe: str, *, scratch: Path, pool: WorkerPool) -> None:
+    def __init__(self, recipe: str, *, scratch: Path, pool: WorkerPool, torchft: Path) -> None:
         self.recipe, self.scratch, self.pool = recipe, scratch, pool
+        self.torchft = torchft
         self._clean: dict[tuple[str, ...], Path] = {}
         self._number = 0
 
@@ -257,7 +258,22 @@ def torchrun(fault: str) -> Callable[[Bench, int], Row]:
     return run
 
 
-ELASTIC = ("parallel.replicate={min: 1, max: 2}", "precision.compute=float32")
+def torchft(bench: Bench, repeats: int) -> Row:
+    """kill -9 under torchft, in an environment that has it (benchmarks/baseline_torchft.py)."""
+    script = Path(__file__).with_name("baseline_torchft.py")
+    command = [str(bench.torchft), str(script), "--repeats", str(min(repeats, 5))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr[-3000:])
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+ELASTIC = (
+    "parallel.replicate={min: 1, max: 2}",
+    "launch.workers=processes",
+    "precision.compute=float32",
+)
 FOUR = ("parallel.replicate=4", "launch.workers=processes", "precision.compute=float32")
 ROWS: dict[str, Callable[[Bench, int], Row]] = {
     "kill -9 in forward": kills("forward"),
@@ -273,7 +289,7 @@ ROWS: dict[str, Callable[[Bench, int], Row]] = {
     ),
     "SIGSTOP": stuck("stop"),
     "busy loop": stuck("spin"),
-    "slow worker": single("slow", argument="0.6", step=4, most=2),
+    "slow worker": single("slow", argument="1.2", step=4, most=2),
     "NaN gradient": single("nan"),
     "huge gradient": single("spike", step=14),
     "flipped bit, parameter, 2 replicas": single("flip-parameter"),
@@ -288,9 +304,14 @@ ROWS: dict[str, Callable[[Bench, int], Row]] = {
     "killed every 60 s, 10 minutes": goodput(60, minutes=10),
     "killed every 20 s, 10 minutes": goodput(20, minutes=10),
     "torchrun: kill -9 in forward": torchrun("kill"),
+    "torchft: kill -9 in forward": torchft,
     "torchrun: SIGSTOP (time-out 10 s)": torchrun("stop"),
     "torchrun: flipped bit, parameter": torchrun("flip"),
 }
+
+
+NOBODY = ("disk full for one save", "SIGTERM, then resume")
+"""Rows in which no rank is at fault."""
 
 
 def markdown(rows: dict[str, Row]) -> str:
@@ -301,7 +322,8 @@ def markdown(rows: dict[str, Row]) -> str:
         "Written by `python benchmarks/faults.py`; each row says on which day and commit. Two "
         "processes of the quickstart in float32 unless said otherwise. Seconds are median / p95 / "
         "worst. Detection: from the fault to the notice; recovery: from the notice to the next "
-        "committed step, which holds one step's own time. Losses are beside the clean run.",
+        "committed step, which holds one step's own time. Losses are beside the clean run. Of two "
+        "replicas that differ nobody knows which is right: none is named, the last save decides.",
         "",
         "| fault | noticed | detection | recovery | committed steps lost | done again | "
         "samples wrong | losses | weights | culprit named | when |",
@@ -318,7 +340,7 @@ def markdown(rows: dict[str, Row]) -> str:
             _cell(row.get("samples_wrong")),
             _losses(row),
             {True: "same bits", False: "other bits"}.get(row.get("same_weights"), ""),
-            _named(row),
+            _named(name, row),
             f"{row['measured']} ({row['commit']})",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -403,15 +425,27 @@ def _losses(row: Row) -> str:
     return (f"{difference:.1e}" if difference is not None else "") + note
 
 
-def _named(row: Row) -> str:
-    return f"{row['culprit_named']} of {row['repeats']}" if "culprit_named" in row else ""
+def _named(name: str, row: Row) -> str:
+    if name in NOBODY or "culprit_named" not in row:
+        return ""
+    return f"{row['culprit_named']} of {row['repeats']}"
+
+
+def asks_for(name: str, *, word: str) -> bool:
+    """Whether a word of --only asks for this row: a whole name asks for no other."""
+    return word == name or (word in name and word not in ROWS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", help="Rows whose name holds one of these words.")
+    parser.add_argument(
+        "--only", nargs="*", help="Rows whose name is, or holds, one of these words."
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument(
+        "--torchft", type=Path, default=Path(sys.executable), help="A Python that has torchft."
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     given = parser.parse_args()
     path = given.out / "faults.json"
@@ -420,9 +454,9 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     with tempfile.TemporaryDirectory() as folder, WorkerPool() as pool:
-        bench = Bench(given.recipe, scratch=Path(folder), pool=pool)
+        bench = Bench(given.recipe, scratch=Path(folder), pool=pool, torchft=given.torchft)
         for name, measure in ROWS.items():
-            if given.only and not any(word in name for word in given.only):
+            if given.only and not any(asks_for(name, word=word) for word in given.only):
                 continue
             row = measure(bench, given.repeats)
             known[name] = {**row, "measured": date.today().isoformat(), "commit": commit}

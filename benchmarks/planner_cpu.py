@@ -6,9 +6,10 @@
 Each layout trains a few steps in every round (bfloat16 fewer and smaller ones, in one round only,
 since it may be emulated); the median over all without each run's first is held against the
 prediction from the machine's measurements, and so is the live memory. `parallel: auto` takes part
-in every round, and its step is held against the best of the layouts. Results go to
-FOLDER/results.jsonl after each run, so that a call that stops (--seconds) is gone on with by the
-next; --table only prints.
+in every round. The best of ten noisy medians is partly luck, so what it chose and all that came
+within 10 % of the best meet again in a final, in turns; its step is held against the best there.
+Results go to FOLDER/results.jsonl after each run, so that a call that stops (--seconds) is gone on
+with by the next; --table only prints.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ LARGER = [
     "model.num_key_value_heads=8",
 ]
 """16.9M parameters, four times the quickstart's 4.2M."""
+
+FINAL_ROUNDS = 4
+NEAR = 1.10
+"""Layouts within this factor of the best measured meet again in the final."""
 
 # (replicas, kind of worker, threads of each, micro batch, number format)
 LAYOUTS: dict[str, list[tuple[int, str, int, int, str]]] = {
@@ -102,22 +107,27 @@ def run(name: str, words: list[str], *, folder: Path, pool: WorkerPool) -> dict:
     }
 
 
+def words_of(name: str) -> list[str]:
+    """Overrides of a layout, from its name."""
+    model, replicate, kind, threads, micro, compute = name.split("-")
+    batch, steps = size_of(model, compute)
+    return [
+        *overrides_of(model, batch=batch, steps=steps),
+        f"parallel={{replicate: {replicate}}}",
+        f"launch.workers={kind}",
+        f"launch.threads_per_worker={threads}",
+        f"train.micro_batch_samples={micro}",
+        f"precision.compute={compute}",
+    ]
+
+
 def jobs() -> list[tuple[str, list[str]]]:
     """(name, overrides) of everything that is run, the automatic choices last."""
     found = []
     for model, layouts in LAYOUTS.items():
-        for replicate, kind, threads, micro, compute in layouts:
-            batch, steps = size_of(model, compute)
-            words = [
-                *overrides_of(model, batch=batch, steps=steps),
-                f"parallel={{replicate: {replicate}}}",
-                f"launch.workers={kind}",
-                f"launch.threads_per_worker={threads}",
-                f"train.micro_batch_samples={micro}",
-                f"precision.compute={compute}",
-            ]
-            name = f"{model}-{replicate}-{kind}-{threads}-{micro}-{compute}"
-            found.append((name, words))
+        for layout in layouts:
+            name = "-".join([model, *map(str, layout)])
+            found.append((name, words_of(name)))
     for model in LAYOUTS:
         batch, steps = size_of(model, "float32")
         found.append((f"{model}-auto", overrides_of(model, batch=batch, steps=steps)))
@@ -136,12 +146,44 @@ def measure(folder: Path, *, rounds: int, seconds: float) -> None:
                 if time.monotonic() - began > seconds:
                     print(f"stopped after {seconds:.0f} s; call again to go on")
                     return
-                result = run(name, words, folder=folder, pool=pool)
+                note(run(name, words, folder=folder, pool=pool), folder / "results.jsonl")
                 done[name] += 1
-                with open(folder / "results.jsonl", "a") as file:
-                    file.write(json.dumps(result) + "\n")
-                middle = statistics.median(result["steps"])
-                print(f"round {number}: {name}: {middle:.3f} s a step", flush=True)
+        for number in range(FINAL_ROUNDS):
+            for model in LAYOUTS:
+                finalists = finalists_of(model, pooled(folder))
+                for name in finalists[:: 1 if number % 2 else -1]:
+                    if time.monotonic() - began > seconds:
+                        print(f"stopped after {seconds:.0f} s; call again to go on")
+                        return
+                    if sum(row["name"] == name for row in final_rows(folder)) > number:
+                        continue
+                    result = run(name, words_of(name), folder=folder, pool=pool)
+                    note(result, folder / "final.jsonl")
+
+
+def note(result: dict, path: Path) -> None:
+    """Keep the result of a run, and show it."""
+    with open(path, "a") as file:
+        file.write(json.dumps(result) + "\n")
+    print(f"{result['name']}: {statistics.median(result['steps']):.3f} s a step", flush=True)
+
+
+def final_rows(folder: Path) -> list[dict]:
+    """Runs of the final so far."""
+    path = folder / "final.jsonl"
+    return read_lines(path) if path.is_file() else []
+
+
+def finalists_of(model: str, results: dict[str, dict]) -> list[str]:
+    """What was chosen automatically, and every layout near the best measured."""
+    tried = {
+        name: row["step_seconds"]
+        for name, row in results.items()
+        if name.startswith(model) and name.endswith("float32")
+    }
+    near = [name for name, value in tried.items() if value <= NEAR * min(tried.values())]
+    chosen = results[f"{model}-auto"]["layout"]
+    return [chosen, *(name for name in sorted(near) if name != chosen)]
 
 
 def pooled(folder: Path) -> dict[str, dict]:
@@ -203,25 +245,30 @@ def table(folder: Path) -> None:
                 f"worst {absolute[-1]:.1%}"
             )
     for model in LAYOUTS:
-        row = results.get(f"{model}-auto")
-        if row is None:
-            continue
-        tried = {
-            name: other["step_seconds"]
-            for name, other in results.items()
-            if name.startswith(model) and name.endswith("float32")
-        }
-        best = min(tried, key=lambda name: tried[name])
-        taken = tried.get(row["layout"], row["step_seconds"])
-        planned = min(tried, key=lambda name: predict(name)[0])
-        plan = row["plan"]
-        print(
-            f"{model}: auto chose {plan['layout']['replicate']} {plan['workers']} x "
-            f"{plan['threads_per_worker']}, micro batch {plan['micro_batch_samples']} "
-            f"({plan['reason']}): {taken:.3f} s, "
-            f"{taken / tried[best] - 1:+.1%} against the best, {best}; the best by "
-            f"prediction alone, {planned}: {tried[planned] / tried[best] - 1:+.1%}"
-        )
+        if f"{model}-auto" in results:
+            print(final_of(model, results=results, folder=folder))
+
+
+def final_of(model: str, *, results: dict[str, dict], folder: Path) -> str:
+    """What the final says of the automatic choice: medians of the ratios within each turn."""
+    turns: dict[str, list[float]] = {}
+    for other in final_rows(folder):
+        if other["name"].startswith(model):
+            turns.setdefault(other["name"], []).append(statistics.median(other["steps"]))
+    row = results[f"{model}-auto"]
+    chosen = row["layout"]
+    if chosen not in turns:
+        return f"{model}: no final yet"
+    lines = []
+    for name, theirs in turns.items():
+        ratios = sorted(a / b for a, b in zip(turns[chosen], theirs, strict=False))
+        spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
+        text = f"its step against {name}'s: {statistics.median(ratios):.3f} ({spread})"
+        lines.append((statistics.median(ratios), f"  {text}; {statistics.median(theirs):.3f} s"))
+    lines.sort(reverse=True)
+    worst = lines[0][0] - 1
+    first = f"{model}: auto chose {chosen} ({row['plan']['reason']}), {worst:+.1%} against the best"
+    return "\n".join([first, *(text for _, text in lines)])
 
 
 def main() -> None:

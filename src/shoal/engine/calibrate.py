@@ -42,7 +42,7 @@ _FULL = (
     *((1024, 1024, 256), (1024, 512, 512), (256, 1024, 1024), (2048, 256, 1024), (2048, 2048, 256)),
     *((4096, 1024, 256), (1024, 4096, 512), (2048, 1024, 1024)),
 )
-_LONGEST = {True: 0.06, False: 0.12}  # seconds of a product, short and full: larger are left out
+_LONGEST = {True: 0.06, False: 0.08}  # seconds of a product or attention: longer are left out
 _BLOCK_SECONDS = {True: 0.6, False: 1.2}  # the same of a micro batch of a reference model
 _BLOCKS = (1, 3)  # blocks of a reference model: their difference is a block
 _SAMPLES = ((1, 64), (4, 256), (8, 256))  # (rows, tokens of a row)
@@ -207,8 +207,11 @@ class _Bench:
     def _attention(self, clock: Clock, name: str) -> Iterator[list[Any]]:
         """(precision, tokens of a row, head size, seconds per token and head), both passes."""
         module = torch.nn.Module()
+        rate = 0.0  # seconds per token, head and token of its row: a longer row's are told from it
         for tokens in _ROWS[self._short]:
             rows = max(1, 512 // tokens)
+            if rate * rows * tokens**2 * _HEADS > _LONGEST[self._short]:
+                return
             shape = (rows, _HEADS, tokens, _HEAD_SIZE)
             parts = [
                 torch.full(shape, 0.01, dtype=getattr(torch, name), requires_grad=True)
@@ -222,8 +225,9 @@ class _Bench:
                 output, _ = attend(module, query, key, value, mask)
                 torch.autograd.grad(output, parts, torch.ones_like(output))
 
-            seconds = clock.seconds(both)
-            yield [FORMATS[name], tokens, _HEAD_SIZE, seconds / (rows * tokens * _HEADS)]
+            each = clock.seconds(both) / (rows * tokens * _HEADS)
+            rate = each / tokens
+            yield [FORMATS[name], tokens, _HEAD_SIZE, each]
 
     def _sums(self, group: Group) -> Iterator[list[Any]]:
         """(ranks, bytes, seconds): a meeting over a few bytes, then gradients."""

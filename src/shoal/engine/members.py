@@ -61,10 +61,16 @@ class Epochs(Members):
         self._group, self._orders = group, orders
         self._place, self._report = place, report
         self.number, self.keys = 0, keys
+        group.pulse.on_phase = self._leave_early
 
     @property
     def pending(self) -> bool:
         return self._orders.newer_than(self.number) is not None
+
+    def _leave_early(self, phase: str) -> None:
+        """Raise PeersLost at a pass whose sum cannot complete, instead of computing it first."""
+        if phase in ("forward", "backward") and self._orders.broken_epoch == self.number:
+            raise PeersLost(f"epoch {self.number} lost a rank, as its supervisor says")
 
     def join(self, lost: PeersLost | None = None) -> None:
         pulse = self._group.pulse

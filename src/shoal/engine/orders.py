@@ -25,6 +25,8 @@ class Orders:
 
     stop: threading.Event = field(default_factory=threading.Event)
     save: threading.Event = field(default_factory=threading.Event)
+    broken_epoch: int = -1
+    """The newest epoch that lost a rank: no sum of it completes any more."""
     _epoch: Epoch | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -64,6 +66,8 @@ class Orders:
             self.save.set()
         elif order["order"] == "stop":
             self.stop.set()
+        elif order["order"] == "lost":
+            self.broken_epoch = int(str(order["number"]))
         elif order["order"] == "epoch":
             with self._changed:
                 self._epoch = Epoch(

@@ -39,7 +39,7 @@ class Clock:
         """
         first = self.once(call)
         inner = max(1, min(1000, round(_SHORT_SECONDS / first)))
-        readings = 1 if first > 0.3 else 2 if first > 0.1 else 3
+        readings = 1 if first > 0.2 else 2 if first > 0.05 else 3
         return self._mean(statistics.median(self._read(call, inner) for _ in range(readings)))
 
     def once(self, call: Callable[[], object]) -> float:

@@ -306,6 +306,8 @@ class Supervisor:
             where = "the last checkpoint" if resume else "the beginning"
             self._tell("restarted", {"text": f"all workers start again from {where}"})
             return
+        if lost.epoch == self._epoch:
+            self._order({"order": "lost", "number": self._epoch})
         self._seat_anew(lost, joining=True)
         self._form()
 

@@ -64,6 +64,8 @@ class Pulse:
         self.step, self.epoch, self.rank, self.collective = 0, 0, slot, 0
         self.on_mark: Callable[[str, int], None] | None = None
         """Called at every phase with its name and the step; planned faults hang here."""
+        self.on_phase: Callable[[str], None] | None = None
+        """Called after that; may raise, so that the phase is not begun (engine/members.py)."""
         self._write(0.0)
 
     def mark(self, phase: str, *, step: int | None = None) -> None:
@@ -75,6 +77,8 @@ class Pulse:
         self._write(self._recent.get(phase, 0.0))
         if self.on_mark is not None:
             self.on_mark(phase, self.step)
+        if self.on_phase is not None:
+            self.on_phase(phase)
 
     def enter(self, operation: str, *, num_bytes: int) -> None:
         """A collective begins: from here on this worker waits for the others."""

@@ -252,9 +252,15 @@ def _seen(fault: Fault, number: int, story: list[dict[str, Any]]) -> Seen:
     seen.detection_seconds = sign.get("noticed_at", sign["monotonic"]) - fired["at"]
     back = next((e for e in later if e["event"] == "recovered"), None)
     seen.recovery_seconds = None if back is None else back["seconds"]
-    named = {sign.get("rank"), *sign.get("ranks", [])}
-    seen.culprit_named = fault.rank in named or f"rank {fault.rank}" in sign.get("text", "")
+    blamed = {sign.get("rank"), *sign.get("ranks", [])} - {None} or _blamed(sign.get("text", ""))
+    seen.culprit_named = blamed == {fault.rank}
     return seen
+
+
+def _blamed(text: str) -> set[int]:
+    """Ranks that a message names; several mean that it cannot tell."""
+    lists = re.findall(r"rank (\d+(?:, \d+)*)", text.partition(";")[0])
+    return {int(word) for found in lists for word in found.split(", ")}
 
 
 def losses_of(run: Path) -> dict[int, float]:

@@ -15,6 +15,7 @@ from shoal.cli.main import main
 from shoal.launch import local
 from shoal.launch import pool as pools
 from shoal.launch.pool import WorkerPool
+from shoal.prove import parity
 from shoal.prove import rehearse as rehearsal
 from tiny import Bench
 
@@ -86,7 +87,7 @@ def workplace(
 ) -> Path:
     """A folder with a user's text and tags, where commands take workers from the shared server."""
     monkeypatch.chdir(tmp_path)
-    for module in (local, rehearsal):
+    for module in (local, rehearsal, parity):
         monkeypatch.setattr(module, "_pool", lambda given: nullcontext(given or pool))
     monkeypatch.setattr(pools, "WorkerPool", lambda: nullcontext(pool))
     sentence = "Ada B-person\nlives O\nin O\nParis B-place\n. O\n\n"
@@ -105,7 +106,7 @@ def run(command: str, bench: Bench) -> int:
     small = [*SMALL] if "data.source=YOUR.txt" in words else [*SMALL, f"data.source={bench.corpus}"]
     if words[1:3] == ["train", "ner"]:
         words += TAGGING
-    elif words[1:3] == ["train", "quickstart"] or words[1] == "evaluate":
+    elif words[1:3] == ["train", "quickstart"] or words[1] in ("evaluate", "parity"):
         words += small
     elif words[1] == "rehearse":
         words += [*small, "train.steps=21", "train.evaluate_every_steps=0"]

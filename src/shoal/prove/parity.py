@@ -11,6 +11,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -69,18 +70,18 @@ def prove(
     )
     if isinstance(small.model, ConfiguredModel):
         inputs = replace(inputs, model_directory=None)
-    own = WorkerPool() if pool is None else None
-    try:
-        runs = _Runs(small, inputs, out=out, pool=pool or own, say=say)
+    with _pool(pool) as workers:
+        runs = _Runs(small, inputs, out=out, pool=workers, say=say)
         certificate = _prove(runs, layout=layout, steps=steps, mistake=mistake)
-    finally:
-        if own is not None:
-            own.close()
     certificate.seconds = time.monotonic() - began
     certificate.versions = {name: version(name) for name in ("shoal", "torch", "transformers")}
     (out / "certificate.json").write_text(json.dumps(certificate.to_json(), indent=1))
     (out / "certificate.txt").write_text(f"{certificate}\n")
     return certificate
+
+
+def _pool(given: WorkerPool | None) -> AbstractContextManager[WorkerPool]:
+    return nullcontext(given) if given is not None else WorkerPool()
 
 
 def _prove(runs: _Runs, *, layout: Layout, steps: int, mistake: str | None) -> Certificate:
@@ -136,7 +137,7 @@ class _Runs:
     recipe: Recipe
     inputs: Inputs
     out: Path
-    pool: WorkerPool | None
+    pool: WorkerPool
     say: Say
 
     def train(
@@ -185,7 +186,6 @@ class _Runs:
             "final_model": False,
             **more,
         }
-        assert self.pool is not None, "given or made"
         attempt = run_workers(
             payload, decision=decision, pool=self.pool, console=Console(out=io.StringIO())
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file
 
 from parity.test_replicas import FROZEN, GPT2, PADDED, SHORT, assert_same_curve
 from tiny import Bench
@@ -31,3 +32,27 @@ def test_other_recipes_when_cut(bench: Bench, change: tuple[str, ...]) -> None:
     change = (*SHORT, *change)
     layout = ("parallel.replicate=1", "parallel.shard=2", "parallel.tensor=2")
     assert_same_curve(bench.run(*layout, *change), bench.run(*change))
+
+
+def test_sent_bytes_of_sharding_are_the_formula_s(bench: Bench) -> None:
+    """Per micro batch blocks are gathered twice and the rest once, and all gradients scattered."""
+    layout = ("parallel.shard=2", "train.micro_batch_samples=4")
+    run = bench.run(*layout, *SHORT)
+    weights = load_file(run.path / "model/model.safetensors")
+    blocks = sum(each.numel() for name, each in weights.items() if ".layers." in name)
+    rest = sum(each.numel() for name, each in weights.items() if ".layers." not in name)
+    own = 4 // 2  # bytes of an element of which this rank has every second
+    wanted = 2 * own * (2 * blocks + rest + blocks + rest)  # two micro batches of 4 in a share of 8
+    sent = {row["sent_bytes"] for row in run.rows if "loss" in row}
+    assert len(sent) == 1
+    # beside it: counts, the norm and the losses of the grains, a few numbers each
+    assert wanted <= sent.pop() <= wanted + 1000
+
+
+def test_tensor_parallel_traffic_is_counted(bench: Bench) -> None:
+    """Activations cross at the borders of every region: more with more rows, nothing alone."""
+    sent = bench.run("parallel.tensor=2", *SHORT).rows[-2]["sent_bytes"]
+    rows, tokens, hidden = 16, 32, 32
+    assert (
+        sent > 2 * 2 * 4 * rows * tokens * hidden / 2
+    )  # two blocks, forward and backward, at least

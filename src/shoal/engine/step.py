@@ -113,6 +113,10 @@ class ForwardBackward:
         ranks.world.pulse.mark("reduce")
         if targets:
             self._replica.finish_gradients()
+            for name, sent in shard.sent_bytes(
+                self._replica.model, micro_batches=len(parts)
+            ).items():
+                ranks.world.traffic.sent_bytes[name] += sent
         nodes = tree.nodes if settings.exact else []
         if not ranks.counts:
             grains.zero_()  # another rank of this replica says the same

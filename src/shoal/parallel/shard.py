@@ -13,6 +13,7 @@ With replicas the policy sums the shards' gradients between them; FSDP2 never se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,9 +35,10 @@ class _Root(nn.Module):
     head chunk by chunk. Inside, what lies outside blocks (embeddings, last norm, head) is whole.
     """
 
-    def __init__(self, model: nn.Module, *, holds_gradients: bool) -> None:
+    def __init__(self, model: nn.Module, *, level: str) -> None:
         super().__init__()
-        self.model, self.holds_gradients = model, holds_gradients
+        self.model, self.holds_gradients = model, level == "optimizer"
+        self.gathers_twice = level == "parameters"
 
     def forward(self, function: Callable[[], Tensor]) -> Tensor:
         return function()
@@ -65,7 +67,7 @@ def apply_shard(
         for block in model.get_submodule(path).children():
             block.register_forward_hook(_own_outputs)
             fully_shard(block, **settings)
-    root = _Root(model, holds_gradients=level == "optimizer")
+    root = _Root(model, level=level)
     fully_shard(root, **{**settings, "reshard_after_forward": False})
     placed.root, placed.offloaded = root, offload
     for module in _sharded(root):
@@ -110,6 +112,34 @@ def micro_batch(model: nn.Module, *, last: bool) -> None:
     for module in _sharded(root):
         module.set_requires_gradient_sync(last, recurse=False)
         module.set_reshard_after_backward(last, recurse=False)
+
+
+def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
+    """Bytes that this rank sends along shard in one step, by collective; FSDP2 counts none itself.
+
+    Each gather and each reduction sends a rank's own part to, or from, each of the others. Blocks
+    of level `parameters` are gathered twice a micro batch, all else once; with the level
+    `optimizer` gathers and reductions are once a step.
+    """
+    placed = placed_of(model)
+    root, others = placed.root, placed.mesh.degree("shard") - 1
+    if not isinstance(root, _Root):
+        return {}
+    blocks = rest = 0
+    units = [each for each in root.model.modules() if isinstance(each, FSDPModule)]
+    inside = {id(parameter) for each in units for parameter in each.parameters()}
+    for _, each in _fsdp_parameters(model, root):
+        num_bytes = math.prod(each.padded_sharded_param_size) * each.sharded_param.element_size()
+        if id(each.sharded_param) in inside:
+            blocks += num_bytes
+        else:
+            rest += num_bytes
+    times = 1 if root.holds_gradients else micro_batches
+    gathered = (2 * blocks if root.gathers_twice else blocks) + rest
+    return {
+        "all_gather": others * times * gathered,
+        "reduce_scatter": others * times * (blocks + rest),
+    }
 
 
 def _sharded(root: nn.Module) -> Iterator[FSDPModule]:

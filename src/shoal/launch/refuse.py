@@ -72,7 +72,7 @@ def refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any])
         problems = [
             Problem(
                 f"parallel.{axis}",
-                f"shoal has no table for a {config.get('model_type')} model, so it cannot be cut "
+                f"shoal has no table for the family {config.get('model_type')}, so such a model cannot be cut "
                 f"along {axis}, got {layout.degree(axis)}",
                 f"set it to 1 and use shard={layout.degree(axis)} instead, which takes any family",
             )

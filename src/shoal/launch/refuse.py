@@ -72,8 +72,8 @@ def refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any])
         problems = [
             Problem(
                 f"parallel.{axis}",
-                f"shoal has no table for the family {config.get('model_type')}, so such a model cannot be cut "
-                f"along {axis}, got {layout.degree(axis)}",
+                f"shoal has no table for the family {config.get('model_type')}, so such a model "
+                f"cannot be cut along {axis}, got {layout.degree(axis)}",
                 f"set it to 1 and use shard={layout.degree(axis)} instead, which takes any family",
             )
             for axis in ("tensor", "context", "pipeline", "expert")

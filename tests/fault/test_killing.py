@@ -99,7 +99,7 @@ def test_interrupted_while_preparing(bench: Bench, tmp_path: Path) -> None:
         process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.returncode == 1, err
     assert err.endswith("shoal: interrupted; nothing was begun or saved\n")
     assert not (tmp_path / "run").exists(), "the name is free again"
 
@@ -115,7 +115,7 @@ def test_a_killed_worker_is_named(bench: Bench, rank: int) -> None:
         assert len(workers) == 2
         os.kill(workers[rank], signal.SIGKILL)
         _, err = process.communicate(timeout=40)
-    assert process.returncode == 1
+    assert process.returncode == 1, err
     assert f"worker {rank} was killed (SIGKILL)" in err and "resume the run" in err
     assert "Traceback" not in err.partition("shoal: ")[2]
     assert_nothing_left([server, *workers])
@@ -186,5 +186,5 @@ def test_no_worker_outlives(bench: Bench, who: str) -> None:
         assert_nothing_left([server, *workers])
         _, err = process.communicate(timeout=20)
     if who == "its fork server":
-        assert process.returncode == 1
+        assert process.returncode == 1, err
         assert "the fork server ended" in err

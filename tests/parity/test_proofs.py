@@ -91,6 +91,7 @@ def test_what_cannot_be_proven_is_refused(
         proof(bench, *overrides)
 
 
+@pytest.mark.slow
 def test_the_command(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "proof"
     words = ("parity", str(bench.recipe), "parallel.replicate=2", "--steps", "2")

@@ -262,10 +262,10 @@ def test_policies_and_codecs() -> None:
 
 
 def test_what_is_not_there_yet_says_so() -> None:
-    found = not_yet(Layout(replicate=2, tensor=2), policy="diloco", codec="int8")
+    found = not_yet(Layout(replicate=2, context=2), policy="diloco", codec="int8")
     text = "\n".join(map(str, found))
-    assert "tensor is not there yet, got 2" in text
+    assert "context is not there yet, got 2" in text
     assert "the policy diloco is not there yet" in text
     assert "the codec int8 is not there yet" in text
-    assert "today these axes run: replicate" in text
-    assert not not_yet(Layout(replicate=8))
+    assert "today these axes run: replicate, shard, tensor" in text
+    assert not not_yet(Layout(replicate=8, shard=2, tensor=2))

@@ -33,8 +33,8 @@ def test_plan_of_a_recipe(tmp_path: Path) -> None:
     assert image.read_text().startswith("<svg")
     data = json.loads(run(plan.app, "quickstart", "--cluster", "8xA100", "--json"))
     assert data["workers"] == 8 and data["plan"]["step_seconds"] > 0
-    words = ["quickstart", "--cluster", "2xA100", "--fix", "tensor=2"]
-    assert "Not to be run today: tensor is not there yet, got 2" in run(plan.app, *words)
+    words = ["quickstart", "--cluster", "2xA100", "--fix", "pipeline=2"]
+    assert "Not to be run today: pipeline is not there yet, got 2" in run(plan.app, *words)
     assert json.loads(run(plan.app, *words, "--software", "fsdp", "--json"))["not_yet"] == []
 
 

@@ -27,6 +27,12 @@ def test_a_cut_replica_follows_one_worker(bench: Bench, layout: tuple[str, ...])
     assert_same_curve(found, bench.run(*SHORT))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["parallel.replicate=2", "parallel.shard=2", "parallel.tensor=2"])
+def test_compiled_blocks_follow_one_worker(bench: Bench, axis: str) -> None:
+    assert_same_curve(bench.run(axis, "parallel.compile=true", *SHORT), bench.run(*SHORT))
+
+
 @pytest.mark.parametrize("change", [PADDED, GPT2, FROZEN], ids=["padded", "gpt2-dropout", "frozen"])
 def test_other_recipes_when_cut(bench: Bench, change: tuple[str, ...]) -> None:
     change = (*SHORT, *change)

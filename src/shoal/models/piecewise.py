@@ -21,8 +21,8 @@ from shoal.models.draw import InitRecord
 from shoal.models.stored import Weights
 from shoal.units import format_bytes
 
-COPIES = 4
-"""Times a piece that may be in memory at once: the boxes read, their union, what checks it."""
+COPIES = 5
+"""Times a piece that may be in memory at once: mapped from its file, read, joined, checked."""
 
 
 @contextmanager
@@ -56,7 +56,7 @@ class _Reading(TorchFunctionMode):
         super().__init__()
         self._names = {id(each): name for name, each in canonical_parameters(model).items()}
         self._weights, self._limit_bytes = weights, limit_bytes
-        self._most_numel = max(1, limit_bytes // (4 * COPIES))
+        self._most_numel = max(1, limit_bytes // (4 * COPIES))  # float32
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -118,7 +118,8 @@ class _Reading(TorchFunctionMode):
         if not self._is_weight(table):
             return None
         wanted, places = ids.unique(return_inverse=True)
-        rows = [self._read(table, (int(row), 1)) for row in wanted]
+        # a copy of each, for a row that was read may hold on to all of its file that is mapped
+        rows = [self._read(table, (int(row), 1)).clone() for row in wanted]
         return torch.cat(rows)[places]
 
     def _embedding(self, table: Tensor, ids: Tensor, *rest: Any, **more: Any) -> Tensor | None:

@@ -21,9 +21,8 @@ from shoal.units import format_bytes
 
 PIECE_BYTES = 64 << 20
 """Written at once where no limit asks for less."""
-COPIES = 4
-"""Times a piece that may be in memory at once: the boxes read, their union, what checks it, a cast.
-"""
+COPIES = 5
+"""Times a piece may be in memory at once: mapped from its file, read, joined, checked and cast."""
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -38,7 +38,7 @@ def assert_as_if_nothing(found: Rehearsal) -> None:
     """The same digits, the same weights, every sample once, nothing committed lost."""
     assert found.survived, f"{found}\n{found.message}"
     assert found.same_digits and found.same_weights, str(found)
-    assert found.faults[0].culprit_named, str(found)
+    print(found)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,11 @@ def assert_as_if_nothing(found: Rehearsal) -> None:
 def test_a_part_of_a_replica_is_replaced_from_the_other(bench: Bench, fault: str) -> None:
     found = rehearsed(bench, fault, overrides=FOUR)
     assert_as_if_nothing(found)
+    (seen,) = found.faults
+    assert seen.culprit_named
+    # as in test_rehearsing: on a quiet machine 0.2 and 2 s
+    assert seen.detection_seconds is not None and seen.detection_seconds < 2
+    assert seen.recovery_seconds is not None and seen.recovery_seconds < 15
     assert found.steps_redone <= 1, "the step under way, and no committed one"
     assert events_of(found, "restarted") == []
 
@@ -78,6 +83,7 @@ def test_without_another_replica_the_save_is_what_is_left(
 ) -> None:
     found = rehearsed(bench, "kill:1@12:backward", overrides=overrides)
     assert_as_if_nothing(found)
+    assert found.faults[0].culprit_named
     assert found.steps_redone == 4  # 9 to 11 were committed, 12 was under way
     (restarted,) = events_of(found, "restarted")
     assert "from the last checkpoint" in restarted["text"]
@@ -89,13 +95,14 @@ def test_the_stopped_one_of_a_pair_is_named(bench: Bench, kind: str, rank: int) 
     """Its partner waits inside forward, where no collective of ours says so."""
     found = rehearsed(bench, f"{kind}:{rank}@12", overrides=PAIR)
     assert_as_if_nothing(found)
+    assert found.faults[0].culprit_named
     (stuck,) = events_of(found, "stuck")
     assert stuck["rank"] == rank
 
 
 @pytest.mark.parametrize("kind", ["flip-parameter", pytest.param("flip-optimizer", marks=slow)])
 def test_a_flipped_bit_in_one_shard_is_found(bench: Bench, kind: str) -> None:
-    """Of two that differ none is known to be right: back to the save."""
+    """Of two that differ none is known to be right: both are named, and the save decides."""
     found = rehearsed(bench, f"{kind}:3@12", overrides=FOUR)
     assert_as_if_nothing(found)
     assert found.steps_redone == 3
@@ -113,6 +120,7 @@ def test_of_three_shards_the_minority_is_repaired(bench: Bench, kind: str) -> No
     found = rehearsed(bench, f"{kind}:3@12", overrides=six)
     assert_as_if_nothing(found)
     (repaired,) = events_of(found, "repaired")
+    assert found.faults[0].culprit_named
     assert "(rank 3)" in repaired["text"] and "repaired from rank 1" in repaired["text"]
     assert found.steps_redone == 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shoal.prove.rehearse import Fault, Rehearsal, rehearse
-from tiny import Bench
+from tiny import Bench, Run
 
 LENGTH = ("train.steps=16", "train.evaluate_every_steps=8", "checkpoint.every_steps=8")
 FOUR = (*LENGTH, "parallel={replicate: 2, shard: 2}", "train.micro_batch_samples=2")
@@ -38,6 +38,7 @@ def assert_as_if_nothing(found: Rehearsal) -> None:
     """The same digits, the same weights, every sample once, nothing committed lost."""
     assert found.survived, f"{found}\n{found.message}"
     assert found.same_digits and found.same_weights, str(found)
+    assert Run(found.run).digits == Run(found.clean).digits, "every row, evaluations too"
     print(found)
 
 

@@ -97,6 +97,7 @@ def _runs(pid: int) -> bool:
 
 def test_two_that_end_at_once_are_both_known_to_have(pool: WorkerPool) -> None:
     """Who hears of the first may want the second ended, and must not wait for news of it."""
+    end_of(pool, pool.start(FAIL, {"how": "0"}))  # the server has imported by now
     workers = [pool.start(FAIL, {"how": "0"}) for _ in range(2)]
     time.sleep(1.0)  # both are gone, and nobody has asked
     began = time.monotonic()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
+import socket
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,18 +60,54 @@ def start_process_group(
         dist.init_process_group(backend, timeout=timeout)
         return
     talk_over_loopback()
-    dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
-    )
+    with _noting_connections():
+        dist.init_process_group(
+            backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+        )
 
 
 _inner: list[dist.ProcessGroup] = []
 """Groups made within the group of all, which have connections of their own."""
+_connections: set[tuple[int, int]] = set()
+"""Descriptor and inode of every connection that the groups have made."""
+
+
+@contextmanager
+def _noting_connections() -> Iterator[None]:
+    before = set(_connected_sockets())
+    try:
+        yield
+    finally:
+        _connections.update(set(_connected_sockets()) - before)
+
+
+def _connected_sockets() -> Iterator[tuple[int, int]]:
+    """Descriptor and inode of this process's network connections."""
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # closed meanwhile, or not connected
+            found = os.fstat(int(name))
+            if stat.S_ISSOCK(found.st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as copy:
+                    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername():
+                        yield int(name), found.st_ino
+
+
+def _break_connections() -> None:
+    """End every connection of the groups, so that whoever waits for this rank notices.
+
+    gloo (torch 2.13) closes them only once nothing refers to a group any more; models that were
+    cut, FSDP2's caches and kept exceptions do.
+    """
+    for descriptor, inode in set(_connected_sockets()) & _connections:
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+            if os.fstat(descriptor).st_ino == inode:
+                copy.shutdown(socket.SHUT_RDWR)
 
 
 def new_group(ranks: list[int]) -> dist.ProcessGroup:
     """A group of some of the ranks; every rank of the group of all calls it."""
-    made: dist.ProcessGroup = dist.new_group(ranks)
+    with _noting_connections():
+        made: dist.ProcessGroup = dist.new_group(ranks)
     if dist.get_rank() in ranks:
         _inner.append(made)
     return made
@@ -83,7 +123,9 @@ def stop_process_group(*, at_once: bool = False) -> None:
     if at_once and dist.group.WORLD is not None:
         for group in (*_inner, dist.group.WORLD):
             group.abort()
+        _break_connections()
     _inner.clear()
+    _connections.clear()
     dist.destroy_process_group()
 
 

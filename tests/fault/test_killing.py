@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,15 @@ def test_no_worker_outlives(bench: Bench, who: str) -> None:
     if who == "its fork server":
         assert process.returncode == 1, err
         assert "the fork server ended" in err
+
+
+def test_who_leaves_is_noticed_whatever_it_keeps(tmp_path: Path) -> None:
+    """A group that is referred to keeps its connections; a model that was cut refers to many."""
+    script = Path(__file__).with_name("leaving.py")
+    words = [sys.executable, script, tmp_path / "store"]
+    with subprocess.Popen([*words, "1"]) as leaves:
+        try:
+            waits = subprocess.run([*words, "0"], capture_output=True, text=True, timeout=60)
+        finally:
+            leaves.kill()
+    assert float(waits.stdout) < 2, waits.stderr

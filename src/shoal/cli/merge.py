@@ -14,13 +14,22 @@ def merge(
         Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or one of its checkpoints.")
     ],
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Most tensor bytes in memory at once, such as 2GB."),
+    ] = None,
 ) -> None:
     """Merge the newest good checkpoint of RUN (or CHECKPOINT) into one Hugging Face model."""
     from shoal.checkpoint.store import Store
     from shoal.engine.export import merge as write
-    from shoal.errors import RunError
+    from shoal.errors import RunError, UserError
     from shoal.launch.directory import open_run
+    from shoal.units import parse_bytes
 
+    try:
+        limit = None if memory_limit is None else parse_bytes(memory_limit)
+    except ValueError as error:
+        raise UserError(f"--memory-limit: {error}") from None
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise RunError(f"{out}: exists and is not empty; choose another --out")
     match = re.fullmatch(r"step-(\d+)", source.name)
@@ -30,7 +39,7 @@ def merge(
     else:
         store = Store(open_run(source) / "checkpoints")
         step = store.newest_good(on_bad=lambda at, why: print(f"passing over step {at}: {why}"))
-    difference = write(store.open(step), out=out)
+    difference = write(store.open(step), out=out, limit_bytes=limit)
     print(
         f"{out}: the model of step {step}; its logits are those saved (difference {difference:.1e})"
     )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from shoal.checkpoint.boxes import Box
 from shoal.checkpoint.store import Reader
 from shoal.config.recipe import Recipe
 from shoal.engine.prepare import Inputs
 from shoal.errors import RunError
 from shoal.models import init
-from shoal.models.anatomy import canonical_parameters
 from shoal.models.export import export
 from shoal.models.huggingface import (
     build_meta,
@@ -22,6 +23,8 @@ from shoal.models.huggingface import (
     fingerprint_sample,
     fingerprint_values,
 )
+from shoal.models.piecewise import reading
+from shoal.models.stored import Weights, check_names
 from shoal.tasks.kinds import create
 
 if TYPE_CHECKING:
@@ -46,10 +49,10 @@ def fingerprint_of(training: Training) -> list[float]:
 
 def write_model(training: Training, *, out: Path) -> None:
     """Export the weights as they are now; of a model that was cut, those of the save just made."""
-    tensors = training.state.named("parameter")
+    tensors: Mapping[str, Tensor] | Weights = training.state.named("parameter")
     if training.replica.is_cut:
-        reader = training.store.open(training.progress.step)
-        tensors = {name: reader.read(name) for name in reader.names()}
+        training.store.verify(training.progress.step)
+        tensors = SavedWeights(training.store.open(training.progress.step))
     export(
         tensors=tensors,
         config=training.model.config,
@@ -60,33 +63,49 @@ def write_model(training: Training, *, out: Path) -> None:
     )
 
 
-class _ReaderSource:
+class SavedWeights:
+    """The parameters in a checkpoint, whatever boxes they were saved in."""
+
     def __init__(self, reader: Reader) -> None:
-        self._reader, self._names = reader, set(reader.names())
+        self._reader = reader
+        self.shapes: dict[str, tuple[int, ...]] = {n: reader.shape(n) for n in reader.names()}
 
     def tensor(self, name: str, *, box: Any = None) -> Tensor | None:
-        return self._reader.read(name) if name in self._names else None
+        """A weight, or a box (offsets, sizes) of it; None for a name that was not saved."""
+        if name not in self.shapes:
+            return None
+        part = None if box is None else Box(tuple(box[0]), tuple(box[1]))
+        return self._reader.read(name, box=part)
 
 
-def merge(reader: Reader, *, out: Path) -> float:
+def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float:
     """Write the one full model that a checkpoint holds; returns the largest fingerprint difference.
 
-    Raises RunError when the merged model does not give the logits noted when it was saved.
+    `limit_bytes`: most bytes of tensors in memory at once, for a model that is larger than that.
+    Raises RunError when the merged model does not give the logits noted when it was saved,
+    ModelError when it cannot be merged within the limit.
     """
     inputs = Inputs.from_json(reader.state["inputs"])
     recipe = Recipe.model_validate(reader.state["recipe"])
     task = create(recipe.task.kind, settings=inputs.task_settings)
     config = config_from(reader.state["model_config"])
     model = build_meta(config, auto_class=task.auto_class, dropout="off")
-    init.materialise(model, record=init.record(model), seed=0, source=_ReaderSource(reader))
-    difference = check_fingerprint(model, reader.state["fingerprint"], where=str(reader.folder))
-    named = {name: p.detach() for name, p in canonical_parameters(model).items()}
+    record, weights = init.record(model), SavedWeights(reader)
+    saved, where = reader.state["fingerprint"], str(reader.folder)
+    if limit_bytes is None:
+        init.materialise(model, record=record, seed=0, source=weights)
+        difference = check_fingerprint(model, saved, where=where)
+    else:
+        check_names(model, weights)
+        with reading(model, weights, record=record, limit_bytes=limit_bytes):
+            difference = check_fingerprint(model, saved, where=where)
     export(
-        tensors=named,
+        tensors=weights,
         config=model.config,
         auto_class=task.auto_class,
         tokenizer_directory=inputs.tokenizer_directory,
         out=out,
+        limit_bytes=limit_bytes,
     )
     return difference
 

@@ -41,12 +41,9 @@ class RunLog:
         run = self._job.run
         step = last["progress"]["step"] if step is None else step
         self.close()
-        if step == 0:
-            dropped = cut_after(run / "metrics.jsonl", step=-1)
-            cut_after(run / FILE, step=-1)
-        else:
-            dropped = cut_after(run / "metrics.jsonl", step=step)
-            cut_after(run / FILE, step=step - 1)  # counts from 0
+        anew = step == 0 and not last  # else the evaluation before the first step stands
+        dropped = cut_after(run / "metrics.jsonl", step=-1 if anew else step)
+        cut_after(run / FILE, step=step - 1)  # counts from 0
         if self._boards is None:
             self._boards = _boards(self._job)
         self._files = RunFiles(run)

@@ -244,7 +244,7 @@ class Trainer:
             step = self._restore()
         else:
             step = 0
-            self._standing = Standing(0, saved_at=0)
+            self._standing = Standing(0, saved_at=0, facts=training.facts())
         if self._first:
             self.files.open(last={}, step=step)
             kind = "resumed" if job.resume else "started"

@@ -172,8 +172,8 @@ class WorkerPool:
         if not data:
             raise WorkerError(self._server_died())
         *lines, self._text = (self._text + data).split(b"\n")
-        for line in lines:
-            answer = json.loads(line)
+        ended = []  # all of them are known before anybody hears of one, and ends others (`kill`)
+        for answer in map(json.loads, lines):
             if "ready" in answer:
                 self.ready_seconds = answer["ready"]
             elif "started" in answer:
@@ -182,9 +182,11 @@ class WorkerPool:
                 for number in worker.pending:
                     self.signal(worker, number)
             elif "exited" in answer:
-                for worker in list(self.workers.values()):  # whoever hears of it may start more
+                for worker in self.workers.values():
                     if worker.pid == answer["exited"] and worker.status is None:
                         worker.status = answer["status"]
-                        while worker.open:
-                            yield from self._hear(worker)
-                        yield worker, None
+                        ended.append(worker)
+        for worker in ended:
+            while worker.open:
+                yield from self._hear(worker)
+            yield worker, None

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.models.anatomy import canonical_name
 from shoal.models.huggingface import build_meta
+from shoal.models.stored import Form, Held, Weights, check_names
+from shoal.models.writing import write_tensors
 
 SHARD_SIZE = "2GB"
 """A larger model is written as several files with an index."""
@@ -36,20 +37,23 @@ _TOKENIZER_FILES = (
 
 def export(
     *,
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, Tensor] | Weights,
     config: Any,
     auto_class: str,
     out: str | Path,
     tokenizer_directory: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     replace: bool = False,
+    limit_bytes: int | None = None,
 ) -> Path:
     """Write `out`: config.json, generation settings, safetensors, tokenizer files. Returns it.
 
-    `tensors`: every canonical parameter of the model, once. Ties and the stored form that other
-    tools expect are transformers' own (`save_pretrained`). The folder appears in one rename.
+    `tensors`: every canonical parameter of the model, once. They are written piece by piece, of
+    which at most `limit_bytes` (None: 1 GiB where that can be) are in memory at once. Names, ties
+    and the stored form that other tools expect are transformers' own, and so is every byte. The
+    folder appears in one rename.
     Raises ModelError: names or shapes that are not the model's, a folder that already holds
-    something (unless `replace`).
+    something (unless `replace`), a stored form that cannot be made within the limit.
     """
     out = Path(out)
     if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
@@ -57,13 +61,20 @@ def export(
             f"{out}: it exists and is not empty; nothing was written\n    choose another --out"
         )
     model = build_meta(config, auto_class=auto_class)
-    _fill(model, dict(tensors), dtype)
+    weights = Held(tensors) if isinstance(tensors, Mapping) else tensors
+    check_names(model, weights)
+    model.to(dtype)
     _prepare(model, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
+        write_tensors(partial, Form(model), weights, limit_bytes=limit_bytes, shard_size=SHARD_SIZE)
         with _quiet():
-            model.save_pretrained(partial, max_shard_size=SHARD_SIZE)  # type: ignore[operator]
+            model.save_pretrained(partial / "empty", state_dict={})  # type: ignore[operator]
+        for file in (partial / "empty").iterdir():
+            if file.suffix == ".json":
+                file.rename(partial / file.name)
+        shutil.rmtree(partial / "empty")
         if tokenizer_directory is not None:
             _copy_tokenizer(Path(tokenizer_directory), partial)
         partial.chmod(0o755)
@@ -87,37 +98,6 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Put real tensors in the place of meta parameters, one object for every tied name."""
-    made: dict[int, nn.Parameter] = {}
-    names = {canonical_name(name) for name, _ in model.named_parameters()}
-    absent, foreign = sorted(names - set(tensors)), sorted(set(tensors) - names)
-    if absent or foreign:
-        raise ModelError(
-            f"export: the tensors are not those of a {type(model).__name__}\n"
-            f"    lacking: {', '.join(absent[:5]) or 'none'}; "
-            f"unknown: {', '.join(foreign[:5]) or 'none'}"
-        )
-    originals = []
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        for leaf, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                name = canonical_name(f"{path}.{leaf}" if path else leaf)
-                value = tensors[name]
-                if value.shape != parameter.shape:
-                    raise ModelError(
-                        f"export: {name} has shape {tuple(value.shape)}, expected "
-                        f"{tuple(parameter.shape)}\n    the configuration is of another model"
-                    )
-                originals.append(parameter)  # kept alive: its id is a key
-                made[id(parameter)] = nn.Parameter(
-                    value.detach().to("cpu", dtype), requires_grad=False
-                )
-            module._parameters[leaf] = made[id(parameter)]
 
 
 def _prepare(model: nn.Module, config: Any) -> None:

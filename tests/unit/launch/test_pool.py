@@ -93,3 +93,17 @@ def _runs(pid: int) -> bool:
     listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
     state = listed.stdout.strip()
     return bool(state) and not state.startswith("Z")
+
+
+def test_two_that_end_at_once_are_both_known_to_have(pool: WorkerPool) -> None:
+    """Who hears of the first may want the second ended, and must not wait for news of it."""
+    end_of(pool, pool.start(FAIL, {"how": "0"}))  # the server has imported by now
+    workers = [pool.start(FAIL, {"how": "0"}) for _ in range(2)]
+    time.sleep(1.0)  # both are gone, and nobody has asked
+    began = time.monotonic()
+    while any(worker.status is None for worker in workers):
+        for worker, message in pool.events(timeout_seconds=1, only=workers):
+            if message is None:
+                pool.kill([other for other in workers if other is not worker])
+    assert time.monotonic() - began < 5, "the second was waited for until the deadline"
+    assert [worker.status for worker in workers] == [0, 0]

@@ -13,6 +13,9 @@ from shoal.models.anatomy import canonical_parameters, ties_of
 from shoal.models.export import export
 from shoal.models.huggingface import fingerprint
 
+LIMIT = 350_000
+"""Bytes: just what the experts of one block of mixtral take with what they are made into."""
+
 
 def _export(model: nn.Module, family: str, out: Path, **more) -> Path:
     tensors = {name: each.detach() for name, each in canonical_parameters(model).items()}
@@ -96,3 +99,43 @@ def test_fingerprints_tell_weights_apart() -> None:
     first, again, other = (fingerprint(real_model("gpt2", seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
     assert len(first) == 32
+
+
+@pytest.mark.parametrize("family", [*SETTINGS, "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_byte_is_what_transformers_writes(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several files, written in pieces of a few rows. (What transformers computes for mixtral are
+    views of one storage, which it counts whole when it divides into files: so one file there.)"""
+    size = "10MB" if family == "mixtral" else f"{10 * dtype.itemsize}KB"
+    monkeypatch.setattr(exporting, "SHARD_SIZE", size)
+    model = real_model(family)
+    ours = _export(model, family, tmp_path / "ours", dtype=dtype, limit_bytes=LIMIT)
+    whole = _export(model, family, tmp_path / "whole", dtype=dtype)
+    model.to(dtype).save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    written = sorted(each.name for each in ours.iterdir())
+    assert written == sorted(each.name for each in (tmp_path / "theirs").iterdir())
+    assert family == "mixtral" or len(list(ours.glob("*.safetensors"))) > 1
+    for name in written:
+        content = (ours / name).read_bytes()
+        assert content == (whole / name).read_bytes(), name
+        if name != "config.json":  # in which dropout and the cache are the user's
+            assert content == (tmp_path / "theirs" / name).read_bytes(), name
+
+
+def test_what_is_computed_is_divided_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "SHARD_SIZE", "40KB")
+    model = real_model("mixtral")
+    out = _export(model, "mixtral", tmp_path / "model", limit_bytes=LIMIT)
+    assert len(list(out.glob("*.safetensors"))) > 3
+    opened = transformers.AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    for name, tensor in canonical_parameters(opened).items():
+        assert torch.equal(tensor, canonical_parameters(model)[name]), name
+
+
+def test_a_form_that_does_not_fit_names_what_it_needs(tmp_path: Path) -> None:
+    model = real_model("mixtral")
+    with pytest.raises(ModelError, match=r"mixtral: its stored form.*(?s:.)*use --memory-limit"):
+        _export(model, "mixtral", tmp_path / "a", limit_bytes=1000)
+    assert not (tmp_path / "a").exists()

@@ -60,6 +60,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
 }
 
+_MIXTRAL = {**_DECODER, "num_local_experts": 4}
+"""A family whose stored form is another: its experts lie in one tensor, and are stored apart."""
+
 TENSOR = tuple(family for family in SETTINGS if family not in ("cohere", "vit", "t5"))
 """Families that are cut along the tensor axis."""
 
@@ -77,7 +80,7 @@ def config_of(family: str, **settings: Any) -> Any:
     vocabulary = None if family == "vit" else VOCABULARY
     return read_config(
         architecture=family,
-        settings={**SETTINGS[family], **settings},
+        settings={**SETTINGS.get(family, _MIXTRAL), **settings},
         vocabulary_size=vocabulary,
     )
 

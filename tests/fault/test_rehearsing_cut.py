@@ -47,7 +47,7 @@ def assert_as_if_nothing(found: Rehearsal) -> None:
     [
         "kill:1@12:forward",
         pytest.param("kill:2@12:backward", marks=slow),
-        "kill:3@12:reducing",
+        pytest.param("kill:3@12:reducing", marks=slow),
         pytest.param("kill:0@12:apply", marks=slow),
         pytest.param("kill:0@8:save", marks=slow),
         pytest.param("kill:1@8:save", marks=slow),
@@ -76,9 +76,8 @@ def test_parts_of_both_replicas(bench: Bench) -> None:
     assert [seen.fired for seen in found.faults] == [True] * 2
 
 
-@pytest.mark.parametrize(
-    "overrides", [SHARDS, pytest.param(PAIR, marks=slow)], ids=["shard", "tensor"]
-)
+@slow
+@pytest.mark.parametrize("overrides", [SHARDS, PAIR], ids=["shard", "tensor"])
 def test_without_another_replica_the_save_is_what_is_left(
     bench: Bench, overrides: tuple[str, ...]
 ) -> None:

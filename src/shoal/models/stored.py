@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from shoal.errors import ModelError
-from shoal.models.anatomy import canonical_name, canonical_parameters
+from shoal.models.anatomy import canonical_parameters
 from shoal.models.draw import Box
 
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+\.")
@@ -154,7 +154,7 @@ def _groups(
 
 def check_names(model: nn.Module, weights: Weights) -> None:
     """The weights are those of `model`. Raises ModelError."""
-    wanted = {canonical_name(n): tuple(p.shape) for n, p in canonical_parameters(model).items()}
+    wanted = {name: tuple(p.shape) for name, p in canonical_parameters(model).items()}
     found = dict(weights.shapes)
     absent, foreign = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if absent or foreign:

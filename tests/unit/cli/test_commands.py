@@ -72,6 +72,9 @@ def test_merge_generate_and_verify(bench: Bench, capsys: pytest.CaptureFixture[s
     assert f"{model}: the model of step 30; its logits are those saved" in said
     merged = (model / "model.safetensors").read_bytes()
     assert merged == (run.path / "model/model.safetensors").read_bytes()
+    bounded = bench.new_path()
+    ask(capsys, "merge", run.path, "--out", bounded, "--memory-limit", "20kB")
+    assert merged == (bounded / "model.safetensors").read_bytes()
     words = ("generate", model, "The river", "--tokens", "6", "--seed", "1")
     first = ask(capsys, *words)
     assert first.startswith("The river") and first == ask(capsys, *words)

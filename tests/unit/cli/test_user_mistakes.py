@@ -135,6 +135,15 @@ def test_merge_into_a_folder_with_files(told, bench: Bench, tmp_path: Path) -> N
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
+def test_merge_within_a_limit_that_is_none(told, bench: Bench, tmp_path: Path) -> None:
+    words = ("merge", bench.run().path, "--out", tmp_path / "model", "--memory-limit")
+    status, said = told(*words, "2 bananas")
+    assert status == 2 and "--memory-limit: '2 bananas': unknown unit 'bananas'" in said
+    status, said = told(*words, "100B")
+    assert status == 2 and "its 128 B are used at once; the limit is 100 B" in said
+    assert "use --memory-limit 640B, or none" in said and not (tmp_path / "model").exists()
+
+
 def test_merge_of_what_is_no_run(told, tmp_path: Path) -> None:
     status, said = told("merge", tmp_path, "--out", tmp_path / "model")
     assert status == 2 and "expected a run directory" in said

@@ -15,8 +15,6 @@ from safetensors import safe_open
 from passing_on import newest
 from shoal.checkpoint.boxes import Box
 from shoal.checkpoint.store import Piece, Store
-from shoal.cli.merge import merge
-from shoal.errors import ModelError, UserError
 from shoal.models import init
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.huggingface import build_meta, config_from, fingerprint
@@ -79,14 +77,3 @@ def test_a_merge_keeps_to_its_limit(bench: Bench, checkpoint: Path, tmp_path: Pa
             file.get_tensor("model.embed_tokens.weight"),
             Store(checkpoint.parent).open(10).read("model.embed_tokens.weight"),
         )
-
-
-def test_a_limit_that_is_none_or_too_small(bench: Bench, tmp_path: Path) -> None:
-    small = newest(bench.run(*HALF)).folder
-    with pytest.raises(UserError, match=r"--memory-limit: '2 bananas': unknown unit 'bananas'"):
-        merge(small, tmp_path / "a", "2 bananas")
-    with pytest.raises(
-        ModelError, match=r"its 128 B are used at once; the limit is 100 B(?s:.)*640B"
-    ):
-        merge(small, tmp_path / "a", "100B")
-    assert not (tmp_path / "a").exists()

@@ -21,7 +21,17 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+MORE = {"gradients", "offload", "selective", "replicate 2 x shard 2"}
+"""Left to `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name, marks=[pytest.mark.slow] if name in MORE else [])
+        for name, layout in LAYOUTS.items()
+    ],
+)
 def test_a_cut_replica_follows_one_worker(bench: Bench, layout: tuple[str, ...]) -> None:
     found = bench.run(*layout, *SHORT)
     assert_same_curve(found, bench.run(*SHORT))
@@ -33,7 +43,14 @@ def test_compiled_blocks_follow_one_worker(bench: Bench, axis: str) -> None:
     assert_same_curve(bench.run(axis, "parallel.compile=true", *SHORT), bench.run(*SHORT))
 
 
-@pytest.mark.parametrize("change", [PADDED, GPT2, FROZEN], ids=["padded", "gpt2-dropout", "frozen"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(PADDED, id="padded", marks=pytest.mark.slow),
+        pytest.param(GPT2, id="gpt2-dropout"),
+        pytest.param(FROZEN, id="frozen", marks=pytest.mark.slow),
+    ],
+)
 def test_other_recipes_when_cut(bench: Bench, change: tuple[str, ...]) -> None:
     change = (*SHORT, *change)
     layout = ("parallel.replicate=1", "parallel.shard=2", "parallel.tensor=2")

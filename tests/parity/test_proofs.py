@@ -31,7 +31,9 @@ def proof(bench: Bench, *overrides: str, mistake: str | None = None) -> Certific
     [
         ("parallel.replicate=1", "parallel.shard=2", "parallel.tensor=2"),
         ("parallel.replicate=4", "launch.workers=threads"),
-        ("parallel.tensor=2", "parallel.recompute=full", *GPT2),
+        pytest.param(
+            ("parallel.tensor=2", "parallel.recompute=full", *GPT2), marks=pytest.mark.slow
+        ),
     ],
     ids=["shard x tensor", "threads", "gpt2"],
 )
@@ -48,15 +50,29 @@ def test_a_right_layout_is_proven(bench: Bench, layout: tuple[str, ...]) -> None
 
 MISTAKES = [
     ("no-reduction", "parallel.replicate=2", "missing reduction"),
-    ("no-reduction", "parallel.tensor=2", "missing reduction over tensor"),
+    pytest.param(
+        "no-reduction", "parallel.tensor=2", "missing reduction over tensor", marks=pytest.mark.slow
+    ),
     ("double-reduction", "parallel.replicate=2", "double reduction over replicate"),
-    ("double-reduction", "parallel.tensor=2", "double reduction over tensor"),
+    pytest.param(
+        "double-reduction",
+        "parallel.tensor=2",
+        "double reduction over tensor",
+        marks=pytest.mark.slow,
+    ),
     ("mean-of-means", "parallel.replicate=2", "mean of means"),
-    ("mean-of-means", "parallel.shard=2", "mean of means"),
+    pytest.param("mean-of-means", "parallel.shard=2", "mean of means", marks=pytest.mark.slow),
     ("mean-for-sum", "parallel.replicate=2", "scale off by a mesh degree"),
     ("same-shards", "parallel.shard=2", "identical shards at the start"),
-    ("same-shards", "parallel.tensor=2", "identical shards at the start"),
-    ("lost-tie", "parallel.replicate=2", "lost tie: only model.embed_tokens.weight"),
+    pytest.param(
+        "same-shards", "parallel.tensor=2", "identical shards at the start", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "lost-tie",
+        "parallel.replicate=2",
+        "lost tie: only model.embed_tokens.weight",
+        marks=pytest.mark.slow,
+    ),
     ("lost-tie", "parallel.tensor=2", "lost tie: only model.embed_tokens.weight"),
     ("missing-partial", "parallel.tensor=2", "missing reduction over tensor"),
 ]

@@ -59,13 +59,17 @@ def alive(pids: list[int]) -> list[int]:
 
 @contextmanager
 def started(*words: str | Path) -> Iterator[Process]:
-    """The command in a process group of its own; whatever is left of it goes at the end."""
+    """The command in a process group of its own; whatever is left of it goes at the end.
+
+    It hears SIGINT as at a terminal: a suite that runs in the background of a shell ignores it.
+    """
     process = subprocess.Popen(
         shoal(*words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process

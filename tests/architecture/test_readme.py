@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 
 from shoal.cli.main import main
-from shoal.launch import local
 from shoal.launch import pool as pools
 from shoal.launch.pool import WorkerPool
-from shoal.prove import parity
-from shoal.prove import rehearse as rehearsal
 from tiny import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,8 +84,6 @@ def workplace(
 ) -> Path:
     """A folder with a user's text and tags, where commands take workers from the shared server."""
     monkeypatch.chdir(tmp_path)
-    for module in (local, rehearsal, parity):
-        monkeypatch.setattr(module, "_pool", lambda given: nullcontext(given or pool))
     monkeypatch.setattr(pools, "WorkerPool", lambda: nullcontext(pool))
     sentence = "Ada B-person\nlives O\nin O\nParis B-place\n. O\n\n"
     (tmp_path / "tags.conll").write_text(sentence.replace(" ", "\t") * 60, encoding="utf-8")

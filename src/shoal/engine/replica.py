@@ -98,20 +98,12 @@ class Replica:
     def own_square(self, state: FlatState) -> float:
         """Square of the norm of those gradients on this rank that count (held.counted)."""
         names = held.counted(self.model)
-        total = 0.0
-        for name in state.layout.shapes:
-            if name in names and name not in state.layout.members["frozen"]:
-                view = state.layout.view(state.gradients, name)
-                total += float(held.squares_of(view).sum())
-        return total
+        views = state.trainable(state.gradients).items()
+        return sum(float(held.squares_of(view).sum()) for name, view in views if name in names)
 
     def norm(self, values: Tensor, state: FlatState) -> float:
         """Norm of flat gradients of which each rank of the replica has its part. PeersLost."""
-        named = {
-            name: state.layout.view(values, name)
-            for name in state.layout.shapes
-            if name not in state.layout.members["frozen"]
-        }
+        named = state.trainable(values)
         return watched(lambda: held.norm(self.model, named))
 
 
@@ -169,18 +161,13 @@ def fill(
 
     `draws` False: the state has its values already, or gets them later.
     """
-    gradients = {
-        name: state.layout.view(state.gradients, name)
-        for name in state.layout.shapes
-        if name not in state.layout.members["frozen"]
-    }
     materialise(
         replica.model,
         record=replica.record,
         seed=seed,
         source=source,
         storage=state.named("parameter"),
-        gradients=gradients,
+        gradients=state.trainable(state.gradients),
         fill=draws,
     )
     replica.model.train()

@@ -98,6 +98,11 @@ class FlatState:
         """Elements of the vector that have a gradient (the frozen region is last)."""
         return self.layout.regions["frozen"].start
 
+    def trainable(self, flat: Tensor) -> dict[str, Tensor]:
+        """Name -> view of `flat`, a vector of the trainable regions such as the gradients."""
+        frozen = self.layout.members["frozen"]
+        return {n: self.layout.view(flat, n) for n in self.layout.shapes if n not in frozen}
+
     def zero_gradients(self) -> None:
         """Forget the gradients."""
         self.gradients.zero_()

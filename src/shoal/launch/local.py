@@ -20,7 +20,7 @@ from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import choose
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.memory import refuse_what_cannot_fit
-from shoal.launch.pool import WorkerPool
+from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.launch.refuse import check
 from shoal.launch.summary import write_summary
 from shoal.launch.supervise import run_workers
@@ -59,12 +59,16 @@ def train(
     every event with its time. Raises UserError for what is wrong with the recipe, Stopped after
     Ctrl-C or SIGTERM once everything is saved.
     """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), _texts(overrides))
+    resolved = (
+        recipe
+        if isinstance(recipe, Recipe)
+        else load_recipe(str(recipe), override_texts(overrides))
+    )
     resolved = anchored(resolved)
     check(resolved)
     run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
     show = Console() if (resolved.observe.console if console is None else console) else _silent()
-    with _unless_empty(run), hold(run), _pool(pool) as workers:
+    with _unless_empty(run), hold(run), pool_or_own(pool) as workers:
         show.phase(f"run directory {run}")
         inputs = prepare_inputs(resolved, say=show.phase)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
@@ -104,13 +108,13 @@ def _resume(
     console: bool | None,
     pool: WorkerPool | None,
 ) -> Result:
-    resolved = resumed_recipe(folder, _texts(overrides))
+    resolved = resumed_recipe(folder, override_texts(overrides))
     check(resolved)
     show = Console() if (resolved.observe.console if console is None else console) else _silent()
-    with _pool(pool) as workers:
+    with pool_or_own(pool) as workers:
         show.phase(f"resuming {folder}")
         inputs = prepare_inputs(resolved, say=show.phase)
-        decision = _decision_before(folder, _texts(overrides))
+        decision = _decision_before(folder, override_texts(overrides))
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         job = _Start(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=True)
@@ -163,7 +167,8 @@ def _unless_empty(run: Path) -> Iterator[None]:
         raise
 
 
-def _texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
+def override_texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
+    """Overrides as KEY=VALUE, whichever way they were given."""
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return list(overrides)
@@ -173,15 +178,6 @@ def _silent() -> Console:
     import io
 
     return Console(out=io.StringIO())
-
-
-@contextmanager
-def _pool(given: WorkerPool | None) -> Iterator[WorkerPool]:
-    if given is not None:
-        yield given
-        return
-    with WorkerPool() as own:
-        yield own
 
 
 @dataclass(frozen=True)

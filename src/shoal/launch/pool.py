@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,3 +190,8 @@ class WorkerPool:
             while worker.open:
                 yield from self._hear(worker)
             yield worker, None
+
+
+def pool_or_own(given: WorkerPool | None) -> AbstractContextManager[WorkerPool]:
+    """`given`, which stays open, or a new pool for the time of a `with`."""
+    return nullcontext(given) if given is not None else WorkerPool()

@@ -19,10 +19,8 @@ from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.draw import InitRecord
 from shoal.models.stored import Weights
+from shoal.models.writing import COPIES
 from shoal.units import format_bytes
-
-COPIES = 5
-"""Times a piece that may be in memory at once: mapped from its file, read, joined, checked."""
 
 
 @contextmanager

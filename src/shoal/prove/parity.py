@@ -11,7 +11,6 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +24,7 @@ from shoal.engine.decision import Decision
 from shoal.engine.mistakes import MISTAKES
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.errors import ConfigError, Problem, WorkerError, nearest
-from shoal.launch.pool import WorkerPool
+from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.launch.supervise import run_workers
 from shoal.layout import Layout
 from shoal.observe.console import Console
@@ -70,7 +69,7 @@ def prove(
     )
     if isinstance(small.model, ConfiguredModel):
         inputs = replace(inputs, model_directory=None)
-    with _pool(pool) as workers:
+    with pool_or_own(pool) as workers:
         runs = _Runs(small, inputs, out=out, pool=workers, say=say)
         certificate = _prove(runs, layout=layout, steps=steps, mistake=mistake)
     certificate.seconds = time.monotonic() - began
@@ -78,10 +77,6 @@ def prove(
     (out / "certificate.json").write_text(json.dumps(certificate.to_json(), indent=1))
     (out / "certificate.txt").write_text(f"{certificate}\n")
     return certificate
-
-
-def _pool(given: WorkerPool | None) -> AbstractContextManager[WorkerPool]:
-    return nullcontext(given) if given is not None else WorkerPool()
 
 
 def _prove(runs: _Runs, *, layout: Layout, steps: int, mistake: str | None) -> Certificate:

@@ -11,7 +11,6 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from shoal.data.verify import verify_run
 from shoal.engine.faults import KINDS, PHASES
 from shoal.errors import ConfigError, Problem, ShoalError, Stopped, nearest
 from shoal.launch import local
-from shoal.launch.pool import WorkerPool
+from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.observe.events import read_lines
 
 _SIGNS = {
@@ -181,8 +180,8 @@ def rehearse(
     Raises ConfigError for faults that the recipe has no rank or step for, and the errors of a run
     that cannot start. A run that its faults end is a result, not an error.
     """
-    texts = _texts(overrides)
-    with _pool(pool) as workers:
+    texts = local.override_texts(overrides)
+    with pool_or_own(pool) as workers:
         if clean is None:
             clean = out / "clean"
             local.train(recipe, texts, out=clean, console=console, pool=workers)
@@ -200,16 +199,6 @@ def rehearse(
     _compare(found)
     (out / "rehearsal.json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
     return found
-
-
-def _texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
-    if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return list(overrides)
-
-
-def _pool(given: WorkerPool | None) -> AbstractContextManager[WorkerPool]:
-    return nullcontext(given) if given is not None else WorkerPool()
 
 
 def _run(

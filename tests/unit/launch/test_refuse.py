@@ -86,7 +86,9 @@ def test_what_this_model_cannot(config: dict[str, Any], overrides: list[str], wo
 )
 def test_what_can_run_is_not_refused(config: dict[str, Any], overrides: list[str]) -> None:
     asked = recipe(*overrides)
-    refuse_illegal(asked, check(asked), config=config)
+    layout = check(asked)
+    refuse_illegal(asked, layout, config=config)
+    assert layout == given_layout(asked)
 
 
 def test_an_axis_takes_settings_beside_its_degree() -> None:

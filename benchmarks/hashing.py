@@ -1,90 +1,76 @@
-"""What comparing the replicas' hashes costs: the quickstart with it at every step, and without.
+"""What comparing the replicas' hashes costs: the quickstart with it before every second step.
 
-    python benchmarks/hashing.py [--pairs 7] [--steps 20]
+    python benchmarks/hashing.py [--pairs 100]
 
-Two processes in float32, runs with `sync.verify_every_steps` 1 and 0 in turns, which of a pair
-comes first in turns too. Beside the ratio stand the milliseconds that hashing the same state takes
-alone: a share that is smaller than the noise of steps.
+Two processes in float32. A step with the hash and one without take turns within one run, since
+runs of one minute and the next differ by more than what is looked for. Two figures: the time that
+hashing takes inside the steps (the loop's own span), and the steps with it over those beside them,
+with the interval of its median over resampled pairs (a bootstrap).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
-
-import torch
-import xxhash
 
 from shoal.launch import local
 from shoal.launch.pool import WorkerPool
 from shoal.observe.events import read_lines
 
-STATE_BYTES = 3 * 4 * 4_200_000
-"""Parameters and AdamW's two moments of the quickstart, in float32."""
+WARMING = 4
+"""Steps at the start that do not count."""
 
 
-def step_seconds(out: Path, *, pool: WorkerPool, steps: int, every: int) -> list[float]:
-    """Seconds of each step, without the first two."""
+def run(out: Path, *, pool: WorkerPool, pairs: int) -> tuple[dict[int, float], list[float]]:
+    """Seconds by step (from 1), and the milliseconds of each hash on rank 0."""
     overrides: dict[str, Any] = {
         "parallel.replicate": 2,
         "launch.workers": "processes",
         "precision.compute": "float32",
-        "train.steps": steps + 2,
+        "train.steps": 2 * pairs + WARMING,
         "train.evaluate_every_steps": 0,
         "checkpoint.every_steps": 0,
         "task.prompts": [],
-        "sync.verify_every_steps": every,
+        "sync.verify_every_steps": 2,
+        "observe.trace": True,
+        "observe.log_every_steps": 1,
     }
     local.train("quickstart", overrides, out=out, console=False, pool=pool)
     rows = [row for row in read_lines(out / "metrics.jsonl") if "loss" in row]
-    return [row["step_seconds"] for row in rows][2:]
+    spans = json.loads((out / "trace.json").read_text())["traceEvents"]
+    hashes = [s for s in spans if s["name"] == "verify" and s["tid"] == 0]
+    hashes = [s for s in hashes if s["args"]["step"] >= WARMING]
+    return {row["step"]: row["step_seconds"] for row in rows}, [s["dur"] / 1e3 for s in hashes]
 
 
-def alone_seconds() -> float:
-    """Seconds to hash the state once, median of nine."""
-    state = torch.ones(STATE_BYTES // 4).numpy()
-    readings = []
-    for _ in range(9):
-        began = time.perf_counter()
-        xxhash.xxh3_64_intdigest(state.data)
-        readings.append(time.perf_counter() - began)
-    return statistics.median(readings)
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Of the median, 95 %: resampled 2,000 times."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return medians[50], medians[1949]
 
 
 def main() -> None:
-    """Print the table."""
+    """Print both figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=100)
     given = parser.parse_args()
-    seconds: dict[int, list[float]] = {0: [], 1: []}
-    ratios = []
     with tempfile.TemporaryDirectory() as folder, WorkerPool() as pool:
-        for number in range(given.pairs):
-            pair = {}
-            for every in (0, 1) if number % 2 else (1, 0):
-                out = Path(folder) / f"{number}-{every}"
-                found = step_seconds(out, pool=pool, steps=given.steps, every=every)
-                seconds[every] += found
-                pair[every] = statistics.median(found)
-            ratios.append(pair[1] / pair[0])
-            print(f"pair {number}: {ratios[-1]:.4f}", flush=True)
-    without, each = (statistics.median(seconds[every]) for every in (0, 1))
-    alone = alone_seconds()
-    print("| hashing | median step, ms | of all steps | median of pairs (least to most) |")
-    print("| --- | ---: | ---: | ---: |")
-    print(f"| never | {1e3 * without:.1f} | 1 | 1 |")
+        seconds, hashes = run(Path(folder) / "run", pool=pool, pairs=given.pairs)
+    # step n of the log was hashed before it when n - 1 is even; pairs in both orders
+    hashed = [n for n in seconds if n > WARMING and n % 2 and n + 1 in seconds]
+    ratios = [2 * seconds[n] / (seconds[n - 1] + seconds[n + 1]) for n in hashed]
+    step, alone = statistics.median(seconds[n + 1] for n in hashed), statistics.median(hashes)
+    low, high = interval(ratios)
+    print(f"step {1e3 * step:.0f} ms, hash inside it {alone:.1f} ms: {alone / 1e3 / step:.2%}")
     print(
-        f"| every step | {1e3 * each:.1f} | {each / without:.4f} "
-        f"| {statistics.median(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f}) |"
-    )
-    print(
-        f"hashing {STATE_BYTES / 1e6:.0f} MB alone: {1e3 * alone:.1f} ms, "
-        f"{alone / without:.2%} of a step"
+        f"steps with a hash over their neighbours without: {statistics.median(ratios):.4f} "
+        f"({low:.4f} to {high:.4f}, {len(ratios)} of them)"
     )
 
 

@@ -136,6 +136,26 @@ def test_a_worker_killed_by_a_stranger_is_replaced(bench: Bench) -> None:
     assert_same_end(run, bench.run(*SLOW, *TWO))
 
 
+def test_a_worker_killed_after_a_stop_was_asked_costs_no_step(bench: Bench) -> None:
+    """The other holds the state: it takes the order on into the next epoch, and saves."""
+    run = Run(bench.new_path())
+    with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
+        wait_for_step(run, 7)
+        _, workers = server_and_workers(process.pid)
+        os.kill(workers[1], signal.SIGSTOP)  # so that it hears of the stop, but cannot end
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.stdout is not None
+        wait_until(lambda: "asked to stop" in process.stdout.readline(), what="the answer")
+        os.kill(workers[1], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    steps = len(run.losses)
+    assert 7 < steps < 20 and "lost" in run.events
+    assert (run.path / f"checkpoints/step-{steps:08d}/manifest.json").is_file()
+    bench.resume(run)
+    assert_same_end(run, bench.run(*SLOW, *TWO))
+
+
 @pytest.mark.parametrize("how", ["STOP", pytest.param("time limit", marks=pytest.mark.slow)])
 def test_other_ways_to_ask_for_an_end(bench: Bench, how: str) -> None:
     run = Run(bench.new_path())

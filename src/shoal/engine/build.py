@@ -25,7 +25,7 @@ from shoal.layout import Share
 from shoal.models.anatomy import Anatomy
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
-from shoal.parallel.precision import check_compute
+from shoal.parallel.precision import LossScale, check_compute
 from shoal.runtime import Place
 from shoal.sync.every_step import EveryStep
 from shoal.tasks.kinds import create
@@ -53,6 +53,7 @@ class Training:
     evaluation: Evaluation
     dtype: torch.dtype
     steps: int
+    loss_scale: LossScale | None = None
     progress: Progress = field(default_factory=Progress)
     peak_memory_bytes: int | None = None
 
@@ -110,13 +111,19 @@ class Training:
 
     def facts(self) -> dict[str, Any]:
         """What a rank that joins, or a run that is resumed, needs besides tensors."""
-        return {"progress": vars(self.progress).copy(), "peak_memory_bytes": self.peak_memory_bytes}
+        facts = {
+            "progress": vars(self.progress).copy(),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+        return facts | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
 
     def update_progress(self, facts: dict[str, Any]) -> None:
         """Stand where `facts` say."""
         for name, value in facts["progress"].items():
             setattr(self.progress, name, value)
         self.peak_memory_bytes = facts.get("peak_memory_bytes") or self.peak_memory_bytes
+        if self.loss_scale is not None and "loss_scale" in facts:
+            self.loss_scale.restore(facts["loss_scale"])
         self.update.restore(self.progress.step, applied_steps=self.progress.applied_steps)
 
     def resident(self) -> list[torch.Tensor]:
@@ -145,6 +152,7 @@ def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
             report.say("event", name=name, fields={"text": note})
     decision = job.decision
     dtype = check_compute(decision.compute, device=place.device)
+    loss_scale = LossScale.of(dtype)
     sync = EveryStep(
         ranks.replicas,
         global_batch_samples=recipe.train.global_batch_samples,
@@ -178,6 +186,7 @@ def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
                 exact=recipe.train.exact,
                 dtype=dtype,
                 device=place.device,
+                loss_scale=loss_scale,
                 fault=job.fault,
             ),
         ),
@@ -189,6 +198,7 @@ def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
             schedule=recipe.train.schedule,
             steps=steps,
             max_gradient_norm=recipe.train.max_gradient_norm,
+            loss_scale=loss_scale,
         ),
         store=Store(job.run / "checkpoints"),
         stream=stream,
@@ -199,6 +209,7 @@ def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
         ),
         dtype=dtype,
         steps=steps,
+        loss_scale=loss_scale,
     )
 
 

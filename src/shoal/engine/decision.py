@@ -9,6 +9,19 @@ from shoal.config.recipe import Recipe
 from shoal.errors import ConfigError, Problem
 from shoal.layout import Layout
 
+Format = Literal["float32", "bfloat16", "float16"]
+
+
+def format_of(compute: str, *, auto: Format = "float32") -> Format:
+    """The number format that `precision.compute` names; `auto`: what it is when left open."""
+    names: dict[str, Format] = {
+        "auto": auto,
+        "float32": "float32",
+        "bfloat16": "bfloat16",
+        "float16": "float16",
+    }
+    return names[compute]
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -18,7 +31,7 @@ class Decision:
     workers: Literal["threads", "processes"]
     threads_per_worker: int
     micro_batch_samples: int
-    compute: Literal["float32", "bfloat16"]
+    compute: Format
     reason: str
     measured: dict[str, Any] = field(default_factory=dict)
     """What was timed at the start: micro batches by crew, `speedup`, `format_ratio`, ..."""

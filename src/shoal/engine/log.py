@@ -77,7 +77,8 @@ class RunLog:
         """The row of the step just committed; the same numbers on every rank but for its times."""
         training, progress = self._training, self._training.progress
         other = traffic.communication_seconds + traffic.waiting_seconds
-        return {
+        scale = {"loss_scale": training.loss_scale.value} if training.loss_scale else {}
+        return scale | {
             "step": progress.step,
             "loss": outcome.loss,
             "learning_rate": outcome.learning_rate,

@@ -18,7 +18,7 @@ from shoal.engine.state import FlatState
 from shoal.layout import Share
 from shoal.parallel import shard
 from shoal.parallel.loss import chunked_loss
-from shoal.parallel.precision import compute_context
+from shoal.parallel.precision import LossScale, compute_context
 from shoal.tasks.outcome import TaskOutput
 
 Batch = dict[str, Tensor]
@@ -60,6 +60,8 @@ class StepSettings:
     exact: bool
     dtype: torch.dtype
     device: torch.device
+    loss_scale: LossScale | None = None
+    """Shared with the update, which divides by it and changes it; for float16."""
     fault: str | None = None
     """`mean-of-means`: plant the classic mistake of averaging averages, to show what it does."""
 
@@ -96,6 +98,7 @@ class ForwardBackward:
         grains = torch.zeros(
             settings.global_batch_samples // settings.micro_batch_samples, dtype=torch.float64
         )
+        factor = settings.loss_scale.value if settings.loss_scale else 1.0
         self._state.zero_gradients()
         tree = TreeSum()
         parts = micro_batches(batch, size=settings.micro_batch_samples)
@@ -106,7 +109,7 @@ class ForwardBackward:
                 if settings.fault == "mean-of-means":
                     scale = 1.0 / (max(1, int((micro["labels"] != -100).sum())) * grains.numel())
                 shard.micro_batch(self._replica.model, last=number == len(parts) - 1)
-                grains[grain] = self._one(micro, step=step, scale=scale * self.poison)
+                grains[grain] = self._one(micro, step=step, scale=scale * factor * self.poison)
             if settings.exact:
                 self._take(tree, grain)
         self.poison = 1.0
@@ -131,7 +134,7 @@ class ForwardBackward:
             word=word,
             read=read,
             num_grains=grains.numel(),
-            norms=squares.sqrt().tolist() if ranks.num_replicas > 1 else [],
+            norms=(squares.sqrt() / factor).tolist() if ranks.num_replicas > 1 else [],
             nodes=nodes,
         )
 
@@ -175,6 +178,7 @@ class ForwardBackward:
                 logits_of=output.logits_of,
                 head_parameters=output.head_parameters,
                 vocabulary=replica.vocabulary,
+                expected_scale=scale if settings.loss_scale else 1.0,
             )
 
         with compute_context(settings.dtype, device=settings.device):

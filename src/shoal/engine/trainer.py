@@ -187,7 +187,8 @@ class Trainer:
         if not every or step % every or alone or self.group.shares_memory:
             return None
         self.pulse.mark("verify")
-        return digest_of(self.training.state)
+        with self.trace.span("verify", step=step):
+            return digest_of(self.training.state)
 
     # --- membership and repair
 

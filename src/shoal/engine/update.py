@@ -14,6 +14,7 @@ from shoal.config.recipe import AdamW, Muon, OptimizerSection, ScheduleSection
 from shoal.engine.schedule import rate_factor
 from shoal.engine.state import FlatState
 from shoal.engine.step import StepResult, Word
+from shoal.parallel.precision import LossScale
 from shoal.sync.every_step import EveryStep, Reduced
 
 
@@ -54,8 +55,13 @@ class Update:
         steps: int,
         max_gradient_norm: float | None,
         cut_norm: Callable[[Tensor, FlatState], float] | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
-        """`cut_norm`: gives the norm of flat gradients where each rank has a part of a replica."""
+        """`cut_norm`: gives the norm of flat gradients where each rank has a part of a replica.
+
+        `loss_scale`: by what the gradients were multiplied; changed after each step.
+        """
+        self._loss_scale = loss_scale
         self._state, self._sync, self._cut_norm = state, sync, cut_norm
         self._schedule, self._steps = schedule, steps
         self._limit = max_gradient_norm
@@ -78,6 +84,8 @@ class Update:
             )
         else:
             reduced = self._sync.reduce(state.gradients, state.layout)
+        if self._loss_scale is not None:
+            reduced.values.div_(self._loss_scale.value)
         norm = self._norm(reduced)
         self.on_reduced(self.step, reduced, norm)
         self._sync.group.pulse.mark("apply")
@@ -92,6 +100,8 @@ class Update:
                 slot.parameter.grad = part.view(slot.shape)
             for optimizer in self._optimizers:
                 optimizer.step()
+        if self._loss_scale is not None and result.targets > 0:
+            self._loss_scale.update(overflowed=not applied)
         self.step += 1
         return Outcome(
             loss=result.loss,

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import (
     Decision,
+    Format,
+    format_of,
     largest_micro_batch,
 )
 from shoal.engine.prepare import Inputs
@@ -244,16 +246,14 @@ def _peak(decision: Decision, *, formats: dict[str, Any]) -> float | None:
     return (whole or float(formats["peaks"][decision.compute])) * used / cores
 
 
-def _compute(recipe: Recipe, *, formats: dict[str, Any]) -> Literal["float32", "bfloat16"]:
+def _compute(recipe: Recipe, *, formats: dict[str, Any]) -> Format:
     wanted = recipe.precision.compute
-    if wanted == "float16":
+    if wanted == "float16" and not formats["devices"]:
         raise UserError(
-            "precision.compute: float16 needs loss scaling, which is not there yet; "
-            "use bfloat16 or float32"
+            "precision.compute: float16 needs a GPU, got a CPU, where it is slower than float32 "
+            "and overflows; use float32, or bfloat16 where doctor calls it fast"
         )
-    if wanted == "auto":
-        wanted = formats["compute"]
-    return "bfloat16" if wanted == "bfloat16" else "float32"
+    return format_of(wanted, auto=formats["compute"])
 
 
 def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str, Any]:

@@ -280,7 +280,7 @@ class Supervisor:
             self._failures[death.step] += 1
         times = self._failures[death.step]
         most = min(self._retries, 1) if death.kind == "out-of-memory" else self._retries
-        if times > most or self._passed_on:
+        if times > most or (self._passed_on and not self._survives(seat)):
             raise gave_up(death, times=times, run=self._run, doctor=self._about_memory(death))
         self._hurt_at = self._hurt_at or time.monotonic()
         self._recover(seat)
@@ -293,11 +293,15 @@ class Supervisor:
         decision = Decision.from_json(self._payload["decision"])
         return explained(recipe, decision, run=self._run, where=death.where)
 
-    def _recover(self, lost: Seat) -> None:
-        """Put a new worker into the seat; if nobody else holds its state, start all anew."""
+    def _survives(self, lost: Seat) -> bool:
+        """Whether a living worker holds what the lost one held; asked to stop, it will save it."""
         place = lost.rank % self._replica
         equals = [seat for seat in self.seats if seat.rank % self._replica == place]
-        if not any(seat.alive and seat.epoch > 0 for seat in equals):
+        return any(seat.alive and seat.epoch > 0 for seat in equals)
+
+    def _recover(self, lost: Seat) -> None:
+        """Put a new worker into the seat; if nobody else holds its state, start all anew."""
+        if not self._survives(lost):
             self._pool.kill([seat.worker for seat in self.seats if seat.alive])
             resume = any((self._run / "checkpoints").glob("step-*"))
             self._payload = {**self._payload, "resume": resume}

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from shoal.config.recipe import Recipe
-from shoal.engine.decision import Decision
+from shoal.engine.decision import Decision, format_of
 from shoal.engine.prepare import Inputs
 from shoal.environment import cache_directory
 from shoal.launch.directory import write_whole
@@ -95,7 +95,7 @@ class Trial:
             "threads" if best.crew.workers == "threads" else "processes",
             best.crew.threads,
             best.micro,
-            "bfloat16" if self._compute == "bfloat16" else "float32",
+            format_of(self._compute),
             self._reason(best, steps=steps, is_timed=bool(timed)),
             self._record(best, steps=steps, timed=timed),
             {**predicted_for(best.plan), "step_seconds": steps[best]},

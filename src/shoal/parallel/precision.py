@@ -8,6 +8,7 @@ exponents for gradients, so their loss is scaled (`LossScale`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -31,22 +32,10 @@ def compute_context(
     return torch.autocast(device.type, dtype=dtype)
 
 
-def check_compute(name: str, *, device: torch.device, scales_loss: bool = False) -> torch.dtype:
-    """The dtype of `precision.compute`. Raises UserError for one that cannot train here.
-
-    `scales_loss`: the step uses a `LossScale`. float16 on a CPU is refused all the same: it is
-    slower there than float32 and rounds worse than bfloat16.
-    """
+def check_compute(name: str, *, device: torch.device) -> torch.dtype:
+    """The dtype of `precision.compute`. Raises UserError for float16 on a CPU."""
     if name == "float16" and device.type == "cpu":
-        raise UserError(
-            "precision.compute: float16 needs loss scaling and a GPU, got a CPU\n"
-            "    use bfloat16, which needs no scaling, or float32"
-        )
-    if name == "float16" and not scales_loss:
-        raise UserError(
-            "precision.compute: float16 needs loss scaling, which is not there yet\n"
-            f"    use bfloat16 or float32 on {device.type}"
-        )
+        raise UserError("precision.compute: float16 needs a GPU, got a CPU; use float32 there")
     return DTYPES[name]
 
 
@@ -69,9 +58,13 @@ class LossScale:
         """A scale for float16, None for formats that need none."""
         return cls() if dtype == torch.float16 else None
 
-    def unscale(self, norm: float) -> float:
-        """The norm of the true gradients from the norm of the scaled ones (may be infinite)."""
-        return norm / self.value
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it, and a rank that joins is told."""
+        return {"value": self.value, "steps": self.steps}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Stand where `state` says."""
+        self.value, self.steps = float(state["value"]), int(state["steps"])
 
     def update(self, *, overflowed: bool) -> None:
         """Take note of a step."""

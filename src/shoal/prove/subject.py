@@ -7,7 +7,7 @@ from typing import Any
 
 from shoal.config.anchor import anchored
 from shoal.config.recipe import ConfiguredModel, Recipe
-from shoal.engine.decision import Decision, given_layout
+from shoal.engine.decision import Decision, format_of, given_layout
 from shoal.engine.prepare import Inputs
 from shoal.errors import ConfigError, Problem
 from shoal.launch.refuse import check, refuse_illegal, trained_config
@@ -78,7 +78,7 @@ def proof_decision(recipe: Recipe, layout: Layout, *, micro: int = 1) -> Decisio
         "threads" if threads else "processes",
         1,
         micro,
-        "bfloat16" if compute == "bfloat16" else "float32",
+        format_of(compute),
         "a proof",
     )
 

@@ -57,7 +57,7 @@ def test_debug_shows_the_traceback(told, bench: Bench) -> None:
         (("launch.workers=threads", "model.dropout=framework"), "refused with threads"),
         (("data.source=missing.txt",), "missing.txt"),
         (("model.vocab_size=100",), "100"),
-        (("precision.compute=float16",), "float16 needs loss scaling"),
+        (("precision.compute=float16",), "float16 needs a GPU, got a CPU"),
     ],
 )
 def test_recipes_that_cannot_run(

@@ -1,0 +1,119 @@
+"""Training steps with a scaled loss, by the real workers of a layout.
+
+`run` is what each worker of the pool does. The engine's own parts, but for the guard that keeps
+float16 off a CPU: this machine has no GPU, and the arithmetic is the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from passing_on import newest
+from shoal.comm.group import ProcessGroup
+from shoal.engine import build as engine_build
+from shoal.engine.build import Training, build
+from shoal.engine.decision import Decision, given_layout
+from shoal.engine.digest import digest_of
+from shoal.engine.ranks import meet
+from shoal.engine.step import Word
+from shoal.engine.worker import job_from
+from shoal.launch.local import resumed_recipe
+from shoal.launch.pool import WorkerPool
+from shoal.observe.events import Report, read_lines
+from shoal.parallel.precision import DTYPES, LossScale
+from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
+from strategies import run_workers
+from tiny import Run
+
+
+def steps_of(
+    run: Run,
+    overrides: tuple[str, ...],
+    *,
+    pool: WorkerPool,
+    out: Path,
+    compute: str,
+    scale: float | None,
+    poisoned: int | None = None,
+    steps: int = 8,
+) -> list[list[dict[str, Any]]]:
+    """Per rank the rows of `steps` steps from the start of `run` under `overrides`.
+
+    `scale`: of the loss, at first; None: it is not scaled. `poisoned`: a step for which the last
+    rank's gradients are infinite.
+    """
+    recipe = resumed_recipe(run.path, list(overrides))
+    layout = given_layout(recipe)
+    out.mkdir()
+    payload = {
+        "recipe": recipe.model_dump(mode="json"),
+        "run": str(run.path),
+        "inputs": newest(run).state["inputs"],
+        "decision": Decision(layout, "processes", 1, 2, "float32", "a test").to_json(),
+        "resume": False,
+        "out": str(out),
+        "compute": compute,
+        "scale": scale,
+        "poisoned": poisoned,
+        "steps": steps,
+    }
+    run_workers(pool, "scaled_loss:run", payload, size=layout.workers)
+    return [read_lines(out / f"rank-{rank}.jsonl") for rank in range(layout.workers)]
+
+
+def run(payload: dict[str, Any], descriptor: int) -> int:
+    """Entry point of one worker."""
+    job, rank, out = job_from(payload), payload["rank"], Path(payload["out"])
+    layout, scale = job.decision.layout, payload["scale"]
+    place = Place(rank, layout.workers, torch.device("cpu"), 1)
+    start_worker(place, seed=job.recipe.seed)
+    if layout.workers > 1:
+        start_process_group(
+            rank=rank,
+            size=layout.workers,
+            device=place.device,
+            store=out / ".meeting",
+            timeout_seconds=60,
+        )
+    engine_build.check_compute = lambda name, *, device: DTYPES[payload["compute"]]
+    scaled = None if scale is None else LossScale(scale, patience=3)
+    engine_build.LossScale.of = classmethod(lambda cls, dtype: scaled)
+    group = ProcessGroup()
+    group.reopen()
+    try:
+        ranks = meet(group, layout=layout, device=place.device)
+        training = build(job, ranks=ranks, place=place, report=Report(descriptor))
+        with open(out / f"rank-{rank}.jsonl", "w") as file:
+            for step in range(payload["steps"]):
+                last = rank == layout.workers - 1
+                row = one(training, step=step, poisoned=last and step == payload["poisoned"])
+                file.write(json.dumps(row) + "\n")
+    finally:
+        stop_process_group()
+    return 0
+
+
+def one(training: Training, *, step: int, poisoned: bool) -> dict[str, Any]:
+    """One step, as the loop of the engine does it; what it came to."""
+    training.sync.before_step(step)
+    share = training.sync.share()
+    if poisoned:
+        training.forward_backward.poison = float("inf")
+    result = training.forward_backward.run(
+        training.batches(step, share), share=share, step=step, word=Word()
+    )
+    outcome = training.update.apply(result)
+    training.sync.after_step(step)
+    return {
+        "loss": outcome.loss,
+        "norm": outcome.gradient_norm,
+        "norms": outcome.norms,
+        "applied": outcome.applied,
+        "digest": digest_of(training.state),
+        "facts": training.facts(),
+        "scale": training.loss_scale.value if training.loss_scale else None,
+    }

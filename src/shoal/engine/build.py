@@ -83,7 +83,7 @@ class Training:
             marked = getattr(self.model, "shoal_whole_logits", False)
             new = build_replica(recipe, config=config, auto_class=self.task.auto_class)
             new.model.shoal_whole_logits = marked  # type: ignore[assignment]
-            cut(new, recipe, mesh=ranks.mesh)
+            cut(new, recipe, mesh=ranks.mesh, decision=self.job.decision)
             fill(new, self.state, seed=recipe.seed, draws=False)
             self.replica.model, self.replica.anatomy = new.model, new.anatomy
         ranks.attach(self.model)
@@ -141,7 +141,7 @@ def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
     config = model_config(recipe, inputs=job.inputs, task=task)
     replica = build_replica(recipe, config=config, auto_class=task.auto_class)
     source = _pretrained(job, model=replica.model)
-    cut(replica, recipe, mesh=ranks.mesh)
+    cut(replica, recipe, mesh=ranks.mesh, decision=job.decision)
     state = _state(job, replica=replica, source=source, group=ranks.world)
     check(replica, recipe, config=config, auto_class=task.auto_class)
     ranks.attach(replica.model)

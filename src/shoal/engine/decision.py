@@ -38,6 +38,10 @@ class Decision:
     predicted: dict[str, float] = field(default_factory=dict)
     """step_seconds and peak_memory_bytes, where they can be foretold; and what is in them: the
     learned `time_factor`, and the `state_bytes` that are exact."""
+    shard_level: str | None = None
+    """Where the plan chose it; None: as the recipe says."""
+    recompute: str | None = None
+    """Likewise."""
     flops_per_token: float | None = None
     """Model FLOPs of a trained token (plan/workload.py), of a family that is known."""
     peak_flops_per_second: float | None = None

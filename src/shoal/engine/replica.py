@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shoal.comm.group import Group, watched
 from shoal.config.recipe import Muon, Recipe
 from shoal.engine import state as flat
+from shoal.engine.decision import Decision
 from shoal.engine.model import small_model
 from shoal.engine.state import FlatState
 from shoal.models import init
@@ -132,12 +133,12 @@ def build_replica(recipe: Recipe, *, config: Any, auto_class: str) -> Replica:
     )
 
 
-def cut(replica: Replica, recipe: Recipe, *, mesh: Mesh) -> None:
+def cut(replica: Replica, recipe: Recipe, *, mesh: Mesh, decision: Decision) -> None:
     """Cut the model for this rank of `mesh`, in place; of a replica of one worker nothing goes."""
     sharding = recipe.parallel.sharding
     settings = Settings(
-        shard_level=sharding.level,
-        recompute=recipe.parallel.recompute,
+        shard_level=decision.shard_level or sharding.level,
+        recompute=decision.recompute or recipe.parallel.recompute,
         compile=recipe.parallel.compile,
         offload=sharding.offload,
     )

@@ -16,6 +16,7 @@ from shoal.engine.decision import (
 from shoal.engine.prepare import Inputs
 from shoal.environment import cache_directory, usable_cores
 from shoal.errors import ConfigError, ModelError, Problem, UserError
+from shoal.launch.devices import on_devices
 from shoal.launch.directory import write_whole
 from shoal.launch.measuring import measure_machine, measured_before, measuring_job
 from shoal.launch.pool import WorkerPool
@@ -23,13 +24,10 @@ from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.launch.trial import FIRST_TRIAL_SECONDS, TRIAL_SECONDS, Trial
 from shoal.layout import Layout
 from shoal.observe.console import Console
-from shoal.plan.ask import choices_of, workload_of
+from shoal.plan.ask import workload_of
 from shoal.plan.calibrate import estimator_for, predicted_for
-from shoal.plan.cost.step import Estimator
 from shoal.plan.devices import device_named
-from shoal.plan.hardware import Cluster, Nodes
 from shoal.plan.measurements import machine_key
-from shoal.plan.search import Space, find
 from shoal.plan.workload import FORMATS, Candidate, Crew, Workload, flops_per_token
 
 _MICRO_TOKENS = 2048
@@ -55,10 +53,19 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
         room = max(1, (formats["devices"] or cores) // inside)
         layout = replace(layout, replicate=_replicas(recipe, layout, at_most=room))
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
-    if not auto or recipe.train.exact or workload is None or inside > 1:
+    if not auto or recipe.train.exact or workload is None:
         decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
     elif formats["devices"]:
-        decision = _on_devices(recipe, layout=layout, workload=workload, formats=formats)
+        decision = on_devices(
+            recipe,
+            _by_rule(recipe, layout=layout, cores=layout.workers, formats=formats),
+            workload=workload,
+            layout=layout,
+            devices=formats["devices"],
+            device_name=formats["device_name"],
+        )
+    elif inside > 1:
+        decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
     else:
         return _with_figures(
             recipe,
@@ -132,36 +139,6 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, A
     return Decision(layout, kind, threads, micro, formats["compute"], reason)
 
 
-def _on_devices(
-    recipe: Recipe, *, layout: Layout, workload: Workload, formats: dict[str, Any]
-) -> Decision:
-    """One process per device; the micro batch that the planner finds fastest of those that fit.
-
-    By rule for a device that the hardware table does not know, and where nothing seems to fit:
-    then the run itself will tell.
-    """
-    decision = _by_rule(recipe, layout=layout, cores=layout.workers, formats=formats)
-    known = device_named(formats["device_name"])
-    if known is None:
-        return replace(decision, reason=f"{decision.reason}; {formats['device_name']} is unknown")
-    cluster = Cluster(
-        groups=(Nodes(count=1, devices=layout.workers, device=known),),
-        network_bytes_per_second=known.network_bytes_per_second,
-    )
-    fixed = choices_of(recipe, layout=layout, only_replicate=True).fixed
-    space = Space(fixed={**fixed, "replicate": layout.replicate, "recompute": "none"})
-    try:
-        best = find(Estimator(workload, cluster), space=space).best
-    except UserError:
-        return replace(decision, reason=f"{decision.reason}; it may not fit")
-    return replace(
-        decision,
-        micro_batch_samples=best.candidate.micro_batch_samples,
-        reason=f"planned {best.step_seconds:.3g} s per step on {known.name}",
-        predicted=predicted_for(best),
-    )
-
-
 def _on_machine(
     recipe: Recipe,
     inputs: Inputs,
@@ -224,8 +201,8 @@ def _foretold(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict
     candidate = Candidate(
         layout=decision.layout,
         micro_batch_samples=decision.micro_batch_samples,
-        level=recipe.parallel.sharding.level,
-        recompute=recipe.parallel.recompute,
+        level=decision.shard_level or recipe.parallel.sharding.level,
+        recompute=decision.recompute or recipe.parallel.recompute,
     )
     return predicted_for(estimator.predict(candidate))
 

@@ -54,8 +54,13 @@ def fixes(recipe: Recipe, decision: Decision) -> Iterator[str]:
     micro, count = decision.micro_batch_samples, decision.layout.replicate
     if micro > 1:
         yield f"train.micro_batch_samples={micro // 2} (a little slower, the same curve)"
+    if (decision.recompute or recipe.parallel.recompute) == "none":
+        yield "parallel.recompute=full (activations made again, a third more compute, same curve)"
     if decision.workers == "processes" and count > 1:
         yield "launch.workers=threads (one copy of parameters and optimizer state for all)"
+        if recipe.train.optimizer.kind == "adamw" and not recipe.train.exact:
+            cut = f"parallel.shard={decision.layout.shard * count} parallel.replicate=1"
+            yield f"{cut} (state divided instead of copied, the same curve)"
     if count > 1:
         yield f"parallel.replicate={count // 2} (fewer workers, the same curve)"
     if decision.compute == "float32":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import pytest
 
 from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
-from shoal.engine.decision import given_layout
+from shoal.engine.decision import Decision, given_layout
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.errors import UserError
 from shoal.launch import choose, local
+from shoal.launch.devices import on_devices
 from shoal.launch.measuring import learn_from, measured_before
+from shoal.launch.refuse import refuse_illegal
 from shoal.observe.console import Console
 from shoal.plan.ask import config_of, workload_of
 from shoal.plan.measurements import load_measurements, measurements_path
 from tiny import Bench, Run
+from unit.models.tiny_models import SETTINGS
 
 OPEN = (
     "parallel=auto",
@@ -121,19 +125,94 @@ FORMATS = {
 }
 
 
+def planned_on(
+    recipe: Recipe, *, config: Mapping[str, Any], devices: int, name: str = FORMATS["device_name"]
+) -> Decision:
+    layout = given_layout(recipe)
+    formats = {**FORMATS, "devices": devices, "device_name": name}
+    room = replace(layout, replicate=recipe.parallel.replicas or devices // layout.replica_workers)
+    return on_devices(
+        recipe,
+        choose._by_rule(recipe, layout=room, cores=devices, formats=formats),
+        workload=workload_of(recipe, config=config, precision="bf16"),
+        layout=room,
+        devices=devices,
+        device_name=name,
+    )
+
+
+LARGE = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+"""Llama 3 8B: with float32 weights, gradients and moments 128 GB, more than any device has."""
+
+
+def large(*overrides: str) -> Recipe:
+    words = ["parallel=auto", "train.global_batch_samples=64", "data.sequence_tokens=4096"]
+    return load_recipe("quickstart", [*words, *overrides])
+
+
+def test_a_model_that_no_device_holds_is_cut(bench: Bench) -> None:
+    """Of 8 devices, within the axes that can run, and such that it fits by prediction."""
+    decision = planned_on(large(), config=LARGE, devices=8)
+    layout = decision.layout
+    assert layout.workers == 8 and layout.shard * layout.tensor >= 2
+    assert (layout.context, layout.pipeline, layout.expert) == (1, 1, 1)
+    assert decision.predicted["peak_memory_bytes"] < 80e9
+    assert decision.reason.endswith("on H100-80; whole replicas do not fit")
+    assert decision.shard_level in ("parameters", "gradients", "optimizer")
+    assert Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
+
+
+def test_what_the_recipe_gives_stays(bench: Bench) -> None:
+    """A given axis, level or recompute is never changed by the plan."""
+    given_tensor = planned_on(large("parallel.tensor=2"), config=LARGE, devices=8)
+    assert given_tensor.layout.tensor == 2 and given_tensor.layout.workers == 8
+    level = "parallel.shard={degree: 4, level: optimizer}"
+    given_level = planned_on(large(level), config=LARGE, devices=8)
+    assert (given_level.layout.shard, given_level.shard_level) == (4, "optimizer")
+    full = planned_on(large("parallel.recompute=full"), config=LARGE, devices=8)
+    assert full.recompute == "full"
+    framework = planned_on(large("model.dropout=framework"), config=LARGE, devices=8)
+    assert framework.layout.tensor == 1
+    muon = "train.optimizer={kind: muon, learning_rate: 0.02, adamw_learning_rate: 3.0e-3}"
+    whole = planned_on(large(muon), config=LARGE, devices=8)
+    assert whole.layout.replica_workers == 1 and whole.reason.endswith("it may not fit")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "phi3"])
+@pytest.mark.parametrize("devices", [1, 3, 4, 6])
+def test_what_is_chosen_is_legal(family: str, devices: int) -> None:
+    """The rules that refuse a recipe before it starts have nothing against a planned one."""
+    config = {**SETTINGS[family], "model_type": family, "vocab_size": 4096}
+    recipe = load_recipe("quickstart", ["parallel=auto", "train.global_batch_samples=48"])
+    decision = planned_on(recipe, config=config, devices=devices)
+    assert decision.layout.workers == devices
+    assert (
+        48 // decision.layout.replicate // decision.layout.shard % (decision.micro_batch_samples)
+        == 0
+    )
+    refuse_illegal(recipe, decision.layout, config=config)
+
+
 def test_devices_are_planned_from_the_hardware_table(tmp_path: Path, bench: Bench) -> None:
     """One process per device; the micro batch is the planner's; the peak that of the data sheet."""
     recipe, _ = given(tmp_path, bench)
     workload = workload_of(recipe, config=config_of(recipe), precision="bf16")
-    layout = replace(given_layout(recipe), replicate=2)
-    decision = choose._on_devices(recipe, layout=layout, workload=workload, formats=FORMATS)
+    decision = planned_on(recipe, config=config_of(recipe), devices=2)
     assert (decision.workers, decision.layout.replicate) == ("processes", 2)
     assert decision.reason.startswith("planned ") and decision.reason.endswith(" on H100-80")
     assert decision.predicted["step_seconds"] > 0
     whole = choose._with_figures(recipe, decision, workload=workload, formats=FORMATS)
     assert whole.peak_flops_per_second == pytest.approx(2 * 989.4e12)
     unknown = {**FORMATS, "device_name": "Brand X"}
-    decision = choose._on_devices(recipe, layout=layout, workload=workload, formats=unknown)
+    decision = planned_on(recipe, config=config_of(recipe), devices=2, name="Brand X")
     assert "Brand X is unknown" in decision.reason
     whole = choose._with_figures(recipe, decision, workload=workload, formats=unknown)
     assert whole.peak_flops_per_second is None

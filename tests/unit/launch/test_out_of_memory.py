@@ -37,7 +37,14 @@ def test_what_cannot_fit_is_refused_with_the_cheapest_fix_first() -> None:
         refuse_what_cannot_fit(recipe, TWO, free_bytes=6 * GIB)
     text = str(refused.value)
     assert "needs about 6" in text and "2 processes, micro batch 8" in text
-    order = ["micro_batch_samples=4", "workers=threads", "replicate=1", "sequence_tokens=128"]
+    order = [
+        "micro_batch_samples=4",
+        "recompute=full",
+        "workers=threads",
+        "shard=2",
+        "replicate=1 (fewer",
+        "sequence_tokens=128",
+    ]
     places = [text.index(word) for word in order]
     assert places == sorted(places)
 
@@ -46,6 +53,7 @@ def test_no_fix_that_is_none() -> None:
     recipe = load_recipe("quickstart")
     lone = replace(TWO, layout=Layout(), micro_batch_samples=1, compute="bfloat16")
     assert [fix.partition("=")[0] for fix in fixes(recipe, lone)] == [
+        "parallel.recompute",
         "data.sequence_tokens",
         "a smaller model",
     ]

@@ -1,0 +1,86 @@
+"""Choose the layout for the accelerators of this machine, by the hardware table and the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shoal.config.recipe import Recipe, Shard
+from shoal.engine.decision import Decision
+from shoal.errors import UserError
+from shoal.layout import Layout
+from shoal.plan.ask import choices_of
+from shoal.plan.calibrate import predicted_for
+from shoal.plan.cost.step import Estimator
+from shoal.plan.devices import device_named
+from shoal.plan.hardware import Cluster, Nodes
+from shoal.plan.search import Found, Space, find
+from shoal.plan.workload import Workload
+
+CHOSEN = ("replicate", "shard", "tensor")
+"""Axes that `parallel: auto` may choose: those that can run."""
+
+
+def on_devices(
+    recipe: Recipe,
+    decision: Decision,
+    *,
+    workload: Workload,
+    layout: Layout,
+    devices: int,
+    device_name: str,
+) -> Decision:
+    """The fastest plan that fits: axes the recipe leaves open, micro batch, level, recompute.
+
+    `decision`: what stands when the hardware table does not know the device, or when nothing seems
+    to fit; then the run itself will tell. `layout`: the degrees that the recipe gives.
+    """
+    known = device_named(device_name)
+    if known is None:
+        return replace(decision, reason=f"{decision.reason}; {device_name} is unknown")
+    space = space_of(recipe, layout=layout)
+    cluster = Cluster(
+        groups=(Nodes(count=1, devices=devices, device=known),),
+        network_bytes_per_second=known.network_bytes_per_second,
+    )
+    try:
+        found = find(Estimator(workload, cluster), space=space)
+    except UserError:
+        return replace(decision, reason=f"{decision.reason}; it may not fit")
+    best = found.best
+    return replace(
+        decision,
+        layout=best.candidate.layout,
+        workers="processes",
+        micro_batch_samples=best.candidate.micro_batch_samples,
+        shard_level=best.candidate.level,
+        recompute=best.candidate.recompute,
+        reason=f"planned {best.step_seconds:.3g} s per step on {known.name}{_instead(found)}",
+        predicted=predicted_for(best),
+    )
+
+
+def space_of(recipe: Recipe, *, layout: Layout) -> Space:
+    """What the recipe leaves to the plan. `recompute: none` is what stands where nobody chose."""
+    parallel = recipe.parallel
+    fixed = choices_of(recipe, layout=layout).fixed
+    fixed |= {axis: layout.degree(axis) for axis in ("context", "pipeline", "expert")}
+    whole = recipe.train.optimizer.kind == "muon" or recipe.launch.workers == "threads"
+    if whole or parallel.fewest_replicas is not None:
+        fixed |= {"shard": layout.shard, "tensor": layout.tensor}
+    if recipe.model.dropout == "framework":
+        fixed["tensor"] = layout.tensor
+    if isinstance(parallel.shard, Shard):
+        fixed["level"] = parallel.shard.level
+    if parallel.recompute != "none":
+        fixed["recompute"] = parallel.recompute
+    return Space(fixed=fixed)
+
+
+def _instead(found: Found) -> str:
+    """What whole replicas would have cost, where something else was chosen."""
+    if found.best.candidate.layout.replica_workers == 1:
+        return ""
+    other = found.families.get("replicate")
+    if other is None:
+        return "; whole replicas do not fit"
+    return f"; whole replicas {other.step_seconds / found.best.step_seconds - 1:+.0%}"

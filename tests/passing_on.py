@@ -9,19 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from one_rank import built
 from shoal.checkpoint.store import Reader, Store
-from shoal.comm.group import ProcessGroup
-from shoal.engine.build import build
 from shoal.engine.decision import Decision, given_layout
-from shoal.engine.ranks import meet
 from shoal.engine.saving import load, random_state, save
-from shoal.engine.worker import job_from
 from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
-from shoal.observe.events import Report
-from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
 from strategies import run_workers
 from tiny import Run
 
@@ -58,34 +51,17 @@ def pass_on(run: Run, source: Reader, overrides: tuple[str, ...], *, pool: Worke
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one worker."""
-    job, rank, out = job_from(payload), payload["rank"], Path(payload["out"])
-    layout = job.decision.layout
-    place = Place(rank, layout.workers, torch.device("cpu"), 1)
-    start_worker(place, seed=job.recipe.seed)
-    if layout.workers > 1:
-        start_process_group(
-            rank=rank,
-            size=layout.workers,
-            device=place.device,
-            store=out / ".meeting",
-            timeout_seconds=60,
-        )
-    group = ProcessGroup()
-    group.reopen()
-    try:
-        ranks = meet(group, layout=layout, device=place.device)
-        training = build(job, ranks=ranks, place=place, report=Report(descriptor))
+    with built(payload, descriptor) as training:
         reader = Store(Path(payload["source"])).open(payload["step"])
-        load(reader, training.state, group=ranks.world)
+        group = training.ranks.world
+        load(reader, training.state, group=group)
         save(
-            Store(out),
+            Store(Path(payload["out"])),
             training.state,
-            group=ranks.world,
+            group=group,
             step=reader.step,
             facts=reader.state,
             keep=1,
             random_state=random_state(),
         )
-    finally:
-        stop_process_group()
     return 0

@@ -10,22 +10,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from one_rank import built
 from passing_on import newest
-from shoal.comm.group import ProcessGroup
 from shoal.engine import build as engine_build
-from shoal.engine.build import Training, build
+from shoal.engine.build import Training
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.digest import digest_of
-from shoal.engine.ranks import meet
 from shoal.engine.step import Word
-from shoal.engine.worker import job_from
 from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
-from shoal.observe.events import Report, read_lines
+from shoal.observe.events import read_lines
 from shoal.parallel.precision import DTYPES, LossScale
-from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
 from strategies import run_workers
 from tiny import Run
 
@@ -67,33 +62,18 @@ def steps_of(
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one worker."""
-    job, rank, out = job_from(payload), payload["rank"], Path(payload["out"])
-    layout, scale = job.decision.layout, payload["scale"]
-    place = Place(rank, layout.workers, torch.device("cpu"), 1)
-    start_worker(place, seed=job.recipe.seed)
-    if layout.workers > 1:
-        start_process_group(
-            rank=rank,
-            size=layout.workers,
-            device=place.device,
-            store=out / ".meeting",
-            timeout_seconds=60,
-        )
+    scale, rank = payload["scale"], payload["rank"]
     engine_build.check_compute = lambda name, *, device: DTYPES[payload["compute"]]
     scaled = None if scale is None else LossScale(scale, patience=3)
     engine_build.LossScale.of = classmethod(lambda cls, dtype: scaled)
-    group = ProcessGroup()
-    group.reopen()
-    try:
-        ranks = meet(group, layout=layout, device=place.device)
-        training = build(job, ranks=ranks, place=place, report=Report(descriptor))
-        with open(out / f"rank-{rank}.jsonl", "w") as file:
-            for step in range(payload["steps"]):
-                last = rank == layout.workers - 1
-                row = one(training, step=step, poisoned=last and step == payload["poisoned"])
-                file.write(json.dumps(row) + "\n")
-    finally:
-        stop_process_group()
+    with (
+        built(payload, descriptor) as training,
+        open(Path(payload["out"]) / f"rank-{rank}.jsonl", "w") as file,
+    ):
+        last = rank == training.ranks.world.size - 1
+        for step in range(payload["steps"]):
+            row = one(training, step=step, poisoned=last and step == payload["poisoned"])
+            file.write(json.dumps(row) + "\n")
     return 0
 
 

@@ -112,7 +112,7 @@ def once(fault: str) -> dict:
             raise SystemExit(said.decode()[-3000:])
         at = float((folder / "fault").read_text())
         steps = [json.loads(line) for line in (folder / "steps").read_text().splitlines()]
-        after = [row["at"] for row in steps if row["at"] > at]
+        after = [row["at"] for row in steps if row["at"] > at and row["step"] >= AT]
         digests = {path.read_text() for path in folder.glob("digest-*")}
         return {
             "finished": launcher.returncode == 0 and steps[-1]["step"] == STEPS,

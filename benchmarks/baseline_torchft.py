@@ -111,7 +111,8 @@ def once() -> dict:
             raise SystemExit((folder / "said-0").read_text()[-3000:])
         at = float((folder / "fault").read_text())
         rows = [json.loads(x) for path in folder.glob("steps-*") for x in path.open()]
-        after = sorted((row for row in rows if row["at"] > at), key=lambda row: row["at"])
+        due = (row for row in rows if row["at"] > at and row["step"] >= AT)
+        after = sorted(due, key=lambda row: row["at"])
         committed = [row for row in after if row["committed"]]
         both = [row["at"] for row in committed if row["replicas"] == 2]
         return {

@@ -268,7 +268,8 @@ class ParallelSection(Section):
     pipeline: Count | None = None
     expert: Count | None = None
     recompute: Literal["none", "selective", "full"] = "none"
-    """Compute activations of a block again in the backward, instead of keeping them."""
+    """Compute activations of a block again in the backward, instead of keeping them. With `auto`
+    on GPUs, `none` leaves it to the plan."""
     compile: bool = False
     """Compile each block (torch.compile); needs a C++ compiler on a CPU."""
 

@@ -6,7 +6,7 @@ import json
 
 from tiny import Bench
 
-WORDS = {"batches", "forward_backward", "update", "save"}
+WORDS = {"batches", "verify", "forward_backward", "update", "save"}
 
 
 def test_trace_holds_every_workers_spans(bench: Bench) -> None:
@@ -24,6 +24,7 @@ def test_trace_holds_every_workers_spans(bench: Bench) -> None:
         names = [span["name"] for span in spans if span["tid"] == rank]
         assert set(names) == WORDS
         assert names.count("update") == 3 and names.count("save") == 1
+        assert names.count("verify") == 4, "before each step, and before the save"
     for span in spans:
         assert span["dur"] >= 0 and span["args"]["step"] in range(4)
 

@@ -5,19 +5,19 @@
 Two processes in float32. A step with the hash and one without take turns within one run, since
 runs of one minute and the next differ by more than what is looked for. Two figures: the time that
 hashing takes inside the steps (the loop's own span), and the steps with it over those beside them,
-with the interval of its median over resampled pairs (a bootstrap).
+with the central 95 % of their bootstrapped median.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from peers import interval
 from shoal.launch import local
 from shoal.launch.pool import WorkerPool
 from shoal.observe.events import read_lines
@@ -48,13 +48,6 @@ def run(out: Path, *, pool: WorkerPool, pairs: int) -> tuple[dict[int, float], l
     return {row["step"]: row["step_seconds"] for row in rows}, [s["dur"] / 1e3 for s in hashes]
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """Of the median, 95 %: resampled 2,000 times."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return medians[50], medians[1949]
-
-
 def main() -> None:
     """Print both figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -66,7 +59,7 @@ def main() -> None:
     hashed = [n for n in seconds if n > WARMING and n % 2 and n + 1 in seconds]
     ratios = [2 * seconds[n] / (seconds[n - 1] + seconds[n + 1]) for n in hashed]
     step, alone = statistics.median(seconds[n + 1] for n in hashed), statistics.median(hashes)
-    low, high = interval(ratios)
+    low, high = interval(ratios, share=0.95)
     print(f"step {1e3 * step:.0f} ms, hash inside it {alone:.1f} ms: {alone / 1e3 / step:.2%}")
     print(
         f"steps with a hash over their neighbours without: {statistics.median(ratios):.4f} "

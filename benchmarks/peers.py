@@ -96,10 +96,10 @@ def run(command: list[str], *, out: Path | None) -> dict[str, float]:
     return {"step": statistics.median(seconds[2:]), "first": first or float("nan")}
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """Central 90 % of the bootstrapped median."""
+def interval(ratios: list[float], *, share: float = 0.9) -> tuple[float, float]:
+    """Central `share` of the bootstrapped median."""
     draws = np.random.default_rng(0).choice(ratios, size=(4000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.05, 0.95])
+    low, high = np.quantile(np.median(draws, axis=1), [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
 
 

@@ -51,10 +51,7 @@ def test_a_power_of_two_changes_no_bit(
 def test_float16_follows_float32(
     bench: Bench, pool: WorkerPool, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
-    """11 bits against 24: a loss of 8 steps agrees to about 2^-11, and every rank says the same.
-
-    A scale that overflows at first must come down by itself: skipped steps change nothing.
-    """
+    """11 bits against 24: a loss of 8 steps agrees to about 2^-11, and every rank says the same."""
     wanted = steps_of(
         bench.run(), ALONE, pool=pool, out=tmp_path / "wanted", compute="float32", scale=None
     )[0]
@@ -75,7 +72,7 @@ def test_float16_follows_float32(
 def test_overflow_skips_the_step_on_every_rank_and_halves_the_scale(
     bench: Bench, pool: WorkerPool, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
-    """2^40 overflows float16 from the first step: the scale halves, step by step, until it fits;
+    """2^24 overflows float16 from the first step: the scale halves, step by step, until it fits;
     one rank's infinite gradient later halves it for all."""
     found = steps_of(
         bench.run(),

@@ -53,6 +53,14 @@ class Decision:
             return None
         return self.flops_per_token * tokens / (seconds * self.peak_flops_per_second)
 
+    def shard_level_of(self, recipe: Recipe) -> str:
+        """What the shard axis cuts: the plan's choice, else what `recipe` says."""
+        return self.shard_level or recipe.parallel.sharding.level
+
+    def recompute_of(self, recipe: Recipe) -> str:
+        """What blocks compute again: the plan's choice, else what `recipe` says."""
+        return self.recompute or recipe.parallel.recompute
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""
         return asdict(self)

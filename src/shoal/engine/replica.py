@@ -135,12 +135,11 @@ def build_replica(recipe: Recipe, *, config: Any, auto_class: str) -> Replica:
 
 def cut(replica: Replica, recipe: Recipe, *, mesh: Mesh, decision: Decision) -> None:
     """Cut the model for this rank of `mesh`, in place; of a replica of one worker nothing goes."""
-    sharding = recipe.parallel.sharding
     settings = Settings(
-        shard_level=decision.shard_level or sharding.level,
-        recompute=decision.recompute or recipe.parallel.recompute,
+        shard_level=decision.shard_level_of(recipe),
+        recompute=decision.recompute_of(recipe),
         compile=recipe.parallel.compile,
-        offload=sharding.offload,
+        offload=recipe.parallel.sharding.offload,
     )
     run = watched if mesh.layout.replica_workers > 1 else _plain
     run(lambda: apply(replica.model, replica.anatomy, mesh, settings))

@@ -53,9 +53,8 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
         room = max(1, (formats["devices"] or cores) // inside)
         layout = replace(layout, replicate=_replicas(recipe, layout, at_most=room))
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
-    if not auto or recipe.train.exact or workload is None:
-        decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
-    elif formats["devices"]:
+    is_open = auto and not recipe.train.exact
+    if is_open and workload is not None and formats["devices"]:
         decision = on_devices(
             recipe,
             _by_rule(recipe, layout=layout, cores=layout.workers, formats=formats),
@@ -64,17 +63,12 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             devices=formats["devices"],
             device_name=formats["device_name"],
         )
-    elif inside > 1:
-        decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
-    else:
-        return _with_figures(
-            recipe,
-            _on_machine(
-                recipe, inputs, layout=layout, workload=workload, pool=pool, console=console
-            ),
-            workload=workload,
-            formats=formats,
+    elif is_open and workload is not None and inside == 1:
+        decision = _on_machine(
+            recipe, inputs, layout=layout, workload=workload, pool=pool, console=console
         )
+    else:
+        decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
     return _with_figures(recipe, decision, workload=workload, formats=formats)
 
 
@@ -201,8 +195,8 @@ def _foretold(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict
     candidate = Candidate(
         layout=decision.layout,
         micro_batch_samples=decision.micro_batch_samples,
-        level=decision.shard_level or recipe.parallel.sharding.level,
-        recompute=decision.recompute or recipe.parallel.recompute,
+        level=decision.shard_level_of(recipe),
+        recompute=decision.recompute_of(recipe),
     )
     return predicted_for(estimator.predict(candidate))
 

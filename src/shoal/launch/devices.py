@@ -7,6 +7,7 @@ from dataclasses import replace
 from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import Decision
 from shoal.errors import UserError
+from shoal.launch.refuse import cut_problems
 from shoal.layout import Layout
 from shoal.plan.ask import choices_of
 from shoal.plan.calibrate import predicted_for
@@ -14,7 +15,7 @@ from shoal.plan.cost.step import Estimator
 from shoal.plan.devices import device_named
 from shoal.plan.hardware import Cluster, Nodes
 from shoal.plan.search import Found, Space, find
-from shoal.plan.workload import Workload
+from shoal.plan.workload import DEGREES, Workload
 
 CHOSEN = ("replicate", "shard", "tensor")
 """Axes that `parallel: auto` may choose: those that can run."""
@@ -63,12 +64,12 @@ def space_of(recipe: Recipe, *, layout: Layout) -> Space:
     """What the recipe leaves to the plan. `recompute: none` is what stands where nobody chose."""
     parallel = recipe.parallel
     fixed = choices_of(recipe, layout=layout).fixed
-    fixed |= {axis: layout.degree(axis) for axis in ("context", "pipeline", "expert")}
-    whole = recipe.train.optimizer.kind == "muon" or recipe.launch.workers == "threads"
-    if whole or parallel.fewest_replicas is not None:
-        fixed |= {"shard": layout.shard, "tensor": layout.tensor}
-    if recipe.model.dropout == "framework":
-        fixed["tensor"] = layout.tensor
+    closed = [axis for axis in DEGREES if axis not in CHOSEN]
+    for axis in ("shard", "tensor"):
+        refused = cut_problems(recipe, replace(Layout(), **{axis: 2}))
+        if refused or parallel.fewest_replicas is not None:
+            closed.append(axis)
+    fixed |= {axis: layout.degree(axis) for axis in closed}
     if isinstance(parallel.shard, Shard):
         fixed["level"] = parallel.shard.level
     if parallel.recompute != "none":

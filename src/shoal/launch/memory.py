@@ -13,6 +13,8 @@ from typing import Any
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.errors import ConfigError, Problem
+from shoal.launch.refuse import cut_problems
+from shoal.layout import Layout
 from shoal.observe.events import read_lines
 from shoal.units import format_bytes
 
@@ -54,11 +56,11 @@ def fixes(recipe: Recipe, decision: Decision) -> Iterator[str]:
     micro, count = decision.micro_batch_samples, decision.layout.replicate
     if micro > 1:
         yield f"train.micro_batch_samples={micro // 2} (a little slower, the same curve)"
-    if (decision.recompute or recipe.parallel.recompute) == "none":
+    if decision.recompute_of(recipe) == "none":
         yield "parallel.recompute=full (activations made again, a third more compute, same curve)"
     if decision.workers == "processes" and count > 1:
         yield "launch.workers=threads (one copy of parameters and optimizer state for all)"
-        if recipe.train.optimizer.kind == "adamw" and not recipe.train.exact:
+        if not cut_problems(recipe, Layout(shard=2)):
             cut = f"parallel.shard={decision.layout.shard * count} parallel.replicate=1"
             yield f"{cut} (state divided instead of copied, the same curve)"
     if count > 1:

@@ -21,15 +21,12 @@ def check(recipe: Recipe) -> Layout:
     layout = given_layout(recipe)
     problems = list(not_yet(layout, policy=recipe.sync.kind, codec=recipe.sync.codec.kind))
     problems += divisible(recipe, layout)
-    problems += _cut_problems(recipe, layout)
+    problems += cut_problems(recipe, layout)
     if recipe.launch.workers == "threads":
         if recipe.parallel.fewest_replicas is not None:
             what = "threads of one process live and die together: their degree cannot shrink"
             hint = "use launch.workers=processes, or a fixed degree"
             problems.append(Problem("parallel.replicate", what, hint))
-        if layout.replica_workers > 1:
-            what = f"threads carry the replicate axis only, got {layout}"
-            problems.append(Problem("launch.workers", what, "use processes"))
         if recipe.model.dropout == "framework":
             hint = "use model.dropout=keyed, or launch.workers=processes"
             problems.append(
@@ -40,7 +37,7 @@ def check(recipe: Recipe) -> Layout:
     return layout
 
 
-def _cut_problems(recipe: Recipe, layout: Layout) -> list[Problem]:
+def cut_problems(recipe: Recipe, layout: Layout) -> list[Problem]:
     """What a replica of several workers cannot do, whatever its model."""
     if layout.replica_workers == 1:
         return []
@@ -56,6 +53,9 @@ def _cut_problems(recipe: Recipe, layout: Layout) -> list[Problem]:
     if recipe.model.dropout == "framework" and layout.tensor > 1:
         what = "framework dropout differs between the ranks of the tensor axis"
         found.append(Problem("model.dropout", what, "use keyed or off"))
+    if recipe.launch.workers == "threads":
+        what = f"threads carry the replicate axis only, got {layout}"
+        found.append(Problem("launch.workers", what, "use processes"))
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -87,15 +88,19 @@ def test_nothing_is_lost_against_brute_force(cluster: str, software: Software) -
 def test_405b_on_4096_devices_within_a_second() -> None:
     """The measure of the issue; half a second on one of two shared cores when written.
 
-    The quickest of three: a shared machine's slow moment says nothing of the search.
+    In a process of its own, as a user runs it: here the garbage collector walks all that the other
+    tests have imported.
     """
-    tries = []
-    for _ in range(3):
-        estimator = estimator_of(LARGE, "512x8xH100", row=8192, batch=2048, software=MEGATRON)
-        started = time.process_time()
-        found = find(estimator)
-        tries.append(time.process_time() - started)
-    assert min(tries) < 1.0
+    script = (
+        "import time; from unit.plan.test_plan_search import *;"
+        "estimator = estimator_of(LARGE, '512x8xH100', row=8192, batch=2048, software=MEGATRON);"
+        "started = time.process_time(); find(estimator); print(time.process_time() - started)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert float(said.stdout) < 1.0
+    found = find(estimator_of(LARGE, "512x8xH100", row=8192, batch=2048, software=MEGATRON))
     assert found.examined > 1000
     assert found.best.fits
 

@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
+BATCH = "train.global_batch_samples=16"  # 4,096 tokens, two micro batches of 8 on two workers
+
 
 def quickstart_rows(steps: int) -> tuple[np.ndarray, dict]:
     """The first `steps` global batches of the quickstart, and its model's configuration."""
@@ -40,7 +42,7 @@ def quickstart_rows(steps: int) -> tuple[np.ndarray, dict]:
     from shoal.engine.prepare import prepare_inputs
     from shoal.layout import Share
 
-    recipe = load_recipe("quickstart")
+    recipe = load_recipe("quickstart", [BATCH])
     inputs = prepare_inputs(recipe, say=lambda text: None)
     batch = recipe.train.global_batch_samples
     stream = Stream(Path(inputs.data_directory), seed=0, global_batch_samples=batch)
@@ -59,6 +61,7 @@ def shoal_command(out: Path, steps: int, *overrides: str) -> list[str]:
         "train.evaluate_every_steps=0",
         "checkpoint.every_steps=0",
         "task.prompts=[]",
+        BATCH,
         *overrides,
         "--out",
         str(out),

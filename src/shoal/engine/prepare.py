@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe
+from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe, Source
 from shoal.data import registry
 from shoal.data.prepare import SourceSpec, prepare
 from shoal.data.sources import content_key, read_records
@@ -96,12 +96,19 @@ def _tokenizer_folder(recipe: Recipe, *, model: Path | None, say: Say) -> Path:
     say(f"training a tokenizer of {chosen.vocabulary_size} tokens")
     specs = recipe.data.sources
     key = json.dumps([[content_key(s.source), s.text_field] for s in specs])
-    texts = (
-        record.get("text") or " ".join(record.get("words", []))
-        for spec in specs
-        for record in read_records(spec.source, text_field=spec.text_field)
-    )
+    texts = in_turns([_texts(spec) for spec in specs])
     return train_tokenizer(texts, vocabulary_size=chosen.vocabulary_size, cache_key=key)
+
+
+def _texts(spec: Source) -> Iterator[str]:
+    for record in read_records(spec.source, text_field=spec.text_field):
+        yield record.get("text") or " ".join(record.get("words", []))
+
+
+def in_turns(sources: Sequence[Iterator[str]]) -> Iterator[str]:
+    """A text of each source after the other until all are read, so that any beginning has all."""
+    for texts in itertools.zip_longest(*sources):
+        yield from (text for text in texts if text is not None)
 
 
 def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:

@@ -108,9 +108,15 @@ def last_words(run: Path, summary: dict[str, Any], *, recipe: str) -> list[str]:
         lines.append(f'  shoal generate {run / "model"} "A: Hello, how are you?"')
     else:
         lines.append(f"  shoal evaluate {run} {recipe}")
-    lines.append(f"  shoal data verify {run}")
+    lines.append(f"  shoal parity {recipe} {_layout_words(summary['layout'])}")
     lines.append(f"  shoal train {recipe} data.source=YOUR.txt")
     return lines
+
+
+def _layout_words(layout: dict[str, int]) -> str:
+    """The layout as overrides; of one worker, what a proof would compare it with."""
+    words = [f"parallel.{axis}={degree}" for axis, degree in layout.items() if degree > 1]
+    return " ".join(words or ["parallel.replicate=2"])
 
 
 def _speed(summary: dict[str, Any]) -> str:

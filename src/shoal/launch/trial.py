@@ -129,12 +129,16 @@ class Trial:
         return Contender(crew, plan, estimator.pass_seconds(plan.candidate))
 
     def _affordable(self, contenders: Sequence[Contender]) -> list[Contender]:
-        """Those close to the best, as many as may be timed."""
+        """Those close to the best, as many as may be timed; and the best lone worker.
+
+        A run's speed-up over one worker is told from it.
+        """
         best = contenders[0].plan.step_seconds
-        close = [each for each in contenders if each.plan.step_seconds <= CLOSE * best]
+        close = [each for each in contenders if each.plan.step_seconds <= CLOSE * best][:_MOST]
+        lone = [each for each in contenders if each.crew.count == 1][:1]
         chosen: list[Contender] = []
         spent = 0.0
-        for each in close[:_MOST]:
+        for each in dict.fromkeys([*close[:1], *lone, *close[1:]]):
             spent += _TURNS * each.pass_seconds
             if spent <= self._budget:
                 chosen.append(each)

@@ -101,7 +101,7 @@ def test_train_prints_what_to_do_next(bench: Bench) -> None:
     done = bench.command("train", bench.recipe, "train.steps=3", "--out", run)
     assert done.returncode == 0, done.stderr
     for words in ("plan: 1 worker", "step     1/3", "perplexity:", "speed:", "loss.png",
-                  "shoal generate", "shoal data verify"):  # fmt: skip
+                  "shoal generate", "shoal parity", "data.source=YOUR.txt"):  # fmt: skip
         assert words in done.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == summary["of_steps"] == 3

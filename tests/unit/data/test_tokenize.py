@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from shoal.data.tokenize import (
+    CHARACTERS_PER_TOKEN,
     END,
     PAD,
     check_vocabulary,
@@ -45,6 +46,19 @@ def test_special_tokens_come_first(trained: Path) -> None:
     tokenizer = load_tokenizer(trained)
     assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(END)) == (0, 1)
     assert tokenizer.get_vocab_size() == 400
+
+
+def test_only_as_much_is_read_as_the_vocabulary_needs() -> None:
+    read: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for number in range(1000):
+            read.append(TEXTS[number % len(TEXTS)])
+            yield read[-1] * 20
+
+    train_tokenizer(texts(), vocabulary_size=300, cache_key="long")
+    characters = 20 * sum(map(len, read))
+    assert 300 * CHARACTERS_PER_TOKEN <= characters < 300 * CHARACTERS_PER_TOKEN + 2000
 
 
 def test_cached_texts_are_not_read_again() -> None:

@@ -20,6 +20,7 @@ from shoal.launch import choose, local
 from shoal.launch.devices import on_devices
 from shoal.launch.measuring import learn_from, measured_before
 from shoal.launch.refuse import refuse_illegal
+from shoal.launch.summary import last_words
 from shoal.observe.console import Console
 from shoal.plan.ask import config_of, workload_of
 from shoal.plan.measurements import load_measurements, measurements_path
@@ -62,6 +63,19 @@ def test_the_machine_is_measured_once_and_the_best_plans_are_timed(
     said = capsys.readouterr().out
     assert "plan: " in said and plan["reason"] in said
     assert "measuring" not in said and "timing" not in said
+
+
+def test_a_run_says_how_much_faster_it_is_than_one_worker(planned: Run) -> None:
+    """Whatever was chosen, and however far one worker was predicted to lie behind."""
+    plan, summary = plan_of(planned), json.loads((planned.path / "summary.json").read_text())
+    measured, crews = plan["measured"], {each["crew"] for each in plan["measured"]["plans"]}
+    words = " ".join(last_words(planned.path, summary, recipe="tiny.yaml"))
+    assert any(crew.startswith("1 worker") for crew in crews), crews
+    if plan["layout"]["replicate"] > 1:
+        assert measured["speedup"] > 0
+        assert f"{measured['speedup']:.2f} x one worker" in words
+    else:
+        assert "one worker is" in words
 
 
 def test_a_run_says_what_was_foretold_of_it(planned: Run) -> None:

@@ -34,7 +34,7 @@ UNKNOWN = {"model_type": "a-new-one", "hidden_size": 64}
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load_recipe("quickstart", overrides)
+    return load_recipe("quickstart", ["train.global_batch_samples=16", *overrides])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,15 +181,8 @@ class _Job:
         """Write the parts into `scratch`; their description."""
         name = origin.locate(self.spec.source).name
         documents = EncodedDocuments(scratch, where=name)
-        with ThreadPoolExecutor(1) as ahead:  # tokenizers let go of the interpreter
-            waiting: Future[list[dict[str, list[int]]]] | None = None
-            for batch in self._batches(f"tokenizing {name}"):
-                following = ahead.submit(self.encode, batch)
-                if waiting is not None:
-                    documents.add(waiting.result())
-                waiting = following
-            if waiting is not None:
-                documents.add(waiting.result())
+        for batch in self._batches(f"tokenizing {name}"):
+            documents.add(self.encode(batch))
         self.progress(f"tokenizing {name}", 1.0)
         return write_parts(documents, **self.settings)
 

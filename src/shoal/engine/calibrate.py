@@ -42,10 +42,11 @@ _FULL = (
     *((1024, 1024, 256), (1024, 512, 512), (256, 1024, 1024), (2048, 256, 1024), (2048, 2048, 256)),
     *((4096, 1024, 256), (1024, 4096, 512), (2048, 1024, 1024)),
 )
-_LONGEST = {True: 0.06, False: 0.08}  # seconds of a product or attention: longer are left out
+_LONGEST = {True: 0.03, False: 0.08}  # seconds of a product or attention: longer are left out
 _BLOCK_SECONDS = {True: 0.6, False: 1.2}  # the same of a micro batch of a reference model
 _BLOCKS = (1, 3)  # blocks of a reference model: their difference is a block
 _SAMPLES = ((1, 64), (4, 256), (8, 256))  # (rows, tokens of a row)
+_SHORT_SAMPLES = ((1, 64), (2, 256))  # the same at a first use
 _SLOW_SAMPLES = ((1, 16), (1, 64))  # where products are emulated
 _ROWS = {True: (256, 1024), False: (128, 256, 512, 1024)}  # row lengths for attention
 _HEADS, _HEAD_SIZE = 4, 64
@@ -170,10 +171,11 @@ class _Bench:
         most = 6.0 * reference_facts("llama", blocks=_BLOCKS[-1]).parameters
         for name in self._block_formats:
             limit = rates[name] * _BLOCK_SECONDS[self._short] / most
-            fitting = [each for each in _SAMPLES if each[0] * each[1] <= limit]
+            sizes = _SHORT_SAMPLES if self._short else _SAMPLES
+            fitting = [each for each in sizes if each[0] * each[1] <= limit]
             if len(fitting) < 2:
                 fitting = list(_SLOW_SAMPLES)
-            few = self._short or (busy_cores == 1 and self._group.size > 1)
+            few = busy_cores == 1 and self._group.size > 1
             self._samples[name] = fitting[:2] if few else fitting
 
     def _subjects(self) -> dict[tuple[str, str, int], Subject]:

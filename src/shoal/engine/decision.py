@@ -34,7 +34,7 @@ class Decision:
     compute: Format
     reason: str
     measured: dict[str, Any] = field(default_factory=dict)
-    """What was timed at the start: micro batches by crew, `speedup`, `format_ratio`, ..."""
+    """What was timed to decide it: micro batches by crew, `speedup`, `format_ratio`, ..."""
     predicted: dict[str, float] = field(default_factory=dict)
     """step_seconds and peak_memory_bytes, where they can be foretold; and what is in them: the
     learned `time_factor`, and the `state_bytes` that are exact."""

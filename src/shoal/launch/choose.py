@@ -72,6 +72,23 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
     return _with_figures(recipe, decision, workload=workload, formats=formats)
 
 
+def with_speedup(
+    recipe: Recipe, decision: Decision, *, inputs: Inputs, pool: WorkerPool, console: Console
+) -> Decision:
+    """`decision` with its speed-up over one worker, timed now if the start had no time for it.
+
+    Only of what was planned for this machine; a given layout is not compared.
+    """
+    measured, known = measured_before(), decision.measured
+    workload = _workload(recipe, inputs=inputs, compute=decision.compute)
+    is_planned = "plans" in known and not {"speedup", "why_one"} & set(known)
+    if measured is None or workload is None or not is_planned or decision.layout.workers == 1:
+        return decision
+    trial = Trial(recipe, inputs=inputs, measured=measured, workload=workload)
+    found = trial.speedup(decision, layout=check(recipe), pool=pool, console=console)
+    return decision if found is None else replace(decision, measured={**known, "speedup": found})
+
+
 def decide_joined(
     recipe: Recipe, *, inputs: Inputs, cores_per_worker: int, formats: dict[str, Any]
 ) -> Decision:

@@ -101,6 +101,23 @@ class Trial:
             {**predicted_for(best.plan), "step_seconds": steps[best]},
         )
 
+    def speedup(
+        self, decision: Decision, *, layout: Layout, pool: WorkerPool, console: Console
+    ) -> float | None:
+        """How much faster a step of `decision` is than the best lone worker's, timed in turns.
+
+        `layout`: as the recipe leaves it open. None where a lone worker cannot be planned.
+        """
+        contenders = self._contenders(layout)
+        lone = next((each for each in contenders if each.crew.count == 1), None)
+        taken = next((each for each in contenders if _is_of(decision, each)), None)
+        if lone is None or taken is None:
+            return None
+        timed = self._timed([taken, lone], pool=pool, console=console)
+        workload = self._workload
+        steps = [each.step_seconds(timed[each], workload=workload) for each in (lone, taken)]
+        return steps[0] / steps[1]
+
     def _crews(self, layout: Layout) -> Iterator[Crew]:
         """Crews that the recipe allows."""
         launch, given = self._recipe.launch, self._recipe.parallel.replicate
@@ -138,9 +155,10 @@ class Trial:
         lone = [each for each in contenders if each.crew.count == 1][:1]
         chosen: list[Contender] = []
         spent = 0.0
-        for each in dict.fromkeys([*close[:1], *lone, *close[1:]]):
-            spent += _TURNS * each.pass_seconds
-            if spent <= self._budget:
+        for each in dict.fromkeys([*close, *lone]):
+            cost = _TURNS * each.pass_seconds
+            if spent + cost <= self._budget:
+                spent += cost
                 chosen.append(each)
         return chosen
 
@@ -235,6 +253,14 @@ class Trial:
                 else "one worker was asked for"
             )
         return record
+
+
+def _is_of(decision: Decision, contender: Contender) -> bool:
+    crew = contender.crew
+    mine = (decision.layout.workers, decision.threads_per_worker, decision.micro_batch_samples)
+    return mine == (crew.count, crew.threads, contender.micro) and (
+        crew.count == 1 or crew.workers == decision.workers
+    )
 
 
 def _processes(crew: Crew) -> int:

@@ -82,7 +82,7 @@ class CausalLM:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         samples = []
-        for encoding in tokenizer.encode_batch(texts):
+        for encoding in tokenizer.encode_batch_fast(texts):
             ids = list(encoding.ids)
             if end is not None and (not ids or ids[-1] != end):
                 ids.append(end)

@@ -17,10 +17,12 @@ from shoal.engine.decision import Decision, given_layout
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.errors import UserError
 from shoal.launch import choose, local
+from shoal.launch.choose import with_speedup
 from shoal.launch.devices import on_devices
 from shoal.launch.measuring import learn_from, measured_before
-from shoal.launch.refuse import refuse_illegal
+from shoal.launch.refuse import check, refuse_illegal
 from shoal.launch.summary import last_words
+from shoal.launch.trial import Trial
 from shoal.observe.console import Console
 from shoal.plan.ask import config_of, workload_of
 from shoal.plan.measurements import load_measurements, measurements_path
@@ -76,6 +78,28 @@ def test_a_run_says_how_much_faster_it_is_than_one_worker(planned: Run) -> None:
         assert f"{measured['speedup']:.2f} x one worker" in words
     else:
         assert "one worker is" in words
+
+
+def test_the_speed_up_is_timed_at_the_end_where_the_start_had_no_time(
+    bench: Bench, tmp_path: Path, planned: Run
+) -> None:
+    recipe, inputs = given(tmp_path, bench)
+    console, known = Console(out=io.StringIO()), measured_before()
+    assert known is not None
+    config = config_of(recipe, vocabulary_size=inputs.vocabulary_size)
+    workload = workload_of(recipe, config=config, precision="fp32")
+    trial = Trial(recipe, inputs=inputs, measured=known, workload=workload)
+    pair = next(each for each in trial._contenders(check(recipe)) if each.crew.count == 2)
+    kind = "threads" if pair.crew.workers == "threads" else "processes"
+    layout, threads = pair.plan.candidate.layout, pair.crew.threads
+    decision = Decision(layout, kind, threads, pair.micro, "float32", "planned", {"plans": []})
+    found = with_speedup(recipe, decision, inputs=inputs, pool=bench.pool, console=console)
+    assert 0.2 < found.measured["speedup"] < 5
+    again = with_speedup(recipe, found, inputs=inputs, pool=bench.pool, console=console)
+    assert again == found
+    given_one = replace(decision, measured={})
+    same = with_speedup(recipe, given_one, inputs=inputs, pool=bench.pool, console=console)
+    assert same == given_one
 
 
 def test_a_run_says_what_was_foretold_of_it(planned: Run) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from shoal.layout import Layout
 from shoal.models import pretrained
-from shoal.models.anatomy import anatomy_of
+from shoal.models.anatomy import anatomy_of, canonical_parameters
 from shoal.models.init import record
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
@@ -23,7 +22,7 @@ from shoal.parallel.held import held
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import build_mesh
 from shoal.runtime import start_process_group, stop_process_group
-from unit.models.tiny_models import meta_model
+from unit.models.tiny_models import meta_model, real_model
 
 
 class Counted:
@@ -82,7 +81,8 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     source = PretrainedWeights(folder, model=model)
     apply(model, anatomy_of(model), build_mesh(layout, rank=rank, device=device), Settings())
     materialise(model, record=drawn, seed=0, source=source)
-    whole, own_bytes, equal = load_file(folder / "model.safetensors"), 0, True
+    written = real_model(payload["family"], seed=payload["seed"])
+    whole, own_bytes, equal = canonical_parameters(written), 0, True
     for name, pieces in held(model).items():
         for piece in pieces:
             cut = tuple(slice(o, o + s) for o, s in zip(piece.box.offsets, piece.box.sizes))

@@ -13,13 +13,17 @@ from strategies import run_workers
 from unit.models.tiny_models import real_model
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "vit"])
 def test_a_rank_reads_its_own_bytes_only(family: str, pool: WorkerPool, tmp_path: Path) -> None:
-    """llama and gpt2 are tied; gpt2 has columns, phi3 pieces of unequal size to cut."""
+    """llama and gpt2 are tied; gpt2 has columns, phi3 pieces of unequal size to cut.
+
+    gpt_neox and vit are stored under other names than the model has.
+    """
     model = real_model(family, seed=4)
     model.save_pretrained(tmp_path / "model")
-    layout = Layout(shard=2, tensor=2)
+    layout = Layout(shard=4) if family == "vit" else Layout(shard=2, tensor=2)
     payload = {
+        "seed": 4,
         "family": family,
         "folder": str(tmp_path / "model"),
         "layout": asdict(layout),

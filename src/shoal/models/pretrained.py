@@ -1,8 +1,9 @@
 """Weights of a local Hugging Face folder, by canonical name and box, reading only those bytes.
 
-Names in a file may differ from the model's: stored with or without the base model's prefix, or with
-the old names of layer norms. Families whose stored tensors are not the model's (experts to be
-stacked, projections to be split) are read whole by transformers, then cut.
+Names in a file may differ from the model's: stored with or without the base model's prefix, with
+the old names of layer norms, or under names that transformers keeps for folders of a family.
+Families whose stored tensors are not the model's (experts to be stacked, projections to be split)
+are read whole by transformers, then cut.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters, ties_of
 from shoal.models.init import Box
+from shoal.models.stored import Form
 from shoal.untrusted import (
     LARGEST_HEADER_BYTES,
     TensorInfo,
@@ -57,11 +59,20 @@ class PretrainedWeights:
         parameters = canonical_parameters(model)
         groups = {group[0]: group for group in ties_of(model)}
         self._whole: dict[str, Tensor] | None = None
+        stored_names: Mapping[str, str] = {}
         if _is_converted(model):
-            self._whole = _read_by_transformers(self._folder, model)
-            self._shapes = {name: tuple(each.shape) for name, each in self._whole.items()}
+            form = Form(model)
+            if form.is_renamed:
+                stored_names = {
+                    name: each.weight for name, each in form.tensors.items() if each.weight
+                }
+            else:
+                self._whole = _read_by_transformers(self._folder, model)
+                self._shapes = {name: tuple(each.shape) for name, each in self._whole.items()}
         base = str(getattr(model, "base_model_prefix", ""))
         by_model_name = _renamed(self._shapes, set(_every_name(model)), base)
+        for name, key in _renamed(self._shapes, set(stored_names), base).items():
+            by_model_name.setdefault(stored_names[name], key)
         self._stored: dict[str, str] = {}
         for name, parameter in parameters.items():
             found = next(

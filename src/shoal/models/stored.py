@@ -106,6 +106,11 @@ class Form:
             else:
                 self.tensors[name] = Stored(tensor, None, whose[name])
 
+    @property
+    def is_renamed(self) -> bool:
+        """Whether all it holds are weights of the model, under whatever names."""
+        return all(each.weight is not None for each in self.tensors.values())
+
     def group_bytes(self, number: int) -> int:
         """Most memory that `compute` takes: what goes in (float32), what it is cast to and out."""
         numel = sum(tensor.numel() for tensor in self.groups[number].values())

@@ -41,8 +41,13 @@ def main() -> None:
                 f"| {after['majority_tag_f1']:.3f} | {result.summary['train_seconds']:.0f} |",
                 flush=True,
             )
-    largest = max(abs(a - b) / b for a, b in zip(losses[1], losses[2], strict=True))
-    print(f"\nlargest relative difference of {len(losses[1])} losses: {largest:.2e}")
+    off = [abs(a - b) / b for a, b in zip(losses[1], losses[2], strict=True)]
+    print(f"\nlargest relative difference of {len(off)} losses: {max(off):.2e}")
+    eighth = max(1, len(off) // 8)
+    print(
+        "by eighths:",
+        ", ".join(f"{max(off[at : at + eighth]):.1e}" for at in range(0, len(off), eighth)),
+    )
 
 
 if __name__ == "__main__":

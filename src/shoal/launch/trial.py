@@ -84,7 +84,10 @@ class Trial:
         """The fastest plan: as predicted, or as timed where several come close."""
         contenders = self._contenders(layout)
         chosen = self._affordable(contenders)
-        timed = self._timed(chosen, pool=pool, console=console) if len(chosen) > 1 else {}
+        timed = {}
+        if len(chosen) > 1:
+            what = f"timing the best {len(chosen)} plans"
+            timed = self._timed(chosen, what=what, pool=pool, console=console)
         steps = {
             each: each.step_seconds(timed.get(each), workload=self._workload)
             for each in (chosen if timed else contenders)
@@ -113,7 +116,8 @@ class Trial:
         taken = next((each for each in contenders if _is_of(decision, each)), None)
         if lone is None or taken is None:
             return None
-        timed = self._timed([taken, lone], pool=pool, console=console)
+        what = "timing one worker beside it"
+        timed = self._timed([taken, lone], what=what, pool=pool, console=console)
         workload = self._workload
         steps = [each.step_seconds(timed[each], workload=workload) for each in (lone, taken)]
         return steps[0] / steps[1]
@@ -163,7 +167,7 @@ class Trial:
         return chosen
 
     def _timed(
-        self, chosen: Sequence[Contender], *, pool: WorkerPool, console: Console
+        self, chosen: Sequence[Contender], *, what: str, pool: WorkerPool, console: Console
     ) -> dict[Contender, float]:
         """Seconds of a micro batch of each, from the cache or from a short run."""
         candidates = [[asdict(each.crew), each.micro] for each in chosen]
@@ -180,7 +184,7 @@ class Trial:
         if path.is_file():
             seconds: list[float] = json.loads(path.read_text(encoding="utf-8"))
         else:
-            console.phase(f"timing the best {len(chosen)} plans")
+            console.phase(what)
             seconds = self._run(chosen, pool=pool, console=console)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(seconds) + "\n")

@@ -1,6 +1,7 @@
 """Draws the promise: five ways to run a recipe, their curves and differences, beside a fault.
 
-    benchmarks/promise.py [--steps 320] [--recipe quickstart] [--compute bfloat16] [KEY=VALUE ...]
+    python benchmarks/promise.py [--steps 320] [--recipe quickstart] [--compute bfloat16]
+        [--reordered] [KEY=VALUE ...]
 
 Runs the recipe in float32 with 1, 2 and 4 replicas as processes and as threads, and once with a
 planted mistake (the mean of the micro batches' means). Writes docs/promise.png and

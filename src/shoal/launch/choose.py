@@ -15,7 +15,7 @@ from shoal.engine.decision import (
 )
 from shoal.engine.prepare import Inputs
 from shoal.environment import cache_directory, usable_cores
-from shoal.errors import ConfigError, ModelError, Problem, UserError
+from shoal.errors import ConfigError, ModelError, Problem, UserError, WorkerError
 from shoal.launch.devices import on_devices
 from shoal.launch.directory import write_whole
 from shoal.launch.measuring import measure_machine, measured_before, measuring_job
@@ -77,15 +77,22 @@ def with_speedup(
 ) -> Decision:
     """`decision` with its speed-up over one worker, timed now if the start had no time for it.
 
-    Only of what was planned for this machine; a given layout is not compared.
+    Only of what was planned for this machine; a given layout is not compared. The run has ended
+    well: where the timing fails, that is said and `decision` stays as it is.
     """
-    measured, known = measured_before(), decision.measured
+    known = decision.measured
+    if "plans" not in known or {"speedup", "why_one"} & set(known) or decision.layout.workers == 1:
+        return decision
+    measured = measured_before()
     workload = _workload(recipe, inputs=inputs, compute=decision.compute)
-    is_planned = "plans" in known and not {"speedup", "why_one"} & set(known)
-    if measured is None or workload is None or not is_planned or decision.layout.workers == 1:
+    if measured is None or workload is None:
         return decision
     trial = Trial(recipe, inputs=inputs, measured=measured, workload=workload)
-    found = trial.speedup(decision, layout=check(recipe), pool=pool, console=console)
+    try:
+        found = trial.speedup(decision, layout=check(recipe), pool=pool, console=console)
+    except WorkerError as error:
+        console.line(f"warning: one worker could not be timed beside the run: {error}")
+        return decision
     return decision if found is None else replace(decision, measured={**known, "speedup": found})
 
 

@@ -160,10 +160,10 @@ class Trial:
         chosen: list[Contender] = []
         spent = 0.0
         for each in dict.fromkeys([*close, *lone]):
-            cost = _TURNS * each.pass_seconds
-            if spent + cost <= self._budget:
-                spent += cost
-                chosen.append(each)
+            spent += _TURNS * each.pass_seconds
+            if spent > self._budget:
+                break  # a slower plan must not be chosen because it could be timed
+            chosen.append(each)
         return chosen
 
     def _timed(

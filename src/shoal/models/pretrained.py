@@ -59,20 +59,17 @@ class PretrainedWeights:
         parameters = canonical_parameters(model)
         groups = {group[0]: group for group in ties_of(model)}
         self._whole: dict[str, Tensor] | None = None
-        stored_names: Mapping[str, str] = {}
+        names = {name: name for name in _every_name(model)}
         if _is_converted(model):
             form = Form(model)
             if form.is_renamed:
-                stored_names = {
-                    name: each.weight for name, each in form.tensors.items() if each.weight
-                }
+                stored = {name: each.weight for name, each in form.tensors.items() if each.weight}
+                names = {**stored, **names}
             else:
                 self._whole = _read_by_transformers(self._folder, model)
                 self._shapes = {name: tuple(each.shape) for name, each in self._whole.items()}
         base = str(getattr(model, "base_model_prefix", ""))
-        by_model_name = _renamed(self._shapes, set(_every_name(model)), base)
-        for name, key in _renamed(self._shapes, set(stored_names), base).items():
-            by_model_name.setdefault(stored_names[name], key)
+        by_model_name = _renamed(self._shapes, names, base)
         self._stored: dict[str, str] = {}
         for name, parameter in parameters.items():
             found = next(
@@ -220,17 +217,20 @@ def _every_name(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
-def _renamed(stored: Mapping[str, Any], wanted: set[str], base: str) -> dict[str, str]:
-    """Model's name -> stored name, over the spellings that files of one model have."""
+def _renamed(stored: Mapping[str, Any], names: Mapping[str, str], base: str) -> dict[str, str]:
+    """Model's name -> stored name, over the spellings that files of one model have.
+
+    `names`: the model's name of each name that it may have in a file.
+    """
     result: dict[str, str] = {}
     for key in stored:
         name = key
         for old, new in _OLD_NAMES:
             name = name.replace(old, new)
         spellings = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
-        match = next((each for each in spellings if each in wanted), None)
+        match = next((each for each in spellings if each in names), None)
         if match is not None:
-            result.setdefault(match, key)
+            result.setdefault(names[match], key)
     return result
 
 

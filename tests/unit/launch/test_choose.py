@@ -15,7 +15,7 @@ from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.prepare import Inputs, prepare_inputs
-from shoal.errors import UserError
+from shoal.errors import UserError, WorkerError
 from shoal.launch import choose, local
 from shoal.launch.choose import with_speedup
 from shoal.launch.devices import on_devices
@@ -80,6 +80,23 @@ def test_a_run_says_how_much_faster_it_is_than_one_worker(planned: Run) -> None:
         assert "one worker is" in words
 
 
+def test_where_the_best_plan_is_too_slow_to_time_no_other_is_timed_instead(
+    bench: Bench, tmp_path: Path, planned: Run
+) -> None:
+    """Or the run would take a worse plan, because that one could be timed."""
+    recipe, inputs = given(tmp_path, bench)
+    known = measured_before()
+    assert known is not None
+    config = config_of(recipe, vocabulary_size=inputs.vocabulary_size)
+    workload = workload_of(recipe, config=config, precision="fp32")
+    trial = Trial(recipe, inputs=inputs, measured=known, workload=workload, budget_seconds=1.0)
+    first, *rest = trial._contenders(check(recipe))
+    assert any(each.crew.count == 1 for each in (first, *rest)) and rest
+    slow, quick = replace(first, pass_seconds=1.0), [replace(e, pass_seconds=0.01) for e in rest]
+    assert trial._affordable([slow, *quick]) == []
+    assert trial._affordable([replace(first, pass_seconds=0.01), *quick])
+
+
 def test_the_speed_up_is_timed_at_the_end_where_the_start_had_no_time(
     bench: Bench, tmp_path: Path, planned: Run
 ) -> None:
@@ -97,6 +114,16 @@ def test_the_speed_up_is_timed_at_the_end_where_the_start_had_no_time(
     assert 0.2 < found.measured["speedup"] < 5
     again = with_speedup(recipe, found, inputs=inputs, pool=bench.pool, console=console)
     assert again == found
+
+    def failing(*_: object, **__: object) -> float:
+        raise WorkerError("rank 0 was killed")
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trial, "speedup", failing)
+        console = Console(out=said)
+        kept = with_speedup(recipe, decision, inputs=inputs, pool=bench.pool, console=console)
+    assert kept == decision and "rank 0 was killed" in said.getvalue()
     given_one = replace(decision, measured={})
     same = with_speedup(recipe, given_one, inputs=inputs, pool=bench.pool, console=console)
     assert same == given_one

@@ -17,7 +17,7 @@ def settled() -> Outliers:
 
 
 def test_an_ordinary_run_says_nothing() -> None:
-    settled()
+    assert not list(settled().look(loss=3.0, norms=[1.0, 1.1]))
 
 
 def test_a_loss_far_above_the_recent_ones() -> None:

@@ -32,7 +32,7 @@ PLANTED = "2 processes, mean of means (planted)"
 def ways(*, reordered: bool) -> dict[str, dict[str, object]]:
     """Name -> overrides. The micro batch follows from each replica's share.
 
-    `reordered` adds one worker that sums in another order: what rounding alone does.
+    `reordered` adds one worker that sums in other orders: the band of what rounding alone does.
     """
     found: dict[str, dict[str, object]] = {
         REFERENCE: {"parallel.replicate": 1, "launch.workers": "processes"}
@@ -41,7 +41,9 @@ def ways(*, reordered: bool) -> dict[str, dict[str, object]]:
         for kind in ("processes", "threads"):
             found[f"{degree} {kind}"] = {"parallel.replicate": degree, "launch.workers": kind}
     if reordered:
-        found["1 worker, micro batch 2"] = {**found[REFERENCE], "train.micro_batch_samples": 2}
+        for micro in (4, 2, 1):
+            name = f"1 worker, micro batch {micro}"
+            found[name] = {**found[REFERENCE], "train.micro_batch_samples": micro}
     return found
 
 
@@ -90,7 +92,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of the recipe, for all ways")
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--recipe", default="quickstart")
-    parser.add_argument("--reordered", action="store_true", help="add one worker, micro batch 2")
+    parser.add_argument(
+        "--reordered", action="store_true", help="add one worker, micro batches 4, 2, 1"
+    )
     parser.add_argument("--fault-steps", type=int, default=80, help="steps of the planted fault")
     parser.add_argument("--compute", default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")

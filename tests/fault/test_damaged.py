@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -268,14 +269,15 @@ def test_leftovers_of_any_kind_do_not_stop_a_save(tmp_path: Path) -> None:
 
 def test_a_second_job_in_the_same_run_is_refused_at_once(bench: Bench) -> None:
     run = Run(bench.new_path())
-    words = ("train.steps=12", "train.micro_batch_samples=1", "checkpoint.every_steps=4")
+    words = ("train.steps=100000", "checkpoint.every_steps=0", "train.evaluate_every_steps=0")
     with started("train", bench.recipe, *words, "--out", run.path) as process:
         wait_for_step(run, 5)
         second = bench.command("resume", run.path)
         assert second.returncode == 2 and process.poll() is None
         assert f"process {process.pid} is at work in this run" in second.stderr
         assert "Traceback" not in second.stderr
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
+        assert process.returncode == 75, err
     assert run.events.count("started") == 1 and "resumed" not in run.events
     assert not (run.path / ".lock").exists()

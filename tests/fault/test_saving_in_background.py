@@ -66,6 +66,7 @@ def test_each_rank_killed_at_every_operation(tmp_path: Path) -> None:
 # --- the loop is not held up
 
 
+@pytest.mark.timed
 def test_a_slow_disk_does_not_hold_up_the_loop(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, size=1, files={0: SlowFiles(0.05)})
     began = time.monotonic()
@@ -95,6 +96,7 @@ def test_a_save_still_under_way_is_waited_for_and_said(tmp_path: Path) -> None:
     assert 0.1 < ranks.savers[0].stall_seconds[1] < 5
 
 
+@pytest.mark.timed
 def test_the_wait_has_an_end_and_then_a_save_is_left_out(tmp_path: Path) -> None:
     """The disk hangs: the loop loses its patience, not its step; later it saves again."""
     slow = SlowFiles(0.3)

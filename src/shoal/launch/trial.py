@@ -100,7 +100,7 @@ class Trial:
             best.micro,
             format_of(self._compute),
             self._reason(best, steps=steps, is_timed=bool(timed)),
-            self._record(best, steps=steps, timed=timed),
+            self._record(best, steps=steps, timed=timed, contenders=contenders),
             {**predicted_for(best.plan), "step_seconds": steps[best]},
         )
 
@@ -229,9 +229,14 @@ class Trial:
         return text
 
     def _record(
-        self, best: Contender, *, steps: dict[Contender, float], timed: dict[Contender, float]
+        self,
+        best: Contender,
+        *,
+        steps: dict[Contender, float],
+        timed: dict[Contender, float],
+        contenders: Sequence[Contender],
     ) -> dict[str, Any]:
-        """What plan.json keeps of the choice."""
+        """What plan.json keeps of the choice; replicas that were not timed count as predicted."""
         record: dict[str, Any] = {
             "format_ratio": self._ratio,
             "plans": [
@@ -248,7 +253,11 @@ class Trial:
         if timed and lone and best.crew.count > 1:
             record["speedup"] = min(lone) / steps[best]
         elif best.crew.count == 1:
-            others = [step for each, step in steps.items() if each.crew.count > 1]
+            others = [
+                steps.get(each, each.plan.step_seconds)
+                for each in contenders
+                if each.crew.count > 1
+            ]
             record["why_one"] = (
                 f"one worker is {min(others) / steps[best]:.2f} x the best of replicas"
                 if others

@@ -25,8 +25,8 @@ class Software:
     Bytes are per parameter: `weight_bytes` in compute format, `master_bytes` of the copy that the
     optimizer updates (0: the weights are that copy), `moment_bytes` of its state,
     `gradient_bytes` of the accumulated gradient, `transient_bytes` alive beside them in the
-    update, `regather_bytes` of the gathered copy after a sharded update. `logit_bytes`: memory per
-    logit at the peak of the loss. `unsplit_bytes`: activations per hidden element and block that
+    update, `regather_bytes` of the gathered copy after a sharded update. `padding_parameters`: what
+    flat buffers are padded by. `logit_bytes`: memory per logit at the peak of the loss. `unsplit_bytes`: activations per hidden element and block that
     the tensor axis does not split. `keeps_gathers`: two gather buffers of the tensor axis stay
     allocated. `balanced_stages`: stages are cut by compute cost, not by number of blocks.
     `recomputes_gate`: the product of a gated activation is made again in the backward.
@@ -63,6 +63,7 @@ class Software:
     gradient_bytes: float = 4.0
     reduce_bytes: float = 4.0
     transient_bytes: float = 0.0
+    padding_parameters: float = 0.0
     logit_bytes: float = 10.0
     unsplit_bytes: float = 0.0
     keeps_gathers: bool = False
@@ -92,9 +93,10 @@ SHOAL = Software(
     overlap_shard=0.6,
     overlap_gradients=0.0,
     selective_share=0.3,
+    padding_parameters=16384.0,
 )
 """This project: eager torch under autocast, FSDP2 that gathers float32, chunked loss, one flat
-reduction after the last backward."""
+reduction after the last backward; two regions, the last chunk of each half empty on average."""
 
 NANOTRON = Software(
     name="nanotron",

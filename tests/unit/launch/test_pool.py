@@ -47,6 +47,7 @@ def test_kill_waits_for_the_end(pool: WorkerPool) -> None:
     assert [worker.status for worker in workers] == [-9] * 3
 
 
+@pytest.mark.timed
 def test_a_worker_starts_in_milliseconds(pool: WorkerPool) -> None:
     end_of(pool, pool.start(FAIL, {"how": "0"}))  # the server has imported by now
     began = time.perf_counter()
@@ -83,6 +84,7 @@ def test_closing_a_pool_ends_its_workers() -> None:
     assert not _runs(worker.pid)
 
 
+@pytest.mark.timed
 def test_a_pool_that_was_not_needed_closes_at_once() -> None:
     began = time.perf_counter()
     WorkerPool().close()

@@ -153,6 +153,7 @@ def test_boxes_outside_the_tensor_are_refused() -> None:
         _RECORDS["gpt2"].draw("transformer.ln_f.weight", seed=0, box=((30,), (3,)))
 
 
+@pytest.mark.timed
 def test_ten_million_weights_take_less_than_two_seconds() -> None:
     made = InitRecord(
         shapes={"w": (2500, 4000)}, programs={"w": (Operation("normal", (0.0, 0.02)),)}

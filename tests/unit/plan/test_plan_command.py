@@ -119,6 +119,7 @@ def test_simulate(tmp_path: Path) -> None:
     assert 0.9 < data["goodput"] <= 1
 
 
+@pytest.mark.timed
 def test_planning_needs_no_torch_and_starts_fast() -> None:
     """Importing the commands takes 0.1 s of processor time; 1 s leaves room for a busy machine."""
     code = (

@@ -85,6 +85,7 @@ def test_nothing_is_lost_against_brute_force(cluster: str, software: Software) -
     assert find(estimator).best.step_seconds == best
 
 
+@pytest.mark.timed
 def test_405b_on_4096_devices_within_a_second() -> None:
     """The measure of the issue; half a second on one of two shared cores when written.
 

@@ -58,6 +58,7 @@ def test_the_played_step_is_the_predicted_one(schedule: str) -> None:
     assert busy_seconds(timeline.spans, lane="shard", stage=0) > 0
 
 
+@pytest.mark.timed
 def test_16384_devices_within_two_seconds() -> None:
     """Lanes stand for all devices that do the same, so the answer does not grow with them."""
     estimator = estimator_of("2048x8xH100", batch=2048)

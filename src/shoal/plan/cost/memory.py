@@ -230,6 +230,7 @@ def _states(
     ZeRO's stages (arXiv 1910.02054, section 5): the optimizer state over the shard axis first,
     then gradients, then parameters.
     """
+    parameters += software.padding_parameters
     shard = candidate.state_split
     level = candidate.level if shard > 1 else "optimizer"
     split_gradients = shard if level in {"gradients", "parameters"} else 1

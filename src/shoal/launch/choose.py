@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from shoal.launch.directory import write_whole
 from shoal.launch.measuring import measure_machine, measured_before, measuring_job
 from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import check, refuse_illegal, trained_config
-from shoal.launch.trial import FIRST_TRIAL_SECONDS, TRIAL_SECONDS, Trial
+from shoal.launch.trial import FIRST_SECONDS, TRIAL_SECONDS, Trial
 from shoal.layout import Layout
 from shoal.observe.console import Console
 from shoal.plan.ask import workload_of
@@ -169,11 +170,12 @@ def _on_machine(
     """The planner's choice among threads, processes and micro batches of this machine."""
     measured, budget = measured_before(), TRIAL_SECONDS
     if measured is None:
-        budget = FIRST_TRIAL_SECONDS
+        began = time.monotonic()
         console.phase("measuring this machine, once (about ten seconds)")
         wanted = recipe.precision.compute
         names = ["float32", "bfloat16"] if wanted == "auto" else [wanted]
         measured = measure_machine(pool=pool, console=console, formats=names, short=True)
+        budget = max(0.0, FIRST_SECONDS - (time.monotonic() - began))
     trial = Trial(
         recipe, inputs=inputs, measured=measured, workload=workload, budget_seconds=budget
     )

@@ -23,19 +23,19 @@ class Software:
     compute behind which that communication can hide (tensor: share of it that is hidden).
 
     Bytes are per parameter: `weight_bytes` in compute format, `master_bytes` of the copy that the
-    optimizer updates (0: the weights are that copy), `moment_bytes` of its state,
-    `gradient_bytes` of the accumulated gradient, `transient_bytes` alive beside them in the
-    update, `regather_bytes` of the gathered copy after a sharded update. `padding_parameters`: what
-    flat buffers are padded by. `logit_bytes`: memory per logit at the peak of the loss. `unsplit_bytes`: activations per hidden element and block that
-    the tensor axis does not split. `keeps_gathers`: two gather buffers of the tensor axis stay
-    allocated. `balanced_stages`: stages are cut by compute cost, not by number of blocks.
-    `recomputes_gate`: the product of a gated activation is made again in the backward.
-    `selective_share`: part of a block that selective recompute runs again, beside attention that
-    stores its scores (0 where a flash kernel makes it idle). `resets_peak`: the reported peak of
-    live tensors is that of the update alone. `autocast`: eager torch, weights and residuals in
-    float32, inputs of products cast, the loss in chunks. `on_cpu`: with the attention of
-    models/cpu_attention.py. `shares_update`: replicas share their
-    parameters, and each updates a part.
+    optimizer updates (0: the weights are that copy), `moment_bytes` of its state, `gradient_bytes`
+    of the accumulated gradient, `transient_bytes` alive beside them in the update, `regather_bytes`
+    of the gathered copy after a sharded update. `padding_parameters`: what flat buffers are padded
+    by. `logit_bytes`: memory per logit at the peak of the loss. `unsplit_bytes`: activations per
+    hidden element and block that the tensor axis does not split. `keeps_gathers`: two gather
+    buffers of the tensor axis stay allocated. `balanced_stages`: stages are cut by compute cost,
+    not by number of blocks. `recomputes_gate`: the product of a gated activation is made again in
+    the backward. `selective_share`: part of a block that selective recompute runs again, beside
+    attention that stores its scores (0 where a flash kernel makes it idle). `resets_peak`: the
+    reported peak of live tensors is that of the update alone. `autocast`: eager torch, weights and
+    residuals in float32, inputs of products cast, the loss in chunks. `on_cpu`: with the attention
+    of models/cpu_attention.py. `shares_update`: replicas share their parameters, and each updates a
+    part.
     """
 
     name: str

@@ -78,6 +78,14 @@ def test_documents_that_are_linked_exist() -> None:
             assert (ROOT / target).exists(), f"{path.name} links to {target}, which is not there"
 
 
+@pytest.mark.parametrize("path", [README, CHINESE], ids=["english", "chinese"])
+def test_the_folders_of_the_tests_are_named(path: Path) -> None:
+    line = re.search(r"`tests/`\W+(.*?)[)）]", path.read_text(encoding="utf-8"))
+    assert line is not None
+    holds = [each for each in (ROOT / "tests").iterdir() if any(each.glob("**/test_*.py"))]
+    assert sorted(re.findall(r"\w+", line[1])) == sorted(each.name for each in holds)
+
+
 @pytest.fixture
 def workplace(
     bench: Bench, pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

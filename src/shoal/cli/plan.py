@@ -74,7 +74,7 @@ def _calibrate(runs: list[Path], *, as_json: bool) -> None:
         console = Console(out=sys.stderr if as_json else None)
         with WorkerPool() as pool:
             console.phase("measuring this machine (under a minute)")
-            measured = measure_machine(pool=pool, console=console, formats=["float32", "bfloat16"])
+            measured = measure_machine(pool=pool, console=console)
             console.phase(f"kept in {measurements_path()}")
     typer.echo(json.dumps(measured.to_json()) if as_json else machine_text(measured))
 

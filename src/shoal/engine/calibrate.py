@@ -42,6 +42,7 @@ _FULL = (
     *((1024, 1024, 256), (1024, 512, 512), (256, 1024, 1024), (2048, 256, 1024), (2048, 2048, 256)),
     *((4096, 1024, 256), (1024, 4096, 512), (2048, 1024, 1024)),
 )
+_FORMATS = ("float32", "bfloat16")
 _LONGEST = {True: 0.03, False: 0.08}  # seconds of a product or attention: longer are left out
 _BLOCK_SECONDS = {True: 0.6, False: 1.2}  # the same of a micro batch of a reference model
 _BLOCKS = (1, 3)  # blocks of a reference model: their difference is a block
@@ -82,13 +83,13 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
 
 
 class _Bench:
-    """What one worker does; `formats` are the recipe's words for number formats."""
+    """What one worker does. `short_for`: a recipe's `precision.compute`, or None for everything."""
 
     def __init__(self, group: Group, *, report: Report, payload: dict[str, Any]) -> None:
         self._group, self._report = group, report
-        self._short: bool = payload["short"]
-        self._formats: list[str] = payload["formats"]
-        self._block_formats = self._formats
+        self._wanted: str | None = payload["short_for"]
+        self._short = self._wanted is not None
+        self._block_formats = list(_FORMATS)
         self._samples: dict[str, list[tuple[int, int]]] = {}
 
     def _say(self, what: str) -> None:
@@ -158,16 +159,17 @@ class _Bench:
     def _plan_blocks(self, products: list[list[Any]], *, busy_cores: int) -> None:
         """Which formats and sizes of micro batch to time blocks with, from the smallest products.
 
-        At a first use only the fastest format; sizes as far as they take no longer than allowed,
-        and two where most cores idle, which few runs choose.
+        At a first use only the format wanted, or the fastest; sizes as far as they take no longer
+        than allowed, and two where most cores idle, which few runs choose.
         """
         rates = {}
-        for name in self._formats:
+        for name in _FORMATS:
             small = [row for row in products if row[0] == FORMATS[name]][:3]
             flops = sum(2.0 * row[2] * row[3] * row[4] for row in small)
             rates[name] = flops / sum(row[-1] for row in small)
-        best = max(self._formats, key=lambda name: rates[name])
-        self._block_formats = [best] if self._short else self._formats
+        if self._short:
+            fastest = max(_FORMATS, key=lambda name: rates[name])
+            self._block_formats = [self._wanted if self._wanted in _FORMATS else fastest]
         most = 6.0 * reference_facts("llama", blocks=_BLOCKS[-1]).parameters
         for name in self._block_formats:
             limit = rates[name] * _BLOCK_SECONDS[self._short] / most
@@ -250,11 +252,12 @@ class _Bench:
     def _products(self, clock: Clock) -> Iterator[list[Any]]:
         """(precision, kind, tokens, columns, depth, seconds) of the products of linear layers."""
         best = 0.0  # FLOPs per second of the fastest format's smallest products
-        for name in self._formats:
+        for name in _FORMATS:
             rate: dict[str, float] = {}
             for number, (tokens, columns, depth) in enumerate(_SHORT if self._short else _FULL):
                 if number == 1:
-                    if self._short and sum(rate.values()) < 0.5 * best:
+                    slow = sum(rate.values()) < 0.5 * best
+                    if self._short and slow and name != self._wanted:
                         break  # emulated: nobody will choose it, and large ones take seconds
                     best = max(best, sum(rate.values()))
                 dtype = getattr(torch, name)

@@ -173,8 +173,7 @@ def _on_machine(
         began = time.monotonic()
         console.phase("measuring this machine, once (about ten seconds)")
         wanted = recipe.precision.compute
-        names = ["float32", "bfloat16"] if wanted == "auto" else [wanted]
-        measured = measure_machine(pool=pool, console=console, formats=names, short=True)
+        measured = measure_machine(pool=pool, console=console, short_for=wanted)
         budget = max(0.0, FIRST_SECONDS - (time.monotonic() - began))
     trial = Trial(
         recipe, inputs=inputs, measured=measured, workload=workload, budget_seconds=budget

@@ -69,9 +69,12 @@ def _death(rank: int, *, status: int) -> Death:
 
 
 def measure_machine(
-    *, pool: WorkerPool, console: Console, formats: Sequence[str], short: bool = False
+    *, pool: WorkerPool, console: Console, short_for: str | None = None
 ) -> Measurements:
-    """Measure this machine and keep it: about ten seconds when `short`, else under a minute.
+    """Measure this machine and keep it: under a minute.
+
+    `short_for` (the `precision.compute` of a recipe) takes about ten seconds: products in both
+    formats, fewer of all, and blocks in the format named, or in the fastest for "auto".
 
     A machine that was measured before keeps what it learned from runs. Raises WorkerError.
     """
@@ -79,10 +82,10 @@ def measure_machine(
         for _ in pool.events(timeout_seconds=1.0):
             pass
     target, cores = "shoal.engine.calibrate:run", usable_cores()
-    payload = {"short": short, "formats": list(formats), "only_sums": False}
+    payload = {"short_for": short_for, "only_sums": False}
     found = measuring_job(target, payload, size=cores, pool=pool, console=console)
     reduces = list(found["reduces"])
-    for ranks in [] if short else sorted({2, 2 * cores} - {cores, 1}):
+    for ranks in [] if short_for else sorted({2, 2 * cores} - {cores, 1}):
         payload["only_sums"] = True
         more = measuring_job(target, payload, size=ranks, pool=pool, console=console)
         reduces += more["reduces"]
@@ -93,7 +96,7 @@ def measure_machine(
         conditions=tuple(condition_from(each) for each in found["conditions"]),
         reduces=tuple((str(k), int(n), float(b), float(s)) for k, n, b, s in reduces),
         start_seconds=found["start_seconds"],
-        is_short=short,
+        is_short=short_for is not None,
     )
     path = measurements_path()
     known = _known(path)

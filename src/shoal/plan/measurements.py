@@ -16,7 +16,7 @@ import xxhash
 from shoal.environment import cache_directory, usable_cores
 from shoal.errors import UserError
 
-FORMAT = "shoal-measurements-2"
+FORMAT = "shoal-measurements-3"
 """Written into every measurements file; a file of another format is refused."""
 
 REFERENCE: Mapping[str, Mapping[str, Any]] = {

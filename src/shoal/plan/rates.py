@@ -90,9 +90,10 @@ class Rates:
         """Seconds per token and head, both passes, for rows of `row` tokens.
 
         Scores cost row x head size per token and head; the rate is that of the nearest row
-        lengths, interpolated.
+        lengths, interpolated. Of another format where this one's was not timed.
         """
-        name = self.precision(precision)
+        timed = {str(key[1]) for key in self.seconds if key[0] == "attention"}
+        name = next((name for name in _nearest(precision) if name in timed), precision)
         points = {
             float(key[2]): seconds / (float(key[2]) * float(key[3]))
             for key, seconds in self.seconds.items()
@@ -130,8 +131,7 @@ class Rates:
 
     def block(self, what: str, *, precision: str, kind: str) -> float:
         """A fitted figure of whole blocks; of the other kind of block where this was not timed."""
-        names = [precision, *WIDER[precision], "bf16"]
-        for name in names:
+        for name in _nearest(precision):
             for shape in (kind, "gated", "plain"):
                 found = self.seconds.get((what, name, shape))
                 if found is not None:
@@ -142,6 +142,11 @@ class Rates:
     def update(self) -> float:
         """Seconds per parameter of zeroing, norm, scaling and the optimizer's step."""
         return self.seconds.get(("update",), 0.0)
+
+
+def _nearest(precision: str) -> tuple[str, ...]:
+    """Formats whose times may stand in for this one's, the best first."""
+    return (*WIDER[precision], "bf16")
 
 
 def _between(points: Mapping[float, float], *, at: float) -> float:

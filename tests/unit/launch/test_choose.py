@@ -15,6 +15,7 @@ from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.environment import usable_cores
 from shoal.errors import UserError, WorkerError
 from shoal.launch import choose, local
 from shoal.launch.choose import with_speedup
@@ -25,7 +26,9 @@ from shoal.launch.summary import last_words
 from shoal.launch.trial import Trial
 from shoal.observe.console import Console
 from shoal.plan.ask import config_of, workload_of
+from shoal.plan.calibrate import rates_of
 from shoal.plan.measurements import load_measurements, measurements_path
+from shoal.plan.workload import Crew
 from tiny import Bench, Run
 from unit.models.tiny_models import SETTINGS
 
@@ -171,6 +174,23 @@ def test_what_is_fixed_on_auto_stays_and_the_rest_is_planned(bench: Bench, plann
     assert (plan["layout"]["replicate"], plan["workers"]) == (2, "processes")
     assert plan["micro_batch_samples"] == 2
     assert plan["predicted"]["step_seconds"] > 0
+
+
+@pytest.mark.parametrize("first, then", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_machine_measured_for_one_format_plans_the_others(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, then: str
+) -> None:
+    """A run in another format was refused, and what is on auto never learned of the faster one."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    bench.train(*OPEN, f"precision.compute={first}")
+    fixed = plan_of(bench.train(*OPEN[4:], f"precision.compute={then}"))
+    assert fixed["predicted"]["step_seconds"] > 0
+    free = plan_of(bench.train(*OPEN, "precision.compute=auto"))
+    assert free["measured"]["format_ratio"] > 0
+    known = load_measurements(measurements_path())
+    rates = rates_of(known, Crew("processes", usable_cores(), 1))
+    seconds = {n: rates.attention(precision=n, row=256, head_size=64) for n in ("fp32", "bf16")}
+    assert min(seconds.values()) > 0, "attention was foretold to take no time"
 
 
 def test_a_given_layout_is_foretold_on_a_known_machine(bench: Bench, planned: Run) -> None:

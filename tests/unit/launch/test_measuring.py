@@ -26,8 +26,7 @@ def test_the_whole_machine(
     """Every company of workers, both formats, both kinds of block, sums beyond the cores."""
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
     out = io.StringIO()
-    names = ["float32", "bfloat16"]
-    measured = measure_machine(pool=pool, console=Console(out=out), formats=names)
+    measured = measure_machine(pool=pool, console=Console(out=out))
     cores = usable_cores()
     assert load_measurements(measurements_path()) == measured
     assert not measured.is_short and measured.cores == cores

@@ -235,9 +235,9 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "expected format 'shoal-measurements-2', got 'list'"),
+        ("[]", "expected format 'shoal-measurements-3', got 'list'"),
         ('{"format": "shoal-measurements-1"}', "got 'shoal-measurements-1'"),
-        ('{"format": "shoal-measurements-2"}', "KeyError.*expected name, cores, memory_bytes"),
+        ('{"format": "shoal-measurements-3"}', "KeyError.*expected name, cores, memory_bytes"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path: Path, content: str, message: str) -> None:

@@ -29,7 +29,7 @@ from shoal.plan.ask import workload_of
 from shoal.plan.calibrate import estimator_for, predicted_for
 from shoal.plan.devices import device_named
 from shoal.plan.measurements import machine_key
-from shoal.plan.workload import FORMATS, Candidate, Crew, Workload, flops_per_token
+from shoal.plan.workload import DEGREES, FORMATS, Candidate, Crew, Workload, flops_per_token
 
 _MICRO_TOKENS = 2048
 """Tokens of a micro batch when none is measured: enough to fill matrix products, small in cache."""
@@ -70,7 +70,30 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
         )
     else:
         decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
+    _honoured(recipe, decision)
     return _with_figures(recipe, decision, workload=workload, formats=formats)
+
+
+def _honoured(recipe: Recipe, decision: Decision) -> None:
+    """A plan fills only what a recipe leaves open. Raises RuntimeError: the fault is shoal's."""
+    parallel, launch = recipe.parallel, recipe.launch
+    given: dict[str, tuple[Any, Any]] = {
+        "train.micro_batch_samples": (
+            recipe.train.micro_batch_samples,
+            decision.micro_batch_samples,
+        ),
+        "launch.threads_per_worker": (launch.threads_per_worker, decision.threads_per_worker),
+        "precision.compute": (recipe.precision.compute, decision.compute),
+    }
+    for axis in DEGREES:
+        degree = parallel.sharding.degree if axis == "shard" else getattr(parallel, axis)
+        if isinstance(degree, int) and getattr(parallel, axis) is not None:
+            given[f"parallel.{axis}"] = (degree, decision.layout.degree(axis))
+    if decision.layout.workers > 1:  # a lone worker is a process either way
+        given["launch.workers"] = (launch.workers, decision.workers)
+    for key, (wanted, taken) in given.items():
+        if wanted not in ("auto", taken):
+            raise RuntimeError(f"{key}: the recipe says {wanted}, the plan took {taken}")
 
 
 def with_speedup(

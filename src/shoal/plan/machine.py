@@ -40,7 +40,7 @@ def find_here(
             continue
         examined += found.examined
         every += [
-            (str(crew), _with_crew(_smallest(each, estimator=estimator), crew))
+            (str(crew), _with_crew(_smallest(each, estimator=estimator, space=space), crew))
             for each in (found.best, *found.runners_up)
         ]
     if not every:
@@ -48,10 +48,12 @@ def find_here(
     return ranked(every, examined=examined)
 
 
-def _smallest(plan: Prediction, *, estimator: Estimator) -> Prediction:
-    """`plan`, with the smallest micro batch that takes no more than 2 % longer."""
+def _smallest(plan: Prediction, *, estimator: Estimator, space: Space | None) -> Prediction:
+    """`plan`, with the smallest micro batch of `space` that takes no more than 2 % longer."""
     most = plan.candidate.micro_batch_samples
     for micro in (size for size in divisors(most) if size < most):
+        if space is not None and not space.allows("micro_batch_samples", value=micro):
+            continue
         tried = estimator.predict(replace(plan.candidate, micro_batch_samples=micro))
         if tried.step_seconds <= _ALIKE * plan.step_seconds:
             return tried

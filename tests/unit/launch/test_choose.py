@@ -24,6 +24,7 @@ from shoal.launch.measuring import learn_from, measured_before
 from shoal.launch.refuse import check, refuse_illegal
 from shoal.launch.summary import last_words
 from shoal.launch.trial import Trial
+from shoal.layout import Layout
 from shoal.observe.console import Console
 from shoal.plan.ask import config_of, workload_of
 from shoal.plan.calibrate import rates_of
@@ -163,16 +164,20 @@ def test_a_run_says_what_was_foretold_of_it(planned: Run) -> None:
     assert all(0 < row["mfu"] < 1 for row in planned.rows if "loss" in row)
 
 
-def test_what_is_fixed_on_auto_stays_and_the_rest_is_planned(bench: Bench, planned: Run) -> None:
+@pytest.mark.parametrize("kind, micro", [("processes", 2), ("processes", 8), ("threads", 8)])
+def test_what_is_fixed_on_auto_stays_and_the_rest_is_planned(
+    bench: Bench, planned: Run, kind: str, micro: int
+) -> None:
     run = bench.train(
         *OPEN,
         "parallel={auto: true, replicate: 2}",
-        "launch.workers=processes",
-        "train.micro_batch_samples=2",
+        f"launch.workers={kind}",
+        "launch.threads_per_worker=1",
+        f"train.micro_batch_samples={micro}",
     )
     plan = plan_of(run)
-    assert (plan["layout"]["replicate"], plan["workers"]) == (2, "processes")
-    assert plan["micro_batch_samples"] == 2
+    assert (plan["layout"]["replicate"], plan["workers"]) == (2, kind)
+    assert (plan["micro_batch_samples"], plan["threads_per_worker"]) == (micro, 1)
     assert plan["predicted"]["step_seconds"] > 0
 
 
@@ -191,6 +196,27 @@ def test_a_machine_measured_for_one_format_plans_the_others(
     rates = rates_of(known, Crew("processes", usable_cores(), 1))
     seconds = {n: rates.attention(precision=n, row=256, head_size=64) for n in ("fp32", "bf16")}
     assert min(seconds.values()) > 0, "attention was foretold to take no time"
+
+
+@pytest.mark.parametrize(
+    "given_by, message",
+    [
+        ("train.micro_batch_samples=8", "train.micro_batch_samples: the recipe says 8, the plan"),
+        ("launch.threads_per_worker=3", "launch.threads_per_worker: the recipe says 3"),
+        ("launch.workers=threads", "launch.workers: the recipe says threads"),
+        ("precision.compute=bfloat16", "precision.compute: the recipe says bfloat16"),
+        ("parallel={auto: true, replicate: 4}", "parallel.replicate: the recipe says 4"),
+        ("parallel={auto: true, shard: 2}", "parallel.shard: the recipe says 2"),
+    ],
+)
+def test_a_plan_that_ignores_a_key_is_an_error_of_ours(
+    bench: Bench, given_by: str, message: str
+) -> None:
+    recipe = load_recipe(str(bench.recipe), [*OPEN, "precision.compute=auto", given_by])
+    taken = Decision(Layout(replicate=2), "processes", 1, 2, "float32", "planned")
+    with pytest.raises(RuntimeError, match=message):
+        choose._honoured(recipe, taken)
+    choose._honoured(load_recipe(str(bench.recipe), [*OPEN, "precision.compute=auto"]), taken)
 
 
 def test_a_given_layout_is_foretold_on_a_known_machine(bench: Bench, planned: Run) -> None:

@@ -194,6 +194,15 @@ def test_the_best_of_the_machine() -> None:
         )
 
 
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+def test_a_micro_batch_that_is_given_stays(micro: int) -> None:
+    """A smaller one that costs hardly more was taken instead, and the key of the recipe ignored."""
+    fixed = {"shard": 1, "micro_batch_samples": micro}
+    found = find_here(MEASURED, workload=WORK, space=Space(fixed=fixed))
+    plans = [found.best, *found.runners_up, *found.families.values()]
+    assert {each.candidate.micro_batch_samples for each in plans} == {micro}
+
+
 def test_formats() -> None:
     """bfloat16 where its products are 1.15 times as fast, float32 where they are emulated."""
     assert calibrate.fastest_format(MEASURED) == ("fp32", 0.0)

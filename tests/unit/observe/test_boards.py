@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ def test_wandb_offline_holds_what_was_logged(
     sink.row({"step": 2, "loss": 2.25})
     sink.close()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 10  # another process writes it, a little after it was told to
+    while b"2.25" not in file.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.02)
     content = file.read_bytes()
     assert b"loss" in content and b"2.25" in content and b"left out" not in content
 

@@ -11,18 +11,12 @@ import pytest
 
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
-from strategies import GRADIENT, LOSS, Differences, Job, Strategies
+from strategies import GRADIENT, LOSS, Job, Strategies
 
 
 @pytest.fixture(scope="session")
 def strategies(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Strategies:
     return Strategies(pool, Path(tmp_path_factory.mktemp("strategies")))
-
-
-def holds(found: Differences) -> None:
-    assert found.loss < LOSS and found.norm < 1e-4, found
-    assert found.gradient < GRADIENT, found
-    assert found.pieces_cover, "the ranks' boxes do not hold every element exactly once"
 
 
 CHOICE = [
@@ -45,7 +39,10 @@ CHOICE = [
 
 @pytest.mark.parametrize("job", CHOICE, ids=lambda job: f"{job.family}-{job.layout}")
 def test_a_cut_model_is_one_workers(job: Job, strategies: Strategies) -> None:
-    holds(strategies.compare(job))
+    found = strategies.compare(job)
+    assert found.loss < LOSS and found.norm < 1e-4, found
+    assert found.gradient < GRADIENT, found
+    assert found.pieces_cover, "the ranks' boxes do not hold every element exactly once"
 
 
 @pytest.mark.parametrize("fault", ["removed", "doubled", "missing-partial"])

@@ -7,11 +7,12 @@ import time
 from dataclasses import replace
 from typing import Any, Literal
 
-from shoal.config.recipe import Recipe
+from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import (
     Decision,
     Format,
     format_of,
+    given_layout,
     largest_micro_batch,
 )
 from shoal.engine.prepare import Inputs
@@ -76,7 +77,7 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
 
 def _honoured(recipe: Recipe, decision: Decision) -> None:
     """A plan fills only what a recipe leaves open. Raises RuntimeError: the fault is shoal's."""
-    parallel, launch = recipe.parallel, recipe.launch
+    launch, parallel, taken = recipe.launch, recipe.parallel, decision.layout
     given: dict[str, tuple[Any, Any]] = {
         "train.micro_batch_samples": (
             recipe.train.micro_batch_samples,
@@ -85,15 +86,19 @@ def _honoured(recipe: Recipe, decision: Decision) -> None:
         "launch.threads_per_worker": (launch.threads_per_worker, decision.threads_per_worker),
         "precision.compute": (recipe.precision.compute, decision.compute),
     }
+    asked = given_layout(recipe)
     for axis in DEGREES:
-        degree = parallel.sharding.degree if axis == "shard" else getattr(parallel, axis)
-        if isinstance(degree, int) and getattr(parallel, axis) is not None:
-            given[f"parallel.{axis}"] = (degree, decision.layout.degree(axis))
-    if decision.layout.workers > 1:  # a lone worker is a process either way
+        if getattr(parallel, axis) is not None:
+            given[f"parallel.{axis}"] = (asked.degree(axis), taken.degree(axis))
+    if taken.workers > 1:  # a lone worker is a process either way
         given["launch.workers"] = (launch.workers, decision.workers)
-    for key, (wanted, taken) in given.items():
-        if wanted not in ("auto", taken):
-            raise RuntimeError(f"{key}: the recipe says {wanted}, the plan took {taken}")
+    if isinstance(parallel.shard, Shard) and taken.shard > 1:
+        given["parallel.shard.level"] = (parallel.shard.level, decision.shard_level_of(recipe))
+    if parallel.recompute != "none":
+        given["parallel.recompute"] = (parallel.recompute, decision.recompute_of(recipe))
+    for key, (wanted, got) in given.items():
+        if wanted not in ("auto", got):
+            raise RuntimeError(f"{key}: the recipe says {wanted}, the plan took {got}")
 
 
 def with_speedup(

@@ -28,6 +28,7 @@ def find_here(
     them apart, and memory can. Raises UserError when no crew can run it, with the reason of the
     last one tried.
     """
+    space = space or Space()
     every: list[tuple[str, Prediction]] = []
     examined = 0
     refusal: UserError | None = None
@@ -48,11 +49,11 @@ def find_here(
     return ranked(every, examined=examined)
 
 
-def _smallest(plan: Prediction, *, estimator: Estimator, space: Space | None) -> Prediction:
+def _smallest(plan: Prediction, *, estimator: Estimator, space: Space) -> Prediction:
     """`plan`, with the smallest micro batch of `space` that takes no more than 2 % longer."""
     most = plan.candidate.micro_batch_samples
-    for micro in (size for size in divisors(most) if size < most):
-        if space is not None and not space.allows("micro_batch_samples", value=micro):
+    for micro in divisors(most):
+        if micro == most or not space.allows("micro_batch_samples", value=micro):
             continue
         tried = estimator.predict(replace(plan.candidate, micro_batch_samples=micro))
         if tried.step_seconds <= _ALIKE * plan.step_seconds:

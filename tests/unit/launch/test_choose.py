@@ -207,13 +207,20 @@ def test_a_machine_measured_for_one_format_plans_the_others(
         ("precision.compute=bfloat16", "precision.compute: the recipe says bfloat16"),
         ("parallel={auto: true, replicate: 4}", "parallel.replicate: the recipe says 4"),
         ("parallel={auto: true, shard: 2}", "parallel.shard: the recipe says 2"),
+        (
+            "parallel={auto: true, shard: {degree: 4, level: gradients}}",
+            "parallel.shard.level: the recipe says gradients, the plan took optimizer",
+        ),
+        ("parallel={auto: true, recompute: full}", "parallel.recompute: the recipe says full"),
     ],
 )
 def test_a_plan_that_ignores_a_key_is_an_error_of_ours(
     bench: Bench, given_by: str, message: str
 ) -> None:
     recipe = load_recipe(str(bench.recipe), [*OPEN, "precision.compute=auto", given_by])
-    taken = Decision(Layout(replicate=2), "processes", 1, 2, "float32", "planned")
+    layout = Layout(shard=4) if "degree: 4" in given_by else Layout(replicate=2)
+    taken = Decision(layout, "processes", 1, 2, "float32", "planned")
+    taken = replace(taken, shard_level="optimizer", recompute="none")
     with pytest.raises(RuntimeError, match=message):
         choose._honoured(recipe, taken)
     choose._honoured(load_recipe(str(bench.recipe), [*OPEN, "precision.compute=auto"]), taken)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.comm.flat import CHUNK
 from shoal.errors import UserError
 from shoal.layout import Layout
 from shoal.legal import facts_from_config
@@ -319,6 +320,7 @@ def test_states_of_threads_and_bfloat16() -> None:
         work = replace(WORK, precision=precision)
         estimator = calibrate.estimator_for(MEASURED, crew, workload=work)
         assert estimator.software.name == SHOAL.name
+        assert estimator.software.padding_parameters == CHUNK, "two halves of a chunk"
         memory[precision] = estimator.predict(candidate).peak
     padded = SMALL.parameters + 16384  # flat buffers end on whole chunks
     assert memory["bf16"].states == memory["fp32"].states == 16.0 * padded

@@ -1,4 +1,4 @@
-"""`shoal plan`: choose a layout for a recipe on a cluster, say why; score the model on a table."""
+"""`shoal plan`: choose a layout for a recipe on a cluster, and say why."""
 
 from __future__ import annotations
 
@@ -131,22 +131,3 @@ def _whole_run(
         for offer in made
     ]
     typer.echo(json.dumps({"tokens": count, "goal": goal, "offers": rows}, indent=1))
-
-
-@app.command("score")
-def score(
-    table: Annotated[Path, typer.Argument(help="A CSV table of published measurements.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    leave_out: Annotated[
-        bool, typer.Option("--leave-out", help="Also fit without each source in turn (a minute).")
-    ] = False,
-) -> None:
-    """Score the cost model on published measurements: time, memory, ranking, what fits."""
-    from shoal.plan import score as scoring
-
-    result = scoring.summary(scoring.score_table(table))
-    if leave_out:
-        from shoal.plan.fit import leave_one_out
-
-        result["left_out"] = leave_one_out(table)
-    typer.echo(json.dumps(result, indent=1) if as_json else scoring.text(result))

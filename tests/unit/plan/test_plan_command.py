@@ -16,8 +16,6 @@ from shoal.cli import plan, simulate
 from shoal.errors import UserError
 from shoal.plan.measurements import measurements_path, save_measurements
 
-EXCERPT = str(Path(__file__).parent / "excerpt.csv")
-
 
 def run(app, *words: str) -> str:
     """Output of a command that succeeds; its error is raised as it is."""
@@ -99,14 +97,6 @@ def test_mistakes(words: tuple[str, ...], message: str) -> None:
         run(plan.app, "for", *words)
 
 
-def test_score() -> None:
-    assert "median over sources" in run(plan.app, "score", EXCERPT)
-    data = json.loads(run(plan.app, "score", EXCERPT, "--json"))
-    source = next(iter(data["sources"].values()))
-    assert set(source) >= {"step_time", "memory", "ranking", "fits", "skipped"}
-    assert set(source["step_time"]) >= {"rows", "median_absolute_error", "p90_absolute_error"}
-
-
 def test_simulate(tmp_path: Path) -> None:
     out, image = tmp_path / "trace.json", tmp_path / "step.svg"
     words = ["quickstart", "--cluster", "8xA100", "--fix", "pipeline=4"]
@@ -126,7 +116,7 @@ def test_planning_needs_no_torch_and_starts_fast() -> None:
         "import time; t = time.process_time()\n"
         "from shoal.cli import plan, simulate\n"
         "spent = time.process_time() - t\n"
-        "import shoal.plan.search, shoal.plan.score, shoal.plan.fit, shoal.plan.simulate\n"
+        "import shoal.plan.search, shoal.plan.simulate\n"
         "import shoal.plan.goodput, shoal.plan.calibrate, shoal.plan.explain, sys\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "print(spent)"

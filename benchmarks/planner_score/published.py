@@ -6,23 +6,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from shoal.plan.devices import device_named
-from shoal.plan.hardware import GB, Cluster, Device, Nodes
-from shoal.plan.software import (
+from planner_score.profiles import (
     DEEPSPEED_2021,
     FOUNDRY,
-    FSDP,
     FSDP_COMPILED,
     GENERIC,
     GPT_NEOX,
-    MEGATRON,
-    MEGATRON_CLASSIC,
     NANOTRON,
     NANOTRON_EARLY,
     NEMO_2024,
     ONEFLOW,
-    Software,
 )
+from shoal.plan.devices import device_named
+from shoal.plan.hardware import GB, Cluster, Device, Nodes
+from shoal.plan.software import FSDP, MEGATRON, MEGATRON_CLASSIC, Software
 
 Row = Mapping[str, str]
 

@@ -26,8 +26,8 @@ from shoal.launch import local
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.observe.events import read_lines
-from shoal.plan.ask import config_of, workload_of
 from shoal.plan.calibrate import estimator_for, this_machine
+from shoal.plan.from_recipe import config_of, workload_of
 from shoal.plan.workload import FORMATS, Candidate, Crew
 
 LARGER = [

@@ -26,9 +26,9 @@ from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.launch.trial import FIRST_SECONDS, TRIAL_SECONDS, Trial
 from shoal.layout import Layout
 from shoal.observe.console import Console
-from shoal.plan.ask import workload_of
 from shoal.plan.calibrate import estimator_for, predicted_for
 from shoal.plan.devices import device_named
+from shoal.plan.from_recipe import workload_of
 from shoal.plan.measurements import machine_key
 from shoal.plan.workload import DEGREES, FORMATS, Candidate, Crew, Workload, flops_per_token
 

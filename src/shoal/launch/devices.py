@@ -9,16 +9,14 @@ from shoal.engine.decision import Decision
 from shoal.errors import UserError
 from shoal.launch.refuse import cut_problems
 from shoal.layout import Layout
-from shoal.plan.ask import choices_of
+from shoal.legal import IMPLEMENTED_AXES
 from shoal.plan.calibrate import predicted_for
 from shoal.plan.cost.step import Estimator
 from shoal.plan.devices import device_named
+from shoal.plan.from_recipe import choices_of
 from shoal.plan.hardware import Cluster, Nodes
 from shoal.plan.search import Found, Space, find
 from shoal.plan.workload import DEGREES, Workload
-
-CHOSEN = ("replicate", "shard", "tensor")
-"""Axes that `parallel: auto` may choose: those that can run."""
 
 
 def on_devices(
@@ -64,7 +62,7 @@ def space_of(recipe: Recipe, *, layout: Layout) -> Space:
     """What the recipe leaves to the plan. `recompute: none` is what stands where nobody chose."""
     parallel = recipe.parallel
     fixed = choices_of(recipe, layout=layout).fixed
-    closed = [axis for axis in DEGREES if axis not in CHOSEN]
+    closed = [axis for axis in DEGREES if axis not in IMPLEMENTED_AXES]
     for axis in ("shard", "tensor"):
         refused = cut_problems(recipe, replace(Layout(), **{axis: 2}))
         if refused or parallel.fewest_replicas is not None:

@@ -13,7 +13,7 @@ from shoal.errors import ConfigError, ModelError, Problem
 from shoal.layout import Layout
 from shoal.legal import facts_from_config, not_yet
 from shoal.legal import problems as legal_problems
-from shoal.plan.ask import config_of
+from shoal.plan.from_recipe import config_of
 
 
 def check(recipe: Recipe) -> Layout:

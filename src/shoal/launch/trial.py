@@ -18,9 +18,9 @@ from shoal.launch.measuring import measuring_job
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.observe.console import Console
-from shoal.plan.ask import choices_of
 from shoal.plan.calibrate import crews, estimator_for, fastest_format, predicted_for
 from shoal.plan.cost.step import Prediction
+from shoal.plan.from_recipe import choices_of
 from shoal.plan.machine import find_here
 from shoal.plan.measurements import Measurements, machine_key
 from shoal.plan.workload import FORMATS, Crew, Workload

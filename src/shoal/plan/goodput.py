@@ -65,35 +65,6 @@ def best_interval_seconds(reliability: Reliability, *, workers: int) -> float:
     return exp((low + high) / 2)
 
 
-def simulate_goodput(
-    reliability: Reliability,
-    *,
-    workers: int,
-    interval_seconds: float,
-    run_seconds: float,
-    seed: int = 0,
-) -> float:
-    """The same share by drawing failures: an independent check of `expected_goodput`."""
-    generator = np.random.default_rng(seed)
-    mean = failure_seconds(reliability, workers=workers)
-    kept = now = 0.0
-    while now < run_seconds:
-        failure = now + generator.exponential(mean)
-        cycle = interval_seconds + reliability.save_seconds
-        cycles = int((failure - now) // cycle)
-        kept += cycles * interval_seconds
-        now = failure
-        restart = reliability.restart_seconds
-        # A failure during the restart begins it anew.
-        while True:
-            again = generator.exponential(mean)
-            if again >= restart:
-                now += restart
-                break
-            now += again
-    return kept / now
-
-
 @dataclass(frozen=True, kw_only=True)
 class Jitter:
     """How steps of equal replicas differ.

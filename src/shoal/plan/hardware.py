@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.plan.devices import DEVICES, GB, GIB, TERA, Device, device
+from shoal.plan.devices import GB, GIB, TERA, Device, device, known_devices
 
 __all__ = [
-    "DEVICES",
     "GB",
     "GIB",
     "TERA",
@@ -90,17 +89,21 @@ _LINK = re.compile(r"([0-9.]+)\s*(gbit|gbps|gb/s|tbit|mbit)(?:/(node|device))?",
 _LINK_BYTES = {"gbit": GB / 8, "gbps": GB / 8, "gb/s": GB, "tbit": 1000 * GB / 8, "mbit": 1e6 / 8}
 
 
-def parse_cluster(text: str) -> Cluster:
+def parse_cluster(text: str, *, devices: Path | None = None) -> Cluster:
     """`"16x8xH100, 400Gbit"`, `"8xA100"`, `"2x8xH100 + 4x8xA100, 1600Gbit/node"` or a YAML file.
 
     A bare link rate is that of each device's own adapter; `/node` divides it over the node.
+    `devices`: a table of further devices.
     Raises UserError for zero devices, an unknown device and text that cannot be read.
     """
+    known = known_devices(devices)
     if text.endswith((".yaml", ".yml")):
-        return _cluster_from_file(Path(text))
+        return _cluster_from_file(Path(text), known=known)
     parts, _, rate = text.partition(",")
     groups = tuple(
-        group for part in parts.split("+") for group in _parse_group(part.strip(), whole=text)
+        group
+        for part in parts.split("+")
+        for group in _parse_group(part.strip(), whole=text, known=known)
     )
     default = min(group.device.network_bytes_per_second for group in groups)
     if not rate.strip():
@@ -121,14 +124,14 @@ def parse_cluster(text: str) -> Cluster:
     return Cluster(groups=groups, network_bytes_per_second=speed, source=text)
 
 
-def _parse_group(text: str, *, whole: str) -> list[Nodes]:
+def _parse_group(text: str, *, whole: str, known: Mapping[str, Device]) -> list[Nodes]:
     found = re.fullmatch(r"(?:(\d+)\s*x\s*)?(?:(\d+)\s*x\s*)?([A-Za-z].*|4090)", text)
     if found is None:
         raise UserError(
             f"--cluster {whole!r}: {text!r} is not NODESxDEVICESxNAME, such as 16x8xH100 "
             "(or 8xH100 for one node, or a YAML file)"
         )
-    kind = device(found[3].strip())
+    kind = device(found[3].strip(), known=known)
     first = int(found[1]) if found[1] else 1
     nodes, per_node = (first, int(found[2])) if found[2] else (1, first)
     if nodes * per_node < 1:
@@ -140,7 +143,7 @@ def _parse_group(text: str, *, whole: str) -> list[Nodes]:
     return groups + ([Nodes(count=1, devices=left, device=kind)] if left else [])
 
 
-def _cluster_from_file(path: Path) -> Cluster:
+def _cluster_from_file(path: Path, *, known: Mapping[str, Device]) -> Cluster:
     """A YAML file: `network_gbit`, and `nodes`: a list of {count, devices, device}.
 
     `device` is a name of the table, or a mapping of `Device` fields with `like: NAME` for those
@@ -157,7 +160,7 @@ def _cluster_from_file(path: Path) -> Cluster:
             f"cluster file {path}: expected a mapping with a list `nodes`, each entry with count, "
             "devices and device"
         )
-    groups = tuple(_group_from(entry, path=path) for entry in data["nodes"])
+    groups = tuple(_group_from(entry, path=path, known=known) for entry in data["nodes"])
     if not groups or prod(group.workers for group in groups) < 1:
         raise UserError(f"cluster file {path}: there are zero devices; give at least one")
     gbit = data.get("network_gbit")
@@ -170,14 +173,14 @@ def _cluster_from_file(path: Path) -> Cluster:
     )
 
 
-def _group_from(entry: Any, *, path: Path) -> Nodes:
+def _group_from(entry: Any, *, path: Path, known: Mapping[str, Device]) -> Nodes:
     try:
         described = entry["device"]
         if isinstance(described, str):
-            kind = device(described)
+            kind = device(described, known=known)
         else:
             settings = dict(described)
-            kind = replace(device(str(settings.pop("like"))), **settings)
+            kind = replace(device(str(settings.pop("like")), known=known), **settings)
         return Nodes(count=int(entry.get("count", 1)), devices=int(entry["devices"]), device=kind)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(

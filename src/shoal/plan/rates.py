@@ -8,7 +8,7 @@ from functools import cached_property
 from math import exp, log, log2
 
 from shoal.errors import UserError
-from shoal.plan.devices import WIDER
+from shoal.plan.workload import WIDER
 
 Key = tuple[str | int | float, ...]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import ModelFacts, axes_of, tensor_degrees
+from shoal.legal import ModelFacts, axes_of, not_yet, tensor_degrees
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster, Nodes
 from shoal.plan.workload import LEVELS, Candidate, Workload
@@ -21,12 +21,13 @@ class Space:
 
     `fixed` maps names of `Candidate` fields and axes to their one allowed value; a policy, its
     period and its codec are only ever what is fixed, since they change what is learned.
-    `headroom` is the share of device memory that a plan must leave free: the error of the memory
-    model.
+    `runnable` leaves only what shoal itself runs today. `headroom` is the share of device memory
+    that a plan must leave free: the error of the memory model.
     """
 
     fixed: dict[str, object] = field(default_factory=dict)
     far_tensor: bool = False
+    runnable: bool = False
     headroom: float = 0.04
 
     def allows(self, name: str, *, value: object) -> bool:
@@ -95,18 +96,17 @@ def _splits(
     """Ways to divide `copies` between shard and replicate: one, all, or within a node."""
     near = max(1, node // (inner.tensor * inner.context))
     options = {1, copies} | ({near} if copies % near == 0 else set())
-    if "shard" in space.fixed:
+    if {"shard", "replicate"} & set(space.fixed):
         options = {shard for shard in divisors(copies) if space.allows("shard", value=shard)}
     for shard in sorted(options):
         if not space.allows("replicate", value=copies // shard):
             continue
         whole = replace(inner, shard=shard, replicate=copies // shard)
-        if not facts.experts:
-            yield whole
-            continue
-        for expert in divisors(shard * inner.context):
-            if facts.experts % expert == 0 and space.allows("expert", value=expert):
-                yield replace(whole, expert=expert)
+        for expert in divisors(shard * inner.context) if facts.experts else [1]:
+            spread = replace(whole, expert=expert)
+            allowed = space.allows("expert", value=expert) and facts.experts % expert == 0
+            if allowed and not (space.runnable and not_yet(spread, family=facts.family)):
+                yield spread
 
 
 def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator[Candidate]:

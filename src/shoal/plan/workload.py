@@ -16,6 +16,16 @@ FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """The planner's short words for a recipe's number formats."""
 
 
+WIDER = {
+    "fp4": ("fp4", "fp8", "bf16", "fp16", "fp32"),
+    "fp8": ("fp8", "bf16", "fp16", "fp32"),
+    "bf16": ("bf16", "fp16", "fp32"),
+    "fp16": ("fp16", "bf16", "fp32"),
+    "fp32": ("fp32",),
+}
+"""Each number format, and those that may stand in for it, the nearest first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """One optimizer step: `global_batch_samples` rows of `sequence_tokens` tokens.

@@ -26,8 +26,8 @@ from shoal.launch.summary import last_words
 from shoal.launch.trial import Trial
 from shoal.layout import Layout
 from shoal.observe.console import Console
-from shoal.plan.ask import config_of, workload_of
 from shoal.plan.calibrate import rates_of
+from shoal.plan.from_recipe import config_of, workload_of
 from shoal.plan.measurements import load_measurements, measurements_path
 from shoal.plan.workload import Crew
 from tiny import Bench, Run

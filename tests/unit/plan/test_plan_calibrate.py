@@ -14,7 +14,6 @@ from shoal.layout import Layout
 from shoal.legal import facts_from_config
 from shoal.plan import calibrate, measurements
 from shoal.plan.cost.compute import Cut
-from shoal.plan.explain import machine_text
 from shoal.plan.machine import find_here
 from shoal.plan.measurements import REFERENCE, Condition, Measurements, Seen
 from shoal.plan.rates import Rates
@@ -222,15 +221,6 @@ def test_what_was_not_measured_is_said() -> None:
     only = Rates({("product", "bf16", "input", 8, 8, 8): 1.0})
     with pytest.raises(UserError, match=r"not measured in fp32.*known: bf16"):
         only.precision("fp32")
-
-
-def test_machine_text() -> None:
-    text = machine_text(replace(MEASURED, runs=(SEEN,), is_short=True))
-    assert "two cores, 2 cores, 7.5 GiB" in text
-    assert "1 worker x 2 threads: fp32 200 GFLOP/s" in text
-    assert "a worker starts in 50 ms" in text
-    assert "learned from 1 run: time x 1.095" in text
-    assert "taken at a first use" in text
 
 
 def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

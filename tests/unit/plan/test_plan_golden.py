@@ -11,7 +11,7 @@ from shoal.legal import facts_from_config
 from shoal.plan.cost.step import Estimator
 from shoal.plan.explain import choices
 from shoal.plan.hardware import parse_cluster
-from shoal.plan.search import find
+from shoal.plan.search import Space, find
 from shoal.plan.software import MEGATRON, SHOAL
 from shoal.plan.workload import Workload
 
@@ -50,7 +50,8 @@ def plans() -> str:
             }
         )
         workload = Workload(facts=facts, sequence_tokens=row, global_batch_samples=batch)
-        best = find(Estimator(workload, parse_cluster(cluster), software)).best
+        space = Space(runnable=software is SHOAL)
+        best = find(Estimator(workload, parse_cluster(cluster), software), space=space).best
         lines.append(
             f"{size} on {cluster} ({batch} x {row}, {software.name}): {choices(best.candidate)}: "
             f"{best.step_seconds:.2g} s, {best.peak.total / 2**30:.0f} GiB"

@@ -24,7 +24,7 @@ class Memory:
     gathers: float
     transient: float
     reserve_share: float = 0.0
-    context: float = 0.0
+    cuda_context: float = 0.0
 
     @property
     def states(self) -> float:
@@ -55,12 +55,14 @@ class Memory:
     @property
     def total(self) -> float:
         """What the device must have."""
-        return self.reserved + self.context
+        return self.reserved + self.cuda_context
 
     def parts(self) -> dict[str, float]:
         """Every part by name, in bytes."""
         names = [field.name for field in fields(self) if field.name != "reserve_share"]
-        return {name: getattr(self, name) for name in [*names, "reserve"]}
+        named = {name: getattr(self, name) for name in [*names, "reserve"]}
+        context = named.pop("cuda_context")
+        return {**named, "CUDA context": context}
 
 
 def activation_bytes(
@@ -184,7 +186,7 @@ def memory_of(
         gathers=gathers,
         transient=states[3] + (gathers if software.keeps_gathers else 0.0),
         reserve_share=constants.reserve_share,
-        context=constants.context_bytes,
+        cuda_context=constants.context_bytes,
     )
 
 

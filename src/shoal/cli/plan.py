@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -29,7 +31,7 @@ def plan(
     overrides: Overrides = None,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", help="'16x8xH100, 400Gbit', or a YAML file."),
+        typer.Option("--cluster", help="'16x8xH100, 400Gbit', or a YAML file; else this machine."),
     ] = None,
     devices: Devices = None,
     model: Model = None,
@@ -45,14 +47,23 @@ def plan(
     image: Picture = None,
     as_json: AsJson = False,
 ) -> None:
-    """Choose the layout for a recipe on a cluster: shoal plan RECIPE --cluster 16x8xH100.
+    """Choose how a recipe is run, and print the command that runs it.
 
-    Predicts its time and memory, says why the others lose, and prints the command that runs it.
+    shoal plan RECIPE times it on this machine. shoal plan RECIPE --cluster 16x8xH100 predicts its
+    time and memory there, and says why other layouts lose.
     """
     from shoal.plan import explain, picture
 
     if not cluster:
-        raise UserError("give --cluster, such as 8xH100, or a cluster file (docs/planner.md)")
+        beside: dict[str, object] = {
+            "--model": model,
+            "--devices": devices,
+            "--precision": precision,
+            "--fix": fix,
+        }
+        beside |= {"--tokens": tokens, "--picture": image, "--sequence": sequence, "--batch": batch}
+        _here(recipe, overrides or [], beside=beside, as_json=as_json)
+        return
     given = PlanArguments(
         cluster=cluster,
         recipe=recipe,
@@ -86,6 +97,38 @@ def plan(
             run=run,
         )
     )
+
+
+def _here(
+    recipe: str | None, overrides: list[str], *, beside: Mapping[str, object], as_json: bool
+) -> None:
+    """The choice for this machine: on a CPU what was timed, on devices what is predicted."""
+    needless = [name for name, value in beside.items() if value]
+    if needless or recipe is None:
+        what = f"{', '.join(needless)} " if needless else "a plan without a recipe "
+        raise UserError(
+            f"{what}needs --cluster, such as 8xH100, or a cluster file (docs/planner.md); "
+            "without one, shoal plan RECIPE times the recipe on this machine"
+        )
+    from shoal.launch.pool import WorkerPool
+
+    with WorkerPool() as pool:  # before anything else is imported: its own imports take longest
+        from shoal.launch.local import plan_here
+        from shoal.launch.tune import Timed, best_of, table
+        from shoal.observe.console import Console
+
+        decision = plan_here(
+            recipe, overrides, pool=pool, console=Console(out=sys.stderr if as_json else None)
+        )
+    if as_json:
+        typer.echo(json.dumps(decision.to_json(), indent=1))
+        return
+    rows = [Timed.from_json(row) for row in decision.measured.get("candidates", [])]
+    typer.echo(f"Plan: {decision}")
+    if rows:
+        typer.echo("\n".join(table(rows, best=best_of(rows))))
+    words = ["shoal train", recipe, *overrides]
+    typer.echo(f"  {' '.join(words)}")
 
 
 def _whole_run(

@@ -1,43 +1,57 @@
-"""Decide what a recipe leaves open: workers, threads, micro batch, number format; and say why."""
+"""Decide what a recipe leaves open: workers, cores, micro batch, number format; and say why."""
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
+
+import xxhash
 
 from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import (
     Decision,
     Format,
+    WorkerSetup,
     format_of,
     given_layout,
     largest_micro_batch,
 )
 from shoal.engine.prepare import Inputs
-from shoal.environment import cache_directory, usable_cores
-from shoal.errors import ConfigError, ModelError, Problem, UserError, WorkerError
+from shoal.environment import cache_directory, free_memory_bytes, machine_name, usable_cores
+from shoal.errors import ConfigError, ModelError, Problem, UserError
 from shoal.launch.devices import on_devices
 from shoal.launch.directory import write_whole
-from shoal.launch.measuring import measure_machine, measured_before, measuring_job
+from shoal.launch.measuring import measuring_job
+from shoal.launch.memory import SPARE, needed_bytes
 from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import check, refuse_illegal, trained_config
-from shoal.launch.trial import FIRST_SECONDS, TRIAL_SECONDS, Trial
+from shoal.launch.tune import (
+    Timed,
+    Tuner,
+    best_of,
+    described,
+    most_replicas,
+    rows_from,
+    rows_to_text,
+    setups_of,
+)
 from shoal.layout import Layout
 from shoal.observe.console import Console
-from shoal.plan.calibrate import estimator_for, predicted_for
+from shoal.plan.cost.memory import memory_on_cpu
 from shoal.plan.devices import device_named
 from shoal.plan.from_recipe import workload_of
-from shoal.plan.measurements import machine_key
-from shoal.plan.workload import DEGREES, FORMATS, Candidate, Crew, Workload, flops_per_token
+from shoal.plan.workload import DEGREES, FORMATS, Candidate, Workload, flops_per_token
 
 _MICRO_TOKENS = 2048
-"""Tokens of a micro batch when none is measured: enough to fill matrix products, small in cache."""
+"""Tokens of a micro batch when none is timed: enough to fill matrix products, small in cache."""
 
 
 def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console) -> Decision:
-    """The decision for this machine. Measures (once per machine, and per recipe) what it must.
+    """The decision for this machine. Times (once per machine and recipe) what is left open.
 
     Raises ConfigError for what is refused.
     """
@@ -51,31 +65,31 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
     refuse_illegal(recipe, layout, config=trained_config(recipe, inputs=inputs))
     formats = _formats(recipe, pool=pool, console=console)
     inside = layout.replica_workers
-    if auto and not given and (formats["devices"] or inside > 1):
-        room = max(1, (formats["devices"] or cores) // inside)
-        layout = replace(layout, replicate=_replicas(recipe, layout, at_most=room))
-    workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
     is_open = auto and not recipe.train.exact
+    if auto and not given and (formats["devices"] or is_open or inside > 1):
+        room = max(1, (formats["devices"] or cores) // inside)
+        layout = replace(layout, replicate=most_replicas(recipe, at_most=room, shards=layout.shard))
+    workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
+    workers = layout.workers if formats["devices"] else cores
+    decision = _by_rule(recipe, layout=layout, cores=workers, formats=formats)
     if is_open and workload is not None and formats["devices"]:
         decision = on_devices(
             recipe,
-            _by_rule(recipe, layout=layout, cores=layout.workers, formats=formats),
+            decision,
             workload=workload,
             layout=layout,
             devices=formats["devices"],
             device_name=formats["device_name"],
         )
-    elif is_open and workload is not None and inside == 1:
-        decision = _on_machine(
-            recipe, inputs, layout=layout, workload=workload, pool=pool, console=console
+    elif is_open and inside == 1 and not formats["devices"]:
+        decision = _timed(
+            recipe, decision, inputs=inputs, workload=workload, pool=pool, console=console
         )
-    else:
-        decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
-    _honoured(recipe, decision)
+    check_decision_respects_recipe(recipe, decision)
     return _with_figures(recipe, decision, workload=workload, formats=formats)
 
 
-def _honoured(recipe: Recipe, decision: Decision) -> None:
+def check_decision_respects_recipe(recipe: Recipe, decision: Decision) -> None:
     """A plan fills only what a recipe leaves open. Raises RuntimeError: the fault is shoal's."""
     launch, parallel, taken = recipe.launch, recipe.parallel, decision.layout
     given: dict[str, tuple[Any, Any]] = {
@@ -101,30 +115,6 @@ def _honoured(recipe: Recipe, decision: Decision) -> None:
             raise RuntimeError(f"{key}: the recipe says {wanted}, the plan took {got}")
 
 
-def with_speedup(
-    recipe: Recipe, decision: Decision, *, inputs: Inputs, pool: WorkerPool, console: Console
-) -> Decision:
-    """`decision` with its speed-up over one worker, timed now if the start had no time for it.
-
-    Only of what was planned for this machine; a given layout is not compared. The run has ended
-    well: where the timing fails, that is said and `decision` stays as it is.
-    """
-    known = decision.measured
-    if "plans" not in known or {"speedup", "why_one"} & set(known) or decision.layout.workers == 1:
-        return decision
-    measured = measured_before()
-    workload = _workload(recipe, inputs=inputs, compute=decision.compute)
-    if measured is None or workload is None:
-        return decision
-    trial = Trial(recipe, inputs=inputs, measured=measured, workload=workload)
-    try:
-        found = trial.speedup(decision, layout=check(recipe), pool=pool, console=console)
-    except WorkerError as error:
-        console.line(f"warning: one worker could not be timed beside the run: {error}")
-        return decision
-    return decision if found is None else replace(decision, measured={**known, "speedup": found})
-
-
 def decide_joined(
     recipe: Recipe, *, inputs: Inputs, cores_per_worker: int, formats: dict[str, Any]
 ) -> Decision:
@@ -136,12 +126,6 @@ def decide_joined(
     decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
     return _with_figures(recipe, decision, workload=workload, formats=formats)
-
-
-def _replicas(recipe: Recipe, layout: Layout, *, at_most: int) -> int:
-    """The largest degree up to `at_most` that divides the global batch (of one shard)."""
-    batch = recipe.train.global_batch_samples // layout.shard
-    return max(n for n in range(1, min(at_most, batch) + 1) if batch % n == 0)
 
 
 def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads", "processes"]:
@@ -170,7 +154,8 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, A
             problem = f"{micro} samples a micro batch do not divide a share of {layout.replicate}"
             raise ConfigError([Problem("train.micro_batch_samples", problem)])
     else:
-        threads, reason = max(1, cores // layout.workers), "as the recipe says"
+        threads = max(1, cores // layout.workers)
+        reason = "by rule" if recipe.parallel.auto else "as the recipe says"
         micro = (
             largest_micro_batch(recipe, parts=layout.replicate * layout.shard, at_most=fitting)
             if chosen == "auto"
@@ -181,32 +166,126 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, A
     kind = _kind(recipe, layout=layout, devices=formats["devices"])
     if kind == "threads" and layout.replicate > 1 and recipe.launch.workers == "auto":
         reason += "; threads share one copy of the parameters"
-    if recipe.precision.compute == "auto":
-        reason += f"; bfloat16 products are {formats['format_ratio']:.1f} x float32's here"
     return Decision(layout, kind, threads, micro, formats["compute"], reason)
 
 
-def _on_machine(
+def _timed(
     recipe: Recipe,
-    inputs: Inputs,
+    decision: Decision,
     *,
-    layout: Layout,
-    workload: Workload,
+    inputs: Inputs,
+    workload: Workload | None,
     pool: WorkerPool,
     console: Console,
 ) -> Decision:
-    """The planner's choice among threads, processes and micro batches of this machine."""
-    measured, budget = measured_before(), TRIAL_SECONDS
-    if measured is None:
-        began = time.monotonic()
-        console.phase("measuring this machine, once (about ten seconds)")
-        wanted = recipe.precision.compute
-        measured = measure_machine(pool=pool, console=console, short_for=wanted)
-        budget = max(0.0, FIRST_SECONDS - (time.monotonic() - began))
-    trial = Trial(
-        recipe, inputs=inputs, measured=measured, workload=workload, budget_seconds=budget
+    """`decision` (all cores, by rule), or what was timed to be faster on the recipe itself."""
+    setups = setups_of(recipe, cores=usable_cores())
+    setups = _that_fit(recipe, decision, setups=setups, workload=workload)
+    if not recipe.launch.tune:
+        return replace(decision, reason=f"{decision.reason}, not timed (launch.tune is false)")
+    if not setups:
+        return replace(decision, reason=f"{decision.reason}, not timed (too large to try out)")
+    path = _timings_path(recipe, inputs=inputs, setups=setups, compute=decision.compute)
+    rows, seconds, is_new = _kept(path, console=console), 0.0, False
+    if not rows:
+        tuner = Tuner(recipe, inputs=inputs, decision=decision, pool=pool, console=console)
+        rows, seconds, is_new = tuner.run(setups), tuner.seconds, True
+        for error in dict.fromkeys(tuner.errors):
+            console.line(f"warning: a setup could not be timed: {error}")
+        if not rows:
+            reason = f"{decision.reason}, not timed (no setup was ready within {seconds:.0f} s)"
+            return replace(decision, reason=reason)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, rows_to_text(rows, seconds=seconds))
+    best = best_of(rows)
+    return replace(
+        decision,
+        layout=Layout(replicate=best.setup.count),
+        workers=best.setup.workers,
+        threads_per_worker=best.setup.threads,
+        micro_batch_samples=best.micro,
+        reason=described(rows, best, seconds=seconds, is_new=is_new),
+        measured=_record(rows, best),
+        predicted={"step_seconds": best.step_seconds},
     )
-    return trial.decide(layout, pool=pool, console=console)
+
+
+def _record(rows: Sequence[Timed], best: Timed) -> dict[str, Any]:
+    """What plan.json keeps: all candidates, and the speed-up over one worker with one core.
+
+    Where that is the choice, over the next best.
+    """
+    others = [row for row in rows if row.is_one_core != best.is_one_core]
+    record: dict[str, Any] = {"candidates": [row.to_json() for row in rows]}
+    if others:
+        beside = min(others, key=lambda row: row.step_seconds)
+        record["speedup"] = beside.step_seconds / best.step_seconds
+        record["beside"] = str(beside.setup)
+    return record
+
+
+def _that_fit(
+    recipe: Recipe,
+    decision: Decision,
+    *,
+    setups: list[WorkerSetup],
+    workload: Workload | None,
+) -> list[WorkerSetup]:
+    """As many setups, from the first, as can be built beside one another in the free memory."""
+    free = free_memory_bytes()
+    if workload is None or free is None:
+        return setups
+    found: dict[tuple[str, int], float] = {}
+    chosen = []
+    for setup in setups:
+        tried = replace(
+            decision,
+            layout=Layout(replicate=setup.count),
+            workers=setup.workers,
+            threads_per_worker=setup.threads,
+        )
+        tried = replace(tried, predicted=_memory(recipe, tried, workload=workload))
+        found[setup.workers, setup.count] = needed_bytes(tried) or 0.0
+        if sum(found.values()) > SPARE * free:
+            break
+        chosen.append(setup)
+    return chosen
+
+
+def _kept(path: Path, *, console: Console) -> list[Timed]:
+    """What an earlier start has timed; a damaged file is said, and timed anew."""
+    try:
+        return rows_from(path)[0] if path.is_file() else []
+    except ValueError as error:
+        console.line(f"warning: {error}; timing anew")
+        return []
+
+
+def _timings_path(
+    recipe: Recipe, *, inputs: Inputs, setups: Sequence[WorkerSetup], compute: str
+) -> Path:
+    """Where the timings of this recipe on this machine are kept, by all that bears on speed."""
+    train, data = recipe.train, recipe.data
+    tree = recipe.model_dump(mode="json")
+    key = {
+        "shoal": version("shoal"),
+        "model": [tree["model"], inputs.vocabulary_size, tree["task"]["kind"]],
+        "data": [inputs.data_directory, data.sequence_tokens],
+        "train": [train.global_batch_samples, train.micro_batch_samples, tree["train"]["freeze"]],
+        "optimizer": train.optimizer.kind,
+        "parallel": [recipe.parallel.recompute, recipe.parallel.compile],
+        "sync": tree["sync"],
+        "compute": compute,
+        "setups": [str(setup) for setup in setups],
+    }
+    name = xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
+    return cache_directory() / "timed" / f"{machine_key()}-{name}.json"
+
+
+def machine_key() -> str:
+    """A short word for this processor, these cores and this torch: what timings depend on."""
+    parts = [machine_name(), str(usable_cores()), version("torch")]
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
 
 
 def _workload(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:
@@ -226,32 +305,32 @@ def _with_figures(
     if workload is not None:
         flops = flops_per_token(workload.facts, sequence_tokens=workload.sequence_tokens)
     predicted = decision.predicted
-    if workload is not None and not predicted and not formats["devices"]:
-        predicted = _foretold(recipe, decision, workload=workload)
+    if workload is not None and not formats["devices"]:
+        predicted = {**predicted, **_memory(recipe, decision, workload=workload)}
+    note = ""
+    if recipe.precision.compute == "auto" and decision.compute == "bfloat16":
+        note = f"; bfloat16 products are {formats['format_ratio']:.1f} x float32's here"
     return replace(
         decision,
+        reason=decision.reason + note,
         predicted=predicted,
         flops_per_token=flops,
         peak_flops_per_second=_peak(decision, formats=formats),
     )
 
 
-def _foretold(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
-    """The prediction for a choice that was not planned; empty where the machine is not known."""
-    measured = measured_before()
-    if measured is None:
-        return {}
-    crew = Crew(decision.workers, decision.layout.workers, decision.threads_per_worker)
-    estimator = estimator_for(
-        measured, crew, workload=replace(workload, precision=FORMATS[decision.compute])
-    )
+def _memory(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
+    """Peak of one worker on this machine, by formula; what of it is state is exact."""
     candidate = Candidate(
         layout=decision.layout,
         micro_batch_samples=decision.micro_batch_samples,
         level=decision.shard_level_of(recipe),
         recompute=decision.recompute_of(recipe),
     )
-    return predicted_for(estimator.predict(candidate))
+    memory = memory_on_cpu(
+        candidate, workload=replace(workload, precision=FORMATS[decision.compute])
+    )
+    return {"peak_memory_bytes": memory.live, "state_bytes": memory.states}
 
 
 def _peak(decision: Decision, *, formats: dict[str, Any]) -> float | None:
@@ -265,9 +344,7 @@ def _peak(decision: Decision, *, formats: dict[str, Any]) -> float | None:
         return peak * decision.layout.workers if peak else None
     cores = usable_cores()
     used = min(cores, decision.layout.workers * decision.threads_per_worker)
-    measured = measured_before()
-    whole = measured.peak(FORMATS[decision.compute]) if measured else None
-    return (whole or float(formats["peaks"][decision.compute])) * used / cores
+    return float(formats["peaks"][decision.compute]) * used / cores
 
 
 def _compute(recipe: Recipe, *, formats: dict[str, Any]) -> Format:
@@ -284,12 +361,22 @@ def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str,
     """Devices and number formats of this machine, from the cache or from a worker's look."""
     wanted = recipe.launch.device
     path = cache_directory() / "machines" / f"{machine_key()}-{wanted}.json"
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    else:
+    found: dict[str, Any] = {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found and not set(found) >= _FORMAT_KEYS:
+            raise ValueError(f"expected {', '.join(sorted(_FORMAT_KEYS))}")
+    except (OSError, ValueError, TypeError) as error:
+        console.line(f"warning: {path} is damaged ({error!r}); measuring anew")
+        found = {}
+    if not found:
+        console.phase("looking at this machine's number formats")
         payload = {"device": wanted, "threads": usable_cores()}
         target = "shoal.engine.measure:run_formats"
-        found = measuring_job(target, payload, size=1, pool=pool, console=console)
+        found = measuring_job(target, payload, pool=pool, console=console)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(found, indent=1) + "\n")
     return {**found, "compute": _compute(recipe, formats=found)}
+
+
+_FORMAT_KEYS = {"devices", "device_name", "format_ratio", "compute", "peaks"}

@@ -16,14 +16,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shoal.environment import cache_directory
 from shoal.errors import UserError, nearest
 from shoal.plan.workload import WIDER
-
-if TYPE_CHECKING:
-    from shoal.plan.rates import Rates
 
 GB = 10**9
 GIB = 2**30
@@ -32,7 +28,7 @@ TERA = 10**12
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One kind of accelerator or CPU, as fast as its vendor or a measurement says.
+    """One kind of accelerator or CPU, as fast as its vendor says.
 
     `peak` and `achievable` are keyed by number format: fp32, fp16, bf16, fp8, fp4.
     `multiprocessors` run one matrix tile each; 0 where tiles do not matter (CPU).
@@ -55,8 +51,6 @@ class Device:
     attention_share: float = 0.5
     aliases: tuple[str, ...] = ()
     source: str = ""
-    rates: Rates | None = None
-    """What was measured, where this device is one worker of a measured machine."""
 
     def rate(self, precision: str) -> float:
         """Achievable FLOPs per second; a format the device lacks runs at the next wider one."""

@@ -78,8 +78,6 @@ class Cluster:
         return sum(g.workers * g.device.price_per_hour for g in self.groups) if priced else 0.0
 
     def __str__(self) -> str:
-        if self.slowest.rates is not None:
-            return f"{self.slowest.name}, {self.source}"
         parts = [f"{g.count} x {g.devices} {g.device.name}" for g in self.groups]
         gbit = self.network_bytes_per_second * 8 / GB
         return " + ".join(parts) + f", {gbit:.4g} Gbit/s per device between nodes"

@@ -46,26 +46,13 @@ class Workload:
         return self.sequence_tokens * self.global_batch_samples
 
 
-@dataclass(frozen=True, order=True)
-class Crew:
-    """The workers of a run on one machine: `count` of a kind, each with `threads` threads."""
-
-    workers: str
-    count: int
-    threads: int
-
-    def __str__(self) -> str:
-        kind = self.workers if self.count > 1 else "worker"
-        return f"{self.count} {kind} x {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One way to run a workload: a layout and everything else that decides time and memory.
 
     `recompute_share` of the blocks are recomputed. `level` says what the shard axis splits
     (DESIGN 7): optimizer state only, gradients too, or parameters too. `chunks` is the number of
-    stages per rank of a looped or V schedule. `crew`: the workers, on a measured machine.
+    stages per rank of a looped or V schedule.
     """
 
     layout: Layout
@@ -78,7 +65,6 @@ class Candidate:
     policy: str = "every-step"
     every_steps: int = 1
     codec: str = "none"
-    crew: Crew | None = None
 
     @property
     def state_split(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from shoal.legal import ModelFacts
-from shoal.plan.cost.constants import Constants
+from shoal.plan.cost.constants import DEFAULT, Constants
 from shoal.plan.cost.eager import eager_bytes, loss_bytes
 from shoal.plan.cost.pipeline import in_flight
-from shoal.plan.software import Software
+from shoal.plan.software import SHOAL, Software
 from shoal.plan.workload import Candidate, Workload
 
 
@@ -181,12 +181,23 @@ def memory_of(
         weights=states[0],
         gradients=states[1],
         optimizer=states[2],
-        activations=constants.activation_factor * activations,
+        activations=activations,
         logits=logits,
         gathers=gathers,
         transient=states[3] + (gathers if software.keeps_gathers else 0.0),
         reserve_share=constants.reserve_share,
         cuda_context=constants.context_bytes,
+    )
+
+
+def memory_on_cpu(candidate: Candidate, *, workload: Workload) -> Memory:
+    """Bytes of one worker of this machine at its peak; live tensors only."""
+    return memory_of(
+        Stage(index=0, blocks=workload.facts.layers, count=1),
+        workload=workload,
+        candidate=candidate,
+        software=replace(SHOAL, on_cpu=True),
+        constants=replace(DEFAULT, reserve_share=0.0, context_bytes=0.0),
     )
 
 

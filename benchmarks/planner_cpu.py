@@ -2,8 +2,9 @@
 
     python benchmarks/planner_cpu.py [--out FOLDER]
 
-Each layout trains three steps; the peak of live tensors of one worker is held against what plan.json
-predicted before the start. (How the cores are used is not predicted but timed: benchmarks/start.py.)
+Each layout trains three steps; the peak of live tensors of one worker is held against what
+plan.json predicted before the start. How the cores are used is not predicted but timed:
+benchmarks/start.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from shoal.cli.main import app
 from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
@@ -83,6 +85,23 @@ def test_every_way_to_use_the_cores_is_timed_and_the_second_start_times_nothing(
     said = capsys.readouterr().out
     assert f"plan: {best.setup}, micro batch {best.micro}, float32: " in said
     assert "timed before on this machine" in said and "timing" not in said
+
+
+def test_the_plan_without_a_cluster_is_the_table_of_what_was_timed(
+    bench: Bench, planned: Run
+) -> None:
+    rows = [Timed.from_json(row) for row in plan_of(planned)["measured"]["candidates"]]
+    done = CliRunner().invoke(app, ["plan", str(bench.recipe), *OPEN], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    chosen = next(line for line in done.output.splitlines() if line.strip().startswith("->"))
+    assert str(best_of(rows).setup) in chosen
+    assert all(f"{row.step_seconds:.3g}" in done.output for row in rows)
+    assert f"shoal train {bench.recipe} parallel=auto" in done.output
+    as_json = CliRunner().invoke(app, ["plan", str(bench.recipe), *OPEN, "--json"])
+    tree = json.loads(as_json.stdout)
+    assert [Timed.from_json(row).to_json() for row in tree["measured"]["candidates"]] == [
+        row.to_json() for row in rows
+    ]
 
 
 def test_nothing_of_a_timing_is_written_but_the_cache(bench: Bench, tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def test_a_whole_run() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("quickstart",), "give --cluster, such as 8xH100"),
+        (("quickstart", "--tokens", "2B"), "--tokens needs --cluster, such as 8xH100"),
+        (("--model", "x.json"), "--model needs --cluster"),
         (("quickstart", "--cluster", "A100", "--model", "x.json"), "give either a recipe"),
         (("--cluster", "A100"), "give either a recipe"),
         (("quickstart", "--cluster", "A100", "--precision", "fp7"), "did you mean"),

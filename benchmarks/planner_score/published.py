@@ -9,9 +9,12 @@ from dataclasses import replace
 from planner_score.profiles import (
     DEEPSPEED_2021,
     FOUNDRY,
+    FSDP,
     FSDP_COMPILED,
     GENERIC,
     GPT_NEOX,
+    MEGATRON,
+    MEGATRON_CLASSIC,
     NANOTRON,
     NANOTRON_EARLY,
     NEMO_2024,
@@ -19,7 +22,7 @@ from planner_score.profiles import (
 )
 from shoal.plan.devices import device_named
 from shoal.plan.hardware import GB, Cluster, Device, Nodes
-from shoal.plan.software import FSDP, MEGATRON, MEGATRON_CLASSIC, Software
+from shoal.plan.software import Software
 
 Row = Mapping[str, str]
 

@@ -21,7 +21,6 @@ from shoal.cli.plan_arguments import (
     Precision,
     RecipeName,
     Sequence,
-    SoftwareName,
 )
 from shoal.errors import UserError, nearest
 
@@ -31,14 +30,13 @@ def plan(
     overrides: Overrides = None,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", help="'16x8xH100, 400Gbit', or a YAML file; else this machine."),
+        typer.Option("--cluster", help="'16x8xH100, 400Gbit'; else this machine."),
     ] = None,
     devices: Devices = None,
     model: Model = None,
     sequence: Sequence = None,
     batch: Batch = None,
     precision: Precision = None,
-    software: SoftwareName = "shoal",
     fix: Fix = None,
     goal: Annotated[str, typer.Option(help="speed, cost or devices; with --tokens.")] = "speed",
     tokens: Annotated[str | None, typer.Option(help="Length of the run, such as 2B.")] = None,
@@ -73,7 +71,6 @@ def plan(
         sequence=sequence,
         batch=batch,
         precision=precision,
-        software=software,
         fix=fix,
     )
     if tokens:
@@ -107,7 +104,7 @@ def _here(
     if needless or recipe is None:
         what = f"{', '.join(needless)} " if needless else "a plan without a recipe "
         raise UserError(
-            f"{what}needs --cluster, such as 8xH100, or a cluster file (docs/planner.md); "
+            f"{what}needs --cluster, such as 8xH100; "
             "without one, shoal plan RECIPE times the recipe on this machine"
         )
     from shoal.launch.pool import WorkerPool

@@ -31,12 +31,6 @@ Model = Annotated[Path | None, typer.Option("--model", help="A config.json, with
 Sequence = Annotated[int | None, typer.Option("--sequence", help="Tokens per row.")]
 Batch = Annotated[int | None, typer.Option("--batch", help="Rows per optimizer step.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, fp16, fp8 or fp4.")]
-SoftwareName = Annotated[
-    str,
-    typer.Option(
-        "--software", help="Whose program to plan for: shoal, megatron, megatron-classic, fsdp."
-    ),
-]
 Fix = Annotated[
     list[str] | None,
     typer.Option("--fix", help="Fix a choice: tensor=2, recompute=full; may be repeated."),
@@ -59,7 +53,6 @@ class PlanArguments:
     sequence: int | None = None
     batch: int | None = None
     precision: str | None = None
-    software: str = "shoal"
     fix: list[str] | None = None
 
     @functools.cached_property
@@ -148,13 +141,10 @@ class PlanArguments:
         """The cost model. Raises UserError for what is missing or unknown."""
         from shoal.plan.cost.step import Estimator
         from shoal.plan.hardware import parse_cluster
-        from shoal.plan.software import PROFILES
 
-        if self.software not in PROFILES:
-            raise UserError(f"--software {self.software!r}: {nearest(self.software, PROFILES)}")
         workload, _ = self._request
         cluster = parse_cluster(self.cluster, devices=self.devices)
-        return Estimator(workload, cluster, PROFILES[self.software])
+        return Estimator(workload, cluster)
 
     @functools.cached_property
     def missing(self) -> list[str]:
@@ -164,8 +154,6 @@ class PlanArguments:
         from shoal.plan.workload import DEGREES
 
         workload, fixed = self._request
-        if self.software != "shoal":
-            return []
         try:
             layout = Layout(**{axis: int(str(fixed.get(axis, 1))) for axis in DEGREES})
         except ValueError as error:
@@ -180,7 +168,7 @@ class PlanArguments:
         from shoal.plan.search import Space
 
         fixed = self._request[1]
-        if self.software != "shoal" or self.missing:
+        if self.missing:
             return Space(fixed=fixed)
         return Space(fixed={**self._closed, **fixed}, runnable=True)
 
@@ -194,7 +182,7 @@ class PlanArguments:
         """The command line that runs `best`; several machines are started by hand, each."""
         from shoal.plan.explain import command
 
-        if self.software != "shoal" or self.missing:
+        if self.missing:
             return ""
         line = command(
             best.candidate, recipe=self.recipe or "RECIPE", overrides=self.overrides or []

@@ -20,7 +20,6 @@ from shoal.cli.plan_arguments import (
     Precision,
     RecipeName,
     Sequence,
-    SoftwareName,
 )
 
 if TYPE_CHECKING:
@@ -30,9 +29,7 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    cluster: Annotated[
-        str, typer.Option("--cluster", help="'16x8xH100, 400Gbit', or a YAML file.")
-    ],
+    cluster: Annotated[str, typer.Option("--cluster", help="such as '16x8xH100, 400Gbit'.")],
     recipe: RecipeName = None,
     overrides: Overrides = None,
     devices: Devices = None,
@@ -40,7 +37,6 @@ def simulate(
     sequence: Sequence = None,
     batch: Batch = None,
     precision: Precision = None,
-    software: SoftwareName = "shoal",
     fix: Fix = None,
     out: Annotated[
         Path | None, typer.Option("--trace", help="Write a Perfetto trace here.")
@@ -71,7 +67,6 @@ def simulate(
         sequence=sequence,
         batch=batch,
         precision=precision,
-        software=software,
         fix=fix,
     )
     best = given.found().best
@@ -96,7 +91,6 @@ def simulate(
 _POLICIES: dict[str, dict[str, Any]] = {
     "every-step": {},
     "diloco": {"every_steps": 100},
-    "server": {"staleness": 4},
 }
 """Policies whose waiting is shown, with their settings."""
 

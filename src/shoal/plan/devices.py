@@ -59,7 +59,7 @@ class Device:
                 return self.peak[name] * self.achievable[name]
         raise UserError(
             f"device {self.name}: it has no rate for {precision} nor for a wider format; known: "
-            f"{', '.join(self.peak)}. Give one in the cluster file under `peak`."
+            f"{', '.join(self.peak)}. Add a row that has one with --devices FILE."
         )
 
 
@@ -194,8 +194,8 @@ def device(name: str, *, known: Mapping[str, Device] | None = None) -> Device:
     aliases = [alias for each in table.values() for alias in each.aliases]
     raise UserError(
         f"unknown device {name!r}: {nearest(name.upper(), [*table, *aliases])}\n    Known: "
-        f"{', '.join(table)}. Add a row of your own with --devices FILE, or describe it in a "
-        "cluster file (docs/planner.md shows both)."
+        f"{', '.join(table)}. Add a row of your own with --devices FILE (docs/planner.md "
+        "shows one)."
     )
 
 

@@ -11,7 +11,7 @@ from shoal.layout import Layout
 from shoal.legal import not_yet
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster
-from shoal.plan.search import Found, Offer, Space, find, uneven_shares
+from shoal.plan.search import Found, Offer, Space, find
 from shoal.plan.workload import DEGREES, Candidate
 from shoal.units import format_bytes, format_count, format_seconds
 
@@ -80,44 +80,6 @@ def why_not(best: Prediction, *, other: Prediction) -> str:
     )
 
 
-def far_tensor_note(estimator: Estimator, *, best: Prediction) -> str | None:
-    """What a tensor axis that leaves the node would cost, as a sentence; None if it cannot."""
-    degree = 2 * estimator.cluster.node_devices
-    fixed: dict[str, object] = {"tensor": degree}
-    try:
-        other = find(estimator, space=Space(fixed=fixed, far_tensor=True)).best
-    except UserError:
-        return None
-    exposed = other.exposed_seconds - best.exposed_seconds
-    return (
-        f"tensor {degree} crosses nodes: {exposed / best.step_seconds:+.0%} exposed communication, "
-        f"{other.step_seconds / best.step_seconds - 1:+.0%} step time"
-    )
-
-
-def period_note(estimator: Estimator, *, best: Prediction) -> str | None:
-    """What agreeing every 100 steps would save, when the replicas' exchange costs anything."""
-    if best.candidate.layout.replicate == 1 or best.candidate.policy != "every-step":
-        return None
-    seldom = replace(best.candidate, policy="diloco", every_steps=100)
-    other = estimator.predict(seldom)
-    gain = 1 - other.step_seconds / best.step_seconds
-    if gain < 0.005:
-        return None
-    room = "" if estimator.fits(seldom) else ", but its outer state does not fit"
-    return f"diloco every 100 steps would save {gain:.0%} of the step{room}; it learns differently"
-
-
-def uneven_note(estimator: Estimator, *, best: Prediction) -> str | None:
-    """What shares by speed would save on a mixed cluster."""
-    uneven = uneven_shares(estimator, best=best)
-    if uneven is None or uneven.seconds > 0.995 * uneven.even_seconds:
-        return None
-    shares = ", ".join(f"{count} on {name}" for name, count in uneven.shares.items())
-    gain = 1 - uneven.seconds / uneven.even_seconds
-    return f"shares by speed ({shares} micro batches per replica) would save {gain:.0%} of the step"
-
-
 def alone_note(estimator: Estimator, *, best: Prediction, space: Space) -> str | None:
     """Whether one device would do, as a sentence; None where the model does not fit on one."""
     cluster = estimator.cluster
@@ -138,20 +100,6 @@ def alone_note(estimator: Estimator, *, best: Prediction, space: Space) -> str |
         f"{enough} takes {format_seconds_fine(alone.step_seconds)} a step (predicted); "
         f"{cluster.workers} devices are {gain:.2g} x as fast"
     )
-
-
-def not_yet_notes(
-    found: Found, *, anywhere: Found | None, estimator: Estimator, space: Space
-) -> list[str]:
-    """What would be faster and shoal cannot run yet; one line each."""
-    best, notes = found.best, []
-    if anywhere is not None and anywhere.best.step_seconds < 0.995 * best.step_seconds:
-        gain = anywhere.best.step_seconds / best.step_seconds - 1
-        notes.append(f"{choices(anywhere.best.candidate)}: {gain:+.0%} step time (predicted)")
-    later = [period_note(estimator, best=best), uneven_note(estimator, best=best)]
-    if space.allows("policy", value="diloco") and not space.fixed.get("policy"):
-        notes += [note for note in later if note]
-    return notes
 
 
 def text(
@@ -204,11 +152,10 @@ def text(
     ]
     lines += ["", "Other families:"]
     lines += [f"  {name}: {why_not(best, other=other)}" for name, other in found.rejected.items()]
-    far = far_tensor_note(estimator, best=best)
-    lines += [f"  {far}"] if far else []
-    later = not_yet_notes(found, anywhere=anywhere, estimator=estimator, space=space)
-    if later:
-        lines += ["", f"Not in shoal yet, would be: {'; '.join(later)}"]
+    if anywhere is not None and anywhere.best.step_seconds < 0.995 * best.step_seconds:
+        gain = anywhere.best.step_seconds / best.step_seconds - 1
+        what = f"{choices(anywhere.best.candidate)}: {gain:+.0%} step time (predicted)"
+        lines += ["", f"Not in shoal yet, would be: {what}"]
     return "\n".join(lines)
 
 

@@ -1,13 +1,11 @@
-"""Clusters: nodes of devices and the links between them, read from a few words or a file."""
+"""Clusters: nodes of devices and the links between them, read from a few words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from shoal.errors import UserError
 from shoal.plan.devices import GB, GIB, TERA, Device, device, known_devices
@@ -88,15 +86,13 @@ _LINK_BYTES = {"gbit": GB / 8, "gbps": GB / 8, "gb/s": GB, "tbit": 1000 * GB / 8
 
 
 def parse_cluster(text: str, *, devices: Path | None = None) -> Cluster:
-    """`"16x8xH100, 400Gbit"`, `"8xA100"`, `"2x8xH100 + 4x8xA100, 1600Gbit/node"` or a YAML file.
+    """`"16x8xH100, 400Gbit"`, `"8xA100"` or `"2x8xH100 + 4x8xA100, 1600Gbit/node"`.
 
     A bare link rate is that of each device's own adapter; `/node` divides it over the node.
     `devices`: a table of further devices.
     Raises UserError for zero devices, an unknown device and text that cannot be read.
     """
     known = known_devices(devices)
-    if text.endswith((".yaml", ".yml")):
-        return _cluster_from_file(Path(text), known=known)
     parts, _, rate = text.partition(",")
     groups = tuple(
         group
@@ -127,7 +123,7 @@ def _parse_group(text: str, *, whole: str, known: Mapping[str, Device]) -> list[
     if found is None:
         raise UserError(
             f"--cluster {whole!r}: {text!r} is not NODESxDEVICESxNAME, such as 16x8xH100 "
-            "(or 8xH100 for one node, or a YAML file)"
+            "(or 8xH100 for one node)"
         )
     kind = device(found[3].strip(), known=known)
     first = int(found[1]) if found[1] else 1
@@ -139,49 +135,3 @@ def _parse_group(text: str, *, whole: str, known: Mapping[str, Device]) -> list[
     full, left = divmod(per_node, kind.node_devices)
     groups = [Nodes(count=full, devices=kind.node_devices, device=kind)]
     return groups + ([Nodes(count=1, devices=left, device=kind)] if left else [])
-
-
-def _cluster_from_file(path: Path, *, known: Mapping[str, Device]) -> Cluster:
-    """A YAML file: `network_gbit`, and `nodes`: a list of {count, devices, device}.
-
-    `device` is a name of the table, or a mapping of `Device` fields with `like: NAME` for those
-    that it leaves out.
-    """
-    import yaml  # only here: reading it takes longer than planning
-
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cluster file {path}: cannot be read ({error})") from error
-    if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), list):
-        raise UserError(
-            f"cluster file {path}: expected a mapping with a list `nodes`, each entry with count, "
-            "devices and device"
-        )
-    groups = tuple(_group_from(entry, path=path, known=known) for entry in data["nodes"])
-    if not groups or prod(group.workers for group in groups) < 1:
-        raise UserError(f"cluster file {path}: there are zero devices; give at least one")
-    gbit = data.get("network_gbit")
-    slowest = min(group.device.network_bytes_per_second for group in groups)
-    return Cluster(
-        groups=groups,
-        network_bytes_per_second=float(gbit) * GB / 8 if gbit else slowest,
-        network_is_stated=bool(gbit),
-        source=str(path),
-    )
-
-
-def _group_from(entry: Any, *, path: Path, known: Mapping[str, Device]) -> Nodes:
-    try:
-        described = entry["device"]
-        if isinstance(described, str):
-            kind = device(described, known=known)
-        else:
-            settings = dict(described)
-            kind = replace(device(str(settings.pop("like")), known=known), **settings)
-        return Nodes(count=int(entry.get("count", 1)), devices=int(entry["devices"]), device=kind)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"cluster file {path}: entry {entry!r} cannot be read ({error!r}); expected count, "
-            "devices and device (a name, or fields with `like: NAME`)"
-        ) from error

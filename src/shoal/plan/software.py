@@ -1,8 +1,11 @@
-"""Training software as the cost model sees it: what is fused, what overlaps, what is kept."""
+"""Training software as the cost model sees it: what is fused, what overlaps, what is kept.
+
+Other programs' profiles stand in benchmarks/planner_score/profiles.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,39 +108,3 @@ SHOAL = Software(
 )
 """This project: eager torch under autocast, FSDP2 that gathers float32, chunked loss, one flat
 reduction after the last backward; two regions, the last chunk of each half empty on average."""
-
-MEGATRON = Software(
-    name="megatron",
-    fused=True,
-    elementwise=1.0,
-    logit_traffic=25.0,
-    attention_version=3,
-    overlap_tensor=0.5,
-    overlap_gradients=0.8,
-    bucket_bytes=500e6,
-    logit_bytes=8.0,
-)
-"""Megatron-Core since 2025: cuDNN attention, communication behind products."""
-MEGATRON_CLASSIC = replace(
-    MEGATRON,
-    name="megatron-classic",
-    flash=False,
-    attention_version=2,
-    sequence_parallel=False,
-    overlap_tensor=0.0,
-    overlap_gradients=0.0,
-    reduce_bytes=2.0,
-    gradient_bytes=2.0,
-    accumulate_bytes=6.0,
-    dropout=True,
-)
-"""Megatron-LM of 2020 to 2022: attention that stores its scores, nothing overlaps, and every micro
-batch adds its 16-bit gradients to the sum (read both, write one)."""
-FSDP = Software(
-    name="fsdp",
-    elementwise=4.8,
-    overlap_shard=0.6,
-    overlap_gradients=0.8,
-    selective_share=0.3,
-)
-PROFILES = {each.name: each for each in (SHOAL, MEGATRON, MEGATRON_CLASSIC, FSDP)}

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from planner_score.profiles import MEGATRON
 from shoal.legal import facts_from_config
 from shoal.plan.cost.step import Estimator
 from shoal.plan.explain import choices
 from shoal.plan.hardware import parse_cluster
 from shoal.plan.search import Space, find
-from shoal.plan.software import MEGATRON, SHOAL
+from shoal.plan.software import SHOAL
 from shoal.plan.workload import Workload
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "plans.txt"

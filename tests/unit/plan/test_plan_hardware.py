@@ -1,4 +1,4 @@
-"""Clusters from words and files, devices of the table and of a user's own."""
+"""Clusters from words, devices of the table and of a user's own."""
 
 from __future__ import annotations
 
@@ -62,28 +62,6 @@ def test_mixed_clusters_wait_for_their_slowest() -> None:
 def test_clusters_that_cannot_be_read(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_cluster(text)
-
-
-def test_cluster_files(tmp_path: Path) -> None:
-    path = tmp_path / "own.yaml"
-    path.write_text(
-        "network_gbit: 100\nnodes:\n- {count: 2, devices: 4, device: {like: A100, name: Ours, "
-        "price_per_hour: 1.0}}\n- {devices: 8, device: L4}\n"
-    )
-    cluster = parse_cluster(str(path))
-    assert (cluster.workers, cluster.network_bytes_per_second) == (16, 12.5 * GB)
-    assert cluster.groups[0].device.price_per_hour == 1.0
-    path.write_text("nodes: 3")
-    with pytest.raises(UserError, match="expected a mapping with a list `nodes`"):
-        parse_cluster(str(path))
-    path.write_text("nodes: []")
-    with pytest.raises(UserError, match="zero devices"):
-        parse_cluster(str(path))
-    path.write_text("nodes: [{devices: two, device: L4}]")
-    with pytest.raises(UserError, match=r"cannot be read.*expected count, devices and device"):
-        parse_cluster(str(path))
-    with pytest.raises(UserError, match="cannot be read"):
-        parse_cluster(str(tmp_path / "absent.yaml"))
 
 
 def test_a_format_without_any_wider_one_is_refused() -> None:

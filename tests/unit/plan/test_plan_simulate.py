@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from planner_score.profiles import MEGATRON
 from shoal.layout import Layout
 from shoal.legal import facts_from_config
 from shoal.plan import goodput, picture
@@ -19,7 +20,6 @@ from shoal.plan.hardware import GIB, parse_cluster
 from shoal.plan.schedules import Times, play
 from shoal.plan.search import Space, find
 from shoal.plan.simulate import Timeline, simulate_step, trace
-from shoal.plan.software import MEGATRON
 from shoal.plan.workload import SCHEDULES, Candidate, Workload
 
 LARGE = facts_from_config(
@@ -167,15 +167,11 @@ def test_goodput_agrees_with_drawn_failures() -> None:
 
 
 def test_policies_bear_stragglers_in_their_order() -> None:
-    """Every step waits most, then periods, then bounded staleness; free running does not wait."""
+    """Agreeing at every step waits most; over periods the jitter averages out."""
     jitter = goodput.Jitter(spread=0.1)
     every = goodput.waiting_factor(jitter, replicas=64)
     period = goodput.waiting_factor(jitter, replicas=64, policy="local-sgd", every_steps=50)
-    stale = goodput.waiting_factor(jitter, replicas=64, policy="server", staleness=8)
-    free = goodput.waiting_factor(jitter, replicas=64, policy="hogwild")
     assert every > period > 1.0
-    assert every > stale
-    assert free == pytest.approx(1.0, abs=0.02)
     # One slow replica holds up every synchronous policy by its whole factor, up to the jitter.
     slow = goodput.Jitter(spread=0.0, slow_share=1 / 64, slow_factor=1.5)
     assert goodput.waiting_factor(slow, replicas=64) == pytest.approx(1.5)

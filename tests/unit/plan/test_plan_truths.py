@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from planner_score.profiles import FSDP, MEGATRON, MEGATRON_CLASSIC
 from shoal.layout import Layout
 from shoal.legal import facts_from_config
 from shoal.plan.cost.constants import DEFAULT
@@ -14,7 +15,6 @@ from shoal.plan.cost.memory import activation_bytes, memory_of
 from shoal.plan.cost.pipeline import in_flight, step_seconds
 from shoal.plan.cost.traffic import ring_bytes
 from shoal.plan.schedules import Times, idle_fraction, play
-from shoal.plan.software import FSDP, MEGATRON, MEGATRON_CLASSIC
 from shoal.plan.workload import Candidate, Workload, flops_per_token, stage_blocks
 
 GPT = facts_from_config(

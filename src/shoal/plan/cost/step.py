@@ -169,15 +169,3 @@ class Estimator:
                 software=self.software,
                 constants=self.constants,
             )
-
-
-def predict(
-    candidate: Candidate,
-    *,
-    workload: Workload,
-    cluster: Cluster,
-    software: Software = SHOAL,
-    constants: Constants = DEFAULT,
-) -> Prediction:
-    """Predicted seconds and bytes of one step; see `Prediction`."""
-    return Estimator(workload, cluster, software, constants).predict(candidate)

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shoal.engine.decision import WorkerSetup
 from shoal.environment import cache_directory
 from shoal.launch import local
 from shoal.launch.pool import WorkerPool
@@ -126,13 +127,14 @@ def fresh_cache(folder: Path) -> Path:
 
 def step_seconds(candidate: dict, *, compute: str, out: Path, pool: WorkerPool) -> float:
     """Median step of a short run of one candidate, without its first."""
+    setup = candidate["setup"]
     words = [
         *SHORT,
         f"train.steps={STEPS}",
-        f"parallel={{replicate: {candidate['count']}}}",
-        f"launch.workers={candidate['workers']}",
-        f"launch.threads_per_worker={candidate['threads']}",
-        f"train.micro_batch_samples={candidate['micro_batch_samples']}",
+        f"parallel={{replicate: {setup['count']}}}",
+        f"launch.workers={setup['workers']}",
+        f"launch.threads_per_worker={setup['threads']}",
+        f"train.micro_batch_samples={candidate['micro']}",
         f"precision.compute={compute}",
     ]
     local.train("quickstart", words, out=out, console=False, pool=pool)
@@ -141,9 +143,7 @@ def step_seconds(candidate: dict, *, compute: str, out: Path, pool: WorkerPool) 
 
 
 def name_of(candidate: dict) -> str:
-    kind = candidate["workers"] if candidate["count"] > 1 else "worker"
-    of = f"{candidate['count']} {kind} x {candidate['threads']}"
-    return f"{of}, micro batch {candidate['micro_batch_samples']}"
+    return f"{WorkerSetup(**candidate['setup'])}, micro batch {candidate['micro']}"
 
 
 def choices(*, fresh: int, busy: bool, goal: float) -> None:
@@ -160,12 +160,12 @@ def choices(*, fresh: int, busy: bool, goal: float) -> None:
             seconds = seconds_to_line(command, "loss", environment=environment)
             plan = json.loads((out / "plan.json").read_text())
             rows = plan["measured"].get("candidates", [])
-            chosen = {
+            setup = {
                 "workers": plan["workers"],
                 "count": plan["layout"]["replicate"],
                 "threads": plan["threads_per_worker"],
-                "micro_batch_samples": plan["micro_batch_samples"],
             }
+            chosen = {"setup": setup, "micro": plan["micro_batch_samples"]}
             every = {name_of(row): row for row in [chosen, *rows]}
             ratios: dict[str, list[float]] = {name: [] for name in every}
             base = []

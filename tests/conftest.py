@@ -13,11 +13,14 @@ os.environ["GOMP_SPINCOUNT"] = "0"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Last, so that no module there hides one of the tests': planner_score is tested.
-BENCHMARKS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmarks")
-# Workers of the pool may run functions of tests/*.py.
+# Workers of the pool may run functions of tests/*.py. benchmarks/ (planner_score is tested) comes
+# last, so that no module there hides one of the tests'.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")]), BENCHMARKS]
+    [
+        os.path.dirname(__file__),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+        os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmarks"),
+    ]
 )
 
 import hypothesis
@@ -26,7 +29,7 @@ import pytest
 from shoal.launch.pool import WorkerPool
 from tiny import Bench
 
-sys.path.append(BENCHMARKS)
+sys.path.append(os.environ["PYTHONPATH"].split(os.pathsep)[-1])
 
 # A busy machine is no reason to fail: tests have a timeout of their own.
 hypothesis.settings.register_profile("shoal", deadline=None)

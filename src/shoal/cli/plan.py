@@ -110,8 +110,8 @@ def _here(
     from shoal.launch.pool import WorkerPool
 
     with WorkerPool() as pool:  # before anything else is imported: its own imports take longest
+        from shoal.launch.candidates import Timed, best_of, table
         from shoal.launch.local import plan_here
-        from shoal.launch.tune import Timed, best_of, table
         from shoal.observe.console import Console
 
         decision = plan_here(

@@ -3,51 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
-
-import xxhash
 
 from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import (
     Decision,
     Format,
-    WorkerSetup,
     format_of,
     given_layout,
     largest_micro_batch,
 )
 from shoal.engine.prepare import Inputs
-from shoal.environment import cache_directory, free_memory_bytes, machine_name, usable_cores
+from shoal.environment import cache_directory, usable_cores
 from shoal.errors import ConfigError, ModelError, Problem, UserError
+from shoal.launch.candidates import most_replicas
 from shoal.launch.devices import on_devices
 from shoal.launch.directory import write_whole
 from shoal.launch.measuring import measuring_job
-from shoal.launch.memory import SPARE, needed_bytes
+from shoal.launch.memory import memory_of_worker
 from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import check, refuse_illegal, trained_config
-from shoal.launch.tune import (
-    Timed,
-    Tuner,
-    best_of,
-    described,
-    most_replicas,
-    rows_from,
-    rows_to_text,
-    setups_of,
-)
+from shoal.launch.timings import machine_key, tuned
 from shoal.layout import Layout
 from shoal.observe.console import Console
-from shoal.plan.cost.memory import memory_on_cpu
 from shoal.plan.devices import device_named
 from shoal.plan.from_recipe import workload_of
-from shoal.plan.workload import DEGREES, FORMATS, Candidate, Workload, flops_per_token
+from shoal.plan.workload import DEGREES, FORMATS, Workload, flops_per_token
 
 _MICRO_TOKENS = 2048
 """Tokens of a micro batch when none is timed: enough to fill matrix products, small in cache."""
+
+
+_KEPT = ("devices", "device_name", "format_ratio", "compute", "peaks")
+"""What is kept of `measured_formats`."""
 
 
 def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console) -> Decision:
@@ -82,7 +71,7 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             device_name=formats["device_name"],
         )
     elif is_open and inside == 1 and not formats["devices"]:
-        decision = _timed(
+        decision = tuned(
             recipe, decision, inputs=inputs, workload=workload, pool=pool, console=console
         )
     check_decision_respects_recipe(recipe, decision)
@@ -169,125 +158,6 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, A
     return Decision(layout, kind, threads, micro, formats["compute"], reason)
 
 
-def _timed(
-    recipe: Recipe,
-    decision: Decision,
-    *,
-    inputs: Inputs,
-    workload: Workload | None,
-    pool: WorkerPool,
-    console: Console,
-) -> Decision:
-    """`decision` (all cores, by rule), or what was timed to be faster on the recipe itself."""
-    setups = setups_of(recipe, cores=usable_cores())
-    setups = _that_fit(recipe, decision, setups=setups, workload=workload)
-    if not recipe.launch.tune:
-        return replace(decision, reason=f"{decision.reason}, not timed (launch.tune is false)")
-    if not setups:
-        return replace(decision, reason=f"{decision.reason}, not timed (too large to try out)")
-    path = _timings_path(recipe, inputs=inputs, setups=setups, compute=decision.compute)
-    rows, seconds, is_new = _kept(path, console=console), 0.0, False
-    if not rows:
-        tuner = Tuner(recipe, inputs=inputs, decision=decision, pool=pool, console=console)
-        rows, seconds, is_new = tuner.run(setups), tuner.seconds, True
-        for error in dict.fromkeys(tuner.errors):
-            console.line(f"warning: a setup could not be timed: {error}")
-        if not rows:
-            reason = f"{decision.reason}, not timed (no setup was ready within {seconds:.0f} s)"
-            return replace(decision, reason=reason)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, rows_to_text(rows, seconds=seconds))
-    best = best_of(rows)
-    return replace(
-        decision,
-        layout=Layout(replicate=best.setup.count),
-        workers=best.setup.workers,
-        threads_per_worker=best.setup.threads,
-        micro_batch_samples=best.micro,
-        reason=described(rows, best, seconds=seconds, is_new=is_new),
-        measured=_record(rows, best),
-        predicted={"step_seconds": best.step_seconds},
-    )
-
-
-def _record(rows: Sequence[Timed], best: Timed) -> dict[str, Any]:
-    """What plan.json keeps: all candidates, and the speed-up over one worker with one core.
-
-    Where that is the choice, over the next best.
-    """
-    others = [row for row in rows if row.is_one_core != best.is_one_core]
-    record: dict[str, Any] = {"candidates": [row.to_json() for row in rows]}
-    if others:
-        beside = min(others, key=lambda row: row.step_seconds)
-        record["speedup"] = beside.step_seconds / best.step_seconds
-        record["beside"] = str(beside.setup)
-    return record
-
-
-def _that_fit(
-    recipe: Recipe,
-    decision: Decision,
-    *,
-    setups: list[WorkerSetup],
-    workload: Workload | None,
-) -> list[WorkerSetup]:
-    """As many setups, from the first, as can be built beside one another in the free memory."""
-    free = free_memory_bytes()
-    if workload is None or free is None:
-        return setups
-    found: dict[tuple[str, int], float] = {}
-    chosen = []
-    for setup in setups:
-        tried = replace(
-            decision,
-            layout=Layout(replicate=setup.count),
-            workers=setup.workers,
-            threads_per_worker=setup.threads,
-        )
-        tried = replace(tried, predicted=_memory(recipe, tried, workload=workload))
-        found[setup.workers, setup.count] = needed_bytes(tried) or 0.0
-        if sum(found.values()) > SPARE * free:
-            break
-        chosen.append(setup)
-    return chosen
-
-
-def _kept(path: Path, *, console: Console) -> list[Timed]:
-    """What an earlier start has timed; a damaged file is said, and timed anew."""
-    try:
-        return rows_from(path)[0] if path.is_file() else []
-    except ValueError as error:
-        console.line(f"warning: {error}; timing anew")
-        return []
-
-
-def _timings_path(
-    recipe: Recipe, *, inputs: Inputs, setups: Sequence[WorkerSetup], compute: str
-) -> Path:
-    """Where the timings of this recipe on this machine are kept, by all that bears on speed."""
-    train, data = recipe.train, recipe.data
-    tree = recipe.model_dump(mode="json")
-    key = {
-        "shoal": version("shoal"),
-        "model": [tree["model"], inputs.vocabulary_size, tree["task"]["kind"]],
-        "data": [inputs.data_directory, data.sequence_tokens],
-        "train": [train.global_batch_samples, train.micro_batch_samples, tree["train"]["freeze"]],
-        "optimizer": train.optimizer.kind,
-        "parallel": [recipe.parallel.recompute, recipe.parallel.compile],
-        "sync": tree["sync"],
-        "compute": compute,
-        "setups": [str(setup) for setup in setups],
-    }
-    name = xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
-    return cache_directory() / "timed" / f"{machine_key()}-{name}.json"
-
-
-def machine_key() -> str:
-    """A short word for this processor, these cores and this torch: what timings depend on."""
-    parts = [machine_name(), str(usable_cores()), version("torch")]
-    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
-
-
 def _workload(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:
     """The step of the recipe, or None for a family whose sizes are not known."""
     try:
@@ -306,7 +176,7 @@ def _with_figures(
         flops = flops_per_token(workload.facts, sequence_tokens=workload.sequence_tokens)
     predicted = decision.predicted
     if workload is not None and not formats["devices"]:
-        predicted = {**predicted, **_memory(recipe, decision, workload=workload)}
+        predicted = {**predicted, **memory_of_worker(recipe, decision, workload=workload)}
     note = ""
     if recipe.precision.compute == "auto" and decision.compute == "bfloat16":
         note = f"; bfloat16 products are {formats['format_ratio']:.1f} x float32's here"
@@ -317,20 +187,6 @@ def _with_figures(
         flops_per_token=flops,
         peak_flops_per_second=_peak(decision, formats=formats),
     )
-
-
-def _memory(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
-    """Peak of one worker on this machine, by formula; what of it is state is exact."""
-    candidate = Candidate(
-        layout=decision.layout,
-        micro_batch_samples=decision.micro_batch_samples,
-        level=decision.shard_level_of(recipe),
-        recompute=decision.recompute_of(recipe),
-    )
-    memory = memory_on_cpu(
-        candidate, workload=replace(workload, precision=FORMATS[decision.compute])
-    )
-    return {"peak_memory_bytes": memory.live, "state_bytes": memory.states}
 
 
 def _peak(decision: Decision, *, formats: dict[str, Any]) -> float | None:
@@ -362,13 +218,13 @@ def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str,
     wanted = recipe.launch.device
     path = cache_directory() / "machines" / f"{machine_key()}-{wanted}.json"
     found: dict[str, Any] = {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if found and not set(found) >= _FORMAT_KEYS:
-            raise ValueError(f"expected {', '.join(sorted(_FORMAT_KEYS))}")
-    except (OSError, ValueError, TypeError) as error:
-        console.line(f"warning: {path} is damaged ({error!r}); measuring anew")
-        found = {}
+    if path.is_file():
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            found = {name: found[name] for name in _KEPT}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            console.line(f"warning: {path} is damaged ({error!r}); measuring anew")
+            found = {}
     if not found:
         console.phase("looking at this machine's number formats")
         payload = {"device": wanted, "threads": usable_cores()}
@@ -377,6 +233,3 @@ def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str,
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(found, indent=1) + "\n")
     return {**found, "compute": _compute(recipe, formats=found)}
-
-
-_FORMAT_KEYS = {"devices", "device_name", "format_ratio", "compute", "peaks"}

@@ -8,20 +8,25 @@ batch; its passes count as often as the part goes into the whole.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from statistics import median
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, WorkerSetup
 from shoal.engine.prepare import Inputs
+from shoal.launch.candidates import (
+    CLOSE,
+    ENOUGH_TURNS,
+    Timed,
+    best_of,
+    in_one_moment,
+    micro_batches_of,
+)
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.layout import Layout
 from shoal.observe.console import Console
@@ -32,107 +37,10 @@ TUNE_SECONDS = 8.0
 _TARGET = "shoal.engine.timing:run"
 _TURN_SECONDS = 0.25  # shorter turns take several steps
 _LONGEST_SECONDS = 0.4  # of the passes of a turn: what decides the micro batch to begin with
-_MICRO_TOKENS = (1024, 2048)  # of the micro batch to begin with, and of the largest
-_ONE_CORE_TURNS = 3  # in so many it must have been faster, or all cores are used
-_CLOSE = 1.05  # the best two are timed on while they are this close
+_MICRO_TOKENS = 1024  # of the micro batch to begin with
 _MOST_TURNS = 7
 _FIRST_ROUND = 0.35  # of the time that is left: so much is worth a second turn of all
 _BUILD_SHARE = 0.5  # of the time, for building; a setup that takes longer is left out
-
-
-@dataclass(eq=False)
-class Timed:
-    """One candidate and the seconds of a whole step, by each of its turns."""
-
-    setup: WorkerSetup
-    micro: int
-    steps: list[float] = field(default_factory=list)
-
-    @property
-    def step_seconds(self) -> float:
-        """Median of the turns; without any, never the best."""
-        return median(self.steps) if self.steps else math.inf
-
-    @property
-    def is_one_core(self) -> bool:
-        """Whether it leaves all other cores idle."""
-        return self.setup.count * self.setup.threads == 1
-
-    def to_json(self) -> dict[str, Any]:
-        """As kept in plan.json and in the cache."""
-        return {
-            **asdict(self.setup),
-            "micro_batch_samples": self.micro,
-            "step_seconds": self.step_seconds,
-            "turns": self.steps,
-        }
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> Timed:
-        """The inverse; raises KeyError, TypeError or ValueError for what is none."""
-        setup = WorkerSetup(tree["workers"], int(tree["count"]), int(tree["threads"]))
-        steps = [float(seconds) for seconds in tree["turns"]]
-        if not steps or min(steps) <= 0 or setup.workers not in ("threads", "processes"):
-            raise ValueError("no turns, or one that took no time")
-        return cls(setup, int(tree["micro_batch_samples"]), steps)
-
-
-def setups_of(recipe: Recipe, *, cores: int) -> list[WorkerSetup]:
-    """What may be timed, by rule; the first is what is used where nothing was timed.
-
-    All cores as threads, as processes, as fewer workers of several cores where there are many, as
-    one worker; and one worker with one core. What the recipe fixes is fixed.
-    """
-    launch, parallel = recipe.launch, recipe.parallel
-    given = recipe.parallel.replicas
-    most = most_replicas(recipe, at_most=cores)
-    middle = [n for n in range(2, most) if most % n == 0 and n * n >= most][:1] if most > 4 else []
-    counts = [given] if given is not None else list(dict.fromkeys([most, *middle, 1]))
-    kinds = ["threads", "processes"] if launch.workers == "auto" else [launch.workers]
-    if parallel.fewest_replicas is not None or recipe.model.dropout == "framework":
-        kinds = ["processes"]
-    found = []
-    for count in counts:
-        threads = launch.threads_per_worker
-        each = max(1, cores // count) if threads == "auto" else threads
-        found += [WorkerSetup(k, count, each) for k in (kinds if count > 1 else ["processes"])]  # type: ignore[arg-type]
-    if 1 in counts and launch.threads_per_worker == "auto":
-        found.append(WorkerSetup("processes", 1, 1))
-    return list(dict.fromkeys(found))
-
-
-def most_replicas(recipe: Recipe, *, at_most: int, shards: int = 1) -> int:
-    """The largest degree that divides the global batch (of one shard) into whole micro batches."""
-    micro = recipe.train.micro_batch_samples
-    batch = recipe.train.global_batch_samples // shards // (1 if micro == "auto" else micro)
-    return max(n for n in range(1, max(1, min(at_most, batch)) + 1) if batch % n == 0)
-
-
-def micro_batches_of(recipe: Recipe, *, count: int) -> list[int]:
-    """Micro batches that `count` workers can take, ascending: divisors of a share of the batch."""
-    if recipe.train.micro_batch_samples != "auto":
-        return [recipe.train.micro_batch_samples]
-    share = recipe.train.global_batch_samples // count
-    most = max(1, _MICRO_TOKENS[1] // recipe.data.sequence_tokens)
-    return [n for n in range(1, min(share, most) + 1) if share % n == 0]
-
-
-def best_of(rows: Sequence[Timed]) -> Timed:
-    """The fastest; one core only where it was clearly faster than all cores in three turns."""
-    whole = [row for row in rows if not row.is_one_core] or list(rows)
-    best = min(whole, key=lambda row: row.step_seconds)
-    for row in rows:
-        faster = sum(_CLOSE * seconds < best.step_seconds for seconds in row.steps)
-        if row.is_one_core and faster >= _ONE_CORE_TURNS and row.step_seconds < best.step_seconds:
-            best = row
-    return best
-
-
-def in_one_moment(rows: Sequence[Timed], *, beside: Timed, seconds: float) -> None:
-    """Turns as if taken while `beside` took `seconds`: what was timed longer saw other moments."""
-    theirs = list(beside.steps)
-    for row in rows:
-        row.steps = [seconds * a / b for a, b in zip(row.steps, theirs, strict=False)]
 
 
 class _OutOfTime(Exception):
@@ -237,7 +145,7 @@ class Tuner:
         probe = self._turn_of(first, micro=least, samples=least)
         each = probe["passes"] / least
         tokens = self._recipe.data.sequence_tokens
-        fitting = [n for n in options if n * tokens <= _MICRO_TOKENS[0]]
+        fitting = [n for n in options if n * tokens <= _MICRO_TOKENS]
         micro = max([n for n in fitting if n * each <= _LONGEST_SECONDS] or [least])
         turn = micro * each + probe["update"]
         times = max(1, min(50, round(_TURN_SECONDS / max(turn, 1e-4))))
@@ -365,51 +273,10 @@ class Tuner:
 
 def _is_clear(first: Timed, second: Timed) -> bool:
     """Whether enough turns say that the second is slower."""
-    enough = len(second.steps) >= _ONE_CORE_TURNS
-    return enough and second.step_seconds > _CLOSE * first.step_seconds
+    enough = len(second.steps) >= ENOUGH_TURNS
+    return enough and second.step_seconds > CLOSE * first.step_seconds
 
 
 def _key(setup: WorkerSetup) -> tuple[str, int]:
     """Setups of one key share their workers: a lone one computes with any number of cores."""
     return (setup.workers, setup.count) if setup.count > 1 else ("processes", 1)
-
-
-def described(rows: Sequence[Timed], best: Timed, *, seconds: float, is_new: bool) -> str:
-    """The choice in one line: its step, that of the next best setups, how it was found."""
-    others: dict[WorkerSetup, Timed] = {}
-    for row in sorted(rows, key=lambda row: row.step_seconds):
-        if row.setup != best.setup:
-            others.setdefault(row.setup, row)
-    beside = [f"{setup} {row.step_seconds:.3g} s" for setup, row in others.items()][:2]
-    when = f"timed in {seconds:.1f} s" if is_new else "timed before on this machine"
-    inside = f"{', '.join(beside)}; {when}" if beside else when
-    return f"{best.step_seconds:.3g} s a step ({inside})"
-
-
-def table(rows: Sequence[Timed], *, best: Timed) -> Iterator[str]:
-    """The candidates, the fastest first."""
-    yield f"     {'setup':32} {'micro batch':>11} {'s a step':>9} {'turns':>6}"
-    for row in sorted(rows, key=lambda row: row.step_seconds):
-        mark = "->" if row is best else "  "
-        yield (
-            f"  {mark} {row.setup!s:32} {row.micro:>11} {row.step_seconds:>9.3g} "
-            f"{len(row.steps):>6}"
-        )
-
-
-def rows_to_text(rows: Sequence[Timed], *, seconds: float) -> str:
-    """What the cache keeps."""
-    return json.dumps({"seconds": seconds, "rows": [row.to_json() for row in rows]}) + "\n"
-
-
-def rows_from(path: Path) -> tuple[list[Timed], float]:
-    """What the cache has kept. Raises ValueError for a file that is damaged."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Timed.from_json(row) for row in tree["rows"]]
-        seconds = float(tree["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r})") from error
-    if not rows:
-        raise ValueError(f"{path} is damaged (no rows)")
-    return rows, seconds

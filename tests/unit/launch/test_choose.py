@@ -18,12 +18,12 @@ from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.environment import usable_cores
-from shoal.launch import choose, local, tune
+from shoal.launch import choose, local, timings, tune
+from shoal.launch.candidates import Timed, best_of
 from shoal.launch.choose import check_decision_respects_recipe
 from shoal.launch.devices import on_devices
 from shoal.launch.refuse import refuse_illegal
 from shoal.launch.summary import last_words
-from shoal.launch.tune import Timed, best_of
 from shoal.layout import Layout
 from shoal.observe.console import Console
 from shoal.plan.from_recipe import config_of, workload_of
@@ -136,7 +136,7 @@ def test_a_damaged_cache_is_said_and_made_anew(
     assert "; timed in " in decision.reason
     assert "timed before" in chosen(bench)[0].reason
     formats.write_text(json.dumps({"devices": 0}))
-    assert "expected compute, device_name" in chosen(bench)[1]
+    assert "KeyError('device_name')" in chosen(bench)[1]
 
 
 def test_other_recipes_are_timed_apart_and_what_bears_on_no_time_is_not(
@@ -147,7 +147,7 @@ def test_other_recipes_are_timed_apart_and_what_bears_on_no_time_is_not(
     same = chosen(bench, "train.steps=7", "train.optimizer={kind: adamw, learning_rate: 1.0e-4}")
     assert "timed before" in same[0].reason
     assert "timed in" in chosen(bench, "train.global_batch_samples=8")[0].reason
-    monkeypatch.setattr(choose, "version", lambda name: "9.9")
+    monkeypatch.setattr(timings, "version", lambda name: "9.9")
     assert "timed in" in chosen(bench)[0].reason
 
 
@@ -170,8 +170,8 @@ def test_what_cannot_be_timed_falls_back_to_all_cores(
     decision, _ = chosen(bench)
     assert decision.setup.count * decision.setup.threads == usable_cores()
     assert decision.reason.endswith("not timed (no setup was ready within 1 s)")
-    monkeypatch.setattr(choose, "free_memory_bytes", lambda: 1000)
-    assert chosen(bench)[0].reason.endswith("not timed (too large to try out)")
+    monkeypatch.setattr(timings, "free_memory_bytes", lambda: 1000)
+    assert chosen(bench)[0].reason.endswith("beside one another)")
 
 
 def test_a_recipe_that_no_worker_can_build_is_told_before_it_starts(bench: Bench) -> None:

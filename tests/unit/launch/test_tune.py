@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +13,17 @@ import pytest
 
 from shoal.config.load import load_recipe
 from shoal.engine.decision import Decision, WorkerSetup
-from shoal.launch import tune
-from shoal.launch.tune import (
+from shoal.launch import timings, tune
+from shoal.launch.candidates import (
     Timed,
-    Tuner,
     best_of,
     in_one_moment,
     micro_batches_of,
-    rows_from,
-    rows_to_text,
     setups_of,
 )
+from shoal.launch.tune import Tuner
 from shoal.layout import Layout
+from shoal.observe.console import Console
 
 THREADS, PROCESSES = WorkerSetup("threads", 2, 1), WorkerSetup("processes", 2, 1)
 BOTH_CORES, ONE_CORE = WorkerSetup("processes", 1, 2), WorkerSetup("processes", 1, 1)
@@ -105,24 +106,21 @@ def test_what_was_timed_longer_saw_other_moments() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{",
         "[]",
-        '{"rows": [], "seconds": 1}',
-        '{"rows": [{"workers": "threads"}], "seconds": 1}',
-        '{"rows": [{"workers": "threads", "count": 2, "threads": 1, "micro_batch_samples": 1, '
-        '"turns": [0.0]}], "seconds": 1}',
+        '[{"setup": {"workers": "threads"}}]',
+        '[{"setup": {"workers": "threads", "count": 2, "threads": 1}, "micro": 1, "steps": [0.0]}]',
+        '[{"setup": {"workers": "elves", "count": 2, "threads": 1}, "micro": 1, "steps": [1.0]}]',
     ],
 )
 def test_a_damaged_file_of_timings_is_named(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "timed.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"timed\.json is damaged"):
-        rows_from(path)
+    path, out = tmp_path / "timed.json", io.StringIO()
     rows = [Timed(THREADS, 2, [1.0, 2.0]), Timed(ONE_CORE, 1, [3.0])]
-    path.write_text(rows_to_text(rows, seconds=5.0))
-    found, seconds = rows_from(path)
+    path.write_text(json.dumps([row.to_json() for row in rows]))
+    found = timings._kept(path, console=Console(out=out))
     assert [each.to_json() for each in found] == [each.to_json() for each in rows]
-    assert seconds == 5.0
+    path.write_text(text)
+    assert timings._kept(path, console=Console(out=out)) == []
+    assert f"warning: {path} is damaged (" in out.getvalue()
 
 
 class Pretended(Tuner):

@@ -31,8 +31,8 @@ from shoal.launch.pool import Worker, WorkerPool
 from shoal.layout import Layout
 from shoal.observe.console import Console
 
-TUNE_SECONDS = 8.0
-"""What all of it may take, once the workers' imports are done."""
+TUNE_SECONDS = 7.0
+"""What all of it may take, once the workers' imports are done; 8 s with their start and end."""
 
 _TARGET = "shoal.engine.timing:run"
 _TURN_SECONDS = 0.25  # shorter turns take several steps
@@ -135,15 +135,14 @@ class Tuner:
 
     def _time(self, setups: Sequence[WorkerSetup], rows: list[Timed]) -> None:
         """Warm up, time the setups, then the micro batches of the best."""
+        least = micro_batches_of(self._recipe, count=setups[0].count)[0]
+        self._warm_up(setups, micro=least)
         able = [setup for setup in setups if not self._companies[_key(setup)].lost]
-        if not able:
+        probe = self._turn_of(able[0], micro=least, samples=least) if able else {}
+        if not probe:
             return
-        first = able[0]
+        first, each = able[0], probe["passes"] / least
         options = micro_batches_of(self._recipe, count=first.count)
-        least = options[0]
-        self._warm_up(able, micro=least)
-        probe = self._turn_of(first, micro=least, samples=least)
-        each = probe["passes"] / least
         tokens = self._recipe.data.sequence_tokens
         fitting = [n for n in options if n * tokens <= _MICRO_TOKENS]
         micro = max([n for n in fitting if n * each <= _LONGEST_SECONDS] or [least])
@@ -177,7 +176,7 @@ class Tuner:
 
     def _warm_up(self, setups: Sequence[WorkerSetup], *, micro: int) -> None:
         """All at once: only what follows counts."""
-        for setup in {_key(setup): setup for setup in setups}.values():
+        for setup in {_key(setup): setup for setup in reversed(setups)}.values():
             self._order(setup, micro=micro, samples=micro, times=1)
         chosen = [self._companies[_key(setup)] for setup in setups]
         self._hear(lambda: all(each.answer is not None or each.lost for each in chosen))

@@ -50,9 +50,9 @@ class Workload:
 class Candidate:
     """One way to run a workload: a layout and everything else that decides time and memory.
 
-    `recompute_share` of the blocks are recomputed. `level` says what the shard axis splits
-   : optimizer state only, gradients too, or parameters too. `chunks` is the number of
-    stages per rank of a looped or V schedule.
+     `recompute_share` of the blocks are recomputed. `level` says what the shard axis splits
+    : optimizer state only, gradients too, or parameters too. `chunks` is the number of
+     stages per rank of a looped or V schedule.
     """
 
     layout: Layout

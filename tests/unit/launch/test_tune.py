@@ -140,7 +140,7 @@ class Pretended(Tuner):
 
     def _start(self, setups, *, folder: str) -> None:
         self._clock[0] += 2.0  # building
-        self._companies = {tune._key(each): tune._Company([], built=True) for each in setups}
+        self._sets = {tune._key(each): tune._WorkerSet([], built=True) for each in setups}
 
     def _warm_up(self, setups, *, micro: int) -> None:
         self._clock[0] += 1.0

@@ -67,12 +67,6 @@ class Prediction:
             "state_bytes": self.peak.states,
         }
 
-    @property
-    def exposed_seconds(self) -> float:
-        """Communication that compute does not hide."""
-        axes = ("tensor", "context", "expert", "shard", "replicate", "pipeline")
-        return sum(self.seconds.get(axis, 0.0) for axis in axes)
-
 
 @dataclass(frozen=True)
 class Estimator:

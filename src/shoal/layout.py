@@ -123,13 +123,13 @@ class Share:
         return self.stop - self.start
 
 
-def split_evenly(count: int, parts: int, index: int, *, grain: int = 1) -> Share:
-    """Contiguous part `index` of `count` items in whole grains; sizes differ by one grain at most.
+def split_evenly(count: int, parts: int, index: int, *, multiple: int = 1) -> Share:
+    """Contiguous part `index` of `count` items in multiples of `multiple`, as even as they can be.
 
-    Raises ValueError when `count` is not a multiple of `grain`.
+    Raises ValueError when `count` is not such a multiple.
     """
-    if count % grain:
-        raise ValueError(f"{count} is not a multiple of the grain {grain}")
-    grains = count // grain
-    start, stop = grains * index // parts, grains * (index + 1) // parts
-    return Share(start * grain, stop * grain)
+    if count % multiple:
+        raise ValueError(f"{count} is not a multiple of {multiple}")
+    units = count // multiple
+    start, stop = units * index // parts, units * (index + 1) // parts
+    return Share(start * multiple, stop * multiple)

@@ -20,7 +20,7 @@ from shoal.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerInfo:
     """Where a worker runs."""
 
     rank: int
@@ -143,7 +143,7 @@ def wait_for_arrivals(store: Path, *, rank: int, size: int, give_up: Callable[[]
     return True
 
 
-def start_worker(place: Place, *, seed: int) -> None:
+def start_worker(place: WorkerInfo, *, seed: int) -> None:
     """Threads and global seed of this worker; called in every thread that computes."""
     torch.set_num_threads(place.threads)
     torch.manual_seed(seed)  # nothing that matters draws from it; see models/init.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from shoal.checkpoint.boxes import Box
 from shoal.checkpoint.store import Reader
 from shoal.config.recipe import Recipe
 from shoal.engine.prepare import Inputs
+from shoal.engine.training import Training
 from shoal.errors import RunError
 from shoal.models import init
 from shoal.models.export import export
@@ -27,24 +28,13 @@ from shoal.models.piecewise import reading
 from shoal.models.stored import Weights, check_names
 from shoal.tasks.kinds import create
 
-if TYPE_CHECKING:
-    from shoal.engine.build import Training
-
 
 def fingerprint_of(training: Training) -> list[float]:
     """Logits that the model gives for a fixed row now, in float32.
 
     Of a model that was cut it is collective in each replica; raises PeersLost.
     """
-    replica = training.replica
-    if not replica.is_cut:
-        return fingerprint(replica.model)
-    replica.model.eval()
-    try:
-        logits = replica.logits(fingerprint_sample(replica.model))[0]
-    finally:
-        replica.model.train()
-    return fingerprint_values(logits if logits.dim() == 1 else logits[-1])
+    return fingerprint_values(training.passes.logits(fingerprint_sample(training.model))[0])
 
 
 def write_model(training: Training, *, out: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shoal.observe.pulse import Beat
 
-WAITS = ("waiting for an epoch", "meeting the others")
+WAITS = ("waiting for a generation", "meeting the others")
 """Phases in which a worker waits for others, or for the supervisor."""
 LONG = (
     "starting",

@@ -20,11 +20,12 @@ from shoal.comm.messages import broadcast_json
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import Recipe
-from shoal.engine.agree import check_same_program
-from shoal.engine.decision import Decision, given_layout
+from shoal.engine.decision import given_layout
+from shoal.engine.job import Job
 from shoal.engine.measure import measured_formats
+from shoal.engine.membership.agree import check_same_program
 from shoal.engine.prepare import prepare_inputs
-from shoal.engine.worker import Seat, job_from, run_seat
+from shoal.engine.worker import WorkerArguments, run_worker
 from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
@@ -95,13 +96,14 @@ def _join(recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None) -> i
     payload = broadcast_json(ProcessGroup(), payload)
     if "status" in payload:
         return int(payload["status"])
-    place = Seat(seat.rank, seat.world_size, seat.local_rank)
+    job = Job.from_json(payload)
+    arguments = WorkerArguments(seat.rank, seat.world_size, seat.local_rank)
     if seat.rank != 0:
         with open(os.devnull, "wb") as nowhere:
-            return run_seat(job_from(payload), seat=place, report=Report(nowhere.fileno()))
+            return run_worker(job, arguments=arguments, report=Report(nowhere.fileno()))
     console.steps = recipe.train.steps
-    with hold(Path(payload["run"])):
-        return _lead(payload, place=place, console=console, recipe=name)
+    with hold(job.run):
+        return _lead(job, arguments=arguments, console=console, recipe=name)
 
 
 def _prepare(
@@ -117,16 +119,10 @@ def _prepare(
     console.phase(f"plan: {decision}")
     write_whole(run / "config.yaml", to_yaml(recipe))
     write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "run": str(run.resolve()),
-        "inputs": inputs.to_json(),
-        "decision": decision.to_json(),
-        "resume": False,
-    }
+    return Job(recipe=recipe, run=run, inputs=inputs, decision=decision).to_json()
 
 
-def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str) -> int:
+def _lead(job: Job, *, arguments: WorkerArguments, console: Console, recipe: str) -> int:
     """Train as rank 0, showing what it reports; then write the summary."""
     read, write = os.pipe()
     attempt = Attempt(console)
@@ -139,7 +135,7 @@ def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str
     listener = threading.Thread(target=show, name="reports")
     listener.start()
     try:
-        status = run_seat(job_from(payload), seat=place, report=Report(write))
+        status = run_worker(job, arguments=arguments, report=Report(write))
     finally:
         os.close(write)
         listener.join()
@@ -148,8 +144,6 @@ def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str
     if attempt.stopped is not None:
         print(f"shoal: {attempt.stopped}", file=sys.stderr)
     if attempt.done is not None:
-        run = Path(payload["run"])
-        decision = Decision.from_json(payload["decision"])
-        summary = write_summary(run, done=attempt.done, decision=decision)
-        print("\n".join(last_words(run, summary, recipe=recipe)))
+        summary = write_summary(job.run, done=attempt.done, decision=job.decision)
+        print("\n".join(last_words(job.run, summary, recipe=recipe)))
     return status

@@ -161,7 +161,7 @@ def paced(*seconds: float, steps: int = 12) -> list[int]:
     pace, named = Pace(), []
     for step in range(steps):
         for rank, own in enumerate(seconds):
-            message = {"epoch": 1, "rank": rank, "step": step, "compute_seconds": own}
+            message = {"generation": 1, "rank": rank, "step": step, "compute_seconds": own}
             if (slow := pace.note(message)) is not None:
                 named.append(slow["rank"])
     return named

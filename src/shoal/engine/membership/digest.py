@@ -15,6 +15,7 @@ from torch import Tensor
 from shoal.comm.group import Group
 from shoal.comm.messages import gather_json
 from shoal.engine.state import FlatState
+from shoal.layout import Layout
 
 
 def hash_of(tensor: Tensor) -> int:
@@ -23,11 +24,12 @@ def hash_of(tensor: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(plain.data)
 
 
-def digest_of(state: FlatState) -> int:
-    """One 64-bit hash of parameters and optimizer state."""
+def digest_of(state: FlatState, *, everything: bool = False) -> int:
+    """One 64-bit hash of what replicas must have alike; `everything`: of all that is handed on."""
     total = xxhash.xxh3_64()
-    for vector in (state.values, *state.moments.values()):
-        total.update(hash_of(vector).to_bytes(8, "little"))
+    for vector in state.vectors.values():
+        if vector.equal or everything:
+            total.update(hash_of(vector.tensor).to_bytes(8, "little"))
     return total.intdigest()
 
 
@@ -38,45 +40,45 @@ Move = tuple[int, list[int]]
 class ReplicasDiffer(Exception):
     """Ranks that must be equal are not; raised on every rank, with everybody's digest.
 
-    `places`: ranks of one replica, each of which has a part of its own; rank r is at place
-    r % places, and equal to the ranks at that place in the other replicas.
+    `layout` says who must be equal: the ranks at one position, one of each replica.
     """
 
-    def __init__(self, digests: Sequence[int], *, places: int = 1) -> None:
-        self.digests, self.places = list(digests), places
+    def __init__(self, digests: Sequence[int], *, layout: Layout) -> None:
+        self.digests, self.layout = list(digests), layout
         super().__init__(f"replicas hold different states: {self.digests}")
 
     def repairs(self) -> list[Move] | None:
-        """Who gives whom its state: at each place the majority; None where there is none."""
+        """Who gives whom its state: at each position the majority; None where there is none."""
         moves: list[Move] = []
-        for place in range(self.places):
-            ranks = range(place, len(self.digests), self.places)
-            own = {rank: self.digests[rank] for rank in ranks}
+        for replica_rank in range(self.layout.replica_workers):
+            own = {rank: self.digests[rank] for rank in self.layout.peers(replica_rank)}
             value, count = Counter(own.values()).most_common(1)[0]
             if count == len(own):
                 continue
             if 2 * count <= len(own):
                 return None
-            good = [rank for rank in ranks if own[rank] == value]
-            moves.append((good[0], [rank for rank in ranks if own[rank] != value]))
+            good = [rank for rank in own if own[rank] == value]
+            moves.append((good[0], [rank for rank in own if own[rank] != value]))
         return moves
 
 
-def compare(digests: Sequence[int], *, places: int = 1) -> None:
-    """Raises ReplicasDiffer unless ranks at one place have one digest."""
-    if any(len(set(digests[place::places])) > 1 for place in range(places)):
-        raise ReplicasDiffer(digests, places=places)
+def compare(digests: Sequence[int], *, layout: Layout) -> None:
+    """Raises ReplicasDiffer unless the ranks at each position have one digest."""
+    for replica_rank in range(layout.replica_workers):
+        if len({digests[rank] for rank in layout.peers(replica_rank)}) > 1:
+            raise ReplicasDiffer(digests, layout=layout)
 
 
-def differing_tensors(group: Group, state: FlatState) -> dict[str, list[int]]:
-    """`kind name` -> ranks whose tensor is not what most at their place have (a tie: all)."""
-    kinds, places = ("parameter", *state.moments), state.cut.workers
+def differing_tensors(group: Group, state: FlatState, *, layout: Layout) -> dict[str, list[int]]:
+    """`kind name` -> ranks whose tensor is not what most of their peers have (a tie: all)."""
+    kinds = [kind for kind, vector in state.vectors.items() if vector.equal]
     own = {f"{k} {name}": hash_of(t) for k in kinds for name, t in state.named(k).items()}
     everybody = gather_json(group, {name: f"{value:016x}" for name, value in own.items()})
     found: dict[str, list[int]] = {}
-    for name in own:
-        for place in range(places):
-            values = {rank: everybody[rank][name] for rank in range(place, group.size, places)}
+    for replica_rank in range(layout.replica_workers):
+        peers = layout.peers(replica_rank)
+        for name in everybody[peers[0]]:
+            values = {rank: everybody[rank][name] for rank in peers}
             usual, count = Counter(values.values()).most_common(1)[0]
             if count < len(values):
                 tie = 2 * count <= len(values)

@@ -14,16 +14,14 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shoal.checkpoint.files import Files
+from shoal.engine.training import Training
 from shoal.observe.events import Report
-
-if TYPE_CHECKING:
-    from shoal.engine.build import Training
 
 PHASES = ("batches", "verify", "forward", "backward", "reduce", "apply", "commit", "save")
 """Where a fault may strike, as the pulse names it; `reducing` is inside the reduction."""
@@ -44,6 +42,14 @@ KINDS = {
 }
 """Kinds, and the phase each strikes in unless another is given."""
 _ALLOCATION_BYTES = 64 * 2**20
+
+
+def attach(
+    faults: Iterable[dict[str, Any]], training: Training, report: Report, *, rank: int
+) -> None:
+    """Let worker `rank` commit its faults when they are due."""
+    planned = PlannedFaults(faults, rank, training, report)
+    training.ranks.world.pulse.on_mark = planned.mark
 
 
 class PlannedFaults:
@@ -86,11 +92,11 @@ class PlannedFaults:
         elif kind == "slow":
             self._slow_seconds = float(argument or 0.2)
         elif kind in ("nan", "spike"):
-            training.forward_backward.poison = float("nan") if kind == "nan" else 1e6
+            training.step.poison = float("nan") if kind == "nan" else 1e6
         elif kind == "flip-parameter":
             flip_bit(training.state.values, argument)
         elif kind == "flip-optimizer":
-            flip_bit(next(reversed(training.state.moments.values())), argument)
+            flip_bit(list(training.state.vectors.values())[-1].tensor, argument)
         elif kind == "disk-full":
             training.store.files = FullOnce(training.store.files)
         elif kind == "out-of-memory":

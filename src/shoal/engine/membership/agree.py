@@ -1,4 +1,4 @@
-"""What ranks agree on when an epoch begins: that they are the same program, and one state.
+"""What ranks agree on when a generation begins: that they are the same program, and one state.
 
 Every rank says where it stands. The newest step that a living rank has applied counts: its
 reduction was complete, so it is the step that all would have taken. Whoever is behind, or new,
@@ -21,16 +21,17 @@ from shoal.comm.channel import Donor, fetch
 from shoal.comm.group import Group
 from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
-from shoal.engine.digest import Move, digest_of
+from shoal.engine.membership.digest import Move, digest_of
 from shoal.engine.state import FlatState
 from shoal.errors import ChannelError, PeersLost, RunError, WorkerError
+from shoal.layout import Layout
 
 FRESH = -1
 """Step of a rank that has no state yet."""
 
 
 @dataclass
-class Standing:
+class Position:
     """Where one rank stands between two steps."""
 
     step: int = FRESH
@@ -78,40 +79,49 @@ def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def agree(
-    group: Group, standing: Standing, *, state: FlatState, keys: Keys | None = None, epoch: int = 0
-) -> Standing:
-    """One standing for all ranks; `state` is filled where it was behind.
+    group: Group,
+    position: Position,
+    *,
+    state: FlatState,
+    layout: Layout,
+    keys: Keys | None = None,
+    generation: int = 0,
+) -> Position:
+    """One position for all ranks; `state` is filled where it was behind.
 
-    A rank gets its state from one at its own place in another replica. The step is FRESH when
-    nobody has a state yet. Raises WorkerError when the states differ after the transfer, or when
-    no step is there in all its parts.
+    A rank gets its state from one at its own position in another replica; `layout` says who that
+    is. The step is FRESH when nobody has a state yet. Raises WorkerError when the states differ
+    after the transfer, or when no step is there in all its parts.
     """
-    own = asdict(standing)
+    own = asdict(position)
     facts = own.pop("facts")
     everybody = gather_json(group, own)
     newest = max(each["step"] for each in everybody)
     if newest == FRESH:
-        return Standing()
+        return Position()
     holders = [rank for rank, each in enumerate(everybody) if each["step"] == newest]
     moves: list[Move] = []
-    places = state.cut.workers
-    for place in range(places):
-        here = range(place, group.size, places)
-        able = [rank for rank in here if rank in holders]
+    for replica_rank in range(layout.replica_workers):
+        peers = layout.peers(replica_rank)
+        able = [rank for rank in peers if rank in holders]
         if not able:
-            raise WorkerError(f"nobody holds place {place} of the model at step {newest} any more")
-        behind = [rank for rank in here if rank not in holders]
+            raise WorkerError(
+                f"nobody holds part {replica_rank} of the model at step {newest} any more"
+            )
+        behind = [rank for rank in peers if rank not in holders]
         if behind:
             moves.append((able[0], behind))
     if moves:
-        transfer(group, state, moves=moves, keys=keys, epoch=epoch)
-    facts = broadcast_json(group, facts, source=holders[0])
+        transfer(group, state, layout=layout, moves=moves, keys=keys, generation=generation)
+    theirs = broadcast_json(group, facts, source=holders[0])
+    if group.rank in holders and "policy" in facts:
+        theirs["policy"] = facts["policy"]  # belongs to the state that it keeps
     known = [everybody[rank] for rank in holders]
-    return Standing(
+    return Position(
         newest,
         evaluated_at=min(each["evaluated_at"] for each in known),
         saved_at=min(each["saved_at"] for each in known),
-        facts=facts,
+        facts=theirs,
     )
 
 
@@ -119,9 +129,10 @@ def transfer(
     group: Group,
     state: FlatState,
     *,
+    layout: Layout,
     moves: Sequence[Move],
     keys: Keys | None = None,
-    epoch: int = 0,
+    generation: int = 0,
 ) -> None:
     """Give ranks the state of others, bit for bit, as `moves` says; all ranks call it.
 
@@ -129,28 +140,30 @@ def transfer(
     replica is then one rank). Raises PeersLost when a source goes meanwhile, WorkerError when
     states differ afterwards.
     """
-    vectors = {"values": state.values, **state.moments}
+    vectors = {kind: vector.tensor for kind, vector in state.vectors.items()}
     if keys is None:
-        assert state.cut.workers == 1, "a broadcast reaches every rank"
+        assert layout.replica_workers == 1, "a broadcast reaches every rank"
         for source, _ in moves:
             for vector in vectors.values():
                 group.broadcast_(vector, source=source)
     else:
         source_of = {rank: source for source, ranks in moves for rank in ranks}
         gives = group.rank in source_of.values()
-        donor = Donor(vectors, keys=keys, epoch=epoch) if gives else None
+        donor = Donor(vectors, keys=keys, generation=generation) if gives else None
         try:
             addresses = gather_json(group, donor and donor.address)
             if group.rank in source_of:
                 address = addresses[source_of[group.rank]]
-                fetch(address, keys=keys, epoch=epoch, timeout_seconds=600.0, into=vectors)
+                fetch(
+                    address, keys=keys, generation=generation, timeout_seconds=600.0, into=vectors
+                )
             group.barrier()
         except ChannelError as error:
             raise PeersLost(f"the state of another rank did not arrive: {error}") from None
         finally:
             if donor is not None:
                 donor.close()
-    digests = gather_json(group, f"{digest_of(state):016x}")
+    digests = gather_json(group, f"{digest_of(state, everything=True):016x}")
     for source, ranks in moves:
         got = [digests[source], *(digests[rank] for rank in ranks)]
         if len(set(got)) > 1:

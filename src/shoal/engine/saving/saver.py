@@ -1,6 +1,6 @@
-"""When a save happens: at once, or behind the back of the loop, which then only waits for a copy.
+"""Saves: behind the back of the loop, which only waits for a copy; the last one is waited for.
 
-In the background a save is a copy of this rank's part into memory that is kept for the purpose
+A save is a copy of this rank's part into memory that is kept for the purpose
 (the stall), then a thread that writes, hashes and flushes it. The ranks meet in the hidden folder
 of the save only, never in the training's process group: each leaves a report beside its part once
 the part is on the disk; rank 0 publishes when it has all reports of this step and this attempt.
@@ -27,9 +27,10 @@ from shoal.checkpoint.manifest import Part
 from shoal.checkpoint.store import Piece, Store
 from shoal.comm.group import Group
 from shoal.comm.messages import broadcast_json
-from shoal.engine.saving import attempted, pieces_of, save
+from shoal.engine.saving.parts import pieces_of
 from shoal.engine.state import FlatState
-from shoal.errors import RunError
+from shoal.errors import RunError, disk_problem
+from shoal.layout import Layout
 
 Note = tuple[str, dict[str, Any]]
 """An event: its name and its fields."""
@@ -40,6 +41,16 @@ _FAILED = "the next save tries again; the checkpoints before it are as they were
 
 class _NotPublished(Exception):
     """Why a save under way does not become a checkpoint."""
+
+
+def _attempted(call: Callable[[], object]) -> str | None:
+    """Do it; what the disk had against it, in words, or None."""
+    try:
+        call()
+    except OSError as error:
+        full = disk_problem(error)
+        return full or f"{error.strerror or error} ({error.filename or 'file'})"
+    return None
 
 
 class Snapshot:
@@ -80,6 +91,8 @@ class _Save:
     thread: threading.Thread | None = None
     collecting: bool = False
     """Waits for the other ranks' reports only."""
+    problem: str | None = None
+    """Why it failed, once its thread has ended."""
 
 
 class Saver:
@@ -126,26 +139,42 @@ class Saver:
         state: FlatState,
         *,
         group: Group,
+        layout: Layout,
         step: int,
         facts: Callable[[], dict[str, Any]],
-        random_state: str,
+        random_state: str = "",
+        equal: bool = True,
         last: bool = False,
         while_waiting: Callable[[], object] = lambda: None,
     ) -> None:
         """Save `step`; nobody may change `state` during the call.
 
-        `facts`: gives, on rank 0, what the manifest holds. `last`: nothing follows, so it is
-        written at once and a failure is an error (RunError on every rank). A failure of any other
-        is a note, and the run goes on. `while_waiting`: called now and then during a wait.
+        `facts`: gives, on rank 0, what the manifest holds. `equal`: whether replicas hold the same
+        parameters now. `last`: nothing follows, so it is waited for and a failure is an error
+        (RunError on every rank). A failure of any other is a note, and the run goes on.
+        `while_waiting`: called now and then during a wait; raises what should end it.
         """
         began = time.monotonic()
+        waited_for = last or not self.background
         free = self._wait(step, while_waiting)
-        told = facts() if group.rank == 0 else {}
-        if last or not self.background:
+        if waited_for:
             self.leave()
-            self._now(state, group=group, step=step, facts=told, own=random_state, last=last)
-        elif free and not (group.shares_memory and group.rank):
-            self._behind(state, group=group, step=step, facts=told, own=random_state, began=began)
+        known = facts() if group.rank == 0 else {}
+        if waited_for or free:
+            running = None
+            if not (group.shares_memory and group.rank):
+                rank, among = (0, Layout()) if group.shares_memory else (group.rank, layout)
+                token = self._agree_on_token(group)
+                found = pieces_of(state, rank=rank, layout=among, equal=equal)
+                pieces = list(found) if waited_for else self._snapshot.take(found)
+                running = _Save(
+                    step, rank, among.workers, token, pieces, known, random_state, began=began
+                )
+                self._begin(running)
+            if waited_for:
+                self._see_to_its_end(
+                    running, group=group, step=step, last=last, while_waiting=while_waiting
+                )
         self.stall_seconds.append(time.monotonic() - began)
 
     def wait(self, *, timeout_seconds: float) -> bool:
@@ -183,69 +212,52 @@ class Saver:
         self._notes.put(("save-waited" if free else "save-skipped", {**fields, "text": text}))
         return free
 
-    def _now(
-        self,
-        state: FlatState,
-        *,
-        group: Group,
-        step: int,
-        facts: dict[str, Any],
-        own: str,
-        last: bool,
-    ) -> None:
-        began = time.monotonic()
-        try:
-            where = save(
-                self.store,
-                state,
-                group=group,
-                step=step,
-                facts=facts,
-                keep=self.keep,
-                random_state=own,
-            )
-        except RunError as error:
-            if last:
-                raise
-            text = f"{error}, or wait: the next save tries again"
-            self._notes.put(("save-failed", {"step": step, "text": text}))
-            return
-        seconds = time.monotonic() - began
-        fields = {"step": step, "seconds": seconds, "stall_seconds": seconds, "at": where.name}
-        self._notes.put(("saved", fields))
-
-    def _behind(
-        self,
-        state: FlatState,
-        *,
-        group: Group,
-        step: int,
-        facts: dict[str, Any],
-        own: str,
-        began: float,
-    ) -> None:
-        rank, size = (0, 1) if group.shares_memory else (group.rank, group.size)
-        if not self._token:  # once for these ranks; they are all here
+    def _agree_on_token(self, group: Group) -> str:
+        """The hidden folder's mark: once for these ranks, which are all here then."""
+        if not self._token:
             made = secrets.token_hex(8)
-            self._token = made if size == 1 else broadcast_json(group, made)
-        pieces = self._snapshot.take(pieces_of(state, rank=rank, size=size))
-        running = _Save(step, rank, size, self._token, pieces, facts, own, began=began)
-        running.stall_seconds = time.monotonic() - began
+            alone = group.size == 1 or group.shares_memory
+            self._token = made if alone else broadcast_json(group, made)
+        return self._token
+
+    def _begin(self, running: _Save) -> None:
+        running.stall_seconds = time.monotonic() - running.began
         running.thread = threading.Thread(
-            target=self._work, args=(running,), name=f"save-{step}", daemon=True
+            target=self._work, args=(running,), name=f"save-{running.step}", daemon=True
         )
         self._running = running
         running.thread.start()
+
+    def _see_to_its_end(
+        self,
+        running: _Save | None,
+        *,
+        group: Group,
+        step: int,
+        last: bool,
+        while_waiting: Callable[[], object],
+    ) -> None:
+        """Wait until the save is published or has failed; all ranks learn which."""
+        while running is not None and not self.wait(timeout_seconds=_LOOK_SECONDS):
+            while_waiting()
+        problem = broadcast_json(group, running.problem if running is not None else None)
+        if problem is not None and last:
+            raise RunError(
+                f"{self.store.folder}: step {step} could not be saved: {problem}. The checkpoints "
+                "before it are as they were; put that right (checkpoint.keep=1 takes least room) "
+                "and resume the run"
+            )
 
     # --- in the thread
 
     def _work(self, running: _Save) -> None:
         try:
-            problem = attempted(lambda: self._write(running))
+            problem = _attempted(lambda: self._write(running))
         except _NotPublished as error:
             problem = str(error)
         except Exception as error:  # a thread's error would be nobody's
             problem = f"{type(error).__name__}: {error}"
+        running.problem = problem
         if problem is None:
             return
         writing = self.store.writing(running.step, token=running.token)

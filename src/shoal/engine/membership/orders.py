@@ -1,4 +1,4 @@
-"""What the supervisor asks of a worker: a new epoch, a save, a stop; heard by its own thread."""
+"""What the supervisor asks of a worker: a generation, a save, a stop; heard by its own thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Epoch:
+class Generation:
     """Who belongs together from now on: this worker's rank among `size`, and where they meet."""
 
     number: int
@@ -25,9 +25,9 @@ class Orders:
 
     stop: threading.Event = field(default_factory=threading.Event)
     save: threading.Event = field(default_factory=threading.Event)
-    broken_epoch: int = -1
-    """The newest epoch that lost a rank: no sum of it completes any more."""
-    _epoch: Epoch | None = None
+    broken_generation: int = -1
+    """The newest generation that lost a rank: no sum of it completes any more."""
+    _generation: Generation | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def listen(self, descriptor: int) -> Orders:
@@ -35,12 +35,12 @@ class Orders:
         threading.Thread(target=self._hear, args=(descriptor,), name="orders", daemon=True).start()
         return self
 
-    def newer_than(self, number: int) -> Epoch | None:
-        """The newest epoch announced, when it is newer than `number`."""
-        epoch = self._epoch
-        return epoch if epoch is not None and epoch.number > number else None
+    def newer_than(self, number: int) -> Generation | None:
+        """The newest generation announced, when it is newer than `number`."""
+        generation = self._generation
+        return generation if generation is not None and generation.number > number else None
 
-    def wait_for_newer(self, number: int, *, timeout_seconds: float) -> Epoch | None:
+    def wait_for_newer(self, number: int, *, timeout_seconds: float) -> Generation | None:
         """As `newer_than`, waiting for one; None after `timeout_seconds`."""
         with self._changed:
             self._changed.wait_for(
@@ -67,10 +67,10 @@ class Orders:
         elif order["order"] == "stop":
             self.stop.set()
         elif order["order"] == "lost":
-            self.broken_epoch = int(str(order["number"]))
-        elif order["order"] == "epoch":
+            self.broken_generation = int(str(order["number"]))
+        elif order["order"] == "generation":
             with self._changed:
-                self._epoch = Epoch(
+                self._generation = Generation(
                     int(str(order["number"])),
                     int(str(order["rank"])),
                     int(str(order["size"])),

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.checkpoint.boxes import Box
-from shoal.checkpoint.store import Piece, Store
+from shoal.boxes import Box, Piece
+from shoal.checkpoint.store import Store
 from shoal.errors import CheckpointError
 
 shapes = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
@@ -50,7 +50,7 @@ def split(box: Box, draw: st.DataObject, *, depth: int) -> list[Box]:
 def test_boxes_meet_in_their_common_elements(draw: st.DataObject, shape: tuple[int, ...]) -> None:
     first, second = draw.draw(boxes_in(shape)), draw.draw(boxes_in(shape))
     common = mask(first, shape) & mask(second, shape)
-    met = first.meet(second)
+    met = first.intersection(second)
     assert torch.equal(mask(met, shape), common)
     assert (met.numel if met else 0) == int(common.sum())
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box
 from shoal.errors import CheckpointError
 from shoal.untrusted import MOST_DIMS, MOST_ELEMENTS, MOST_TENSORS, is_plain_name, open_plain
 

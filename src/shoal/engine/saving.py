@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from shoal.boxes import Piece
 from shoal.checkpoint.manifest import Part
-from shoal.checkpoint.store import Piece, Reader, Store
+from shoal.checkpoint.store import Reader, Store
 from shoal.comm.group import Group
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.config.locked import LOCKED, changed
@@ -19,7 +21,7 @@ from shoal.engine.state import FlatState
 from shoal.errors import RunError, disk_problem
 
 
-def pieces_of(state: FlatState, *, rank: int, size: int) -> Iterator[Piece]:
+def pieces_of(state: FlatState, *, rank: int, size: int) -> Iterator[Piece[Tensor]]:
     """What `rank` writes: every box belongs to one of the ranks that have it, bytes spread evenly.
 
     Ranks that have a box in common agree on who writes it without asking: those at one place along

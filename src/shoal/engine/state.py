@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box, Slot
 from shoal.comm.flat import FlatLayout
 from shoal.comm.group import Group
 from shoal.config.recipe import Muon, OptimizerSection
 from shoal.errors import ConfigError, Problem, nearest
 from shoal.layout import Layout
-from shoal.parallel.held import Piece, Slot, all_slots, placed_of
+from shoal.parallel.held import Piece, all_slots, placed_of
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum_buffer")}
 """Optimizer states by kind of optimizer, by torch's own names."""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 # public by documentation, though its module is not: right for uneven shards (torch 2.13)
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box, Slot
 from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.placement import Placement
@@ -61,19 +61,6 @@ class Placed:
     def storage_device(self) -> torch.device:
         """Where parameters are stored."""
         return torch.device("cpu") if self.offloaded else self.mesh.device
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One box of a parameter, and where in this rank's tensor it begins (per dim)."""
-
-    box: Box
-    begins: tuple[int, ...]
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The part of `tensor`, which lies as the parameter's storage does; a view."""
-        ends = (low + size for low, size in zip(self.begins, self.box.sizes))
-        return tensor[tuple(slice(low, end) for low, end in zip(self.begins, ends))]
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,9 @@ def materialise(
     adopt(model, kept.__getitem__, slots.get)
     for name, pieces in held(model).items() if fill else ():
         for piece in pieces:
-            box = (piece.box.offsets, piece.box.sizes)
-            value = source.tensor(name, box=box) if source is not None else None
+            value = source.tensor(name, box=piece.box) if source is not None else None
             if value is None:
-                value = record.draw(name, seed=seed, box=box)
+                value = record.draw(name, seed=seed, box=piece.box)
             piece.tensor.copy_(value)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         for leaf, buffer in list(module._buffers.items()):

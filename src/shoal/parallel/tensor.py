@@ -71,7 +71,7 @@ def apply_tensor(model: nn.Module, anatomy: Anatomy, mesh: Mesh) -> Placed:
 
 def check_degree(model: nn.Module, anatomy: Anatomy, degree: int) -> None:
     """Raise ModelError when `model` cannot be cut over `degree` ranks of the tensor axis."""
-    check_placed(anatomy)
+    check_placed(anatomy.placements, family=anatomy.family)
     config: Any = model.config
     facts = facts_from_config(config.to_dict())
     legal = tensor_degrees(facts)

@@ -1,12 +1,8 @@
 """What is legal: which layout, policy and codec a model family supports, from config.json alone."""
 
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families import (
-    FAMILIES,
-    TENSOR_FAMILIES,
-    axes_of,
-    facts_from_config,
-)
+from shoal.legal.families.family import HEADS, Family
+from shoal.legal.families.table import axes_of, facts_from_config, family_of, known_families
 from shoal.legal.rules import (
     CODECS,
     IMPLEMENTED_AXES,
@@ -23,17 +19,19 @@ from shoal.legal.shrink import shrunk
 
 __all__ = [
     "CODECS",
-    "FAMILIES",
+    "HEADS",
     "IMPLEMENTED_AXES",
     "IMPLEMENTED_CODECS",
     "IMPLEMENTED_POLICIES",
     "POLICIES",
     "RECOMPUTE",
     "SHARD_LEVELS",
-    "TENSOR_FAMILIES",
+    "Family",
     "ModelFacts",
     "axes_of",
     "facts_from_config",
+    "family_of",
+    "known_families",
     "not_yet",
     "problems",
     "shrunk",

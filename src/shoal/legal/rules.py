@@ -7,7 +7,7 @@ from dataclasses import fields
 from shoal.errors import Problem, nearest
 from shoal.layout import Layout
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families import TENSOR_FAMILIES, axes_of
+from shoal.legal.families.table import axes_of, family_of
 
 POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk", "powersgd")
@@ -214,7 +214,9 @@ def not_yet(
         for field in fields(layout)
         if layout.degree(field.name) > 1 and field.name not in IMPLEMENTED_AXES
     ]
-    tabled = family is None or family in TENSOR_FAMILIES or "tensor" not in axes_of(family)
+    tabled = (
+        family is None or family_of(family).tensor is not None or "tensor" not in axes_of(family)
+    )
     if layout.tensor > 1 and not tabled:
         found.append(
             Problem(

@@ -17,7 +17,9 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.models.families.corrections import correction_of
+from shoal.legal import family_of
+from shoal.models.families.hidden import HIDDEN
+from shoal.models.families.logits import transform_of
 from shoal.models.passage import passage_of, passing
 from shoal.models.placement import Parts, Placement, placements_of
 
@@ -97,18 +99,18 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     Raises ModelError when the base model or its list of blocks cannot be found.
     """
     config: Any = model.config
-    correction = correction_of(config.model_type)
+    family = family_of(config.model_type)
     base_path = str(getattr(model, "base_model_prefix", ""))
     base = getattr(model, base_path, None) if base_path else None
     if base is None:
         base_path, base = "", model
-    blocks = _blocks_path(base, correction.blocks, model)
+    blocks = _blocks_path(base, family.blocks, model)
     dotted = f"{base_path}." if base_path else ""
-    lists = (dotted + blocks, *(dotted + each for each in correction.more_blocks))
+    lists = (dotted + blocks, *(dotted + each for each in family.more_blocks))
     parts = Parts(
         base=base_path,
         blocks=lists[0],
-        norm=_norm_path(base, correction.norm, blocks, config, dotted),
+        norm=_norm_path(base, family.norm, blocks, config, dotted),
         head=_head_path(model, base_path),
         ties=ties_of(model),
     )
@@ -122,7 +124,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         norm=parts.norm,
         head=parts.head,
         after_base=tuple(_dropouts_after(model, base_path)),
-        causal=correction.causal and not getattr(config, "is_encoder_decoder", False),
+        causal=family.causal and not getattr(config, "is_encoder_decoder", False),
         parameters=tuple(canonical_parameters(model)),
         ties=tuple(tuple(group) for group in parts.ties),
         placements=placements_of(model, parts),
@@ -136,16 +138,15 @@ def hidden_of(model: nn.Module, batch: dict[str, Tensor], *, step: int = 0) -> T
     document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
     pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout.
     """
-    config: Any = model.config
-    correction = correction_of(config.model_type)
+    family = family_of(_config(model).model_type)
     multiple = int(getattr(model, "shoal_sequence_multiple", 1))
     num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
     if num_tokens % multiple:
         batch = _padded(batch, length=-(-num_tokens // multiple) * multiple)
     with passing(passage_of(batch, step=step)):
-        if correction.hidden is not None:
-            return correction.hidden(model, batch)
-        inputs = _inputs(batch, first_position=correction.first_position(config))
+        if family.hidden is not None:
+            return HIDDEN[family.hidden](model, batch)
+        inputs = _inputs(model, batch)
         if getattr(model, "shoal_whole_logits", False):
             logits: Tensor = model(**inputs, use_cache=False).logits
             return logits
@@ -156,12 +157,12 @@ def hidden_of(model: nn.Module, batch: dict[str, Tensor], *, step: int = 0) -> T
     return hidden[:, :num_tokens] if num_tokens % multiple else hidden
 
 
-def _inputs(batch: dict[str, Tensor], *, first_position: int) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the model's own forward takes."""
-    taken = ("input_ids", "position_ids")
+    taken, config = ("input_ids", "position_ids"), _config(model)
     inputs: dict[str, Tensor] = {name: batch[name] for name in taken if name in batch}
-    if first_position and "position_ids" in inputs:
-        inputs["position_ids"] = inputs["position_ids"] + first_position
+    if family_of(config.model_type).positions_after_padding and "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"] + config.pad_token_id + 1
     return inputs
 
 
@@ -196,8 +197,7 @@ def logits_of(model: nn.Module) -> Logits:
             "    build it for a task (model.kind config or pretrained with task.kind)"
         )
     head = model.get_submodule(path)
-    config: Any = model.config
-    transform = correction_of(config.model_type).logits(config)
+    transform = transform_of(model.config)
     if transform is None:
         return head
     return lambda hidden: transform(head(hidden))
@@ -221,8 +221,7 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
     if anatomy.head is None:
         return anatomy
     batch = example_of(model, num_tokens=num_tokens)
-    config: Any = model.config
-    inputs = _inputs(batch, first_position=correction_of(config.model_type).first_position(config))
+    inputs = _inputs(model, batch)
     training = model.training
     model.eval()
     try:
@@ -271,7 +270,7 @@ def _blocks_path(base: nn.Module, corrected: str | None, model: nn.Module) -> st
             return path
     raise ModelError(
         f"{type(model).__name__}: found no list of {depth} blocks in its base model\n"
-        f"    the family {config.model_type!r} needs an entry in models/families"
+        f"    the family {config.model_type!r} needs an entry in legal/families"
     )
 
 
@@ -307,8 +306,7 @@ def _embedding_paths(model: nn.Module, blocks: str) -> Iterator[str]:
 
 def _head_path(model: nn.Module, base: str) -> str | None:
     """The output embedding, else the last linear layer outside the base model."""
-    config: Any = model.config
-    corrected = correction_of(config.model_type).head
+    corrected = family_of(_config(model).model_type).head
     if corrected is not None:
         return corrected if hasattr(model, corrected) else None
     if not base or not hasattr(model, base):

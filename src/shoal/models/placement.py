@@ -4,7 +4,7 @@ Along `shard` no table is needed: every parameter is cut on its first dim, and i
 summed as it is scattered. Along `replicate` every parameter is whole and its gradient summed.
 
 The rules of the tensor axis, for hidden states that are split along the sequence between regions
-(models/families/tensor.py):
+(legal/families has the layers that are cut):
 
 - a cut parameter's gradient is right as it is on each rank (`local`);
 - what is whole, but sees a part of the tokens (norms, biases added after a row-wise product) or a
@@ -106,7 +106,7 @@ def check_placed(placements: Mapping[str, Placement], *, family: str) -> None:
     raise ModelError(
         f"{unplaced[0]}: no rule places it along the tensor axis"
         + (f", nor {len(unplaced) - 1} more" if len(unplaced) > 1 else "")
-        + f"\n    {family} needs an entry for it in models/families/tensor.py; until then "
+        + f"\n    {family} needs an entry for it in legal/families; until then "
         "set parallel.tensor to 1"
     )
 
@@ -131,8 +131,7 @@ class _Placer:
             return Placement("vocabulary", 0)
         pattern = _matches(path, self.table.columns, base=parts.base)
         if pattern is not None:
-            sizes = self.table.pieces.get(pattern)
-            pieces = sizes(self.model.config) if sizes is not None else ()
+            pieces = self.table.pieces.get(pattern, ())
             dim = 0 if leaf == "bias" or not _is_transposed(module) else 1
             return Placement("column", dim, pieces=pieces)
         if _matches(path, self.table.rows, base=parts.base) is not None:

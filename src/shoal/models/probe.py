@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
+from shoal.legal import family_of
 from shoal.models.anatomy import example_of, hidden_of
-from shoal.models.families.corrections import correction_of
 
 _DOCUMENT = 8
 """Tokens per document of the probe."""
@@ -24,7 +24,7 @@ def probe_packing(model: nn.Module) -> None:
     """
     config: Any = model.config
     family = config.model_type
-    if not correction_of(family).packs:
+    if not family_of(family).packs:
         raise ModelError(
             f"{family}: its rows hold one sample each, so this family cannot be packed\n"
             "    set data.packing to false"

@@ -52,6 +52,13 @@ def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return hidden
 
 
+HIDDEN: dict[str, Hidden] = {
+    "first_token_of_image": first_token_of_image,
+    "hidden_of_decoder": hidden_of_decoder,
+}
+"""By the name that a family's entry gives."""
+
+
 def _indices(batch: dict[str, Tensor], *, num_tokens: int, offset: int = 0) -> Tensor | None:
     """Global token indices [B, num_tokens] that key the dropout, where samples are known."""
     samples = batch.get("sample_ids")

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 from shoal.layout import Layout
-from shoal.legal import axes_of, facts_from_config, family_of, known_families, not_yet
+from shoal.legal import Combination, axes_of, facts_from_config, family_of, known_families, not_yet
 from shoal.legal import tensor_degrees as degrees_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "layouts.md"
@@ -75,7 +75,7 @@ def _cell(family: str, axis: str) -> str:
     if axis not in axes_of(family):
         return "no"
     name = READ_THROUGH.get(family, family)
-    return "planned" if not_yet(Layout(**{axis: 2}), family=name) else "yes"
+    return "planned" if not_yet(Combination(layout=Layout(**{axis: 2}), family=name)) else "yes"
 
 
 def _degrees(family: str) -> str:

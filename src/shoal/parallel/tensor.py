@@ -18,7 +18,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.legal import facts_from_config, tensor_degrees
+from shoal.layout import Layout
+from shoal.legal import Combination, facts_from_config, problems
 from shoal.models.anatomy import Anatomy, canonical_name, ties_of
 from shoal.models.dropout import KeyedDropout
 from shoal.models.families.tensor import tensor_table
@@ -73,25 +74,14 @@ def check_degree(model: nn.Module, anatomy: Anatomy, degree: int) -> None:
     """Raise ModelError when `model` cannot be cut over `degree` ranks of the tensor axis."""
     check_placed(anatomy.placements, family=anatomy.family)
     config: Any = model.config
-    facts = facts_from_config(config.to_dict())
-    legal = tensor_degrees(facts)
-    if degree not in legal:
-        raise ModelError(
-            f"parallel.tensor: {degree} does not divide {facts.heads} query heads, "
-            f"{facts.key_value_heads} key-value heads and the feed-forward width "
-            f"{facts.feed_forward} of this {anatomy.family}\n"
-            f"    degrees that do: {', '.join(map(str, legal))}"
-        )
-    if anatomy.whole_logits:
-        raise ModelError(
-            f"{type(model).__name__}: its logits are more than head(hidden), so its head cannot be "
-            "cut by vocabulary\n    set parallel.tensor to 1"
-        )
-    if getattr(model, "framework_dropout", False):
-        raise ModelError(
-            "model.dropout: framework dropout differs between ranks that compute the same tokens\n"
-            "    set model.dropout to keyed or off, or parallel.tensor to 1"
-        )
+    asked = Combination(
+        layout=Layout(tensor=degree),
+        dropout="framework" if getattr(model, "framework_dropout", False) else "off",
+        whole_logits=anatomy.whole_logits,
+    )
+    found = problems(asked.of_model(facts_from_config(config.to_dict())))
+    if found:
+        raise ModelError("\n".join([f"{type(model).__name__}:", *map(str, found)]))
 
 
 def _cut_parameters(model: nn.Module, cuts: dict[str, Cut]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import HEADS, facts_from_config
+from shoal.legal import facts_from_config
+from shoal.legal.families.family import HEADS
 from shoal.plan.search import Space
 from shoal.plan.workload import DEGREES, Workload
 

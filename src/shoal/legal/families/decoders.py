@@ -30,11 +30,11 @@ def _decoder(
     have mlp_bias. `head_norms`: of queries and keys. `norms`: per block. `tied`: by default.
     `windowed`: from the number of layers, how many have the sliding window.
     """
-    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+    hidden, heads = read.hidden, read.heads
     groups = read.integer("num_key_value_heads", default=heads)
     size = read.integer("head_dim", default=hidden // heads)
-    inner = read.integer("intermediate_size")
-    queries, keys = heads * size, groups * size
+    block = read.block(groups=groups, head_size=size)
+    queries, keys, inner = heads * size, groups * size, block["feed_forward"]
     attention = hidden * (queries + 2 * keys) + queries * hidden + norms * hidden
     if bias == "queries_keys_values":
         attention += queries + 2 * keys
@@ -42,60 +42,48 @@ def _decoder(
         attention += queries + 2 * keys + hidden
     if head_norms:
         attention += 2 * size
-    feed_forward = 3 * hidden * inner
-    if inner_bias and read.flag("mlp_bias", default=False):
-        feed_forward += 2 * inner + hidden
     window, window_layers = _window(read, windowed)
-    dense = replace(
-        _gated(read, tied=tied, attention=attention, head_sizes=(size, size), groups=groups),
-        feed_forward_parameters=feed_forward,
+    biased = inner_bias and read.flag("mlp_bias", default=False)
+    dense = ModelFacts(
+        **block,
+        **read.ends(tied=tied),
+        gated=True,
         window=window,
         window_layers=window_layers,
+        attention_parameters=attention,
+        feed_forward_parameters=3 * hidden * inner + (2 * inner + hidden if biased else 0),
+        final_parameters=hidden,
     )
     return experts(dense, read) if experts is not None else dense
 
 
-def _gated(
-    read: ConfigReader, *, tied: bool, attention: int, head_sizes: tuple[int, int], groups: int
-) -> ModelFacts:
-    """A decoder with `attention` parameters per block beside its gated feed-forward part.
-
-    `head_sizes`: of queries and keys, of values.
-    """
-    hidden, inner = read.integer("hidden_size"), read.integer("intermediate_size")
-    vocabulary = read.integer("vocab_size")
-    tied = read.flag("tie_word_embeddings", default=tied)
-    return ModelFacts(
-        family=read.family,
-        layers=read.integer("num_hidden_layers"),
-        hidden=hidden,
-        heads=read.integer("num_attention_heads"),
-        key_value_heads=groups,
-        head_size=head_sizes[0],
-        value_head_size=head_sizes[1],
-        feed_forward=inner,
-        vocabulary=vocabulary,
-        gated=True,
-        tied=tied,
-        attention_parameters=attention,
-        feed_forward_parameters=3 * hidden * inner,
-        embedding_parameters=vocabulary * hidden,
-        head_parameters=0 if tied else vocabulary * hidden,
-        final_parameters=hidden,
-    )
-
-
 def _latent_decoder(read: ConfigReader) -> ModelFacts:
     """DeepSeek: attention through low-rank latents, a shared expert beside the routed ones."""
-    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+    hidden, heads = read.hidden, read.heads
     latent, rotary = read.integer("kv_lora_rank"), read.integer("qk_rope_head_dim")
     plain, value = read.integer("qk_nope_head_dim"), read.integer("v_head_dim")
     rank, size = read.integer("q_lora_rank", default=0), plain + rotary
     queries = hidden * rank + rank + rank * heads * size if rank else hidden * heads * size
     attention = queries + hidden * (latent + rotary) + latent + latent * heads * (plain + value)
     attention += heads * value * hidden + 2 * hidden
-    dense = _gated(read, tied=False, attention=attention, head_sizes=(size, value), groups=heads)
-    return _deepseek_experts(dense, read)
+    block = read.block(head_size=size, value_size=value)
+    dense = ModelFacts(
+        **block,
+        **read.ends(tied=False),
+        gated=True,
+        attention_parameters=attention,
+        feed_forward_parameters=3 * hidden * block["feed_forward"],
+        final_parameters=hidden,
+    )
+    inner = read.integer("moe_intermediate_size")
+    return _with_experts(
+        dense,
+        read,
+        inner=inner,
+        experts=read.integer("n_routed_experts"),
+        shared=inner * read.integer("n_shared_experts", default=0),
+        dense_layers=min(dense.layers, read.integer("first_k_dense_replace", default=0)),
+    )
 
 
 def _window(read: ConfigReader, windowed: Callable[[ConfigReader, int], int]) -> tuple[int, int]:
@@ -107,10 +95,6 @@ def _window(read: ConfigReader, windowed: Callable[[ConfigReader, int], int]) ->
     if kinds:
         return int(window), sum(kind == "sliding_attention" for kind in kinds)
     return int(window), windowed(read, layers)
-
-
-def _every_second(read: ConfigReader, layers: int) -> int:
-    return (layers + 1) // 2
 
 
 def _all_but_each_last(read: ConfigReader, layers: int) -> int:
@@ -167,31 +151,16 @@ def _qwen_experts(dense: ModelFacts, read: ConfigReader, *, shared: bool = False
     )
 
 
-def _deepseek_experts(dense: ModelFacts, read: ConfigReader) -> ModelFacts:
-    inner = read.integer("moe_intermediate_size")
-    return _with_experts(
-        dense,
-        read,
-        inner=inner,
-        experts=read.integer("n_routed_experts"),
-        shared=inner * read.integer("n_shared_experts", default=0),
-        dense_layers=min(dense.layers, read.integer("first_k_dense_replace", default=0)),
-    )
-
-
 _PLANNED = TensorCuts()
-_ATTENTION_AND_GATE = ("layers.*.self_attn.qkv_proj", "layers.*.mlp.gate_up_proj")
 _PHI3 = TensorCuts(
-    columns=_ATTENTION_AND_GATE,
+    columns={
+        "layers.*.self_attn.qkv_proj": ("queries", "keys", "keys"),
+        "layers.*.mlp.gate_up_proj": ("inner", "inner"),
+    },
     rows=("layers.*.self_attn.o_proj", "layers.*.mlp.down_proj"),
-    pieces=dict(
-        zip(_ATTENTION_AND_GATE, (("queries", "keys", "keys"), ("inner", "inner")), strict=True)
-    ),
     # its attention slices the fused projection by the configuration
     per_rank=(
-        "num_key_value_heads",
-        "config.num_attention_heads",
-        "config.num_key_value_heads",
+        *("num_key_value_heads", "config.num_attention_heads", "config.num_key_value_heads"),
     ),
 )
 
@@ -208,29 +177,21 @@ def _entry(tensor: TensorCuts | None = _PLANNED, logits: Any = None, **sizes: An
 
 
 _CAP: Any = ("cap", "final_logit_softcapping")
-_GEMMA3: dict[str, Any] = {
-    "norms": 4,
-    "head_norms": True,
-    "tied": True,
-    "windowed": _all_but_each_last,
-}
+_GEMMA: dict[str, Any] = {"norms": 4, "tied": True}
+_GEMMA3 = {**_GEMMA, "head_norms": True, "windowed": _all_but_each_last}
+_QWEN2: dict[str, Any] = {"bias": "queries_keys_values", "windowed": _upper}
 
 FAMILIES: dict[str, Family] = {
     "llama": _entry(inner_bias=True),
-    "qwen2": _entry(bias="queries_keys_values", windowed=_upper),
+    "qwen2": _entry(**_QWEN2),
     "qwen3": _entry(head_norms=True, windowed=_upper),
     "mistral": _entry(bias="none"),
-    "gemma2": _entry(norms=4, tied=True, windowed=_every_second, logits=_CAP),
+    "gemma2": _entry(**_GEMMA, windowed=lambda read, layers: layers - layers // 2, logits=_CAP),
     "gemma3_text": _entry(**_GEMMA3, logits=_CAP),
     "gemma3": _entry(None, **_GEMMA3),
     "granite": _entry(inner_bias=True, logits=("divide", "logits_scaling")),
     "mixtral": _entry(None, bias="none", experts=_mixtral_experts),
-    "qwen2_moe": _entry(
-        None,
-        bias="queries_keys_values",
-        windowed=_upper,
-        experts=partial(_qwen_experts, shared=True),
-    ),
+    "qwen2_moe": _entry(None, **_QWEN2, experts=partial(_qwen_experts, shared=True)),
     "qwen3_moe": _entry(None, head_norms=True, windowed=_upper, experts=_qwen_experts),
     "phi3": _entry(_PHI3, bias="none"),
     "deepseek_v2": Family(sizes=_latent_decoder, axes=EVERY_AXIS),

@@ -21,12 +21,27 @@ HEADS = {"causal-lm": "ForCausalLM", "token-classification": "ForTokenClassifica
 """End of the name of transformers' class for each kind of task: which head a config.json means."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SizeKeys:
+    """Names of the sizes in a family's configuration that `shrunk` makes small."""
+
+    hidden: str = "hidden_size"
+    inner: str = "intermediate_size"
+    layers: tuple[str, ...] = ("num_hidden_layers",)
+    heads: str = "num_attention_heads"
+    groups: str = "num_key_value_heads"
+    head_size: str = "head_dim"
+
+
 class ConfigReader:
     """Reads sizes out of one config.json and names the key that is missing."""
 
-    def __init__(self, config: Mapping[str, Any], *, family: str) -> None:
+    def __init__(self, config: Mapping[str, Any], *, family: str, keys: SizeKeys) -> None:
         self.config = config
         self.family = family
+        self._keys = keys
+        self.hidden = self.integer(keys.hidden)
+        self.heads = self.integer(keys.heads)
 
     def integer(self, key: str, *, default: int | None = None) -> int:
         """The integer at `key`; raises ModelError when it is absent and has no default."""
@@ -50,6 +65,44 @@ class ConfigReader:
         names = self.config.get("id2label")
         return len(names) if names else self.integer("num_labels", default=2)
 
+    def block(
+        self,
+        *,
+        inner: int | None = None,
+        groups: int | None = None,
+        head_size: int | None = None,
+        value_size: int | None = None,
+    ) -> dict[str, Any]:
+        """The sizes of a block, for `ModelFacts`; `groups`: key-value heads, where they are fewer.
+
+        None: inner width and head size as the file says, key-value heads as many as heads.
+        """
+        size = self.hidden // self.heads if head_size is None else head_size
+        return {
+            "family": self.family,
+            "layers": self.integer(self._keys.layers[0]),
+            "hidden": self.hidden,
+            "heads": self.heads,
+            "key_value_heads": self.heads if groups is None else groups,
+            "head_size": size,
+            "value_head_size": size if value_size is None else value_size,
+            "feed_forward": self.integer(self._keys.inner) if inner is None else inner,
+        }
+
+    def ends(self, *, tied: bool, rows: int = 0) -> dict[str, Any]:
+        """Embedding and head of a language model, for `ModelFacts`.
+
+        `tied`: where the file does not say; `rows`: of further tables, such as positions.
+        """
+        vocabulary = self.integer("vocab_size")
+        tied = self.flag("tie_word_embeddings", default=tied)
+        return {
+            "vocabulary": vocabulary,
+            "tied": tied,
+            "embedding_parameters": (vocabulary + rows) * self.hidden,
+            "head_parameters": 0 if tied else vocabulary * self.hidden,
+        }
+
     def head_kind(self, *, default: str) -> str:
         """The class named in `architectures`, or `default`."""
         named = self.config.get("architectures") or [default]
@@ -65,27 +118,14 @@ class TensorCuts:
     arXiv 1909.08053). Both empty: as the plan says that transformers ships with the configuration.
     """
 
-    columns: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
-    pieces: Mapping[str, tuple[Literal["queries", "keys", "inner"], ...]] = field(
+    columns: Mapping[str, tuple[Literal["queries", "keys", "inner"], ...]] = field(
         default_factory=dict
     )
-    """What fused column-wise layers hold one after the other; each piece is cut by itself."""
+    """With what a fused one holds one after the other; each piece is cut by itself."""
+    rows: tuple[str, ...] = ()
     per_rank: tuple[str, ...] = ()
     """Counts that a module's forward reads from attributes instead of from its weights, and that
     are divided by the degree where a module has the first; `config.` ones in a copy of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SizeKeys:
-    """Names of the sizes in a family's configuration that `shrunk` makes small."""
-
-    hidden: str = "hidden_size"
-    inner: str = "intermediate_size"
-    layers: tuple[str, ...] = ("num_hidden_layers",)
-    heads: str = "num_attention_heads"
-    groups: str = "num_key_value_heads"
-    head_size: str = "head_dim"
 
 
 @dataclass(frozen=True, kw_only=True)

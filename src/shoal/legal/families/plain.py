@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from shoal.legal.facts import ModelFacts
 from shoal.legal.families.family import (
     EVERY_AXIS,
@@ -13,128 +15,65 @@ from shoal.legal.families.family import (
 )
 
 
-def plain(
-    *,
-    family: str,
-    layers: int,
-    hidden: int,
-    heads: int,
-    inner: int,
-    vocabulary: int,
-    tied: bool,
-    embedding_parameters: int,
-    head_parameters: int,
-    causal: bool = True,
-    biased: bool = True,
-    final_parameters: int = 0,
-    activation_copies: int = 2,
+def _plain(
+    read: ConfigReader, *, inner: int | None = None, biased: bool = True, **others: Any
 ) -> ModelFacts:
-    """A block of four square projections and an ungated feed-forward part, layer norms, biases."""
+    """A block of four square projections and an ungated feed-forward part, layer norms, biases.
+
+    `others`: fields of ModelFacts, those of embedding and head among them.
+    """
+    hidden, block = read.hidden, read.block(inner=inner)
+    inner = int(block["feed_forward"])
     return ModelFacts(
-        family=family,
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        key_value_heads=heads,
-        head_size=hidden // heads,
-        value_head_size=hidden // heads,
-        feed_forward=inner,
-        vocabulary=vocabulary,
+        **block,
         gated=False,
-        activation_copies=activation_copies,
-        causal=causal,
-        tied=tied,
         attention_parameters=4 * (hidden * hidden + (hidden if biased else 0)) + 4 * hidden,
         feed_forward_parameters=2 * hidden * inner + inner + hidden,
-        embedding_parameters=embedding_parameters,
-        head_parameters=head_parameters,
-        final_parameters=final_parameters,
+        **others,
     )
 
 
 def _gpt2(read: ConfigReader) -> ModelFacts:
-    hidden, positions = read.integer("n_embd"), read.integer("n_positions")
-    inner = read.integer("n_inner", default=4 * hidden)
-    tied = read.flag("tie_word_embeddings", default=True)
-    vocabulary = read.integer("vocab_size")
     activation = read.config.get("activation_function") or "gelu_new"
-    return plain(
-        family=read.family,
+    return _plain(
+        read,
+        inner=read.integer("n_inner", default=4 * read.hidden),
         # gelu_new is a formula of five operations, each of which keeps what it reads
         activation_copies=5 if activation == "gelu_new" else 2,
-        layers=read.integer("n_layer"),
-        hidden=hidden,
-        heads=read.integer("n_head"),
-        inner=inner,
-        vocabulary=vocabulary,
-        tied=tied,
-        embedding_parameters=(vocabulary + positions) * hidden,
-        head_parameters=0 if tied else vocabulary * hidden,
-        final_parameters=2 * hidden,
+        final_parameters=2 * read.hidden,
+        **read.ends(tied=True, rows=read.integer("n_positions")),
     )
 
 
 def _gpt_neox(read: ConfigReader) -> ModelFacts:
-    hidden, vocabulary = read.integer("hidden_size"), read.integer("vocab_size")
-    tied = read.flag("tie_word_embeddings", default=False)
-    return plain(
-        family=read.family,
-        layers=read.integer("num_hidden_layers"),
-        hidden=hidden,
-        heads=read.integer("num_attention_heads"),
-        inner=read.integer("intermediate_size"),
-        vocabulary=vocabulary,
-        tied=tied,
-        biased=read.flag("attention_bias", default=True),
-        embedding_parameters=vocabulary * hidden,
-        head_parameters=0 if tied else vocabulary * hidden,
-        final_parameters=2 * hidden,
-    )
+    biased = read.flag("attention_bias", default=True)
+    ends = read.ends(tied=False)
+    return _plain(read, biased=biased, final_parameters=2 * read.hidden, **ends)
 
 
 def _bert(read: ConfigReader) -> ModelFacts:
-    hidden, vocabulary = read.integer("hidden_size"), read.integer("vocab_size")
-    rows = vocabulary + read.integer("max_position_embeddings")
-    rows += read.integer("type_vocab_size", default=2)
-    tied = read.flag("tie_word_embeddings", default=True)
-    kind = read.head_kind(default="ForMaskedLM")
-    dense = hidden * hidden + hidden
+    hidden, rows = read.hidden, read.integer("max_position_embeddings")
+    ends = read.ends(tied=True, rows=rows + read.integer("type_vocab_size", default=2) + 2)
+    kind, dense = read.head_kind(default="ForMaskedLM"), hidden * hidden + hidden
     if "MaskedLM" in kind or "CausalLM" in kind or "LMHead" in kind:
-        head = dense + 2 * hidden + vocabulary + (0 if tied else vocabulary * hidden)
+        ends["head_parameters"] += dense + 2 * hidden + ends["vocabulary"]
     elif "Classification" in kind:
-        labels = read.labels()
-        vocabulary, tied = labels, False
-        pooled = dense if "Sequence" in kind else 0
+        labels, pooled = read.labels(), dense if "Sequence" in kind else 0
         head = pooled + hidden * labels + labels
+        ends |= {"vocabulary": labels, "tied": False, "head_parameters": head}
     else:
-        head = dense
-    return plain(
-        family=read.family,
-        layers=read.integer("num_hidden_layers"),
-        hidden=hidden,
-        heads=read.integer("num_attention_heads"),
-        inner=read.integer("intermediate_size"),
-        vocabulary=vocabulary,
-        tied=tied,
-        causal=False,
-        embedding_parameters=rows * hidden + 2 * hidden,
-        head_parameters=head,
-    )
+        ends["head_parameters"] = dense
+    return _plain(read, causal=False, **ends)
 
 
 def _vit(read: ConfigReader) -> ModelFacts:
-    hidden, labels = read.integer("hidden_size"), read.labels()
+    hidden, labels = read.hidden, read.labels()
     patch, image = read.integer("patch_size"), read.integer("image_size")
     patches = (image // patch) ** 2
     embedding = read.integer("num_channels", default=3) * patch**2 * hidden + hidden
-    return plain(
-        family=read.family,
-        layers=read.integer("num_hidden_layers"),
-        hidden=hidden,
-        heads=read.integer("num_attention_heads"),
-        inner=read.integer("intermediate_size"),
+    return _plain(
+        read,
         vocabulary=labels,
-        tied=False,
         causal=False,
         embedding_parameters=embedding + hidden + (patches + 1) * hidden,
         head_parameters=hidden * labels + labels,
@@ -143,50 +82,38 @@ def _vit(read: ConfigReader) -> ModelFacts:
 
 
 def _t5(read: ConfigReader) -> ModelFacts:
-    hidden, heads, size = read.integer("d_model"), read.integer("num_heads"), read.integer("d_kv")
-    encoders = read.integer("num_layers")
+    hidden, size = read.hidden, read.integer("d_kv")
+    block = read.block(head_size=size)
+    encoders, inner = block["layers"], block["feed_forward"]
     decoders = read.integer("num_decoder_layers", default=encoders)
-    inner, vocabulary = read.integer("d_ff"), read.integer("vocab_size")
     gated = "gated" in str(read.config.get("feed_forward_proj", "relu"))
-    attention = 4 * hidden * heads * size
+    attention = 4 * hidden * read.heads * size
     buckets = read.integer("relative_attention_num_buckets", default=32)
-    tied = read.flag("tie_word_embeddings", default=True)
     return ModelFacts(
-        family=read.family,
-        layers=encoders + decoders,
-        hidden=hidden,
-        heads=heads,
-        key_value_heads=heads,
-        head_size=size,
-        value_head_size=size,
-        feed_forward=inner,
-        vocabulary=vocabulary,
+        **{**block, "layers": encoders + decoders},
+        **read.ends(tied=True),
         gated=gated,
         causal=False,
-        tied=tied,
         cross_layers=decoders,
         attention_parameters=attention + 2 * hidden,
         feed_forward_parameters=(3 if gated else 2) * hidden * inner,
-        embedding_parameters=vocabulary * hidden,
-        head_parameters=0 if tied else vocabulary * hidden,
         final_parameters=2 * hidden,
-        extra_parameters=decoders * (attention + hidden) + 2 * buckets * heads,
+        extra_parameters=decoders * (attention + hidden) + 2 * buckets * read.heads,
     )
 
 
 _GPT2 = TensorCuts(
-    columns=("h.*.attn.c_attn", "h.*.mlp.c_fc"),
+    columns={"h.*.attn.c_attn": ("queries", "keys", "keys"), "h.*.mlp.c_fc": ()},
     rows=("h.*.attn.c_proj", "h.*.mlp.c_proj"),
-    pieces={"h.*.attn.c_attn": ("queries", "keys", "keys")},
     per_rank=("split_size", "num_heads"),  # by which it splits its fused projection
 )
 _BERT = TensorCuts(
-    columns=(
-        "encoder.layer.*.attention.self.query",
-        "encoder.layer.*.attention.self.key",
-        "encoder.layer.*.attention.self.value",
-        "encoder.layer.*.intermediate.dense",
-    ),
+    columns={
+        "encoder.layer.*.attention.self.query": (),
+        "encoder.layer.*.attention.self.key": (),
+        "encoder.layer.*.attention.self.value": (),
+        "encoder.layer.*.intermediate.dense": (),
+    },
     rows=("encoder.layer.*.attention.output.dense", "encoder.layer.*.output.dense"),
 )
 

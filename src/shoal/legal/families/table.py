@@ -40,12 +40,12 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     text = config.get("text_config")
     if isinstance(text, Mapping):
         config, name = text, str(text.get("model_type", name))
-    sizes = family_of(name).sizes
-    if sizes is None:
+    family = family_of(name)
+    if family.sizes is None:
         raise ModelError(
             f"config.json, key 'model_type': {name!r} is not an architecture whose sizes shoal "
             f"can read ({nearest(name, known_families())}). It needs an entry in legal/families "
             "that gives the parameters of one block, of the embedding and of the head "
             "(docs/new-family.md); until then train it with replicate or shard only and no plan."
         )
-    return sizes(ConfigReader(config, family=name))
+    return family.sizes(ConfigReader(config, family=name, keys=family.size_keys))

@@ -50,18 +50,18 @@ def tensor_table(config: Any) -> TensorTable | None:
     cuts = family_of(str(config.model_type)).tensor
     if cuts is None:
         return None
-    columns, rows = cuts.columns, cuts.rows
+    columns, rows = tuple(cuts.columns), cuts.rows
     if not columns:
         plan = getattr(config, "base_model_tp_plan", None) or {}
         columns = tuple(pattern for pattern, style in plan.items() if style == "colwise")
         rows = tuple(pattern for pattern, style in plan.items() if style == "rowwise")
     if not columns:
         return None
-    return TensorTable(columns, rows, _pieces(config, cuts.pieces), cuts.per_rank)
+    return TensorTable(columns, rows, _pieces(config, cuts.columns), cuts.per_rank)
 
 
 def _pieces(config: Any, named: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[int, ...]]:
-    if not named:
+    if not any(named.values()):
         return {}
     facts = facts_from_config(config.to_dict())
     sizes = {

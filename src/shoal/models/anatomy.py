@@ -1,6 +1,6 @@
 """Where a model's parts are: embeddings, blocks, final norm, head, ties; hidden states and logits.
 
-The seam between Hugging Face models and everything that cuts or trains them (DESIGN 4).
+The seam between Hugging Face models and everything that cuts or trains them.
 Shapes: B rows, T tokens, D hidden size, V vocabulary or labels.
 """
 
@@ -20,7 +20,8 @@ from shoal.errors import ModelError
 from shoal.legal import family_of
 from shoal.models.families.hidden import HIDDEN
 from shoal.models.families.logits import transform_of
-from shoal.models.passage import passage_of, passing
+from shoal.models.forward_context import forward_context_of, set_forward_context
+from shoal.models.kernels import Kernel, local
 from shoal.models.placement import Parts, Placement, placements_of
 
 Logits = Callable[[Tensor], Tensor]
@@ -131,19 +132,22 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     )
 
 
-def hidden_of(model: nn.Module, batch: dict[str, Tensor], *, step: int = 0) -> Tensor:
+def hidden_of(
+    model: nn.Module, batch: dict[str, Tensor], *, step: int = 0, kernel: Kernel = local
+) -> Tensor:
     """Hidden states [B, T, D] of a batch, without the head.
 
     `batch`: input_ids int64 [B, T]; position_ids int64 [B, T] (a document's first token has 0),
     document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
-    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout.
+    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout;
+    `kernel` says how the tokens attend to one another.
     """
     family = family_of(_config(model).model_type)
     multiple = int(getattr(model, "shoal_sequence_multiple", 1))
     num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
     if num_tokens % multiple:
         batch = _padded(batch, length=-(-num_tokens // multiple) * multiple)
-    with passing(passage_of(batch, step=step)):
+    with set_forward_context(forward_context_of(batch, step=step, kernel=kernel)):
         if family.hidden is not None:
             return HIDDEN[family.hidden](model, batch)
         inputs = _inputs(model, batch)
@@ -225,7 +229,7 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
     training = model.training
     model.eval()
     try:
-        with passing(passage_of(batch)):
+        with set_forward_context(forward_context_of(batch)):
             own = model(**{**batch, **inputs}).logits.float()
         ours = logits_of(model)(hidden_of(model, batch)).float()
     finally:

@@ -90,7 +90,7 @@ def config_from(tree: Mapping[str, Any]) -> Any:
 def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Module:
     """The model of `config` for a task's auto class: float32, meta device, attention `shoal`.
 
-    `dropout` (DESIGN 5.5): `off` sets all to 0; `keyed` sets that of attention probabilities to 0
+    `dropout`: `off` sets all to 0; `keyed` sets that of attention probabilities to 0
     (`dropout.apply_keyed` then replaces the rest); `framework` leaves the model as it is. The
     model has a copy of the configuration. Raises ModelError when the auto class lacks the family.
     """

@@ -58,7 +58,7 @@ def apply_tensor(model: nn.Module, anatomy: Anatomy, mesh: Mesh) -> Placed:
     _exchange_in_regions(model, anatomy, exchange)
     _exchange_at_ends(model, anatomy, exchange)
     _part_the_vocabulary(model, anatomy, exchange, cuts)
-    _localise(model, anatomy, degree=degree, rank=rank)
+    _localise(model, anatomy, exchange)
     model.shoal_sequence_multiple = degree  # type: ignore[assignment]
     partial = [n for n, each in anatomy.placements.items() if each.gradient == "partial"]
     return Placed(
@@ -187,12 +187,12 @@ def _vocabulary(model: nn.Module, cuts: dict[str, Cut], exchange: Exchange) -> V
     return Vocabulary(start, size, cuts[canonical_name(name)].shape[0], exchange.group)
 
 
-def _localise(model: nn.Module, anatomy: Anatomy, *, degree: int, rank: int) -> None:
+def _localise(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
     """Correct counts of heads, and tell dropout in blocks which tokens it sees."""
     table = tensor_table(model.config)
     assert table is not None, "check_placed has passed"
     for path in regions_of(model, base=anatomy.base):
-        table.localise(model.get_submodule(path), degree)
+        table.localise(model.get_submodule(path), exchange.size)
     for module in model.get_submodule(anatomy.blocks).modules():
         if isinstance(module, KeyedDropout):
-            module.sequence_part = (rank, degree)
+            module.own_tokens = exchange.split  # as hidden states are

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.boxes import Box, Piece
+from shoal.boxes import Box, Piece, Slot
 from shoal.checkpoint.store import Store
 from shoal.errors import CheckpointError
 
@@ -53,6 +53,20 @@ def test_boxes_meet_in_their_common_elements(draw: st.DataObject, shape: tuple[i
     met = first.intersection(second)
     assert torch.equal(mask(met, shape), common)
     assert (met.numel if met else 0) == int(common.sum())
+
+
+@given(st.data(), shapes)
+def test_a_box_fits_where_its_elements_are(draw: st.DataObject, shape: tuple[int, ...]) -> None:
+    box = draw.draw(boxes_in(shape))
+    assert box.fits(shape) and box.slices == box.within(Box.whole(shape))
+    value = torch.arange(float(Box.whole(shape).numel)).view(shape)
+    assert value[box.slices].shape == box.sizes and value[box.slices].numel() == box.numel
+    assert torch.equal(Slot(box, (0,) * len(shape)).of(value[box.slices]), value[box.slices])
+    dim = draw.draw(st.integers(0, len(shape) - 1))
+    beyond = tuple(n + shape[dim] if d == dim else n for d, n in enumerate(box.offsets))
+    before = tuple(-1 if d == dim else n for d, n in enumerate(box.offsets))
+    for outside in (Box(beyond, box.sizes), Box(before, box.sizes), Box.whole((*shape, 1))):
+        assert not outside.fits(shape)
 
 
 @settings(max_examples=30)

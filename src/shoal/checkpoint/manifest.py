@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: every file with its hash, every box with its place and hash.
+"""The manifest of a checkpoint: every file with its hash, every box with its position and hash.
 
 The file is JSON whose first field is a checksum of all its other bytes, so that a change of any
 byte, white space included, is noticed. The checksum is no signature: what a manifest says is

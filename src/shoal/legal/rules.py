@@ -73,29 +73,29 @@ def tensor_degrees(facts: ModelFacts) -> list[int]:
     return [n for n in range(1, facts.heads + 1) if all(width % n == 0 for width in widths)]
 
 
-def problems(asked: Combination) -> list[Problem]:
+def problems(combination: Combination) -> list[Problem]:
     """Everything that keeps this run from starting today, each with the nearest legal choice."""
-    return [*not_yet(asked), *illegal(asked)]
+    return [*not_yet(combination), *illegal(combination)]
 
 
-def illegal(asked: Combination) -> list[Problem]:
+def illegal(combination: Combination) -> list[Problem]:
     """What of this run can never be."""
-    return [problem for rule in _RULES for problem in rule(asked)]
+    return [problem for rule in _RULES for problem in rule(combination)]
 
 
-def open_axes(asked: Combination) -> frozenset[str]:
+def open_axes(combination: Combination) -> frozenset[str]:
     """Axes that may have a degree above 1 in this run today: a plan chooses among them."""
-    able = EVERY_AXIS if asked.family is None else axes_of(asked.family)
+    able = EVERY_AXIS if combination.family is None else axes_of(combination.family)
     return frozenset(
         axis
         for axis in IMPLEMENTED_AXES & able
-        if not [*_cut_replica(replace(asked, layout=Layout(**{axis: 2})))]
+        if not [*_cut_replica(replace(combination, layout=Layout(**{axis: 2})))]
     )
 
 
-def not_yet(asked: Combination) -> list[Problem]:
+def not_yet(combination: Combination) -> list[Problem]:
     """What of this run is designed but not built: legal, and refused all the same."""
-    layout, family = asked.layout, asked.family
+    layout, family = combination.layout, combination.family
     found = [
         Problem(
             f"parallel.{axis}",
@@ -111,8 +111,8 @@ def not_yet(asked: Combination) -> list[Problem]:
         hint = f"set it to 1 and use shard={layout.tensor} instead"
         found.append(Problem("parallel.tensor", what, hint))
     kinds = (
-        ("policy", "sync.kind", asked.policy, POLICIES, IMPLEMENTED_POLICIES),
-        ("codec", "sync.codec", asked.codec, CODECS, IMPLEMENTED_CODECS),
+        ("policy", "sync.kind", combination.policy, POLICIES, IMPLEMENTED_POLICIES),
+        ("codec", "sync.codec", combination.codec, CODECS, IMPLEMENTED_CODECS),
     )
     for kind, where, name, known, built in kinds:
         if name in known and name not in built:
@@ -138,10 +138,10 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _axes_of_model(asked: Combination) -> Iterator[Problem]:
-    family, facts = asked.family, asked.facts
-    for axis in asked.cut_axes if family is not None else ():
-        degree, able = asked.layout.degree(axis), axes_of(str(family))
+def _axes_of_model(combination: Combination) -> Iterator[Problem]:
+    family, facts = combination.family, combination.facts
+    for axis in combination.cut_axes if family is not None else ():
+        degree, able = combination.layout.degree(axis), axes_of(str(family))
         instead = f"set it to 1 and use shard={degree} instead"
         if facts is None and axis != "shard":
             what = f"shoal has no table for the family {family}, so such a model cannot be cut "
@@ -157,8 +157,8 @@ def _axes_of_model(asked: Combination) -> Iterator[Problem]:
             yield Problem(f"parallel.{axis}", what, hint)
 
 
-def _degrees(asked: Combination) -> Iterator[Problem]:
-    facts, layout = asked.facts, asked.layout
+def _degrees(combination: Combination) -> Iterator[Problem]:
+    facts, layout = combination.facts, combination.layout
     if facts is None:
         return
     legal = tensor_degrees(facts)
@@ -178,8 +178,8 @@ def _degrees(asked: Combination) -> Iterator[Problem]:
         yield Problem("parallel.expert", what, f"the nearest degree that does is {near}")
 
 
-def _number_of_workers(asked: Combination) -> Iterator[Problem]:
-    layout, count = asked.layout, asked.num_workers
+def _number_of_workers(combination: Combination) -> Iterator[Problem]:
+    layout, count = combination.layout, combination.num_workers
     if count is None or layout.workers == count:
         return
     fixed = layout.replica_workers
@@ -194,9 +194,10 @@ def _number_of_workers(asked: Combination) -> Iterator[Problem]:
     yield Problem("parallel", what, hint)
 
 
-def _batch(asked: Combination) -> Iterator[Problem]:
+def _batch(combination: Combination) -> Iterator[Problem]:
     """The global batch is split over replicate x shard in whole micro batches."""
-    batch, micro, layout = asked.global_batch_samples, asked.micro_batch_samples, asked.layout
+    batch, micro = combination.global_batch_samples, combination.micro_batch_samples
+    layout = combination.layout
     parts = layout.replicate * layout.shard
     sharded = layout.shard > 1
     if batch is not None and batch % parts:
@@ -214,8 +215,8 @@ def _batch(asked: Combination) -> Iterator[Problem]:
         yield Problem("train.micro_batch_samples", what, f"use a divisor, such as {fits}")
 
 
-def _rows(asked: Combination) -> Iterator[Problem]:
-    tokens, degree = asked.sequence_tokens, asked.layout.context
+def _rows(combination: Combination) -> Iterator[Problem]:
+    tokens, degree = combination.sequence_tokens, combination.layout.context
     multiple = 2 * degree
     if tokens is not None and degree > 1 and tokens % multiple:
         what = f"{degree} ranks need rows of a multiple of {multiple} tokens "
@@ -224,10 +225,10 @@ def _rows(asked: Combination) -> Iterator[Problem]:
         yield Problem("parallel.context", what, hint)
 
 
-def _kinds(asked: Combination) -> Iterator[Problem]:
+def _kinds(combination: Combination) -> Iterator[Problem]:
     kinds = (
-        ("parallel.shard.level", asked.shard_level, SHARD_LEVELS),
-        ("parallel.recompute", asked.recompute, RECOMPUTE),
+        ("parallel.shard.level", combination.shard_level, SHARD_LEVELS),
+        ("parallel.recompute", combination.recompute, RECOMPUTE),
     )
     for where, kind, known in kinds:
         if kind not in known:
@@ -235,49 +236,49 @@ def _kinds(asked: Combination) -> Iterator[Problem]:
             yield Problem(where, what, nearest(kind, known))
 
 
-def _cut_replica(asked: Combination) -> Iterator[Problem]:
+def _cut_replica(combination: Combination) -> Iterator[Problem]:
     """What a replica of several workers cannot do, whatever its model."""
-    layout, cut = asked.layout, asked.cut_axes
-    if cut and asked.exact:
+    layout, cut = combination.layout, combination.cut_axes
+    if cut and combination.exact:
         what = f"holds for whole replicas only, got {layout}"
         yield Problem("train.exact", what, "set it to false, or use parallel.replicate alone")
-    if cut and asked.optimizer == "muon":
+    if cut and combination.optimizer == "muon":
         what = f"muon needs whole matrices, got {layout}"
         yield Problem("train.optimizer.kind", what, "use adamw, or parallel.replicate alone")
-    if cut and asked.workers == "threads":
+    if cut and combination.workers == "threads":
         what = f"threads carry the replicate axis only, got {', '.join(cut)}"
         hint = f"set launch.workers to processes, or {' and '.join(cut)} to 1"
         yield Problem("launch.workers", what, hint)
-    if layout.tensor > 1 and asked.dropout == "framework":
+    if layout.tensor > 1 and combination.dropout == "framework":
         what = "framework dropout differs between ranks of the tensor axis, which compute the same "
         hint = "set model.dropout to keyed or off, or parallel.tensor to 1"
         yield Problem("model.dropout", what + "tokens", hint)
-    if layout.tensor > 1 and asked.whole_logits:
+    if layout.tensor > 1 and combination.whole_logits:
         what = "the model's logits are more than head(hidden), so its head cannot be cut by "
         yield Problem("parallel.tensor", what + "vocabulary", "set it to 1")
 
 
-def _workers(asked: Combination) -> Iterator[Problem]:
-    if asked.workers == "threads" and asked.elastic:
+def _workers(combination: Combination) -> Iterator[Problem]:
+    if combination.workers == "threads" and combination.elastic:
         what = "threads of one process live and die together: their degree cannot shrink"
         hint = "use launch.workers=processes, or a fixed degree"
         yield Problem("parallel.replicate", what, hint)
-    if asked.workers == "threads" and asked.dropout == "framework":
+    if combination.workers == "threads" and combination.dropout == "framework":
         hint = "use model.dropout=keyed, or launch.workers=processes"
         yield Problem("model.dropout", "framework dropout is refused with threads", hint)
-    if asked.policy == "hogwild" and asked.workers == "processes":
+    if combination.policy == "hogwild" and combination.workers == "processes":
         what = "hogwild needs workers that share one copy of the parameters, got processes"
         hint = "set launch.workers to threads, or sync.kind to every-step"
         yield Problem("sync.kind", what, hint)
 
 
-def _exchange(asked: Combination) -> Iterator[Problem]:
-    policy, codec = asked.policy, asked.codec
+def _exchange(combination: Combination) -> Iterator[Problem]:
+    policy, codec = combination.policy, combination.codec
     if policy not in POLICIES:
         yield Problem("sync.kind", f"unknown policy {policy!r}", nearest(policy, POLICIES))
     if codec not in CODECS:
         yield Problem("sync.codec", f"unknown codec {codec!r}", nearest(codec, CODECS))
-    elif codec != "none" and asked.layout.replicate == 1:
+    elif codec != "none" and combination.layout.replicate == 1:
         what = f"{codec} has nothing to compress: there is one replica"
         yield Problem("sync.codec", what, "set it to none, or parallel.replicate to 2 or more")
 

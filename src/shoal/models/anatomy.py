@@ -253,11 +253,11 @@ def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
         shape = (1, config.num_channels, config.image_size, config.image_size)
         numel = config.num_channels * config.image_size**2
         return {"pixel_values": torch.linspace(-1, 1, numel, device=device).view(shape)}
-    places = torch.arange(num_tokens, device=device)[None]
-    ids = places % config.vocab_size
+    positions = torch.arange(num_tokens, device=device)[None]
+    ids = positions % config.vocab_size
     if config.is_encoder_decoder:
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
-    return {"input_ids": ids, "position_ids": places}
+    return {"input_ids": ids, "position_ids": positions}
 
 
 def _config(model: nn.Module) -> Any:

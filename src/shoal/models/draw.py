@@ -55,7 +55,8 @@ class InitRecord:
     def draw(self, name: str, *, seed: int, box: Box | None = None) -> Tensor:
         """Initial value of one parameter, or of a box of it; float32 (buffers: their own type).
 
-        The whole is cut, never drawn again: `draw(box)` equals `draw()[box]` bit for bit.
+        The whole is cut, never drawn again: `draw(box)` equals `draw()[box]` bit for bit. Raises
+        ModelError for a box outside of it, and for a name that nothing initialises.
         """
         program, shape = self.program(name), self.shapes[name]
         wanted = Box.whole(shape) if box is None else box

@@ -52,7 +52,7 @@ class KeyedDropout(nn.Module):
 
     @torch.compiler.disable  # the context changes from call to call; compiled code would keep one
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] -> the same shape, scaled by 1 / (1 - p) where kept."""
+        """[B, T, D] -> the same shape, scaled by 1 / (1 - p) where kept. Raises ModelError."""
         if not self.training or not self._threshold:
             return hidden
         if self._threshold >= 65536:

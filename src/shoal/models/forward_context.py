@@ -1,4 +1,4 @@
-"""What travels beside the tokens of one forward: their documents, their places, and the kernel.
+"""What travels beside the tokens of one forward: their documents and positions, and the kernel.
 
 Worker threads of one process run forwards at the same time, so the current context is kept per
 thread. It is read where a family does not hand its keyword arguments on: by attention (the mask
@@ -27,7 +27,7 @@ class ForwardContext:
     """One forward's tokens, as far as this rank has them, and how they attend to one another.
 
     `document_ids` int [B, T], -1 = padding. `token_indices` int64 [B, T] key the dropout; they are
-    global: sample index x ROW_STRIDE + place in the row, so that they depend neither on how the
+    global: sample index x ROW_STRIDE + position in the row, so that they depend neither on how the
     batch was cut nor on how far its rows were trimmed. Neighbours in a row need not be neighbours
     in the sample: a rank may have several slices of it. `step`: the optimizer step.
     """
@@ -69,8 +69,8 @@ def forward_context_of(
     indices = batch.get("token_indices")
     samples = batch.get("sample_ids")
     if indices is None and samples is not None and "input_ids" in batch:
-        places = torch.arange(batch["input_ids"].shape[1], device=samples.device)
-        indices = samples[:, None] * ROW_STRIDE + places
+        positions = torch.arange(batch["input_ids"].shape[1], device=samples.device)
+        indices = samples[:, None] * ROW_STRIDE + positions
     return ForwardContext(batch.get("document_ids"), indices, step, kernel)
 
 

@@ -157,8 +157,8 @@ def fingerprint_sample(model: nn.Module, *, num_tokens: int = 16) -> dict[str, T
     sample.pop("position_ids", None)
     if "input_ids" in sample:
         # a stride coprime to most sizes, so that the tokens differ and stay in the vocabulary
-        places = torch.arange(num_tokens, device=sample["input_ids"].device)
-        sample["input_ids"] = ((places * 7919 + 11) % config.vocab_size)[None]
+        positions = torch.arange(num_tokens, device=sample["input_ids"].device)
+        sample["input_ids"] = ((positions * 7919 + 11) % config.vocab_size)[None]
     return sample
 
 

@@ -75,11 +75,11 @@ def _packed(vocabulary: int, *, changed: bool, device: torch.device) -> dict[str
     """One row of two documents; `changed`: other tokens in the first."""
     tokens = torch.arange(2 * _DOCUMENT, device=device)
     tokens[:_DOCUMENT] += 5 if changed else 0
-    places = torch.arange(_DOCUMENT, device=device).repeat(2)
+    positions = torch.arange(_DOCUMENT, device=device).repeat(2)
     documents = torch.arange(2, device=device, dtype=torch.int32).repeat_interleave(_DOCUMENT)
     return {
         "input_ids": (tokens % vocabulary)[None],
-        "position_ids": places[None],
+        "position_ids": positions[None],
         "document_ids": documents[None],
     }
 

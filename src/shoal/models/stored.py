@@ -42,16 +42,18 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Held:
+class InMemory:
     """Weights that are in memory already."""
 
     tensors: Mapping[str, Tensor]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each, by canonical name."""
         return {name: tuple(each.shape) for name, each in self.tensors.items()}
 
     def tensor(self, name: str, *, box: Box | None = None) -> Tensor | None:
+        """A weight, or a box of it; a view."""
         whole = self.tensors[name].detach()
         return whole if box is None else whole[box.slices]
 

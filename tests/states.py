@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box
 from shoal.comm.flat import FlatLayout, Vector
 from shoal.engine.state import ALL, TRAINABLE, FlatState
 from shoal.models.anatomy import canonical_parameters

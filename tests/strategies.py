@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.legal import SHARD_LEVELS, axes_of

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box, Piece
 from shoal.checkpoint.files import FaultyFiles, Files
-from shoal.checkpoint.store import Piece, Store
+from shoal.checkpoint.store import Store
 
 
 def pieces(step: int, *, rank: int) -> list[Piece]:

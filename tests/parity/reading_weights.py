@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box
 from shoal.layout import Layout
 from shoal.models import pretrained
 from shoal.models.anatomy import anatomy_of, canonical_parameters

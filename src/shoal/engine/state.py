@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.store import Piece
+from shoal.boxes import Piece, Slot
 from shoal.comm.flat import FlatLayout, Vector
 from shoal.comm.group import Group
 from shoal.config.recipe import Muon, OptimizerSection
 from shoal.parallel import shard
-from shoal.parallel.local import Holdings, Slot
+from shoal.parallel.local import Holdings
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.replica import Replica
 

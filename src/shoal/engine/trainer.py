@@ -405,6 +405,7 @@ class Trainer:
         if not training.policy.alone:
             self._compare_replicas(0)  # what is saved must be what all replicas hold
         recipe = self.job.recipe
+        equal = training.policy.equal_after(progress.step)
         logits = fingerprint_of(training) if training.replica.is_cut or self._first else []
 
         def facts() -> dict[str, Any]:
@@ -416,7 +417,7 @@ class Trainer:
                 "model_config": training.replica.settings.config.to_dict(),
                 "ties": [list(names) for names in training.anatomy.ties],
                 "inputs": self.job.inputs.to_json(),
-                "fingerprint": logits,
+                "fingerprint": logits if equal else [],
             }
 
         with self.trace.span("save", step=progress.step):
@@ -427,7 +428,7 @@ class Trainer:
                 step=progress.step,
                 facts=facts,
                 random_state=random_state(),
-                equal=training.policy.equal_after(progress.step),
+                equal=equal,
                 last=last,
                 while_waiting=self._still_saving,
             )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box, Slot
 from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.loss import Vocabulary
@@ -34,19 +34,6 @@ class Segment:
     dim: int
     start: int
     size: int
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One box of a parameter, and where in this rank's tensor it begins (per dim)."""
-
-    box: Box
-    begins: tuple[int, ...]
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The part of `tensor`, which lies as the parameter's storage does; a view."""
-        ends = (low + size for low, size in zip(self.begins, self.box.sizes))
-        return tensor[tuple(slice(low, end) for low, end in zip(self.begins, ends))]
 
 
 @dataclass(frozen=True)

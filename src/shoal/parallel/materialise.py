@@ -39,10 +39,9 @@ def materialise(
     adopt(model, kept.__getitem__, slots.get)
     for name, holding in sharded.holdings.items() if fill else ():
         for slot in holding.slots:
-            box = (slot.box.offsets, slot.box.sizes)
-            value = source.tensor(name, box=box) if source is not None else None
+            value = source.tensor(name, box=slot.box) if source is not None else None
             if value is None:
-                value = record.draw(name, seed=seed, box=box)
+                value = record.draw(name, seed=seed, box=slot.box)
             slot.of(kept[name]).copy_(value)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         for leaf, buffer in list(module._buffers.items()):

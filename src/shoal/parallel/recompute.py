@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 from shoal.models.anatomy import Anatomy
-from shoal.models.passage import checkpoint_contexts
+from shoal.models.forward_context import checkpoint_contexts
 from shoal.parallel.local import Holdings
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.settings import Settings
@@ -56,7 +56,7 @@ def apply_recompute(
 
 
 def _recomputing(run: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
-    # nothing draws from the global random state: dropout is keyed, and its key travels by passage
+    # nothing draws from the global random state: dropout is keyed by the forward context
     return functools.partial(
         checkpoint, run, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
     )

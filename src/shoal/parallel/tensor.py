@@ -18,7 +18,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.legal import facts_from_config, tensor_degrees
+from shoal.layout import Layout
+from shoal.legal import Combination, facts_from_config, problems
 from shoal.models.anatomy import Anatomy, canonical_name, ties_of
 from shoal.models.dropout import KeyedDropout
 from shoal.models.families.tensor import tensor_table
@@ -68,7 +69,7 @@ def apply_tensor(
     _exchange_in_regions(model, anatomy, exchange)
     _exchange_at_ends(model, anatomy, exchange)
     _part_the_vocabulary(model, anatomy, exchange, cuts)
-    _localise(model, anatomy, degree=degree, rank=rank)
+    _localise(model, anatomy, exchange)
     model.shoal_sequence_multiple = degree  # type: ignore[assignment]
     sharded = sharded_of(model)
     sharded.exchange, sharded.vocabulary = exchange, _vocabulary(model, cuts, exchange)
@@ -95,27 +96,16 @@ def segments_of(
 
 def check_degree(model: nn.Module, anatomy: Anatomy, degree: int) -> None:
     """Raise ModelError when `model` cannot be cut over `degree` ranks of the tensor axis."""
-    check_placed(anatomy)
+    check_placed(anatomy.placements, family=anatomy.family)
     config: Any = model.config
-    facts = facts_from_config(config.to_dict())
-    legal = tensor_degrees(facts)
-    if degree not in legal:
-        raise ModelError(
-            f"parallel.tensor: {degree} does not divide {facts.heads} query heads, "
-            f"{facts.key_value_heads} key-value heads and the feed-forward width "
-            f"{facts.feed_forward} of this {anatomy.family}\n"
-            f"    degrees that do: {', '.join(map(str, legal))}"
-        )
-    if anatomy.whole_logits:
-        raise ModelError(
-            f"{type(model).__name__}: its logits are more than head(hidden), so its head cannot be "
-            "cut by vocabulary\n    set parallel.tensor to 1"
-        )
-    if getattr(model, "framework_dropout", False):
-        raise ModelError(
-            "model.dropout: framework dropout differs between ranks that compute the same tokens\n"
-            "    set model.dropout to keyed or off, or parallel.tensor to 1"
-        )
+    asked = Combination(
+        layout=Layout(tensor=degree),
+        dropout="framework" if getattr(model, "framework_dropout", False) else "off",
+        whole_logits=anatomy.whole_logits,
+    )
+    found = problems(asked.of_model(facts_from_config(config.to_dict())))
+    if found:
+        raise ModelError("\n".join([f"{type(model).__name__}:", *map(str, found)]))
 
 
 def _cut_parameters(model: nn.Module, cuts: Holdings) -> None:
@@ -224,12 +214,12 @@ def _vocabulary(model: nn.Module, cuts: Holdings, exchange: Exchange) -> Vocabul
     return Vocabulary(rows.start, rows.size, holding.shape[0], exchange.group)
 
 
-def _localise(model: nn.Module, anatomy: Anatomy, *, degree: int, rank: int) -> None:
+def _localise(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
     """Correct counts of heads, and tell dropout in blocks which tokens it sees."""
     table = tensor_table(model.config)
     assert table is not None, "check_placed has passed"
     for path in regions_of(model, base=anatomy.base):
-        table.localise(model.get_submodule(path), degree)
+        table.localise(model.get_submodule(path), exchange.size)
     for module in model.get_submodule(anatomy.blocks).modules():
         if isinstance(module, KeyedDropout):
-            module.sequence_part = (rank, degree)
+            module.own_tokens = exchange.split  # as hidden states are

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.models.anatomy import anatomy_of, canonical_parameters, ties_of

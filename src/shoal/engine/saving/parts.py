@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.boxes import Box
-from shoal.checkpoint.store import Piece, Reader, Store
-from shoal.comm.flat import Vector
+from shoal.boxes import Box, Piece
+from shoal.checkpoint.store import Reader, Store
 from shoal.comm.group import Group
 from shoal.comm.messages import broadcast_json
 from shoal.config.locked import LOCKED, changed
@@ -86,7 +85,9 @@ def load(
         replica = layout.replica_of(group.rank)
         for vector in state.vectors.values():
             wanted = {name: state.holdings[name].shape for name in state.views(vector)}
-            source = SavedKind(reader, vector, replica=replica, replicas=layout.replicate)
+            source = SavedKind(
+                reader, vector.kind, sums=vector.sums, replica=replica, replicas=layout.replicate
+            )
             _check_names(source, wanted, whole=shapes)
             for piece in state.pieces(vector) if source.names else ():
                 with torch.no_grad():
@@ -101,10 +102,12 @@ class SavedKind:
     mean, or its part of the sum where only that matters.
     """
 
-    def __init__(self, reader: Reader, vector: Vector, *, replica: int, replicas: int) -> None:
-        self._reader, self._kind, self._sums = reader, vector.kind, vector.sums
+    def __init__(
+        self, reader: Reader, kind: str, *, sums: bool = False, replica: int = 0, replicas: int = 1
+    ) -> None:
+        self._reader, self._kind, self._sums = reader, kind, sums
         self._replicas = replicas
-        self.kinds = saved_kinds(reader, vector.kind)
+        self.kinds = saved_kinds(reader, kind)
         if len(self.kinds) == replicas:
             self.kinds = [self.kinds[replica]]
         self.names = reader.names(self.kinds[0]) if self.kinds else []

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from shoal.boxes import Piece
 from shoal.checkpoint.manifest import Part
-from shoal.checkpoint.store import Piece, Store
+from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
 from shoal.comm.messages import broadcast_json
 from shoal.engine.saving.parts import pieces_of
@@ -59,7 +61,7 @@ class Snapshot:
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
 
-    def take(self, pieces: Iterable[Piece]) -> list[Piece]:
+    def take(self, pieces: Iterable[Piece[Tensor]]) -> list[Piece[Tensor]]:
         """The same pieces with tensors of their own, on the CPU."""
         kept, self._kept = self._kept, {}
         copies = []
@@ -82,7 +84,7 @@ class _Save:
     rank: int
     size: int
     token: str
-    pieces: list[Piece]
+    pieces: list[Piece[Tensor]]
     facts: dict[str, Any]
     random_state: str
     stall_seconds: float = 0.0

@@ -62,7 +62,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             layout=layout,
             step=reader.step,
             facts=lambda: reader.state,
-            random_state=random_state(),
+            own={"random_state": random_state()},
             last=True,
         )
     return 0

@@ -81,7 +81,7 @@ class Ranks:
             layout=Layout(replicate=len(self.groups)),
             step=step,
             facts=lambda: {"progress": {"step": step}},
-            random_state=f"{rank:02x}",
+            own={"random_state": f"{rank:02x}"},
         )
         for tensor in state.resident():
             tensor.fill_(-1.0)

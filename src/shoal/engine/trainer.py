@@ -255,7 +255,7 @@ class Trainer:
         check_same_run(reader.state["recipe"], self.job.recipe, at=self.job.run)
         shapes, layout = training.replica.shapes, training.ranks.layout
         load(reader, training.state, shapes=shapes, group=self.group, layout=layout)
-        training.restore(reader.state)
+        training.resume(reader.state)
         states = reader.state["random_states"]
         if self.group.rank < len(states) and not self.group.shares_memory:
             raw = bytearray(bytes.fromhex(states[self.group.rank]))
@@ -427,7 +427,7 @@ class Trainer:
                 layout=training.ranks.layout,
                 step=progress.step,
                 facts=facts,
-                random_state=random_state(),
+                own={"random_state": random_state(), "policy": training.policy.facts()},
                 equal=equal,
                 last=last,
                 while_waiting=self._still_saving,

@@ -87,8 +87,17 @@ class Training:
         }
         return facts | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
 
+    def resume(self, state: dict[str, Any]) -> None:
+        """Stand where the state of a checkpoint says, whichever layout wrote it."""
+        self.restore({key: value for key, value in state.items() if key != "policy"})
+        own = state.get("policies", [])
+        if len(own) == self.ranks.world.size:
+            self.policy.restore(own[self.ranks.world.rank])
+        else:  # what replicas had of their own went into a mean
+            self.policy.begin(self.progress.step)
+
     def restore(self, facts: dict[str, Any]) -> None:
-        """Stand where `facts` say."""
+        """Stand where `facts` of a living rank say."""
         for name, value in facts["progress"].items():
             setattr(self.progress, name, value)
         self.peak_memory_bytes = facts.get("peak_memory_bytes") or self.peak_memory_bytes

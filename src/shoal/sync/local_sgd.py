@@ -63,7 +63,10 @@ class LocalSGD(Policy):
         self._averaged_at, self._targets = step, 0
 
     def equal_after(self, step: int) -> bool:
-        return step == self._averaged_at
+        return self.peers.size == 1 or step == self._averaged_at
+
+    def begin(self, step: int) -> None:
+        self._averaged_at, self._targets = step, 0
 
     def facts(self) -> dict[str, Any]:
         return {"targets": self._targets, "averaged_at": self._averaged_at}

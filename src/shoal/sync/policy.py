@@ -112,8 +112,12 @@ class Policy(ABC):
         return ()
 
     def facts(self) -> dict[str, Any]:
-        """Its own state besides vectors; JSON-able."""
+        """This rank's state besides vectors; JSON-able."""
         return {}
+
+    def begin(self, step: int) -> None:
+        """All replicas hold the same parameters now, after `step` steps."""
+        return
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Stand where `facts` say."""

@@ -14,7 +14,10 @@ from torch import Tensor
 from shoal.errors import ModelError
 from shoal.models.anatomy import anatomy_of, hidden_of, logits_of
 from shoal.models.kernels import Kernel, MaskRequest, local
+from shoal.parallel.local import Holdings
+from shoal.parallel.mesh import Mesh
 from shoal.parallel.recompute import apply_recompute
+from shoal.parallel.settings import Settings
 
 DECODERS = [family for family in ROWS_OF_TOKENS if family not in ("bert", "roberta")]
 
@@ -97,7 +100,9 @@ def test_decoding_a_token_at_a_time_gives_the_whole_forwards_logits(family: str)
 def test_recompute_on_another_thread_runs_the_forwards_kernel(kind: str) -> None:
     def gradients(kernel: Kernel) -> list[Tensor]:
         model, batch = real_model("llama").train(), packed_batch()
-        apply_recompute(model, anatomy_of(model), kind=kind)
+        mesh = Mesh.alone(torch.device("cpu"))
+        settings = Settings(recompute=kind)
+        apply_recompute(model, anatomy_of(model), mesh, Holdings(mesh, {}), settings)
         hidden = hidden_of(model, batch, kernel=kernel)
         hidden_of(model, batch)  # another forward, by another kernel, comes between
         worker = threading.Thread(target=lambda: hidden.square().sum().backward())

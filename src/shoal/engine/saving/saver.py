@@ -15,7 +15,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ Note = tuple[str, dict[str, Any]]
 """An event: its name and its fields."""
 
 _LOOK_SECONDS = 0.02
+_NOTHING: Mapping[str, Any] = {}
 _FAILED = "the next save tries again; the checkpoints before it are as they were"
 
 
@@ -86,7 +87,7 @@ class _Save:
     token: str
     pieces: list[Piece[Tensor]]
     facts: dict[str, Any]
-    random_state: str
+    own: dict[str, Any]
     stall_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
     abandoned: threading.Event = field(default_factory=threading.Event)
@@ -144,14 +145,15 @@ class Saver:
         layout: Layout,
         step: int,
         facts: Callable[[], dict[str, Any]],
-        random_state: str = "",
+        own: Mapping[str, Any] = _NOTHING,
         equal: bool = True,
         last: bool = False,
         while_waiting: Callable[[], object] = lambda: None,
     ) -> None:
         """Save `step`; nobody may change `state` during the call.
 
-        `facts`: gives, on rank 0, what the manifest holds. `equal`: whether replicas hold the same
+        `facts`: gives, on rank 0, what the manifest holds; `own`: what it holds of every rank
+        (`random_state`, the policy's facts). `equal`: whether replicas hold the same
         parameters now. `last`: nothing follows, so it is waited for and a failure is an error
         (RunError on every rank). A failure of any other is a note, and the run goes on.
         `while_waiting`: called now and then during a wait; raises what should end it.
@@ -170,7 +172,7 @@ class Saver:
                 found = pieces_of(state, rank=rank, layout=among, equal=equal)
                 pieces = list(found) if waited_for else self._snapshot.take(found)
                 running = _Save(
-                    step, rank, among.workers, token, pieces, known, random_state, began=began
+                    step, rank, among.workers, token, pieces, known, dict(own), began=began
                 )
                 self._begin(running)
             if waited_for:
@@ -289,8 +291,12 @@ class Saver:
         running.collecting = True
         others = [self._hear(running, writing, rank=rank) for rank in range(1, running.size)]
         running.collecting = False
-        random_states = [running.random_state, *(each["random_state"] for each in others)]
-        state = {**running.facts, "random_states": random_states}
+        owns = [running.own, *(each["own"] for each in others)]
+        state = {
+            **running.facts,
+            "random_states": [own.get("random_state", "") for own in owns],
+            "policies": [own.get("policy", {}) for own in owns],
+        }
         for rank in range(1, running.size):
             store.files.remove(_report_path(writing, rank))
         if running.abandoned.is_set():
@@ -313,7 +319,7 @@ class Saver:
             "token": running.token,
             "step": running.step,
             "rank": running.rank,
-            "random_state": running.random_state,
+            "own": running.own,
             "problem": problem,
             "part": part.to_json() if part else None,
         }

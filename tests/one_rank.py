@@ -30,7 +30,7 @@ def built(payload: dict[str, Any], descriptor: int) -> Iterator[Training]:
             rank=rank,
             size=layout.workers,
             device=worker.device,
-            store=Path(payload["out"]) / ".meeting",
+            meeting=(Path(payload["out"]) / ".meeting").as_uri(),
             timeout_seconds=60,
         )
     group = ProcessGroup()

@@ -249,7 +249,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             rank=rank,
             size=size,
             device=torch.device("cpu"),
-            store=Path(payload["store"]),
+            meeting=Path(payload["store"]).as_uri(),
             timeout_seconds=100,
         )
     mesh = build_mesh(job.layout, rank=rank, device=torch.device("cpu"))

@@ -74,7 +74,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         rank=rank,
         size=layout.workers,
         device=device,
-        store=Path(payload["store"]),
+        meeting=Path(payload["store"]).as_uri(),
         timeout_seconds=60,
     )
     pretrained.safe_open = Counted  # type: ignore[assignment]

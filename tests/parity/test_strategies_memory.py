@@ -66,8 +66,10 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     layout, device = Layout(**payload["layout"]), torch.device("cpu")
     rank, size = payload["rank"], layout.workers
     if size > 1:
-        store = Path(payload["store"])
-        start_process_group(rank=rank, size=size, device=device, store=store, timeout_seconds=60)
+        meeting = Path(payload["store"]).as_uri()
+        start_process_group(
+            rank=rank, size=size, device=device, meeting=meeting, timeout_seconds=60
+        )
     mesh = build_mesh(layout, rank=rank, device=device)
     model = meta_model("llama", **SIZES)
     anatomy, recorded = anatomy_of(model), record(model)

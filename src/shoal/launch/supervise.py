@@ -11,25 +11,24 @@ checkpoint.
 from __future__ import annotations
 
 import signal
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from shoal.comm.keys import Keys
 from shoal.engine.job import Job
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
-from shoal.launch.deaths import Death, death_of, oom_kills
-from shoal.launch.hang import Doctor, Sighting, Stuck, process_state, report, stack_of
+from shoal.launch.cluster import Cluster, ThisHost, host_of_rank
+from shoal.launch.deaths import Death, death_of
+from shoal.launch.directory import has_checkpoint, requests_in
+from shoal.launch.hang import Doctor, Sighting, Stuck, report
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.site import LocalSite, Site, Slot
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
-from shoal.observe.pulse import Watch
 
 TARGET = "shoal.engine.worker:run"
 _POLL_SECONDS = 0.05
@@ -42,8 +41,8 @@ class SupervisedWorker:
     """A rank of the run, and the worker process that has it now."""
 
     rank: int
+    site: Site
     worker: Worker
-    started_at: float = field(default_factory=time.monotonic)
     waiting: bool = False
     """Built, and waiting for a generation."""
     generation: int = 0
@@ -72,19 +71,17 @@ def run_workers(
     when there is a checkpoint to resume from, else Interrupted). SIGUSR1 prints where each is.
     `story` collects every event, also of a run that ends with an error.
     """
-    with tempfile.TemporaryDirectory(prefix="shoal-") as folder, signals_asked() as asked:
+    num_ranks = job.decision.layout.workers
+    with LocalSite(pool, num_ranks=num_ranks) as site, signals_asked() as asked:
+        console.steps = job.recipe.train.steps
         supervisor = Supervisor(
             job,
-            pool=pool,
+            sites=[site],
+            cluster=ThisHost(site.folder),
             attempt=Attempt(console, begun, story=[] if story is None else story),
-            folder=Path(folder),
             asked=asked,
         )
-        console.steps = job.recipe.train.steps
-        try:
-            return supervisor.run()
-        finally:
-            pool.kill([one.worker for one in supervisor.workers if one.alive])
+        return supervisor.run()
 
 
 class Supervisor:
@@ -94,13 +91,13 @@ class Supervisor:
         self,
         job: Job,
         *,
-        pool: WorkerPool,
+        sites: Sequence[Site],
+        cluster: Cluster,
         attempt: Attempt,
-        folder: Path,
         asked: list[int],
     ) -> None:
-        self._job, self._pool, self._attempt = job, pool, attempt
-        self._folder, self._asked, self._passed_on = folder, asked, 0
+        self._job, self._sites, self._cluster, self._attempt = job, sites, cluster, attempt
+        self._asked, self._passed_on = asked, 0
         self._layout, launch = job.decision.layout, job.recipe.launch
         self._threads = job.decision.workers == "threads" and self._layout.workers > 1
         self._size = 1 if self._threads else self._layout.workers
@@ -111,25 +108,23 @@ class Supervisor:
         inside = self._layout.replica_workers > 1
         self._doctor = Doctor(silence_seconds=launch.silence_seconds, meets_inside=inside)
         self._pace = Pace()
-        Keys.make(folder / "keys")
-        self._watch = Watch(folder / "pulse", slots=self._ranks)
         self._run = job.run
         self._generation = 0
         self._members: list[int] = []
         self._counted = 0
         self._failures: Counter[int] = Counter()
-        self._oom_kills = oom_kills()
+        self._memory_kills = self._count_memory_kills()
         self._began = self._looked = time.monotonic()
         self._hurt_at: float | None = None
         self._ending: float | None = None
-        self.workers = [SupervisedWorker(rank, self._start(rank)) for rank in range(self._size)]
+        self.workers = [self._started(rank) for rank in range(self._size)]
 
     # --- the watch
 
     def run(self) -> Attempt:
         """Hear the workers until all have ended well. Raises the error that ended them."""
         while any(one.alive for one in self.workers):
-            for worker, message in self._pool.events(timeout_seconds=_POLL_SECONDS):
+            for worker, message in self._events():
                 one = next((one for one in self.workers if one.worker is worker), None)
                 if one is None:
                     continue
@@ -145,6 +140,11 @@ class Supervisor:
         if not all(one.done for one in self.workers) and attempt.stopped is None:
             raise attempt.failure()
         return attempt
+
+    def _events(self) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
+        """What happens on all hosts, within a short time on each."""
+        for site in self._sites:
+            yield from site.events(timeout_seconds=_POLL_SECONDS / len(self._sites))
 
     def _hear(self, one: SupervisedWorker, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -182,11 +182,9 @@ class Supervisor:
         if self._limit is not None and time.monotonic() - self._began > self._limit:
             self._limit = None
             self._asked.append(signal.SIGTERM)
-        for name, order in (("STOP", "stop"), ("SAVE", "save")):
-            if (self._run / name).exists():
-                (self._run / name).unlink(missing_ok=True)
-                self._attempt.console.phase(f"found the file {name}: saving after this step")
-                self._order({"order": order})
+        for name in requests_in(self._run):
+            self._attempt.console.phase(f"found the file {name}: saving after this step")
+            self._order({"order": name.lower()})
         while signal.SIGUSR1 in self._asked:
             self._asked.remove(signal.SIGUSR1)
             self.describe()
@@ -200,20 +198,11 @@ class Supervisor:
 
     def _order(self, order: dict[str, Any]) -> None:
         for one in self.workers:
-            self._pool.send(one.worker, order)
+            one.site.send(one.worker, order)
 
     def sightings(self) -> list[Sighting]:
-        """Every rank as seen now; threads of one process share its state."""
-        seen = []
-        for rank in range(self._ranks):
-            one = self.workers[0 if self._threads else rank]
-            if not one.alive:
-                continue
-            beat = self._watch.read(rank)
-            silent = self._doctor.silence(beat, started_at=one.started_at)
-            state, cpu = process_state(one.worker.pid)
-            seen.append(Sighting(rank, one.worker.pid, beat, silent, state, cpu))
-        return seen
+        """Every rank as seen now."""
+        return [seen for site in self._sites for seen in site.sightings()]
 
     def _look(self) -> None:
         """Whether a worker is stuck; the first such is named, described and ended."""
@@ -229,15 +218,12 @@ class Supervisor:
         if not one.alive or one.stuck is not None:
             return
         one.stuck = stuck.reason
-        stack = self._stack(one, stopped="stopped" in stuck.reason)
+        stack = one.site.stack(one.worker, stopped="stopped" in stuck.reason)
         for line in [*report(seen), *stack.splitlines()]:
             self._attempt.console.line(f"  {line}")
         fields = {"rank": stuck.rank, "text": f"worker {stuck.rank} {stuck.reason}; it is ended"}
         self._tell("stuck", {**fields, "who": report(seen), "stack": stack})
-        self._pool.signal(one.worker, signal.SIGKILL)
-
-    def _stack(self, one: SupervisedWorker, *, stopped: bool) -> str:
-        return stack_of(one.worker.pid, self._folder / f"stack-{one.rank}", stopped=stopped)
+        one.site.signal(one.worker, signal.SIGKILL)
 
     def describe(self) -> None:
         """Print where each worker is and what its threads do (the hang doctor, on demand)."""
@@ -246,7 +232,7 @@ class Supervisor:
         for one in self.workers:
             if one.alive:
                 self._attempt.console.line(f"stack of worker {one.rank}:")
-                self._attempt.console.line(self._stack(one, stopped=False).rstrip())
+                self._attempt.console.line(one.site.stack(one.worker, stopped=False).rstrip())
 
     # --- losses
 
@@ -255,8 +241,8 @@ class Supervisor:
         if self._attempt.user_error() is not None:
             self._ending = self._ending or time.monotonic() + _GRACE_SECONDS
             return
-        beat = self._watch.read(one.rank)
-        kills = oom_kills()
+        beat = one.site.last_beat(one.rank)
+        kills = self._count_memory_kills()
         death = death_of(
             rank=one.rank,
             status=one.worker.status or 0,
@@ -264,9 +250,9 @@ class Supervisor:
             where=beat.where if beat is not None else "starting",
             error=one.error,
             stuck=one.stuck,
-            ran_out=kills > self._oom_kills,
+            ran_out=kills > self._memory_kills,
         )
-        self._oom_kills = kills
+        self._memory_kills = kills
         fields = {"rank": death.rank, "why": death.kind, "step": death.step, "where": death.where}
         text = f"{death.text} ({death.where})"
         self._tell("lost", {**fields, "text": text, "noticed_at": time.monotonic()})
@@ -297,8 +283,9 @@ class Supervisor:
     def _recover(self, lost: SupervisedWorker) -> None:
         """Start a worker in its place; if nobody else holds its state, start all anew."""
         if not self._survives(lost):
-            self._pool.kill([one.worker for one in self.workers if one.alive])
-            resume = any((self._run / "checkpoints").glob("step-*"))
+            for site in self._sites:
+                site.kill([one.worker for one in self.workers if one.alive and one.site is site])
+            resume = has_checkpoint(self._run)
             self._job = replace(self._job, resume=resume)
             for one in self.workers:
                 self._replace(one)
@@ -311,23 +298,20 @@ class Supervisor:
         self._form()
 
     def _replace(self, one: SupervisedWorker, *, joining: bool = False) -> None:
-        self._watch.clear(one.rank)
-        one.worker, one.started_at = self._start(one.rank, joining=joining), time.monotonic()
-        one.waiting, one.generation, one.done = False, 0, False
-        one.error = one.stuck = None
+        vars(one).update(vars(self._started(one.rank, joining=joining)))
 
-    def _start(self, rank: int, *, joining: bool = False) -> Worker:
-        return self._pool.start(
-            TARGET,
-            {
-                **replace(self._job, joining=joining).to_json(),
-                "rank": rank,
-                "size": self._size,
-                "pulse": str(self._watch.path),
-                "stack": str(self._folder / f"stack-{rank}"),
-                "keys": str(self._folder / "keys"),
-            },
+    def _started(self, rank: int, *, joining: bool = False) -> SupervisedWorker:
+        """A new worker for `rank`, on the host that its replica belongs to."""
+        host = host_of_rank(self._layout, rank, num_hosts=len(self._sites))
+        site, job = self._sites[host], replace(self._job, joining=joining)
+        ranks = range(self._ranks) if self._threads else [rank]
+        payload = {**job.to_json(), "rank": rank, "size": self._size}
+        return SupervisedWorker(
+            rank, site, site.start(TARGET, payload, slot=Slot(rank), ranks=ranks)
         )
+
+    def _count_memory_kills(self) -> int:
+        return sum(site.memory_kills() for site in self._sites)
 
     def _form(self) -> None:
         """Announce a generation when one is needed and enough replicas can be in it."""
@@ -347,6 +331,7 @@ class Supervisor:
     def _announce(self, members: list[SupervisedWorker]) -> None:
         self._generation += 1
         self._members = [one.rank for one in members]
+        meeting = self._cluster.meeting(self._generation)
         for rank, one in enumerate(members):
             one.generation, one.waiting = self._generation, False
             order = {
@@ -355,8 +340,7 @@ class Supervisor:
                 "rank": rank,
                 "size": len(members),
             }
-            store = self._folder / f"generation-{self._generation:06d}"
-            self._pool.send(one.worker, {**order, "store": str(store)})
+            one.site.send(one.worker, {**order, "meeting": meeting})
         if self._generation > 1:
             count = len(members) // self._layout.replica_workers
             text = f"generation {self._generation}: {count} replicas (workers {self._members})"

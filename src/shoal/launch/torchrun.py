@@ -47,7 +47,7 @@ def join(recipe: str, overrides: Sequence[str], *, out: Path | None, seat: Rende
         rank=seat.rank,
         size=seat.world_size,
         device=device,
-        store=None,
+        meeting=None,
         timeout_seconds=_TIMEOUT_SECONDS,
     )
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -42,8 +42,8 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of a worker of a layout of 4: shard 2 x tensor 2."""
     torch.set_num_threads(1)
     rank, device = payload["rank"], torch.device("cpu")
-    store = Path(payload["store"])
-    start_process_group(rank=rank, size=4, device=device, store=store, timeout_seconds=60)
+    meeting = Path(payload["store"]).as_uri()
+    start_process_group(rank=rank, size=4, device=device, meeting=meeting, timeout_seconds=60)
     mesh = build_mesh(Layout(shard=2, tensor=2), rank=rank, device=device)
     family, found = payload["family"], {}
     for how in ("drawn", "read"):

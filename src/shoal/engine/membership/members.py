@@ -14,7 +14,7 @@ from shoal.comm.keys import Keys
 from shoal.engine.membership.orders import Orders
 from shoal.errors import PeersLost, WorkerError
 from shoal.observe.events import Report
-from shoal.runtime import WorkerInfo, start_process_group, stop_process_group, wait_for_arrivals
+from shoal.runtime import MeetingPoint, WorkerInfo, start_process_group, stop_process_group
 
 TIMEOUT_SECONDS = 1800.0
 """Of a collective; the supervisor notices long before."""
@@ -97,26 +97,20 @@ class Generations(Members):
         self.number = generation.number
         if generation.size == 1:
             return True
-        came = wait_for_arrivals(
-            generation.store,
-            rank=generation.rank,
-            size=generation.size,
-            give_up=lambda: self.pending,
-        )
-        if not came:
+        rank, size = generation.rank, generation.size
+        meeting = MeetingPoint.of(generation.meeting)
+        if not meeting.wait_for_arrivals(rank=rank, size=size, give_up=lambda: self.pending):
             return False
         self._group.pulse.mark("meeting the others")
         try:
             start_process_group(
-                rank=generation.rank,
-                size=generation.size,
+                rank=rank,
+                size=size,
                 device=self._worker.device,
-                store=generation.store,
+                meeting=generation.meeting,
                 timeout_seconds=TIMEOUT_SECONDS,
             )
-        except (
-            RuntimeError
-        ):  # one died between arriving and connecting; another generation will come
+        except RuntimeError:  # one died between arriving and connecting; another one will come
             stop_process_group(at_once=True)
             return False
         return True

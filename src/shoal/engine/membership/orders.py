@@ -6,7 +6,6 @@ import json
 import os
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,8 @@ class Generation:
     number: int
     rank: int
     size: int
-    store: Path
+    meeting: str
+    """A URL, such as file:///tmp/x/generation-000001."""
 
 
 @dataclass
@@ -74,6 +74,6 @@ class Orders:
                     int(str(order["number"])),
                     int(str(order["rank"])),
                     int(str(order["size"])),
-                    Path(str(order["store"])),
+                    str(order["meeting"]),
                 )
                 self._changed.notify_all()

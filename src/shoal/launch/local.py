@@ -112,7 +112,7 @@ def _resume(
     with pool_or_own(pool) as workers:
         show.phase(f"resuming {folder}")
         inputs = prepare_inputs(resolved, say=show.phase)
-        decision = _decision_before(folder, override_texts(overrides))
+        decision = decision_before(folder, override_texts(overrides))
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=True)
@@ -139,7 +139,7 @@ _DECIDED = ("parallel", "launch", "precision", "train.micro_batch_samples")
 """Keys that bear on what is decided at the start."""
 
 
-def _decision_before(run: Path, overrides: list[str]) -> Decision | None:
+def decision_before(run: Path, overrides: list[str]) -> Decision | None:
     """What was decided for `run`, unless an override bears on it: same choices, same bits."""
     if any(text.startswith(_DECIDED) for text in overrides):
         return None

@@ -150,7 +150,7 @@ class PlanArguments:
     def missing(self) -> list[str]:
         """What of the fixed choices shoal cannot run today, each with a reason."""
         from shoal.layout import Layout
-        from shoal.legal import not_yet
+        from shoal.legal import Combination, not_yet
         from shoal.plan.workload import DEGREES
 
         workload, fixed = self._request
@@ -159,7 +159,8 @@ class PlanArguments:
         except ValueError as error:
             raise UserError(f"--fix: {error}") from error
         policy, codec = str(fixed.get("policy", "every-step")), str(fixed.get("codec", "none"))
-        found = not_yet(layout, policy=policy, codec=codec, family=workload.facts.family)
+        asked = Combination(layout=layout, policy=policy, codec=codec)
+        found = not_yet(asked.of_model(workload.facts))
         return [f"{problem.what}; {problem.hint}" for problem in found]
 
     @functools.cached_property

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from shoal.engine.worker import tell
+from shoal.engine.worker import report_failure
 from shoal.observe.events import Report
-from shoal.runtime import Place, start_worker
+from shoal.runtime import WorkerInfo, start_worker
 
 WORTH_IT = 1.15
 """bfloat16 is chosen when its matrix products are at least this much faster than float32's."""
@@ -22,10 +22,10 @@ def run_formats(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of a lone worker that reports what `measured_formats` finds."""
     report = Report(descriptor)
     try:
-        start_worker(Place(0, 1, torch.device("cpu"), payload["threads"]), seed=0)
+        start_worker(WorkerInfo(0, 1, torch.device("cpu"), payload["threads"]), seed=0)
         report.say("measured", **measured_formats(payload["device"]))
     except BaseException as error:
-        return tell(error, report=report, rank=0)
+        return report_failure(error, report=report, rank=0)
     return 0
 
 

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,17 +21,15 @@ import torch
 
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.threads import Meeting, ThreadGroup
-from shoal.config.recipe import Recipe
-from shoal.engine.build import Training, build
-from shoal.engine.decision import Decision
-from shoal.engine.prepare import Inputs
-from shoal.engine.ranks import whole
-from shoal.engine.step import ForwardBackward, StepSettings, Word
-from shoal.engine.trainer import Job
-from shoal.engine.worker import tell
+from shoal.engine.build import build
+from shoal.engine.job import Job
+from shoal.engine.step import Step, StepSettings, Votes
+from shoal.engine.training import Training
+from shoal.engine.worker import report_failure
 from shoal.layout import Share
 from shoal.observe.events import Report
-from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
+from shoal.parallel.ranks import whole
+from shoal.runtime import WorkerInfo, start_process_group, start_worker, stop_process_group
 
 _TIMEOUT_SECONDS = 120.0
 
@@ -49,21 +46,14 @@ class Order:
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one timing worker; says `built`, then one `turn` for each order."""
-    report, rank = Report(descriptor), payload["rank"]
-    job = Job(
-        recipe=Recipe.model_validate(payload["recipe"]),
-        run=Path(payload["folder"]),
-        inputs=Inputs.from_json(payload["inputs"]),
-        decision=Decision.from_json(payload["decision"]),
-        resume=False,
-    )
+    report, rank, job = Report(descriptor), payload["rank"], Job.from_json(payload)
     try:
         if job.decision.workers == "threads" and job.decision.layout.workers > 1:
             _threads(job, report=report, orders=_orders(descriptor))
         else:
-            _process(job, payload=payload, report=report, orders=_orders(descriptor))
+            _process(job, rank=rank, report=report, orders=_orders(descriptor))
     except BaseException as error:
-        return tell(error, report=report, rank=rank)
+        return report_failure(error, report=report, rank=rank)
     return 0
 
 
@@ -74,20 +64,20 @@ def _orders(descriptor: int) -> Iterator[Order]:
             yield Order(**json.loads(line))
 
 
-def _process(job: Job, *, payload: dict[str, Any], report: Report, orders: Iterable[Order]) -> None:
-    rank, size = payload["rank"], job.decision.layout.workers
-    place = Place(rank, size, torch.device("cpu"), job.decision.threads_per_worker)
-    start_worker(place, seed=job.recipe.seed)
+def _process(job: Job, *, rank: int, report: Report, orders: Iterable[Order]) -> None:
+    size = job.decision.layout.workers
+    worker = WorkerInfo(rank, size, torch.device("cpu"), job.decision.threads_per_worker)
+    start_worker(worker, seed=job.recipe.seed)
     if size > 1:
         start_process_group(
             rank=rank,
             size=size,
-            device=place.device,
-            store=Path(payload["folder"]) / f"store-{payload['name']}",
+            device=worker.device,
+            meeting=(job.run / f"meeting-{size}").as_uri(),
             timeout_seconds=_TIMEOUT_SECONDS,
         )
     try:
-        _serve(job, group=ProcessGroup(), place=place, report=report, orders=orders)
+        _serve(job, group=ProcessGroup(), worker=worker, report=report, orders=orders)
     finally:
         stop_process_group()
 
@@ -99,15 +89,15 @@ def _threads(job: Job, *, report: Report, orders: Iterable[Order]) -> None:
     queues: list[SimpleQueue[Order]] = [SimpleQueue() for _ in range(size)]
 
     def body(rank: int) -> None:
-        place = Place(rank, size, torch.device("cpu"), job.decision.threads_per_worker)
+        worker = WorkerInfo(rank, size, torch.device("cpu"), job.decision.threads_per_worker)
         group = ThreadGroup(meeting, rank=rank)
         try:
-            start_worker(place, seed=job.recipe.seed)
+            start_worker(worker, seed=job.recipe.seed)
             own = iter(queues[rank].get, None)
-            _serve(job, group=group, place=place, report=report, orders=own)
+            _serve(job, group=group, worker=worker, report=report, orders=own)
         except BaseException as error:
             meeting.fail(f"{type(error).__name__}: {error}")
-            tell(error, report=report, rank=rank)
+            report_failure(error, report=report, rank=rank)
 
     for rank in range(size):
         threading.Thread(target=body, args=(rank,), daemon=True).start()
@@ -117,52 +107,54 @@ def _threads(job: Job, *, report: Report, orders: Iterable[Order]) -> None:
 
 
 def _serve(
-    job: Job, *, group: Group, place: Place, report: Report, orders: Iterable[Order]
+    job: Job, *, group: Group, worker: WorkerInfo, report: Report, orders: Iterable[Order]
 ) -> None:
     """Build, then do what is ordered."""
-    training = build(job, ranks=whole(group, device=place.device), place=place, report=report)
-    passes: dict[int, ForwardBackward] = {}
+    training = build(job, ranks=whole(group, device=worker.device), worker=worker, report=report)
+    steps: dict[int, Step] = {}
     group.barrier()
-    if place.rank == 0:
+    if worker.rank == 0:
         report.say("built")
     for order in orders:
         torch.set_num_threads(order.threads)
-        if order.micro not in passes:
-            passes[order.micro] = _passes(training, micro=order.micro)
-        spent = [_step(training, passes[order.micro], order) for _ in range(order.times)]
-        if place.rank == 0:
+        if order.micro not in steps:
+            steps[order.micro] = _step_of(training, micro=order.micro)
+        spent = [_timed(training, steps[order.micro], order) for _ in range(order.times)]
+        if worker.rank == 0:
             means = [sum(column) / order.times for column in zip(*spent, strict=True)]
             report.say("turn", passes=means[0], update=means[1])
 
 
-def _passes(training: Training, *, micro: int) -> ForwardBackward:
-    """The step's passes in micro batches of `micro` samples, whatever was decided."""
-    recipe = training.job.recipe
-    return ForwardBackward(
+def _step_of(training: Training, *, micro: int) -> Step:
+    """The step in micro batches of `micro` samples, whatever was decided."""
+    settings = StepSettings(
+        micro_batch_samples=micro,
+        global_batch_samples=training.job.recipe.train.global_batch_samples,
+        exact=False,
+        loss_scale=training.loss_scale,
+    )
+    return Step(
         training.replica,
-        forward=training.task.forward,
+        passes=training.passes,
         state=training.state,
         ranks=training.ranks,
-        settings=StepSettings(
-            micro_batch_samples=micro,
-            global_batch_samples=recipe.train.global_batch_samples,
-            exact=False,
-            dtype=training.dtype,
-            device=training.device,
-            loss_scale=training.loss_scale,
-        ),
+        policy=training.policy,
+        settings=settings,
     )
 
 
-def _step(training: Training, passes: ForwardBackward, order: Order) -> tuple[float, float]:
-    """One step of the trainer's loop; seconds of the passes and of the rest."""
-    world = training.ranks.world
+def _timed(training: Training, step: Step, order: Order) -> tuple[float, float]:
+    """One step of the trainer's loop; seconds up to the last pass, and of the rest."""
+    world, policy = training.ranks.world, training.policy
+    number = training.update.step
     world.barrier()
     began = time.perf_counter()
     share = Share(world.rank * order.samples, (world.rank + 1) * order.samples)
-    training.sync.before_step(0)
-    result = passes.run(training.batches(0, share), share=share, step=0, word=Word())
+    policy.before_step(number)
+    batch = training.batches(0, share)
+    counted = step.count(batch, votes=Votes())
+    result = step.train(batch, share=share, counted=counted, step=0)
     passed = time.perf_counter()
     training.update.apply(result)
-    training.sync.after_step(0)
+    policy.after_step(number, targets=result.targets)
     return passed - began, time.perf_counter() - passed

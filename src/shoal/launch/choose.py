@@ -26,6 +26,7 @@ from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.launch.timings import machine_key, tuned
 from shoal.layout import Layout
+from shoal.legal import OWN_PARAMETERS
 from shoal.observe.console import Console
 from shoal.plan.devices import device_named
 from shoal.plan.from_recipe import workload_of
@@ -120,7 +121,8 @@ def decide_joined(
 def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads", "processes"]:
     if recipe.launch.workers != "auto":
         return recipe.launch.workers
-    if recipe.parallel.fewest_replicas is not None or layout.replica_workers > 1:
+    alone = recipe.sync.kind in OWN_PARAMETERS
+    if alone or recipe.parallel.fewest_replicas is not None or layout.replica_workers > 1:
         return "processes"
     if layout.replicate > 1 and not devices and recipe.model.dropout != "framework":
         return "threads"

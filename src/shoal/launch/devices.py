@@ -7,9 +7,9 @@ from dataclasses import replace
 from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import Decision
 from shoal.errors import UserError
-from shoal.launch.refuse import cut_problems
+from shoal.launch.refuse import combination_of
 from shoal.layout import Layout
-from shoal.legal import IMPLEMENTED_AXES
+from shoal.legal import open_axes
 from shoal.plan.cost.step import Estimator
 from shoal.plan.devices import device_named
 from shoal.plan.from_recipe import choices_of
@@ -61,12 +61,10 @@ def space_of(recipe: Recipe, *, layout: Layout) -> Space:
     """What the recipe leaves to the plan. `recompute: none` is what stands where nobody chose."""
     parallel = recipe.parallel
     fixed = choices_of(recipe, layout=layout).fixed
-    closed = [axis for axis in DEGREES if axis not in IMPLEMENTED_AXES]
-    for axis in ("shard", "tensor"):
-        refused = cut_problems(recipe, replace(Layout(), **{axis: 2}))
-        if refused or parallel.fewest_replicas is not None:
-            closed.append(axis)
-    fixed |= {axis: layout.degree(axis) for axis in closed}
+    able = open_axes(combination_of(recipe, layout))
+    if parallel.fewest_replicas is not None:
+        able &= {"replicate"}
+    fixed |= {axis: layout.degree(axis) for axis in DEGREES if axis not in able}
     if isinstance(parallel.shard, Shard):
         fixed["level"] = parallel.shard.level
     if parallel.recompute != "none":

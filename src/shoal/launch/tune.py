@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, WorkerSetup
+from shoal.engine.job import Job
 from shoal.engine.prepare import Inputs
 from shoal.launch.candidates import (
     CLOSE,
@@ -114,16 +116,10 @@ class Tuner:
                 threads_per_worker=setup.threads,
                 micro_batch_samples=micro_batches_of(self._recipe, count=setup.count)[0],
             )
-            payload = {
-                "recipe": self._recipe.model_dump(mode="json"),
-                "inputs": self._inputs.to_json(),
-                "decision": decision.to_json(),
-                "folder": folder,
-                "name": f"{setup.workers}-{setup.count}",
-            }
+            job = Job(self._recipe, Path(folder), self._inputs, decision).to_json()
             size = 1 if setup.workers == "threads" else setup.count
             self._sets[key] = _WorkerSet(
-                [self._pool.start(_TARGET, {**payload, "rank": rank}) for rank in range(size)]
+                [self._pool.start(_TARGET, {**job, "rank": rank}) for rank in range(size)]
             )
         until = time.monotonic() + _BUILD_SHARE * self._limit
         every = list(self._sets.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import not_yet
+from shoal.legal import Combination, not_yet
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster
 from shoal.plan.search import Found, Offer, Space, find
@@ -215,7 +215,9 @@ def offers_text(offers: list[Offer], *, chosen: Offer | None, tokens: int) -> st
 def to_json(prediction: Prediction) -> dict[str, Any]:
     """A prediction as JSON-able data: times in seconds, memory in bytes."""
     candidate = prediction.candidate
-    problems = not_yet(candidate.layout, policy=candidate.policy, codec=candidate.codec)
+    problems = not_yet(
+        Combination(layout=candidate.layout, policy=candidate.policy, codec=candidate.codec)
+    )
     return {
         "layout": layout_json(candidate.layout),
         "micro_batch_samples": candidate.micro_batch_samples,

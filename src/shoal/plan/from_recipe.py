@@ -11,10 +11,9 @@ from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.errors import UserError
 from shoal.layout import Layout
 from shoal.legal import facts_from_config
+from shoal.legal.families.family import HEADS
 from shoal.plan.search import Space
 from shoal.plan.workload import DEGREES, Workload
-
-_HEADS = {"causal-lm": "ForCausalLM", "token-classification": "ForTokenClassification"}
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -49,7 +48,7 @@ def config_of(
         config = {"vocab_size": vocabulary, **model.settings, "model_type": model.architecture}
     else:
         config = {**read_config((folder or Path(model.path)) / "config.json")}
-    kind = _HEADS.get(recipe.task.kind)
+    kind = HEADS.get(recipe.task.kind)
     if kind and recipe.task.kind != "causal-lm":
         config["architectures"] = [kind]
     return {**config, "num_labels": labels, "id2label": None} if labels else config

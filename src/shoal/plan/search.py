@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import ModelFacts, axes_of, not_yet, tensor_degrees
+from shoal.legal import Combination, ModelFacts, axes_of, not_yet, tensor_degrees
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster, Nodes
 from shoal.plan.workload import LEVELS, Candidate, Workload
@@ -107,7 +107,9 @@ def _splits(
         for expert in divisors(shard * inner.context) if facts.experts else [1]:
             spread = replace(whole, expert=expert)
             allowed = space.allows("expert", value=expert) and facts.experts % expert == 0
-            if allowed and not (space.runnable and not_yet(spread, family=facts.family)):
+            if allowed and not (
+                space.runnable and not_yet(Combination(layout=spread).of_model(facts))
+            ):
                 yield spread
 
 

@@ -124,7 +124,8 @@ def _speed(summary: dict[str, Any]) -> str:
     text = f"speed: {rate:,.0f} target tokens per second"
     measured = summary["measured"]
     if "speedup" in measured:
-        text += f"; {measured['speedup']:.2f} x one worker (timed in turns)"
-    elif measured.get("why_one"):
-        text += f"; {measured['why_one']}"
+        text += (
+            f"; {measured['speedup']:.2f} x as fast as {measured['beside']} (timed in turns before "
+            "the start)"
+        )
     return text

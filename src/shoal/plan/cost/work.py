@@ -7,7 +7,6 @@ from functools import cached_property
 
 from shoal.plan.cost.compute import Compute, Cut, Pass
 from shoal.plan.cost.constants import DEFAULT, Constants
-from shoal.plan.cost.measured import MeasuredCompute, MeasuredTraffic
 from shoal.plan.cost.memory import stage_parameters
 from shoal.plan.cost.traffic import Group, Traffic, ring_bytes
 from shoal.plan.hardware import Cluster
@@ -72,14 +71,12 @@ class Pricing:
     @cached_property
     def compute(self) -> Compute:
         """Times on the slowest device of the cluster: a synchronous step waits for it."""
-        kind = MeasuredCompute if self.cluster.slowest.rates else Compute
-        return kind(self.workload, self.cluster.slowest, self.software, self.constants)
+        return Compute(self.workload, self.cluster.slowest, self.software, self.constants)
 
     @cached_property
     def traffic(self) -> Traffic:
         """Times over the cluster's links."""
-        kind = MeasuredTraffic if self.cluster.slowest.rates else Traffic
-        return kind(self.cluster, self.constants)
+        return Traffic(self.cluster, self.constants)
 
     def stages(self, candidate: Candidate) -> list[int]:
         """Blocks of each stage."""
@@ -159,7 +156,7 @@ class Pricing:
                     count * expert * refetch,
                     self._fetches(candidate, passes=passes, blocks=count),
                     send,
-                    count * waiting + (self.compute.once() if first else 0.0),
+                    count * waiting,
                 )
             works.append(known[count, first, last])
         return works
@@ -340,9 +337,7 @@ class Pricing:
         """Seconds of the optimizer on the stage with most parameters."""
         if self.workload.trainable != "all":
             return 0.0
-        held = self._largest_stage(candidate) / candidate.state_split
-        copies = candidate.layout.replicate if self.software.shares_update else 1
-        return self.compute.update(held / copies)
+        return self.compute.update(self._largest_stage(candidate) / candidate.state_split)
 
     def _largest_stage(self, candidate: Candidate) -> float:
         """Parameters per device of the stage that has most, before the shard axis."""

@@ -20,7 +20,7 @@ from shoal.errors import ConfigError, ModelError, Problem, UserError
 from shoal.launch.candidates import most_replicas
 from shoal.launch.devices import on_devices
 from shoal.launch.directory import write_whole
-from shoal.launch.measuring import measuring_job
+from shoal.launch.measuring import measuring_job, wait_for_imports
 from shoal.launch.memory import memory_of_worker
 from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import check, refuse_illegal, trained_config
@@ -228,6 +228,7 @@ def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str,
             console.line(f"warning: {path} is damaged ({error!r}); measuring anew")
             found = {}
     if not found:
+        wait_for_imports(pool, console=console)
         console.phase("looking at this machine's number formats")
         payload = {"device": wanted, "threads": usable_cores()}
         target = "shoal.engine.measure:run_formats"

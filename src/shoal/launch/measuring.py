@@ -1,4 +1,4 @@
-"""A job of one worker of the fork server that measures something and reports it."""
+"""A job of one worker of the fork server that measures something; and waiting for the server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from shoal.launch.attempt import Attempt
 from shoal.launch.deaths import death_of
 from shoal.launch.pool import WorkerPool
 from shoal.observe.console import Console
+
+
+def wait_for_imports(pool: WorkerPool, *, console: Console) -> None:
+    """Until the fork server can start workers at once; says so where that is still to come."""
+    if pool.ready_seconds is None:
+        console.phase("waiting for the workers' imports (torch, transformers)")
+    while pool.ready_seconds is None:
+        for _ in pool.events(timeout_seconds=1.0):
+            pass
 
 
 def measuring_job(

@@ -15,7 +15,13 @@ from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, WorkerSetup
 from shoal.engine.prepare import Inputs
 from shoal.environment import cache_directory, free_memory_bytes, machine_name, usable_cores
-from shoal.launch.candidates import Timed, best_of, described, setups_of
+from shoal.launch.candidates import (
+    Timed,
+    best_of,
+    described,
+    micro_batches_of,
+    setups_of,
+)
 from shoal.launch.directory import write_whole
 from shoal.launch.memory import SPARE, memory_of_worker, needed_bytes
 from shoal.launch.pool import WorkerPool
@@ -38,6 +44,8 @@ def tuned(
     setups = setups_of(recipe, cores=usable_cores())
     if not recipe.launch.tune:
         return _untimed(decision, "launch.tune is false")
+    if len(setups) == 1 and len(micro_batches_of(recipe, count=setups[0].count)) == 1:
+        return _with_setup(decision, setups[0])  # nothing is left open
     if not _all_fit(recipe, decision, setups=setups, workload=workload):
         return _untimed(decision, "too large to try out the ways beside one another")
     path = _path(recipe, inputs=inputs, setups=setups, compute=decision.compute)

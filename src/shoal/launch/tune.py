@@ -29,12 +29,13 @@ from shoal.launch.candidates import (
     in_one_moment,
     micro_batches_of,
 )
+from shoal.launch.measuring import wait_for_imports
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.layout import Layout
 from shoal.observe.console import Console
 
-TUNE_SECONDS = 8.0
-"""What all of it may take, once the workers' imports are done."""
+TUNE_SECONDS = 7.0
+"""What all of it may take, once the workers' imports are done; 8 s with their start and end."""
 
 _TARGET = "shoal.engine.timing:run"
 _TURN_SECONDS = 0.25  # shorter turns take several steps
@@ -50,8 +51,8 @@ class _OutOfTime(Exception):
 
 
 @dataclass
-class _Company:
-    """The workers that compute one number of replicas of one kind."""
+class _WorkerSet:
+    """The workers of one kind and number."""
 
     workers: list[Worker]
     built: bool = False
@@ -76,7 +77,7 @@ class Tuner:
         self._recipe, self._inputs, self._decision = recipe, inputs, decision
         self._pool, self._console = pool, console
         self._limit = TUNE_SECONDS if seconds is None else seconds
-        self._companies: dict[tuple[str, int], _Company] = {}
+        self._sets: dict[tuple[str, int], _WorkerSet] = {}
         self._costs: dict[tuple[WorkerSetup, int, int, int], float] = {}
         self._deadline = math.inf
         self.errors: list[str] = []
@@ -86,9 +87,7 @@ class Tuner:
 
     def run(self, setups: Sequence[WorkerSetup]) -> list[Timed]:
         """Every candidate that was timed; empty where none could be within the time."""
-        while self._pool.ready_seconds is None:  # imports are not what is to be timed
-            for _ in self._pool.events(timeout_seconds=1.0):
-                pass
+        wait_for_imports(self._pool, console=self._console)
         began = time.monotonic()
         self._deadline = began + self._limit
         rows: list[Timed] = []
@@ -99,16 +98,16 @@ class Tuner:
             except _OutOfTime:
                 pass
             finally:
-                self._pool.kill([w for each in self._companies.values() for w in each.workers])
+                self._pool.kill([w for each in self._sets.values() for w in each.workers])
         self.seconds = time.monotonic() - began
         return [row for row in rows if row.steps]
 
     def _start(self, setups: Sequence[WorkerSetup], *, folder: str) -> None:
-        """Start every company, and wait until each has built its training."""
+        """Start the workers of every setup, and wait until each has built its training."""
         self._console.phase(f"timing {len(setups)} setups (at most {self._limit:.0f} s): building")
         for setup in setups:
             key = _key(setup)
-            if key in self._companies:
+            if key in self._sets:
                 continue
             decision = replace(
                 self._decision,
@@ -120,27 +119,26 @@ class Tuner:
             job = Job(self._recipe, Path(folder), self._inputs, decision)
             payload = {**job.to_json(), "name": f"{setup.workers}-{setup.count}"}
             size = 1 if setup.workers == "threads" else setup.count
-            self._companies[key] = _Company(
+            self._sets[key] = _WorkerSet(
                 [self._pool.start(_TARGET, {**payload, "rank": rank}) for rank in range(size)]
             )
         until = time.monotonic() + _BUILD_SHARE * self._limit
-        every = list(self._companies.values())
+        every = list(self._sets.values())
         self._hear(lambda: all(each.built or each.lost for each in every), until=until)
-        for company in every:
-            company.lost |= not company.built
+        for each in every:
+            each.lost |= not each.built
         self._pool.kill([w for each in every if each.lost for w in each.workers])
 
     def _time(self, setups: Sequence[WorkerSetup], rows: list[Timed]) -> None:
         """Warm up, time the setups, then the micro batches of the best."""
-        able = [setup for setup in setups if not self._companies[_key(setup)].lost]
-        if not able:
+        least = micro_batches_of(self._recipe, count=setups[0].count)[0]
+        self._warm_up(setups, micro=least)
+        able = [setup for setup in setups if not self._sets[_key(setup)].lost]
+        probe = self._turn_of(able[0], micro=least, samples=least) if able else {}
+        if not probe:
             return
-        first = able[0]
+        first, each = able[0], probe["passes"] / least
         options = micro_batches_of(self._recipe, count=first.count)
-        least = options[0]
-        self._warm_up(able, micro=least)
-        probe = self._turn_of(first, micro=least, samples=least)
-        each = probe["passes"] / least
         tokens = self._recipe.data.sequence_tokens
         fitting = [n for n in options if n * tokens <= _MICRO_TOKENS]
         micro = max([n for n in fitting if n * each <= _LONGEST_SECONDS] or [least])
@@ -174,9 +172,9 @@ class Tuner:
 
     def _warm_up(self, setups: Sequence[WorkerSetup], *, micro: int) -> None:
         """All at once: only what follows counts."""
-        for setup in {_key(setup): setup for setup in setups}.values():
+        for setup in {_key(setup): setup for setup in reversed(setups)}.values():
             self._order(setup, micro=micro, samples=micro, times=1)
-        chosen = [self._companies[_key(setup)] for setup in setups]
+        chosen = [self._sets[_key(setup)] for setup in setups]
         self._hear(lambda: all(each.answer is not None or each.lost for each in chosen))
 
     def _halve(
@@ -193,7 +191,7 @@ class Tuner:
                 for row in alive:
                     samples = share * (1 if row.is_one_core else count // row.setup.count)
                     self._turn(row, samples=samples, times=times)
-            alive = [row for row in alive if not self._companies[_key(row.setup)].lost]
+            alive = [row for row in alive if not self._sets[_key(row.setup)].lost]
             alive.sort(key=lambda row: row.step_seconds)
             if len(alive) > 2:
                 whole = [row for row in alive if not row.is_one_core]
@@ -213,7 +211,7 @@ class Tuner:
 
     def _turn(self, row: Timed, *, samples: int, times: int) -> None:
         """One turn; the row then knows how long a whole step takes by it."""
-        if self._companies[_key(row.setup)].lost:
+        if self._sets[_key(row.setup)].lost:
             return
         spent = self._turn_of(row.setup, micro=row.micro, samples=samples, times=times)
         batch = self._recipe.train.global_batch_samples
@@ -225,26 +223,26 @@ class Tuner:
         self, setup: WorkerSetup, *, micro: int, samples: int, times: int = 1
     ) -> dict[str, Any]:
         """What rank 0 says of a turn; empty when its workers are gone. Raises _OutOfTime."""
-        key, company = (setup, micro, samples, times), self._companies[_key(setup)]
+        key, own = (setup, micro, samples, times), self._sets[_key(setup)]
         began = time.monotonic()
         if began + self._costs.get(key, 0.0) > self._deadline:
             raise _OutOfTime
         self._order(setup, micro=micro, samples=samples, times=times)
-        self._hear(lambda: company.answer is not None or company.lost)
+        self._hear(lambda: own.answer is not None or own.lost)
         self._costs[key] = time.monotonic() - began
-        return company.answer or {}
+        return own.answer or {}
 
     def _order(self, setup: WorkerSetup, *, micro: int, samples: int, times: int) -> None:
-        company = self._companies[_key(setup)]
-        company.answer = None
+        own = self._sets[_key(setup)]
+        own.answer = None
         order = {"micro": micro, "samples": samples, "threads": setup.threads, "times": times}
-        for worker in company.workers:
+        for worker in own.workers:
             self._pool.send(worker, order)
 
     def _hear(self, done: Callable[[], bool], *, until: float | None = None) -> None:
         """Listen until `done()` or `until`. Raises _OutOfTime at the deadline."""
-        owners = {id(w): each for each in self._companies.values() for w in each.workers}
-        every = [w for each in self._companies.values() for w in each.workers]
+        owners = {id(w): each for each in self._sets.values() for w in each.workers}
+        every = [w for each in self._sets.values() for w in each.workers]
         while not done():
             left = self._deadline - time.monotonic()
             if left <= 0:
@@ -252,19 +250,18 @@ class Tuner:
             if until is not None and time.monotonic() > until:
                 return
             for worker, message in self._pool.events(timeout_seconds=min(left, 0.2), only=every):
-                company = owners.get(id(worker))
-                if company is not None:
-                    self._note(company, message)
+                if id(worker) in owners:
+                    self._note(owners[id(worker)], message)
 
-    def _note(self, company: _Company, message: dict[str, Any] | None) -> None:
+    def _note(self, own: _WorkerSet, message: dict[str, Any] | None) -> None:
         if message is None:
-            company.lost = True
+            own.lost = True
         elif message["kind"] == "built":
-            company.built = True
+            own.built = True
         elif message["kind"] == "turn":
-            company.answer = message
+            own.answer = message
         elif message["kind"] == "error":
-            company.lost = True
+            own.lost = True
             self.errors.append(message["text"])
 
 

@@ -85,7 +85,7 @@ COLUMNS = ("name", "aliases", "generation", *_PEAKS, *_SHARES, *_COLUMNS, "sourc
 def read_devices(path: Path) -> tuple[Device, ...]:
     """The rows of a table; raises UserError that names file, line and column."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a table of devices ({error})") from error
     return _devices_in(text, where=str(path))
@@ -120,9 +120,11 @@ def _device(row: Mapping[str, str], *, where: str) -> Device:
             value = float(row[column])
         except ValueError:
             value = -1.0
-        if not 0 <= value < float("inf") or (value == 0 and column not in _OPEN):
+        most = 1.0 if column in _SHARES or column == "attention_share" else 1e9
+        if not 0 <= value <= most or (value == 0 and column not in _OPEN):
             raise UserError(
-                f"{where}, column {column}: expected a number above zero, got {row[column]!r}"
+                f"{where}, column {column}: expected a number above zero, at most {most:.0f}, got "
+                f"{row[column]!r}"
             )
         return value
 

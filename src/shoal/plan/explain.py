@@ -234,7 +234,6 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
         "mfu": prediction.mfu,
         "fits": prediction.fits,
         "seconds": {name: value for name, value in prediction.seconds.items() if value},
-        "sent_bytes": prediction.sent_bytes,
         "peak_memory_bytes": prediction.peak.total,
         "live_memory_bytes": prediction.peak.live,
         "memory": {

@@ -106,7 +106,7 @@ def _bars(
 
 def step(timeline: Timeline) -> str:
     """The lanes of each stage, passes above and exposed communication below, over time."""
-    left, row, top = 84, 34, 74
+    left, row, top = 84, 34, 86
     most = max(span.stop for span in timeline.spans)
     scale = (_WIDTH + _LEFT - left - 20) / most
     kinds = [(_kind(span.name), span.lane.removeprefix("link ")) for span in timeline.spans]
@@ -166,6 +166,8 @@ def _axis(*, most: float, scale: float, x: float, y: float, unit: str) -> list[s
 def _legend(names: Iterable[str], *, colours: Mapping[str, str], y: float) -> list[str]:
     parts, x = [], float(_LEFT)
     for name in names:
+        if x + 30 + 7 * len(name) > _LEFT + _WIDTH:
+            x, y = float(_LEFT), y + 15
         parts.append(_box(colours[name], x=x, y=y, width=11, height=11))
         parts.append(_words(name, x=x + 15, y=y + 10))
         x += 30 + 7 * len(name)

@@ -140,7 +140,7 @@ class Pretended(Tuner):
 
     def _start(self, setups, *, folder: str) -> None:
         self._clock[0] += 2.0  # building
-        self._companies = {tune._key(each): tune._Company([], built=True) for each in setups}
+        self._sets = {tune._key(each): tune._WorkerSet([], built=True) for each in setups}
 
     def _warm_up(self, setups, *, micro: int) -> None:
         self._clock[0] += 1.0
@@ -203,7 +203,7 @@ def test_the_better_half_gets_more_turns_and_then_micro_batches_are_tried(
     clock = [0.0]
     monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
     tuner = Pretended(
-        seconds=lambda setup, micro: 0.3 * STEPS[setup] * (0.8 if micro == 2 else 1.0),
+        seconds=lambda setup, micro: 0.2 * STEPS[setup] * (0.8 if micro == 2 else 1.0),
         noise=0.0,
         seed=0,
         clock=clock,

@@ -103,6 +103,7 @@ def test_rows_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (f"{OWN}\n{ROW}\nb,,x,0.8,47,1000,4,50,100", r"line 3, column bf16_tflops: .* got 'x'"),
         (f"{OWN}\nb,,1,0.8,0,1000,4,50,100", r"line 2, column memory_gib: .* got '0'"),
         (f"{OWN}\nb,,1,0.8,nan,1000,4,50,100", r"line 2, column memory_gib: .* got 'nan'"),
+        (f"{OWN}\nb,,1,1.2,47,1000,4,50,100", r"column bf16_achievable: .* at most 1, got '1.2'"),
         (f"{OWN}\n{ROW},7", r"line 2: the number of cells differs from the header's 9"),
         (f"{OWN}\nb,,1,,47,1000,4,50,100", r"line 2: expected a name.*got peaks for bf16 and sh"),
     ],

@@ -258,7 +258,7 @@ def test_what_seldom_agreement_would_save() -> None:
     seldom = find(small, space=Space(fixed=fixed)).best
     assert seldom.step_seconds < best.step_seconds
     assert seldom.first.optimizer > best.first.optimizer
-    assert seldom.sent_bytes["replicate"] == pytest.approx(best.sent_bytes["replicate"] / 100)
+    assert seldom.seconds["replicate"] < 0.1 * best.seconds["replicate"]
 
 
 def test_the_parts_of_a_step_add_up() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from shoal.plan.cost.constants import DEFAULT, Constants
@@ -22,7 +22,6 @@ class Prediction:
     `seconds` by part: compute, recompute, tensor, context, expert, shard, replicate, pipeline,
     bubble, update, host; communication is what is not hidden. `first`, `last` and `peak` are the
     memory of a device of the first stage, of the last, and of the one that needs most.
-    `sent_bytes`: what a device sends per step on each axis.
     """
 
     candidate: Candidate
@@ -34,7 +33,6 @@ class Prediction:
     model_flops: float
     peak_flops_per_second: float
     device_memory_bytes: float
-    sent_bytes: dict[str, float] = field(default_factory=dict)
 
     @property
     def step_seconds(self) -> float:
@@ -68,12 +66,6 @@ class Prediction:
             "peak_memory_bytes": self.peak.live,
             "state_bytes": self.peak.states,
         }
-
-    @property
-    def exposed_seconds(self) -> float:
-        """Communication that compute does not hide."""
-        axes = ("tensor", "context", "expert", "shard", "replicate", "pipeline")
-        return sum(self.seconds.get(axis, 0.0) for axis in axes)
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,6 @@ class Estimator:
             model_flops=self._step_flops,
             peak_flops_per_second=self._peak,
             device_memory_bytes=self.cluster.smallest_memory_bytes,
-            sent_bytes=self.pricing.sent_bytes(candidate),
         )
 
     def memory_bytes(self, candidate: Candidate) -> float:

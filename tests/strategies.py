@@ -33,10 +33,10 @@ from shoal.models.init import record
 from shoal.observe.events import Report
 from shoal.parallel import held, shard
 from shoal.parallel.apply import Settings, apply
-from shoal.parallel.loss import chunked_loss
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import BATCH, Mesh, build_mesh
 from shoal.runtime import start_process_group, stop_process_group
+from shoal.tasks.losses import chunked_loss
 from unit.models.tiny_models import SETTINGS, VOCABULARY, meta_model
 
 ROWS, TOKENS, STEPS, LIMIT = 8, 18, 5, 0.05

@@ -95,6 +95,7 @@ class Asked:
         from shoal.plan.ask import choices_of, config_of
         from shoal.plan.search import Space
         from shoal.plan.workload import FORMATS
+        from shoal.tasks.kinds import create
 
         recipe = load_recipe(name, self.overrides or [])
         self.sequence = self.sequence or recipe.data.sequence_tokens
@@ -104,7 +105,7 @@ class Asked:
             from shoal.engine.prepare import model_folder
 
             folder = model_folder(recipe.model.path, say=typer.echo)
-        config = config_of(recipe, folder=folder)
+        config = config_of(recipe, folder=folder, task=create(recipe.task.kind).config_keys())
         layout = given_layout(recipe)
         space = choices_of(recipe, layout=layout, only_replicate=self.cluster is None)
         workload = self._workload(config, FORMATS.get(recipe.precision.compute))

@@ -43,7 +43,15 @@ class TokenClassification(Section):
     kind: Literal["token-classification"] = "token-classification"
 
 
-TaskSection = Annotated[CausalLM | TokenClassification, Field(discriminator="kind")]
+class ImageClassification(Section):
+    """Give every image one of several classes."""
+
+    kind: Literal["image-classification"] = "image-classification"
+
+
+TaskSection = Annotated[
+    CausalLM | TokenClassification | ImageClassification, Field(discriminator="kind")
+]
 
 # --- model --------------------------------------------------------------------------------------
 

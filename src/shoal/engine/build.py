@@ -11,7 +11,7 @@ from torch import nn
 
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
-from shoal.config.recipe import CausalLM, Recipe
+from shoal.config.recipe import Recipe
 from shoal.data.stream import Evaluation, Stream
 from shoal.data.tokenize import load_tokenizer
 from shoal.engine.evaluate import complete, evaluate
@@ -29,7 +29,7 @@ from shoal.parallel.precision import LossScale, check_compute
 from shoal.runtime import Place
 from shoal.sync.every_step import EveryStep
 from shoal.tasks.kinds import create
-from shoal.tasks.outcome import Task
+from shoal.tasks.task import Task
 
 if TYPE_CHECKING:
     from shoal.engine.trainer import Job
@@ -103,11 +103,11 @@ class Training:
 
     def complete(self) -> list[tuple[str, str]]:
         """The recipe's prompts with what the model makes of them now."""
-        task = self.job.recipe.task
-        if not isinstance(task, CausalLM) or not task.prompts:
+        prompts, tokens = self.task.prompts(self.job.recipe.task)
+        folder = self.job.inputs.tokenizer_directory
+        if not prompts or folder is None:
             return []
-        tokenizer = load_tokenizer(self.job.inputs.tokenizer_directory)
-        return complete(self, prompts=task.prompts, tokens=task.sample_tokens, tokenizer=tokenizer)
+        return complete(self, prompts=prompts, tokens=tokens, tokenizer=load_tokenizer(folder))
 
     def facts(self) -> dict[str, Any]:
         """What a rank that joins, or a run that is resumed, needs besides tensors."""
@@ -177,7 +177,7 @@ def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
         sync=sync,
         forward_backward=ForwardBackward(
             replica,
-            forward=task.forward,
+            task=task,
             state=state,
             ranks=ranks,
             settings=StepSettings(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from shoal.parallel.loss import chunked_losses
 from shoal.parallel.precision import compute_context
+from shoal.tasks.task import Scores, Task
 
 if TYPE_CHECKING:
     from shoal.engine.build import Training
@@ -33,11 +33,11 @@ def evaluate(training: Training) -> dict[str, float]:
             empty = int(batch["sample_ids"].max()) < 0
             if empty and not training.replica.is_cut:
                 continue
-            losses, predictions = _losses(training, batch, predict=metrics.needs_predictions)
+            scores = _scores(training, batch, predict=metrics.needs_predictions)
             if empty or not ranks.counts:
                 continue  # what was computed only gave the other ranks of the replica their part
-            metrics.add(batch=batch, losses=losses, predictions=predictions)
-            _count(by_source, batch=batch, losses=losses)
+            metrics.add(batch=batch, scores=scores)
+            _count(by_source, batch=batch, losses=scores.losses, task=training.task)
     finally:
         training.model.train()
     vector = torch.from_numpy(metrics.vector())
@@ -50,37 +50,29 @@ def evaluate(training: Training) -> dict[str, float]:
     return result
 
 
-def _losses(
-    training: Training, batch: dict[str, Tensor], *, predict: bool
-) -> tuple[Tensor, Tensor | None]:
+def _scores(training: Training, batch: dict[str, Tensor], *, predict: bool) -> Scores:
     moved = {name: tensor.to(training.device) for name, tensor in batch.items()}
     replica, kept = training.replica, []
 
     def compute() -> Tensor:
-        output = training.task.forward(replica.model, anatomy=replica.anatomy, batch=moved)
-        losses = chunked_losses(
-            output.hidden,
-            labels=output.labels,
-            logits_of=output.logits_of,
-            head_parameters=output.head_parameters,
-            predict=predict,
-            vocabulary=replica.vocabulary,
-        )
-        kept.append(losses)
-        return losses.losses
+        output = training.task.output(replica.model, replica.anatomy, moved)
+        scores = output.each(vocabulary=replica.vocabulary, predict=predict)
+        kept.append(scores)
+        return scores.losses
 
     with compute_context(training.dtype, device=training.device):
         replica.forward(compute)
     (found,) = kept
-    return found.losses.cpu(), None if found.predictions is None else found.predictions.cpu()
+    guesses = found.predictions
+    return Scores(found.losses.cpu(), None if guesses is None else guesses.cpu())
 
 
-def _count(by_source: Tensor, *, batch: dict[str, Tensor], losses: Tensor) -> None:
+def _count(by_source: Tensor, *, batch: dict[str, Tensor], losses: Tensor, task: Task) -> None:
     real = batch["sample_ids"] >= 0
     for source in range(len(by_source)):
         rows = real & (batch["source_ids"] == source)
         by_source[source, 0] += losses[rows].double().sum()
-        by_source[source, 1] += (batch["labels"][rows] != -100).sum()
+        by_source[source, 1] += task.count({name: each[rows] for name, each in batch.items()})
 
 
 @torch.no_grad()

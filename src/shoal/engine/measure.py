@@ -16,10 +16,11 @@ import torch
 
 from shoal.comm.group import Group, ProcessGroup
 from shoal.config.recipe import Recipe
+from shoal.data.batch import micro_batches
 from shoal.data.stream import Stream
 from shoal.engine.model import model_config
 from shoal.engine.prepare import Inputs
-from shoal.engine.step import Batch, micro_batches
+from shoal.engine.step import Batch
 from shoal.engine.timing import Clock, Subject, Threads, alone
 from shoal.engine.worker import tell
 from shoal.layout import Share
@@ -120,6 +121,7 @@ class _Trial:
         self._recipe, self._compute = recipe, payload["compute"]
         self._turns: int = payload["turns"]
         self._inputs = Inputs.from_json(payload["inputs"])
+        self._task = create(recipe.task.kind, settings=self._inputs.task_settings)
         self._candidates = [(Crew(**crew), micro) for crew, micro in payload["candidates"]]
         stream = Stream(
             Path(self._inputs.data_directory),
@@ -135,10 +137,9 @@ class _Trial:
     def _subject(self, index: int) -> Subject:
         """Replica `index` of this process; built once."""
         while len(self._subjects) <= index:
-            task = create(self._recipe.task.kind, settings=self._inputs.task_settings)
-            config = model_config(self._recipe, inputs=self._inputs, task=task)
+            config = model_config(self._recipe, inputs=self._inputs, task=self._task)
             dropout = self._recipe.model.dropout
-            subject = Subject(config, task=task, compute=self._compute, dropout=dropout)
+            subject = Subject(config, task=self._task, compute=self._compute, dropout=dropout)
             self._subjects.append(subject)
         return self._subjects[index]
 
@@ -155,7 +156,7 @@ class _Trial:
         return [min(each) for each in zip(*turns[1:], strict=True)]
 
     def _once(self, crew: Crew, micro: int, group: Group) -> float:
-        part, _ = micro_batches(self._batch, size=micro)[0]
+        part, _ = micro_batches(self._batch, self._task.fields, rows=micro)[0]
         shared = crew.count > 1 and crew.workers == "processes"
         if group.rank and not shared:
             return 0.0

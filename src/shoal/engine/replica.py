@@ -32,9 +32,9 @@ from shoal.models.init import Source
 from shoal.models.probe import probe_keyed_dropout, probe_packing
 from shoal.parallel import held, shard
 from shoal.parallel.apply import Settings, apply
-from shoal.parallel.loss import Vocabulary
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.vocabulary import Vocabulary
 
 
 @dataclass

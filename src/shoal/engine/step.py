@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from shoal.comm.flat import ordered_sum
 from shoal.comm.tree import Node, TreeSum
+from shoal.data.batch import micro_batches
 from shoal.data.verify import digest as samples_digest
 from shoal.engine.digest import compare
 from shoal.engine.ranks import Ranks
@@ -17,9 +17,8 @@ from shoal.engine.replica import Replica
 from shoal.engine.state import FlatState
 from shoal.layout import Share
 from shoal.parallel import shard
-from shoal.parallel.loss import chunked_loss
 from shoal.parallel.precision import LossScale, compute_context
-from shoal.tasks.outcome import TaskOutput
+from shoal.tasks.task import Task
 
 Batch = dict[str, Tensor]
 
@@ -73,12 +72,12 @@ class ForwardBackward:
         self,
         replica: Replica,
         *,
-        forward: Callable[..., TaskOutput],
+        task: Task,
         state: FlatState,
         ranks: Ranks,
         settings: StepSettings,
     ) -> None:
-        self._replica, self._forward = replica, forward
+        self._replica, self._task = replica, task
         self._state, self.ranks, self._settings = state, ranks, settings
         self._free: list[Tensor] = []
         self.poison = 1.0
@@ -89,8 +88,9 @@ class ForwardBackward:
     ) -> StepResult:
         """Gradients of the mean loss over all targets of the *global* batch (DESIGN 5.3).
 
-        batch: input_ids, labels, position_ids, document_ids [share x T]. `word` travels with the
-        count of targets, so that all ranks know; so does `digest`, this rank's hash of its state.
+        batch: the task's fields, sample_ids and source_ids, each [share x *dims]. `word` travels
+        with the count of targets, so that all ranks know; so does `digest`, this rank's hash of its
+        state.
         Raises ReplicasDiffer on all ranks when those hashes are not one; PeersLost.
         """
         settings, ranks = self._settings, self.ranks
@@ -101,13 +101,13 @@ class ForwardBackward:
         factor = settings.loss_scale.value if settings.loss_scale else 1.0
         self._state.zero_gradients()
         tree = TreeSum()
-        parts = micro_batches(batch, size=settings.micro_batch_samples)
+        parts = micro_batches(batch, self._task.fields, rows=settings.micro_batch_samples)
         for number, (micro, start) in enumerate(parts):
             grain = (share.start + start) // settings.micro_batch_samples
             if targets:
                 scale = 1.0 / targets
                 if settings.fault == "mean-of-means":
-                    scale = 1.0 / (max(1, int((micro["labels"] != -100).sum())) * grains.numel())
+                    scale = 1.0 / (max(1, self._task.count(micro)) * grains.numel())
                 shard.micro_batch(self._replica.model, last=number == len(parts) - 1)
                 grains[grain] = self._one(micro, step=step, scale=scale * factor * self.poison)
             if settings.exact:
@@ -146,7 +146,7 @@ class ForwardBackward:
         counts = torch.zeros(6 + world.size, dtype=torch.int64)
         counts[1:4] = torch.tensor([word.stop, word.save, word.leave])
         if self.ranks.counts:
-            counts[0] = int((batch["labels"] != -100).sum())
+            counts[0] = self._task.count(batch)
             counts[4:6] = torch.from_numpy(
                 samples_digest(source_ids=batch["source_ids"], sample_ids=batch["sample_ids"])
             )
@@ -171,15 +171,9 @@ class ForwardBackward:
         micro = {name: tensor.to(settings.device) for name, tensor in micro.items()}
 
         def compute() -> Tensor:
-            output = self._forward(replica.model, anatomy=replica.anatomy, batch=micro, step=step)
-            return chunked_loss(
-                output.hidden,
-                labels=output.labels,
-                logits_of=output.logits_of,
-                head_parameters=output.head_parameters,
-                vocabulary=replica.vocabulary,
-                expected_scale=scale if settings.loss_scale else 1.0,
-            )
+            output = self._task.output(replica.model, replica.anatomy, micro, step=step)
+            expected = scale if settings.loss_scale else 1.0
+            return output.total(vocabulary=replica.vocabulary, scale=expected)
 
         with compute_context(settings.dtype, device=settings.device):
             loss = replica.forward(compute)
@@ -196,16 +190,3 @@ class ForwardBackward:
         freed = tree.push(Node(0, grain, node))
         if freed is not None:
             self._free.append(freed)
-
-
-def micro_batches(batch: Batch, *, size: int) -> list[tuple[Batch, int]]:
-    """Rows of `batch` in parts of `size`, each cut to its longest row, with its first row."""
-    rows = batch["input_ids"].shape[0]
-    parts = []
-    for start in range(0, rows, size):
-        part = {name: tensor[start : start + size] for name, tensor in batch.items()}
-        longest = int((part["document_ids"] >= 0).sum(dim=1).max()) if rows else 0
-        length = min(part["input_ids"].shape[1], max(8, -(-longest // 8) * 8))
-        part = {n: t[:, :length] if t.dim() == 2 else t for n, t in part.items()}
-        parts.append((part, start))
-    return parts

@@ -18,9 +18,8 @@ from shoal.errors import WorkerError
 from shoal.models import init
 from shoal.models.anatomy import anatomy_of, check_logits
 from shoal.models.huggingface import build_meta
-from shoal.parallel.loss import chunked_loss
 from shoal.parallel.precision import DTYPES, compute_context
-from shoal.tasks.outcome import Task
+from shoal.tasks.task import Task
 
 _SHORT_SECONDS = 0.004
 """Calls are repeated until a reading takes so long: a clock's own cost then does not count."""
@@ -116,11 +115,5 @@ class Subject:
 
     def __call__(self, batch: Batch) -> None:
         with compute_context(self._dtype, device=torch.device("cpu")):
-            output = self._task.forward(self._model, anatomy=self._anatomy, batch=batch, step=0)
-            loss = chunked_loss(
-                output.hidden,
-                labels=output.labels,
-                logits_of=output.logits_of,
-                head_parameters=output.head_parameters,
-            )
-        loss.backward()
+            loss = self._task.output(self._model, self._anatomy, batch).total()
+        loss.backward()  # type: ignore[no-untyped-call]

@@ -441,7 +441,8 @@ class Trainer:
                 seconds=training.progress.seconds,
                 parameters=training.replica.num_parameters,
                 peak_memory_bytes=training.peak_memory_bytes,
-                unigram_nats=training.evaluation.unigram_nats(),
+                task=training.task.kind,
+                baseline=training.task.baseline(training.evaluation),
             )
         self._finished = True
         if self.group.shares_memory:

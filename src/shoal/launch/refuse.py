@@ -14,6 +14,7 @@ from shoal.layout import Layout
 from shoal.legal import facts_from_config, not_yet
 from shoal.legal import problems as legal_problems
 from shoal.plan.ask import config_of
+from shoal.tasks.kinds import create
 
 
 def check(recipe: Recipe) -> Layout:
@@ -96,10 +97,10 @@ def refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any])
 
 def trained_config(recipe: Recipe, *, inputs: Inputs) -> Mapping[str, Any]:
     """The keys of config.json of the model that is trained."""
-    tags = inputs.task_settings.get("tags")
+    task = create(recipe.task.kind, settings=inputs.task_settings)
     return config_of(
         recipe,
         folder=Path(inputs.model_directory) if inputs.model_directory else None,
         vocabulary_size=inputs.vocabulary_size,
-        labels=len(tags) if tags else None,
+        task=task.config_keys(),
     )

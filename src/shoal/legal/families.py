@@ -274,6 +274,7 @@ def _vit(config: Mapping[str, Any], family: str) -> ModelFacts:
         embedding_parameters=embedding + hidden + (patches + 1) * hidden,
         head_parameters=hidden * labels + labels,
         final_parameters=2 * hidden,
+        fixed_tokens=patches + 1,
     )
 
 
@@ -292,6 +293,7 @@ def _plain(
     biased: bool = True,
     final_parameters: int = 0,
     activation_copies: int = 2,
+    fixed_tokens: int | None = None,
 ) -> ModelFacts:
     """A block of four square projections and an ungated feed-forward part, layer norms, biases."""
     return ModelFacts(
@@ -313,6 +315,7 @@ def _plain(
         embedding_parameters=embedding_parameters,
         head_parameters=head_parameters,
         final_parameters=final_parameters,
+        fixed_tokens=fixed_tokens,
     )
 
 

@@ -24,8 +24,8 @@ from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.placement import Placement
 from shoal.parallel.exchange import Exchange
-from shoal.parallel.loss import Vocabulary
 from shoal.parallel.mesh import REPLICA, Mesh
+from shoal.parallel.vocabulary import Vocabulary
 
 _MARK = "shoal_placed"
 

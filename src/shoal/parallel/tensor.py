@@ -30,8 +30,8 @@ from shoal.models.placement import (
 )
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.held import Cut, Placed, cut_of
-from shoal.parallel.loss import Vocabulary
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.vocabulary import Vocabulary
 
 
 def apply_tensor(model: nn.Module, anatomy: Anatomy, mesh: Mesh) -> Placed:

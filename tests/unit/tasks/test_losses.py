@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoal.parallel.loss import IGNORED, chunk_tokens_for, chunked_loss, chunked_losses
+from shoal.fields import IGNORED
+from shoal.tasks.losses import chunk_tokens_for, chunked_loss, chunked_losses
 
 
 def _problem(

@@ -47,6 +47,9 @@ class ImageClassification(Section):
     """Give every image one of several classes."""
 
     kind: Literal["image-classification"] = "image-classification"
+    shift_pixels: Annotated[int, Field(ge=0)] = 0
+    """While training, images are moved by up to so many pixels up or down and left or right, each
+    time they are read by other ones."""
 
 
 TaskSection = Annotated[

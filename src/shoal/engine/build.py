@@ -103,7 +103,7 @@ class Training:
 
     def complete(self) -> list[tuple[str, str]]:
         """The recipe's prompts with what the model makes of them now."""
-        prompts, tokens = self.task.prompts(self.job.recipe.task)
+        prompts, tokens = self.task.prompts()
         folder = self.job.inputs.tokenizer_directory
         if not prompts or folder is None:
             return []
@@ -137,7 +137,7 @@ def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
     Collective inside a replica of several workers: raises PeersLost when one goes.
     """
     recipe = job.recipe
-    task = create(recipe.task.kind, settings=job.inputs.task_settings)
+    task = create(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
     config = model_config(recipe, inputs=job.inputs, task=task)
     replica = build_replica(recipe, config=config, auto_class=task.auto_class)
     source = _pretrained(job, model=replica.model)

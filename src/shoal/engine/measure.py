@@ -121,7 +121,9 @@ class _Trial:
         self._recipe, self._compute = recipe, payload["compute"]
         self._turns: int = payload["turns"]
         self._inputs = Inputs.from_json(payload["inputs"])
-        self._task = create(recipe.task.kind, settings=self._inputs.task_settings)
+        self._task = create(
+            recipe.task.kind, settings=self._inputs.task_settings, options=recipe.task
+        )
         self._candidates = [(Crew(**crew), micro) for crew, micro in payload["candidates"]]
         stream = Stream(
             Path(self._inputs.data_directory),

@@ -125,7 +125,7 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
 
     Raises ConfigError, DataError, ModelError and FetchError.
     """
-    task = create(recipe.task.kind)
+    task = create(recipe.task.kind, options=recipe.task)
     packing = recipe.data.packing
     if packing and not task.packs:
         hint = "set data.packing=false"
@@ -145,7 +145,6 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         vocabulary = tools.tokenizer.get_vocab_size(with_added_tokens=True)
         _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
     learned = _learned(task, recipe)
-    task = create(recipe.task.kind, settings=learned)
     phases: set[str] = set()
 
     def progress(phase: str, done: float) -> None:

@@ -75,10 +75,14 @@ class Replica:
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits of the last token [B, 1, V], on every rank. Collective in a replica; PeersLost."""
+        """Logits of the last token [B, 1, V], on every rank. Collective in a replica; PeersLost.
+
+        Of a model that gives one state per sample (an image's class): [B, V].
+        """
 
         def compute() -> Tensor:
-            hidden = hidden_of(self.model, batch)[:, -1:]
+            hidden = hidden_of(self.model, batch)
+            hidden = hidden[:, -1:] if hidden.dim() == 3 else hidden
             part = logits_of(self.model)(hidden)
             return part if self.vocabulary is None else self.vocabulary.gather(part)
 

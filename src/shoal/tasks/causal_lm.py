@@ -119,9 +119,9 @@ class CausalLM(Task):
             f"ratio {loss / guess:.3f})"
         ]
 
-    def prompts(self, section: Any) -> tuple[Sequence[str], int]:
+    def prompts(self) -> tuple[Sequence[str], int]:
         """`prompts` and `sample_tokens` of the recipe's task."""
-        return section.prompts, section.sample_tokens
+        return self.options.get("prompts", ()), self.options.get("sample_tokens", 0)
 
     def next_command(self, *, run: str, recipe: str) -> str:
         """Talk to it."""

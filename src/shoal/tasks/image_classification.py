@@ -45,12 +45,15 @@ class ImageClassification(Task):
     auto_class = "AutoModelForImageClassification"
     needs_tokenizer = False
     target_name = "images"
+    own_data = "YOUR-FOLDER"
     curve = Curve(
         "nats per image", baseline="logistic_regression_loss", baseline_name="logistic regression"
     )
 
-    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, settings: Mapping[str, Any] | None = None, *, options: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(settings, options=options)
         self._classes: list[str] = list(self.settings.get("classes", []))
         self._shape: tuple[int, ...] = tuple(self.settings.get("shape", (1, 1, 1)))
 
@@ -118,7 +121,11 @@ class ImageClassification(Task):
         from shoal.tasks.losses import Summed
 
         dtype = next(model.parameters()).dtype
-        pixels = (batch["pixel_values"].to(dtype) / 255 - _MIDDLE) / _MIDDLE
+        images = batch["pixel_values"]
+        most = self.options.get("shift_pixels", 0)
+        if model.training and most and "sample_ids" in batch:
+            images = shifted(images, batch["sample_ids"], most=most)
+        pixels = (images.to(dtype) / 255 - _MIDDLE) / _MIDDLE
         head = logits_of(model)
 
         def losses(hidden: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
@@ -165,6 +172,28 @@ class ImageClassification(Task):
             "image_std": [_MIDDLE] * channels,
         }
         return {"preprocessor_config.json": json.dumps(settings, indent=1) + "\n"}
+
+
+def shifted(images: Tensor, sample_ids: Tensor, *, most: int) -> Tensor:
+    """Images [B, C, H, W], each moved by up to `most` pixels along both dims; zeros come in.
+
+    By how much depends on the sample's id alone, which differs from pass to pass over the data and
+    is the same in every layout.
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    rows, channels, height, width = images.shape
+    key = sample_ids * -7046029254386353131  # 2**64 / golden ratio, as signed: bits are well mixed
+    at = torch.arange(max(height, width), device=images.device)
+    down = ((key >> 40) & 0xFFFF) % (2 * most + 1)
+    right = ((key >> 20) & 0xFFFF) % (2 * most + 1)
+    return pad(images, (most,) * 4)[
+        torch.arange(rows, device=images.device)[:, None, None, None],
+        torch.arange(channels, device=images.device)[None, :, None, None],
+        (at[:height] + down[:, None])[:, None, :, None],
+        (at[:width] + right[:, None])[:, None, None, :],
+    ]
 
 
 def _image_and_label(record: Record) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], str]:

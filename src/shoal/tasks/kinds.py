@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shoal.errors import ConfigError, Problem, nearest
@@ -16,8 +16,15 @@ KINDS: dict[str, type[Task]] = {
 }
 
 
-def create(kind: str, *, settings: Mapping[str, Any] | None = None) -> Task:
+def create(
+    kind: str,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+) -> Task:
     """The task of a kind, with what it learned from the data before (`Task.learn`).
+
+    `options`: the recipe's section `task`, or its keys and values.
 
     Raises ConfigError for an unknown kind.
     """
@@ -25,4 +32,4 @@ def create(kind: str, *, settings: Mapping[str, Any] | None = None) -> Task:
         raise ConfigError(
             [Problem("task.kind", f"expected a kind of task, got {kind!r}", nearest(kind, KINDS))]
         )
-    return KINDS[kind](settings)
+    return KINDS[kind](settings, options=dict(options))

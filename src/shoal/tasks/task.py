@@ -152,9 +152,15 @@ class Task(ABC):
     own_data: ClassVar[str] = "YOUR.jsonl"
     """A source of one's own, in the example that ends a run."""
 
-    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
-        """`settings`: what `learn` gave, for a task that goes on with what it learned."""
+    def __init__(
+        self, settings: Mapping[str, Any] | None = None, *, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`settings`: what `learn` gave, for a task that goes on with what it learned.
+
+        `options`: the recipe's section `task`; keys that are not there have their defaults.
+        """
         self.settings = dict(settings or {})
+        self.options = dict(options or {})
 
     @property
     def fields(self) -> Fields:
@@ -201,8 +207,8 @@ class Task(ABC):
         `after` has the baseline's scores too; `before` is None where nothing was scored before.
         """
 
-    def prompts(self, section: Any) -> tuple[Sequence[str], int]:
-        """Texts to complete at every evaluation, and tokens for each, by a recipe's `task`."""
+    def prompts(self) -> tuple[Sequence[str], int]:
+        """Texts to complete at every evaluation, and how many tokens for each."""
         return (), 0
 
     def files(self) -> dict[str, str]:

@@ -42,8 +42,10 @@ class TokenClassification(Task):
     curve = Curve("nats per word")
     own_data = "YOUR.conll"
 
-    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, settings: Mapping[str, Any] | None = None, *, options: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(settings, options=options)
         self._tags: list[str] = list(self.settings.get("tags", []))
 
     def learn(self, records: Iterable[Record]) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shoal.errors import DataError
-from shoal.fields import IGNORED
+from shoal.tasks.baselines import unigram_nats
+from shoal.tasks.scores import MeanLoss
 from shoal.tasks.task import (
     Batch,
     Curve,
@@ -19,11 +19,9 @@ from shoal.tasks.task import (
     Output,
     Record,
     Sample,
-    Scores,
     Task,
     Tools,
     Vector,
-    real_rows,
     was,
 )
 
@@ -140,49 +138,17 @@ def classify_tokens(model: nn.Module, batch: Batch, *, step: int) -> Output:
     )
 
 
-def unigram_nats(targets: NDArray[np.int64], *, train: NDArray[np.int64]) -> float:
-    """Mean of -log p(target) in nats, over targets given as how often each id is one [V].
-
-    p(w) = (c(w) + 1) / (N + V): the training counts `train` [V] with one added to each id seen
-    anywhere (Laplace), so that a word that training never shows has a finite loss. NaN when there
-    are no targets.
-    """
-    if not targets.sum():
-        return math.nan
-    log_p = np.log(train + 1.0) - np.log(train.sum() + len(train))
-    return float(-(targets * log_p[: len(targets)]).sum() / targets.sum())
-
-
-class CausalLMMetrics:
-    """Sums of loss and targets: [loss, targets]."""
-
-    needs_predictions = False
-
-    def __init__(self) -> None:
-        self._sums = np.zeros(2)
-
-    def add(self, *, batch: Batch, scores: Scores) -> None:
-        """Count the losses [B, T] (0 without a target), but for rows that only fill the batch."""
-        targets = (np.asarray(batch["labels"]) != IGNORED) & real_rows(batch)[:, None]
-        losses = np.asarray(scores.losses.double())
-        self._sums += [float((losses * targets).sum()), float(targets.sum())]
-
-    def vector(self) -> Vector:
-        """[loss, targets]."""
-        return self._sums.copy()
+class CausalLMMetrics(MeanLoss):
+    """The mean loss in nats per target, and its perplexity."""
 
     def result(self, vector: Vector | None = None) -> Named:
-        """Mean loss in nats per target, its perplexity, and the number of targets."""
-        total, targets = self._sums if vector is None else vector
-        if not targets:
-            return {"evaluation_loss": math.nan, "perplexity": math.nan, "evaluation_targets": 0.0}
-        mean = float(total / targets)
-        return {
-            "evaluation_loss": mean,
-            # exp overflows above 709: a diverged run reads as infinite, not as an exception
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
-            "evaluation_targets": float(targets),
-        }
+        """Loss, perplexity and number of targets."""
+        scores = super().result(vector)
+        loss = scores["evaluation_loss"]
+        # exp overflows above 709: a diverged run reads as infinite, not as an exception
+        perplexity = math.inf if loss >= 700 else math.exp(loss)
+        targets = scores.pop("evaluation_targets")
+        return {**scores, "perplexity": perplexity, "evaluation_targets": targets}
 
 
 def _text(record: Record) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 
 from shoal.errors import DataError
 from shoal.fields import IGNORED, Field, Fields
-from shoal.tasks.classes import ClassMetrics, Labelled, logistic_regression
+from shoal.tasks.baselines import Labelled, logistic_regression
+from shoal.tasks.scores import ClassMetrics
 from shoal.tasks.task import (
     Batch,
     Curve,

@@ -15,10 +15,11 @@ from shoal.errors import DataError, ModelError
 from shoal.models.anatomy import anatomy_of
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
-from shoal.tasks.classes import ClassMetrics, Labelled, logistic_regression
+from shoal.tasks.baselines import Labelled, logistic_regression
 from shoal.tasks.image_classification import ImageClassification, shifted
 from shoal.tasks.kinds import create
 from shoal.tasks.losses import Summed
+from shoal.tasks.scores import ClassMetrics
 from shoal.tasks.task import Scores, Tools
 
 SMALL = {

@@ -8,7 +8,8 @@ from shoal.errors import DataError
 from shoal.models.anatomy import anatomy_of, head_parameters
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
-from shoal.tasks.causal_lm import CausalLM, end_token_id, unigram_nats
+from shoal.tasks.baselines import unigram_nats
+from shoal.tasks.causal_lm import CausalLM, end_token_id
 from shoal.tasks.losses import TokenCrossEntropy
 from shoal.tasks.task import Scores, Tools
 

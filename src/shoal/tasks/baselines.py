@@ -1,4 +1,4 @@
-"""Scores of samples that belong to one class each: loss, accuracy and macro F1; and a baseline."""
+"""The simplest things one would do instead: what a trained model has to beat."""
 
 from __future__ import annotations
 
@@ -9,47 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from shoal.fields import IGNORED
-from shoal.tasks.task import Batch, Named, Scores, Vector, real_rows
-
-
-class ClassMetrics:
-    """Sums over samples: the loss, then how often class i was taken for class j [C, C]."""
-
-    needs_predictions = True
-
-    def __init__(self, num_classes: int) -> None:
-        self._loss = 0.0
-        self._confusion = np.zeros((num_classes, num_classes))
-
-    def add(self, *, batch: Batch, scores: Scores) -> None:
-        """Count losses and predictions [B] of the batch's `labels` [B]."""
-        assert scores.predictions is not None, "classification is scored by its predictions"
-        labels = np.asarray(batch["labels"])
-        kept = real_rows(batch) & (labels != IGNORED)
-        self._loss += float(np.asarray(scores.losses.double())[kept].sum())
-        np.add.at(self._confusion, (labels[kept], np.asarray(scores.predictions)[kept]), 1)
-
-    def vector(self) -> Vector:
-        """[loss, confusion row by row]."""
-        return np.append(self._loss, self._confusion.ravel())
-
-    def result(self, vector: Vector | None = None) -> Named:
-        """Mean loss in nats, accuracy, and F1 averaged over the classes, of all samples counted."""
-        sums = self.vector() if vector is None else vector
-        confusion = sums[1:].reshape(self._confusion.shape)
-        samples, right = confusion.sum(), np.diag(confusion)
-        if not samples:
-            return {"evaluation_loss": math.nan, "accuracy": math.nan, "evaluation_targets": 0.0}
-        both = confusion.sum(axis=0) + confusion.sum(axis=1)
-        f1 = 2 * right[both > 0] / both[both > 0]  # a class that is nowhere has no F1
-        return {
-            "evaluation_loss": float(sums[0] / samples),
-            "accuracy": float(right.sum() / samples),
-            "macro_f1": float(f1.mean()),
-            "evaluation_targets": float(samples),
-        }
 
 
 @dataclass(frozen=True)
@@ -99,3 +58,16 @@ def logistic_regression(
         answers = torch.from_numpy(scored.labels)
         accuracy = (logits.argmax(dim=1) == answers).double().mean()
         return float(accuracy), float(cross_entropy(logits, answers))
+
+
+def unigram_nats(targets: NDArray[np.int64], *, train: NDArray[np.int64]) -> float:
+    """Mean of -log p(target) in nats, over targets given as how often each id is one [V].
+
+    p(w) = (c(w) + 1) / (N + V): the training counts `train` [V] with one added to each id seen
+    anywhere (Laplace), so that a word that training never shows has a finite loss. NaN when there
+    are no targets.
+    """
+    if not targets.sum():
+        return math.nan
+    log_p = np.log(train + 1.0) - np.log(train.sum() + len(train))
+    return float(-(targets * log_p[: len(targets)]).sum() / targets.sum())

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from shoal.data.stream import Evaluation
+from shoal.errors import ConfigError, ModelError
 from shoal.launch.pool import WorkerPool
 from shoal.launch.summary import last_words
 from shoal.prove.parity import prove
+from shoal.serve.generate import continue_prompt
 from tiny import Bench, largest_difference
 
 RECIPE = """\
@@ -131,6 +133,23 @@ def test_the_run_ends_with_its_accuracy_and_the_baseline(images: Bench) -> None:
     assert f"{accuracy:.3f} now; logistic regression on the pixels: " in words
     assert "images per second" in words and "data.source=YOUR-FOLDER" in words
     assert not (run.path / "model/tokenizer.json").exists()
+
+
+def test_what_the_recipe_says_of_the_images_must_be_so(images: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)image_size.*says 16, but the data has 8.*=null"):
+        images.train("model.image_size=16")
+    free = images.run("model.image_size=null", "model.num_channels=null")
+    assert free.losses == images.run().losses
+
+
+def test_a_model_of_images_goes_on_with_no_prompt(images: Bench) -> None:
+    with pytest.raises(ModelError, match="it has no tokenizer, so it reads no text"):
+        continue_prompt(images.run().path, prompt="a", tokens=1, temperature=0.0, seed=0)
+
+
+def test_images_are_cut_along_no_axis_but_shard(images: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)a vit model cannot be cut along tensor.*shard=2"):
+        images.train("parallel.tensor=2")
 
 
 def _evaluated(images: Bench) -> Iterator[dict[str, np.ndarray]]:

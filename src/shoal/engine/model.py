@@ -22,24 +22,13 @@ def model_config(recipe: Recipe, *, inputs: Inputs, task: Task) -> Any:
     chosen = recipe.model
     if isinstance(chosen, ConfiguredModel):
         size = chosen.settings.get("vocab_size") or inputs.vocabulary_size
-        settings = {**chosen.settings, **_agreeing(task.model_settings(), chosen.settings)}
+        settings = {**chosen.settings, **task.model_settings()}
         return read_config(
             architecture=chosen.architecture, settings=settings, vocabulary_size=size
         )
     return read_config(
         architecture=None, settings=task.model_settings(), path=inputs.model_directory
     )
-
-
-def _agreeing(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """What the data says of the model. Raises ModelError where the recipe says something else."""
-    for name, value in found.items():
-        if name in asked and asked[name] != value:
-            raise ModelError(
-                f"model.{name}: the recipe says {asked[name]!r}, but the data has {value!r}\n"
-                f"    leave model.{name} out, or use other data"
-            )
-    return found
 
 
 def small_model(config: Any, recipe: Recipe, *, auto_class: str) -> nn.Module:

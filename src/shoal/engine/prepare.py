@@ -145,6 +145,7 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         vocabulary = tools.tokenizer.get_vocab_size(with_added_tokens=True)
         _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
     learned = _learned(task, recipe)
+    _check_model_settings(recipe, task=task)
     phases: set[str] = set()
 
     def progress(phase: str, done: float) -> None:
@@ -175,6 +176,22 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
         validation_samples=sum(s.num_samples("validation") for s in prepared.sources),
     )
+
+
+def _check_model_settings(recipe: Recipe, *, task: Task) -> None:
+    """The recipe may say what the data says too, such as the size of images, but nothing else."""
+    asked = recipe.model.settings if isinstance(recipe.model, ConfiguredModel) else {}
+    problems = [
+        Problem(
+            f"model.{name}",
+            f"the recipe says {asked[name]!r}, but the data has {value!r}",
+            f"set model.{name}=null, which leaves it to the data",
+        )
+        for name, value in task.model_settings().items()
+        if asked.get(name, value) not in (value, None)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_model_vocabulary(recipe: Recipe, *, model: Path | None, tokenizer: Any) -> None:

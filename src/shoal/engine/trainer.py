@@ -433,6 +433,7 @@ class Trainer:
                 "finished" if whole else "paused", {"step": training.progress.step}
             )
             self.files.close()
+            self._report.say("phase", text="scoring the baseline")
             self._report.say(
                 "done",
                 step=training.progress.step,

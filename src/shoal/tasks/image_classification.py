@@ -46,7 +46,7 @@ class ImageClassification(Task):
     auto_class = "AutoModelForImageClassification"
     needs_tokenizer = False
     target_name = "images"
-    own_data = "YOUR-FOLDER"
+    own_data = "YOUR-FOLDER model.image_size=null model.num_channels=null"
     curve = Curve(
         "nats per image", baseline="logistic_regression_loss", baseline_name="logistic regression"
     )

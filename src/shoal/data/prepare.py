@@ -136,6 +136,11 @@ def open_prepared(directory: Path | str) -> Prepared:
     for entry in description["sources"]:
         folder = directory.parent / _sibling(entry, of=directory)
         about = _read_description(folder)
+        if about.get("format") != FORMAT:
+            raise DataError(
+                f"{folder}: was prepared by another version of shoal (format "
+                f"{about.get('format')}, expected {FORMAT}); run the recipe to prepare it again"
+            )
         shape = Shape.from_json(about["shape"])
         opened.append(PreparedSource(entry["name"], entry["weight"], folder, shape, about))
     return Prepared(directory, tuple(opened), description)

@@ -219,6 +219,18 @@ def test_a_shortened_file_is_named_and_prepared_again(tmp_path: Path) -> None:
         open_prepared(tmp_path)
 
 
+def test_data_of_another_version_is_refused_and_prepared_again(tmp_path: Path) -> None:
+    texts = ["some text", "more text"] * 5
+    prepared = prepare_texts(tmp_path, texts)
+    path = prepared.sources[0].directory / "description.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "format": 1}))
+    with pytest.raises(DataError, match=r"another version of shoal \(format 1, expected 2\)"):
+        open_prepared(prepared.directory)
+    prepare_texts(tmp_path, texts)
+    assert json.loads(path.read_text()) == about
+
+
 def test_no_space_left_leaves_nothing_behind(tmp_path: Path) -> None:
     """A real failing write: the system refuses files above a size limit."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

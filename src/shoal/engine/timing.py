@@ -130,6 +130,7 @@ def _step_of(training: Training, *, micro: int) -> Step:
     """The step in micro batches of `micro` samples, whatever was decided."""
     return Step(
         training.replica,
+        task=training.task,
         passes=training.passes,
         state=training.state,
         ranks=training.ranks,

@@ -35,11 +35,11 @@ from shoal.observe.events import Report
 from shoal.parallel import shard
 from shoal.parallel.apply import apply
 from shoal.parallel.local import Holdings, sharded_of
-from shoal.parallel.loss import chunked_loss
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import REPLICA, Mesh, build_mesh
 from shoal.parallel.settings import Settings
 from shoal.runtime import start_process_group, stop_process_group
+from shoal.tasks.losses import chunked_loss
 from states import parts_of
 from unit.models.tiny_models import SETTINGS, VOCABULARY, meta_model
 

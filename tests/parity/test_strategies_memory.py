@@ -30,11 +30,11 @@ from shoal.observe.events import Report
 from shoal.parallel import shard
 from shoal.parallel.apply import apply
 from shoal.parallel.local import sharded_of
-from shoal.parallel.loss import chunked_loss
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import build_mesh
 from shoal.parallel.settings import Settings
 from shoal.runtime import start_process_group, stop_process_group
+from shoal.tasks.losses import chunked_loss
 from strategies import run_workers
 from unit.models.tiny_models import meta_model
 

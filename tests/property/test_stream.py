@@ -218,7 +218,8 @@ def test_a_worker_reads_only_its_part_of_the_bytes(one: Prepared, parts: int) ->
     tokens here), and the offsets of a document that two rows share (2 numbers a row).
     """
     folder = one.sources[0].directory
-    total = sum((folder / f"train.{kind}").stat().st_size for kind in ("tokens", "offsets", "rows"))
+    kinds = ("input_ids", "tokens.offsets", "rows")
+    total = sum((folder / f"train.{kind}").stat().st_size for kind in kinds)
     size = one.sources[0].num_samples("train")
     row_bytes = 4 * (TOKENS + 1) + 8 * 8
     for index in range(parts):

@@ -43,7 +43,18 @@ class TokenClassification(Section):
     kind: Literal["token-classification"] = "token-classification"
 
 
-TaskSection = Annotated[CausalLM | TokenClassification, Field(discriminator="kind")]
+class ImageClassification(Section):
+    """Give every image one of several classes."""
+
+    kind: Literal["image-classification"] = "image-classification"
+    shift_pixels: Annotated[int, Field(ge=0)] = 0
+    """While training, images are moved by up to so many pixels up or down and left or right, each
+    time they are read by other ones."""
+
+
+TaskSection = Annotated[
+    CausalLM | TokenClassification | ImageClassification, Field(discriminator="kind")
+]
 
 # --- model --------------------------------------------------------------------------------------
 

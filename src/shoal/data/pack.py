@@ -1,55 +1,87 @@
-"""Samples out of memory-mapped token files: packed rows with document boundaries, or documents.
+"""Samples out of memory-mapped files: fields as they were stored, and packed rows of tokens.
 
-Shapes: B samples, T tokens per sample (`sequence_tokens`, or less when rows are not packed).
-A part (train or validation) of a source is four little-endian files beside each other:
-PART.tokens (int32), PART.offsets (int64, first token of each document and the end), PART.labels
-(int32, only for tagging), PART.rows (int64, first document of each packed row, and the last one).
+A part (train or validation) of a source is little-endian files beside each other: PART.FIELD holds
+the values of a field of all samples, one after the other; PART.SEQUENCE.offsets (int64) where each
+sample's begin along a sequence, and the end; PART.rows (int64, packed tokens only) the first
+document of each packed row, and the last one. Ids (int64 in a batch) take four bytes on disk.
+
+Of a row of tokens, position_ids and document_ids are made here; so are the labels where none are
+stored: then a token's label is the token that follows it in its document.
+Shapes: T tokens per sample (`sequence_tokens`, or less when rows are not packed).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from shoal.data.batch import Array
 from shoal.errors import DataError
-
-IGNORED = -100
-"""Label of a position without a target."""
-PADDING_MULTIPLE = 8
-"""Rows that are not packed are padded to a multiple of this many tokens."""
+from shoal.fields import IGNORED, Field, Fields
 
 Ints = npt.NDArray[np.int64]
-Batch = dict[str, npt.NDArray[np.generic]]
+
+ON_DISK = {"uint8": "<u1", "int32": "<i4", "int64": "<i4", "float32": "<f4"}
+"""Type in a file of each type in a batch."""
+
+DERIVED = ("labels", "position_ids", "document_ids")
+"""Fields of the sequence `tokens` that are made when rows are read, where they are not stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How the samples of a part are cut: `sequence_tokens` (T), packed or one per document."""
+    """How the samples of a part are cut, and their fields: of a batch, and those in files."""
 
     sequence_tokens: int
+    """T: what a row of tokens is cut to."""
     packing: bool
-    tagged: bool
+    """Whether a row holds several documents, or one."""
+    fields: Fields
+    stored: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if self.packing and any(self.fields[n].sequence != "tokens" for n in self.stored):
+            raise ValueError(f"only rows of tokens can be packed, got the fields {self.stored}")
 
-@dataclass(frozen=True)
-class Row:
-    """One sample. All arrays [n], n <= T; `labels` are already shifted for language models."""
+    @property
+    def predicts_next(self) -> bool:
+        """Whether a token's label is the token after it."""
+        return "labels" in self.fields and "labels" not in self.stored
 
-    input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    position_ids: Ints
-    document_ids: Ints
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """Names of the sequences that stored fields run along."""
+        found = [self.fields[name].sequence for name in self.stored]
+        return tuple(dict.fromkeys(each for each in found if each is not None))
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Sequences that are equally long in every batch: packed rows of tokens."""
+        return {"tokens": self.sequence_tokens} if self.packing else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, read back by `from_json`."""
+        fields = {name: asdict(field) for name, field in self.fields.items()}
+        return {**vars(self), "fields": fields, "stored": list(self.stored)}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Shape:
+        """The inverse of `to_json`."""
+        fields = {name: Field.from_json(each) for name, each in tree["fields"].items()}
+        return cls(**{**tree, "fields": fields, "stored": tuple(tree["stored"])})
 
 
 def row_count(num_tokens: int, *, shape: Shape) -> int:
     """Packed rows that `num_tokens` fill; the last may be short.
 
-    Of a language model's tokens the very last is only a target, so it needs no row of its own.
+    Where a token's label is the next token, the very last is only a target and needs no row.
     """
-    inputs = num_tokens if shape.tagged else num_tokens - 1
+    inputs = num_tokens - 1 if shape.predicts_next else num_tokens
     return max(1, -(-inputs // shape.sequence_tokens))
 
 
@@ -67,89 +99,102 @@ class Part:
     Not for sharing between threads: the count would race. Opening one costs under a millisecond.
     """
 
-    def __init__(self, folder: Path, *, part: str, shape: Shape) -> None:
+    def __init__(self, folder: Path, *, part: str, shape: Shape, num_samples: int) -> None:
         self.shape = shape
         self.bytes_read = 0
-        self._tokens = _open(folder / f"{part}.tokens", dtype="<i4")
-        self._offsets = _open(folder / f"{part}.offsets", dtype="<i8")
+        self._num_samples = num_samples
         self._rows = _open(folder / f"{part}.rows", dtype="<i8") if shape.packing else None
-        self._labels = _open(folder / f"{part}.labels", dtype="<i4") if shape.tagged else None
+        self._offsets = {
+            each: _open(folder / f"{part}.{each}.offsets", dtype="<i8") for each in shape.sequences
+        }
+        self._values = {
+            name: open_values(folder / f"{part}.{name}", field=shape.fields[name])
+            for name in shape.stored
+        }
 
     def __len__(self) -> int:
-        return len(self._offsets if self._rows is None else self._rows) - 1
+        return self._num_samples
 
-    def row(self, sample: int) -> Row:
-        """Sample number `sample`: a packed row, or a document cut at T tokens."""
-        return self._document(sample) if self._rows is None else self._packed(sample)
+    def row(self, sample: int) -> dict[str, Array]:
+        """Sample number `sample`, every field an array; a row of tokens is cut at T.
 
-    def _packed(self, sample: int) -> Row:
+        Labels of language models are already shifted.
+        """
+        if self._rows is not None:
+            return self._packed(sample)
+        edges = {
+            each: self._read(offsets, start=sample, stop=sample + 2)
+            for each, offsets in self._offsets.items()
+        }
+        row: dict[str, Array] = {}
+        for name in self.shape.stored:
+            sequence, dim = self.shape.fields[name].sequence, self.shape.fields[name].ragged_dim
+            start, stop = (sample, sample + 1) if sequence is None else edges[sequence]
+            values = self._read(self._values[name], start=int(start), stop=int(stop))
+            row[name] = values[0] if dim is None else np.moveaxis(values, 0, dim)
+        return self._with_places(row) if "tokens" in edges else row
+
+    def _with_places(self, row: dict[str, Array]) -> dict[str, Array]:
+        """A document of tokens, cut at T, with what is derived of it."""
+        if self.shape.predicts_next:
+            row["labels"] = np.append(row["input_ids"][1:], np.int32(IGNORED))
+        count = min(len(row["input_ids"]), self.shape.sequence_tokens)
+        cut = {
+            name: array[:count] if self.shape.fields[name].sequence == "tokens" else array
+            for name, array in row.items()
+        }
+        places = {
+            "position_ids": np.arange(count, dtype=np.int64),
+            "document_ids": np.zeros(count, dtype=np.int64),
+        }
+        return {**{n: a for n, a in places.items() if n in self.shape.fields}, **cut}
+
+    def _packed(self, sample: int) -> dict[str, Array]:
         length = self.shape.sequence_tokens
         start = sample * length
         assert self._rows is not None, "packed parts have a row index"
         first, last = self._read(self._rows, start=sample, stop=sample + 2)
         # Offsets of the documents that begin inside the row, and of the one that goes on into it.
-        edges = self._read(self._offsets, start=int(first), stop=int(last) + 2).astype(np.int64)
-        tokens = self._read(self._tokens, start=start, stop=start + length + 1)
+        edges = self._read(self._offsets["tokens"], start=int(first), stop=int(last) + 2)
+        edges = edges.astype(np.int64)
+        stop = start + length + (1 if self.shape.predicts_next else 0)
+        row = {
+            name: self._read(values, start=start, stop=stop)
+            for name, values in self._values.items()
+        }
+        tokens = row["input_ids"]
         positions = np.arange(start, start + len(tokens), dtype=np.int64)
         documents = np.searchsorted(edges[1:], positions, side="right")
-        count = max(1, min(length, len(tokens) - 1)) if self._labels is None else length
-        if self._labels is None:
-            labels = np.full(len(tokens), IGNORED, dtype=np.int32)
+        count = length
+        if self.shape.predicts_next:
+            count = max(1, min(length, len(tokens) - 1))
+            row["labels"] = np.full(len(tokens), IGNORED, dtype=np.int32)
             same = documents[1:] == documents[:-1]
-            labels[:-1][same] = tokens[1:][same]
-        else:
-            labels = self._read(self._labels, start=start, stop=start + length)
-        begins = np.maximum(edges[documents], start)
-        return Row(tokens[:count], labels[:count], (positions - begins)[:count], documents[:count])
+            row["labels"][:-1][same] = tokens[1:][same]
+        row["position_ids"] = positions - np.maximum(edges[documents], start)
+        row["document_ids"] = documents
+        return {name: array[:count] for name, array in row.items()}
 
-    def _document(self, sample: int) -> Row:
-        start, stop = self._read(self._offsets, start=sample, stop=sample + 2)
-        tokens = self._read(self._tokens, start=int(start), stop=int(stop))
-        count = min(len(tokens), self.shape.sequence_tokens)
-        if self._labels is not None:
-            labels = self._read(self._labels, start=int(start), stop=int(stop))
-        else:
-            labels = np.append(tokens[1:], np.int32(IGNORED))
-        positions = np.arange(count, dtype=np.int64)
-        return Row(tokens[:count], labels[:count], positions, np.zeros(count, dtype=np.int64))
-
-    def _read(self, file: npt.NDArray[np.generic], *, start: int, stop: int) -> npt.NDArray:  # type: ignore[type-arg]
+    def _read(self, file: Array, *, start: int, stop: int) -> Array:
         part = np.array(file[start:stop])
         self.bytes_read += part.nbytes
         return part
 
 
-def _open(path: Path, *, dtype: str) -> npt.NDArray[np.generic]:
+def open_values(path: Path, *, field: Field) -> Array:
+    """The values of a field in a file, mapped: [samples, *dims], or [positions, *the other dims].
+
+    Raises DataError for a file that cannot be mapped.
+    """
+    inner = [size for size in field.dims if size is not None]
+    return _open(path, dtype=ON_DISK[field.dtype]).reshape(-1, *inner)
+
+
+def _open(path: Path, *, dtype: str) -> Array:
     try:
         return np.memmap(path, dtype=dtype, mode="r")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: cannot be mapped ({error}); expected a prepared token file. Delete its "
+            f"{path}: cannot be mapped ({error}); expected a prepared file. Delete its "
             f"folder, the next run prepares it again"
         ) from error
-
-
-def stack(rows: list[Row], *, width: int) -> Batch:
-    """Arrays [B, width] of `rows`, padded on the right (label -100, document -1, token 0)."""
-    shape = (len(rows), width)
-    batch: Batch = {
-        "input_ids": np.zeros(shape, dtype=np.int64),
-        "labels": np.full(shape, IGNORED, dtype=np.int64),
-        "position_ids": np.zeros(shape, dtype=np.int64),
-        "document_ids": np.full(shape, -1, dtype=np.int32),
-    }
-    for number, row in enumerate(rows):
-        count = len(row.input_ids)
-        batch["input_ids"][number, :count] = row.input_ids
-        batch["labels"][number, :count] = row.labels
-        batch["position_ids"][number, :count] = row.position_ids
-        batch["document_ids"][number, :count] = row.document_ids
-    return batch
-
-
-def width_of(rows: list[Row], *, shape: Shape) -> int:
-    """T for packed rows; else the longest row, rounded up to `PADDING_MULTIPLE`."""
-    if shape.packing:
-        return shape.sequence_tokens
-    longest = max((len(row.input_ids) for row in rows), default=1)
-    return -(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE

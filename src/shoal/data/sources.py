@@ -66,8 +66,12 @@ def _missing(source: str, *, path: Path) -> str:
 
 
 def _folder(folder: Path) -> tuple[Path, ...]:
-    """Readable files directly in `folder`, by name; a link that leads out of it is refused."""
+    """Readable files directly in `folder`, by name, else those in its folders: classes of images.
+
+    A link that leads out of it is refused.
+    """
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in readers.FORMATS)
+    found = found or sorted(p for p in folder.glob("*/*") if p.suffix.lower() in readers.FORMATS)
     if not found:
         raise DataError(
             f"data.source: the folder {folder} holds no file to read; expected files ending in "
@@ -135,7 +139,9 @@ def content_key(source: str) -> str:
     if located.kind == "hub":
         digest.update(f"{source}@{_hub_commit(source)}".encode())
     for path in located.paths:
-        digest.update(path.name.encode())
+        is_folder = Path(source).expanduser().is_dir()
+        name = path.relative_to(Path(source).expanduser()) if is_folder else Path(path.name)
+        digest.update(name.as_posix().encode())  # an image's class is the name of its folder
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)

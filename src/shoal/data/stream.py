@@ -7,17 +7,18 @@ batch, B in the share that is asked for, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from shoal.data.batch import Array, Batch, fill_rows, stack
+from shoal.data.counts import Counts, training_counts
 from shoal.data.mixture import Mixture
-from shoal.data.pack import Batch, Part, stack, width_of
+from shoal.data.pack import Part
 from shoal.data.permutation import key_of, mix, permute
 from shoal.data.prepare import Prepared, open_prepared
-from shoal.data.unigram import Counts, nats, training_counts
 from shoal.layout import Share
 
 Ints = npt.NDArray[np.int64]
@@ -61,8 +62,8 @@ class Stream:
     def at(self, step: int, share: Share) -> Batch:
         """Samples `share.start` to `share.stop` of the global batch of `step`.
 
-        input_ids, labels, position_ids int64 [B, T]; document_ids int32 [B, T]; sample_ids,
-        source_ids int64 [B]. Labels are -100 where there is no target, documents -1 on padding.
+        The fields of the data, each [B, *dims] and padded with its fill; sample_ids and source_ids
+        int64 [B].
         Raises ValueError for a share outside the global batch.
         """
         if not 0 <= share.start <= share.stop <= self.global_batch_samples:
@@ -131,18 +132,20 @@ class Evaluation:
     def __len__(self) -> int:
         return len(self._list)
 
-    def unigram_nats(self) -> float:
-        """Loss of guessing by training frequency on exactly the targets of this list, in nats.
-
-        Reads the whole list once; `Prepared.unigram_nats` is the same for the whole part.
-        """
-        counts = [Counts.read(source.directory) for source in self.prepared.sources]
-        train = training_counts(counts)
-        targets = np.zeros_like(train)
+    def rows(self) -> Iterator[dict[str, Array]]:
+        """The samples of this list one by one, in its order."""
         for source, sample in self._list:
-            labels = self._parts[source].row(int(sample)).labels
-            targets += np.bincount(labels[labels >= 0], minlength=len(targets))
-        return nats(targets, train=train)
+            yield self._parts[source].row(int(sample))
+
+    def training_rows(self) -> Iterator[dict[str, Array]]:
+        """All samples of the training part one by one, as they are stored."""
+        for source in self.prepared.sources:
+            part = source.part("train")
+            yield from (part.row(sample) for sample in range(len(part)))
+
+    def training_counts(self) -> Ints:
+        """How often each label is a target of the training part: int64 [labels]."""
+        return training_counts([Counts.read(each.directory) for each in self.prepared.sources])
 
     def num_batches(self, parts: int) -> int:
         """Batches that each of `parts` workers has."""
@@ -152,27 +155,15 @@ class Evaluation:
         """Batch `number` of worker `part` of `parts`: as `Stream.at`, always B rows."""
         start = (number * parts + part) * self.batch_samples
         chosen = self._list[start : start + self.batch_samples]
-        rows = [self._parts[source].row(int(sample)) for source, sample in chosen]
-        batch = stack(rows, width=width_of(rows, shape=self.prepared.shape))
-        batch["sample_ids"], batch["source_ids"] = chosen[:, 1].copy(), chosen[:, 0].copy()
-        return _pad_rows(batch, count=self.batch_samples)
-
-
-def _pad_rows(batch: Batch, *, count: int) -> Batch:
-    missing = count - len(batch["sample_ids"])
-    if not missing:
-        return batch
-    fill = {"labels": -100, "document_ids": -1, "sample_ids": -1}
-    return {
-        name: np.concatenate(
-            [array, np.full((missing, *array.shape[1:]), fill.get(name, 0), dtype=array.dtype)]
+        batch = _read(
+            self._parts, source=chosen[:, 0], index=chosen[:, 1].tolist(), ids=chosen[:, 1]
         )
-        for name, array in batch.items()
-    }
+        return fill_rows(batch, self.prepared.shape.fields, count=self.batch_samples)
 
 
 def _read(parts: Sequence[Part], *, source: Ints, index: Sequence[int], ids: Ints) -> Batch:
     rows = [parts[number].row(sample) for number, sample in zip(source, index)]
-    batch = stack(rows, width=width_of(rows, shape=parts[0].shape))
+    shape = parts[0].shape
+    batch = stack(rows, shape.fields, lengths=shape.lengths)
     batch["sample_ids"], batch["source_ids"] = ids.copy(), source.copy()
     return batch

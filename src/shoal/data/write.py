@@ -1,71 +1,118 @@
-"""Writes token files: documents as they come, then split, ordered and cut into parts."""
+"""Writes the files of a source: samples as they come, then split, ordered and cut into parts."""
 
 from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.pack import Shape, first_documents
+from shoal.data.batch import Array
+from shoal.data.counts import Counts
+from shoal.data.pack import DERIVED, ON_DISK, Shape, first_documents, open_values
 from shoal.data.permutation import key_of, permute
-from shoal.data.unigram import Counts
 from shoal.errors import DataError
+from shoal.fields import Field, Fields
 
 Ints = npt.NDArray[np.int64]
-_CHUNK_TOKENS = 1 << 22
-_LARGEST_ID = 2**31 - 1
+Sample = Mapping[str, Any]
+"""Values of each stored field of one sample: lists, numbers or arrays."""
+
+_CHUNK_ELEMENTS = 1 << 22
 
 
-class EncodedDocuments:
-    """Token ids of all documents of a source in its own order, spilled to scratch files."""
+class EncodedSamples:
+    """All samples of a source in its own order, spilled to scratch files, field by field."""
 
-    def __init__(self, scratch: Path, *, where: str) -> None:
-        self.scratch = scratch
-        self.where = where
-        self.tagged: bool | None = None
-        self._lengths = array("q")
+    def __init__(self, scratch: Path, *, fields: Fields, where: str) -> None:
+        self.scratch, self.fields, self.where = scratch, fields, where
+        self.stored: tuple[str, ...] = ()
+        self._lengths: dict[str, array[int]] = {}
+        self._count = 0
 
-    def add(self, encoded: list[dict[str, list[int]]]) -> None:
-        """Append documents. Raises DataError for ids out of range or labels that do not fit."""
-        encoded = [document for document in encoded if document["input_ids"]]
-        if not encoded:
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Append samples; those whose first field is empty are left out.
+
+        Raises DataError for values out of range, of another shape than their field, or for fields
+        of one sequence that differ in length.
+        """
+        if not samples:
             return
-        tagged = "labels" in encoded[0]
-        self._append("tokens", lists=[document["input_ids"] for document in encoded], smallest=0)
-        if tagged:
-            for document in encoded:
-                if len(document["labels"]) != len(document["input_ids"]):
-                    raise DataError(f"{self.where}: expected one label per token")
-            self._append(
-                "labels", lists=[document["labels"] for document in encoded], smallest=-100
-            )
-        self.tagged = tagged
-        self._lengths.extend(len(document["input_ids"]) for document in encoded)
+        self.stored = self.stored or self._fields_of(samples[0])
+        first = self.stored[0]
+        held = [each for each in samples if np.size(each[first])]
+        if not held:
+            return
+        for sequence in {self.fields[name].sequence for name in self.stored} - {None}:
+            self._note_lengths(sequence, held)
+        for name in self.stored:
+            values = [np.asarray(each[name]) for each in held]
+            self._append(name, values=values, field=self.fields[name])
+        self._count += len(held)
 
-    def _append(self, kind: str, *, lists: list[list[int]], smallest: int) -> None:
-        ids = np.concatenate([np.asarray(values, dtype=np.int64) for values in lists])
-        if ids.min() < smallest or ids.max() > _LARGEST_ID:
+    def _fields_of(self, sample: Sample) -> tuple[str, ...]:
+        """Stored fields in the order of the fields. DataError when one is missing or unknown."""
+        stored = tuple(name for name in self.fields if name in sample)
+        made = set(DERIVED) if "input_ids" in sample else set()
+        if len(stored) != len(sample) or set(self.fields) - set(stored) - made:
             raise DataError(
-                f"{self.where}: {kind} must lie in {smallest}..{_LARGEST_ID}, got "
-                f"{ids.min()}..{ids.max()}; is this the right tokenizer?"
+                f"{self.where}: expected samples with the fields {', '.join(self.fields)}, got "
+                f"{', '.join(sample)}; the task's encode and its fields disagree"
             )
-        with (self.scratch / f"all.{kind}").open("ab") as file:
-            ids.astype("<i4").tofile(file)
+        return stored
 
-    @property
-    def lengths(self) -> Ints:
-        """Tokens of each document [documents]."""
-        return np.frombuffer(self._lengths, dtype=np.int64) if self._lengths else np.empty(0, "i8")
+    def _note_lengths(self, sequence: str | None, samples: Sequence[Sample]) -> None:
+        assert sequence is not None, "asked for sequences only"
+        names = [name for name in self.stored if self.fields[name].sequence == sequence]
+        noted = self._lengths.setdefault(sequence, array("q"))
+        for sample in samples:
+            sizes = [_length(sample[name], self.fields[name]) for name in names]
+            if len(set(sizes)) > 1:
+                raise DataError(
+                    f"{self.where}: {' and '.join(names)} must be equally long, one value for each "
+                    f"of the {sequence}, got {sizes}"
+                )
+            noted.append(sizes[0])
 
-    def open(self, kind: str) -> npt.NDArray[np.int32]:
-        """All `tokens` or `labels`, mapped."""
-        return np.memmap(self.scratch / f"all.{kind}", dtype="<i4", mode="r")
+    def _append(self, name: str, *, values: list[Array], field: Field) -> None:
+        dim = field.ragged_dim
+        inner = tuple(size for size in field.dims if size is not None)
+        rows = [value[None] if dim is None else np.moveaxis(value, dim, 0) for value in values]
+        wrong = next((value for value, row in zip(values, rows) if row.shape[1:] != inner), None)
+        if wrong is not None:
+            raise DataError(
+                f"{self.where}: {name}: expected the shape {field.dims} (None is any), got "
+                f"{wrong.shape}; make all samples alike before they are read"
+            )
+        whole = np.concatenate(rows)
+        if field.dtype == "float32":
+            largest = float(np.finfo(np.float32).max)
+            smallest = -largest
+        else:
+            largest = np.iinfo(ON_DISK[field.dtype]).max
+            smallest = min(field.fill, 0)
+        if not (whole.min() >= smallest and whole.max() <= largest):
+            raise DataError(
+                f"{self.where}: {name} must lie in {smallest}..{largest}, got "
+                f"{whole.min()}..{whole.max()}; is this the right tokenizer, or reader?"
+            )
+        with (self.scratch / f"all.{name}").open("ab") as file:
+            whole.astype(ON_DISK[field.dtype]).tofile(file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def lengths(self, sequence: str) -> Ints:
+        """Positions of each sample along a sequence [samples]."""
+        return np.frombuffer(self._lengths[sequence], dtype=np.int64)
+
+    def open(self, name: str) -> Array:
+        """All values of a field, mapped."""
+        return open_values(self.scratch / f"all.{name}", field=self.fields[name])
 
     def remove(self) -> None:
         """Delete the scratch files."""
@@ -73,8 +120,12 @@ class EncodedDocuments:
             path.unlink()
 
 
+def _length(value: Any, field: Field) -> int:
+    return len(value) if field.ragged_dim == 0 else int(np.shape(value)[field.ragged_dim or 0])
+
+
 def write_parts(
-    documents: EncodedDocuments,
+    samples: EncodedSamples,
     *,
     sequence_tokens: int,
     packing: bool,
@@ -83,36 +134,40 @@ def write_parts(
 ) -> dict[str, Any]:
     """Write both parts beside the scratch files; the description of the source, JSON-able.
 
-    Raises DataError when there are not enough documents to hold one out.
+    Raises DataError when there are not enough samples to hold one out.
     """
-    shape = Shape(sequence_tokens=sequence_tokens, packing=packing, tagged=bool(documents.tagged))
-    train, validation = split(
-        len(documents.lengths), fraction=validation_fraction, seed=seed, where=documents.where
+    shape = Shape(
+        sequence_tokens=sequence_tokens,
+        packing=packing,
+        fields=samples.fields,
+        stored=samples.stored,
     )
-    folder = documents.scratch
+    train, validation = split(
+        len(samples), fraction=validation_fraction, seed=seed, where=samples.where
+    )
+    folder = samples.scratch
     about = {
-        "train": _write_part(documents, part="train", order=train, shape=shape),
-        "validation": _write_part(documents, part="validation", order=validation, shape=shape),
+        "train": _write_part(samples, part="train", order=train, shape=shape),
+        "validation": _write_part(samples, part="validation", order=validation, shape=shape),
     }
-    documents.remove()
-    kind = "labels" if shape.tagged else "tokens"
-    counts = Counts(*(_target_counts(folder, part=part, kind=kind) for part in about))
-    counts.write(folder)
-    for part, count in zip(about, (counts.train, counts.validation)):
-        about[part]["targets"] = int(count.sum())
+    samples.remove()
+    counts = _target_counts(folder, shape=shape)
+    if counts is not None:
+        counts.write(folder)
+        about["train"]["targets"] = int(counts.train.sum())
+        about["validation"]["targets"] = int(counts.validation.sum())
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     return {
-        "shape": asdict(shape),
+        "shape": shape.to_json(),
         "parts": about,
-        "vocabulary_size": 1 + max(_largest(folder, part=part, kind="tokens") for part in about),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
 
 
 def split(count: int, *, fraction: float, seed: int, where: str) -> tuple[Ints, Ints]:
-    """Documents of the training and the validation part, each in the order they are stored.
+    """Samples of the training and the validation part, each in the order they are stored.
 
     Held out: those that a keyed shuffle puts first, whatever the seed, so that every run of a
     study is judged on the same text. The order of the rest is keyed by `seed`.
@@ -128,62 +183,64 @@ def split(count: int, *, fraction: float, seed: int, where: str) -> tuple[Ints, 
     return order[places[order] >= held], order[places[order] < held]
 
 
-def _write_part(
-    documents: EncodedDocuments, *, part: str, order: Ints, shape: Shape
-) -> dict[str, Any]:
-    folder = documents.scratch
-    starts = np.concatenate([[0], np.cumsum(documents.lengths)])[:-1][order]
-    lengths = documents.lengths[order]
-    if not shape.packing:
-        # One more than T: the last input of a language model has a target too.
-        lengths = np.minimum(lengths, shape.sequence_tokens + (0 if shape.tagged else 1))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    offsets.tofile(folder / f"{part}.offsets")
-    for kind in ("tokens", "labels") if shape.tagged else ("tokens",):
-        source = documents.open(kind)
-        with (folder / f"{part}.{kind}").open("wb") as file:
-            for index in _gather_indices(starts, lengths=lengths):
+def _write_part(samples: EncodedSamples, *, part: str, order: Ints, shape: Shape) -> dict[str, Any]:
+    folder = samples.scratch
+    chosen: dict[str | None, tuple[Ints, Ints]] = {None: (order, np.ones_like(order))}
+    about = {"documents": len(order), "samples": len(order), "targets": len(order)}
+    for sequence in shape.sequences:
+        lengths = samples.lengths(sequence)
+        starts = (np.cumsum(lengths) - lengths)[order]
+        lengths = lengths[order]
+        if sequence == "tokens" and not shape.packing:
+            # One more than T: the last input of a language model has a target too.
+            lengths = np.minimum(lengths, shape.sequence_tokens + int(shape.predicts_next))
+        chosen[sequence] = (starts, lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+        offsets.tofile(folder / f"{part}.{sequence}.offsets")
+        about[sequence] = int(offsets[-1])
+        if shape.packing:
+            rows = first_documents(offsets, shape=shape)
+            rows.astype("<i8").tofile(folder / f"{part}.rows")
+            about["samples"] = len(rows) - 1
+    for name in shape.stored:
+        source = samples.open(name)
+        starts, lengths = chosen[shape.fields[name].sequence]
+        size = max(1, int(np.prod(source.shape[1:])))
+        with (folder / f"{part}.{name}").open("wb") as file:
+            for index in _gather_indices(starts, lengths=lengths, most=_CHUNK_ELEMENTS // size):
                 source[index].tofile(file)
-    samples = len(order)
-    if shape.packing:
-        rows = first_documents(offsets, shape=shape)
-        rows.astype("<i8").tofile(folder / f"{part}.rows")
-        samples = len(rows) - 1
-    return {"documents": len(order), "samples": samples, "tokens": int(offsets[-1])}
+    return about
 
 
-def _gather_indices(starts: Ints, *, lengths: Ints) -> Iterator[Ints]:
-    """Source indices of the tokens of documents, in chunks of bounded memory."""
+def _gather_indices(starts: Ints, *, lengths: Ints, most: int) -> Iterator[Ints]:
+    """Source indices of the positions of samples, in chunks of about `most`."""
     ends = np.cumsum(lengths)
     first = 0
     while first < len(starts):
         done = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, done + _CHUNK_TOKENS, side="right")))
+        last = max(first + 1, int(np.searchsorted(ends, done + most, side="right")))
         counts = lengths[first:last]
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         yield np.repeat(starts[first:last], counts) + within
         first = last
 
 
-def _chunks(folder: Path, *, part: str, kind: str) -> Iterator[npt.NDArray[np.int32]]:
-    file = np.memmap(folder / f"{part}.{kind}", dtype="<i4", mode="r")
-    for start in range(0, len(file), _CHUNK_TOKENS):
-        yield file[start : start + _CHUNK_TOKENS]
-
-
-def _largest(folder: Path, *, part: str, kind: str) -> int:
-    return max(int(chunk.max()) for chunk in _chunks(folder, part=part, kind=kind))
-
-
-def _target_counts(folder: Path, *, part: str, kind: str) -> Ints:
-    """How often each id is a target: every labelled token; every token but a document's first."""
-    size = 1 + max(_largest(folder, part=each, kind=kind) for each in ("train", "validation"))
-    size = max(size, 1)  # tags may be absent from every position
-    counts = np.zeros(size, dtype=np.int64)
-    for chunk in _chunks(folder, part=part, kind=kind):
-        counts += np.bincount(chunk[chunk >= 0], minlength=size)
-    if kind == "tokens":
-        offsets = np.fromfile(folder / f"{part}.offsets", dtype="<i8")
-        tokens = np.memmap(folder / f"{part}.tokens", dtype="<i4", mode="r")
-        counts -= np.bincount(tokens[offsets[:-1]], minlength=size)
-    return counts
+def _target_counts(folder: Path, *, shape: Shape) -> Counts | None:
+    """How often each label is a target in each part; None where labels are no integers."""
+    name = "input_ids" if shape.predicts_next else "labels"
+    if not shape.fields.get(name, Field("float32", ())).dtype.startswith("int"):
+        return None
+    parts = [open_values(folder / f"{part}.{name}", field=shape.fields[name]).reshape(-1)
+             for part in ("train", "validation")]  # fmt: skip
+    size = max(1, *(1 + int(values.max(initial=0)) for values in parts))
+    found = []
+    for part, values in zip(("train", "validation"), parts):
+        counts = np.zeros(size, dtype=np.int64)
+        for start in range(0, len(values), _CHUNK_ELEMENTS):
+            chunk = values[start : start + _CHUNK_ELEMENTS]
+            counts += np.bincount(chunk[chunk >= 0], minlength=size)
+        if shape.predicts_next:  # a document's first token is no target
+            offsets = np.fromfile(folder / f"{part}.tokens.offsets", dtype="<i8")
+            counts -= np.bincount(values[offsets[:-1]], minlength=size)
+        found.append(counts)
+    return Counts(*found)

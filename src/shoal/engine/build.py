@@ -30,7 +30,7 @@ from shoal.runtime import WorkerInfo
 from shoal.sync.kinds import KEEPS_EQUAL_STATE, create
 from shoal.sync.policy import Division, Policy
 from shoal.tasks.kinds import create as create_task
-from shoal.tasks.outcome import Task
+from shoal.tasks.task import Task
 
 
 def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Training:
@@ -39,7 +39,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     Collective inside a replica of several workers: raises PeersLost when one goes.
     """
     recipe, decision = job.recipe, job.decision
-    task = create_task(recipe.task.kind, settings=job.inputs.task_settings)
+    task = create_task(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
     replica = build_replica(_model_settings(job, task=task))
     source = _pretrained(job, model=replica.model)
     settings = strategy_settings(recipe, decision)
@@ -75,6 +75,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         step=_step(
             job,
             replica,
+            task=task,
             passes=passes,
             state=state,
             ranks=ranks,
@@ -111,6 +112,7 @@ def _step(
     job: Job,
     replica: Replica,
     *,
+    task: Task,
     passes: Passes,
     state: FlatState,
     ranks: Ranks,
@@ -123,7 +125,15 @@ def _step(
         exact=job.recipe.train.exact,
         loss_scale=scale,
     )
-    return Step(replica, passes=passes, state=state, ranks=ranks, policy=policy, settings=settings)
+    return Step(
+        replica,
+        task=task,
+        passes=passes,
+        state=state,
+        ranks=ranks,
+        policy=policy,
+        settings=settings,
+    )
 
 
 def _update(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.config.recipe import CausalLM
 from shoal.data.tokenize import load_tokenizer
 from shoal.engine.passes import Batch, Micro
 from shoal.engine.training import Training
+from shoal.tasks.task import Task
 
 
 @torch.no_grad()
@@ -34,8 +34,8 @@ def evaluate(training: Training) -> dict[str, float]:
         if empty or not ranks.speaks:
             continue  # what was computed only gave the other ranks of the replica their part
         for scores in found:
-            metrics.add(batch=batch, losses=scores.losses, predictions=scores.predictions)
-            _count(by_source, batch=batch, losses=scores.losses)
+            metrics.add(batch=batch, scores=scores)
+            _count(by_source, batch=batch, losses=scores.losses, task=training.task)
     vector = torch.from_numpy(metrics.vector())
     ranks.world.sum_(vector)
     result = metrics.result(vector.numpy())
@@ -46,21 +46,21 @@ def evaluate(training: Training) -> dict[str, float]:
     return result
 
 
-def _count(by_source: Tensor, *, batch: Batch, losses: Tensor) -> None:
+def _count(by_source: Tensor, *, batch: Batch, losses: Tensor, task: Task) -> None:
     real = batch["sample_ids"] >= 0
     for source in range(len(by_source)):
         rows = real & (batch["source_ids"] == source)
         by_source[source, 0] += losses[rows].double().sum()
-        by_source[source, 1] += (batch["labels"][rows] != -100).sum()
+        by_source[source, 1] += task.count({name: each[rows] for name, each in batch.items()})
 
 
 def complete_prompts(training: Training) -> list[tuple[str, str]]:
     """The recipe's prompts with what the model makes of them now. Raises PeersLost."""
-    task = training.job.recipe.task
-    if not isinstance(task, CausalLM) or not task.prompts:
+    prompts, tokens = training.task.prompts()
+    folder = training.job.inputs.tokenizer_directory
+    if not prompts or folder is None:
         return []
-    tokenizer = load_tokenizer(training.job.inputs.tokenizer_directory)
-    return complete(training, prompts=task.prompts, tokens=task.sample_tokens, tokenizer=tokenizer)
+    return complete(training, prompts=prompts, tokens=tokens, tokenizer=load_tokenizer(folder))
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ def write_model(training: Training, *, out: Path) -> None:
         config=training.model.config,
         auto_class=training.task.auto_class,
         tokenizer_directory=training.job.inputs.tokenizer_directory,
+        files=training.task.files(),
         out=out,
         replace=True,
     )
@@ -91,6 +92,7 @@ def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float
         config=model.config,
         auto_class=task.auto_class,
         tokenizer_directory=inputs.tokenizer_directory,
+        files=task.files(),
         out=out,
         limit_bytes=limit_bytes,
     )

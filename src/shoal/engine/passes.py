@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from shoal.models.anatomy import hidden_of, logits_of
 from shoal.observe.pulse import Pulse
 from shoal.parallel import shard
-from shoal.parallel.loss import chunked_loss, chunked_losses
 from shoal.parallel.precision import compute_context
 from shoal.parallel.replica import Replica
-from shoal.tasks.outcome import Task
+from shoal.tasks.task import Scores, Task
 
 Batch = dict[str, Tensor]
 
@@ -27,14 +26,6 @@ class Micro:
 
     batch: Batch
     number: int = 0
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of one batch: the loss of each target (0 without one), and what was predicted if asked."""
-
-    losses: Tensor
-    predictions: Tensor | None
 
 
 class Passes(ABC):
@@ -103,15 +94,9 @@ class OneByOne(Passes):
 
     def _loss(self, model: nn.Module, batch: Batch, step: int, scale: float) -> Tensor:
         """SUM of the losses of a batch."""
-        output = self._task.forward(model, self._replica.anatomy, batch, step=step)
-        return chunked_loss(
-            output.hidden,
-            labels=output.labels,
-            logits_of=output.logits_of,
-            head_parameters=output.head_parameters,
-            vocabulary=self._replica.vocabulary,
-            expected_scale=scale if self._scales_loss else 1.0,
-        )
+        output = self._task.output(model, self._replica.anatomy, batch, step=step)
+        expected = scale if self._scales_loss else 1.0
+        return output.total(vocabulary=self._replica.vocabulary, scale=expected)
 
     @torch.no_grad()
     def score(self, micros: Sequence[Micro], *, predict: bool) -> list[Scores]:
@@ -132,18 +117,11 @@ class OneByOne(Passes):
         self, model: nn.Module, batch: Batch, *, predict: bool, kept: list[Scores]
     ) -> Tensor:
         """The losses, which a root wants; they and the predictions go to `kept`, on the CPU."""
-        output = self._task.forward(model, self._replica.anatomy, batch)
-        each = chunked_losses(
-            output.hidden,
-            labels=output.labels,
-            logits_of=output.logits_of,
-            head_parameters=output.head_parameters,
-            predict=predict,
-            vocabulary=self._replica.vocabulary,
-        )
-        predictions = None if each.predictions is None else each.predictions.cpu()
-        kept.append(Scores(each.losses.cpu(), predictions))
-        return each.losses
+        output = self._task.output(model, self._replica.anatomy, batch)
+        found = output.each(vocabulary=self._replica.vocabulary, predict=predict)
+        guesses = None if found.predictions is None else found.predictions.cpu()
+        kept.append(Scores(found.losses.cpu(), guesses))
+        return found.losses
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -155,9 +133,11 @@ class OneByOne(Passes):
             model.train()
 
     def _last_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        part = logits_of(model)(hidden_of(model, batch)[:, -1:])
+        hidden = hidden_of(model, batch)  # [B, T, D]; [B, D] of one state per sample, as an image's
+        part = logits_of(model)(hidden[:, -1:] if hidden.dim() == 3 else hidden)
         vocabulary = self._replica.vocabulary
-        return (part if vocabulary is None else vocabulary.gather(part))[:, -1]
+        logits = part if vocabulary is None else vocabulary.gather(part)
+        return logits[:, -1] if logits.dim() == 3 else logits
 
     def _moved(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device) for name, tensor in batch.items()}

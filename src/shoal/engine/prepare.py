@@ -1,11 +1,11 @@
-"""From a recipe to what workers need on disk: token files, tokenizer, model folder. No torch."""
+"""From a recipe to what workers need on disk: prepared data, tokenizer, model folder. No torch."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key,
 from shoal.environment import cache_directory
 from shoal.errors import ConfigError, FetchError, ModelError, Problem
 from shoal.tasks.kinds import create
-from shoal.tasks.outcome import Task
+from shoal.tasks.task import Task, Tools
 
 Say = Callable[[str], None]
 
@@ -27,11 +27,11 @@ class Inputs:
     """Where everything lies that a worker reads, and what the task learned from the data."""
 
     data_directory: str
-    tokenizer_directory: str
+    tokenizer_directory: str | None
+    """None where the task has no text."""
     model_directory: str | None
     task_settings: dict[str, Any]
-    vocabulary_size: int
-    unigram_nats: float
+    vocabulary_size: int | None
     train_samples: int
     validation_samples: int
 
@@ -41,8 +41,8 @@ class Inputs:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Inputs:
-        """The inverse of `to_json`."""
-        return cls(**tree)
+        """The inverse of `to_json`; keys that older runs have beside are left out."""
+        return cls(**{each.name: tree[each.name] for each in fields(cls)})
 
 
 def model_folder(path: str, *, say: Say) -> Path:
@@ -113,12 +113,11 @@ def in_turns(sources: Sequence[Iterator[str]]) -> Iterator[str]:
 
 def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:
     """What the task learns from all parts of the data (token classification: its tags)."""
-    if task.packable:
-        return task.settings([])
-    records = itertools.chain.from_iterable(
-        read_records(spec.source, text_field=spec.text_field) for spec in recipe.data.sources
+    return task.learn(
+        itertools.chain.from_iterable(
+            read_records(spec.source, text_field=spec.text_field) for spec in recipe.data.sources
+        )
     )
-    return task.settings(list(records))
 
 
 def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
@@ -126,9 +125,9 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
 
     Raises ConfigError, DataError, ModelError and FetchError.
     """
-    task = create(recipe.task.kind)
+    task = create(recipe.task.kind, options=recipe.task)
     packing = recipe.data.packing
-    if packing and not task.packable:
+    if packing and not task.packs:
         hint = "set data.packing=false"
         raise ConfigError(
             [Problem("data.packing", f"{task.kind} samples are padded, never packed", hint)]
@@ -139,12 +138,14 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
     model = None
     if isinstance(recipe.model, PretrainedModel):
         model = model_folder(recipe.model.path, say=say)
-    folder = _tokenizer_folder(recipe, model=model, say=say)
-    tokenizer = load_tokenizer(folder)
-    vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
-    _check_model_vocabulary(recipe, model=model, tokenizer=tokenizer)
+    folder, key, tools, vocabulary = None, None, Tools(), None
+    if task.needs_tokenizer:
+        folder = _tokenizer_folder(recipe, model=model, say=say)
+        key, tools = tokenizer_key(folder), Tools(tokenizer=load_tokenizer(folder))
+        vocabulary = tools.tokenizer.get_vocab_size(with_added_tokens=True)
+        _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
     learned = _learned(task, recipe)
-    task = create(recipe.task.kind, settings=learned)
+    _check_model_settings(recipe, task=task)
     phases: set[str] = set()
 
     def progress(phase: str, done: float) -> None:
@@ -157,24 +158,40 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
             SourceSpec(source=s.source, weight=s.weight, text_field=s.text_field)
             for s in recipe.data.sources
         ],
-        encode=lambda records: task.encode(records, tokenizer=tokenizer),
-        encode_key=json.dumps([task.kind, tokenizer_key(folder), learned], sort_keys=True),
+        encode=lambda records: task.encode(records, tools=tools),
+        encode_key=json.dumps([task.kind, key, learned], sort_keys=True),
         sequence_tokens=recipe.data.sequence_tokens,
         packing=packing,
         validation_fraction=recipe.data.validation_fraction,
+        fields=task.fields,
         out=cache_directory() / "prepared",
         progress=progress,
     )
     return Inputs(
         data_directory=str(prepared.directory.resolve()),
-        tokenizer_directory=str(folder.resolve()),
+        tokenizer_directory=None if folder is None else str(folder.resolve()),
         model_directory=None if model is None else str(model.resolve()),
         task_settings=learned,
         vocabulary_size=vocabulary,
-        unigram_nats=prepared.unigram_nats,
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
         validation_samples=sum(s.num_samples("validation") for s in prepared.sources),
     )
+
+
+def _check_model_settings(recipe: Recipe, *, task: Task) -> None:
+    """The recipe may say what the data says too, such as the size of images, but nothing else."""
+    asked = recipe.model.settings if isinstance(recipe.model, ConfiguredModel) else {}
+    problems = [
+        Problem(
+            f"model.{name}",
+            f"the recipe says {asked[name]!r}, but the data has {value!r}",
+            f"set model.{name}=null, which leaves it to the data",
+        )
+        for name, value in task.model_settings().items()
+        if asked.get(name, value) not in (value, None)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_model_vocabulary(recipe: Recipe, *, model: Path | None, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoal.comm.flat import ordered_sum
 from shoal.comm.tree import Node, TreeSum
+from shoal.data.batch import micro_batches
 from shoal.data.verify import digest as samples_digest
 from shoal.engine.membership.digest import compare
 from shoal.engine.passes import Batch, Micro, Passes
@@ -20,6 +21,7 @@ from shoal.parallel.precision import LossScale
 from shoal.parallel.ranks import Ranks
 from shoal.parallel.replica import Replica
 from shoal.sync.policy import Gradients, Policy
+from shoal.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,14 @@ class Step:
         self,
         replica: Replica,
         *,
+        task: Task,
         passes: Passes,
         state: FlatState,
         ranks: Ranks,
         policy: Policy,
         settings: StepSettings,
     ) -> None:
-        self._replica, self.passes, self._state = replica, passes, state
+        self._replica, self._task, self.passes, self._state = replica, task, passes, state
         self.ranks, self._policy, self._settings = ranks, policy, settings
         self._free: list[Tensor] = []
         self.poison = 1.0
@@ -93,15 +96,15 @@ class Step:
     def count(self, batch: Batch, *, votes: Votes, digest: int | None = None) -> Counted:
         """Targets of those who step together, what anybody wants, the digest of all samples read.
 
-        batch: labels [share x T], source_ids and sample_ids [share]. `digest`: this rank's hash of
-        its state, compared where all ranks step together. Raises ReplicasDiffer on all ranks when
-        those hashes are not one.
+        batch: the task's fields, sample_ids and source_ids, each [share x *dims]. `digest`: this
+        rank's hash of its state, compared where all ranks step together. Raises ReplicasDiffer on
+        all ranks when those hashes are not one.
         """
         group = self._policy.together
         counts = torch.zeros(6 + group.size, dtype=torch.int64)
         counts[1:4] = torch.tensor([votes.stop, votes.save, votes.leave])
         if self.ranks.reads:
-            counts[0] = int((batch["labels"] != -100).sum())
+            counts[0] = self._task.count(batch)
             counts[4:6] = torch.from_numpy(
                 samples_digest(source_ids=batch["source_ids"], sample_ids=batch["sample_ids"])
             )
@@ -123,7 +126,7 @@ class Step:
         factor = settings.loss_scale.value if settings.loss_scale else 1.0
         micros = [
             Micro(micro, (share.start + start) // size)
-            for micro, start in micro_batches(batch, size=size)
+            for micro, start in micro_batches(batch, self._task.fields, rows=size)
         ]
         self._state.zero_gradients()
         tree, losses = TreeSum(), [0.0] * len(micros)
@@ -192,16 +195,3 @@ class Step:
         freed = tree.push(Node(0, number, node))
         if freed is not None:
             self._free.append(freed)
-
-
-def micro_batches(batch: Batch, *, size: int) -> list[tuple[Batch, int]]:
-    """Rows of `batch` in parts of `size`, each cut to its longest row, with its first row."""
-    rows = batch["input_ids"].shape[0]
-    parts = []
-    for start in range(0, rows, size):
-        part = {name: tensor[start : start + size] for name, tensor in batch.items()}
-        longest = int((part["document_ids"] >= 0).sum(dim=1).max()) if rows else 0
-        length = min(part["input_ids"].shape[1], max(8, -(-longest // 8) * 8))
-        part = {n: t[:, :length] if t.dim() == 2 else t for n, t in part.items()}
-        parts.append((part, start))
-    return parts

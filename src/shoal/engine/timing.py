@@ -135,6 +135,7 @@ def _step_of(training: Training, *, micro: int) -> Step:
     )
     return Step(
         training.replica,
+        task=training.task,
         passes=training.passes,
         state=training.state,
         ranks=training.ranks,

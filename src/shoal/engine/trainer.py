@@ -458,6 +458,7 @@ class Trainer:
                 "finished" if complete else "paused", {"step": training.progress.step}
             )
             self.files.close()
+            self._report.say("phase", text="scoring the baseline")
             self._report.say(
                 "done",
                 step=training.progress.step,
@@ -466,7 +467,8 @@ class Trainer:
                 seconds=training.progress.seconds,
                 parameters=training.replica.num_parameters,
                 peak_memory_bytes=training.peak_memory_bytes,
-                unigram_nats=training.evaluation.unigram_nats(),
+                task=training.task.kind,
+                baseline=training.task.baseline(training.evaluation),
             )
         self._finished = True
         if self.group.shares_memory:

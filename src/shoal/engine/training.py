@@ -22,7 +22,7 @@ from shoal.parallel.ranks import Ranks
 from shoal.parallel.replica import Replica, cut_anew, fill
 from shoal.parallel.settings import Settings
 from shoal.sync.policy import Policy
-from shoal.tasks.outcome import Task
+from shoal.tasks.task import Task
 
 
 @dataclass

@@ -14,6 +14,7 @@ from shoal.errors import ConfigError, ModelError
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, problems
 from shoal.plan.from_recipe import config_of
+from shoal.tasks.kinds import create
 
 
 def combination_of(recipe: Recipe, layout: Layout) -> Combination:
@@ -64,10 +65,10 @@ def _refuse(asked: Combination) -> None:
 
 def trained_config(recipe: Recipe, *, inputs: Inputs) -> Mapping[str, Any]:
     """The keys of config.json of the model that is trained."""
-    tags = inputs.task_settings.get("tags")
+    task = create(recipe.task.kind, settings=inputs.task_settings)
     return config_of(
         recipe,
         folder=Path(inputs.model_directory) if inputs.model_directory else None,
         vocabulary_size=inputs.vocabulary_size,
-        labels=len(tags) if tags else None,
+        task=task.config_keys(),
     )

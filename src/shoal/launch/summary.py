@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from shoal.engine.decision import Decision
 from shoal.launch.directory import write_whole
 from shoal.observe.events import read_lines
 from shoal.observe.plot import plot_run
+from shoal.tasks.kinds import create
 
 
 def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dict[str, Any]:
@@ -27,7 +27,8 @@ def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dic
         "final_loss": losses[-1]["loss"] if losses else None,
         "evaluation": _scores(evaluations[-1]) if evaluations else None,
         "evaluation_before": _scores(evaluations[0]) if len(evaluations) > 1 else None,
-        "unigram_loss": done["unigram_nats"],
+        "baseline": done["baseline"],
+        "task": done["task"],
         "tokens": done["tokens"],
         "train_seconds": done["seconds"],
         "tokens_per_second": done["tokens"] / done["seconds"] if done["seconds"] else None,
@@ -43,7 +44,13 @@ def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dic
         "prediction_error": _error(decision.predicted, measured),
     }
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
-    plot_run(run, guess_loss=done["unigram_nats"] if _is_language(evaluations) else None)
+    curve = create(done["task"]).curve
+    plot_run(
+        run,
+        unit=curve.unit,
+        baseline=done["baseline"].get(curve.baseline),
+        baseline_name=curve.baseline_name,
+    )
     return summary
 
 
@@ -68,10 +75,6 @@ def _error(predicted: dict[str, float], measured: dict[str, float]) -> float | N
     return predicted["step_seconds"] / measured["step_seconds"] - 1.0
 
 
-def _is_language(evaluations: list[dict[str, Any]]) -> bool:
-    return bool(evaluations) and "perplexity" in evaluations[-1]
-
-
 def _scores(row: dict[str, Any]) -> dict[str, float]:
     skip = {"step", "seconds", "completions"}
     return {key: value for key, value in row.items() if key not in skip}
@@ -80,23 +83,11 @@ def _scores(row: dict[str, Any]) -> dict[str, float]:
 def last_words(run: Path, summary: dict[str, Any], *, recipe: str) -> list[str]:
     """What the end of a run tells a person."""
     lines = [""]
-    after, before = summary["evaluation"], summary["evaluation_before"]
-    if after and "perplexity" in after:
-        guess = math.exp(summary["unigram_loss"])
-        was = f"{before['perplexity']:.0f} before, " if before else ""
-        lines.append(
-            f"perplexity: {was}{after['perplexity']:.1f} now; guessing by word frequency: "
-            f"{guess:.0f} (loss {after['evaluation_loss']:.3f} against "
-            f"{summary['unigram_loss']:.3f} nats, ratio "
-            f"{after['evaluation_loss'] / summary['unigram_loss']:.3f})"
-        )
-    if after and "entity_f1" in after:
-        was = f"{before['entity_f1']:.3f} before, " if before else ""
-        lines.append(
-            f"entity F1: {was}{after['entity_f1']:.3f} now; the most frequent tag for every word: "
-            f"{after['majority_tag_f1']:.3f}"
-        )
-    lines.append(_speed(summary))
+    task = create(summary["task"])
+    if summary["evaluation"]:
+        after = {**summary["evaluation"], **summary["baseline"]}
+        lines += task.words(summary["evaluation_before"], after)
+    lines.append(_speed(summary, of=task.target_name))
     lines.append(f"picture: {run / 'loss.png'}")
     if (run / "model").is_dir():
         lines.append(f"model:   {run / 'model'}")
@@ -104,12 +95,9 @@ def last_words(run: Path, summary: dict[str, Any], *, recipe: str) -> list[str]:
         lines += ["", f"  shoal resume {run}"]
         return lines
     lines += ["", "next:"]
-    if after and "perplexity" in after:
-        lines.append(f'  shoal generate {run / "model"} "A: Hello, how are you?"')
-    else:
-        lines.append(f"  shoal evaluate {run} {recipe}")
+    lines.append(f"  {task.next_command(run=str(run), recipe=recipe)}")
     lines.append(f"  shoal parity {recipe} {_layout_words(summary['layout'])}")
-    lines.append(f"  shoal train {recipe} data.source=YOUR.txt")
+    lines.append(f"  shoal train {recipe} data.source={task.own_data}")
     return lines
 
 
@@ -119,9 +107,9 @@ def _layout_words(layout: dict[str, int]) -> str:
     return " ".join(words or ["parallel.replicate=2"])
 
 
-def _speed(summary: dict[str, Any]) -> str:
+def _speed(summary: dict[str, Any], *, of: str) -> str:
     rate = summary["tokens_per_second"] or 0.0
-    text = f"speed: {rate:,.0f} target tokens per second"
+    text = f"speed: {rate:,.0f} {of} per second"
     measured = summary["measured"]
     if "speedup" in measured:
         text += (

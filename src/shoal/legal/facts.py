@@ -15,6 +15,7 @@ class ModelFacts:
     The first `dense_layers` blocks of a mixture-of-experts model have a dense feed-forward part.
     `vocabulary` is what the head gives: labels, in a classifier. `activation_copies`: tensors of
     the inner width that an ungated feed-forward part keeps for its backward in eager torch.
+    `fixed_tokens`: positions of every sample where the model's sizes fix it (an image's patches).
     """
 
     family: str
@@ -46,6 +47,7 @@ class ModelFacts:
     head_parameters: int = 0
     final_parameters: int = 0
     extra_parameters: int = 0
+    fixed_tokens: int | None = None
 
     @cached_property
     def expert_layers(self) -> int:

@@ -6,6 +6,8 @@ Shapes: B rows, T tokens, D hidden size, V vocabulary or labels.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
+from shoal.fields import TOKENS, Fields
 from shoal.legal import family_of
 from shoal.models.families.hidden import HIDDEN
 from shoal.models.families.logits import transform_of
@@ -133,20 +136,26 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 
 def hidden_of(
-    model: nn.Module, batch: dict[str, Tensor], *, step: int = 0, kernel: Kernel = local
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    step: int = 0,
+    fields: Fields = TOKENS,
+    kernel: Kernel = local,
 ) -> Tensor:
     """Hidden states [B, T, D] of a batch, without the head.
 
     `batch`: input_ids int64 [B, T]; position_ids int64 [B, T] (a document's first token has 0),
     document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
-    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout;
-    `kernel` says how the tokens attend to one another.
+    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout. `fields`
+    describe what runs along the sequence `tokens`, and how it is padded. `kernel` says how the
+    tokens attend to one another.
     """
     family = family_of(_config(model).model_type)
     multiple = int(getattr(model, "shoal_sequence_multiple", 1))
     num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
     if num_tokens % multiple:
-        batch = _padded(batch, length=-(-num_tokens // multiple) * multiple)
+        batch = _padded(batch, fields, more=-num_tokens % multiple)
     with set_forward_context(forward_context_of(batch, step=step, kernel=kernel)):
         if family.hidden is not None:
             return HIDDEN[family.hidden](model, batch)
@@ -162,29 +171,34 @@ def hidden_of(
 
 
 def _inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the model's own forward takes."""
-    taken, config = ("input_ids", "position_ids"), _config(model)
-    inputs: dict[str, Tensor] = {name: batch[name] for name in taken if name in batch}
+    """What of a batch the base model's own forward takes."""
+    base, config = (
+        getattr(model, str(getattr(model, "base_model_prefix", "")), model),
+        _config(model),
+    )
+    inputs = {name: batch[name] for name in _arguments(type(base).forward) if name in batch}
     if family_of(config.model_type).positions_after_padding and "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"] + config.pad_token_id + 1
     return inputs
 
 
-def _padded(batch: dict[str, Tensor], *, length: int) -> dict[str, Tensor]:
-    """Rows of `length` tokens: ranks that split the sequence need equal parts.
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    # losses are the tasks': a base model that is the whole one must not make another
+    return tuple(name for name in inspect.signature(forward).parameters if name != "labels")
+
+
+def _padded(batch: dict[str, Tensor], fields: Fields, *, more: int) -> dict[str, Tensor]:
+    """Rows of `more` tokens more: ranks that split the sequence need equal parts.
 
     What is added is padding (document -1), which no token of a document sees.
     """
-    rows, before = batch["input_ids"].shape
-    more = length - before
-    device = batch["input_ids"].device
-    documents = torch.zeros(rows, before, dtype=torch.int32, device=device)
+    documents = torch.zeros_like(batch["input_ids"], dtype=torch.int32)
     padded = {"document_ids": documents, **batch}
-    fill = {"document_ids": -1, "labels": -100}
-    return {
-        name: functional.pad(each, (0, more), value=fill.get(name, 0)) if each.dim() == 2 else each
-        for name, each in padded.items()
-    }
+    for name, field in fields.items():
+        if field.sequence == "tokens" and name in padded:
+            padded[name] = functional.pad(padded[name], (0, more), value=field.fill)
+    return padded
 
 
 def logits_of(model: nn.Module) -> Logits:

@@ -42,6 +42,7 @@ def export(
     auto_class: str,
     out: str | Path,
     tokenizer_directory: str | Path | None = None,
+    files: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
     replace: bool = False,
     limit_bytes: int | None = None,
@@ -77,6 +78,8 @@ def export(
         shutil.rmtree(partial / "empty")
         if tokenizer_directory is not None:
             _copy_tokenizer(Path(tokenizer_directory), partial)
+        for name, text in (files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
         partial.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)

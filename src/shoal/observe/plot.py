@@ -1,4 +1,4 @@
-"""loss.png: the curve of a run, with its evaluations and the loss of guessing by word frequency."""
+"""loss.png: the curve of a run, with its evaluations and the loss of a baseline."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 from shoal.observe.events import read_lines
 
 
-def plot_run(run: Path, *, guess_loss: float | None = None) -> Path:
-    """Draw RUN/metrics.jsonl into RUN/loss.png and return its path."""
+def plot_run(
+    run: Path, *, unit: str = "nats", baseline: float | None = None, baseline_name: str = ""
+) -> Path:
+    """Draw RUN/metrics.jsonl into RUN/loss.png and return its path.
+
+    `baseline`: a loss that is drawn as a line called `baseline_name`; None: no such line.
+    """
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     rows = read_lines(run / "metrics.jsonl")
@@ -21,12 +26,10 @@ def plot_run(run: Path, *, guess_loss: float | None = None) -> Path:
         axes.plot(*zip(*steps), color="#1f6f8b", linewidth=1.2, label="training loss")
     if checks:
         axes.plot(*zip(*checks), "o-", color="#d1495b", markersize=5, label="validation loss")
-    if guess_loss is not None:
-        axes.axhline(
-            guess_loss, color="#888888", linestyle="--", linewidth=1, label="word frequencies"
-        )
+    if baseline is not None:
+        axes.axhline(baseline, color="#888888", linestyle="--", linewidth=1, label=baseline_name)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.set_title(run.name)
     axes.grid(alpha=0.25)
     if steps or checks:

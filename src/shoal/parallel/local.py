@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from shoal.boxes import Box, Slot
 from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.parallel.exchange import Exchange
-from shoal.parallel.loss import Vocabulary
 from shoal.parallel.mesh import REPLICA, Mesh
+from shoal.parallel.vocabulary import Vocabulary
 
 _MARK = "shoal_sharded"
 

@@ -33,7 +33,7 @@ class ModelSettings:
 def model_config(
     chosen: ModelSection,
     *,
-    vocabulary_size: int,
+    vocabulary_size: int | None,
     directory: str | None,
     task_settings: dict[str, Any],
 ) -> Any:

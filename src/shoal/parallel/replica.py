@@ -28,11 +28,11 @@ from shoal.models.probe import probe_keyed_dropout, probe_packing
 from shoal.parallel import shard
 from shoal.parallel.apply import apply
 from shoal.parallel.local import Holdings, ShardedModel, sharded_of
-from shoal.parallel.loss import Vocabulary
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.model import ModelSettings, small_model
 from shoal.parallel.settings import Settings
+from shoal.parallel.vocabulary import Vocabulary
 
 
 @dataclass

@@ -32,9 +32,9 @@ from shoal.models.placement import (
 )
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.local import Holding, Holdings, Segment, sharded_of
-from shoal.parallel.loss import Vocabulary
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.settings import Settings
+from shoal.parallel.vocabulary import Vocabulary
 
 
 def apply_tensor(

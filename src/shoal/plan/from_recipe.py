@@ -11,7 +11,6 @@ from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.errors import UserError
 from shoal.layout import Layout
 from shoal.legal import facts_from_config
-from shoal.legal.families.family import HEADS
 from shoal.plan.search import Space
 from shoal.plan.workload import DEGREES, Workload
 
@@ -35,12 +34,12 @@ def config_of(
     *,
     folder: Path | None = None,
     vocabulary_size: int | None = None,
-    labels: int | None = None,
+    task: Mapping[str, Any] = {},
 ) -> Mapping[str, Any]:
     """The keys of config.json of a recipe's model.
 
     `folder` holds a pretrained model; `vocabulary_size` is that of the tokenizer where the recipe
-    leaves it open, `labels` the number of tags that the data has.
+    leaves it open; `task` has the keys that the task gives (`Task.config_keys`).
     """
     model = recipe.model
     if isinstance(model, ConfiguredModel):
@@ -48,17 +47,15 @@ def config_of(
         config = {"vocab_size": vocabulary, **model.settings, "model_type": model.architecture}
     else:
         config = {**read_config((folder or Path(model.path)) / "config.json")}
-    kind = HEADS.get(recipe.task.kind)
-    if kind and recipe.task.kind != "causal-lm":
-        config["architectures"] = [kind]
-    return {**config, "num_labels": labels, "id2label": None} if labels else config
+    return {**config, **task}
 
 
 def workload_of(recipe: Recipe, *, config: Mapping[str, Any], precision: str) -> Workload:
     """The optimizer step of a recipe. Raises ModelError for a family that is not known."""
+    facts = facts_from_config(config)
     return Workload(
-        facts=facts_from_config(config),
-        sequence_tokens=recipe.data.sequence_tokens,
+        facts=facts,
+        sequence_tokens=facts.fixed_tokens or recipe.data.sequence_tokens,
         global_batch_samples=recipe.train.global_batch_samples,
         precision=precision,
     )

@@ -45,8 +45,8 @@ def proof_recipe(
     tree = recipe.model_dump(mode="json")
     if not whole:
         tree["model"] = _small(recipe, config, inputs=inputs, layout=layout)
-        if not isinstance(recipe.model, ConfiguredModel):
-            tree["data"]["tokenizer"] = {"kind": "folder", "path": str(inputs.tokenizer_directory)}
+        if not isinstance(recipe.model, ConfiguredModel) and inputs.tokenizer_directory is not None:
+            tree["data"]["tokenizer"] = {"kind": "folder", "path": inputs.tokenizer_directory}
     samples = _SAMPLES * layout.replicate * layout.shard
     compute = recipe.precision.compute
     tree["train"] |= {
@@ -59,7 +59,6 @@ def proof_recipe(
         "schedule": {"kind": "constant"},
         "max_gradient_norm": recipe.train.max_gradient_norm or 1.0,
     }
-    tree["task"] |= {"prompts": []} if recipe.task.kind == "causal-lm" else {}
     tree["checkpoint"] = {"every_steps": max(1, steps // 2), "keep": 3, "background": False}
     tree["precision"] = {"compute": "float32" if compute == "auto" else compute}
     tree["sync"] |= {"verify_every_steps": 0}
@@ -114,7 +113,9 @@ def _small(
         kept = {k: v for k, v in kept.items() if k not in ("num_labels", "id2label", "label2id")}
     small = shrunk(full.to_dict(), tensor=layout.tensor, pipeline=layout.pipeline)
     architecture = full.model_type
-    settings = {**kept, **small, "vocab_size": full.vocab_size}
+    settings = {**kept, **small}
+    if getattr(full, "vocab_size", None):
+        settings["vocab_size"] = full.vocab_size
     return {
         "kind": "config",
         "architecture": architecture,

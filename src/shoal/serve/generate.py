@@ -24,6 +24,11 @@ def continue_prompt(path: Path, *, prompt: str, tokens: int, temperature: float,
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_directory(path)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ModelError(
+            f"{folder}: it has no tokenizer, so it reads no text and cannot go on with a prompt\n"
+            "    give the folder of a language model"
+        )
     tokenizer = AutoTokenizer.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
     )

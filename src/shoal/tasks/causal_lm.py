@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shoal.errors import DataError
-from shoal.tasks.outcome import (
-    IGNORED,
+from shoal.tasks.baselines import unigram_nats
+from shoal.tasks.scores import MeanLoss
+from shoal.tasks.task import (
+    Batch,
+    Curve,
+    Evaluated,
+    Named,
+    Output,
     Record,
     Sample,
-    TaskOutput,
+    Task,
+    Tools,
     Vector,
-    counted_rows,
-    output_of,
+    was,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from shoal.models.anatomy import Anatomy
 
@@ -54,31 +61,26 @@ def end_token_id(tokenizer: Any, *, name: str | None = None) -> int | None:
     return next((each for each in known if each is not None), None)
 
 
-class CausalLM:
-    """Next-token prediction. Batches carry labels that are already shifted."""
+class CausalLM(Task):
+    """Next-token prediction. Batches carry labels that are already shifted.
+
+    Nothing is learned from the data; `end_token` (a name) may be among the settings.
+    """
 
     kind = "causal-lm"
     auto_class = "AutoModelForCausalLM"
-    packable = True
+    packs = True
+    target_name = "target tokens"
+    curve = Curve("nats per token", baseline="unigram_loss", baseline_name="word frequencies")
+    own_data = "YOUR.txt"
 
-    def __init__(self, settings: dict[str, Any] | None = None) -> None:
-        self._settings = dict(settings or {})
-
-    def settings(self, records: list[Record]) -> dict[str, Any]:
-        """Nothing is learned from the data; `end_token` (a name) may be set by the caller."""
-        return dict(self._settings)
-
-    def model_settings(self) -> dict[str, Any]:
-        """The configuration gets nothing from this task."""
-        return {}
-
-    def encode(self, records: list[Record], *, tokenizer: Any) -> list[Sample]:
+    def encode(self, records: Sequence[Record], *, tools: Tools) -> list[Sample]:
         """`{"text": str}` -> `{"input_ids": [...]}`; each document closes with the end token.
 
         A begin token comes from the tokenizer's own template. Labels come from the packer.
         """
-        texts = [_text(record) for record in records]
-        end = end_token_id(tokenizer, name=self._settings.get("end_token"))
+        texts, tokenizer = [_text(record) for record in records], tools.tokenizer
+        end = end_token_id(tokenizer, name=self.settings.get("end_token"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         samples = []
@@ -89,51 +91,64 @@ class CausalLM:
             samples.append({"input_ids": ids})
         return samples
 
-    def forward(
-        self, model: nn.Module, anatomy: Anatomy, batch: dict[str, Tensor], *, step: int = 0
-    ) -> TaskOutput:
+    def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
         """Hidden states [B, T, D] and shifted labels [B, T]."""
-        return output_of(model, batch=batch, step=step)
+        return classify_tokens(model, batch, step=step)
 
     def metrics(self) -> CausalLMMetrics:
         """A fresh accumulator."""
         return CausalLMMetrics()
 
+    def baseline(self, data: Evaluated) -> Named:
+        """`unigram_loss`: nats per target of guessing by how often a token is one in training."""
+        train = data.training_counts()
+        targets = np.zeros_like(train)
+        for row in data.rows():
+            labels = row["labels"]
+            targets += np.bincount(labels[labels >= 0], minlength=len(targets))
+        return {"unigram_loss": unigram_nats(targets, train=train)}
 
-class CausalLMMetrics:
-    """Sums of loss and targets: [loss, targets]."""
+    def words(self, before: Named | None, after: Named) -> list[str]:
+        """Perplexity before and after, beside that of guessing by word frequency."""
+        loss, guess = after["evaluation_loss"], after["unigram_loss"]
+        return [
+            f"perplexity: {was(before, 'perplexity', 0)}{after['perplexity']:.1f} now; guessing by "
+            f"word frequency: {math.exp(guess):.0f} (loss {loss:.3f} against {guess:.3f} nats, "
+            f"ratio {loss / guess:.3f})"
+        ]
 
-    needs_predictions = False
+    def prompts(self) -> tuple[Sequence[str], int]:
+        """`prompts` and `sample_tokens` of the recipe's task."""
+        return self.options.get("prompts", ()), self.options.get("sample_tokens", 0)
 
-    def __init__(self) -> None:
-        self._sums = np.zeros(2)
+    def next_command(self, *, run: str, recipe: str) -> str:
+        """Talk to it."""
+        return f'shoal generate {run}/model "A: Hello, how are you?"'
 
-    def add(
-        self, *, batch: dict[str, Tensor], losses: Tensor, predictions: Tensor | None = None
-    ) -> None:
-        """Count `losses` [B, T] (0 without a target), but for rows that only fill the batch."""
-        targets = batch["labels"] != IGNORED
-        rows = counted_rows(batch)
-        if rows is not None:
-            targets = targets & rows[:, None]
-        self._sums += [float((losses.double() * targets).sum()), float(targets.sum())]
 
-    def vector(self) -> Vector:
-        """[loss, targets]."""
-        return self._sums.copy()
+def classify_tokens(model: nn.Module, batch: Batch, *, step: int) -> Output:
+    """Hidden states [B, T, D] of a row of tokens, and the cross entropy of its `labels` [B, T]."""
+    from shoal.models.anatomy import head_parameters, hidden_of, logits_of
+    from shoal.tasks.losses import TokenCrossEntropy
 
-    def result(self, vector: Vector | None = None) -> dict[str, float]:
-        """Mean loss in nats per target, its perplexity, and the number of targets."""
-        total, targets = self._sums if vector is None else vector
-        if not targets:
-            return {"evaluation_loss": math.nan, "perplexity": math.nan, "evaluation_targets": 0.0}
-        mean = float(total / targets)
-        return {
-            "evaluation_loss": mean,
-            # exp overflows above 709: a diverged run reads as infinite, not as an exception
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
-            "evaluation_targets": float(targets),
-        }
+    return Output(
+        hidden=hidden_of(model, dict(batch), step=step),
+        fields={"labels": batch["labels"]},
+        loss=TokenCrossEntropy(logits_of(model), head_parameters(model)),
+    )
+
+
+class CausalLMMetrics(MeanLoss):
+    """The mean loss in nats per target, and its perplexity."""
+
+    def result(self, vector: Vector | None = None) -> Named:
+        """Loss, perplexity and number of targets."""
+        scores = super().result(vector)
+        loss = scores["evaluation_loss"]
+        # exp overflows above 709: a diverged run reads as infinite, not as an exception
+        perplexity = math.inf if loss >= 700 else math.exp(loss)
+        targets = scores.pop("evaluation_targets")
+        return {**scores, "perplexity": perplexity, "evaluation_targets": targets}
 
 
 def _text(record: Record) -> str:

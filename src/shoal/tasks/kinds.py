@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shoal.errors import ConfigError, Problem, nearest
 from shoal.tasks.causal_lm import CausalLM
-from shoal.tasks.outcome import Task
+from shoal.tasks.image_classification import ImageClassification
+from shoal.tasks.task import Task
 from shoal.tasks.token_classification import TokenClassification
 
-KINDS: dict[str, type[CausalLM] | type[TokenClassification]] = {
-    CausalLM.kind: CausalLM,
-    TokenClassification.kind: TokenClassification,
+KINDS: dict[str, type[Task]] = {
+    task.kind: task for task in (CausalLM, TokenClassification, ImageClassification)
 }
 
 
-def create(kind: str, *, settings: dict[str, Any] | None = None) -> Task:
-    """The task of a kind, with what it learned from the data before (`Task.settings`).
+def create(
+    kind: str,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+) -> Task:
+    """The task of a kind, with what it learned from the data before (`Task.learn`).
+
+    `options`: the recipe's section `task`, or its keys and values.
 
     Raises ConfigError for an unknown kind.
     """
@@ -24,4 +32,4 @@ def create(kind: str, *, settings: dict[str, Any] | None = None) -> Task:
         raise ConfigError(
             [Problem("task.kind", f"expected a kind of task, got {kind!r}", nearest(kind, KINDS))]
         )
-    return KINDS[kind](settings)
+    return KINDS[kind](settings, options=dict(options))

@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shoal.errors import DataError
-from shoal.tasks.outcome import (
-    IGNORED,
+from shoal.fields import IGNORED
+from shoal.tasks.causal_lm import classify_tokens
+from shoal.tasks.spans import precision_recall_f1, spans_of
+from shoal.tasks.task import (
+    Batch,
+    Curve,
+    Named,
+    Output,
     Record,
     Sample,
-    TaskOutput,
+    Scores,
+    Task,
+    Tools,
     Vector,
-    counted_rows,
-    output_of,
+    real_rows,
+    was,
 )
-from shoal.tasks.spans import precision_recall_f1, spans_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from shoal.models.anatomy import Anatomy
 
 
-class TokenClassification:
+class TokenClassification(Task):
     """One tag per word, carried by the word's first piece; the other pieces have no target."""
 
     kind = "token-classification"
     auto_class = "AutoModelForTokenClassification"
-    packable = False
+    target_name = "target words"
+    curve = Curve("nats per word")
+    own_data = "YOUR.conll"
 
-    def __init__(self, settings: dict[str, Any] | None = None) -> None:
-        self._tags: list[str] = list((settings or {}).get("tags", []))
+    def __init__(
+        self, settings: Mapping[str, Any] | None = None, *, options: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(settings, options=options)
+        self._tags: list[str] = list(self.settings.get("tags", []))
 
-    def settings(self, records: list[Record]) -> dict[str, Any]:
+    def learn(self, records: Iterable[Record]) -> dict[str, Any]:
         """`{"tags": [...]}`: every tag of the data, sorted, O first. Remembered as well."""
         found = {tag for record in records for tag in _words_and_tags(record)[1]}
         self._tags = sorted(found, key=lambda tag: (tag != "O", tag))
-        return {"tags": self._tags}
+        self.settings = {"tags": self._tags}
+        return self.settings
 
     def model_settings(self) -> dict[str, Any]:
         """num_labels, id2label and label2id for the model's configuration."""
@@ -49,14 +63,15 @@ class TokenClassification:
             "label2id": {tag: index for index, tag in enumerate(self._tags)},
         }
 
-    def encode(self, records: list[Record], *, tokenizer: Any) -> list[Sample]:
+    def encode(self, records: Sequence[Record], *, tools: Tools) -> list[Sample]:
         """`{"words": [...], "tags": [...]}` -> `input_ids` and `labels`, of the same length.
 
         Raises DataError for a record whose words and tags differ in number, or a tag that
-        `settings` has not seen.
+        `learn` has not seen.
         """
         pairs = [_words_and_tags(record) for record in records]
         ids = {tag: index for index, tag in enumerate(self._tags)}
+        tokenizer = tools.tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         encodings = tokenizer.encode_batch([words for words, _ in pairs], is_pretokenized=True)
@@ -70,15 +85,20 @@ class TokenClassification:
             samples.append({"input_ids": list(encoding.ids), "labels": labels})
         return samples
 
-    def forward(
-        self, model: nn.Module, anatomy: Anatomy, batch: dict[str, Tensor], *, step: int = 0
-    ) -> TaskOutput:
+    def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
         """Hidden states [B, T, D] and labels [B, T]."""
-        return output_of(model, batch=batch, step=step)
+        return classify_tokens(model, batch, step=step)
 
     def metrics(self) -> TagMetrics:
         """A fresh accumulator for the tags learned."""
         return TagMetrics(self._tags)
+
+    def words(self, before: Named | None, after: Named) -> list[str]:
+        """Entity F1 before and after, beside that of the most frequent tag."""
+        return [
+            f"entity F1: {was(before, 'entity_f1', 3)}{after['entity_f1']:.3f} now; the most "
+            f"frequent tag for every word: {after['majority_tag_f1']:.3f}"
+        ]
 
 
 class TagMetrics:
@@ -98,16 +118,12 @@ class TagMetrics:
         self._baseline_predicted = np.zeros(len(tags))
         self._baseline_correct = np.zeros(len(tags))
 
-    def add(
-        self, *, batch: dict[str, Tensor], losses: Tensor, predictions: Tensor | None = None
-    ) -> None:
-        """Count a batch: `losses` and `predictions` [B, T]; rows that only fill it do not count."""
-        assert predictions is not None, "token classification is scored by its predictions"
-        rows = counted_rows(batch)
-        keep = np.ones(len(losses), dtype=bool) if rows is None else rows.cpu().numpy()
-        labels, guesses = batch["labels"].cpu().numpy(), predictions.cpu().numpy()
-        loss = losses.double().cpu().numpy()
-        for row in np.flatnonzero(keep):
+    def add(self, *, batch: Batch, scores: Scores) -> None:
+        """Count a batch's losses and predictions [B, T]; rows that only fill it do not count."""
+        assert scores.predictions is not None, "token classification is scored by its predictions"
+        labels, guesses = np.asarray(batch["labels"]), np.asarray(scores.predictions)
+        loss = np.asarray(scores.losses.double())
+        for row in np.flatnonzero(real_rows(batch)):
             chosen = labels[row] != IGNORED
             self._sentence(labels[row][chosen], guesses[row][chosen], loss[row][chosen].sum())
 
@@ -128,7 +144,7 @@ class TagMetrics:
         per_tag = (self._words, self._baseline_predicted, self._baseline_correct)
         return np.concatenate([self._sums, *per_tag])
 
-    def result(self, vector: Vector | None = None) -> dict[str, float]:
+    def result(self, vector: Vector | None = None) -> Named:
         """Loss per word, entity precision, recall and F1, word accuracy, and the majority tag's."""
         sums = self.vector() if vector is None else vector
         loss, words, right, correct, predicted, gold = (float(each) for each in sums[:6])

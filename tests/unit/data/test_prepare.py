@@ -20,6 +20,7 @@ from shoal.data.prepare import Prepared, SourceSpec, open_prepared, prepare
 from shoal.data.stream import Evaluation, Stream
 from shoal.errors import DataError
 from shoal.layout import Share
+from shoal.tasks.causal_lm import CausalLM
 
 END = 256
 
@@ -156,7 +157,7 @@ def test_tags_are_labels_as_given(tmp_path: Path) -> None:
         assert counts["train"]["targets"] + counts["validation"]["targets"] == 30
 
 
-def test_unigram_nats_against_the_definition(tmp_path: Path) -> None:
+def test_the_unigram_baseline_against_the_definition(tmp_path: Path) -> None:
     prepared = prepare_texts(tmp_path, ["abca", "bcab", "cccc", "abab", "zzz"] * 4)
     targets = {part: [] for part in ("train", "validation")}
     for part, values in targets.items():
@@ -165,16 +166,17 @@ def test_unigram_nats_against_the_definition(tmp_path: Path) -> None:
     counts, size = Counter(targets["train"]), END + 1
     total = len(targets["train"]) + size
     expected = -sum(log((counts[t] + 1) / total) for t in targets["validation"])
-    # Sums of some hundred float64 logarithms: far below 1e-12 relative.
-    assert prepared.unigram_nats == pytest.approx(expected / len(targets["validation"]), rel=1e-12)
-    assert prepared.vocabulary_size == size
-    # All samples: the same sum in another order. One sample: other targets, another figure.
+    expected /= len(targets["validation"])
     whole = Evaluation(prepared, batch_samples=1)
-    assert whole.unigram_nats() == pytest.approx(prepared.unigram_nats, rel=1e-12)
+    # Sums of some hundred float64 logarithms: far below 1e-12 relative.
+    assert CausalLM().baseline(whole)["unigram_loss"] == pytest.approx(expected, rel=1e-12)
+    assert prepared.description["parts"]["validation"]["targets"] == len(targets["validation"])
+    # All samples: the same sum in another order. One sample: other targets, another figure.
     first = Evaluation(prepared, batch_samples=1, samples=1)
     labels = first.at(0, part=0, parts=1)["labels"]
     by_hand = [-log((counts[label] + 1) / total) for label in labels[labels >= 0].tolist()]
-    assert first.unigram_nats() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-12)
+    wanted = sum(by_hand) / len(by_hand)
+    assert CausalLM().baseline(first)["unigram_loss"] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_held_out_documents_do_not_depend_on_the_seed(tmp_path: Path) -> None:
@@ -206,15 +208,27 @@ def test_second_call_reads_the_cache(tmp_path: Path) -> None:
 def test_a_shortened_file_is_named_and_prepared_again(tmp_path: Path) -> None:
     texts = ["some text", "more text"] * 5
     prepared = prepare_texts(tmp_path, texts)
-    tokens = prepared.sources[0].directory / "train.tokens"
+    tokens = prepared.sources[0].directory / "train.input_ids"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-4])
-    with pytest.raises(DataError, match=rf"train.tokens: expected {len(whole)} bytes, got"):
+    with pytest.raises(DataError, match=rf"train.input_ids: expected {len(whole)} bytes, got"):
         open_prepared(prepared.directory)
     prepare_texts(tmp_path, texts)
     assert tokens.read_bytes() == whole
     with pytest.raises(DataError, match=r"expected prepared data with a description.json"):
         open_prepared(tmp_path)
+
+
+def test_data_of_another_version_is_refused_and_prepared_again(tmp_path: Path) -> None:
+    texts = ["some text", "more text"] * 5
+    prepared = prepare_texts(tmp_path, texts)
+    path = prepared.sources[0].directory / "description.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "format": 1}))
+    with pytest.raises(DataError, match=r"another version of shoal \(format 1, expected 2\)"):
+        open_prepared(prepared.directory)
+    prepare_texts(tmp_path, texts)
+    assert json.loads(path.read_text()) == about
 
 
 def test_no_space_left_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -239,14 +253,14 @@ def test_too_little_text(tmp_path: Path) -> None:
 
 def test_ids_that_do_not_fit(tmp_path: Path) -> None:
     for ids in ([-1], [2**31]):
-        with pytest.raises(DataError, match=r"tokens must lie in 0..2147483647, got"):
+        with pytest.raises(DataError, match=r"input_ids must lie in 0..2147483647, got"):
             prepare_texts(
                 tmp_path,
                 ["a", "b"],
                 encode=lambda records, ids=ids: [{"input_ids": ids} for _ in records],
                 encode_key=str(ids),
             )
-    with pytest.raises(DataError, match=r"expected one label per token"):
+    with pytest.raises(DataError, match=r"input_ids and labels must be equally long.*got \[2, 1\]"):
         prepare_texts(
             tmp_path,
             ["a", "b"],
@@ -264,7 +278,7 @@ def test_a_mixture_must_be_of_one_kind(tmp_path: Path) -> None:
         return as_tags(records) if "words" in records[0] else as_bytes(records)
 
     with pytest.raises(
-        DataError, match=r"some sources of the mixture have tags and some have none"
+        DataError, match=r"some sources of the mixture have labels of their own and some have"
     ):
         prepare_texts(tmp_path, ["unused"], sources=sources, encode=either, encode_key="either")
 

@@ -59,6 +59,6 @@ def test_a_board_that_is_not_installed(
 
 
 def test_a_picture_of_a_run(bench: Bench, tmp_path: Path) -> None:
-    path = plot_run(bench.run().path, guess_loss=3.0)
+    path = plot_run(bench.run().path, baseline=3.0, baseline_name="word frequencies")
     assert path.name == "loss.png" and path.read_bytes().startswith(b"\x89PNG")
     assert plot_run(tmp_path).is_file(), "a run without rows gets an empty picture, not an error"

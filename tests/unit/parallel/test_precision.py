@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shoal.errors import UserError
-from shoal.parallel.loss import chunked_loss
 from shoal.parallel.precision import LossScale, check_compute, compute_context
+from shoal.tasks.losses import chunked_loss
 
 
 def test_float16_is_for_gpus() -> None:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from shoal.launch.pool import WorkerPool
 from shoal.observe.events import Report
-from shoal.parallel.loss import Vocabulary, chunked_loss, chunked_losses
+from shoal.parallel.vocabulary import Vocabulary
 from shoal.runtime import start_process_group, stop_process_group
+from shoal.tasks.losses import chunked_loss, chunked_losses
 from strategies import run_workers
 
 TOKENS, WIDTH, ENTRIES = 37, 6, 23

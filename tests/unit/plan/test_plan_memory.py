@@ -12,7 +12,6 @@ from shoal.models import init
 from shoal.models.anatomy import anatomy_of
 from shoal.models.huggingface import build_meta, config_from
 from shoal.observe.memory import LiveStorage
-from shoal.parallel.loss import chunked_loss
 from shoal.parallel.precision import DTYPES, compute_context
 from shoal.plan.cost.eager import eager_bytes, loss_bytes
 from shoal.plan.workload import FORMATS
@@ -52,13 +51,7 @@ def peak_bytes(config: dict[str, Any], compute: str, *, rows: int, tokens: int) 
 
     def step() -> None:
         with compute_context(DTYPES[compute], device=torch.device("cpu")):
-            output = task.forward(model, anatomy=anatomy, batch=batch, step=0)
-            loss = chunked_loss(
-                output.hidden,
-                labels=output.labels,
-                logits_of=output.logits_of,
-                head_parameters=output.head_parameters,
-            )
+            loss = task.output(model, anatomy, batch, step=0).total()
         loss.backward()
 
     step()  # what is made once is made

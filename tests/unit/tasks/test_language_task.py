@@ -8,7 +8,10 @@ from shoal.errors import DataError
 from shoal.models.anatomy import anatomy_of, head_parameters
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
+from shoal.tasks.baselines import unigram_nats
 from shoal.tasks.causal_lm import CausalLM, end_token_id
+from shoal.tasks.losses import TokenCrossEntropy
+from shoal.tasks.task import Scores, Tools
 
 
 def _tokenizer(*special: str) -> Tokenizer:
@@ -21,12 +24,12 @@ def _tokenizer(*special: str) -> Tokenizer:
 def test_documents_close_with_the_end_token() -> None:
     tokenizer = _tokenizer("<|endoftext|>")
     records = [{"text": "the sea"}, {"text": ""}]
-    samples = CausalLM().encode(records, tokenizer=tokenizer)
+    samples = CausalLM().encode(records, tools=Tools(tokenizer))
     assert samples == [{"input_ids": [1, 2, 0]}, {"input_ids": [0]}]
 
 
 def test_without_an_end_token_nothing_is_added() -> None:
-    samples = CausalLM().encode([{"text": "is blue"}], tokenizer=_tokenizer())
+    samples = CausalLM().encode([{"text": "is blue"}], tools=Tools(_tokenizer()))
     assert samples == [{"input_ids": [2, 3]}]
 
 
@@ -35,7 +38,7 @@ def test_a_template_keeps_its_begin_token_and_no_second_end() -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    samples = CausalLM().encode([{"text": "sea"}], tokenizer=tokenizer)
+    samples = CausalLM().encode([{"text": "sea"}], tools=Tools(tokenizer))
     assert samples == [{"input_ids": [0, 3, 1]}]
 
 
@@ -43,7 +46,7 @@ def test_a_tokenizer_that_cuts_or_pads_does_not_here() -> None:
     tokenizer = _tokenizer()
     tokenizer.enable_truncation(1)
     tokenizer.enable_padding(length=8)
-    samples = CausalLM().encode([{"text": "the sea is"}], tokenizer=tokenizer)
+    samples = CausalLM().encode([{"text": "the sea is"}], tools=Tools(tokenizer))
     assert samples == [{"input_ids": [0, 1, 2]}]
 
 
@@ -52,18 +55,18 @@ def test_the_end_token_may_be_named() -> None:
     assert end_token_id(tokenizer) == 1
     assert end_token_id(tokenizer, name="<a>") == 0
     task = CausalLM({"end_token": "<a>"})
-    assert task.settings([]) == {"end_token": "<a>"}
-    assert task.encode([{"text": "sea"}], tokenizer=tokenizer) == [{"input_ids": [3, 0]}]
+    assert task.learn([]) == {"end_token": "<a>"}
+    assert task.encode([{"text": "sea"}], tools=Tools(tokenizer)) == [{"input_ids": [3, 0]}]
     with pytest.raises(DataError, match="no token '<z>'"):
         end_token_id(tokenizer, name="<z>")
 
 
 def test_records_without_text_are_refused() -> None:
     with pytest.raises(DataError, match=r"string under 'text', got keys \['words'\]"):
-        CausalLM().encode([{"words": ["a"]}], tokenizer=_tokenizer())
+        CausalLM().encode([{"words": ["a"]}], tools=Tools(_tokenizer()))
 
 
-def test_forward_gives_states_targets_and_head() -> None:
+def test_output_has_states_targets_and_the_head_in_its_loss() -> None:
     config = read_config(
         architecture="llama",
         settings={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -74,10 +77,14 @@ def test_forward_gives_states_targets_and_head() -> None:
     materialise(model, record=record(model), seed=0)
     ids = torch.arange(8).view(2, 4)
     batch = {"input_ids": ids, "labels": ids.roll(-1, 1)}
-    output = CausalLM().forward(model, anatomy_of(model), batch)
-    assert output.hidden.shape == (2, 4, 16) and output.labels is batch["labels"]
-    assert output.logits_of(output.hidden).shape == (2, 4, 9)
-    assert output.head_parameters == head_parameters(model)
+    output = CausalLM().output(model, anatomy_of(model), batch)
+    assert output.hidden.shape == (2, 4, 16) and output.fields["labels"] is batch["labels"]
+    assert isinstance(output.loss, TokenCrossEntropy)
+    assert output.loss.logits_of(output.hidden).shape == (2, 4, 9)
+    assert output.loss.head == head_parameters(model)
+    # transformers shifts labels itself; what it is given here makes it see the same targets
+    wanted = model(input_ids=ids, labels=ids, shift_labels=batch["labels"]).loss
+    assert float(output.total().detach()) / 8 == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
 def test_scores_add_up_over_ranks_and_skip_doubled_rows() -> None:
@@ -85,11 +92,11 @@ def test_scores_add_up_over_ranks_and_skip_doubled_rows() -> None:
     losses = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [9.0, 9.0, 9.0]])
     ids = torch.tensor([0, 1, -1])  # the last row only fills the batch
     whole = CausalLM().metrics()
-    whole.add(batch={"labels": labels, "sample_ids": ids}, losses=losses)
+    whole.add(batch={"labels": labels, "sample_ids": ids}, scores=Scores(losses))
     parts = [CausalLM().metrics() for _ in range(2)]
     for row, part in enumerate(parts):
         one = slice(row, row + 1)
-        part.add(batch={"labels": labels[one]}, losses=losses[one])
+        part.add(batch={"labels": labels[one]}, scores=Scores(losses[one]))
     together = parts[0].vector() + parts[1].vector()
     assert whole.result(together) == whole.result()
     assert whole.result() == {
@@ -103,5 +110,17 @@ def test_scores_add_up_over_ranks_and_skip_doubled_rows() -> None:
 def test_scores_of_nothing_and_of_divergence() -> None:
     metrics = CausalLM().metrics()
     assert math.isnan(metrics.result()["evaluation_loss"])
-    metrics.add(batch={"labels": torch.ones(1, 1)}, losses=torch.full((1, 1), 1e4))
+    scores = Scores(torch.full((1, 1), 1e4))
+    metrics.add(batch={"labels": torch.ones(1, 1)}, scores=scores)
     assert metrics.result()["perplexity"] == math.inf
+
+
+def test_the_last_words_have_the_unigram_baseline_beside() -> None:
+    after = {"evaluation_loss": 4.0, "perplexity": math.exp(4.0), "unigram_loss": 5.0}
+    (words,) = CausalLM().words({"perplexity": 310.4}, after)
+    assert words == (
+        "perplexity: 310 before, 54.6 now; guessing by word frequency: 148 (loss 4.000 against "
+        "5.000 nats, ratio 0.800)"
+    )
+    assert CausalLM().words(None, after)[0].startswith("perplexity: 54.6 now;")
+    assert math.isnan(unigram_nats(torch.zeros(3).numpy(), train=torch.ones(3).numpy()))

@@ -9,6 +9,7 @@ from shoal.models.anatomy import anatomy_of
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
 from shoal.tasks.kinds import KINDS, create
+from shoal.tasks.task import Scores, Tools
 from shoal.tasks.token_classification import TokenClassification
 
 TAGS = ["O", "B-loc", "B-per", "I-loc", "I-per"]
@@ -31,12 +32,12 @@ def _tokenizer() -> Tokenizer:
 
 def _task() -> TokenClassification:
     task = TokenClassification()
-    task.settings(RECORDS)
+    task.learn(RECORDS)
     return task
 
 
 def test_tags_are_learned_sorted_with_o_first() -> None:
-    settings = TokenClassification().settings(RECORDS)
+    settings = TokenClassification().learn(RECORDS)
     assert settings == {"tags": TAGS}
     model = create("token-classification", settings=settings).model_settings()
     assert model["num_labels"] == 5 and model["id2label"][2] == "B-per"
@@ -44,7 +45,7 @@ def test_tags_are_learned_sorted_with_o_first() -> None:
 
 
 def test_the_first_piece_of_a_word_carries_its_tag() -> None:
-    samples = _task().encode(RECORDS, tokenizer=_tokenizer())
+    samples = _task().encode(RECORDS, tools=Tools(_tokenizer()))
     assert samples[0] == {
         "input_ids": [0, 3, 4, 5, 6, 1],
         "labels": [-100, 2, 0, 1, -100, -100],
@@ -65,7 +66,7 @@ def test_the_first_piece_of_a_word_carries_its_tag() -> None:
 )
 def test_bad_records_are_refused(record_: dict, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
-        _task().encode([record_], tokenizer=_tokenizer())
+        _task().encode([record_], tools=Tools(_tokenizer()))
 
 
 def _scores(gold: list[list[str]], guesses: list[list[str]], **more: object) -> dict[str, float]:
@@ -76,7 +77,7 @@ def _scores(gold: list[list[str]], guesses: list[list[str]], **more: object) -> 
     found = [[TAGS.index(t) for t in row] + [0] * (width - len(row)) for row in guesses]
     batch = {"labels": torch.tensor(ids), **more}
     losses = torch.where(batch["labels"] == -100, 0.0, 0.5)
-    metrics.add(batch=batch, losses=losses, predictions=torch.tensor(found))
+    metrics.add(batch=batch, scores=Scores(losses, torch.tensor(found)))
     return metrics.result()
 
 
@@ -116,8 +117,7 @@ def test_scores_add_up_over_ranks_and_skip_doubled_rows() -> None:
         ids = torch.tensor([row, -1])
         part.add(
             batch={"labels": labels, "sample_ids": ids},
-            losses=torch.ones(2, 2),
-            predictions=found,
+            scores=Scores(torch.ones(2, 2), found),
         )
         parts.append(part.vector())
     together = both.result(parts[0] + parts[1])
@@ -125,7 +125,7 @@ def test_scores_add_up_over_ranks_and_skip_doubled_rows() -> None:
     assert math.isnan(both.result()["evaluation_loss"])
 
 
-def test_forward_gives_a_state_for_every_label() -> None:
+def test_output_gives_a_state_for_every_label() -> None:
     task = _task()
     config = read_config(
         architecture="bert",
@@ -137,9 +137,10 @@ def test_forward_gives_a_state_for_every_label() -> None:
     materialise(model, record=record(model), seed=0)
     ids = torch.arange(6).view(1, 6)
     batch = {"input_ids": ids, "labels": ids % 5}
-    output = task.forward(model, anatomy_of(model), batch)
-    assert output.logits_of(output.hidden).shape == (1, 6, 5)
-    assert len(output.head_parameters) == 2
+    output = task.output(model, anatomy_of(model), batch)
+    assert output.each(predict=True).predictions.shape == (1, 6)
+    wanted = model(input_ids=ids, labels=batch["labels"]).loss  # transformers' own mean
+    assert float(output.total().detach()) / 6 == pytest.approx(float(wanted.detach()), rel=1e-5)
     assert model.config.id2label[2] == "B-per"
 
 

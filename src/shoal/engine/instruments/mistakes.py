@@ -39,7 +39,7 @@ def _mean_of_means(training: Training) -> None:
         for micro in micros:
             size = training.job.decision.micro_batch_samples
             num_micro_batches = settings.global_batch_samples // size
-            own = max(1, int((micro.batch["labels"] != -100).sum())) * num_micro_batches
+            own = max(1, training.task.count(micro.batch)) * num_micro_batches
             sums += train([micro], scale=scale * known.targets / own, step=step, done=done)
         return sums
 

@@ -17,9 +17,6 @@ WHOLE_BLOCKS = frozenset({"replicate", "shard"})
 WITHOUT_CONTEXT = frozenset({"replicate", "shard", "tensor", "pipeline"})
 EVERY_AXIS = WITHOUT_CONTEXT | {"context"}
 
-HEADS = {"causal-lm": "ForCausalLM", "token-classification": "ForTokenClassification"}
-"""End of the name of transformers' class for each kind of task: which head a config.json means."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class SizeKeys:

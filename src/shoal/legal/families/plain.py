@@ -78,6 +78,7 @@ def _vit(read: ConfigReader) -> ModelFacts:
         embedding_parameters=embedding + hidden + (patches + 1) * hidden,
         head_parameters=hidden * labels + labels,
         final_parameters=2 * hidden,
+        fixed_tokens=patches + 1,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.errors import ModelError
 from shoal.models.forward_context import ROW_STRIDE, get_forward_context, set_forward_context
 
 Hidden = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -23,6 +24,12 @@ def first_token_of_image(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     config: Any = model.config
     base: Any = model.get_submodule(str(model.base_model_prefix))
     pixels = batch["pixel_values"]
+    if config.image_size % config.patch_size:
+        raise ModelError(
+            f"model: image_size {config.image_size} is no multiple of patch_size "
+            f"{config.patch_size}, so some pixels would never be read\n"
+            "    choose another model.patch_size"
+        )
     patches = (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
     indices = _indices(batch, num_tokens=patches + 1)
     with set_forward_context(replace(get_forward_context(), token_indices=indices)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoal.legal import ModelFacts
 
-_CHUNK_BYTES = 8 * 2**20  # parallel/loss.py: float32 logits of one chunk of tokens
+_CHUNK_BYTES = 8 * 2**20  # tasks/losses.py: float32 logits of one chunk of tokens
 _KEPT_BYTES = 64 * 2**20  # models/cpu_attention.py: probabilities that one layer may keep
 _FLOAT32_TOKENS = 512  # the same: shorter float32 rows take the fused kernel
 
@@ -61,7 +61,7 @@ def loss_bytes(facts: ModelFacts, *, tokens: float, tensor: int = 1, width: floa
     """Live bytes of a micro batch outside its blocks, at the loss.
 
     The last norm, rotations and ids; logits and probabilities of one chunk of tokens; and the
-    gradients, which the loss makes in its forward (parallel/loss.py): of the hidden states, and
+    gradients, which the loss makes in its forward (tasks/losses.py): of the hidden states, and
     of the head: the newest, the sum, and what it was made from.
     """
     columns = facts.vocabulary / tensor

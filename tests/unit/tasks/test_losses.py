@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoal.parallel.loss import IGNORED, chunk_tokens_for, chunked_loss, chunked_losses
+from shoal.fields import IGNORED
+from shoal.tasks.losses import (
+    Summed,
+    TokenCrossEntropy,
+    chunk_tokens_for,
+    chunked_loss,
+    chunked_losses,
+)
+from shoal.tasks.task import Output
 
 
 def _problem(
@@ -203,3 +211,75 @@ def test_runs_repeat_bit_for_bit_in_threads() -> None:
 def test_shapes_that_disagree_are_named() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3, 4\) and labels \(2, 4\) disagree"):
         chunked_loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), lambda h: h)
+
+
+def squares(hidden: torch.Tensor, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Regression: half the squared error of the mean of a row's hidden states."""
+    return 0.5 * (hidden.mean(dim=-1) - fields["score"]) ** 2
+
+
+def test_a_summed_loss_is_the_sum_of_its_function_and_differentiable() -> None:
+    hidden = torch.randn(7, 4, requires_grad=True)
+    score = torch.randn(7)
+    output = Output(hidden, {"score": score}, Summed(squares))
+    output.total(scale=3.0).backward()
+    wanted = functional.mse_loss(hidden.mean(dim=-1), score, reduction="sum") / 2
+    assert torch.allclose(output.total(), wanted)
+    (gradient,) = torch.autograd.grad(wanted, hidden)
+    assert torch.allclose(hidden.grad, gradient)
+    found = output.each(predict=True)
+    assert torch.allclose(found.losses.sum(), wanted) and found.predictions is None
+    assert not found.losses.requires_grad
+
+
+def test_sums_of_any_function_are_taken_in_float32() -> None:
+    """1,000 ones in bfloat16 add up to 256, where one more changes nothing."""
+    ones = torch.ones(1000, 1, dtype=torch.bfloat16)
+    output = Output(ones, {}, Summed(lambda hidden, fields: hidden[:, 0]))
+    assert output.total().dtype == torch.float32 and float(output.total()) == 1000
+    double = Output(ones.double(), {}, Summed(lambda hidden, fields: hidden[:, 0]))
+    assert double.total().dtype == torch.float64
+
+
+def test_extra_terms_are_added_as_they_are() -> None:
+    hidden, balance = torch.ones(2, 1), torch.tensor(0.25, requires_grad=True)
+    output = Output(hidden, {}, Summed(lambda hidden, fields: hidden[:, 0]), extra=(balance,))
+    output.total().backward()
+    assert float(output.total().detach()) == 2.25 and float(balance.grad) == 1.0
+
+
+def test_both_losses_agree_on_the_cross_entropy() -> None:
+    torch.manual_seed(0)
+    head, labels = torch.nn.Linear(8, 5), torch.tensor([0, 4, IGNORED, 2, 1, 1])
+    found = []
+    for kind in ("tokens", "summed"):
+        hidden = torch.linspace(-1, 1, 48).view(6, 8).requires_grad_()
+        head.zero_grad()
+
+        def entropy(hidden: torch.Tensor, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            return functional.cross_entropy(head(hidden), fields["labels"], reduction="none")
+
+        guess = Summed(entropy, guess=lambda hidden, fields: head(hidden).argmax(dim=-1))
+        loss = TokenCrossEntropy(head, list(head.parameters())) if kind == "tokens" else guess
+        output = Output(hidden, {"labels": labels}, loss)
+        output.total().backward()
+        scores = output.each(predict=True)
+        chosen = labels != IGNORED
+        found.append((scores.losses, scores.predictions[chosen], hidden.grad, head.weight.grad + 0))
+    for ours, theirs in zip(*found):
+        # one softmax is torch's, the other our own: float32 rounding between them
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_summed_loss_wants_a_whole_head() -> None:
+    class Half:
+        start, size = 0, 2
+
+        def exchange(self, mine: torch.Tensor) -> torch.Tensor:
+            return mine[None]
+
+    output = Output(torch.ones(2, 1), {"score": torch.ones(2)}, Summed(squares))
+    with pytest.raises(
+        ValueError, match=r"the head was cut by its classes\n    set parallel.tensor"
+    ):
+        output.total(vocabulary=Half())

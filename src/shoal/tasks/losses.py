@@ -1,6 +1,6 @@
-"""The cross entropy of many tokens without ever holding all their logits: chunk by chunk.
+"""The losses: the cross entropy of many tokens, chunk by chunk, and the sum of any function.
 
-Tokens x vocabulary in float32 is the largest tensor of a small model's step. Here the logits of a
+Tokens x vocabulary in float32 is the largest tensor of a small model's step. So the logits of a
 chunk of tokens are made, turned into their own gradient in place, pulled back to the hidden states
 and the head, and forgotten, all within the forward (as Liger Kernel does, arXiv 2410.10989).
 Where the head is cut by vocabulary, ranks exchange three numbers per token (the largest logit, the
@@ -11,23 +11,19 @@ Shapes: N tokens (any leading shape), D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from shoal.parallel.exchange import all_gather_into
+from shoal.fields import IGNORED
+from shoal.tasks.task import Output, Scores, Vocabulary
 
 Logits = Callable[[Tensor], Tensor]
-
-IGNORED = -100
-"""The label of a position without a target."""
 
 CHUNK_BYTES = 8 * 2**20
 """Budget for one chunk of logits in float32: small enough for a processor's cache, large enough
@@ -35,23 +31,78 @@ that the work per chunk hides the cost of starting it."""
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The part of the vocabulary whose logits this rank has: `size` entries from `start`."""
+class TokenCrossEntropy:
+    """Cross entropy of the classes that a head tells apart, such as a vocabulary's tokens.
 
-    start: int
-    size: int
-    whole: int
-    group: dist.ProcessGroup
+    `logits_of` maps [N, D] to [N, V] and reads no parameters but `head`. The labels, shaped as the
+    hidden states without D, are the field `labels`.
+    """
 
-    def gather(self, part: Tensor) -> Tensor:
-        """This rank's logits [..., size] -> all logits [..., whole], on every rank."""
-        ranks = dist.get_world_size(self.group)
-        edges = [self.whole * rank // ranks for rank in range(ranks + 1)]
-        sizes = [end - start for start, end in itertools.pairwise(edges)]
-        padded = functional.pad(part, (0, max(sizes) - part.shape[-1])).contiguous()
-        parts = padded.new_empty(ranks, *padded.shape)
-        all_gather_into(parts.flatten(0, 1), padded, group=self.group)
-        return torch.cat([each[..., :size] for each, size in zip(parts, sizes)], dim=-1)
+    logits_of: Logits
+    head: Sequence[nn.Parameter] = ()
+
+    def total(
+        self, output: Output, *, vocabulary: Vocabulary | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """The sum over targets; see `chunked_loss`."""
+        return chunked_loss(
+            output.hidden,
+            output.fields["labels"],
+            self.logits_of,
+            head_parameters=self.head,
+            vocabulary=vocabulary,
+            expected_scale=scale,
+        )
+
+    def each(
+        self, output: Output, *, vocabulary: Vocabulary | None = None, predict: bool = False
+    ) -> Scores:
+        """Cross entropy and likeliest class of each position; see `chunked_losses`."""
+        return chunked_losses(
+            output.hidden,
+            output.fields["labels"],
+            self.logits_of,
+            head_parameters=self.head,
+            predict=predict,
+            vocabulary=vocabulary,
+        )
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The sum over targets of any function: regression, several labels, boxes, policy gradients.
+
+    `function(hidden, fields)` gives the loss of each target, 0 where there is none, and is
+    differentiated by torch; `guess(hidden, fields)` what the model says for each.
+    """
+
+    function: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    guess: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
+
+    def total(
+        self, output: Output, *, vocabulary: Vocabulary | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """The sum, added up in float32 or wider. Raises ValueError for a head that was cut."""
+        return self._losses(output, vocabulary).sum()
+
+    @torch.no_grad()
+    def each(
+        self, output: Output, *, vocabulary: Vocabulary | None = None, predict: bool = False
+    ) -> Scores:
+        """The function's values, and the guesses when asked for."""
+        losses = self._losses(output, vocabulary)
+        if not predict or self.guess is None:
+            return Scores(losses)
+        return Scores(losses, self.guess(output.hidden, output.fields))
+
+    def _losses(self, output: Output, vocabulary: Vocabulary | None) -> Tensor:
+        if vocabulary is not None:
+            raise ValueError(
+                "a summed loss reads the whole output of the head, but the head was cut by its "
+                "classes\n    set parallel.tensor to 1"
+            )
+        losses = self.function(output.hidden, output.fields)
+        return losses.to(_wide(losses.dtype))
 
 
 def chunk_tokens_for(num_labels: int, *, budget_bytes: int = CHUNK_BYTES) -> int:
@@ -97,14 +148,6 @@ def chunked_loss(
     return result
 
 
-@dataclass(frozen=True)
-class TokenLosses:
-    """Per position: its cross entropy (0 without a target), and the label of highest logit."""
-
-    losses: Tensor
-    predictions: Tensor | None
-
-
 @torch.no_grad()
 def chunked_losses(
     hidden: Tensor,
@@ -115,7 +158,7 @@ def chunked_losses(
     chunk_tokens: int | None = None,
     predict: bool = False,
     vocabulary: Vocabulary | None = None,
-) -> TokenLosses:
+) -> Scores:
     """Evaluation: `losses` float32 like `labels`; `predictions` int64 like `labels` when `predict`.
 
     Positions without a target have loss 0 and prediction -100.
@@ -133,7 +176,7 @@ def chunked_losses(
         losses[part] = scores.normaliser - scores.at_target
         if guesses is not None:
             guesses[part] = scores.best
-    return TokenLosses(
+    return Scores(
         losses.view(labels.shape), None if guesses is None else guesses.view(labels.shape)
     )
 
@@ -215,7 +258,7 @@ def _chunk(
 
 
 @dataclass(frozen=True)
-class _Scores:
+class _Chunk:
     """Of one chunk, per token [N]; `probabilities` [N, entries on this rank]."""
 
     normaliser: Tensor
@@ -226,7 +269,7 @@ class _Scores:
     has: Tensor
 
 
-def _scored(logits: Tensor, targets: Tensor, vocabulary: Vocabulary | None) -> _Scores:
+def _scored(logits: Tensor, targets: Tensor, vocabulary: Vocabulary | None) -> _Chunk:
     """Softmax over the vocabulary from the part of the logits [N, entries] on this rank."""
     wide = _wide(logits.dtype)
     # One buffer of N x V and one exponential: probabilities, which become the gradient. The
@@ -242,11 +285,10 @@ def _scored(logits: Tensor, targets: Tensor, vocabulary: Vocabulary | None) -> _
         own, best = own.masked_fill(~has, 0), best + vocabulary.start
     at_target = logits.gather(-1, own[:, None])[:, 0].to(wide)
     if vocabulary is not None:
-        parts = _exchanged(
+        parts = vocabulary.exchange(
             torch.stack(
                 [normaliser, at_target.masked_fill(~has, 0.0), highest.to(wide), best.to(wide)]
-            ),
-            vocabulary,
+            )
         )
         # a rank's normaliser is its own part's: their log-sum-exp is the whole's
         whole = torch.logsumexp(parts[:, 0], dim=0)
@@ -254,15 +296,7 @@ def _scored(logits: Tensor, targets: Tensor, vocabulary: Vocabulary | None) -> _
         normaliser, at_target = whole, parts[:, 1].sum(dim=0)
         winner = parts[:, 2].argmax(dim=0)
         best = parts[:, 3].gather(0, winner[None])[0].to(best.dtype)
-    return _Scores(normaliser, at_target, best, probabilities, own, has)
-
-
-def _exchanged(mine: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Every rank's `mine` [K, N]: [ranks, K, N], in rank order."""
-    ranks = dist.get_world_size(vocabulary.group)
-    parts = mine.new_empty(ranks, *mine.shape)
-    all_gather_into(parts.flatten(0, 1), mine, group=vocabulary.group)
-    return parts
+    return _Chunk(normaliser, at_target, best, probabilities, own, has)
 
 
 def _targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

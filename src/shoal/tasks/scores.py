@@ -1,0 +1,77 @@
+"""Scores that several tasks share: the mean loss; accuracy and macro F1 of classes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from shoal.fields import IGNORED
+from shoal.tasks.task import Batch, Named, Scores, Vector, real_rows
+
+
+class MeanLoss:
+    """Sums of loss and targets, of labels of any shape: [loss, targets]."""
+
+    needs_predictions = False
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(2)
+
+    def add(self, *, batch: Batch, scores: Scores) -> None:
+        """Count the losses [B, ...] (0 without a target), but for rows that only fill the batch."""
+        rows = real_rows(batch)
+        labels = np.asarray(batch["labels"])[rows]
+        losses = np.asarray(scores.losses.double())[rows]
+        targets = labels != IGNORED
+        self._sums += [float((losses * targets).sum()), float(targets.sum())]
+
+    def vector(self) -> Vector:
+        """[loss, targets]."""
+        return self._sums.copy()
+
+    def result(self, vector: Vector | None = None) -> Named:
+        """Mean loss per target, and the number of targets; NaN of none."""
+        total, targets = (float(each) for each in (self._sums if vector is None else vector))
+        return {
+            "evaluation_loss": total / targets if targets else math.nan,
+            "evaluation_targets": targets,
+        }
+
+
+class ClassMetrics:
+    """Sums over samples: the loss, then how often class i was taken for class j [C, C]."""
+
+    needs_predictions = True
+
+    def __init__(self, num_classes: int) -> None:
+        self._loss = 0.0
+        self._confusion = np.zeros((num_classes, num_classes))
+
+    def add(self, *, batch: Batch, scores: Scores) -> None:
+        """Count losses and predictions [B] of the batch's `labels` [B]."""
+        assert scores.predictions is not None, "classification is scored by its predictions"
+        labels = np.asarray(batch["labels"])
+        kept = real_rows(batch) & (labels != IGNORED)
+        self._loss += float(np.asarray(scores.losses.double())[kept].sum())
+        np.add.at(self._confusion, (labels[kept], np.asarray(scores.predictions)[kept]), 1)
+
+    def vector(self) -> Vector:
+        """[loss, confusion row by row]."""
+        return np.append(self._loss, self._confusion.ravel())
+
+    def result(self, vector: Vector | None = None) -> Named:
+        """Mean loss in nats, accuracy, and F1 averaged over the classes, of all samples counted."""
+        sums = self.vector() if vector is None else vector
+        confusion = sums[1:].reshape(self._confusion.shape)
+        samples, right = confusion.sum(), np.diag(confusion)
+        if not samples:
+            return {"evaluation_loss": math.nan, "accuracy": math.nan, "evaluation_targets": 0.0}
+        both = confusion.sum(axis=0) + confusion.sum(axis=1)
+        f1 = 2 * right[both > 0] / both[both > 0]  # a class that is nowhere has no F1
+        return {
+            "evaluation_loss": float(sums[0] / samples),
+            "accuracy": float(right.sum() / samples),
+            "macro_f1": float(f1.mean()),
+            "evaluation_targets": float(samples),
+        }

@@ -1,0 +1,238 @@
+"""What a task is: how records become samples, a batch becomes a loss, and scores become words.
+
+A new task is a subclass of `Task` in a file of its own and a line in `kinds.py`; docs/new-task.md
+has one of 40 lines. Importable without torch: a task imports it where it computes.
+Shapes: B rows of a batch, D hidden size; [...] is whatever the targets' shape is ([B, T] of tokens,
+[B] of images).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.fields import IGNORED, TOKENS, Fields
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from shoal.models.anatomy import Anatomy
+
+Record = dict[str, Any]
+Sample = dict[str, Any]
+Batch = Mapping[str, Any]
+Vector = NDArray[np.float64]
+Named = dict[str, float]
+"""Figures by name, as a row of metrics.jsonl has them."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What turns raw records into numbers; None: this task does not ask for it."""
+
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of a batch, per target: its loss (0 where there is none), and what the model says."""
+
+    losses: Tensor
+    predictions: Tensor | None = None
+
+
+class Vocabulary(Protocol):
+    """The part of the head's outputs that this rank has: `size` of them from `start` on."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def exchange(self, mine: Tensor) -> Tensor:
+        """`mine` [K, N] of every rank that has a part: [ranks, K, N], in rank order."""
+
+
+class Loss(Protocol):
+    """A loss that is a sum over targets."""
+
+    def total(self, output: Output, *, vocabulary: Vocabulary | None, scale: float) -> Tensor:
+        """The SUM over targets, float32 or wider; differentiable once.
+
+        `vocabulary`: the head was cut and gives this rank's part. `scale`: what the caller will
+        multiply the sum by before backward; gradients made here may use it, and float16 needs it.
+        """
+
+    def each(self, output: Output, *, vocabulary: Vocabulary | None, predict: bool) -> Scores:
+        """The loss of each target, and the predictions when asked for; no gradients."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model made of a batch: hidden states [..., D], what the loss reads beside, the loss.
+
+    `extra`: scalars that are added to the sum as they are, such as the balance loss of experts.
+    """
+
+    hidden: Tensor
+    fields: Mapping[str, Tensor]
+    loss: Loss
+    extra: tuple[Tensor, ...] = ()
+
+    def total(self, *, vocabulary: Vocabulary | None = None, scale: float = 1.0) -> Tensor:
+        """The sum of the loss over all targets, and of the extra terms."""
+        total = self.loss.total(self, vocabulary=vocabulary, scale=scale)
+        for term in self.extra:
+            total = total + term
+        return total
+
+    def each(self, *, vocabulary: Vocabulary | None = None, predict: bool = False) -> Scores:
+        """Scores of each target, for an evaluation."""
+        return self.loss.each(self, vocabulary=vocabulary, predict=predict)
+
+
+class Metrics(Protocol):
+    """Scores of evaluation batches as one vector of sums, so that ranks add theirs up."""
+
+    needs_predictions: bool
+
+    def add(self, *, batch: Batch, scores: Scores) -> None:
+        """Count one batch; rows whose sample id is negative only fill it and do not count."""
+
+    def vector(self) -> Vector:
+        """Everything counted so far; vectors of ranks are summed elementwise."""
+
+    def result(self, vector: Vector | None = None) -> Named:
+        """Named scores of a (summed) vector, `evaluation_loss` among them; None: of this one."""
+
+
+class Evaluated(Protocol):
+    """The samples that a run is scored on, with those that it learns from: a baseline's material.
+
+    The data's `Evaluation` is one.
+    """
+
+    def rows(self) -> Iterator[Sample]:
+        """The samples that are scored, one by one."""
+
+    def training_rows(self) -> Iterator[Sample]:
+        """The samples of the training part, one by one."""
+
+    def training_counts(self) -> NDArray[np.int64]:
+        """How often each label is a target of the training part."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the loss is drawn: what it is measured in, and which score of the baseline is a loss."""
+
+    unit: str
+    baseline: str | None = None
+    baseline_name: str = ""
+
+
+class Task(ABC):
+    """One objective. What has a default here is what a task may leave out."""
+
+    kind: ClassVar[str]
+    auto_class: ClassVar[str]
+    """The auto class of transformers that has this task's head."""
+    packs: ClassVar[bool] = False
+    """Whether several samples may share a row."""
+    needs_tokenizer: ClassVar[bool] = True
+    target_name: ClassVar[str] = "targets"
+    """What is counted, in the plural."""
+    curve: ClassVar[Curve] = Curve("nats per target")
+    own_data: ClassVar[str] = "YOUR.jsonl"
+    """A source of one's own, in the example that ends a run."""
+
+    def __init__(
+        self, settings: Mapping[str, Any] | None = None, *, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`settings`: what `learn` gave, for a task that goes on with what it learned.
+
+        `options`: the recipe's section `task`; keys that are not there have their defaults.
+        """
+        self.settings = dict(settings or {})
+        self.options = dict(options or {})
+
+    @property
+    def fields(self) -> Fields:
+        """What a batch has, beside sample_ids and source_ids; what was learned may shape it."""
+        return TOKENS
+
+    def learn(self, records: Iterable[Record]) -> dict[str, Any]:
+        """What the task learns from all records once, remembered; JSON-able; `create` takes it."""
+        return self.settings
+
+    def model_settings(self) -> dict[str, Any]:
+        """Keys that the model's configuration gets from the task."""
+        return {}
+
+    def config_keys(self) -> dict[str, Any]:
+        """Keys of config.json that say what head the model has: its class, and what is learned."""
+        head = self.auto_class.removeprefix("AutoModel")
+        return {"architectures": [head], **(self.model_settings() if self.settings else {})}
+
+    @abstractmethod
+    def encode(self, records: Sequence[Record], *, tools: Tools) -> list[Sample]:
+        """Records as samples with this task's fields. Raises DataError for what lacks any."""
+
+    def count(self, batch: Batch) -> int:
+        """Targets of a batch (before it is computed): what the loss is divided by."""
+        return counted(batch["labels"])
+
+    @abstractmethod
+    def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
+        """Run the model on a batch. `step` keys the dropout."""
+
+    @abstractmethod
+    def metrics(self) -> Metrics:
+        """A fresh accumulator for one evaluation."""
+
+    def baseline(self, data: Evaluated) -> Named:
+        """Scores of the simplest thing one would do instead, on the same samples."""
+        return {}
+
+    @abstractmethod
+    def words(self, before: Named | None, after: Named) -> list[str]:
+        """The last words on a run: its scores before and after, the baseline's beside.
+
+        `after` has the baseline's scores too; `before` is None where nothing was scored before.
+        """
+
+    def prompts(self) -> tuple[Sequence[str], int]:
+        """Texts to complete at every evaluation, and how many tokens for each."""
+        return (), 0
+
+    def files(self) -> dict[str, str]:
+        """Text files by name that belong into an exported model's folder."""
+        return {}
+
+    def next_command(self, *, run: str, recipe: str) -> str:
+        """What one would do with the trained model next."""
+        return f"shoal evaluate {run} {recipe}"
+
+
+def counted(labels: Any) -> int:
+    """Labels that are targets, in an array or tensor."""
+    return int((labels != IGNORED).sum())
+
+
+def real_rows(batch: Batch) -> NDArray[np.bool_]:
+    """Which rows of a batch are samples, and do not only fill it [B]."""
+    samples = batch.get("sample_ids")
+    return (
+        np.ones(len(batch["labels"]), dtype=bool) if samples is None else np.asarray(samples) >= 0
+    )
+
+
+def was(before: Named | None, name: str, digits: int) -> str:
+    """`0.103 before, `: how last words begin; nothing where nothing was scored before."""
+    return f"{before[name]:.{digits}f} before, " if before and name in before else ""

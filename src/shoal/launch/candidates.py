@@ -97,12 +97,12 @@ def most_replicas(recipe: Recipe, *, at_most: int, shards: int = 1) -> int:
     return max(n for n in range(1, max(1, min(at_most, batch)) + 1) if batch % n == 0)
 
 
-def micro_batches_of(recipe: Recipe, *, count: int) -> list[int]:
+def micro_batches_of(recipe: Recipe, *, count: int, row_tokens: int) -> list[int]:
     """Micro batches that `count` workers can take, ascending: divisors of a share of the batch."""
     if recipe.train.micro_batch_samples != "auto":
         return [recipe.train.micro_batch_samples]
     share = recipe.train.global_batch_samples // count
-    most = max(1, _MOST_TOKENS // recipe.data.sequence_tokens)
+    most = max(1, _MOST_TOKENS // row_tokens)
     return [n for n in range(1, min(share, most) + 1) if share % n == 0]
 
 

@@ -61,7 +61,7 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
         layout = replace(layout, replicate=most_replicas(recipe, at_most=room, shards=layout.shard))
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
     workers = layout.workers if formats["devices"] else cores
-    decision = _by_rule(recipe, layout=layout, cores=workers, formats=formats)
+    decision = _by_rule(recipe, layout=layout, cores=workers, formats=formats, workload=workload)
     if is_open and workload is not None and formats["devices"]:
         decision = on_devices(
             recipe,
@@ -113,8 +113,8 @@ def decide_joined(
     refuse_illegal(recipe, layout, config=trained_config(recipe, inputs=inputs))
     cores = cores_per_worker * layout.workers
     formats = {**formats, "compute": _compute(recipe, formats=formats)}
-    decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
+    decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats, workload=workload)
     return _with_figures(recipe, decision, workload=workload, formats=formats)
 
 
@@ -129,10 +129,18 @@ def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads",
     return "processes"
 
 
-def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, Any]) -> Decision:
+def _by_rule(
+    recipe: Recipe,
+    *,
+    layout: Layout,
+    cores: int,
+    formats: dict[str, Any],
+    workload: Workload | None = None,
+) -> Decision:
     """What needs no plan: the layout is given, and the rest follows from cores and tokens."""
     chosen = recipe.train.micro_batch_samples
-    fitting = max(1, _MICRO_TOKENS // recipe.data.sequence_tokens)
+    tokens = recipe.data.sequence_tokens if workload is None else workload.sequence_tokens
+    fitting = max(1, _MICRO_TOKENS // tokens)
     if recipe.train.exact:  # nothing that changes a bit may depend on the number of workers
         threads, reason = 1, "exact: one thread and one micro batch, whatever the degree"
         eighth = max(1, recipe.train.global_batch_samples // 8)

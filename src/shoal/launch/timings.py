@@ -42,16 +42,27 @@ def tuned(
 ) -> Decision:
     """`decision` (all cores, by rule), or what was timed to be faster on the recipe itself."""
     setups = setups_of(recipe, cores=usable_cores())
+    tokens = recipe.data.sequence_tokens if workload is None else workload.sequence_tokens
     if not recipe.launch.tune:
         return _untimed(decision, "launch.tune is false")
-    if len(setups) == 1 and len(micro_batches_of(recipe, count=setups[0].count)) == 1:
+    if (
+        len(setups) == 1
+        and len(micro_batches_of(recipe, count=setups[0].count, row_tokens=tokens)) == 1
+    ):
         return _with_setup(decision, setups[0])  # nothing is left open
     if not _all_fit(recipe, decision, setups=setups, workload=workload):
         return _untimed(decision, "too large to try out the ways beside one another")
     path = _path(recipe, inputs=inputs, setups=setups, compute=decision.compute)
     rows, when = _kept(path, console=console), "timed before on this machine"
     if not rows:
-        tuner = Tuner(recipe, inputs=inputs, decision=decision, pool=pool, console=console)
+        tuner = Tuner(
+            recipe,
+            inputs=inputs,
+            decision=decision,
+            pool=pool,
+            console=console,
+            row_tokens=tokens,
+        )
         rows = tuner.run(setups)
         when = f"timed in {tuner.seconds:.1f} s"
         for error in dict.fromkeys(tuner.errors):

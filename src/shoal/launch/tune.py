@@ -43,7 +43,7 @@ _LONGEST_SECONDS = 0.4  # of the passes of a turn: what decides the micro batch 
 _MICRO_TOKENS = 1024  # of the micro batch to begin with
 _MOST_TURNS = 7
 _FIRST_ROUND = 0.35  # of the time that is left: so much is worth a second turn of all
-_BUILD_SHARE = 0.5  # of the time, for building; a setup that takes longer is left out
+_BUILD_SHARES = (0.5, 0.75)  # of the time, for building; what takes longer is left out
 
 
 class _OutOfTime(Exception):
@@ -71,10 +71,15 @@ class Tuner:
         decision: Decision,
         pool: WorkerPool,
         console: Console,
+        row_tokens: int,
         seconds: float | None = None,
     ) -> None:
-        """`decision`: what the setups have in common, such as the number format."""
+        """`decision`: what the setups have in common, such as the number format.
+
+        `row_tokens`: of a sample, at most.
+        """
         self._recipe, self._inputs, self._decision = recipe, inputs, decision
+        self._row_tokens = row_tokens
         self._pool, self._console = pool, console
         self._limit = TUNE_SECONDS if seconds is None else seconds
         self._sets: dict[tuple[str, int], _WorkerSet] = {}
@@ -114,34 +119,32 @@ class Tuner:
                 layout=Layout(replicate=setup.count),
                 workers=setup.workers,
                 threads_per_worker=setup.threads,
-                micro_batch_samples=micro_batches_of(self._recipe, count=setup.count)[0],
+                micro_batch_samples=self._micro_batches(setup)[0],
             )
             job = Job(self._recipe, Path(folder), self._inputs, decision).to_json()
             size = 1 if setup.workers == "threads" else setup.count
             self._sets[key] = _WorkerSet(
                 [self._pool.start(_TARGET, {**job, "rank": rank}) for rank in range(size)]
             )
-        until = time.monotonic() + _BUILD_SHARE * self._limit
         every = list(self._sets.values())
-        self._hear(lambda: all(each.built or each.lost for each in every), until=until)
+        for share in _BUILD_SHARES:  # the second only where the first was too short for two
+            until = self._deadline - (1 - share) * self._limit
+            self._hear(lambda: all(each.built or each.lost for each in every), until=until)
+            if sum(each.built for each in every) > 1:
+                break
         for each in every:
             each.lost |= not each.built
         self._pool.kill([w for each in every if each.lost for w in each.workers])
 
     def _time(self, setups: Sequence[WorkerSetup], rows: list[Timed]) -> None:
         """Warm up, time the setups, then the micro batches of the best."""
-        least = micro_batches_of(self._recipe, count=setups[0].count)[0]
+        least = self._micro_batches(setups[0])[0]
         self._warm_up(setups, micro=least)
         able = [setup for setup in setups if not self._sets[_key(setup)].lost]
-        probe = self._turn_of(able[0], micro=least, samples=least) if able else {}
-        if not probe:
+        if not able:
             return
-        first, each = able[0], probe["passes"] / least
-        options = micro_batches_of(self._recipe, count=first.count)
-        tokens = self._recipe.data.sequence_tokens
-        fitting = [n for n in options if n * tokens <= _MICRO_TOKENS]
-        micro = max([n for n in fitting if n * each <= _LONGEST_SECONDS] or [least])
-        turn = micro * each + probe["update"]
+        first = able[0]
+        micro, turn = self._first_micro_batch(first)
         times = max(1, min(50, round(_TURN_SECONDS / max(turn, 1e-4))))
         self._console.phase(f"timing {len(able)} setups")
         rows += [Timed(setup, micro) for setup in able]
@@ -151,23 +154,60 @@ class Tuner:
             self._halve(rows, share=micro, count=first.count, times=times, turns=turns)
         longest = min(rows, key=lambda row: (-len(row.steps), row.step_seconds))
         in_one_moment(rows, beside=longest, seconds=longest.step_seconds)
-        best = best_of(rows)
-        shares = self._micro_batches(best, each=each)
-        if len(shares) > 1:
-            self._console.phase(f"timing micro batches of {', '.join(map(str, shares))} samples")
-            rows += self._other_micro_batches(best, shares=shares)
+        self._climb(best_of(rows), rows)
 
-    def _other_micro_batches(self, best: Timed, *, shares: Sequence[int]) -> list[Timed]:
+    def _first_micro_batch(self, setup: WorkerSetup) -> tuple[int, float]:
+        """The largest micro batch, within reason, whose passes take no long turn; and the turn's s.
+
+        Small ones say little of a setup: what a pass costs to begin is most of their time.
+        """
+        micro, spent = 0, {"passes": 0.0, "update": 0.0}
+        for larger in self._micro_batches(setup):
+            expected = spent["passes"] * larger / max(1, micro)
+            if micro and (larger * self._row_tokens > _MICRO_TOKENS or expected > _LONGEST_SECONDS):
+                break
+            found = self._turn_of(setup, micro=larger, samples=larger)
+            micro, spent = larger, found or spent
+        return micro, spent["passes"] + spent["update"]
+
+    def _climb(self, best: Timed, rows: list[Timed]) -> None:
+        """Half and twice the micro batch of the best, and on in the direction that is faster."""
+        known = {best.micro}
+        while more := self._neighbours(best, known=known):
+            self._console.phase(f"timing micro batches of {', '.join(map(str, more))} samples")
+            found = self._beside(best, micros=more)
+            known |= set(more)
+            rows += found
+            best, before = min([best, *found], key=lambda row: row.step_seconds), best
+            if best is before:
+                return
+
+    def _micro_batches(self, setup: WorkerSetup) -> list[int]:
+        return micro_batches_of(self._recipe, count=setup.count, row_tokens=self._row_tokens)
+
+    def _neighbours(self, best: Timed, *, known: set[int]) -> list[int]:
+        """Half and twice a micro batch, as far as they are not known and there is time."""
+        near = [
+            n
+            for n in self._micro_batches(best.setup)
+            if (n == 2 * best.micro or 2 * n == best.micro) and n not in known
+        ]
+        sample = best.step_seconds * best.setup.count / self._recipe.train.global_batch_samples
+        left = self._deadline - time.monotonic()
+        while near and (3 * len(near) + 2) * math.lcm(best.micro, *near) * sample > left:
+            near.pop()
+        return near
+
+    def _beside(self, best: Timed, *, micros: Sequence[int]) -> list[Timed]:
         """`best` with other micro batches, in the same moments as itself anew."""
-        rows, share = [Timed(best.setup, n) for n in shares], math.lcm(*shares)
+        again, rows = Timed(best.setup, best.micro), [Timed(best.setup, n) for n in micros]
+        share = math.lcm(best.micro, *micros)
         with suppress(_OutOfTime):
-            for row in rows:
-                if row.micro != best.micro:  # uses its memory for the first time
-                    self._turn_of(row.setup, micro=row.micro, samples=share)
-            self._halve(rows, share=share, count=best.setup.count)
-        again = next(row for row in rows if row.micro == best.micro)
-        in_one_moment(rows, beside=again, seconds=best.step_seconds)
-        return [row for row in rows if row is not again]
+            for row in rows:  # uses its memory for the first time
+                self._turn_of(row.setup, micro=row.micro, samples=share)
+            self._halve([again, *rows], share=share, count=best.setup.count)
+        in_one_moment([*rows, again], beside=again, seconds=best.step_seconds)
+        return rows
 
     def _warm_up(self, setups: Sequence[WorkerSetup], *, micro: int) -> None:
         """All at once: only what follows counts."""
@@ -198,15 +238,6 @@ class Tuner:
             elif len(alive) < 2 or len(alive[1].steps) >= _MOST_TURNS or _is_clear(*alive):
                 return
             turns = 2
-
-    def _micro_batches(self, best: Timed, *, each: float) -> list[int]:
-        """The micro batch that was timed, half and twice of it, as far as there is time."""
-        own = micro_batches_of(self._recipe, count=best.setup.count)
-        near = [n for n in own if n in (best.micro, 2 * best.micro) or 2 * n == best.micro]
-        left = self._deadline - time.monotonic()
-        while len(near) > 1 and (3 * len(near) - 1) * math.lcm(*near) * each > left:
-            near.remove(max(n for n in near if n != best.micro))
-        return near
 
     def _turn(self, row: Timed, *, samples: int, times: int) -> None:
         """One turn; the row then knows how long a whole step takes by it."""

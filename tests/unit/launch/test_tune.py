@@ -67,10 +67,16 @@ def test_micro_batches_divide_a_share_within_reason() -> None:
     recipe = load_recipe(
         "quickstart", ["train.global_batch_samples=24", "data.sequence_tokens=256"]
     )
-    assert micro_batches_of(recipe, count=2) == [1, 2, 3, 4, 6]  # 12 would be 3,072 tokens
-    assert micro_batches_of(recipe, count=8) == [1, 3]
+    assert micro_batches_of(recipe, count=2, row_tokens=256) == [
+        1,
+        2,
+        3,
+        4,
+        6,
+    ]  # 12 would be 3,072 tokens
+    assert micro_batches_of(recipe, count=8, row_tokens=256) == [1, 3]
     fixed = load_recipe("quickstart", ["train.micro_batch_samples=4"])
-    assert micro_batches_of(fixed, count=2) == [4]
+    assert micro_batches_of(fixed, count=2, row_tokens=256) == [4]
 
 
 def test_setups_in_words() -> None:
@@ -134,7 +140,9 @@ class Pretended(Tuner):
         decision = Decision(Layout(), "threads", 1, 1, "float32", "")
         pool: Any = type("Pool", (), {"ready_seconds": 0.0, "kill": lambda self, workers: None})()
         console: Any = type("Console", (), {"phase": lambda self, text: None})()
-        super().__init__(recipe, inputs=None, decision=decision, pool=pool, console=console)  # type: ignore[arg-type]
+        super().__init__(
+            recipe, inputs=None, decision=decision, pool=pool, console=console, row_tokens=64
+        )  # type: ignore[arg-type]
         self._seconds, self._draw, self._noise = seconds, random.Random(seed), noise
         self._clock = clock
         self.orders: list[tuple[WorkerSetup, int]] = []
@@ -215,3 +223,21 @@ def test_the_better_half_gets_more_turns_and_then_micro_batches_are_tried(
     best = best_of(rows)
     assert (best.setup, best.micro) == (THREADS, 2)
     assert {row.micro for row in rows if row.setup == THREADS} == {2, 4}
+
+
+def test_micro_batches_are_followed_in_the_direction_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model whose passes cost much to begin: 4 is better than 2, and 8 is better still."""
+    clock = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(tune, "_MICRO_TOKENS", 64)  # begin with one
+    tuner = Pretended(
+        seconds=lambda setup, micro: 0.03 * STEPS[setup] * (1.0 + 1.0 / micro),
+        noise=0.0,
+        seed=0,
+        clock=clock,
+    )
+    rows = tuner.run([BOTH_CORES, ONE_CORE])
+    assert {row.micro for row in rows if row.setup == BOTH_CORES} == {1, 2, 4, 8}
+    assert best_of(rows).micro == 8

@@ -26,7 +26,7 @@ REPEATS = 20
 def donate(folder: Path, numel: int) -> None:
     """The donor's process: serves until its input ends."""
     tensors = {kind: torch.randn(numel) for kind in ("parameter", "exp_avg", "exp_avg_sq")}
-    with Donor(tensors, keys=Keys.read(folder), epoch=1) as donor:
+    with Donor(tensors, keys=Keys.read(folder), generation=1) as donor:
         print(donor.address, flush=True)
         sys.stdin.read()
 
@@ -43,7 +43,7 @@ def measure(keys: Keys, folder: Path, numel: int) -> list[float]:
         address = process.stdout.readline().strip()
         for _ in range(REPEATS):
             began = time.perf_counter()
-            fetch(address, keys=keys, epoch=1, timeout_seconds=60, into=mine)
+            fetch(address, keys=keys, generation=1, timeout_seconds=60, into=mine)
             found.append(time.perf_counter() - began)
         process.communicate("")
     return found

@@ -393,7 +393,7 @@ TESTED = (
     ),
     (
         "a port in use, a stale store",
-        "cannot happen on one machine: ranks meet at a new file for every epoch",
+        "cannot happen on one machine: ranks meet at a new file for every generation",
         "tests/security/test_sockets.py",
     ),
     (

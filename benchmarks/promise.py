@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
+from shoal.engine.job import Instruments
 from shoal.launch import local
 from shoal.launch.pool import WorkerPool
 
@@ -49,7 +50,8 @@ def ways(*, reordered: bool) -> dict[str, dict[str, object]]:
 
 def losses_of(recipe: Recipe, *, out: Path, pool: WorkerPool, fault: str | None) -> list[float]:
     """Loss of every step of a run."""
-    local.train(recipe, out=out, console=False, pool=pool, fault=fault)
+    instruments = Instruments(mistake=fault)
+    local.train(recipe, out=out, console=False, pool=pool, instruments=instruments)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 

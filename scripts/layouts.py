@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 from shoal.layout import Layout
-from shoal.legal import FAMILIES, TENSOR_FAMILIES, axes_of, facts_from_config, not_yet
+from shoal.legal import Combination, axes_of, facts_from_config, family_of, known_families, not_yet
 from shoal.legal import tensor_degrees as degrees_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "layouts.md"
@@ -65,7 +65,7 @@ def page() -> str:
     """The whole page."""
     lines = [f"| family | {' | '.join(AXES)} | tensor degrees of its defaults |"]
     lines.append("| --- " * (len(AXES) + 2) + "|")
-    for family in FAMILIES:
+    for family in known_families():
         cells = [_cell(family, axis) for axis in AXES]
         lines.append(f"| {family} | {' | '.join(cells)} | {_degrees(family)} |")
     return HEAD + "\n".join(lines) + "\n" + AFTER
@@ -75,13 +75,13 @@ def _cell(family: str, axis: str) -> str:
     if axis not in axes_of(family):
         return "no"
     name = READ_THROUGH.get(family, family)
-    return "planned" if not_yet(Layout(**{axis: 2}), family=name) else "yes"
+    return "planned" if not_yet(Combination(layout=Layout(**{axis: 2}), family=name)) else "yes"
 
 
 def _degrees(family: str) -> str:
     """Tensor degrees of transformers' default sizes, with the sizes they come from."""
     name = READ_THROUGH.get(family, family)
-    if name not in TENSOR_FAMILIES:
+    if family_of(name).tensor is None:
         return "-"
     config = CONFIG_MAPPING[name]()
     facts = facts_from_config(json.loads(config.to_json_string(use_diff=False)))

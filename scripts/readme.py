@@ -17,7 +17,7 @@ READMES = ("README.md", "README.zh.md")
 ORDER = (
     *("cli", "prove", "launch", "engine", "serve", "parallel", "sync"),
     *("models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
-    *("legal", "config", "recipes", "layout.py", "fields.py", "units.py"),
+    *("legal", "config", "recipes", "layout.py", "boxes.py", "fields.py", "units.py"),
     *("environment.py", "untrusted.py", "errors.py"),
 )
 

@@ -188,7 +188,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             rank=rank,
             size=size,
             device=torch.device("cpu"),
-            store=Path(payload["store"]),
+            meeting=Path(payload["store"]).as_uri(),
             timeout_seconds=60,
         )
     Report(descriptor).say("checked", found=run_checks(ProcessGroup()))

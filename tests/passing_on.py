@@ -12,7 +12,10 @@ from typing import Any
 from one_rank import built
 from shoal.checkpoint.store import Reader, Store
 from shoal.engine.decision import Decision, given_layout
-from shoal.engine.saving import load, random_state, save
+from shoal.engine.job import Job
+from shoal.engine.prepare import Inputs
+from shoal.engine.saving.parts import load, random_state
+from shoal.engine.saving.saver import Saver
 from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
 from strategies import run_workers
@@ -34,12 +37,9 @@ def pass_on(run: Run, source: Reader, overrides: tuple[str, ...], *, pool: Worke
     decision = Decision(layout, "processes", 1, 1, "float32", "a test")
     out = source.folder.parent / f"passed-on-{len(list(source.folder.parent.iterdir()))}"
     out.mkdir()
+    inputs = Inputs.from_json(source.state["inputs"])
     payload = {
-        "recipe": recipe.model_dump(mode="json"),
-        "run": str(run.path),
-        "inputs": source.state["inputs"],
-        "decision": decision.to_json(),
-        "resume": True,
+        **Job(recipe, run.path, inputs, decision, resume=True).to_json(),
         "source": str(source.folder.parent),
         "step": source.step,
         "out": str(out),
@@ -53,15 +53,16 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one worker."""
     with built(payload, descriptor) as training:
         reader = Store(Path(payload["source"])).open(payload["step"])
-        group = training.ranks.world
-        load(reader, training.state, group=group)
-        save(
-            Store(Path(payload["out"])),
+        group, layout = training.ranks.world, training.ranks.layout
+        shapes = training.replica.shapes
+        load(reader, training.state, shapes=shapes, group=group, layout=layout)
+        Saver(Store(Path(payload["out"])), keep=1).save(
             training.state,
             group=group,
+            layout=layout,
             step=reader.step,
-            facts=reader.state,
-            keep=1,
-            random_state=random_state(),
+            facts=lambda: reader.state,
+            own={"random_state": random_state()},
+            last=True,
         )
     return 0

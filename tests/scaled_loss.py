@@ -13,10 +13,12 @@ from typing import Any
 from one_rank import built
 from passing_on import newest
 from shoal.engine import build as engine_build
-from shoal.engine.build import Training
 from shoal.engine.decision import Decision, given_layout
-from shoal.engine.digest import digest_of
-from shoal.engine.step import Word
+from shoal.engine.job import Job
+from shoal.engine.membership.digest import digest_of
+from shoal.engine.prepare import Inputs
+from shoal.engine.step import Votes
+from shoal.engine.training import Training
 from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
 from shoal.observe.events import read_lines
@@ -44,12 +46,10 @@ def steps_of(
     recipe = resumed_recipe(run.path, list(overrides))
     layout = given_layout(recipe)
     out.mkdir()
+    inputs = Inputs.from_json(newest(run).state["inputs"])
+    decision = Decision(layout, "processes", 1, 2, "float32", "a test")
     payload = {
-        "recipe": recipe.model_dump(mode="json"),
-        "run": str(run.path),
-        "inputs": newest(run).state["inputs"],
-        "decision": Decision(layout, "processes", 1, 2, "float32", "a test").to_json(),
-        "resume": False,
+        **Job(recipe, run.path, inputs, decision).to_json(),
         "out": str(out),
         "compute": compute,
         "scale": scale,
@@ -79,19 +79,19 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
 
 def one(training: Training, *, step: int, poisoned: bool) -> dict[str, Any]:
     """One step, as the loop of the engine does it; what it came to."""
-    training.sync.before_step(step)
-    share = training.sync.share()
+    training.policy.before_step(step)
+    share = training.share()
     if poisoned:
-        training.forward_backward.poison = float("inf")
-    result = training.forward_backward.run(
-        training.batches(step, share), share=share, step=step, word=Word()
-    )
+        training.step.poison = float("inf")
+    batch = training.batches(step, share)
+    counted = training.step.count(batch, votes=Votes())
+    result = training.step.train(batch, share=share, counted=counted, step=step)
     outcome = training.update.apply(result)
-    training.sync.after_step(step)
+    training.policy.after_step(step, targets=result.targets)
     return {
-        "loss": outcome.loss,
+        "loss": result.loss,
         "norm": outcome.gradient_norm,
-        "norms": outcome.norms,
+        "norms": result.norms,
         "applied": outcome.applied,
         "digest": digest_of(training.state),
         "facts": training.facts(),

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from shoal.boxes import Box
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.legal import SHARD_LEVELS, axes_of
@@ -31,12 +32,15 @@ from shoal.models.anatomy import (
 from shoal.models.dropout import apply_keyed
 from shoal.models.init import record
 from shoal.observe.events import Report
-from shoal.parallel import held, shard
-from shoal.parallel.apply import Settings, apply
+from shoal.parallel import shard
+from shoal.parallel.apply import apply
+from shoal.parallel.local import Holdings, sharded_of
 from shoal.parallel.materialise import materialise
-from shoal.parallel.mesh import BATCH, Mesh, build_mesh
+from shoal.parallel.mesh import REPLICA, Mesh, build_mesh
+from shoal.parallel.settings import Settings
 from shoal.runtime import start_process_group, stop_process_group
 from shoal.tasks.losses import chunked_loss
+from states import parts_of
 from unit.models.tiny_models import SETTINGS, VOCABULARY, meta_model
 
 ROWS, TOKENS, STEPS, LIMIT = 8, 18, 5, 0.05
@@ -146,8 +150,10 @@ class Trainee:
         settings = Settings(job.shard_level, job.recompute, job.compile, job.offload)
         apply(model, anatomy, mesh, settings)
         if job.fault == "missing-partial":
-            placed = held.placed_of(model)
-            placed.partial = tuple(n for n in placed.partial if "norm" not in n.lower())
+            sharded = sharded_of(model)
+            norms = [name for name in sharded.holdings if "norm" in name.lower()]
+            nothing = {"partial": frozenset()}
+            sharded.holdings = sharded.holdings.changed(dict.fromkeys(norms, nothing))
         shapes = shard.storage_shapes(model)
         self.values = {name: torch.zeros(shape) for name, shape in shapes.items()}
         self.gradients = {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -168,9 +174,14 @@ class Trainee:
             gradient.zero_()
         loss = self._over_batch(step)
         for _ in range({"removed": 0, "doubled": 2}.get(self.job.fault or "", 1)):
-            held.sum_partial_gradients(self.model)
+            self.holdings.sum_partial(self.gradients)
         self._over("replicate", *self.gradients.values())
         return loss
+
+    @property
+    def holdings(self) -> Holdings:
+        """What this rank has."""
+        return sharded_of(self.model).holdings
 
     def evaluate(self, step: int) -> float:
         """The loss alone, on the batch of a step."""
@@ -190,12 +201,13 @@ class Trainee:
         for start in range(0, rows, size):
             micro = {n: each[start : start + size] for n, each in mine.items()}
             shard.micro_batch(self.model, last=start + size >= rows)
-            loss = shard.forward(self.model, lambda micro=micro: self._loss(micro, step))
+            loss = shard.forward(self.model, lambda model, micro=micro: self._loss(micro, step))
             if loss.requires_grad:
                 (loss / targets).backward()
             total += loss.item()
-        if mesh.group(*BATCH) is not None:
-            dist.all_reduce(total, group=mesh.group(*BATCH))
+        batch = ("replicate", "shard")
+        if mesh.group(*batch) is not None:
+            dist.all_reduce(total, group=mesh.group(*batch))
         return float(total) / targets
 
     def _loss(self, micro: dict[str, Tensor], step: int) -> Tensor:
@@ -206,7 +218,7 @@ class Trainee:
             logits_of(self.model),
             head_parameters=head_parameters(self.model),
             chunk_tokens=7,
-            vocabulary=held.placed_of(self.model).vocabulary,
+            vocabulary=sharded_of(self.model).vocabulary,
         )
 
     def _over(self, axis: str, *tensors: Tensor) -> None:
@@ -216,15 +228,15 @@ class Trainee:
 
     def update(self) -> float:
         """Clip by the global norm and step; returns the norm before."""
-        norm = held.norm(self.model)
+        norm = self.holdings.norm(self.gradients)
         for gradient in self.gradients.values():
             gradient.mul_(min(1.0, LIMIT / (norm + 1e-6)))
         self.optimizer.step()
         return norm
 
-    def boxes(self, *, gradients: bool) -> dict[str, list[held.Piece]]:
+    def boxes(self, *, gradients: bool) -> dict[str, list[tuple[Box, Tensor]]]:
         """What this rank holds."""
-        return held.held(self.model, gradients=gradients)
+        return parts_of(self.model, gradients=gradients)
 
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
@@ -237,7 +249,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             rank=rank,
             size=size,
             device=torch.device("cpu"),
-            store=Path(payload["store"]),
+            meeting=Path(payload["store"]).as_uri(),
             timeout_seconds=100,
         )
     mesh = build_mesh(job.layout, rank=rank, device=torch.device("cpu"))
@@ -302,13 +314,12 @@ def _worst(
     boxes = trainee.boxes(gradients=gradients)
     squares = torch.zeros(len(names), dtype=torch.float64)
     for index, name in enumerate(names):
-        for piece in boxes[name]:
-            cut = tuple(slice(o, o + s) for o, s in zip(piece.box.offsets, piece.box.sizes))
-            difference = (piece.tensor - wanted[prefix + name][cut]).double()
+        for box, tensor in boxes[name]:
+            cut = box.within(Box.whole(wanted[prefix + name].shape))
+            difference = (tensor - wanted[prefix + name][cut]).double()
             squares[index] += difference.square().sum()
     trainee._over("shard", squares)
-    placed = held.placed_of(trainee.model)
-    cut_names = torch.tensor([placed.cuts[name].dim is not None for name in names])
+    cut_names = torch.tensor([bool(trainee.holdings[name].segments) for name in names])
     summed = squares.clone()
     trainee._over("tensor", summed)
     squares = torch.where(cut_names, summed, squares)
@@ -322,10 +333,10 @@ def _worst(
 def _cover(trainee: Trainee) -> bool:
     """Whether the boxes of all ranks of a replica that count hold every element exactly once."""
     numbers = torch.zeros(2, dtype=torch.int64)
-    names = held.counted(trainee.model)
-    for name, pieces in trainee.boxes(gradients=False).items():
-        numbers[0] += sum(piece.box.numel for piece in pieces if name in names)
-    group = trainee.mesh.group(*held.REPLICA)
+    for name, parts in trainee.boxes(gradients=False).items():
+        if trainee.holdings.counts(name):
+            numbers[0] += sum(box.numel for box, _ in parts)
+    group = trainee.mesh.group(*REPLICA)
     if group is not None:
         dist.all_reduce(numbers, group=group)
     whole = sum(torch.Size(shape).numel() for shape in trainee.whole_shapes.values())

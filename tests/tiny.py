@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.engine.job import Instruments
 from shoal.launch import local
 from shoal.launch.pool import WorkerPool
 from shoal.observe.events import read_lines
@@ -164,7 +165,15 @@ class Bench:
     def train(self, *overrides: str, out: Path | None = None, fault: str | None = None) -> Run:
         """A new run with these overrides, all its own; `fault` plants a mistake."""
         out = out or self.new_path()
-        local.train(self.recipe, overrides, out=out, console=False, pool=self.pool, fault=fault)
+        instruments = Instruments(mistake=fault)
+        local.train(
+            self.recipe,
+            overrides,
+            out=out,
+            console=False,
+            pool=self.pool,
+            instruments=instruments,
+        )
         return Run(out)
 
     def resume(self, run: Run, *overrides: str) -> Run:

@@ -82,7 +82,7 @@ class WorkerError(ShoalError):
 
 
 class PeersLost(WorkerError):
-    """A collective could not be completed: another rank is gone, or has left for a new epoch."""
+    """A collective could not be completed: another rank is gone, or in a new generation."""
 
 
 class ChannelError(ShoalError):

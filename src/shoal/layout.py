@@ -1,16 +1,16 @@
 """Layouts: the degrees of the axes, and the arithmetic between ranks and coordinates. No torch.
 
-Ranks are laid out with the last axis varying fastest: neighbours on `tensor` are neighbours in
-rank, so that the axis that talks most stays inside a node.
+Replicate varies slowest, so that the ranks of replica r are the block r*k .. (r+1)*k-1: membership,
+repair and saves go by replica. Tensor varies fastest: the axis that talks most stays inside a node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 
-AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+AXES = ("replicate", "pipeline", "shard", "context", "tensor")
 """Mesh axes, slowest varying first. `expert` divides shard x context and is no factor."""
 
 
@@ -45,6 +45,34 @@ class Layout:
     def replica_workers(self) -> int:
         """Number of workers that hold one replica together."""
         return self.workers // self.replicate
+
+    @property
+    def of_one_replica(self) -> Layout:
+        """The layout inside a replica: this one with replicate 1."""
+        return replace(self, replicate=1)
+
+    def replica_of(self, rank: int) -> int:
+        """Number of the replica that `rank` belongs to."""
+        return rank // self.replica_workers
+
+    def replica_rank(self, rank: int) -> int:
+        """Position of `rank` in its replica, from 0; ranks at one position hold the same part."""
+        return rank % self.replica_workers
+
+    def replica_ranks(self, replica: int) -> range:
+        """The ranks of one replica: a block of neighbours."""
+        return range(replica * self.replica_workers, (replica + 1) * self.replica_workers)
+
+    def peers(self, replica_rank: int) -> range:
+        """The ranks at one position, one of each replica."""
+        return range(replica_rank, self.workers, self.replica_workers)
+
+    def with_workers(self, workers: int) -> Layout:
+        """As many replicas as `workers` make, each cut as here. Raises ValueError for a rest."""
+        replicas, rest = divmod(workers, self.replica_workers)
+        if rest:
+            raise ValueError(f"{workers} workers are no whole replicas of {self.replica_workers}")
+        return replace(self, replicate=replicas)
 
     def degree(self, axis: str) -> int:
         """Degree of one axis."""
@@ -95,13 +123,13 @@ class Share:
         return self.stop - self.start
 
 
-def split_evenly(count: int, parts: int, index: int, *, grain: int = 1) -> Share:
-    """Contiguous part `index` of `count` items in whole grains; sizes differ by one grain at most.
+def split_evenly(count: int, parts: int, index: int, *, multiple: int = 1) -> Share:
+    """Contiguous part `index` of `count` items in multiples of `multiple`, as even as they can be.
 
-    Raises ValueError when `count` is not a multiple of `grain`.
+    Raises ValueError when `count` is not such a multiple.
     """
-    if count % grain:
-        raise ValueError(f"{count} is not a multiple of the grain {grain}")
-    grains = count // grain
-    start, stop = grains * index // parts, grains * (index + 1) // parts
-    return Share(start * grain, stop * grain)
+    if count % multiple:
+        raise ValueError(f"{count} is not a multiple of {multiple}")
+    units = count // multiple
+    start, stop = units * index // parts, units * (index + 1) // parts
+    return Share(start * multiple, stop * multiple)

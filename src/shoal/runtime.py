@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from shoal.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerInfo:
     """Where a worker runs."""
 
     rank: int
@@ -45,24 +46,28 @@ def choose_device(wanted: str, *, local_rank: int) -> torch.device:
 
 
 def start_process_group(
-    *, rank: int, size: int, device: torch.device, store: Path | None, timeout_seconds: float
+    *, rank: int, size: int, device: torch.device, meeting: str | None, timeout_seconds: float
 ) -> None:
     """Join the group of all worker processes.
 
-    `store`: a file that does not exist yet, one per attempt (a file leaves no listening socket and
-    no stale addresses behind); None: the addresses torchrun gave in the environment.
+    `meeting`: the URL of a place where nobody has met yet, one per attempt (see MeetingPoint);
+    None: the addresses torchrun gave in the environment.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if dist.is_initialized():
         return  # a launcher has joined already
-    if store is None:
+    if meeting is None:
         dist.init_process_group(backend, timeout=timeout)
         return
     talk_over_loopback()
     with _noting_connections():
         dist.init_process_group(
-            backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+            backend,
+            init_method=f"file://{MeetingPoint.of(meeting).path}",
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
         )
 
 
@@ -129,22 +134,39 @@ def stop_process_group(*, at_once: bool = False) -> None:
     dist.destroy_process_group()
 
 
-def wait_for_arrivals(store: Path, *, rank: int, size: int, give_up: Callable[[], bool]) -> bool:
-    """Note this rank's arrival beside `store` and wait for all `size`; False once `give_up()`.
+@dataclass(frozen=True)
+class MeetingPoint:
+    """Where ranks of a generation find one another: a file that does not exist yet.
 
-    Joining a group blocks until every rank is there, and cannot be called off; so ranks meet here
-    first, where one that never comes does not hold the others.
+    A file leaves no listening socket and no stale addresses behind.
     """
-    Path(f"{store}.arrived-{rank}").touch()
-    while sum(1 for _ in store.parent.glob(f"{store.name}.arrived-*")) < size:
-        if give_up():
-            return False
-        time.sleep(0.002)
-    return True
+
+    path: Path
+
+    @classmethod
+    def of(cls, url: str) -> MeetingPoint:
+        """The point that a URL names. Raises ValueError for any but file:///..."""
+        parts = urlsplit(url)
+        if parts.scheme != "file" or parts.netloc or not parts.path.startswith("/"):
+            raise ValueError(f"meeting: expected file:///..., got {url!r}")
+        return cls(Path(unquote(parts.path)))
+
+    def wait_for_arrivals(self, *, rank: int, size: int, give_up: Callable[[], bool]) -> bool:
+        """Note this rank's arrival and wait for all `size`; False once `give_up()`.
+
+        Joining a group blocks until every rank is there, and cannot be called off; so ranks meet
+        here first, where one that never comes does not hold the others.
+        """
+        Path(f"{self.path}.arrived-{rank}").touch()
+        while sum(1 for _ in self.path.parent.glob(f"{self.path.name}.arrived-*")) < size:
+            if give_up():
+                return False
+            time.sleep(0.002)
+        return True
 
 
-def start_worker(place: Place, *, seed: int) -> None:
+def start_worker(worker: WorkerInfo, *, seed: int) -> None:
     """Threads and global seed of this worker; called in every thread that computes."""
-    torch.set_num_threads(place.threads)
+    torch.set_num_threads(worker.threads)
     torch.manual_seed(seed)  # nothing that matters draws from it; see models/init.py
     torch.set_float32_matmul_precision("highest")

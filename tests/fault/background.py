@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
+import states
 from shoal.checkpoint.files import FaultyFiles, Files
 from shoal.checkpoint.store import Store
 from shoal.comm.flat import FlatLayout
 from shoal.comm.group import ProcessGroup
-from shoal.engine.saver import Note, Saver
+from shoal.engine.saving.saver import Note, Saver
 from shoal.engine.state import FlatState
+from shoal.layout import Layout
 
 SHAPES = {"weight": (8, 6), "bias": (5,), "head": (6, 8)}
 
@@ -33,7 +35,7 @@ def state_of(step: int) -> FlatState:
     layout = FlatLayout.of({"matrices": {}, "decay": SHAPES, "plain": {}, "frozen": {}})
     values = torch.arange(float(layout.numel)) + 1000 * step
     moments = {kind: values + n for n, kind in enumerate(("exp_avg", "exp_avg_sq"), 1)}
-    return FlatState(layout, values, torch.zeros(layout.numel), moments)
+    return states.state_of(layout, values, moments)
 
 
 def group_of(rank: int, size: int) -> ProcessGroup:
@@ -76,11 +78,12 @@ class Ranks:
         self.savers[rank].save(
             state,
             group=self.groups[rank],
+            layout=Layout(replicate=len(self.groups)),
             step=step,
             facts=lambda: {"progress": {"step": step}},
-            random_state=f"{rank:02x}",
+            own={"random_state": f"{rank:02x}"},
         )
-        for tensor in (state.values, *state.moments.values()):
+        for tensor in state.resident():
             tensor.fill_(-1.0)
 
     def save_all(self, step: int, *, wait: bool = True) -> None:

@@ -19,7 +19,7 @@ from shoal.runtime import new_group, start_process_group, stop_process_group
 if __name__ == "__main__":
     store, rank = Path(sys.argv[1]), int(sys.argv[2])
     cpu = torch.device("cpu")
-    start_process_group(rank=rank, size=2, device=cpu, store=store, timeout_seconds=60)
+    start_process_group(rank=rank, size=2, device=cpu, meeting=store.as_uri(), timeout_seconds=60)
     kept = new_group([0, 1])
     ProcessGroup(kept).barrier()
     if rank:

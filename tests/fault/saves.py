@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box, Piece
 from shoal.checkpoint.files import FaultyFiles, Files
-from shoal.checkpoint.store import Piece, Store
+from shoal.checkpoint.store import Store
 
 
 def pieces(step: int, *, rank: int) -> list[Piece]:
@@ -33,7 +33,7 @@ def pieces(step: int, *, rank: int) -> list[Piece]:
 
 
 def save(folder: Path, step: int, *, files: Files | None = None, keep: int = 2) -> None:
-    """A save of two ranks, as `engine/saving.py` does it."""
+    """A save of two ranks, as `engine/saving/parts.py` does it."""
     store = Store(folder, files=files)
     store.begin(step)
     parts = [store.write_part(step, rank=rank, pieces=pieces(step, rank=rank)) for rank in (0, 1)]

@@ -18,8 +18,9 @@ from processes import started, wait_for_step
 
 from shoal.checkpoint.store import Store
 from shoal.comm.group import ProcessGroup
-from shoal.engine.saver import Note, Saver
+from shoal.engine.saving.saver import Note, Saver
 from shoal.errors import CheckpointError
+from shoal.layout import Layout
 from tiny import Bench, Run
 
 # --- real disks
@@ -44,8 +45,8 @@ def save(saver: Saver, step: int) -> list[Note]:
         state_of(step),
         group=ProcessGroup(),
         step=step,
+        layout=Layout(),
         facts=lambda: {"progress": {"step": step}},
-        random_state="",
     )
     assert saver.wait(timeout_seconds=20)
     return saver.notes()
@@ -111,7 +112,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from shoal.checkpoint.store import Store
-from shoal.engine.saver import Saver
+from shoal.engine.saving.saver import Saver
 from test_damaged import kind_and_text, newest, save
 
 folder = Path(sys.argv[1])

@@ -137,7 +137,7 @@ def test_a_worker_killed_by_a_stranger_is_replaced(bench: Bench) -> None:
 
 
 def test_a_worker_killed_after_a_stop_was_asked_costs_no_step(bench: Bench) -> None:
-    """The other holds the state: it takes the order on into the next epoch, and saves."""
+    """The other holds the state: it takes the order on into the next generation, and saves."""
     run = Run(bench.new_path())
     with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:
         wait_for_step(run, 7)

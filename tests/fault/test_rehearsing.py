@@ -174,7 +174,7 @@ def test_an_elastic_degree_goes_on_at_once(bench: Bench) -> None:
     assert found.largest_loss_difference is not None
     assert found.largest_loss_difference < 1e-5  # the promise for another degree
     events = [json.loads(line) for line in (found.run / "events.jsonl").read_text().splitlines()]
-    members = [event["members"] for event in events if event["event"] == "epoch"]
+    members = [event["members"] for event in events if event["event"] == "generation"]
     assert members == [[0], [0, 1]], "first without the lost one, then with its replacement"
 
 

@@ -134,5 +134,5 @@ def test_an_elastic_degree_goes_on_with_one_cut_replica(bench: Bench) -> None:
     assert found.survived, f"{found}\n{found.message}"
     assert found.largest_loss_difference is not None
     assert found.largest_loss_difference < 1e-5  # the promise for another degree
-    members = [event["members"] for event in events_of(found, "epoch")]
+    members = [event["members"] for event in events_of(found, "generation")]
     assert members == [[2, 3], [0, 1, 2, 3]], "without the lost one's replica, then with it"

@@ -14,9 +14,11 @@ from shoal.checkpoint.files import FaultyFiles
 from shoal.checkpoint.store import Store
 from shoal.comm.flat import FlatLayout
 from shoal.comm.group import ProcessGroup
-from shoal.engine.saving import save
+from shoal.engine.saving.saver import Saver
 from shoal.engine.state import FlatState
 from shoal.errors import CheckpointError, RunError
+from shoal.layout import Layout
+from states import state_of
 
 
 def test_killed_at_every_operation_a_checkpoint_can_be_loaded(tmp_path: Path) -> None:
@@ -31,13 +33,18 @@ def tiny_state() -> FlatState:
     named = {"weight": (3, 4)}
     layout = FlatLayout.of({"matrices": {}, "decay": named, "plain": {}, "frozen": {}})
     moments = {kind: torch.ones(layout.numel) for kind in ("exp_avg", "exp_avg_sq")}
-    return FlatState(layout, torch.ones(layout.numel), torch.zeros(layout.numel), moments)
+    return state_of(layout, torch.ones(layout.numel), moments)
 
 
 def save_state(folder: Path, step: int, *, files: FaultyFiles | None = None) -> None:
-    facts = {"progress": {"step": step}}
-    store = Store(folder, files=files)
-    save(store, tiny_state(), group=ProcessGroup(), step=step, facts=facts, keep=2)
+    Saver(Store(folder, files=files), keep=2).save(
+        tiny_state(),
+        group=ProcessGroup(),
+        layout=Layout(),
+        step=step,
+        facts=lambda: {"progress": {"step": step}},
+        last=True,
+    )
 
 
 @pytest.mark.parametrize(

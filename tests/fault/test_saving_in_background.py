@@ -19,8 +19,9 @@ from processes import started, wait_for_step
 from shoal.checkpoint.files import FaultyFiles, Files, SlowFiles
 from shoal.checkpoint.store import Store
 from shoal.comm.group import ProcessGroup
-from shoal.engine.saver import Note, Saver
+from shoal.engine.saving.saver import Note, Saver
 from shoal.errors import RunError
+from shoal.layout import Layout
 from shoal.observe.events import read_lines
 from tiny import Bench, Run
 
@@ -142,7 +143,7 @@ def test_no_checkpoint_without_every_part(tmp_path: Path) -> None:
 
 
 def test_a_part_that_comes_after_the_ranks_changed_is_not_published(tmp_path: Path) -> None:
-    """Rank 0 is past its own part when it learns that the epoch is over."""
+    """Rank 0 is past its own part when it learns that the generation is over."""
     ranks = Ranks(tmp_path)
     ranks.save(2, rank=1)
     ranks.savers[1].wait(timeout_seconds=5)
@@ -249,7 +250,7 @@ def test_the_last_save_is_waited_for_and_its_failure_is_an_error(tmp_path: Path)
     def save(step: int, *, last: bool) -> None:
         group, facts = ProcessGroup(), {"progress": {"step": step}}
         saver.save(
-            state_of(step), group=group, step=step, facts=lambda: facts, random_state="", last=last
+            state_of(step), group=group, step=step, facts=lambda: facts, layout=Layout(), last=last
         )
 
     save(1, last=False)
@@ -267,7 +268,7 @@ def test_in_the_foreground_too_a_failed_save_does_not_end_the_run(tmp_path: Path
     def save(step: int) -> list[Note]:
         facts = {"progress": {"step": step}}
         saver.save(
-            state_of(step), group=ProcessGroup(), step=step, facts=lambda: facts, random_state=""
+            state_of(step), group=ProcessGroup(), step=step, facts=lambda: facts, layout=Layout()
         )
         return saver.notes()
 

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.boxes import Box
 from shoal.layout import Layout
 from shoal.models import pretrained
 from shoal.models.anatomy import anatomy_of, canonical_parameters
 from shoal.models.init import record
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
-from shoal.parallel.apply import Settings, apply
-from shoal.parallel.held import held
+from shoal.parallel.apply import apply
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import build_mesh
+from shoal.parallel.settings import Settings
 from shoal.runtime import start_process_group, stop_process_group
+from states import parts_of
 from unit.models.tiny_models import meta_model, real_model
 
 
@@ -72,7 +74,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         rank=rank,
         size=layout.workers,
         device=device,
-        store=Path(payload["store"]),
+        meeting=Path(payload["store"]).as_uri(),
         timeout_seconds=60,
     )
     pretrained.safe_open = Counted  # type: ignore[assignment]
@@ -83,11 +85,11 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     materialise(model, record=drawn, seed=0, source=source)
     written = real_model(payload["family"], seed=payload["seed"])
     whole, own_bytes, equal = canonical_parameters(written), 0, True
-    for name, pieces in held(model).items():
-        for piece in pieces:
-            cut = tuple(slice(o, o + s) for o, s in zip(piece.box.offsets, piece.box.sizes))
-            own_bytes += piece.tensor.nbytes
-            equal = equal and torch.equal(piece.tensor, whole[name][cut])
+    for name, parts in parts_of(model).items():
+        for box, tensor in parts:
+            own_bytes += tensor.nbytes
+            cut = box.within(Box.whole(whole[name].shape))
+            equal = equal and torch.equal(tensor, whole[name][cut])
     found = {"rank": rank, "read": Counted.num_bytes, "own": own_bytes, "equal": equal}
     Report(descriptor).say("read", found={**found, "missing": source.missing})
     stop_process_group()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from passing_on import KINDS, newest, pass_on
-from shoal.checkpoint.boxes import Box
-from shoal.checkpoint.store import Piece, Reader, Store
+from shoal.boxes import Box, Piece
+from shoal.checkpoint.store import Reader, Store
 from shoal.data.verify import verify_run
 from shoal.engine.export import merge
 from tiny import Bench, Run, largest_difference

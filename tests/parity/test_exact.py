@@ -52,7 +52,7 @@ def test_the_same_bits_in_every_layout(
 
 
 @pytest.mark.parametrize("samples", [12, 20])
-def test_a_number_of_grains_that_is_no_power_of_two(bench: Bench, samples: int) -> None:
+def test_a_number_of_micro_batches_that_is_no_power_of_two(bench: Bench, samples: int) -> None:
     change = (*EXACT, f"train.global_batch_samples={samples}", "train.steps=4")
     assert_same_bits(bench, *change, degree=2, kind="threads")
 

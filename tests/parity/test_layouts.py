@@ -68,7 +68,7 @@ def test_sent_bytes_of_sharding_are_the_formula_s(bench: Bench) -> None:
     wanted = 2 * own * (2 * blocks + rest + blocks + rest)  # two micro batches of 4 in a share of 8
     sent = {row["sent_bytes"] for row in run.rows if "loss" in row}
     assert len(sent) == 1
-    # beside it: counts, the norm and the losses of the grains, a few numbers each
+    # beside it: counts, the norm and the losses of the micro batches, a few numbers each
     assert wanted <= sent.pop() <= wanted + 1000
 
 

@@ -27,10 +27,12 @@ from shoal.models.anatomy import (
 )
 from shoal.models.init import record
 from shoal.observe.events import Report
-from shoal.parallel import held, shard
-from shoal.parallel.apply import Settings, apply
+from shoal.parallel import shard
+from shoal.parallel.apply import apply
+from shoal.parallel.local import sharded_of
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import build_mesh
+from shoal.parallel.settings import Settings
 from shoal.runtime import start_process_group, stop_process_group
 from shoal.tasks.losses import chunked_loss
 from strategies import run_workers
@@ -64,8 +66,10 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     layout, device = Layout(**payload["layout"]), torch.device("cpu")
     rank, size = payload["rank"], layout.workers
     if size > 1:
-        store = Path(payload["store"])
-        start_process_group(rank=rank, size=size, device=device, store=store, timeout_seconds=60)
+        meeting = Path(payload["store"]).as_uri()
+        start_process_group(
+            rank=rank, size=size, device=device, meeting=meeting, timeout_seconds=60
+        )
     mesh = build_mesh(layout, rank=rank, device=device)
     model = meta_model("llama", **SIZES)
     anatomy, recorded = anatomy_of(model), record(model)
@@ -80,13 +84,13 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     tokens = torch.arange(8)[None]
     batch = {"input_ids": tokens, "position_ids": tokens, "labels": tokens}
 
-    def loss() -> torch.Tensor:
+    def loss(model: nn.Module) -> torch.Tensor:
         found = chunked_loss(
             hidden_of(model, batch),
             batch["labels"],
             logits_of(model),
             head_parameters=head_parameters(model),
-            vocabulary=held.placed_of(model).vocabulary,
+            vocabulary=sharded_of(model).vocabulary,
         )
         found_bytes.append(live_bytes())
         return found

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.checkpoint.boxes import Box
-from shoal.checkpoint.store import Piece, Store
+from shoal.boxes import Box, Piece, Slot
+from shoal.checkpoint.store import Store
 from shoal.errors import CheckpointError
 
 shapes = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
@@ -50,9 +50,23 @@ def split(box: Box, draw: st.DataObject, *, depth: int) -> list[Box]:
 def test_boxes_meet_in_their_common_elements(draw: st.DataObject, shape: tuple[int, ...]) -> None:
     first, second = draw.draw(boxes_in(shape)), draw.draw(boxes_in(shape))
     common = mask(first, shape) & mask(second, shape)
-    met = first.meet(second)
+    met = first.intersection(second)
     assert torch.equal(mask(met, shape), common)
     assert (met.numel if met else 0) == int(common.sum())
+
+
+@given(st.data(), shapes)
+def test_a_box_fits_where_its_elements_are(draw: st.DataObject, shape: tuple[int, ...]) -> None:
+    box = draw.draw(boxes_in(shape))
+    assert box.fits(shape) and box.slices == box.within(Box.whole(shape))
+    value = torch.arange(float(Box.whole(shape).numel)).view(shape)
+    assert value[box.slices].shape == box.sizes and value[box.slices].numel() == box.numel
+    assert torch.equal(Slot(box, (0,) * len(shape)).of(value[box.slices]), value[box.slices])
+    dim = draw.draw(st.integers(0, len(shape) - 1))
+    beyond = tuple(n + shape[dim] if d == dim else n for d, n in enumerate(box.offsets))
+    before = tuple(-1 if d == dim else n for d, n in enumerate(box.offsets))
+    for outside in (Box(beyond, box.sizes), Box(before, box.sizes), Box.whole((*shape, 1))):
+        assert not outside.fits(shape)
 
 
 @settings(max_examples=30)

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.checkpoint.boxes import Box
-from shoal.checkpoint.store import Piece, Store
+from shoal.boxes import Box, Piece
+from shoal.checkpoint.store import Store
 from shoal.errors import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64, torch.uint8)

@@ -21,6 +21,23 @@ def test_ranks_and_coordinates_are_one_to_one(sizes: dict[str, int]) -> None:
     assert seen == sorted(seen), "the last axis varies fastest"
 
 
+@given(degrees)
+def test_the_ranks_of_a_replica_are_one_block(sizes: dict[str, int]) -> None:
+    layout = Layout(**sizes)
+    k = layout.replica_workers
+    for replica in range(layout.replicate):
+        block = [r for r in range(layout.workers) if layout.coordinates(r)["replicate"] == replica]
+        assert block == list(range(replica * k, (replica + 1) * k))
+        assert block == list(layout.replica_ranks(replica))
+    for rank in range(layout.workers):
+        here = layout.coordinates(rank)
+        inside = layout.of_one_replica.coordinates(layout.replica_rank(rank))
+        assert layout.replica_of(rank) == here["replicate"]
+        assert {**inside, "replicate": here["replicate"]} == here
+        assert rank in layout.peers(layout.replica_rank(rank))
+        assert layout.with_workers(layout.workers) == layout
+
+
 @given(degrees, st.sets(st.sampled_from(AXES)))
 def test_groups_are_a_partition_that_differs_only_on_its_axes(
     sizes: dict[str, int], axes: set[str]
@@ -36,13 +53,17 @@ def test_groups_are_a_partition_that_differs_only_on_its_axes(
 
 
 @given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 8))
-def test_shares_cover_a_batch_once_in_whole_grains(grains: int, parts: int, grain: int) -> None:
-    shares = [split_evenly(grains * grain, parts, index, grain=grain) for index in range(parts)]
+def test_shares_cover_a_batch_once_in_whole_multiples(
+    units: int, parts: int, multiple: int
+) -> None:
+    shares = [
+        split_evenly(units * multiple, parts, index, multiple=multiple) for index in range(parts)
+    ]
     covered = [sample for share in shares for sample in range(share.start, share.stop)]
-    assert covered == list(range(grains * grain))
+    assert covered == list(range(units * multiple))
     lengths = [len(share) for share in shares]
-    assert max(lengths) - min(lengths) <= grain
-    assert all(share.start % grain == 0 for share in shares)
+    assert max(lengths) - min(lengths) <= multiple
+    assert all(share.start % multiple == 0 for share in shares)
 
 
 def test_what_is_no_layout_is_refused() -> None:
@@ -54,8 +75,10 @@ def test_what_is_no_layout_is_refused() -> None:
         Layout(replicate=4).coordinates(4)
     with pytest.raises(ValueError, match=r"replicate coordinate 4 is outside 0\.\.3"):
         Layout(replicate=4).rank_of({"replicate": 4})
-    with pytest.raises(ValueError, match="7 is not a multiple of the grain 2"):
-        split_evenly(7, 2, 0, grain=2)
+    with pytest.raises(ValueError, match="5 workers are no whole replicas of 2"):
+        Layout(tensor=2).with_workers(5)
+    with pytest.raises(ValueError, match="7 is not a multiple of 2"):
+        split_evenly(7, 2, 0, multiple=2)
 
 
 def test_layouts_in_words() -> None:

@@ -94,20 +94,20 @@ def test_permutation_refuses_positions_outside() -> None:
 @given(
     step=st.integers(0, 10**6),
     replicate=st.integers(1, 8),
-    grain=st.sampled_from([1, 2, 4]),
+    size=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 5),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_replicate_degree_and_micro_batch_reads_the_same_global_batch(
-    mixed: Prepared, step: int, replicate: int, grain: int, seed: int
+    mixed: Prepared, step: int, replicate: int, size: int, seed: int
 ) -> None:
     stream = Stream(mixed, seed=seed, global_batch_samples=24)
     whole = stream.at(step, Share(0, 24))
     parts = []
     for index in range(replicate):
-        share = split_evenly(24, replicate, index, grain=grain)
-        for start in range(share.start, share.stop, grain):
-            parts.append(stream.at(step, Share(start, start + grain)))
+        share = split_evenly(24, replicate, index, multiple=size)
+        for start in range(share.start, share.stop, size):
+            parts.append(stream.at(step, Share(start, start + size)))
     for name, array in whole.items():
         assert np.array_equal(array, np.concatenate([part[name] for part in parts])), name
     pairs = np.stack([whole["source_ids"], whole["sample_ids"]], axis=1)

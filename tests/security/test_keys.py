@@ -43,7 +43,7 @@ def test_no_message_shows_a_secret(tmp_path: Path) -> None:
     (tmp_path / "keys/donor.key").chmod(0o644)
     with pytest.raises(ChannelError) as problem:
         Keys.read(tmp_path / "keys")
-    with Donor({}, keys=keys, epoch=0) as donor:
+    with Donor({}, keys=keys, generation=0) as donor:
         shown = [repr(keys), str(problem.value), repr(donor), donor.address, json.dumps(repr(keys))]
     assert not any(secret in text for secret in secrets for text in shown)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from transformers import AutoConfig
 from shoal.errors import ModelError
 from shoal.layout import Layout
 from shoal.legal import (
-    FAMILIES,
+    Combination,
     axes_of,
     facts_from_config,
+    illegal,
+    known_families,
     not_yet,
+    open_axes,
     problems,
     shrunk,
     tensor_degrees,
@@ -95,7 +99,7 @@ def test_counts_equal_the_model(family: str, task: str, settings: dict[str, obje
 def test_every_family_is_counted() -> None:
     """No family is listed as readable without a model that proves it."""
     covered = {family for family, _, _ in CASES} | {"gemma3"}  # gemma3 is read through its text
-    assert covered == set(FAMILIES)
+    assert covered == set(known_families())
 
 
 def test_text_part_of_a_multimodal_file_is_read() -> None:
@@ -121,7 +125,7 @@ LLAMA = facts_from_config({**SMALL, "model_type": "llama"})
 
 
 def text_of(layout: Layout, facts=LLAMA, **settings: object) -> str:
-    return "\n".join(map(str, problems(facts, layout, **settings)))
+    return "\n".join(map(str, illegal(Combination(layout=layout, **settings).of_model(facts))))
 
 
 def test_heads_that_do_not_divide_name_the_degrees_that_do() -> None:
@@ -146,22 +150,23 @@ def test_a_tensor_degree_is_legal_exactly_when_it_divides(
     )
     divides = groups % degree == 0 and 720720 % degree == 0
     assert (degree in tensor_degrees(facts)) == divides
-    assert (problems(facts, Layout(tensor=degree)) == []) == divides
+    asked = Combination(layout=Layout(tensor=degree)).of_model(facts)
+    assert (problems(asked) == []) == divides
 
 
 def test_degrees_that_do_not_multiply() -> None:
-    text = text_of(Layout(replicate=3), count=4)
+    text = text_of(Layout(replicate=3), num_workers=4)
     assert "(replicate 3) multiply to 3 workers, but there are 4" in text
     assert "set parallel.replicate to 4" in text
-    assert "lower a degree" in text_of(Layout(shard=8), count=4)
-    assert "the nearest count below is 6" in text_of(Layout(shard=3), count=7)
+    assert "lower a degree" in text_of(Layout(shard=8), num_workers=4)
+    assert "the nearest count below is 6" in text_of(Layout(shard=3), num_workers=7)
 
 
 def test_threads_carry_replicas_only() -> None:
     text = text_of(Layout(shard=2, tensor=2), workers="threads")
     assert "threads carry the replicate axis only, got shard, tensor" in text
     assert "set launch.workers to processes" in text
-    assert not problems(LLAMA, Layout(replicate=4), workers="threads")
+    assert not text_of(Layout(replicate=4), workers="threads")
 
 
 def test_families_are_refused_axes_they_lack() -> None:
@@ -171,11 +176,13 @@ def test_families_are_refused_axes_they_lack() -> None:
 
 
 def test_a_family_without_a_table_is_refused_tensor_until_it_has_one() -> None:
-    text = "\n".join(map(str, not_yet(Layout(tensor=2), family="mixtral")))
+    text = "\n".join(map(str, not_yet(Combination(layout=Layout(tensor=2), family="mixtral"))))
     assert "a mixtral model has no table for the tensor axis yet, got 2" in text
     assert "use shard=2 instead" in text
     # vit can never: that is `problems`' to say, once
-    assert "no table" not in "\n".join(map(str, not_yet(Layout(tensor=2), family="vit")))
+    assert "no table" not in "\n".join(
+        map(str, not_yet(Combination(layout=Layout(tensor=2), family="vit")))
+    )
 
 
 def test_kinds_of_shard_and_recompute() -> None:
@@ -262,10 +269,45 @@ def test_policies_and_codecs() -> None:
 
 
 def test_what_is_not_there_yet_says_so() -> None:
-    found = not_yet(Layout(replicate=2, context=2), policy="diloco", codec="int8")
+    found = not_yet(
+        Combination(layout=Layout(replicate=2, context=2), policy="diloco", codec="int8")
+    )
     text = "\n".join(map(str, found))
     assert "context is not there yet, got 2" in text
     assert "the policy diloco is not there yet" in text
     assert "the codec int8 is not there yet" in text
     assert "today these axes run: replicate, shard, tensor" in text
-    assert not not_yet(Layout(replicate=8, shard=2, tensor=2))
+    assert not not_yet(Combination(layout=Layout(replicate=8, shard=2, tensor=2)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"layout": Layout(shard=2), "exact": True}, "train.exact: holds for whole replicas only"),
+        ({"layout": Layout(tensor=2), "optimizer": "muon"}, "muon needs whole matrices"),
+        ({"layout": Layout(tensor=2), "dropout": "framework"}, "which compute the same tokens"),
+        ({"layout": Layout(tensor=2), "whole_logits": True}, "cannot be cut by vocabulary"),
+        ({"workers": "threads", "elastic": True}, "their degree cannot shrink"),
+        ({"workers": "threads", "dropout": "framework"}, "refused with threads"),
+        ({"layout": Layout(tensor=2), "family": "new"}, "no table for the family new"),
+        (
+            {"layout": Layout(replicate=3), "global_batch_samples": 16},
+            "3 replicas do not divide global_batch_samples 16\n    nearest degrees that do: 2, 4",
+        ),
+        (
+            {"global_batch_samples": 16, "micro_batch_samples": 5},
+            "5 does not divide a replica's share of 16 samples\n    use a divisor, such as 4",
+        ),
+    ],
+)
+def test_whatever_the_model(asked: dict[str, Any], words: str) -> None:
+    (found,) = problems(Combination(**asked))
+    assert words in str(found) and found.hint
+
+
+def test_a_plan_chooses_among_the_axes_that_are_open() -> None:
+    assert open_axes(Combination()) == {"replicate", "shard", "tensor"}
+    assert open_axes(Combination(family="t5")) == {"replicate", "shard"}
+    for closing in ({"exact": True}, {"optimizer": "muon"}, {"workers": "threads"}):
+        assert open_axes(Combination(**closing)) == {"replicate"}
+    assert open_axes(Combination(dropout="framework")) == {"replicate", "shard"}

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: every file with its hash, every box with its place and hash.
+"""The manifest of a checkpoint: every file with its hash, every box with its position and hash.
 
 The file is JSON whose first field is a checksum of all its other bytes, so that a change of any
 byte, white space included, is noticed. The checksum is no signature: what a manifest says is
@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box
 from shoal.errors import CheckpointError
 from shoal.untrusted import MOST_DIMS, MOST_ELEMENTS, MOST_TENSORS, is_plain_name, open_plain
 

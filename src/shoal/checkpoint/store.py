@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box, Piece
 from shoal.checkpoint.files import Files
 from shoal.checkpoint.manifest import NAME, Entry, FileRecord, Manifest, Part
 from shoal.errors import CheckpointError, RunError
@@ -39,23 +38,12 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A box of a tensor to be saved. `tensor` has the shape of the box."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    box: Box
-    tensor: Tensor
-
-
 def _bytes_of(tensor: Tensor) -> memoryview:
     plain = tensor.detach().to("cpu").contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().data
 
 
-def _key(piece: Piece) -> str:
+def _key(piece: Piece[Tensor]) -> str:
     """Name inside the file; a part of a tensor carries its offsets, for a rank may hold several."""
     name = f"{piece.kind}/{piece.name}"
     if piece.box == Box.whole(piece.shape):
@@ -63,7 +51,7 @@ def _key(piece: Piece) -> str:
     return f"{name}[{','.join(map(str, piece.box.offsets))}]"
 
 
-def _header(pieces: list[tuple[str, Piece]]) -> bytes:
+def _header(pieces: list[tuple[str, Piece[Tensor]]]) -> bytes:
     """The safetensors header (https://github.com/huggingface/safetensors#format)."""
     header: dict[str, Any] = {}
     at = 0
@@ -121,7 +109,9 @@ class Store:
                 continue
             self.files.remove(leftover)
 
-    def write_part(self, step: int, *, rank: int, pieces: Iterable[Piece], token: str = "") -> Part:
+    def write_part(
+        self, step: int, *, rank: int, pieces: Iterable[Piece[Tensor]], token: str = ""
+    ) -> Part:
         """Write this rank's `pieces` to one file and flush it. Raises OSError."""
         keyed = [(_key(piece), piece) for piece in pieces]
         if not keyed:
@@ -257,7 +247,8 @@ class Reader:
         entries = self._of(kind, name)
         wanted = box or Box.whole(entries[0].shape)
         found = [
-            (entry, wanted.meet(entry.box) if wanted.sizes else entry.box) for entry in entries
+            (entry, wanted.intersection(entry.box) if wanted.sizes else entry.box)
+            for entry in entries
         ]
         shared = [(entry, part) for entry, part in found if part is not None]
         filled = sum(part.numel for _, part in shared)

@@ -40,6 +40,8 @@ def merge(
         store = Store(open_run(source) / "checkpoints")
         step = store.newest_good(on_bad=lambda at, why: print(f"passing over step {at}: {why}"))
     difference = write(store.open(step), out=out, limit_bytes=limit)
-    print(
-        f"{out}: the model of step {step}; its logits are those saved (difference {difference:.1e})"
-    )
+    if difference is None:
+        checked = "every byte read is the one saved (hashes); logits not compared: --memory-limit"
+    else:
+        checked = f"its logits are those saved (difference {difference:.1e})"
+    print(f"{out}: the model of step {step}; {checked}")

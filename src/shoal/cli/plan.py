@@ -81,10 +81,12 @@ def _calibrate(runs: list[Path], *, as_json: bool) -> None:
 
 def _not_yet(best: Prediction) -> list[str]:
     """What of a plan shoal itself cannot run yet."""
-    from shoal.legal import not_yet
+    from shoal.legal import Combination, not_yet
 
     candidate = best.candidate
-    found = not_yet(candidate.layout, policy=candidate.policy, codec=candidate.codec)
+    found = not_yet(
+        Combination(layout=candidate.layout, policy=candidate.policy, codec=candidate.codec)
+    )
     return [f"{problem.what}; {problem.hint}" for problem in found]
 
 

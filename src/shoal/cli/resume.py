@@ -15,6 +15,13 @@ def resume(
     overrides: Overrides = None,
 ) -> None:
     """Go on with RUN; another layout or kind of worker is allowed."""
+    from shoal.environment import torchrun_rendezvous
+
+    seat = torchrun_rendezvous()
+    if seat is not None:
+        from shoal.launch.torchrun import join_resume
+
+        raise typer.Exit(join_resume(run, overrides or [], seat=seat))
     from shoal.launch.pool import WorkerPool
 
     with WorkerPool() as pool:  # before anything else is imported: its own imports take longest

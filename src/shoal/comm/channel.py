@@ -3,8 +3,8 @@
 ZeroMQ over TCP on loopback, encrypted and authenticated at both ends by CURVE keys (comm/keys.py).
 The receiver asks, the donor answers: first for the header (which tensors there are, their hashes
 and some facts), then chunk by chunk with a few requests under way, so that the donor keeps nothing
-per receiver and a receiver that dies costs nothing. Every request carries the epoch; one of
-another epoch is refused. Headers are msgspec structures with limits, tensors are their raw bytes;
+per receiver and a receiver that dies costs nothing. Every request carries the generation; one of
+another generation is refused. Headers are msgspec structures with limits, tensors are raw bytes;
 nothing that arrives is ever run, and nothing is used before its size and hash are right.
 """
 
@@ -55,8 +55,8 @@ class Donor:
     """Serves one state to any number of receivers, from a thread of its own, until `close`.
 
     Contiguous CPU tensors are not copied: they must not change before `close` (a receiver would
-    find other bytes than were announced, and refuse them). Only receivers of the same `epoch` and
-    keys are served. Raises ChannelError for a dtype that no state has.
+    find other bytes than were announced, and refuse them). Only receivers of the same
+    `generation` and keys are served. Raises ChannelError for a dtype that no state has.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Donor:
         tensors: Mapping[str, Tensor],
         *,
         keys: Keys,
-        epoch: int,
+        generation: int,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self.epoch = epoch
+        self.generation = generation
         self.num_requests = 0
         """Answered requests."""
         self.num_refused = 0
-        """Requests of another epoch or without sense, and connections that did not prove (or not
-        yet) that they have the right key."""
+        """Requests of another generation or without sense, and connections that did not prove (or
+        not yet) that they have the right key."""
         self._keys = keys
         self._data = [bytes_of(tensor) for tensor in tensors.values()]
         self._header = msgspec.msgpack.encode(self._describe(tensors, facts or {}))
@@ -114,7 +114,7 @@ class Donor:
             shape = tuple(tensor.shape)
             heads.append(TensorHead(name, NAMES[tensor.dtype], shape, hash_of(data)))
         total = sum(len(data) for data in self._data)
-        return Header(self.epoch, total, tuple(heads), json.dumps(dict(facts)))
+        return Header(self.generation, total, tuple(heads), json.dumps(dict(facts)))
 
     def _listen(self) -> zmq.Socket[bytes]:
         """A socket on loopback, on a port that the system chooses."""
@@ -172,9 +172,10 @@ class Donor:
         self._socket.send(data, copy=False)
 
     def _part(self, request: Request) -> bytes | memoryview:
-        if request.epoch != self.epoch:
+        if request.generation != self.generation:
             raise ChannelError(
-                f"asked for epoch {request.epoch}, this donor is of epoch {self.epoch}"
+                f"asked for generation {request.generation}, this donor is of generation "
+                f"{self.generation}"
             )
         if request.tensor == -1:
             return self._header
@@ -188,7 +189,7 @@ def fetch(
     address: str,
     *,
     keys: Keys,
-    epoch: int,
+    generation: int,
     timeout_seconds: float,
     into: Mapping[str, Tensor] | None = None,
     most_bytes: int = 1 << 36,
@@ -203,7 +204,9 @@ def fetch(
         line = _Line(socket, keys=keys, timeout_seconds=timeout_seconds)
         try:
             line.connect(address)
-            header = _header_of(line.ask_one(Request(epoch)), epoch=epoch, address=address)
+            header = _header_of(
+                line.ask_one(Request(generation)), generation=generation, address=address
+            )
             _check(header, address=address, most_bytes=most_bytes, into=into)
             tensors = _receive(line, header)
         finally:
@@ -216,13 +219,15 @@ def fetch(
     return tensors, json.loads(header.facts)
 
 
-def _header_of(data: memoryview, *, epoch: int, address: str) -> Header:
+def _header_of(data: memoryview, *, generation: int, address: str) -> Header:
     try:
         header = msgspec.msgpack.decode(data, type=Header)
     except msgspec.DecodeError as error:
         raise ChannelError(f"{address}: its header cannot be read: {error}") from None
-    if header.epoch != epoch:
-        raise ChannelError(f"{address}: expected a state of epoch {epoch}, got {header.epoch}")
+    if header.generation != generation:
+        raise ChannelError(
+            f"{address}: expected a state of generation {generation}, got {header.generation}"
+        )
     return header
 
 
@@ -263,7 +268,7 @@ def _receive(line: _Line, header: Header) -> dict[str, Tensor]:
     def requests() -> Iterator[Request]:
         for index, data in enumerate(landing):
             for chunk in range(-(-len(data) // CHUNK_BYTES)):
-                yield Request(header.epoch, index, chunk)
+                yield Request(header.generation, index, chunk)
 
     def place(answer: Request, data: memoryview) -> None:
         start = answer.chunk * CHUNK_BYTES

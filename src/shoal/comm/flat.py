@@ -105,6 +105,21 @@ class FlatLayout:
         return cut
 
 
+@dataclass
+class Vector:
+    """One flat tensor laid out as the parameters are, and how replicas share it."""
+
+    kind: str
+    """`parameter`, or a state by name: `exp_avg`, `outer/momentum`, ..."""
+    tensor: Tensor
+    regions: frozenset[str]
+    """The regions whose parameters have it."""
+    equal: bool = True
+    """The same on all replicas: hashed, repaired, saved once."""
+    sums: bool = False
+    """Differs, and only the sum matters: in another number of replicas each gets its part of it."""
+
+
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 

@@ -114,7 +114,7 @@ class ProcessGroup(Group):
     `group` None is the group of all processes, which must have been started; a single process
     needs none. `alone`: this rank by itself, though there are others. When a rank dies, the
     operation under way raises PeersLost on the others, and `reopen` makes this object the
-    group of the next epoch.
+    group of the next generation.
     """
 
     shares_memory = False

@@ -35,7 +35,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """What a receiver asks for: the header, or one chunk of one tensor."""
 
-    epoch: Count
+    generation: Count
     tensor: Annotated[int, msgspec.Meta(ge=-1, le=1 << 20)] = -1
     """-1: the header."""
     chunk: Count = 0
@@ -63,7 +63,7 @@ class TensorHead(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class Header(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """What a state consists of."""
 
-    epoch: Count
+    generation: Count
     total_bytes: Count
     tensors: Annotated[tuple[TensorHead, ...], msgspec.Meta(max_length=1 << 20)]
     facts: Annotated[str, msgspec.Meta(max_length=LARGEST_HEADER)]

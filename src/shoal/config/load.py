@@ -64,6 +64,10 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    if path == ["model", "path"]:  # weights that exist instead of what the recipe describes
+        before = tree.get("model")
+        kept = before.get("dropout") if isinstance(before, dict) else None
+        tree["model"] = {} if kept is None else {"dropout": kept}
     here = tree
     for depth, part in enumerate(path[:-1]):
         below = here.get(part)
@@ -80,13 +84,42 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 def recipe_from(tree: Mapping[str, Any], *, source: str) -> Recipe:
     """The recipe that `tree` describes. Raises ConfigError with every problem found."""
-    tree = dict(tree)
+    tree = _with_kinds(dict(tree))
     if tree.get("parallel") == "auto":
         tree["parallel"] = {"auto": True}
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(problems_of(error), source=source) from None
+
+
+_KINDS_IN_FORCE = {
+    ("task",): "causal-lm",
+    ("train", "optimizer"): "adamw",
+    ("train", "schedule"): "cosine",
+    ("sync",): "every-step",
+}
+"""The kind that a section has which names none: that of its default."""
+
+
+def _with_kinds(tree: dict[str, Any]) -> dict[str, Any]:
+    """Sections of several kinds that name none keep the one in force; a path means pretrained."""
+    model = tree.get("model")
+    if isinstance(model, dict) and "kind" not in model:
+        found = {"path": "pretrained", "architecture": "config"}
+        kinds = [kind for key, kind in found.items() if key in model]
+        tree["model"] = {"kind": kinds[0], **model} if len(kinds) == 1 else model
+    for path, kind in _KINDS_IN_FORCE.items():
+        above: Any = tree
+        for part in path[:-1]:
+            below = above.get(part)
+            if isinstance(below, dict):
+                above[part] = dict(below)
+            above = above[part] if isinstance(below, dict) else {}
+        section = above.get(path[-1])
+        if isinstance(section, dict) and "kind" not in section:
+            above[path[-1]] = {"kind": kind, **section}
+    return tree
 
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:

@@ -12,7 +12,7 @@ from shoal.errors import Problem, nearest
 
 _HINTS = {
     "parallel": "auto, or degrees such as {replicate: 2}",
-    "sync.kind": "local-sgd, diloco and server policies are not there yet",
+    "sync.kind": "diloco and server policies are not there yet",
     "sync.codec.kind": "codecs are not there yet",
     "task.kind": "other tasks are not there yet",
 }

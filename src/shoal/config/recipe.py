@@ -196,7 +196,16 @@ class WarmupStableDecay(Section):
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
 
 
-OptimizerSection = Annotated[AdamW | Muon, Field(discriminator="kind")]
+class SGD(Section):
+    """Plain stochastic gradient descent (torch.optim.SGD)."""
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: Rate = 1.0e-1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
+OptimizerSection = Annotated[AdamW | Muon | SGD, Field(discriminator="kind")]
 ScheduleSection = Annotated[
     Constant | Linear | Cosine | WarmupStableDecay, Field(discriminator="kind")
 ]
@@ -319,6 +328,20 @@ class EveryStep(Section):
     step on a CPU, every 100 steps on a device, whose state must be copied for it."""
 
 
+class LocalSGD(Section):
+    """Replicas step by themselves and average their parameters every few steps."""
+
+    kind: Literal["local-sgd"] = "local-sgd"
+    every_steps: Count = 16
+    """Steps from one average to the next; the last step of a run ends with one."""
+    codec: NoCodec = NoCodec()
+    verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Compare a hash of the parameters over replicas after an average; 0: never."""
+
+
+SyncSection = Annotated[EveryStep | LocalSGD, Field(discriminator="kind")]
+
+
 class PrecisionSection(Section):
     """Number formats. Weights and optimizer state are always kept in float32."""
 
@@ -370,7 +393,7 @@ class Recipe(Section):
     data: DataSection
     train: TrainSection
     parallel: ParallelSection = ParallelSection(auto=True)
-    sync: EveryStep = EveryStep()
+    sync: SyncSection = EveryStep()
     precision: PrecisionSection = PrecisionSection()
     checkpoint: CheckpointSection = CheckpointSection()
     launch: LaunchSection = LaunchSection()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,203 +11,160 @@ from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
 from shoal.config.recipe import Recipe
 from shoal.data.stream import Evaluation, Stream
-from shoal.data.tokenize import load_tokenizer
-from shoal.engine.evaluate import complete, evaluate
-from shoal.engine.model import model_config
-from shoal.engine.ranks import Ranks
-from shoal.engine.replica import Replica, allocate, build_replica, check, cut, fill
-from shoal.engine.state import FlatState, Progress
-from shoal.engine.step import Batch, ForwardBackward, StepSettings
+from shoal.engine.decision import Decision
+from shoal.engine.instruments import faults, mistakes, recorder
+from shoal.engine.job import Job
+from shoal.engine.passes import OneByOne, Passes
+from shoal.engine.state import FlatState, allocate_for
+from shoal.engine.step import Step, StepSettings
+from shoal.engine.training import Training
 from shoal.engine.update import Update
-from shoal.layout import Share
-from shoal.models.anatomy import Anatomy
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
+from shoal.parallel.model import ModelSettings, model_config
 from shoal.parallel.precision import LossScale, check_compute
-from shoal.runtime import Place
-from shoal.sync.every_step import EveryStep
-from shoal.tasks.kinds import create
+from shoal.parallel.ranks import Ranks
+from shoal.parallel.replica import Replica, build_replica, check, cut, fill
+from shoal.parallel.settings import Settings
+from shoal.runtime import WorkerInfo
+from shoal.sync.kinds import KEEPS_EQUAL_STATE, create
+from shoal.sync.policy import Division, Policy
+from shoal.tasks.kinds import create as create_task
 from shoal.tasks.task import Task
 
-if TYPE_CHECKING:
-    from shoal.engine.trainer import Job
 
-
-@dataclass
-class Training:
-    """The objects of one rank's run."""
-
-    job: Job
-    ranks: Ranks
-    device: torch.device
-    replica: Replica
-    task: Task
-    state: FlatState
-    sync: EveryStep
-    forward_backward: ForwardBackward
-    update: Update
-    store: Store
-    stream: Stream
-    evaluation: Evaluation
-    dtype: torch.dtype
-    steps: int
-    loss_scale: LossScale | None = None
-    progress: Progress = field(default_factory=Progress)
-    peak_memory_bytes: int | None = None
-
-    @property
-    def model(self) -> nn.Module:
-        """The model as this rank has it."""
-        return self.replica.model
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """Where its parts are."""
-        return self.replica.anatomy
-
-    @property
-    def config(self) -> Any:
-        """The model's transformers configuration."""
-        return self.model.config
-
-    def enter(self, ranks: Ranks) -> None:
-        """Go on among other ranks, with the state as it is. Collective; raises PeersLost.
-
-        A model that was cut is built and cut anew: its exchanges belong to the groups it met.
-        """
-        if self.replica.is_cut:
-            recipe = self.job.recipe
-            config = model_config(recipe, inputs=self.job.inputs, task=self.task)
-            marked = getattr(self.model, "shoal_whole_logits", False)
-            new = build_replica(recipe, config=config, auto_class=self.task.auto_class)
-            new.model.shoal_whole_logits = marked  # type: ignore[assignment]
-            cut(new, recipe, mesh=ranks.mesh, decision=self.job.decision)
-            fill(new, self.state, seed=recipe.seed, draws=False)
-            self.replica.model, self.replica.anatomy = new.model, new.anatomy
-        ranks.attach(self.model)
-        self.ranks, self.forward_backward.ranks, self.sync.group = ranks, ranks, ranks.replicas
-
-    def batches(self, step: int, share: Share) -> Batch:
-        """This rank's part of the global batch of `step`; reads nothing else."""
-        return {name: torch.from_numpy(a) for name, a in self.stream.at(step, share).items()}
-
-    def stream_state(self, step: int) -> dict[str, int]:
-        """The data position: one integer per source."""
-        return self.stream.state(step)
-
-    def evaluate(self) -> dict[str, float]:
-        """Scores on the fixed validation samples; the same on every rank."""
-        return evaluate(self)
-
-    def complete(self) -> list[tuple[str, str]]:
-        """The recipe's prompts with what the model makes of them now."""
-        prompts, tokens = self.task.prompts()
-        folder = self.job.inputs.tokenizer_directory
-        if not prompts or folder is None:
-            return []
-        return complete(self, prompts=prompts, tokens=tokens, tokenizer=load_tokenizer(folder))
-
-    def facts(self) -> dict[str, Any]:
-        """What a rank that joins, or a run that is resumed, needs besides tensors."""
-        facts = {
-            "progress": vars(self.progress).copy(),
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
-        return facts | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
-
-    def update_progress(self, facts: dict[str, Any]) -> None:
-        """Stand where `facts` say."""
-        for name, value in facts["progress"].items():
-            setattr(self.progress, name, value)
-        self.peak_memory_bytes = facts.get("peak_memory_bytes") or self.peak_memory_bytes
-        if self.loss_scale is not None and "loss_scale" in facts:
-            self.loss_scale.restore(facts["loss_scale"])
-        self.update.restore(self.progress.step, applied_steps=self.progress.applied_steps)
-
-    def resident(self) -> list[torch.Tensor]:
-        """Parameters, gradients and optimizer state that this rank keeps."""
-        return [self.state.values, self.state.gradients, *self.state.moments.values()]
-
-
-def build(job: Job, *, ranks: Ranks, place: Place, report: Report) -> Training:
+def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Training:
     """Build one rank's objects. Raises the errors of the parts it builds.
 
     Collective inside a replica of several workers: raises PeersLost when one goes.
     """
-    recipe = job.recipe
-    task = create(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
-    config = model_config(recipe, inputs=job.inputs, task=task)
-    replica = build_replica(recipe, config=config, auto_class=task.auto_class)
+    recipe, decision = job.recipe, job.decision
+    task = create_task(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
+    replica = build_replica(_model_settings(job, task=task))
     source = _pretrained(job, model=replica.model)
-    cut(replica, recipe, mesh=ranks.mesh, decision=job.decision)
+    settings = strategy_settings(recipe, decision)
+    cut(replica, mesh=ranks.mesh, settings=settings)
     state = _state(job, replica=replica, source=source, group=ranks.world)
-    check(replica, recipe, config=config, auto_class=task.auto_class)
+    check(replica, packing=recipe.data.packing, compiled=recipe.parallel.compile)
     ranks.attach(replica.model)
-    if place.rank == 0:
-        told = source.notes() if source is not None else []
-        notes = [*(("model", note) for note in told), *(("dropout", n) for n in replica.notes)]
-        for name, note in notes:
-            report.say("event", name=name, fields={"text": note})
-    decision = job.decision
-    dtype = check_compute(decision.compute, device=place.device)
-    loss_scale = LossScale.of(dtype)
-    sync = EveryStep(
-        ranks.replicas,
-        global_batch_samples=recipe.train.global_batch_samples,
-        grain_samples=decision.micro_batch_samples,
-        bucket_bytes=recipe.sync.bucket_bytes,
-        shard=ranks.shard,
-        shards=ranks.cut.shard,
-    )
-    stream = Stream(
-        Path(job.inputs.data_directory),
-        seed=recipe.seed,
-        global_batch_samples=recipe.train.global_batch_samples,
-    )
+    if worker.rank == 0:
+        _report_notes(report, source=source, replica=replica)
+    data = Path(job.inputs.data_directory)
+    stream = Stream(data, seed=recipe.seed, global_batch_samples=recipe.train.global_batch_samples)
     steps = num_steps(recipe, steps_per_epoch=stream.steps_per_epoch)
-    return Training(
+    policy = _policy(job, ranks=ranks, state=state, steps=steps)
+    dtype = check_compute(decision.compute, device=worker.device)
+    loss_scale = LossScale.of(dtype)
+    passes = OneByOne(
+        replica,
+        task=task,
+        dtype=dtype,
+        device=worker.device,
+        pulse=ranks.world.pulse,
+        scales_loss=loss_scale is not None,
+    )
+    training = Training(
         job=job,
         ranks=ranks,
-        device=place.device,
         replica=replica,
+        settings=settings,
         task=task,
         state=state,
-        sync=sync,
-        forward_backward=ForwardBackward(
+        policy=policy,
+        passes=passes,
+        step=_step(
+            job,
             replica,
             task=task,
+            passes=passes,
             state=state,
             ranks=ranks,
-            settings=StepSettings(
-                micro_batch_samples=decision.micro_batch_samples,
-                global_batch_samples=recipe.train.global_batch_samples,
-                exact=recipe.train.exact,
-                dtype=dtype,
-                device=place.device,
-                loss_scale=loss_scale,
-                fault=job.fault,
-            ),
+            policy=policy,
+            scale=loss_scale,
         ),
-        update=Update(
-            state,
-            sync=sync,
-            cut_norm=replica.norm if replica.is_cut else None,
-            optimizer=recipe.train.optimizer,
-            schedule=recipe.train.schedule,
-            steps=steps,
-            max_gradient_norm=recipe.train.max_gradient_norm,
-            loss_scale=loss_scale,
-        ),
+        update=_update(job, replica, state=state, policy=policy, steps=steps, scale=loss_scale),
         store=Store(job.run / "checkpoints"),
         stream=stream,
         evaluation=Evaluation(
-            Path(job.inputs.data_directory),
+            data,
             batch_samples=decision.micro_batch_samples,
             samples=recipe.data.evaluation_samples,
         ),
-        dtype=dtype,
         steps=steps,
         loss_scale=loss_scale,
+    )
+    _attach_instruments(job, training, report, rank=worker.rank)
+    return training
+
+
+def _policy(job: Job, *, ranks: Ranks, state: FlatState, steps: int) -> Policy:
+    recipe = job.recipe
+    division = Division(
+        recipe.train.global_batch_samples, job.decision.micro_batch_samples, ranks.layout.shard
+    )
+    policy = create(recipe.sync, division=division, values=state.values, steps=steps)
+    policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
+    state.add(policy.vectors())
+    return policy
+
+
+def _step(
+    job: Job,
+    replica: Replica,
+    *,
+    task: Task,
+    passes: Passes,
+    state: FlatState,
+    ranks: Ranks,
+    policy: Policy,
+    scale: LossScale | None,
+) -> Step:
+    settings = StepSettings(
+        micro_batch_samples=job.decision.micro_batch_samples,
+        global_batch_samples=job.recipe.train.global_batch_samples,
+        exact=job.recipe.train.exact,
+        loss_scale=scale,
+    )
+    return Step(
+        replica,
+        task=task,
+        passes=passes,
+        state=state,
+        ranks=ranks,
+        policy=policy,
+        settings=settings,
+    )
+
+
+def _update(
+    job: Job,
+    replica: Replica,
+    *,
+    state: FlatState,
+    policy: Policy,
+    steps: int,
+    scale: LossScale | None,
+) -> Update:
+    train = job.recipe.train
+    return Update(
+        state,
+        policy=policy,
+        cut_norm=replica.norm if replica.is_cut else None,
+        optimizer=train.optimizer,
+        schedule=train.schedule,
+        steps=steps,
+        max_gradient_norm=train.max_gradient_norm,
+        loss_scale=scale,
+    )
+
+
+def strategy_settings(recipe: Recipe, decision: Decision) -> Settings:
+    """How the strategies behave: as the recipe says, unless the plan has chosen."""
+    return Settings(
+        shard_level=decision.shard_level_of(recipe),
+        recompute=decision.recompute_of(recipe),
+        compile=recipe.parallel.compile,
+        offload=recipe.parallel.sharding.offload,
     )
 
 
@@ -221,15 +176,38 @@ def num_steps(recipe: Recipe, *, steps_per_epoch: float) -> int:
     return max(1, round(recipe.train.epochs * steps_per_epoch))
 
 
+def _model_settings(job: Job, *, task: Task) -> ModelSettings:
+    recipe, inputs = job.recipe, job.inputs
+    config = model_config(
+        recipe.model,
+        vocabulary_size=inputs.vocabulary_size,
+        directory=inputs.model_directory,
+        task_settings=task.model_settings(),
+    )
+    return ModelSettings(
+        config, task.auto_class, recipe.seed, recipe.model.dropout, recipe.train.freeze
+    )
+
+
 def _state(
     job: Job, *, replica: Replica, source: PretrainedWeights | None, group: Group
 ) -> FlatState:
     """The state, and the model over it; where ranks share memory, rank 0 fills it for all."""
     recipe = job.recipe
-    dtype = torch.float64 if job.double else torch.float32
-    state = allocate(replica, recipe, group=group, dtype=dtype)
-    first = not job.joining and (not group.computes_in_place or group.rank == 0)
-    fill(replica, state, seed=recipe.seed, source=source, draws=first)
+    state = allocate_for(
+        replica,
+        group=group,
+        optimizer=recipe.train.optimizer,
+        dtype=torch.float64 if job.double else torch.float32,
+        equal=recipe.sync.kind in KEEPS_EQUAL_STATE,
+    )
+    fill(
+        replica,
+        storage=state.named("parameter"),
+        gradients=state.trainable(state.gradients),
+        source=source,
+        draws=not job.joining and (not group.computes_in_place or group.rank == 0),
+    )
     if group.shares_memory:
         group.barrier()
     return state
@@ -239,3 +217,20 @@ def _pretrained(job: Job, *, model: nn.Module) -> PretrainedWeights | None:
     """Weights to begin with; a rank that joins gets its state from another."""
     folder = job.inputs.model_directory
     return None if folder is None or job.joining else PretrainedWeights(folder, model=model)
+
+
+def _report_notes(report: Report, *, source: PretrainedWeights | None, replica: Replica) -> None:
+    notes = [("model", note) for note in (source.notes() if source is not None else [])]
+    for name, note in [*notes, *(("dropout", note) for note in replica.notes)]:
+        report.say("event", name=name, fields={"text": note})
+
+
+def _attach_instruments(job: Job, training: Training, report: Report, *, rank: int) -> None:
+    """What a proof, a rehearsal or a test has attached to the run."""
+    wanted = job.instruments
+    if wanted.planned_faults:
+        faults.attach(wanted.planned_faults, training, report, rank=rank)
+    if wanted.record:
+        recorder.attach(training, report)
+    if wanted.mistake is not None:
+        mistakes.attach(wanted.mistake, training, report)

@@ -19,14 +19,15 @@ from shoal.comm.flat import CHUNK, FlatLayout, chunk_squares
 from shoal.comm.group import Group, ProcessGroup
 from shoal.engine.step import Batch
 from shoal.engine.timing import Clock, Subject, Threads, alone
-from shoal.engine.worker import tell
+from shoal.engine.worker import report_failure as tell
 from shoal.models.attention import attend
 from shoal.models.huggingface import config_from
 from shoal.observe.events import Report
 from shoal.plan.calibrate import reference_config, reference_facts
 from shoal.plan.workload import FORMATS
-from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
+from shoal.runtime import WorkerInfo, start_process_group, start_worker, stop_process_group
 from shoal.sync.every_step import EveryStep
+from shoal.sync.policy import Division, Gradients
 from shoal.tasks.kinds import create
 
 # (tokens, columns, depth) of a linear layer, smaller products first.
@@ -61,13 +62,13 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     rank, size = payload["rank"], payload["size"]
     report.say("begun")
     try:
-        start_worker(Place(rank, size, torch.device("cpu"), 1), seed=0)
+        start_worker(WorkerInfo(rank, size, torch.device("cpu"), 1), seed=0)
         if size > 1:
             start_process_group(
                 rank=rank,
                 size=size,
                 device=torch.device("cpu"),
-                store=Path(payload["store"]),
+                meeting=Path(payload["store"]).as_uri(),
                 timeout_seconds=300,
             )
         try:
@@ -240,13 +241,12 @@ class _Bench:
         clock = Clock(group)
         few = torch.zeros(4, dtype=torch.int64)
         yield [group.size, few.nbytes, clock.seconds(lambda: group.sum_(few))]
-        policy = EveryStep(
-            group, global_batch_samples=group.size, grain_samples=1, bucket_bytes=1 << 27
-        )
+        policy = EveryStep(Division(group.size, 1), bucket_bytes=1 << 27)
+        policy.enter(world=group, peers=group, inside=group)
         for count in _SUMS:
             gradient = torch.zeros(count)
             layout = FlatLayout.of({"decay": {"gradient": (count,)}})
-            seconds = clock.seconds(partial(policy.reduce, gradient, layout))
+            seconds = clock.seconds(partial(policy.reduce, Gradients(gradient, layout)))
             yield [group.size, gradient.nbytes, seconds]
 
     def _products(self, clock: Clock) -> Iterator[list[Any]]:

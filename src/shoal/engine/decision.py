@@ -101,33 +101,3 @@ def largest_micro_batch(recipe: Recipe, *, parts: int, at_most: int) -> int:
     """The largest divisor of one of `parts` shares of the global batch that is `at_most`."""
     share = recipe.train.global_batch_samples // parts
     return max(size for size in range(1, min(share, at_most) + 1) if share % size == 0)
-
-
-def divisible(recipe: Recipe, layout: Layout) -> list[Problem]:
-    """Whether the global batch can be split over replicate x shard in whole micro batches."""
-    batch, micro = recipe.train.global_batch_samples, recipe.train.micro_batch_samples
-    parts = layout.replicate * layout.shard
-    if batch % parts:
-        legal = [n for n in range(1, batch + 1) if batch % n == 0]
-        near = sorted(legal, key=lambda n: abs(n - parts))[:2]
-        what = f"{layout.replicate} replicas"
-        if layout.shard > 1:
-            what += f" x {layout.shard} shards"
-        return [
-            Problem(
-                "parallel.replicate" if layout.shard == 1 else "parallel.shard",
-                f"{what} do not divide global_batch_samples {batch}",
-                f"nearest degrees that do: {', '.join(map(str, sorted(near)))}",
-            )
-        ]
-    if micro != "auto" and (batch // parts) % micro:
-        nearest = largest_micro_batch(recipe, parts=parts, at_most=micro)
-        whose = "a replica's" if layout.shard == 1 else "a shard's"
-        return [
-            Problem(
-                "train.micro_batch_samples",
-                f"{micro} does not divide {whose} share of {batch // parts} samples",
-                f"use a divisor, such as {nearest}",
-            )
-        ]
-    return []

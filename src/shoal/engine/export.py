@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box
 from shoal.checkpoint.store import Reader
 from shoal.config.recipe import Recipe
 from shoal.engine.prepare import Inputs
+from shoal.engine.saving.parts import SavedKind
+from shoal.engine.training import Training
 from shoal.errors import RunError
 from shoal.models import init
 from shoal.models.export import export
@@ -23,12 +24,8 @@ from shoal.models.huggingface import (
     fingerprint_sample,
     fingerprint_values,
 )
-from shoal.models.piecewise import reading
-from shoal.models.stored import Weights, check_names
+from shoal.models.stored import Weights
 from shoal.tasks.kinds import create
-
-if TYPE_CHECKING:
-    from shoal.engine.build import Training
 
 
 def fingerprint_of(training: Training) -> list[float]:
@@ -36,15 +33,7 @@ def fingerprint_of(training: Training) -> list[float]:
 
     Of a model that was cut it is collective in each replica; raises PeersLost.
     """
-    replica = training.replica
-    if not replica.is_cut:
-        return fingerprint(replica.model)
-    replica.model.eval()
-    try:
-        logits = replica.logits(fingerprint_sample(replica.model))[0]
-    finally:
-        replica.model.train()
-    return fingerprint_values(logits if logits.dim() == 1 else logits[-1])
+    return fingerprint_values(training.passes.logits(fingerprint_sample(training.model))[0])
 
 
 def write_model(training: Training, *, out: Path) -> None:
@@ -68,21 +57,22 @@ class SavedWeights:
     """The parameters in a checkpoint, whatever boxes they were saved in."""
 
     def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self.shapes: dict[str, tuple[int, ...]] = {n: reader.shape(n) for n in reader.names()}
+        self._saved = SavedKind(reader, "parameter")  # the mean, where replicas saved their own
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: self._saved.shape(name) for name in self._saved.names
+        }
 
-    def tensor(self, name: str, *, box: Any = None) -> Tensor | None:
-        """A weight, or a box (offsets, sizes) of it; None for a name that was not saved."""
-        if name not in self.shapes:
-            return None
-        part = None if box is None else Box(tuple(box[0]), tuple(box[1]))
-        return self._reader.read(name, box=part)
+    def tensor(self, name: str, *, box: Box | None = None) -> Tensor | None:
+        """A weight, or a box of it; None for a name that was not saved."""
+        return self._saved.read(name, box=box) if name in self.shapes else None
 
 
-def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float:
+def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float | None:
     """Write the one full model that a checkpoint holds; returns the largest fingerprint difference.
 
     `limit_bytes`: most bytes of tensors in memory at once, for a model that is larger than that.
+    Such a model cannot be run, so its logits are not compared: None. Nor are those of a mean of
+    replicas that were saved within a round of local-sgd.
     Raises RunError when the merged model does not give the logits noted when it was saved,
     ModelError when it cannot be merged within the limit.
     """
@@ -91,15 +81,12 @@ def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float
     task = create(recipe.task.kind, settings=inputs.task_settings)
     config = config_from(reader.state["model_config"])
     model = build_meta(config, auto_class=task.auto_class, dropout="off")
-    record, weights = init.record(model), SavedWeights(reader)
+    weights = SavedWeights(reader)
+    difference = None
     saved, where = reader.state["fingerprint"], str(reader.folder)
-    if limit_bytes is None:
-        init.materialise(model, record=record, seed=0, source=weights)
+    if limit_bytes is None and saved:
+        init.materialise(model, record=init.record(model), seed=0, source=weights)
         difference = check_fingerprint(model, saved, where=where)
-    else:
-        check_names(model, weights)
-        with reading(model, weights, record=record, limit_bytes=limit_bytes):
-            difference = check_fingerprint(model, saved, where=where)
     export(
         tensors=weights,
         config=model.config,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shoal.comm.group import Traffic
 from shoal.data.verify import FILE, sample_header, sample_row
-from shoal.engine.build import Training
+from shoal.engine.job import Job
+from shoal.engine.training import Training
 from shoal.engine.update import Outcome
-from shoal.observe.events import Fan, JsonLines, Report, RunFiles, Sink, cut_after, read_lines
+from shoal.observe.events import JsonLines, Report, RunFiles, Sink, Tee, cut_after, read_lines
 from shoal.observe.memory import private_bytes
 from shoal.observe.outliers import Outliers
-
-if TYPE_CHECKING:
-    from shoal.engine.trainer import Job
 
 
 class RunLog:
@@ -21,16 +19,16 @@ class RunLog:
 
     def __init__(self, job: Job, *, report: Report, training: Training) -> None:
         self._job, self._report, self._training = job, report, training
-        self._boards: list[Sink] | None = None
+        self._trackers: list[Sink] | None = None
         self._files: RunFiles | None = None
         self._samples: JsonLines | None = None
         self._outliers = Outliers()
-        self.sink: Sink = Fan([])
+        self.sink: Sink = Tee([])
 
     @property
     def events(self) -> Sink:
         """For events before the files are open for rows."""
-        return Fan([RunFiles(self._job.run), self._report])
+        return Tee([RunFiles(self._job.run), self._report])
 
     def open(self, *, last: dict[str, Any], step: int | None = None) -> None:
         """Begin to write, as the first rank at `step` (default: that of `last`).
@@ -44,10 +42,10 @@ class RunLog:
         anew = step == 0 and not last  # else the evaluation before the first step stands
         dropped = cut_after(run / "metrics.jsonl", step=-1 if anew else step)
         cut_after(run / FILE, step=step - 1)  # counts from 0
-        if self._boards is None:
-            self._boards = _boards(self._job)
+        if self._trackers is None:
+            self._trackers = _trackers(self._job)
         self._files = RunFiles(run)
-        self.sink = Fan([self._files, *self._boards, self._report])
+        self.sink = Tee([self._files, *self._trackers, self._report])
         self._samples = JsonLines(run / FILE)
         self._samples.append(sample_header(self._training.stream))
         if dropped:
@@ -80,7 +78,7 @@ class RunLog:
         scale = {"loss_scale": training.loss_scale.value} if training.loss_scale else {}
         return scale | {
             "step": progress.step,
-            "loss": outcome.loss,
+            "loss": outcome.step.loss,
             "learning_rate": outcome.learning_rate,
             "gradient_norm": outcome.gradient_norm,
             "tokens": progress.tokens,
@@ -89,27 +87,27 @@ class RunLog:
             "compute_seconds": seconds - other,
             "communication_seconds": traffic.communication_seconds,
             "waiting_seconds": traffic.waiting_seconds,
-            "tokens_per_second": outcome.targets / seconds,
+            "tokens_per_second": outcome.step.targets / seconds,
             "sent_bytes": sum(traffic.sent_bytes.values()),
             "peak_memory_bytes": training.peak_memory_bytes,
             "peak_private_bytes": private_bytes() if progress.step % 50 == 1 else None,
-            "mfu": self._job.decision.mfu(tokens=outcome.targets, seconds=seconds),
+            "mfu": self._job.decision.mfu(tokens=outcome.step.targets, seconds=seconds),
         }
 
     def committed(self, row: dict[str, Any], outcome: Outcome) -> None:
         """Write what the step just committed came to, and name what is odd about it."""
         step = row["step"]
-        self._write_samples(step - 1, read=outcome.read)
+        self._write_samples(step - 1, read=outcome.step.counted.read)
         if self._logged(step):
             self.sink.row(row)
         if not outcome.applied:
-            why = "no targets" if outcome.targets == 0 else "gradients are not finite"
-            culprits = self._outliers.not_finite(outcome.norms)
+            why = "no targets" if outcome.step.targets == 0 else "gradients are not finite"
+            culprits = self._outliers.not_finite(outcome.step.norms)
             named = f" (those of rank {', '.join(map(str, culprits))})" if culprits else ""
             text = f"step skipped: {why}{named}"
             self.sink.event("skipped", {"step": step, "ranks": culprits, "text": text})
             return
-        for name, fields in self._outliers.look(loss=outcome.loss, norms=outcome.norms):
+        for name, fields in self._outliers.look(loss=outcome.step.loss, norms=outcome.step.norms):
             self.sink.event(name, {"step": step, **fields})
 
     def evaluated(self, row: dict[str, Any]) -> None:
@@ -126,8 +124,8 @@ class RunLog:
         self._files = self._samples = None
 
 
-def _boards(job: Job) -> list[Sink]:
-    from shoal.observe.boards import TensorBoard, WandB
+def _trackers(job: Job) -> list[Sink]:
+    from shoal.observe.trackers import TensorBoard, WandB
 
     sinks: list[Sink] = []
     if job.recipe.observe.tensorboard:

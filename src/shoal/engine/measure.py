@@ -18,16 +18,16 @@ from shoal.comm.group import Group, ProcessGroup
 from shoal.config.recipe import Recipe
 from shoal.data.batch import micro_batches
 from shoal.data.stream import Stream
-from shoal.engine.model import model_config
 from shoal.engine.prepare import Inputs
 from shoal.engine.step import Batch
 from shoal.engine.timing import Clock, Subject, Threads, alone
-from shoal.engine.worker import tell
+from shoal.engine.worker import report_failure as tell
 from shoal.layout import Share
 from shoal.observe.events import Report
+from shoal.parallel.model import model_config
 from shoal.plan.calibrate import WORTH_IT
 from shoal.plan.workload import Crew
-from shoal.runtime import Place, start_process_group, start_worker, stop_process_group
+from shoal.runtime import WorkerInfo, start_process_group, start_worker, stop_process_group
 from shoal.tasks.kinds import create
 
 _PEAK_SECONDS = 0.1
@@ -40,13 +40,13 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     rank, size = payload["rank"], payload["size"]
     try:
         recipe = Recipe.model_validate(payload["recipe"])
-        start_worker(Place(rank, size, torch.device("cpu"), 1), seed=recipe.seed)
+        start_worker(WorkerInfo(rank, size, torch.device("cpu"), 1), seed=recipe.seed)
         if size > 1:
             start_process_group(
                 rank=rank,
                 size=size,
                 device=torch.device("cpu"),
-                store=Path(payload["store"]),
+                meeting=Path(payload["store"]).as_uri(),
                 timeout_seconds=300,
             )
         try:
@@ -64,7 +64,7 @@ def run_formats(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of a lone worker that reports what `measured_formats` finds."""
     report = Report(descriptor)
     try:
-        start_worker(Place(0, 1, torch.device("cpu"), payload["threads"]), seed=0)
+        start_worker(WorkerInfo(0, 1, torch.device("cpu"), payload["threads"]), seed=0)
         report.say("measured", **measured_formats(payload["device"]))
     except BaseException as error:
         return tell(error, report=report, rank=0)
@@ -139,7 +139,12 @@ class _Trial:
     def _subject(self, index: int) -> Subject:
         """Replica `index` of this process; built once."""
         while len(self._subjects) <= index:
-            config = model_config(self._recipe, inputs=self._inputs, task=self._task)
+            config = model_config(
+                self._recipe.model,
+                vocabulary_size=self._inputs.vocabulary_size,
+                directory=self._inputs.model_directory,
+                task_settings=self._task.model_settings(),
+            )
             dropout = self._recipe.model.dropout
             subject = Subject(config, task=self._task, compute=self._compute, dropout=dropout)
             self._subjects.append(subject)

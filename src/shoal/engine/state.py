@@ -1,29 +1,37 @@
-"""The state of training: parameters, gradients and optimizer moments as views of flat vectors.
+"""The state of training on one rank: parameters, gradients and optimizer state as flat vectors.
 
-Parameters of the model are made views of one vector, so that a reduction is one sum, the update
-is one kernel per region, and threads share a single copy. Regions: `matrices` (Muon), `decay`,
-`plain` (no decay), `frozen` (no gradient).
+Parameters of the model are views of one vector, so that a reduction is one sum, the update is one
+kernel per region, and threads share a single copy. Regions: `matrices` (Muon), `decay`, `plain`
+(no decay), `frozen` (no gradient).
 """
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shoal.checkpoint.boxes import Box
-from shoal.comm.flat import FlatLayout
+from shoal.boxes import Piece, Slot
+from shoal.comm.flat import FlatLayout, Vector
 from shoal.comm.group import Group
 from shoal.config.recipe import Muon, OptimizerSection
-from shoal.errors import ConfigError, Problem, nearest
-from shoal.layout import Layout
-from shoal.parallel.held import Piece, Slot, all_slots, placed_of
+from shoal.parallel import shard
+from shoal.parallel.local import Holdings
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.replica import Replica
 
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum_buffer")}
-"""Optimizer states by kind of optimizer, by torch's own names."""
+TRAINABLE = frozenset({"matrices", "decay", "plain"})
+ALL = TRAINABLE | {"frozen"}
+_ADAM = dict.fromkeys(("exp_avg", "exp_avg_sq"), frozenset({"decay", "plain"}))
+OPTIMIZER_STATES: dict[str, dict[str, frozenset[str]]] = {
+    "adamw": _ADAM,
+    "muon": {**_ADAM, "momentum_buffer": frozenset({"matrices"})},
+    "sgd": {"momentum_buffer": frozenset({"decay", "plain"})},
+}
+"""Optimizer states by kind of optimizer, by torch's own names, and the regions that have them."""
 
 
 def regions_of(
@@ -52,85 +60,64 @@ def regions_of(
     return regions
 
 
-def frozen_names(names: Iterable[str], *, patterns: Iterable[str]) -> set[str]:
-    """Names matched by the recipe's `train.freeze`. Raises ConfigError for an idle pattern."""
-    known = list(names)
-    frozen: set[str] = set()
-    problems: list[Problem] = []
-    for pattern in patterns:
-        hits = set(fnmatch.filter(known, pattern))
-        if not hits:
-            hint = nearest(pattern.strip("*"), known)
-            problems.append(Problem("train.freeze", f"{pattern!r} matches no parameter", hint))
-        frozen |= hits
-    if len(frozen) == len(known):
-        problems.append(Problem("train.freeze", "every parameter is frozen; nothing to train"))
-    if problems:
-        raise ConfigError(problems)
-    return frozen
-
-
 @dataclass
 class FlatState:
     """All tensors of training on one rank. `gradients` covers the trainable regions only.
 
-    `shapes`: the parameters' global ones. `slots`: the boxes of them that this rank has. `cut`: how
-    the replica is divided, and `cut_names`: which names along tensor (the others are whole there).
+    `vectors`: what is hashed, handed on, saved and resumed, by kind; the parameters first.
     """
 
     layout: FlatLayout
-    values: Tensor
     gradients: Tensor
-    moments: dict[str, Tensor]
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    slots: dict[str, list[Slot]] = field(default_factory=dict)
-    cut: Layout = field(default_factory=Layout)
-    cut_names: frozenset[str] = frozenset()
+    vectors: dict[str, Vector]
+    holdings: Holdings
+    slots: dict[str, list[Slot]] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.slots:
-            self.shapes = dict(self.layout.shapes)
-            whole = ((name, Box.whole(shape)) for name, shape in self.shapes.items())
-            self.slots = {name: [Slot(box, box.offsets)] for name, box in whole}
+        self.slots = {name: self.holdings[name].slots for name in self.layout.shapes}
+
+    @property
+    def values(self) -> Tensor:
+        """The parameters, flat."""
+        return self.vectors["parameter"].tensor
 
     @property
     def trainable_numel(self) -> int:
         """Elements of the vector that have a gradient (the frozen region is last)."""
         return self.layout.regions["frozen"].start
 
+    def add(self, vectors: Iterable[Vector]) -> None:
+        """More state to keep with the parameters, such as a policy's."""
+        self.vectors |= {vector.kind: vector for vector in vectors}
+
     def trainable(self, flat: Tensor) -> dict[str, Tensor]:
         """Name -> view of `flat`, a vector of the trainable regions such as the gradients."""
-        frozen = self.layout.members["frozen"]
-        return {n: self.layout.view(flat, n) for n in self.layout.shapes if n not in frozen}
+        return self.views(Vector("gradient", flat, TRAINABLE))
 
     def zero_gradients(self) -> None:
         """Forget the gradients."""
         self.gradients.zero_()
 
-    def has_moment(self, kind: str, name: str) -> bool:
-        """Whether parameter `name` has the optimizer state `kind`."""
-        members = self.layout.members
-        if name in members["frozen"]:
-            return False
-        return kind == "gradient" or (kind == "momentum_buffer") == (name in members["matrices"])
-
-    def pieces(self, kind: str) -> dict[str, list[Piece]]:
-        """`parameter`, or an optimizer state: name -> the boxes of it on this rank."""
-        return {
-            name: [Piece(slot.box, slot.of(storage)) for slot in self.slots[name]]
-            for name, storage in self.named(kind).items()
-        }
-
     def named(self, kind: str) -> dict[str, Tensor]:
-        """`parameter`, or an optimizer state: name -> view of this rank's storage."""
-        if kind == "parameter":
-            return {name: self.layout.view(self.values, name) for name in self.layout.shapes}
-        flat = self.moments[kind]
-        return {
-            name: self.layout.view(flat, name)
-            for name in self.layout.shapes
-            if self.has_moment(kind, name)
-        }
+        """Name -> view of this rank's storage of `kind` (`parameter`, or a state)."""
+        return self.views(self.vectors[kind])
+
+    def views(self, vector: Vector) -> dict[str, Tensor]:
+        """Name -> view of `vector`, for the parameters that have it."""
+        members = (self.layout.members[region] for region in vector.regions)
+        known = frozenset[str]().union(*members)
+        return {n: self.layout.view(vector.tensor, n) for n in self.layout.shapes if n in known}
+
+    def pieces(self, vector: Vector) -> Iterator[Piece]:
+        """The boxes of `vector` that this rank has, as views."""
+        for name, storage in self.views(vector).items():
+            shape = self.holdings[name].shape
+            for slot in self.slots[name]:
+                yield Piece(name, vector.kind, shape, slot.box, slot.of(storage))
+
+    def resident(self) -> list[Tensor]:
+        """Parameters, gradients and everything kept with them."""
+        return [self.gradients, *(vector.tensor for vector in self.vectors.values())]
 
 
 def allocate(
@@ -139,30 +126,60 @@ def allocate(
     group: Group,
     optimizer: OptimizerSection,
     device: torch.device,
-    model: nn.Module | None = None,
+    holdings: Holdings | None = None,
     dtype: torch.dtype = torch.float32,
+    equal: bool = True,
 ) -> FlatState:
-    """Zeroed vectors for `regions`. Threads share values and moments; gradients are each rank's.
+    """Zeroed vectors for `regions`. Threads share parameters and states; gradients are each rank's.
 
-    `model`: one that was cut (parallel/apply.py), whose storage the regions describe; without it
-    every tensor is whole. `dtype`: float64 for proofs, which want to know what rounding does.
+    `holdings`: of a model that was cut, whose storage the regions describe; without it every tensor
+    is whole. `dtype`: float64 for proofs, which want to know what rounding does. `equal`: whether
+    all replicas keep the same optimizer states.
     """
     layout = FlatLayout.of(regions, whole=["matrices"] if isinstance(optimizer, Muon) else [])
-    values = group.buffer(layout.numel, dtype=dtype, device=device)
     trainable = layout.regions["frozen"].start
-    gradients = torch.zeros(trainable, dtype=dtype, device=device)
-    moments = {
-        kind: group.buffer(trainable, dtype=dtype, device=device)
-        for kind in MOMENTS[optimizer.kind]
-    }
-    state = FlatState(layout, values, gradients, moments)
-    if model is not None:
-        placed = placed_of(model)
-        state.shapes = {name: each.shape for name, each in placed.cuts.items()}
-        state.slots = all_slots(model)
-        state.cut = replace(placed.mesh.layout, replicate=1)
-        state.cut_names = frozenset(n for n, each in placed.cuts.items() if each.dim is not None)
-    return state
+
+    def vector(kind: str, numel: int, regions: frozenset[str], **more: Any) -> Vector:
+        return Vector(kind, group.buffer(numel, dtype=dtype, device=device), regions, **more)
+
+    vectors = [vector("parameter", layout.numel, ALL)]
+    vectors += [
+        vector(kind, trainable, where, equal=equal)
+        for kind, where in OPTIMIZER_STATES[optimizer.kind].items()
+        if kind != "momentum_buffer" or optimizer.momentum  # type: ignore[union-attr]
+    ]
+    return FlatState(
+        layout,
+        torch.zeros(trainable, dtype=dtype, device=device),
+        {each.kind: each for each in vectors},
+        holdings or Holdings.whole(Mesh.alone(device), layout.shapes),
+    )
+
+
+def allocate_for(
+    replica: Replica,
+    *,
+    group: Group,
+    optimizer: OptimizerSection,
+    dtype: torch.dtype,
+    equal: bool = True,
+) -> FlatState:
+    """The zeroed state of a model that was cut."""
+    regions = regions_of(
+        shard.storage_shapes(replica.model),
+        decayed=replica.decayed,
+        matrices=replica.matrices if isinstance(optimizer, Muon) else (),
+        frozen=replica.frozen,
+    )
+    return allocate(
+        regions,
+        group=group,
+        optimizer=optimizer,
+        device=replica.sharded.storage_device,
+        holdings=replica.holdings,
+        dtype=dtype,
+        equal=equal,
+    )
 
 
 @dataclass

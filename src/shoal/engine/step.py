@@ -1,7 +1,8 @@
-"""Forward and backward of one replica's share of a step, micro batch by micro batch."""
+"""One step of one rank up to the update: count and vote, then passes over its micro batches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,43 +12,54 @@ from shoal.comm.flat import ordered_sum
 from shoal.comm.tree import Node, TreeSum
 from shoal.data.batch import micro_batches
 from shoal.data.verify import digest as samples_digest
-from shoal.engine.digest import compare
-from shoal.engine.ranks import Ranks
-from shoal.engine.replica import Replica
+from shoal.engine.membership.digest import compare
+from shoal.engine.passes import Batch, Micro, Passes
 from shoal.engine.state import FlatState
 from shoal.layout import Share
 from shoal.parallel import shard
-from shoal.parallel.precision import LossScale, compute_context
+from shoal.parallel.precision import LossScale
+from shoal.parallel.ranks import Ranks
+from shoal.parallel.replica import Replica
+from shoal.sync.policy import Gradients, Policy
 from shoal.tasks.task import Task
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Word:
-    """What a rank tells the others with its count of targets; once summed, what anybody said."""
+class Votes:
+    """What a rank wants after this step; once summed, what anybody wants."""
 
     stop: bool = False
-    """Asked to save and end after this step."""
+    """Asked to save and end."""
     save: bool = False
-    """Asked to save after this step."""
+    """Asked to save."""
     leave: bool = False
-    """Another epoch was announced; all go there after this step."""
+    """Another generation was announced; all go there."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the ranks that step together know before they compute."""
+
+    targets: int
+    votes: Votes
+    read: list[int]
+    """Digest of the samples that they read (data/verify.py)."""
 
 
 @dataclass
 class StepResult:
-    """Loss over the global batch, and this rank's gradients (in the state, or as tree nodes)."""
+    """Loss over what is stepped together, and this rank's gradients."""
 
     loss: float
-    targets: int
-    word: Word
-    num_grains: int
-    read: list[int]
-    """Digest of the samples that all ranks read (data/verify.py)."""
+    counted: Counted
+    gradients: Gradients
     norms: list[float] = field(default_factory=list)
     """Norm of each replica's own gradients, before the reduction; empty for one replica."""
-    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def targets(self) -> int:
+        """Targets that the loss is a mean over."""
+        return self.counted.targets
 
 
 @dataclass(frozen=True)
@@ -57,136 +69,130 @@ class StepSettings:
     micro_batch_samples: int
     global_batch_samples: int
     exact: bool
-    dtype: torch.dtype
-    device: torch.device
     loss_scale: LossScale | None = None
     """Shared with the update, which divides by it and changes it; for float16."""
-    fault: str | None = None
-    """`mean-of-means`: plant the classic mistake of averaging averages, to show what it does."""
 
 
-class ForwardBackward:
-    """Runs the task's forward and the loss's backward over the micro batches of a share."""
+class Step:
+    """The two halves of a step before the update. Both are collective; both raise PeersLost."""
 
     def __init__(
         self,
         replica: Replica,
         *,
         task: Task,
+        passes: Passes,
         state: FlatState,
         ranks: Ranks,
+        policy: Policy,
         settings: StepSettings,
     ) -> None:
         self._replica, self._task = replica, task
-        self._state, self.ranks, self._settings = state, ranks, settings
+        self.passes, self._state = passes, state
+        self.ranks, self._policy, self._settings = ranks, policy, settings
         self._free: list[Tensor] = []
         self.poison = 1.0
         """Factor on this rank's gradients of the next step; anything but 1 is a planned fault."""
 
-    def run(
-        self, batch: Batch, *, share: Share, step: int, word: Word, digest: int | None = None
-    ) -> StepResult:
-        """Gradients of the mean loss over all targets of the *global* batch (DESIGN 5.3).
+    def count(self, batch: Batch, *, votes: Votes, digest: int | None = None) -> Counted:
+        """Targets of those who step together, what anybody wants, the digest of all samples read.
 
-        batch: the task's fields, sample_ids and source_ids, each [share x *dims]. `word` travels
-        with the count of targets, so that all ranks know; so does `digest`, this rank's hash of its
-        state.
-        Raises ReplicasDiffer on all ranks when those hashes are not one; PeersLost.
+        batch: the task's fields [share x *dims], source_ids and sample_ids [share]. `digest`: this
+        rank's hash of its state, compared where all ranks step together. Raises ReplicasDiffer on
+        all ranks when those hashes are not one.
         """
-        settings, ranks = self._settings, self.ranks
-        targets, word, read = self._count(batch, word=word, digest=digest)
-        grains = torch.zeros(
-            settings.global_batch_samples // settings.micro_batch_samples, dtype=torch.float64
-        )
-        factor = settings.loss_scale.value if settings.loss_scale else 1.0
-        self._state.zero_gradients()
-        tree = TreeSum()
-        parts = micro_batches(batch, self._task.fields, rows=settings.micro_batch_samples)
-        for number, (micro, start) in enumerate(parts):
-            grain = (share.start + start) // settings.micro_batch_samples
-            if targets:
-                scale = 1.0 / targets
-                if settings.fault == "mean-of-means":
-                    scale = 1.0 / (max(1, self._task.count(micro)) * grains.numel())
-                shard.micro_batch(self._replica.model, last=number == len(parts) - 1)
-                grains[grain] = self._one(micro, step=step, scale=scale * factor * self.poison)
-            if settings.exact:
-                self._take(tree, grain)
-        self.poison = 1.0
-        ranks.world.pulse.mark("reduce")
-        if targets:
-            self._replica.finish_gradients()
-            for name, sent in shard.sent_bytes(
-                self._replica.model, micro_batches=len(parts)
-            ).items():
-                ranks.world.traffic.sent_bytes[name] += sent
-        nodes = tree.nodes if settings.exact else []
-        if not ranks.counts:
-            grains.zero_()  # another rank of this replica says the same
-        told = torch.cat([grains, torch.zeros(ranks.num_replicas, dtype=torch.float64)])
-        if ranks.num_replicas > 1:
-            told[grains.numel() + ranks.replica] = self._square(nodes)
-        ranks.world.sum_(told)
-        squares = told[grains.numel() :]
-        return StepResult(
-            loss=ordered_sum(told[: grains.numel()].tolist()) / max(targets, 1),
-            targets=targets,
-            word=word,
-            read=read,
-            num_grains=grains.numel(),
-            norms=(squares.sqrt() / factor).tolist() if ranks.num_replicas > 1 else [],
-            nodes=nodes,
-        )
-
-    def _count(
-        self, batch: Batch, *, word: Word, digest: int | None
-    ) -> tuple[int, Word, list[int]]:
-        """Targets of the global batch, what anybody said, the digest of all samples read."""
-        world = self.ranks.world
-        counts = torch.zeros(6 + world.size, dtype=torch.int64)
-        counts[1:4] = torch.tensor([word.stop, word.save, word.leave])
-        if self.ranks.counts:
+        group = self._policy.together
+        counts = torch.zeros(6 + group.size, dtype=torch.int64)
+        counts[1:4] = torch.tensor([votes.stop, votes.save, votes.leave])
+        if self.ranks.reads:
             counts[0] = self._task.count(batch)
             counts[4:6] = torch.from_numpy(
                 samples_digest(source_ids=batch["source_ids"], sample_ids=batch["sample_ids"])
             )
         if digest is not None:
-            counts[6 + world.rank] = digest >> 1  # 63 bits: the sum of one number and zeros
-        world.sum_(counts)
+            counts[6 + group.rank] = digest >> 1  # 63 bits: the sum of one number and zeros
+        group.sum_(counts)
         targets, stop, save, leave, *read = counts[:6].tolist()
         if digest is not None:
-            compare(counts[6:].tolist(), places=self.ranks.cut.workers)
-        return targets, Word(stop > 0, save > 0, leave > 0), read
+            compare(counts[6:].tolist(), layout=self.ranks.layout)
+        return Counted(targets, Votes(stop > 0, save > 0, leave > 0), read)
 
-    def _square(self, nodes: list[Node]) -> float:
+    def train(self, batch: Batch, *, share: Share, counted: Counted, step: int) -> StepResult:
+        """Gradients of the mean loss over all targets counted, by passes over the micro batches.
+
+        batch: the samples of `share`, this rank's part of the global batch, as the task has them.
+        """
+        settings, targets, policy = self._settings, counted.targets, self._policy
+        size = settings.micro_batch_samples
+        factor = settings.loss_scale.value if settings.loss_scale else 1.0
+        micros = [
+            Micro(micro, (share.start + start) // size)
+            for micro, start in micro_batches(batch, self._task.fields, rows=size)
+        ]
+        self._state.zero_gradients()
+        tree, losses = TreeSum(), [0.0] * len(micros)
+        if targets:
+            losses = self.passes.train(
+                micros,
+                scale=factor * self.poison / targets,
+                step=step,
+                done=lambda number: self._take(tree, number) if settings.exact else None,
+            )
+        elif settings.exact:
+            for micro in micros:
+                self._take(tree, micro.number)
+        self.poison = 1.0
+        policy.together.pulse.mark("reduce")
+        if targets:
+            self._finish(num_micro_batches=len(micros))
+        gradients = Gradients(
+            self._state.gradients, self._state.layout, tree.nodes if settings.exact else []
+        )
+        loss, norms = self._sum_losses(micros, losses, gradients=gradients)
+        return StepResult(
+            loss=loss / max(targets, 1),
+            counted=counted,
+            gradients=gradients,
+            norms=[norm / factor for norm in norms],
+        )
+
+    def _finish(self, *, num_micro_batches: int) -> None:
+        """After the last backward: the sums that axes inside the replica still lack."""
+        self._replica.sum_partial(self._state.trainable(self._state.gradients))
+        sent = shard.sent_bytes(self._replica.model, micro_batches=num_micro_batches)
+        for name, num_bytes in sent.items():
+            self.ranks.world.traffic.sent_bytes[name] += num_bytes
+
+    def _sum_losses(
+        self, micros: Sequence[Micro], losses: Sequence[float], *, gradients: Gradients
+    ) -> tuple[float, list[float]]:
+        """The loss summed over all micro batches in order, and each replica's gradient norm."""
+        settings, ranks, group = self._settings, self.ranks, self._policy.together
+        count = settings.global_batch_samples // settings.micro_batch_samples
+        replicas = 0 if self._policy.alone or ranks.num_replicas == 1 else ranks.num_replicas
+        sums = torch.zeros(count + replicas, dtype=torch.float64)
+        if ranks.speaks:  # else another rank of this replica says the same
+            for micro, loss in zip(micros, losses, strict=True):
+                sums[micro.number] = loss
+        if replicas:
+            sums[count + ranks.replica] = self._square(gradients)
+        group.sum_(sums)
+        return ordered_sum(sums[:count].tolist()), sums[count:].sqrt().tolist()
+
+    def _square(self, gradients: Gradients) -> float:
         """Square of the norm of this rank's own part of its replica's gradients."""
         if self._replica.is_cut:
-            return self._replica.own_square(self._state)
-        vectors = [node.value for node in nodes] or [self._state.gradients]
+            named = self._state.trainable(gradients.flat)
+            return float(self._replica.holdings.own_square(named))
+        vectors = [node.value for node in gradients.nodes] or [gradients.flat]
         return float(torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm()) ** 2
 
-    def _one(self, micro: Batch, *, step: int, scale: float) -> float:
-        settings, pulse, replica = self._settings, self.ranks.world.pulse, self._replica
-        pulse.mark("forward")
-        micro = {name: tensor.to(settings.device) for name, tensor in micro.items()}
-
-        def compute() -> Tensor:
-            output = self._task.output(replica.model, replica.anatomy, micro, step=step)
-            expected = scale if settings.loss_scale else 1.0
-            return output.total(vocabulary=replica.vocabulary, scale=expected)
-
-        with compute_context(settings.dtype, device=settings.device):
-            loss = replica.forward(compute)
-        pulse.mark("backward")
-        replica.backward(loss * scale)
-        return loss.item()
-
-    def _take(self, tree: TreeSum, grain: int) -> None:
-        """Move the gradients of one grain into the tree."""
+    def _take(self, tree: TreeSum, number: int) -> None:
+        """Move the gradients of one micro batch into the tree."""
         gradients = self._state.gradients
         node = self._free.pop() if self._free else torch.empty_like(gradients)
         node.copy_(gradients)
         gradients.zero_()
-        freed = tree.push(Node(0, grain, node))
+        freed = tree.push(Node(0, number, node))
         if freed is not None:
             self._free.append(freed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +13,35 @@ import torch
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
-from shoal.config.recipe import Recipe
-from shoal.engine.agree import FRESH, Standing, agree, check_same_program, transfer
-from shoal.engine.build import Training, build
-from shoal.engine.decision import Decision
-from shoal.engine.digest import ReplicasDiffer, compare, differing_tensors, digest_of
+from shoal.engine.build import build
+from shoal.engine.evaluate import complete_prompts, evaluate
 from shoal.engine.export import fingerprint_of, write_model
-from shoal.engine.faults import PlannedFaults
+from shoal.engine.job import Job
 from shoal.engine.log import RunLog
-from shoal.engine.members import Members, members_of
-from shoal.engine.mistakes import make
-from shoal.engine.orders import Orders
-from shoal.engine.prepare import Inputs
-from shoal.engine.ranks import Ranks, meet, whole
-from shoal.engine.recorder import Recorder
-from shoal.engine.saver import Saver
-from shoal.engine.saving import check_same_run, choose_checkpoint, load, random_state
-from shoal.engine.step import Batch, StepResult, Word
+from shoal.engine.membership.agree import FRESH, Position, agree, check_same_program, transfer
+from shoal.engine.membership.digest import ReplicasDiffer, compare, differing_tensors, digest_of
+from shoal.engine.membership.members import Members, members_of
+from shoal.engine.membership.orders import Orders
+from shoal.engine.passes import Batch
+from shoal.engine.saving.parts import check_same_run, choose_checkpoint, load, random_state
+from shoal.engine.saving.saver import Saver
+from shoal.engine.step import StepResult, Votes
+from shoal.engine.training import Training
 from shoal.engine.update import Outcome
 from shoal.errors import PeersLost, Stopped, WorkerError
 from shoal.layout import Share
 from shoal.observe.events import Report
 from shoal.observe.memory import LiveStorage
 from shoal.observe.trace import Trace, write_trace
-from shoal.runtime import Place
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a worker needs to know."""
-
-    recipe: Recipe
-    run: Path
-    inputs: Inputs
-    decision: Decision
-    resume: bool
-    joining: bool = False
-    """Takes the place of a lost worker: the state comes from a living one, and is not drawn."""
-    final_model: bool = True
-    fault: str | None = None
-    """A planned mistake (engine/mistakes.py), for showing that checks see it."""
-    faults: tuple[dict[str, Any], ...] = ()
-    """Faults to commit at a rank, step and phase (engine/faults.py), for rehearsals."""
-    score: str | None = None
-    """Only evaluate, and write the scores to this file."""
-    record: bool = False
-    """Keep parameters and gradients of every step (engine/recorder.py), for proofs."""
-    double: bool = False
-    """Compute in float64, for proofs."""
+from shoal.parallel.ranks import Ranks, meet, whole
+from shoal.runtime import WorkerInfo
 
 
 def train(
     job: Job,
     *,
     group: Group,
-    place: Place,
+    worker: WorkerInfo,
     report: Report,
     orders: Orders,
     supervised: bool = False,
@@ -75,13 +49,17 @@ def train(
 ) -> None:
     """Train to the end of the recipe, or until asked to stop. Raises Stopped after saving."""
     members = members_of(
-        group, orders=orders, place=place, report=report, supervised=supervised, keys=keys
+        group, orders=orders, worker=worker, report=report, supervised=supervised, keys=keys
     )
-    Trainer(job, group=group, members=members, place=place, report=report, orders=orders).run()
+    Trainer(job, group=group, members=members, worker=worker, report=report, orders=orders).run()
 
 
 class Trainer:
-    """One rank's loop."""
+    """One rank's loop.
+
+    A model that is whole is built before the ranks meet, for that takes long; one that is cut needs
+    the others, and is built once the first generation is entered.
+    """
 
     def __init__(
         self,
@@ -89,36 +67,31 @@ class Trainer:
         *,
         group: Group,
         members: Members,
-        place: Place,
+        worker: WorkerInfo,
         report: Report,
         orders: Orders,
     ) -> None:
-        self.job, self.group, self.members, self.place = job, group, members, place
+        self.job, self.group, self.members, self.worker = job, group, members, worker
         self._report, self._orders = report, orders
         self.pulse = group.pulse
         self.pulse.mark("building the model")
-        if place.rank == 0:
+        if worker.rank == 0:
             report.say("phase", text="building the model")
-        self.trace = Trace(on=job.recipe.observe.trace, rank=place.rank)
+        self.trace = Trace(on=job.recipe.observe.trace, rank=worker.rank)
         self._step_began = time.perf_counter()
-        self._standing = Standing()
+        self._position = Position()
         self._broken: PeersLost | ReplicasDiffer | None = None
         self._finished = False
         self.training: Training
         self._built = False
-        if job.decision.layout.replica_workers == 1 or place.size == 1:
-            self._build(whole(group, device=place.device))
+        if job.decision.layout.replica_workers == 1 or worker.size == 1:
+            self._build(whole(group, device=worker.device))
 
     def _build(self, ranks: Ranks) -> None:
         """Build the model and all around it. A replica of several workers must have met before."""
-        job, place, report = self.job, self.place, self._report
-        self.training = build(job, ranks=ranks, place=place, report=report)
-        if job.faults:
-            self.pulse.on_mark = PlannedFaults(job.faults, place.rank, self.training, report).mark
-        if job.record:
-            self.training.update.on_reduced = Recorder(job.run, self.training).note
-        if job.fault is not None:
-            make(job.fault, self.training)
+        job, report = self.job, self._report
+        self.training = build(job, ranks=ranks, worker=self.worker, report=report)
+        self.training.passes.check = self.members.check
         self.files = RunLog(job, report=report, training=self.training)
         settings = job.recipe.checkpoint
         self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)
@@ -133,110 +106,130 @@ class Trainer:
     def run(self) -> None:
         """Restore or start, then step until done."""
         if self.job.score is not None and self._built:
-            Path(self.job.score).write_text(json.dumps(self.training.evaluate()), encoding="utf-8")
+            scores = evaluate(self.training)
+            Path(self.job.score).write_text(json.dumps(scores), encoding="utf-8")
             return
-        self._enter()
+        self._join_generation()
         while not self._finished:
             try:
                 if self._broken is not None:
-                    self._mend(self._broken)
-                self._settle()
+                    self._repair(self._broken)
+                self._evaluate_and_save_when_due()
                 if self.training.progress.step < self._last_step:
                     self._step()
                 else:
                     self._finish()
             except (PeersLost, ReplicasDiffer) as problem:  # nothing of the step was applied here
+                if isinstance(problem, PeersLost) and self.members.is_fixed:
+                    raise
                 self._broken = problem
 
     def _step(self) -> None:
         """One step: nothing of it is applied unless all of it is."""
-        training, sync, step = self.training, self.training.sync, self.training.progress.step
+        training, policy, step = self.training, self.training.policy, self.training.progress.step
         self._step_began = time.perf_counter()
         self.pulse.mark("batches", step=step + 1)
-        sync.before_step(step)
-        share = sync.share()
+        policy.before_step(step)
+        share = training.share()
         with self.trace.span("batches", step=step):
             batch = training.batches(step, share)
+        digest = self._digest(step) if not policy.alone else None
         with self.trace.span("forward_backward", step=step):
-            result = self._measured(batch, share=share, step=step)
+            result = self._computed(batch, share=share, step=step, digest=digest)
         with self.trace.span("update", step=step):
             outcome = training.update.apply(result)
-            sync.after_step(step)
-        self._commit(outcome)
+            self._advance(outcome)
+            try:
+                policy.after_step(step, targets=result.targets)
+            finally:  # a lost peer prevents what follows, not the step
+                row = self._note_row(outcome)
+        self._commit(outcome, row)
 
-    def _measured(self, batch: Batch, *, share: Share, step: int) -> StepResult:
-        """Run the step; the first one of a run is counted storage by storage (DESIGN 5.9)."""
-        training = self.training
-        run, orders = training.forward_backward.run, self._orders
-        word = Word(orders.stop.is_set(), orders.save.is_set(), self.members.pending)
-        digest = self._digest(step)
-        if training.peak_memory_bytes is not None or self.place.device.type != "cpu":
-            return run(batch, share=share, step=step, word=word, digest=digest)
-        resident = training.resident()
-        with LiveStorage(base_bytes=sum(tensor.nbytes for tensor in resident)) as live:
-            live.ignore(resident)  # their views and updates in place are no new storage
-            result = run(batch, share=share, step=step, word=word, digest=digest)
-        training.peak_memory_bytes = live.peak_bytes
+    def _computed(self, batch: Batch, *, share: Share, step: int, digest: int | None) -> StepResult:
+        """Count, vote, and pass; the first step of a run is counted storage by storage on a CPU."""
+        training, orders = self.training, self._orders
+        votes = Votes(orders.stop.is_set(), orders.save.is_set(), self.members.pending)
+        live = None
+        if training.peak_memory_bytes is None and self.worker.device.type == "cpu":
+            live = LiveStorage.above(training.state.resident())
+        with live or nullcontext():
+            counted = training.step.count(batch, votes=votes, digest=digest)
+            result = training.step.train(batch, share=share, counted=counted, step=step)
+        if live is not None:
+            training.peak_memory_bytes = live.peak_bytes
         return result
 
     def _digest(self, step: int) -> int | None:
+        """This rank's hash, when one is due after `step` steps and replicas must be equal then."""
         every = self.job.recipe.sync.verify_every_steps
         if every == "auto":
-            every = 1 if self.place.device.type == "cpu" else 100
-        alone = self.training.ranks.num_replicas == 1
-        if not every or step % every or alone or self.group.shares_memory:
+            every = 1 if self.worker.device.type == "cpu" else 100
+        training = self.training
+        alone = training.ranks.num_replicas == 1 or self.group.shares_memory
+        if not every or step % every or alone or not training.policy.equal_after(step):
             return None
         self.pulse.mark("verify")
         with self.trace.span("verify", step=step):
-            return digest_of(self.training.state)
+            return digest_of(training.state)
+
+    def _compare_replicas(self, step: int) -> None:
+        """What all replicas hold must be the same bits. Raises ReplicasDiffer."""
+        digest = self._digest(step)
+        if digest is not None:
+            digests = [int(text, 16) for text in gather_json(self.group, f"{digest:x}")]
+            compare(digests, layout=self.training.ranks.layout)
 
     # --- membership and repair
 
-    def _enter(self, lost: PeersLost | None = None) -> None:
-        """Join the newest epoch and agree on one state with its members."""
+    def _join_generation(self, lost: PeersLost | None = None) -> None:
+        """Join the newest generation and agree on one state with its members."""
         job = self.job
         if self._built:
             self._saver.leave()
         while True:
             try:
                 self.members.join(lost)
-                self._take_place()
+                self._enter_ranks()
                 training = self.training
                 recipe = job.recipe.model_dump(mode="json")
                 parameters = training.replica.num_parameters
                 check_same_program(self.group, recipe=recipe, parameters=parameters)
-                self._standing = agree(
+                self._position = agree(
                     self.group,
-                    self._standing,
+                    self._position,
                     state=training.state,
+                    layout=training.ranks.layout,
                     keys=self.members.keys,
-                    epoch=self.pulse.epoch,
+                    generation=self.pulse.generation,
                 )
-                if self._standing.step == FRESH:
-                    self._begin()
+                if self._position.step == FRESH:
+                    self._start_or_resume()
                 else:
-                    training.update_progress(self._standing.facts)
+                    training.restore(self._position.facts)
                     if self._first:
-                        self.files.open(last=self._standing.facts)
+                        self.files.open(last=self._position.facts)
                 self._broken = None
                 return
             except PeersLost as again:
+                if self.members.is_fixed:
+                    raise
                 lost = again
 
-    def _take_place(self) -> None:
-        """Stand among the ranks of the epoch; only then is a model cut, for it needs the others."""
-        if self.job.decision.layout.replica_workers == 1:
-            return
-        assert isinstance(self.group, ProcessGroup), "threads are whole replicas"
-        self.pulse.mark("building the model")
-        layout, device = self.job.decision.layout, self.place.device
-        ranks = meet(self.group, layout=layout, device=device)
+    def _enter_ranks(self) -> None:
+        """Stand among the ranks of the generation; only then is a model cut."""
+        layout, device = self.job.decision.layout, self.worker.device
+        if layout.replica_workers == 1:
+            ranks = whole(self.group, device=device)
+        else:
+            assert isinstance(self.group, ProcessGroup), "threads are whole replicas"
+            self.pulse.mark("building the model")
+            ranks = meet(self.group, layout=layout, device=device)
         if self._built:
             self.training.enter(ranks)
         else:
             self._build(ranks)
 
-    def _begin(self) -> None:
+    def _start_or_resume(self) -> None:
         """The state of a run that begins or is resumed; nobody has one yet."""
         training, job = self.training, self.job
         if job.joining:
@@ -245,7 +238,7 @@ class Trainer:
             step = self._restore()
         else:
             step = 0
-            self._standing = Standing(0, saved_at=0, facts=training.facts())
+            self._position = Position(0, saved_at=0, facts=training.facts())
         if self._first:
             self.files.open(last={}, step=step)
             kind = "resumed" if job.resume else "started"
@@ -260,33 +253,36 @@ class Trainer:
         step = choose_checkpoint(training.store, group=self.group, sink=self.files.events)
         reader = training.store.open(step)
         check_same_run(reader.state["recipe"], self.job.recipe, at=self.job.run)
-        load(reader, training.state, group=self.group)
-        training.update_progress(reader.state)
+        shapes, layout = training.replica.shapes, training.ranks.layout
+        load(reader, training.state, shapes=shapes, group=self.group, layout=layout)
+        training.resume(reader.state)
         states = reader.state["random_states"]
         if self.group.rank < len(states) and not self.group.shares_memory:
             raw = bytearray(bytes.fromhex(states[self.group.rank]))
             torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
-        self._standing = Standing(step, evaluated_at=step, saved_at=step)
-        self._standing.facts = training.facts()
+        self._position = Position(step, evaluated_at=step, saved_at=step)
+        self._position.facts = training.facts()
         self.group.barrier()
         return step
 
-    def _mend(self, problem: PeersLost | ReplicasDiffer) -> None:
-        """Go on after a loss in the next epoch; make replicas equal that are not."""
+    def _repair(self, problem: PeersLost | ReplicasDiffer) -> None:
+        """Go on after a loss in the next generation; make replicas equal that are not."""
         if isinstance(problem, PeersLost):
-            self._enter(problem)
+            self._join_generation(problem)
             return
         self.pulse.mark("repair")
         training, moves = self.training, problem.repairs()
-        wrong = differing_tensors(self.group, training.state)
+        layout = training.ranks.layout
+        wrong = differing_tensors(self.group, training.state, layout=layout)
         named = ", ".join(f"{name} (rank {', '.join(map(str, r))})" for name, r in wrong.items())
         if moves is not None:
             transfer(
                 self.group,
                 training.state,
+                layout=layout,
                 moves=moves,
                 keys=self.members.keys,
-                epoch=self.pulse.epoch,
+                generation=self.pulse.generation,
             )
             good = ", ".join(str(source) for source, _ in moves)
             text = f"replicas differ in {named}; repaired from rank {good}"
@@ -319,48 +315,72 @@ class Trainer:
         step = self.training.progress.step
         return every > 0 and (step % every == 0 or step == self._last_step)
 
-    def _commit(self, outcome: Outcome) -> None:
-        """The step counts from here on: rows, evaluation, checkpoint, in this order."""
-        training, standing = self.training, self._standing
+    def _advance(self, outcome: Outcome) -> None:
+        """The step is applied here: whoever joins from now on gets what follows it."""
+        training, position = self.training, self._position
         progress = training.progress
         progress.step += 1
         progress.applied_steps += outcome.applied
-        progress.tokens += outcome.targets
+        progress.tokens += outcome.step.targets
         progress.samples += self.job.recipe.train.global_batch_samples
+        position.step = progress.step
+
+    def _note_row(self, outcome: Outcome) -> dict[str, Any]:
+        """The row of the step, kept for who has to write it if this rank does not come to it."""
+        training = self.training
         seconds = time.perf_counter() - self._step_began
-        progress.seconds += seconds
-        standing.step = progress.step
-        self.pulse.mark("commit", step=progress.step)
-        traffic = self.group.traffic.take()
-        row = self.files.row(outcome, seconds=seconds, traffic=traffic)
-        standing.facts = {**training.facts(), "row": row, "read": outcome.read}
-        self._report.say("step", rank=self.group.rank, epoch=self.pulse.epoch, **_pace(row))
+        training.progress.seconds += seconds
+        row = self.files.row(outcome, seconds=seconds, traffic=self.group.traffic.take())
+        read = outcome.step.counted.read
+        self._position.facts = {**training.facts(), "row": row, "read": read}
+        return row
+
+    def _commit(self, outcome: Outcome, row: dict[str, Any]) -> None:
+        """The step counts from here on: rows, evaluation, checkpoint, in this order."""
+        progress = self.training.progress
+        self.pulse.mark("commit")
+        generation = self.pulse.generation
+        self._report.say("step", rank=self.group.rank, generation=generation, **_pace(row))
         if self._first:
             self.files.committed(row, outcome)
-        stopping = outcome.word.stop and progress.step < self._last_step
-        self._settle(save=stopping or outcome.word.save, last=stopping)
-        if outcome.word.save:
+        votes = self._votes_of_all(outcome.votes)
+        stopping = votes.stop and progress.step < self._last_step
+        self._evaluate_and_save_when_due(save=stopping or votes.save, last=stopping)
+        if votes.save:
             self._orders.save.clear()
         if stopping:
             raise Stopped(
                 f"stopped after step {progress.step}, saved; "
                 f"go on with: shoal resume {self.job.run}"
             )
-        if outcome.word.leave:
-            self._enter()
+        if votes.leave:
+            self._join_generation()
 
-    def _settle(self, *, save: bool = False, last: bool = False) -> None:
+    def _votes_of_all(self, votes: Votes) -> Votes:
+        """What anybody in the world wants. Replicas that step alone ask when they have met."""
+        training, step = self.training, self.training.progress.step
+        if not training.policy.alone:
+            return votes
+        if not training.policy.equal_after(step):
+            return Votes()
+        self._compare_replicas(step)
+        mine = torch.tensor([votes.stop, votes.save, votes.leave], dtype=torch.int64)
+        self.group.sum_(mine)
+        stop, save, leave = (count > 0 for count in mine.tolist())
+        return Votes(stop, save, leave)
+
+    def _evaluate_and_save_when_due(self, *, save: bool = False, last: bool = False) -> None:
         """What is due at this step and not yet done: evaluation, checkpoint."""
         recipe, step = self.job.recipe, self.training.progress.step
-        standing = self._standing
-        if self._due(recipe.train.evaluate_every_steps) and standing.evaluated_at != step:
+        position = self._position
+        if self._due(recipe.train.evaluate_every_steps) and position.evaluated_at != step:
             self._evaluate()
-            standing.evaluated_at = step
+            position.evaluated_at = step
         last = last or step == self._last_step
         due = save or last or self._due(recipe.checkpoint.every_steps)
-        if due and step and standing.saved_at != step:
+        if due and step and position.saved_at != step:
             self._save(last=last)
-            standing.saved_at = step
+            position.saved_at = step
         notes = self._saver.notes()
         for name, fields in notes if self._first else []:
             self.files.sink.event(name, fields)
@@ -370,9 +390,9 @@ class Trainer:
         self.pulse.mark("evaluate")
         began = time.perf_counter()
         with self.trace.span("evaluate", step=progress.step):
-            metrics = training.evaluate()
-            speaks = self._first or training.replica.is_cut
-            completions = training.complete() if speaks else []
+            metrics = evaluate(training)
+            takes_part = self._first or training.replica.is_cut
+            completions = complete_prompts(training) if takes_part else []
             self.group.barrier()
         self.group.traffic.take()
         if self._first:
@@ -382,11 +402,10 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         training, progress = self.training, self.training.progress
         self.pulse.mark("save")
-        digest = self._digest(0)
-        if digest is not None:  # what is saved must be what all replicas hold
-            digests = [int(text, 16) for text in gather_json(self.group, f"{digest:x}")]
-            compare(digests, places=training.ranks.cut.workers)
+        if not training.policy.alone:
+            self._compare_replicas(0)  # what is saved must be what all replicas hold
         recipe = self.job.recipe
+        equal = training.policy.equal_after(progress.step)
         logits = fingerprint_of(training) if training.replica.is_cut or self._first else []
 
         def facts() -> dict[str, Any]:
@@ -394,30 +413,36 @@ class Trainer:
                 **training.facts(),
                 "recipe": recipe.model_dump(mode="json"),
                 "layout": self.job.decision.to_json()["layout"],
-                "data": training.stream_state(progress.step),
-                "model_config": training.config.to_dict(),
+                "data": training.stream.state(progress.step),
+                "model_config": training.replica.settings.config.to_dict(),
                 "ties": [list(names) for names in training.anatomy.ties],
                 "inputs": self.job.inputs.to_json(),
-                "fingerprint": logits,
+                "fingerprint": logits if equal else [],
             }
 
         with self.trace.span("save", step=progress.step):
             self._saver.save(
                 training.state,
                 group=self.group,
+                layout=training.ranks.layout,
                 step=progress.step,
                 facts=facts,
-                random_state=random_state(),
+                own={"random_state": random_state(), "policy": training.policy.facts()},
+                equal=equal,
                 last=last,
-                while_waiting=lambda: self.pulse.mark("save"),
+                while_waiting=self._still_saving,
             )
         self.group.traffic.take()
+
+    def _still_saving(self) -> None:
+        self.members.check()
+        self.pulse.mark("save")
 
     # --- the end
 
     def _finish(self) -> None:
         training, job = self.training, self.job
-        whole = training.progress.step >= training.steps
+        complete = training.progress.step >= training.steps
         self.pulse.mark("finish")
         if job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
@@ -426,11 +451,11 @@ class Trainer:
                 left_out = sum(count for _, count in found)
                 write_trace(job.run / "trace.json", spans, left_out=left_out)
         if self._first:
-            if whole and job.final_model:
+            if complete and job.final_model:
                 self._report.say("phase", text=f"writing the model to {job.run / 'model'}")
                 write_model(training, out=job.run / "model")
             self.files.sink.event(
-                "finished" if whole else "paused", {"step": training.progress.step}
+                "finished" if complete else "paused", {"step": training.progress.step}
             )
             self.files.close()
             self._report.say("phase", text="scoring the baseline")

@@ -17,12 +17,10 @@ import torch
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.threads import Meeting, ThreadGroup
-from shoal.config.recipe import Recipe
-from shoal.engine.decision import Decision
-from shoal.engine.members import TIMEOUT_SECONDS
-from shoal.engine.orders import Orders
-from shoal.engine.prepare import Inputs
-from shoal.engine.trainer import Job, train
+from shoal.engine.job import Job
+from shoal.engine.membership.members import TIMEOUT_SECONDS
+from shoal.engine.membership.orders import Orders
+from shoal.engine.trainer import train
 from shoal.errors import (
     PeersLost,
     ShoalError,
@@ -34,23 +32,18 @@ from shoal.errors import (
 )
 from shoal.observe.events import Report
 from shoal.observe.pulse import Pulse
-from shoal.runtime import (
-    Place,
-    choose_device,
-    start_worker,
-    stop_process_group,
-)
+from shoal.runtime import WorkerInfo, choose_device, start_worker, stop_process_group
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Which worker this process is."""
+class WorkerArguments:
+    """Which worker this process is, and where it meets its supervisor."""
 
     rank: int
     size: int
     local_rank: int
     supervised: bool = False
-    """Whether epochs are announced by a supervisor (launch/supervise.py)."""
+    """Whether generations are announced by a supervisor (launch/supervise.py)."""
     pulse: Path | None = None
     """The file that the supervisor watches."""
     stack: Path | None = None
@@ -59,27 +52,9 @@ class Seat:
     """Folder of the keys for handing state from one worker to another."""
 
 
-def job_from(payload: dict[str, Any]) -> Job:
-    """The job described by a launcher's payload."""
-    return Job(
-        recipe=Recipe.model_validate(payload["recipe"]),
-        run=Path(payload["run"]),
-        inputs=Inputs.from_json(payload["inputs"]),
-        decision=Decision.from_json(payload["decision"]),
-        resume=payload["resume"],
-        joining=payload.get("joining", False),
-        faults=tuple(payload.get("faults", ())),
-        final_model=payload.get("final_model", True),
-        fault=payload.get("fault"),
-        score=payload.get("score"),
-        record=payload.get("record", False),
-        double=payload.get("double", False),
-    )
-
-
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of a worker of the fork server; returns its exit status."""
-    seat = Seat(
+    arguments = WorkerArguments(
         payload["rank"],
         payload["size"],
         payload["rank"],
@@ -89,34 +64,37 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         keys=Path(payload["keys"]),
     )
     orders = Orders().listen(descriptor)
-    return run_seat(job_from(payload), seat=seat, report=Report(descriptor), orders=orders)
+    job = Job.from_json(payload)
+    return run_worker(job, arguments=arguments, report=Report(descriptor), orders=orders)
 
 
-def run_seat(job: Job, *, seat: Seat, report: Report, orders: Orders | None = None) -> int:
-    """Train as `seat`; every failure becomes one message and an exit status."""
+def run_worker(
+    job: Job, *, arguments: WorkerArguments, report: Report, orders: Orders | None = None
+) -> int:
+    """Train as this worker; every failure becomes one message and an exit status."""
     orders = orders or Orders()
     signal.signal(signal.SIGTERM, lambda *_: orders.stop.set())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the fork server blocks it
-    if seat.stack is not None:
-        stack = os.open(seat.stack, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if arguments.stack is not None:
+        stack = os.open(arguments.stack, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     try:
         if job.decision.workers == "threads" and job.decision.layout.workers > 1:
-            _run_threads(job, seat=seat, report=report, orders=orders)
+            _run_threads(job, arguments=arguments, report=report, orders=orders)
         else:
-            _run_process(job, seat=seat, report=report, orders=orders)
+            _run_process(job, arguments=arguments, report=report, orders=orders)
     except Stopped as error:
         report.say("stopped", text=str(error))
         return error.exit_status
     except BaseException as error:
-        return tell(error, report=report, rank=seat.rank)
+        return report_failure(error, report=report, rank=arguments.rank)
     finally:
         sys.stdout.flush()
-    report.say("ended", rank=seat.rank)
+    report.say("ended", rank=arguments.rank)
     return 0
 
 
-def tell(error: BaseException, *, report: Report, rank: int) -> int:
+def report_failure(error: BaseException, *, report: Report, rank: int) -> int:
     """Report what ended a worker, a person's mistake apart from ours; returns its exit status."""
     full = disk_problem(error) if isinstance(error, OSError) else None
     if isinstance(error, UserError) or full is not None:
@@ -135,26 +113,27 @@ def tell(error: BaseException, *, report: Report, rank: int) -> int:
     return getattr(error, "exit_status", 1)
 
 
-def _run_process(job: Job, *, seat: Seat, report: Report, orders: Orders) -> None:
-    device = choose_device(job.recipe.launch.device, local_rank=seat.local_rank)
-    place = Place(seat.rank, seat.size, device, job.decision.threads_per_worker)
-    start_worker(place, seed=job.recipe.seed)
-    group = ProcessGroup(pulse=Pulse(seat.pulse, slot=seat.rank))
+def _run_process(job: Job, *, arguments: WorkerArguments, report: Report, orders: Orders) -> None:
+    device = choose_device(job.recipe.launch.device, local_rank=arguments.local_rank)
+    threads = job.decision.threads_per_worker
+    worker = WorkerInfo(arguments.rank, arguments.size, device, threads)
+    start_worker(worker, seed=job.recipe.seed)
+    group = ProcessGroup(pulse=Pulse(arguments.pulse, slot=arguments.rank))
     try:
         train(
             job,
             group=group,
-            place=place,
+            worker=worker,
             report=report,
             orders=orders,
-            supervised=seat.supervised and job.score is None,
-            keys=None if seat.keys is None else Keys.read(seat.keys),
+            supervised=arguments.supervised and job.score is None,
+            keys=None if arguments.keys is None else Keys.read(arguments.keys),
         )
     finally:
         stop_process_group()
 
 
-def _run_threads(job: Job, *, seat: Seat, report: Report, orders: Orders) -> None:
+def _run_threads(job: Job, *, arguments: WorkerArguments, report: Report, orders: Orders) -> None:
     """One thread per replica; the first failure ends them all, and is the one that is raised."""
     size = job.decision.layout.workers
     meeting = Meeting(size, timeout_seconds=TIMEOUT_SECONDS)
@@ -162,12 +141,11 @@ def _run_threads(job: Job, *, seat: Seat, report: Report, orders: Orders) -> Non
     device = torch.device("cpu")
 
     def body(rank: int) -> None:
-        place = Place(rank, size, device, job.decision.threads_per_worker)
-        pulse = Pulse(seat.pulse, slot=rank)
-        group: Group = ThreadGroup(meeting, rank=rank, pulse=pulse)
+        worker = WorkerInfo(rank, size, device, job.decision.threads_per_worker)
+        group: Group = ThreadGroup(meeting, rank=rank, pulse=Pulse(arguments.pulse, slot=rank))
         try:
-            start_worker(place, seed=job.recipe.seed)
-            train(job, group=group, place=place, report=report, orders=orders)
+            start_worker(worker, seed=job.recipe.seed)
+            train(job, group=group, worker=worker, report=report, orders=orders)
         except BaseException as error:
             failures.append((rank, error))
             if not isinstance(error, Stopped):

@@ -25,6 +25,7 @@ from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.launch.trial import FIRST_SECONDS, TRIAL_SECONDS, Trial
 from shoal.layout import Layout
+from shoal.legal import OWN_PARAMETERS
 from shoal.observe.console import Console
 from shoal.plan.ask import workload_of
 from shoal.plan.calibrate import estimator_for, predicted_for
@@ -147,7 +148,8 @@ def _replicas(recipe: Recipe, layout: Layout, *, at_most: int) -> int:
 def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads", "processes"]:
     if recipe.launch.workers != "auto":
         return recipe.launch.workers
-    if recipe.parallel.fewest_replicas is not None or layout.replica_workers > 1:
+    alone = recipe.sync.kind in OWN_PARAMETERS
+    if alone or recipe.parallel.fewest_replicas is not None or layout.replica_workers > 1:
         return "processes"
     if layout.replicate > 1 and not devices and recipe.model.dropout != "framework":
         return "threads"

@@ -7,8 +7,9 @@ from dataclasses import replace
 from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import Decision
 from shoal.errors import UserError
-from shoal.launch.refuse import cut_problems
+from shoal.launch.refuse import combination_of
 from shoal.layout import Layout
+from shoal.legal import open_axes
 from shoal.plan.ask import choices_of
 from shoal.plan.calibrate import predicted_for
 from shoal.plan.cost.step import Estimator
@@ -16,9 +17,6 @@ from shoal.plan.devices import device_named
 from shoal.plan.hardware import Cluster, Nodes
 from shoal.plan.search import Found, Space, find
 from shoal.plan.workload import DEGREES, Workload
-
-CHOSEN = ("replicate", "shard", "tensor")
-"""Axes that `parallel: auto` may choose: those that can run."""
 
 
 def on_devices(
@@ -64,12 +62,10 @@ def space_of(recipe: Recipe, *, layout: Layout) -> Space:
     """What the recipe leaves to the plan. `recompute: none` is what stands where nobody chose."""
     parallel = recipe.parallel
     fixed = choices_of(recipe, layout=layout).fixed
-    closed = [axis for axis in DEGREES if axis not in CHOSEN]
-    for axis in ("shard", "tensor"):
-        refused = cut_problems(recipe, replace(Layout(), **{axis: 2}))
-        if refused or parallel.fewest_replicas is not None:
-            closed.append(axis)
-    fixed |= {axis: layout.degree(axis) for axis in closed}
+    able = open_axes(combination_of(recipe, layout))
+    if parallel.fewest_replicas is not None:
+        able &= {"replicate"}
+    fixed |= {axis: layout.degree(axis) for axis in DEGREES if axis not in able}
     if isinstance(parallel.shard, Shard):
         fixed["level"] = parallel.shard.level
     if parallel.recompute != "none":

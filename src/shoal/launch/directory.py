@@ -82,6 +82,19 @@ def open_run(run: str | Path) -> Path:
     raise RunError(f"{folder}: expected a run directory (with config.yaml), found none")
 
 
+def requests_in(run: Path) -> list[str]:
+    """Orders that a person has left in a run as the files STOP and SAVE; each is taken once."""
+    found = [name for name in ("STOP", "SAVE") if (run / name).exists()]
+    for name in found:
+        (run / name).unlink(missing_ok=True)
+    return found
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether anything was saved."""
+    return any((run / "checkpoints").glob("step-*"))
+
+
 @contextmanager
 def hold(run: Path) -> Iterator[None]:
     """Keep every other job out of `run`. The lock ends with this process, however it ends.

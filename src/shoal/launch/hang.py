@@ -1,21 +1,17 @@
 """The hang doctor: who is where, who waits for whom, who is stuck, and what it does just now.
 
-Reads the pulses (observe/pulse.py) and what the system knows of each process. Works without the
-workers' help: a stopped or spinning worker cannot answer.
+Judges what a site has seen (launch/site.py): pulses, and what the system knows of each process.
+Works without the workers' help: a stopped or spinning worker cannot answer.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from shoal.observe.pulse import Beat
 
-WAITS = ("waiting for an epoch", "meeting the others")
+WAITS = ("waiting for a generation", "meeting the others")
 """Phases in which a worker waits for others, or for the supervisor."""
 LONG = (
     "starting",
@@ -49,6 +45,7 @@ class Sighting:
     pid: int | None
     beat: Beat | None
     silent_seconds: float
+    """Without a sign, not counting time in which the site itself was stopped."""
     state: str
     """What the system says: runs, sleeps, is stopped, waits for a device, unknown."""
     cpu_seconds: float | None = None
@@ -62,28 +59,6 @@ class Stuck:
     reason: str
 
 
-_STATES = {
-    "R": "runs",
-    "S": "sleeps",
-    "T": "is stopped",
-    "t": "is traced",
-    "D": "waits for a device",
-}
-
-
-def process_state(pid: int | None) -> tuple[str, float | None]:
-    """(state in words, CPU seconds used so far) of a process, where the system tells (Linux)."""
-    if pid is None:
-        return "unknown", None
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "unknown", None
-    fields = text.rpartition(")")[2].split()  # the name may hold anything, brackets too
-    ticks = os.sysconf("SC_CLK_TCK")
-    return _STATES.get(fields[0], "unknown"), (int(fields[11]) + int(fields[12])) / ticks
-
-
 class Doctor:
     """Judges sightings. A worker is late when it is silent for too long, and when that is not
     for want of a processor: one that runs must have computed for as long as its limit, too."""
@@ -93,19 +68,9 @@ class Doctor:
         self._floor, self._meets_inside = silence_seconds, meets_inside
         self._cpu: dict[int, tuple[float, float]] = {}
         """Rank -> (time of its last beat, CPU seconds it had used when that was first seen)."""
-        self._looked_at = self._since = time.monotonic()
-
-    def silence(self, beat: Beat | None, *, started_at: float) -> float:
-        """Seconds without a sign, not counting time in which this process itself was stopped."""
-        last = beat.beat_at if beat is not None else started_at
-        return time.monotonic() - max(self._since, last)
 
     def look(self, seen: list[Sighting]) -> list[Stuck]:
         """The workers that are stuck, if any."""
-        now = time.monotonic()
-        if now - self._looked_at > 1.0:  # we were stopped ourselves: nobody is late yet
-            self._since = now
-        self._looked_at = now
         found = [
             Stuck(one.rank, "is stopped (SIGSTOP)")
             for one in seen
@@ -186,28 +151,3 @@ def report(seen: list[Sighting]) -> list[str]:
         who = " and ".join(map(str, missing))
         lines.append(f"workers {', '.join(map(str, waiting))} wait for worker {who}")
     return lines
-
-
-def stack_of(pid: int | None, file: Path, *, stopped: bool) -> str:
-    """What every thread of a worker does just now, by SIGUSR1; empty when it does not tell.
-
-    A stopped worker is continued for it, so ask this only of one that is ended next.
-    """
-    if pid is None:
-        return ""
-    before = file.stat().st_size if file.is_file() else 0
-    try:
-        os.kill(pid, signal.SIGUSR1)
-        if stopped:
-            os.kill(pid, signal.SIGCONT)
-    except ProcessLookupError:
-        return ""
-    deadline = time.monotonic() + 0.2
-    text = ""
-    while time.monotonic() < deadline:
-        text = file.read_text(errors="replace")[before:] if file.is_file() else ""
-        if "most recent call first" in text:
-            time.sleep(0.01)
-            return file.read_text(errors="replace")[before:]
-        time.sleep(0.005)
-    return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from shoal.config.load import load_recipe, to_yaml
 from shoal.config.locked import LOCKED, changed
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
-from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.engine.job import Instruments, Job
+from shoal.engine.prepare import prepare_inputs
 from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import choose, with_speedup
@@ -47,17 +48,15 @@ def train(
     out: str | Path | None = None,
     console: bool | None = None,
     pool: WorkerPool | None = None,
-    fault: str | None = None,
-    faults: Sequence[dict[str, Any]] = (),
+    instruments: Instruments | None = None,
     story: list[dict[str, Any]] | None = None,
 ) -> Result:
     """Train `recipe` (a shipped name or a YAML file) and return its result.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
-    by default a new one below runs/. `fault`: plant a mistake (engine/step.py), to show what it
-    does; `faults`: commit these (engine/faults.py), to show what is survived; `story` collects
-    every event with its time. Raises UserError for what is wrong with the recipe, Stopped after
-    Ctrl-C or SIGTERM once everything is saved.
+    by default a new one below runs/. `instruments`: what a rehearsal or a test attaches to the run;
+    `story` collects every event with its time. Raises UserError for what is wrong with the recipe,
+    Stopped after Ctrl-C or SIGTERM once everything is saved.
     """
     resolved = (
         recipe
@@ -73,13 +72,12 @@ def train(
         inputs = prepare_inputs(resolved, say=show.phase)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         write_whole(run / "config.yaml", to_yaml(resolved))
-        job = _Start(
+        job = Job(
             recipe=resolved,
             inputs=inputs,
             decision=decision,
             run=run,
-            fault=fault,
-            faults=tuple(faults),
+            instruments=instruments or Instruments(),
         )
         return _run(job, pool=workers, console=show, story=story)
 
@@ -114,10 +112,10 @@ def _resume(
     with pool_or_own(pool) as workers:
         show.phase(f"resuming {folder}")
         inputs = prepare_inputs(resolved, say=show.phase)
-        decision = _decision_before(folder, override_texts(overrides))
+        decision = decision_before(folder, override_texts(overrides))
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
-        job = _Start(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=True)
+        job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=True)
         return _run(job, pool=workers, console=show)
 
 
@@ -141,7 +139,7 @@ _DECIDED = ("parallel", "launch", "precision", "train.micro_batch_samples")
 """Keys that bear on what is decided at the start."""
 
 
-def _decision_before(run: Path, overrides: list[str]) -> Decision | None:
+def decision_before(run: Path, overrides: list[str]) -> Decision | None:
     """What was decided for `run`, unless an override bears on it: same choices, same bits."""
     if any(text.startswith(_DECIDED) for text in overrides):
         return None
@@ -180,54 +178,27 @@ def _silent() -> Console:
     return Console(out=io.StringIO())
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What a start of the workers is made of."""
-
-    recipe: Recipe
-    inputs: Inputs
-    decision: Decision
-    run: Path
-    resume: bool = False
-    fault: str | None = None
-    faults: tuple[dict[str, Any], ...] = ()
-
-
 def _run(
-    job: _Start,
+    job: Job,
     *,
     pool: WorkerPool,
     console: Console,
     story: list[dict[str, Any]] | None = None,
 ) -> Result:
-    run, inputs, decision = job.run, job.inputs, job.decision
+    run, decision = job.run, job.decision
     console.phase(f"plan: {decision}")
     refuse_what_cannot_fit(job.recipe, decision, free_bytes=free_memory_bytes())
-    payload = {
-        "recipe": job.recipe.model_dump(mode="json"),
-        "run": str(run.resolve()),  # workers have the fork server's working directory
-        "inputs": inputs.to_json(),
-        "decision": decision.to_json(),
-        "resume": job.resume,
-        "fault": job.fault,
-        "faults": [{**fault, "number": n} for n, fault in enumerate(job.faults)],
-    }
-    fewest = job.recipe.parallel.fewest_replicas
-    if fewest is not None:
-        payload["smallest"] = fewest
 
     def begun() -> None:
         """Only now are the words of an earlier start out of date."""
         write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")
         write_whole(run / "config.yaml", to_yaml(job.recipe))
 
-    attempt = run_workers(
-        payload, decision=decision, pool=pool, console=console, begun=begun, story=story
-    )
+    attempt = run_workers(job, pool=pool, console=console, begun=begun, story=story)
     if attempt.stopped is not None:
         raise Stopped(attempt.stopped)
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
-    decision = with_speedup(job.recipe, decision, inputs=inputs, pool=pool, console=console)
+    decision = with_speedup(job.recipe, decision, inputs=job.inputs, pool=pool, console=console)
     summary = write_summary(run, done=attempt.done, decision=decision)
     return Result(run, summary)

@@ -13,8 +13,8 @@ from typing import Any
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.errors import ConfigError, Problem
-from shoal.launch.refuse import cut_problems
-from shoal.layout import Layout
+from shoal.launch.refuse import combination_of
+from shoal.legal import open_axes
 from shoal.observe.events import read_lines
 from shoal.units import format_bytes
 
@@ -60,7 +60,7 @@ def fixes(recipe: Recipe, decision: Decision) -> Iterator[str]:
         yield "parallel.recompute=full (activations made again, a third more compute, same curve)"
     if decision.workers == "processes" and count > 1:
         yield "launch.workers=threads (one copy of parameters and optimizer state for all)"
-        if not cut_problems(recipe, Layout(shard=2)):
+        if "shard" in open_axes(combination_of(recipe, decision.layout)):
             cut = f"parallel.shard={decision.layout.shard * count} parallel.replicate=1"
             yield f"{cut} (state divided instead of copied, the same curve)"
     if count > 1:

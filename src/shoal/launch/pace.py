@@ -19,13 +19,13 @@ class Pace:
 
     def __init__(self) -> None:
         self._recent: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
-        self._epoch = 0
+        self._generation = 0
         self._named: dict[int, int] = {}
 
     def note(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Take in one rank's step; the fields of an event when that rank is slow, else None."""
-        if message["epoch"] != self._epoch:
-            self._epoch = message["epoch"]
+        if message["generation"] != self._generation:
+            self._generation = message["generation"]
             self._recent.clear()
         rank, step = message["rank"], message["step"]
         self._recent[rank].append(message["compute_seconds"])

@@ -104,7 +104,7 @@ class WorkerPool:
         return worker
 
     def send(self, worker: Worker, message: dict[str, Any]) -> None:
-        """Give a worker an order (engine/orders.py); one that is gone needs none."""
+        """Give a worker an order (engine/membership/orders.py); one that is gone needs none."""
         data = json.dumps(message).encode() + b"\n"
         with suppress(OSError):
             while data and worker.open:

@@ -11,6 +11,7 @@ from typing import Any
 from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
+from shoal.engine.job import Job
 from shoal.engine.prepare import prepare_inputs
 from shoal.environment import usable_cores
 from shoal.errors import WorkerError
@@ -42,17 +43,10 @@ def score(model: Path, *, recipe: str, overrides: Iterable[str]) -> dict[str, An
             "one worker scores",
         )
         out = Path(scratch) / "scores.json"
-        payload = {
-            "recipe": resolved.model_dump(mode="json"),
-            "run": scratch,
-            "inputs": inputs.to_json(),
-            "decision": decision.to_json(),
-            "resume": False,
-            "score": str(out),
-        }
+        job = Job(resolved, Path(scratch), inputs, decision, score=str(out))
         import io
 
-        run_workers(payload, decision=decision, pool=pool, console=Console(out=io.StringIO()))
+        run_workers(job, pool=pool, console=Console(out=io.StringIO()))
         if not out.is_file():
             raise WorkerError("the scoring worker ended without scores")
         scores: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))

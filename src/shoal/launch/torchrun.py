@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,18 @@ from shoal.comm.messages import broadcast_json
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import Recipe
-from shoal.engine.agree import check_same_program
 from shoal.engine.decision import Decision, given_layout
+from shoal.engine.job import Job
 from shoal.engine.measure import measured_formats
+from shoal.engine.membership.agree import check_same_program
 from shoal.engine.prepare import prepare_inputs
-from shoal.engine.worker import Seat, job_from, run_seat
+from shoal.engine.worker import WorkerArguments, run_worker
 from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
-from shoal.launch.directory import claim, hold, write_whole
+from shoal.launch.directory import claim, hold, open_run, write_whole
+from shoal.launch.local import decision_before, resumed_recipe
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
@@ -39,25 +43,116 @@ _TIMEOUT_SECONDS = 1800.0
 
 
 def join(recipe: str, overrides: Sequence[str], *, out: Path | None, seat: Rendezvous) -> int:
-    """Train as the worker that `seat` names; returns the exit status of this process."""
+    """Train as the worker that `seat` names; returns the exit status of this process.
+
+    Raises ConfigError for a recipe that does not go with the number of workers.
+    """
     resolved = _recipe(recipe, overrides, size=seat.world_size)
-    device = choose_device(resolved.launch.device, local_rank=seat.local_rank)
+    name = Path(recipe).stem
+
+    def prepare(console: Console) -> Job:
+        run = claim(out, name=name)
+        console.phase(f"run directory {run}")
+        job = _job(resolved, run, seat=seat, console=console)
+        write_whole(run / "config.yaml", to_yaml(resolved))
+        write_whole(run / "plan.json", json.dumps(job.decision.to_json(), indent=1) + "\n")
+        return job
+
+    return _joined(resolved, prepare, seat=seat, name=name)
+
+
+def join_resume(run: Path, overrides: Sequence[str], *, seat: Rendezvous) -> int:
+    """Go on with `run` as the worker that `seat` names; returns this process's exit status.
+
+    As many replicas as torchrun has started go on, whatever the run had before. Raises RunError for
+    what is no run, ConfigError for overrides that would make it another run.
+    """
+    folder = open_run(run)
+    inside = given_layout(resumed_recipe(folder, list(overrides))).replica_workers
+    given = [text for text in overrides if text.startswith("parallel.replicate=")]
+    wanted = [*overrides, *_as_started(seat.world_size, inside=inside, given=bool(given))]
+    resolved = resumed_recipe(folder, wanted)
+    _check_size(resolved, size=seat.world_size)
+
+    def prepare(console: Console) -> Job:
+        console.phase(f"resuming {folder}")
+        before = decision_before(folder, list(overrides))
+        same = before is not None and before.layout.workers == seat.world_size
+        job = _job(resolved, folder, seat=seat, console=console, decision=before if same else None)
+        return replace(job, resume=True)
+
+    return _joined(resolved, prepare, seat=seat, name=str(folder / "config.yaml"))
+
+
+def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
+    """Overrides for the workers that are there, unless the degree was `given`."""
+    degree = [] if given or size % inside else [f"parallel.replicate={size // inside}"]
+    return [*degree, "launch.workers=processes"]
+
+
+def _joined(
+    recipe: Recipe, prepare: Callable[[Console], Job], *, seat: Rendezvous, name: str
+) -> int:
+    """Meet the others, let rank 0 prepare for all, and train."""
+    device = choose_device(recipe.launch.device, local_rank=seat.local_rank)
     start_process_group(
         rank=seat.rank,
         size=seat.world_size,
         device=device,
-        store=None,
+        meeting=None,
         timeout_seconds=_TIMEOUT_SECONDS,
     )
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        return _join(resolved, seat=seat, name=Path(recipe).stem, out=out)
+        return _meet_and_train(recipe, prepare, seat=seat, name=name)
     finally:
         stop_process_group()
 
 
+def _meet_and_train(
+    recipe: Recipe, prepare: Callable[[Console], Job], *, seat: Rendezvous, name: str
+) -> int:
+    console = Console()
+    payload: dict[str, Any] = {}
+    try:
+        check_same_program(ProcessGroup(), recipe=recipe.model_dump(mode="json"), parameters=0)
+    except RunError as error:
+        if seat.rank == 0:
+            raise
+        return error.exit_status  # rank 0 says it for all
+    with ExitStack() as held:
+        if seat.rank == 0:
+            try:
+                job = prepare(console)
+                held.enter_context(hold(job.run))
+                payload = job.to_json()
+            except UserError as error:
+                print(f"shoal: {error}", file=sys.stderr)
+                payload = {"status": error.exit_status}
+        payload = broadcast_json(ProcessGroup(), payload)
+        if "status" in payload:
+            return int(payload["status"])
+        job = Job.from_json(payload)
+        arguments = WorkerArguments(seat.rank, seat.world_size, seat.local_rank)
+        if seat.rank != 0:
+            with open(os.devnull, "wb") as nowhere:
+                return run_worker(job, arguments=arguments, report=Report(nowhere.fileno()))
+        console.steps = recipe.train.steps
+        return _lead(job, arguments=arguments, console=console, recipe=name)
+
+
 def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
+    """The recipe for the workers that are there. Raises ConfigError where they do not fit it."""
     resolved = load_recipe(recipe, overrides)
+    _check_size(resolved, size=size)
+    inside = given_layout(resolved).replica_workers
+    return anchored(
+        load_recipe(recipe, [*overrides, *_as_started(size, inside=inside, given=False)])
+    )
+
+
+def _check_size(resolved: Recipe, *, size: int) -> None:
+    """Raises ConfigError where `size` workers do not fit the recipe."""
     wanted, inside = resolved.parallel.replicas, given_layout(resolved).replica_workers
     problems = []
     if size % inside:
@@ -73,60 +168,27 @@ def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
         problems.append(Problem("launch.workers", "workers of torchrun are processes", hint))
     if problems:
         raise ConfigError(problems)
-    parallel = [f"parallel.replicate={size // inside}", "launch.workers=processes"]
-    return anchored(load_recipe(recipe, [*overrides, *parallel]))
 
 
-def _join(recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None) -> int:
-    console = Console()
-    payload: dict[str, Any] = {}
-    try:
-        check_same_program(ProcessGroup(), recipe=recipe.model_dump(mode="json"), parameters=0)
-    except RunError as error:
-        if seat.rank == 0:
-            raise
-        return error.exit_status  # rank 0 says it for all
-    if seat.rank == 0:
-        try:
-            payload = _prepare(recipe, seat=seat, name=name, out=out, console=console)
-        except UserError as error:
-            print(f"shoal: {error}", file=sys.stderr)
-            payload = {"status": error.exit_status}
-    payload = broadcast_json(ProcessGroup(), payload)
-    if "status" in payload:
-        return int(payload["status"])
-    place = Seat(seat.rank, seat.world_size, seat.local_rank)
-    if seat.rank != 0:
-        with open(os.devnull, "wb") as nowhere:
-            return run_seat(job_from(payload), seat=place, report=Report(nowhere.fileno()))
-    console.steps = recipe.train.steps
-    with hold(Path(payload["run"])):
-        return _lead(payload, place=place, console=console, recipe=name)
-
-
-def _prepare(
-    recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None, console: Console
-) -> dict[str, Any]:
-    """What rank 0 does for all: the same as the parent of shoal's own workers."""
-    run = claim(out, name=name)
-    console.phase(f"run directory {run}")
+def _job(
+    recipe: Recipe,
+    run: Path,
+    *,
+    seat: Rendezvous,
+    console: Console,
+    decision: Decision | None = None,
+) -> Job:
+    """What rank 0 prepares for all; `decision`: what was decided before, if it still fits."""
     inputs = prepare_inputs(recipe, say=console.phase)
-    formats = measured_formats(recipe.launch.device)
-    cores = usable_cores() // seat.local_world_size
-    decision = decide_joined(recipe, inputs=inputs, cores_per_worker=max(1, cores), formats=formats)
+    if decision is None:
+        cores = max(1, usable_cores() // seat.local_world_size)
+        formats = measured_formats(recipe.launch.device)
+        decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
     console.phase(f"plan: {decision}")
-    write_whole(run / "config.yaml", to_yaml(recipe))
-    write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "run": str(run.resolve()),
-        "inputs": inputs.to_json(),
-        "decision": decision.to_json(),
-        "resume": False,
-    }
+    return Job(recipe=recipe, run=run, inputs=inputs, decision=decision)
 
 
-def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str) -> int:
+def _lead(job: Job, *, arguments: WorkerArguments, console: Console, recipe: str) -> int:
     """Train as rank 0, showing what it reports; then write the summary."""
     read, write = os.pipe()
     attempt = Attempt(console)
@@ -139,7 +201,7 @@ def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str
     listener = threading.Thread(target=show, name="reports")
     listener.start()
     try:
-        status = run_seat(job_from(payload), seat=place, report=Report(write))
+        status = run_worker(job, arguments=arguments, report=Report(write))
     finally:
         os.close(write)
         listener.join()
@@ -148,8 +210,6 @@ def _lead(payload: dict[str, Any], *, place: Seat, console: Console, recipe: str
     if attempt.stopped is not None:
         print(f"shoal: {attempt.stopped}", file=sys.stderr)
     if attempt.done is not None:
-        run = Path(payload["run"])
-        decision = Decision.from_json(payload["decision"])
-        summary = write_summary(run, done=attempt.done, decision=decision)
-        print("\n".join(last_words(run, summary, recipe=recipe)))
+        summary = write_summary(job.run, done=attempt.done, decision=job.decision)
+        print("\n".join(last_words(job.run, summary, recipe=recipe)))
     return status

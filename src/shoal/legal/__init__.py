@@ -1,21 +1,16 @@
 """What is legal: which layout, policy and codec a model family supports, from config.json alone."""
 
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families import (
-    FAMILIES,
-    TENSOR_FAMILIES,
-    axes_of,
-    facts_from_config,
-)
+from shoal.legal.families.table import axes_of, facts_from_config, family_of, known_families
 from shoal.legal.rules import (
     CODECS,
-    IMPLEMENTED_AXES,
-    IMPLEMENTED_CODECS,
-    IMPLEMENTED_POLICIES,
+    OWN_PARAMETERS,
     POLICIES,
-    RECOMPUTE,
     SHARD_LEVELS,
+    Combination,
+    illegal,
     not_yet,
+    open_axes,
     problems,
     tensor_degrees,
 )
@@ -23,18 +18,18 @@ from shoal.legal.shrink import shrunk
 
 __all__ = [
     "CODECS",
-    "FAMILIES",
-    "IMPLEMENTED_AXES",
-    "IMPLEMENTED_CODECS",
-    "IMPLEMENTED_POLICIES",
+    "OWN_PARAMETERS",
     "POLICIES",
-    "RECOMPUTE",
     "SHARD_LEVELS",
-    "TENSOR_FAMILIES",
+    "Combination",
     "ModelFacts",
     "axes_of",
     "facts_from_config",
+    "family_of",
+    "illegal",
+    "known_families",
     "not_yet",
+    "open_axes",
     "problems",
     "shrunk",
     "tensor_degrees",

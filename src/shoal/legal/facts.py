@@ -55,17 +55,6 @@ class ModelFacts:
         return self.layers - self.dense_layers if self.experts else 0
 
     @cached_property
-    def dense_block_parameters(self) -> int:
-        """Parameters of one block without experts (attention, feed-forward part, norms)."""
-        return self.attention_parameters + self.feed_forward_parameters
-
-    @cached_property
-    def expert_block_parameters(self) -> int:
-        """Parameters of one block with all its experts."""
-        routed = self.experts * self.expert_parameters
-        return self.attention_parameters + self.expert_shared_parameters + routed
-
-    @cached_property
     def block_parameters(self) -> float:
         """Parameters of one block, averaged over the blocks."""
         return self.blocks_parameters / self.layers
@@ -73,12 +62,10 @@ class ModelFacts:
     @cached_property
     def blocks_parameters(self) -> int:
         """Parameters of all blocks together."""
-        dense = self.layers - self.expert_layers
-        return (
-            dense * self.dense_block_parameters
-            + self.expert_layers * self.expert_block_parameters
-            + self.extra_parameters
-        )
+        routed = self.expert_shared_parameters + self.experts * self.expert_parameters
+        dense = (self.layers - self.expert_layers) * self.feed_forward_parameters
+        attention = self.layers * self.attention_parameters
+        return attention + dense + self.expert_layers * routed + self.extra_parameters
 
     @cached_property
     def parameters(self) -> int:

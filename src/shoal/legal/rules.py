@@ -1,242 +1,298 @@
-"""Which layout, policy and codec a model can run with, and the nearest choice that is legal."""
+"""What is legal: every rule on which layout, policy, codec and model go together, in this one file.
+
+A rule sees one `Combination` and gives the problems in it, each with the nearest legal choice. From
+the same rules come the refusals before a start, the planner's space, and the tables in docs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 
 from shoal.errors import Problem, nearest
 from shoal.layout import Layout
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families import TENSOR_FAMILIES, axes_of
+from shoal.legal.families.family import EVERY_AXIS
+from shoal.legal.families.table import axes_of, family_of
 
 POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk", "powersgd")
-
 SHARD_LEVELS = ("parameters", "gradients", "optimizer")
 """What of a replica is cut along shard: all of it, all but the parameters in forward and backward,
 or the optimizer state alone (docs/layouts.md has the memory of each)."""
 RECOMPUTE = ("none", "selective", "full")
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "tensor"})
-IMPLEMENTED_POLICIES = frozenset({"every-step"})
+IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd"})
+OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "server"})
+"""Policies under which replicas hold different parameters between two meetings."""
 IMPLEMENTED_CODECS = frozenset({"none"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """What a run asks for together. None: not known (yet), and so not judged."""
+
+    layout: Layout = field(default_factory=Layout)
+    policy: str = "every-step"
+    codec: str = "none"
+    workers: str = "processes"
+    """`processes`, `threads` or `auto`."""
+    num_workers: int | None = None
+    """How many there are."""
+    elastic: bool = False
+    """The replicate degree may shrink while the run goes on."""
+    shard_level: str = "parameters"
+    recompute: str = "none"
+    sequence_tokens: int | None = None
+    global_batch_samples: int | None = None
+    micro_batch_samples: int | None = None
+    exact: bool = False
+    optimizer: str = "adamw"
+    dropout: str = "keyed"
+    family: str | None = None
+    facts: ModelFacts | None = None
+    """None although the family is given: nobody has written down its sizes."""
+    whole_logits: bool = False
+    """The model's logits are more than head(hidden) (models/anatomy.py)."""
+
+    @property
+    def cut_axes(self) -> list[str]:
+        """Axes along which a replica is cut."""
+        return [axis for axis in _axes() if axis != "replicate" and self.layout.degree(axis) > 1]
+
+    def of_model(self, facts: ModelFacts) -> Combination:
+        """The same for a model of these sizes."""
+        return replace(self, family=facts.family, facts=facts)
+
+
+Rule = Callable[[Combination], Iterator[Problem]]
 
 
 def tensor_degrees(facts: ModelFacts) -> list[int]:
     """Tensor degrees that divide the query heads, key-value heads and feed-forward width."""
-    widths = [facts.heads, facts.key_value_heads]
-    widths += [facts.feed_forward] if facts.expert_layers < facts.layers else []
-    widths += [facts.expert_feed_forward] if facts.experts else []
+    widths = [facts.heads, facts.key_value_heads, *_widths(facts)]
     return [n for n in range(1, facts.heads + 1) if all(width % n == 0 for width in widths)]
 
 
-def problems(
-    facts: ModelFacts,
-    layout: Layout,
-    *,
-    policy: str = "every-step",
-    codec: str = "none",
-    workers: str = "processes",
-    count: int | None = None,
-    sequence_tokens: int | None = None,
-    shard_level: str = "parameters",
-    recompute: str = "none",
-) -> list[Problem]:
-    """Everything that makes this run impossible, each with the nearest legal choice.
-
-    `workers` is `"processes"`, `"threads"` or `"auto"`; `count` the number of workers there are,
-    when that is known; `sequence_tokens` the row length, when it is known.
-    """
-    found = [*_axis_problems(facts, layout), *_degree_problems(facts, layout)]
-    if count is not None and layout.workers != count:
-        found.append(_count_problem(layout, count=count))
-    if (
-        sequence_tokens is not None
-        and sequence_tokens % (2 * layout.context)
-        and (layout.context > 1)
-    ):
-        found.append(
-            Problem(
-                "parallel.context",
-                f"{layout.context} ranks need rows of a multiple of {2 * layout.context} tokens "
-                f"(two slices each, so that causal work is even), got {sequence_tokens}",
-                f"set data.sequence_tokens to "
-                f"{-(-sequence_tokens // (2 * layout.context)) * 2 * layout.context}",
-            )
-        )
-    found += _kind_problems(shard_level=shard_level, recompute=recompute)
-    found += _worker_problems(layout, policy=policy, workers=workers)
-    found += _exchange_problems(layout, policy=policy, codec=codec)
-    return found
+def problems(combination: Combination) -> list[Problem]:
+    """Everything that keeps this run from starting today, each with the nearest legal choice."""
+    return [*not_yet(combination), *illegal(combination)]
 
 
-def _axis_problems(facts: ModelFacts, layout: Layout) -> list[Problem]:
-    able = axes_of(facts.family)
-    found = []
-    for axis in ("shard", "context", "tensor", "pipeline"):
-        if layout.degree(axis) > 1 and axis not in able:
-            found.append(
-                Problem(
-                    f"parallel.{axis}",
-                    f"a {facts.family} model cannot be cut along {axis}, got {layout.degree(axis)}",
-                    f"set it to 1 and use shard={layout.degree(axis)} instead; {facts.family} "
-                    f"supports {', '.join(sorted(able))}",
-                )
-            )
-    if layout.expert > 1 and not facts.experts:
-        found.append(
-            Problem(
-                "parallel.expert",
-                f"a {facts.family} model has no experts to spread, got {layout.expert}",
-                "set it to 1; expert needs a mixture-of-experts model",
-            )
-        )
-    return found
+def illegal(combination: Combination) -> list[Problem]:
+    """What of this run can never be."""
+    return [problem for rule in _RULES for problem in rule(combination)]
 
 
-def _degree_problems(facts: ModelFacts, layout: Layout) -> list[Problem]:
-    found = []
-    if layout.tensor > 1 and "tensor" in axes_of(facts.family):
-        legal = tensor_degrees(facts)
-        if layout.tensor not in legal:
-            close = min(legal, key=lambda degree: abs(degree - layout.tensor))
-            found.append(
-                Problem(
-                    "parallel.tensor",
-                    f"{layout.tensor} does not divide {facts.heads} query heads, "
-                    f"{facts.key_value_heads} key-value heads and the feed-forward width",
-                    f"degrees that do: {', '.join(map(str, legal))}; the nearest is {close}",
-                )
-            )
-    if layout.pipeline > facts.layers:
-        found.append(
-            Problem(
-                "parallel.pipeline",
-                f"{layout.pipeline} stages for {facts.layers} blocks: a stage would be empty",
-                f"at most {facts.layers}",
-            )
-        )
-    if facts.experts and facts.experts % layout.expert:
-        legal = [n for n in range(1, facts.experts + 1) if facts.experts % n == 0]
-        close = min(legal, key=lambda degree: abs(degree - layout.expert))
-        found.append(
-            Problem(
-                "parallel.expert",
-                f"{layout.expert} does not divide {facts.experts} experts",
-                f"the nearest degree that does is {close}",
-            )
-        )
-    return found
-
-
-def _kind_problems(*, shard_level: str, recompute: str) -> list[Problem]:
-    kinds = (
-        ("parallel.shard.level", shard_level, SHARD_LEVELS),
-        ("parallel.recompute", recompute, RECOMPUTE),
-    )
-    return [
-        Problem(where, f"expected one of {', '.join(known)}; got {kind!r}", nearest(kind, known))
-        for where, kind, known in kinds
-        if kind not in known
-    ]
-
-
-def _count_problem(layout: Layout, *, count: int) -> Problem:
-    fixed = layout.workers // layout.replicate
-    if count % fixed == 0:
-        hint = f"set parallel.replicate to {count // fixed}"
-    else:
-        close = max(n for n in range(1, count + 1) if n % fixed == 0) if fixed <= count else 0
-        hint = (
-            f"with {fixed} workers per replica the nearest count below is {close}"
-            if close
-            else f"one replica alone needs {fixed} workers: lower a degree"
-        )
-    return Problem(
-        "parallel",
-        f"the degrees ({layout}) multiply to {layout.workers} workers, but there are {count}",
-        hint,
+def open_axes(combination: Combination) -> frozenset[str]:
+    """Axes that may have a degree above 1 in this run today: a plan chooses among them."""
+    able = EVERY_AXIS if combination.family is None else axes_of(combination.family)
+    return frozenset(
+        axis
+        for axis in IMPLEMENTED_AXES & able
+        if not [*_cut_replica(replace(combination, layout=Layout(**{axis: 2})))]
     )
 
 
-def _worker_problems(layout: Layout, *, policy: str, workers: str) -> list[Problem]:
-    found = []
-    cut = [f.name for f in fields(layout) if f.name != "replicate" and layout.degree(f.name) > 1]
-    if workers == "threads" and cut:
-        found.append(
-            Problem(
-                "launch.workers",
-                f"threads carry the replicate axis only, got {', '.join(cut)}",
-                f"set launch.workers to processes, or {' and '.join(cut)} to 1",
-            )
-        )
-    if policy == "hogwild" and workers == "processes":
-        found.append(
-            Problem(
-                "sync.kind",
-                "hogwild needs workers that share one copy of the parameters, got processes",
-                "set launch.workers to threads, or sync.kind to every-step",
-            )
-        )
-    return found
-
-
-def _exchange_problems(layout: Layout, *, policy: str, codec: str) -> list[Problem]:
-    found = []
-    if policy not in POLICIES:
-        found.append(Problem("sync.kind", f"unknown policy {policy!r}", nearest(policy, POLICIES)))
-    if codec not in CODECS:
-        found.append(Problem("sync.codec", f"unknown codec {codec!r}", nearest(codec, CODECS)))
-    elif codec != "none" and layout.replicate == 1:
-        found.append(
-            Problem(
-                "sync.codec",
-                f"{codec} has nothing to compress: there is one replica",
-                "set it to none, or parallel.replicate to 2 or more",
-            )
-        )
-    return found
-
-
-def not_yet(
-    layout: Layout, *, policy: str = "every-step", codec: str = "none", family: str | None = None
-) -> list[Problem]:
-    """What of this run is designed but not built: legal, and refused all the same.
-
-    `family`: the model's, where it is known.
-    """
+def not_yet(combination: Combination) -> list[Problem]:
+    """What of this run is designed but not built: legal, and refused all the same."""
+    layout, family = combination.layout, combination.family
     found = [
         Problem(
-            f"parallel.{field.name}",
-            f"{field.name} is not there yet, got {layout.degree(field.name)}",
+            f"parallel.{axis}",
+            f"{axis} is not there yet, got {layout.degree(axis)}",
             f"set it to 1; today these axes run: {', '.join(sorted(IMPLEMENTED_AXES))}",
         )
-        for field in fields(layout)
-        if layout.degree(field.name) > 1 and field.name not in IMPLEMENTED_AXES
+        for axis in _axes()
+        if layout.degree(axis) > 1 and axis not in IMPLEMENTED_AXES
     ]
-    tabled = family is None or family in TENSOR_FAMILIES or "tensor" not in axes_of(family)
-    if layout.tensor > 1 and not tabled:
-        found.append(
-            Problem(
-                "parallel.tensor",
-                f"a {family} model has no table for the tensor axis yet, got {layout.tensor}",
-                f"set it to 1 and use shard={layout.tensor} instead",
-            )
-        )
-    if policy in POLICIES and policy not in IMPLEMENTED_POLICIES:
-        found.append(
-            Problem(
-                "sync.kind",
-                f"the policy {policy} is not there yet",
-                f"today these run: {', '.join(sorted(IMPLEMENTED_POLICIES))}",
-            )
-        )
-    if codec in CODECS and codec not in IMPLEMENTED_CODECS:
-        found.append(
-            Problem(
-                "sync.codec",
-                f"the codec {codec} is not there yet",
-                f"today these run: {', '.join(sorted(IMPLEMENTED_CODECS))}",
-            )
-        )
+    wants_table = layout.tensor > 1 and family is not None and "tensor" in axes_of(family)
+    if wants_table and family_of(str(family)).tensor is None:
+        what = f"a {family} model has no table for the tensor axis yet, got {layout.tensor}"
+        hint = f"set it to 1 and use shard={layout.tensor} instead"
+        found.append(Problem("parallel.tensor", what, hint))
+    kinds = (
+        ("policy", "sync.kind", combination.policy, POLICIES, IMPLEMENTED_POLICIES),
+        ("codec", "sync.codec", combination.codec, CODECS, IMPLEMENTED_CODECS),
+    )
+    for kind, where, name, known, built in kinds:
+        if name in known and name not in built:
+            hint = f"today these run: {', '.join(sorted(built))}"
+            found.append(Problem(where, f"the {kind} {name} is not there yet", hint))
     return found
+
+
+def _axes() -> list[str]:
+    return [each.name for each in fields(Layout)]
+
+
+def _widths(facts: ModelFacts) -> list[int]:
+    dense = [facts.feed_forward] if facts.expert_layers < facts.layers else []
+    return dense + ([facts.expert_feed_forward] if facts.experts else [])
+
+
+def _close(legal: list[int], degree: int) -> int:
+    return min(legal, key=lambda each: abs(each - degree))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _axes_of_model(combination: Combination) -> Iterator[Problem]:
+    family, facts = combination.family, combination.facts
+    for axis in combination.cut_axes if family is not None else ():
+        degree, able = combination.layout.degree(axis), axes_of(str(family))
+        instead = f"set it to 1 and use shard={degree} instead"
+        if facts is None and axis != "shard":
+            what = f"shoal has no table for the family {family}, so such a model cannot be cut "
+            what += f"along {axis}, got {degree}"
+            yield Problem(f"parallel.{axis}", what, f"{instead}, which takes any family")
+        elif facts is not None and axis == "expert" and not facts.experts:
+            what = f"a {family} model has no experts to spread, got {degree}"
+            hint = "set it to 1; expert needs a mixture-of-experts model"
+            yield Problem("parallel.expert", what, hint)
+        elif axis not in (*able, "expert"):
+            what = f"a {family} model cannot be cut along {axis}, got {degree}"
+            hint = f"{instead}; {family} supports {', '.join(sorted(able))}"
+            yield Problem(f"parallel.{axis}", what, hint)
+
+
+def _degrees(combination: Combination) -> Iterator[Problem]:
+    facts, layout = combination.facts, combination.layout
+    if facts is None:
+        return
+    legal = tensor_degrees(facts)
+    if layout.tensor > 1 and layout.tensor not in legal and "tensor" in axes_of(facts.family):
+        widths = " and ".join(map(str, _widths(facts)))
+        what = f"{layout.tensor} does not divide {facts.heads} query heads, "
+        what += f"{facts.key_value_heads} key-value heads and the feed-forward width {widths}"
+        hint = f"degrees that do: {', '.join(map(str, legal))}; "
+        hint += f"the nearest is {_close(legal, layout.tensor)}"
+        yield Problem("parallel.tensor", what, hint)
+    if layout.pipeline > facts.layers:
+        what = f"{layout.pipeline} stages for {facts.layers} blocks: a stage would be empty"
+        yield Problem("parallel.pipeline", what, f"at most {facts.layers}")
+    if facts.experts % layout.expert:
+        what = f"{layout.expert} does not divide {facts.experts} experts"
+        near = _close(_divisors(facts.experts), layout.expert)
+        yield Problem("parallel.expert", what, f"the nearest degree that does is {near}")
+
+
+def _number_of_workers(combination: Combination) -> Iterator[Problem]:
+    layout, count = combination.layout, combination.num_workers
+    if count is None or layout.workers == count:
+        return
+    fixed = layout.replica_workers
+    if count % fixed == 0:
+        hint = f"set parallel.replicate to {count // fixed}"
+    elif fixed <= count:
+        hint = f"with {fixed} workers per replica the nearest count below is "
+        hint += f"{count - count % fixed}"
+    else:
+        hint = f"one replica alone needs {fixed} workers: lower a degree"
+    what = f"the degrees ({layout}) multiply to {layout.workers} workers, but there are {count}"
+    yield Problem("parallel", what, hint)
+
+
+def _batch(combination: Combination) -> Iterator[Problem]:
+    """The global batch is split over replicate x shard in whole micro batches."""
+    batch, micro = combination.global_batch_samples, combination.micro_batch_samples
+    layout = combination.layout
+    parts = layout.replicate * layout.shard
+    sharded = layout.shard > 1
+    if batch is not None and batch % parts:
+        near = sorted(sorted(_divisors(batch), key=lambda n: abs(n - parts))[:2])
+        what = f"{layout.replicate} replicas" + (f" x {layout.shard} shards" if sharded else "")
+        yield Problem(
+            "parallel.shard" if sharded else "parallel.replicate",
+            f"{what} do not divide global_batch_samples {batch}",
+            f"nearest degrees that do: {', '.join(map(str, near))}",
+        )
+    elif batch is not None and micro is not None and (batch // parts) % micro:
+        share, whose = batch // parts, "a shard's" if sharded else "a replica's"
+        what = f"{micro} does not divide {whose} share of {share} samples"
+        fits = max(size for size in _divisors(share) if size <= micro)
+        yield Problem("train.micro_batch_samples", what, f"use a divisor, such as {fits}")
+
+
+def _rows(combination: Combination) -> Iterator[Problem]:
+    tokens, degree = combination.sequence_tokens, combination.layout.context
+    multiple = 2 * degree
+    if tokens is not None and degree > 1 and tokens % multiple:
+        what = f"{degree} ranks need rows of a multiple of {multiple} tokens "
+        what += f"(two slices each, so that causal work is even), got {tokens}"
+        hint = f"set data.sequence_tokens to {-(-tokens // multiple) * multiple}"
+        yield Problem("parallel.context", what, hint)
+
+
+def _kinds(combination: Combination) -> Iterator[Problem]:
+    kinds = (
+        ("parallel.shard.level", combination.shard_level, SHARD_LEVELS),
+        ("parallel.recompute", combination.recompute, RECOMPUTE),
+    )
+    for where, kind, known in kinds:
+        if kind not in known:
+            what = f"expected one of {', '.join(known)}; got {kind!r}"
+            yield Problem(where, what, nearest(kind, known))
+
+
+def _cut_replica(combination: Combination) -> Iterator[Problem]:
+    """What a replica of several workers cannot do, whatever its model."""
+    layout, cut = combination.layout, combination.cut_axes
+    if cut and combination.exact:
+        what = f"holds for whole replicas only, got {layout}"
+        yield Problem("train.exact", what, "set it to false, or use parallel.replicate alone")
+    if cut and combination.optimizer == "muon":
+        what = f"muon needs whole matrices, got {layout}"
+        yield Problem("train.optimizer.kind", what, "use adamw, or parallel.replicate alone")
+    if cut and combination.workers == "threads":
+        what = f"threads carry the replicate axis only, got {', '.join(cut)}"
+        hint = f"set launch.workers to processes, or {' and '.join(cut)} to 1"
+        yield Problem("launch.workers", what, hint)
+    if layout.tensor > 1 and combination.dropout == "framework":
+        what = "framework dropout differs between ranks of the tensor axis, which compute the same "
+        hint = "set model.dropout to keyed or off, or parallel.tensor to 1"
+        yield Problem("model.dropout", what + "tokens", hint)
+    if layout.tensor > 1 and combination.whole_logits:
+        what = "the model's logits are more than head(hidden), so its head cannot be cut by "
+        yield Problem("parallel.tensor", what + "vocabulary", "set it to 1")
+
+
+def _workers(combination: Combination) -> Iterator[Problem]:
+    if combination.workers == "threads" and combination.elastic:
+        what = "threads of one process live and die together: their degree cannot shrink"
+        hint = "use launch.workers=processes, or a fixed degree"
+        yield Problem("parallel.replicate", what, hint)
+    if combination.workers == "threads" and combination.dropout == "framework":
+        hint = "use model.dropout=keyed, or launch.workers=processes"
+        yield Problem("model.dropout", "framework dropout is refused with threads", hint)
+    if combination.policy in OWN_PARAMETERS and combination.workers == "threads":
+        what = f"{combination.policy} needs parameters of each replica's own: threads share one "
+        hint = "set launch.workers to processes, or sync.kind to every-step"
+        yield Problem("sync.kind", what + "copy", hint)
+    if combination.policy in OWN_PARAMETERS and combination.exact:
+        what = f"holds for replicas that step together, got {combination.policy}"
+        yield Problem("train.exact", what, "set it to false, or sync.kind to every-step")
+    if combination.policy == "hogwild" and combination.workers == "processes":
+        what = "hogwild needs workers that share one copy of the parameters, got processes"
+        hint = "set launch.workers to threads, or sync.kind to every-step"
+        yield Problem("sync.kind", what, hint)
+
+
+def _exchange(combination: Combination) -> Iterator[Problem]:
+    policy, codec = combination.policy, combination.codec
+    if policy not in POLICIES:
+        yield Problem("sync.kind", f"unknown policy {policy!r}", nearest(policy, POLICIES))
+    if codec not in CODECS:
+        yield Problem("sync.codec", f"unknown codec {codec!r}", nearest(codec, CODECS))
+    elif codec != "none" and combination.layout.replicate == 1:
+        what = f"{codec} has nothing to compress: there is one replica"
+        yield Problem("sync.codec", what, "set it to none, or parallel.replicate to 2 or more")
+
+
+_RULES: tuple[Rule, ...] = (
+    *(_axes_of_model, _degrees, _number_of_workers, _batch, _rows),
+    *(_kinds, _cut_replica, _workers, _exchange),
+)

@@ -7,39 +7,14 @@ keys, and what its positions need stay; layers, heads and widths become few.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import ModelError
+from shoal.legal.families.table import family_of
 
 _HEAD_SIZE = 16
 _WINDOW = 8
 """Tokens: shorter than the rows that parity trains on, so that the window is felt."""
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """Names of the sizes in one family's configuration."""
-
-    hidden: str = "hidden_size"
-    inner: str = "intermediate_size"
-    layers: tuple[str, ...] = ("num_hidden_layers",)
-    heads: str = "num_attention_heads"
-    groups: str = "num_key_value_heads"
-    head_size: str = "head_dim"
-
-
-_STANDARD = _Keys()
-_KEYS = {
-    "gpt2": _Keys(hidden="n_embd", inner="n_inner", layers=("n_layer",), heads="n_head"),
-    "t5": _Keys(
-        hidden="d_model",
-        inner="d_ff",
-        layers=("num_layers", "num_decoder_layers"),
-        heads="num_heads",
-        head_size="d_kv",
-    ),
-}
 
 
 def shrunk(config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
@@ -48,7 +23,7 @@ def shrunk(config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1) -> 
     The result is legal for `tensor` ranks and `pipeline` stages where the model itself is. Sizes
     never grow. Raises ModelError for a configuration without the sizes that this rule reads.
     """
-    keys = _KEYS.get(str(config.get("model_type")), _STANDARD)
+    keys = family_of(str(config.get("model_type"))).size_keys
     missing = [key for key in (keys.hidden, keys.heads, keys.layers[0]) if not config.get(key)]
     if missing:
         raise ModelError(

@@ -1,6 +1,6 @@
 """Where a model's parts are: embeddings, blocks, final norm, head, ties; hidden states and logits.
 
-The seam between Hugging Face models and everything that cuts or trains them (DESIGN 4).
+The seam between Hugging Face models and everything that cuts or trains them.
 Shapes: B rows, T tokens, D hidden size, V vocabulary or labels.
 """
 
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from shoal.errors import ModelError
 from shoal.fields import TOKENS, Fields
-from shoal.models.families.corrections import correction_of
-from shoal.models.passage import passage_of, passing
+from shoal.legal import family_of
+from shoal.models.families.hidden import HIDDEN
+from shoal.models.families.logits import transform_of
+from shoal.models.forward_context import forward_context_of, set_forward_context
+from shoal.models.kernels import Kernel, local
 from shoal.models.placement import Parts, Placement, placements_of
 
 Logits = Callable[[Tensor], Tensor]
@@ -100,18 +103,18 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     Raises ModelError when the base model or its list of blocks cannot be found.
     """
     config: Any = model.config
-    correction = correction_of(config.model_type)
+    family = family_of(config.model_type)
     base_path = str(getattr(model, "base_model_prefix", ""))
     base = getattr(model, base_path, None) if base_path else None
     if base is None:
         base_path, base = "", model
-    blocks = _blocks_path(base, correction.blocks, model)
+    blocks = _blocks_path(base, family.blocks, model)
     dotted = f"{base_path}." if base_path else ""
-    lists = (dotted + blocks, *(dotted + each for each in correction.more_blocks))
+    lists = (dotted + blocks, *(dotted + each for each in family.more_blocks))
     parts = Parts(
         base=base_path,
         blocks=lists[0],
-        norm=_norm_path(base, correction.norm, blocks, config, dotted),
+        norm=_norm_path(base, family.norm, blocks, config, dotted),
         head=_head_path(model, base_path),
         ties=ties_of(model),
     )
@@ -125,7 +128,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         norm=parts.norm,
         head=parts.head,
         after_base=tuple(_dropouts_after(model, base_path)),
-        causal=correction.causal and not getattr(config, "is_encoder_decoder", False),
+        causal=family.causal and not getattr(config, "is_encoder_decoder", False),
         parameters=tuple(canonical_parameters(model)),
         ties=tuple(tuple(group) for group in parts.ties),
         placements=placements_of(model, parts),
@@ -133,25 +136,29 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 
 def hidden_of(
-    model: nn.Module, batch: dict[str, Tensor], *, step: int = 0, fields: Fields = TOKENS
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    step: int = 0,
+    kernel: Kernel = local,
+    fields: Fields = TOKENS,
 ) -> Tensor:
     """Hidden states [B, T, D] of a batch, without the head.
 
     `batch`: input_ids int64 [B, T]; position_ids int64 [B, T] (a document's first token has 0),
     document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
-    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout. `fields`
-    describe what runs along the sequence `tokens`, and how it is padded.
+    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout; `kernel` says how
+    the tokens attend to one another; `fields` what runs along the sequence `tokens`, and its fill.
     """
-    config: Any = model.config
-    correction = correction_of(config.model_type)
+    family = family_of(_config(model).model_type)
     multiple = int(getattr(model, "shoal_sequence_multiple", 1))
     num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
     if num_tokens % multiple:
         batch = _padded(batch, fields, more=-num_tokens % multiple)
-    with passing(passage_of(batch, step=step)):
-        if correction.hidden is not None:
-            return correction.hidden(model, batch)
-        inputs = _inputs(model, batch, first_position=correction.first_position(config))
+    with set_forward_context(forward_context_of(batch, step=step, kernel=kernel)):
+        if family.hidden is not None:
+            return HIDDEN[family.hidden](model, batch)
+        inputs = _inputs(model, batch)
         if getattr(model, "shoal_whole_logits", False):
             logits: Tensor = model(**inputs, use_cache=False).logits
             return logits
@@ -162,14 +169,15 @@ def hidden_of(
     return hidden[:, :num_tokens] if num_tokens % multiple else hidden
 
 
-def _inputs(
-    model: nn.Module, batch: dict[str, Tensor], *, first_position: int
-) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the base model's own forward takes."""
-    base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+    base, config = (
+        getattr(model, str(getattr(model, "base_model_prefix", "")), model),
+        _config(model),
+    )
     inputs = {name: batch[name] for name in _arguments(type(base).forward) if name in batch}
-    if first_position and "position_ids" in inputs:
-        inputs["position_ids"] = inputs["position_ids"] + first_position
+    if family_of(config.model_type).positions_after_padding and "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"] + config.pad_token_id + 1
     return inputs
 
 
@@ -206,8 +214,7 @@ def logits_of(model: nn.Module) -> Logits:
             "    build it for a task (model.kind config or pretrained with task.kind)"
         )
     head = model.get_submodule(path)
-    config: Any = model.config
-    transform = correction_of(config.model_type).logits(config)
+    transform = transform_of(model.config)
     if transform is None:
         return head
     return lambda hidden: transform(head(hidden))
@@ -231,13 +238,11 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
     if anatomy.head is None:
         return anatomy
     batch = example_of(model, num_tokens=num_tokens)
-    config: Any = model.config
-    first = correction_of(config.model_type).first_position(config)
-    inputs = _inputs(model, batch, first_position=first)
+    inputs = _inputs(model, batch)
     training = model.training
     model.eval()
     try:
-        with passing(passage_of(batch)):
+        with set_forward_context(forward_context_of(batch)):
             own = model(**{**batch, **inputs}).logits.float()
         ours = logits_of(model)(hidden_of(model, batch)).float()
     finally:
@@ -261,11 +266,11 @@ def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
         shape = (1, config.num_channels, config.image_size, config.image_size)
         numel = config.num_channels * config.image_size**2
         return {"pixel_values": torch.linspace(-1, 1, numel, device=device).view(shape)}
-    places = torch.arange(num_tokens, device=device)[None]
-    ids = places % config.vocab_size
+    positions = torch.arange(num_tokens, device=device)[None]
+    ids = positions % config.vocab_size
     if config.is_encoder_decoder:
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
-    return {"input_ids": ids, "position_ids": places}
+    return {"input_ids": ids, "position_ids": positions}
 
 
 def _config(model: nn.Module) -> Any:
@@ -282,7 +287,7 @@ def _blocks_path(base: nn.Module, corrected: str | None, model: nn.Module) -> st
             return path
     raise ModelError(
         f"{type(model).__name__}: found no list of {depth} blocks in its base model\n"
-        f"    the family {config.model_type!r} needs an entry in models/families"
+        f"    the family {config.model_type!r} needs an entry in legal/families"
     )
 
 
@@ -318,8 +323,7 @@ def _embedding_paths(model: nn.Module, blocks: str) -> Iterator[str]:
 
 def _head_path(model: nn.Module, base: str) -> str | None:
     """The output embedding, else the last linear layer outside the base model."""
-    config: Any = model.config
-    corrected = correction_of(config.model_type).head
+    corrected = family_of(_config(model).model_type).head
     if corrected is not None:
         return corrected if hasattr(model, corrected) else None
     if not base or not hasattr(model, base):

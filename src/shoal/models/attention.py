@@ -1,4 +1,4 @@
-"""Attention that keeps packed documents apart: registers `shoal` with transformers.
+"""Registers `shoal` with transformers: attention by the kernel of the forward's context.
 
 transformers asks the mask interface once per forward and kind of mask (full, sliding) and hands the
 result to every block as an argument, so the mask is built once, and recompute repeats it.
@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from shoal.errors import ModelError
-from shoal.models.cpu_attention import attend_in_blocks, is_suited
-from shoal.models.passage import current
+from shoal.models.forward_context import get_forward_context
+from shoal.models.kernels import Mask, MaskRequest, with_dropout
 
 NAME = "shoal"
 """The value of `attn_implementation` under which this attention is known to transformers."""
@@ -28,13 +27,6 @@ def register() -> None:
     """Make `attn_implementation="shoal"` known to transformers. Calling it again is harmless."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, build_mask)
-
-
-def one_document_each(document_ids: Tensor) -> bool:
-    """Whether each row [B, T] is one document, perhaps followed by padding (-1)."""
-    same = (document_ids == document_ids[:, :1]) | (document_ids < 0)
-    padding_last = (document_ids[:, 1:] < 0) | (document_ids[:, :-1] >= 0)
-    return bool(same.all()) and bool(padding_last.all())
 
 
 def build_mask(
@@ -52,45 +44,40 @@ def build_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_: Any,
-) -> Tensor | None:
-    """The mask of one forward, bool [B or 1, 1, T, S] (True = may look); None where none is needed.
+) -> Tensor | Mask | None:
+    """The mask of one forward, as the context's kernel has it; None where none is needed.
 
     The keywords are those of transformers' mask interface: `mask_function(b, h, q, k)` says what
-    the layer allows (causal, window); to it is added that both tokens are of one document. Padding
-    (-1) counts as a document, so that no row of the mask is empty.
+    the layer allows (causal, window); to it is added that both tokens are of one document.
+    Raises ModelError for patterns that a model overlays, and for documents of another shape.
     """
     if use_vmap:
         raise ModelError(
             "attention: this model overlays its own mask pattern, which shoal's attention does not "
             "know\n    use a model with causal, sliding-window or bidirectional attention"
         )
-    documents = current().document_ids
+    context = get_forward_context()
+    documents = context.document_ids
     if documents is not None and documents.shape != (batch_size, q_length):
         raise ModelError(
             f"document_ids: expected shape {(batch_size, q_length)} like input_ids, "
             f"got {tuple(documents.shape)}"
         )
-    window = local_size if local_size is not None and local_size < kv_length else None
-    plain = window is None and attention_mask is None
-    if plain and q_length == kv_length:
-        if documents is None and (allow_is_causal_skip or allow_is_bidirectional_skip):
-            return None
-        skip = allow_is_causal_skip or allow_is_bidirectional_skip
-        if documents is not None and skip and one_document_each(documents):
-            if not allow_is_bidirectional_skip or bool((documents >= 0).all()):
-                return None  # causal: no token sees the padding that follows it
-            return (documents >= 0)[:, None, None, :].expand(-1, 1, q_length, -1)
-    rows = torch.arange(batch_size, device=device)[:, None, None, None]
-    heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    queries = (torch.arange(q_length, device=device) + q_offset)[None, None, :, None]
-    keys = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
-    mask = mask_function(rows, heads, queries, keys)
-    mask = torch.as_tensor(mask, device=device).expand(-1, 1, q_length, kv_length)
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None, None, -kv_length:].bool()
-    if documents is not None and q_length == kv_length:
-        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    return mask
+    request = MaskRequest(
+        batch_size=batch_size,
+        num_queries=q_length,
+        num_keys=kv_length,
+        allowed=mask_function,
+        first_query=q_offset,
+        first_key=kv_offset,
+        window=local_size,
+        attention_mask=attention_mask,
+        document_ids=documents,
+        skips_causal=allow_is_causal_skip,
+        skips_bidirectional=allow_is_bidirectional_skip,
+        device=device,
+    )
+    return context.kernel.mask(request)
 
 
 def attend(
@@ -98,7 +85,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Mask | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -123,39 +110,22 @@ def attend(
             f"{type(module).__name__}: dropout of attention probabilities ({dropout}) has no key\n"
             "    set model.dropout to off, or to framework if the curve may depend on the layout"
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # a causal layer's mask never lets a token look ahead: blocks then need not look there either
+    kernel, layer = get_forward_context().kernel, getattr(module, "layer_idx", None)
+    if dropout:
+        kernel = with_dropout(kernel, dropout)
     query, key, value = _as_autocast(query, key, value)
-    bias = extras.get("position_bias")
-    if bias is not None:
-        attention_mask = _masked_bias(bias, attention_mask, causal=causal).to(query.dtype)
-    if softcap is None and bias is None and is_suited(query, key, dropout=dropout):
-        return attend_in_blocks(
-            query, key=key, value=value, mask=attention_mask, causal=causal, scale=scale
-        ), None
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    if softcap is not None:
-        weights = _capped_weights(query, key, attention_mask, causal, scale, softcap)
-        repeated = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-        return (weights @ repeated).transpose(1, 2), None
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and attention_mask is not None and query.device.type == "cuda":
-        # with a mask, grouped heads fall back to the kernel that holds all scores
-        share = query.shape[1] // key.shape[1]
-        key, value = (each.repeat_interleave(share, dim=1) for each in (key, value))
-        grouped = False
-    output = functional.scaled_dot_product_attention(
+    output = kernel(
         query,
         key,
         value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=grouped,
+        layer=-1 if layer is None else layer,
+        mask=attention_mask,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        bias=extras.get("position_bias"),
     )
-    return output.transpose(1, 2), None
+    return output, None
 
 
 def _as_autocast(*tensors: Tensor) -> list[Tensor]:
@@ -164,29 +134,3 @@ def _as_autocast(*tensors: Tensor) -> list[Tensor]:
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     return [each.to(torch.get_autocast_dtype(device)) for each in tensors]
-
-
-def _masked_bias(bias: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
-    """A bias of the scores with -inf where a token may not look."""
-    if mask is None and causal and bias.shape[-2] > 1:
-        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
-    return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
-
-
-def _capped_weights(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """Probabilities [B, H, T, S] with scores squashed to +-softcap (Gemma 2, arXiv 2408.00118)."""
-    repeated = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = torch.tanh(query @ repeated.transpose(-1, -2) * scale / softcap) * softcap
-    if causal:
-        length = query.shape[2]
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)

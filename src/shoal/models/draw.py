@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.random_bits import Floats, key_of, normal_quantile, uniform
-
-Box = tuple[Sequence[int], Sequence[int]]
-"""Offsets and sizes, one per dim."""
 
 _CHUNK = 1 << 15
 """Elements drawn at once: the temporaries stay in the second-level cache."""
@@ -33,7 +30,7 @@ class Operation:
 
     kind: str
     arguments: tuple[float, ...] = ()
-    region: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    region: Box | None = None
     values: Tensor | None = None
 
 
@@ -58,38 +55,34 @@ class InitRecord:
     def draw(self, name: str, *, seed: int, box: Box | None = None) -> Tensor:
         """Initial value of one parameter, or of a box of it; float32 (buffers: their own type).
 
-        The whole is cut, never drawn again: `draw(box)` equals `draw()[box]` bit for bit.
+        The whole is cut, never drawn again: `draw(box)` equals `draw()[box]` bit for bit. Raises
+        ModelError for a box outside of it, and for a name that nothing initialises.
         """
         program, shape = self.program(name), self.shapes[name]
-        offsets, sizes = box if box is not None else ((0,) * len(shape), shape)
-        if len(offsets) != len(shape) or any(
-            start < 0 or size < 0 or start + size > whole
-            for start, size, whole in zip(offsets, sizes, shape)
-        ):
-            raise ModelError(f"{name}: box {offsets}+{sizes} is outside shape {shape}")
+        wanted = Box.whole(shape) if box is None else box
+        if not wanted.fits(shape):
+            raise ModelError(f"{name}: box {wanted.offsets}+{wanted.sizes} is outside {shape}")
         dtype = self.dtypes.get(name, torch.float32)
         if program[-1].kind == "values" and program[-1].region is None:
             values = program[-1].values
             assert values is not None, f"{name}: recorded without its values"
-            cut = tuple(slice(o, o + s) for o, s in zip(offsets, sizes))
-            return values[cut].to(dtype).clone()
+            return values[wanted.slices].to(dtype).clone()
         result = np.empty(
-            int(np.prod(sizes, dtype=np.int64)),
+            wanted.numel,
             dtype=np.float64 if dtype == torch.float64 else np.float32,
         )
         if program[0].kind == "fill" and len(program) == 1:
             result.fill(program[0].arguments[0])
         else:
             key = key_of(seed, name)
-            for span, positions in _positions(shape, tuple(offsets), tuple(sizes)):
+            for span, positions in _positions(shape, wanted):
                 result[span] = _run(program, positions, key=key, shape=shape)
-        return torch.from_numpy(result).to(dtype).reshape(tuple(sizes))
+        return torch.from_numpy(result).to(dtype).reshape(wanted.sizes)
 
 
-def _positions(
-    shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
+def _positions(shape: tuple[int, ...], box: Box) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
     """Flat positions of a box in the whole, in row-major order, chunk by chunk."""
+    offsets, sizes = box.offsets, box.sizes
     run, starts = 1, np.zeros(1, dtype=np.uint64)
     strides = [int(np.prod(shape[d + 1 :], dtype=np.int64)) for d in range(len(shape))]
     last = len(shape)
@@ -133,10 +126,12 @@ def _run(
 
 
 def _inside(
-    positions: NDArray[np.uint64], shape: tuple[int, ...], region: Any
+    positions: NDArray[np.uint64], shape: tuple[int, ...], region: Box
 ) -> NDArray[np.bool_]:
     rest, result = positions, np.ones(len(positions), dtype=bool)
-    for whole, start, size in zip(reversed(shape), reversed(region[0]), reversed(region[1])):
+    for whole, start, size in zip(
+        reversed(shape), reversed(region.offsets), reversed(region.sizes)
+    ):
         place = rest % np.uint64(whole)
         rest = rest // np.uint64(whole)
         result &= (place >= start) & (place < start + size)

@@ -9,13 +9,14 @@ Hash: SplitMix64 (doi 10.1145/2660193.2660195), one 64-bit word for four feature
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.models.passage import current
+from shoal.models.forward_context import get_forward_context
 from shoal.models.random_bits import key_of, mix64
 
 KINDS = ("off", "keyed", "framework")
@@ -35,12 +36,12 @@ _GAMMA, _MIX_1, _MIX_2 = (
 class KeyedDropout(nn.Module):
     """Dropout with probability `p` (rounded to 1/65536) whose mask is a function of position.
 
-    Takes [B, T, D] and needs the passage of the forward (models/passage.py) to know which tokens
-    these are. Raises ModelError when it does not. `sequence_part` (rank, ranks): where hidden
-    states are split along the sequence, the part of the tokens that this one sees.
+    Takes [B, T, D] and needs the forward's context (models/forward_context.py) to know which tokens
+    these are. Raises ModelError when it does not. `own_tokens`: where a strategy cuts hidden states
+    along the sequence inside a forward, what cuts their token indices [B, T] likewise.
     """
 
-    sequence_part = (0, 1)
+    own_tokens: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, p: float, *, seed: int, layer: str) -> None:
         super().__init__()
@@ -49,15 +50,17 @@ class KeyedDropout(nn.Module):
         self._key = key_of(seed, "dropout", layer)
         self._threshold = round(p * 65536)
 
-    @torch.compiler.disable  # the passage changes from call to call; compiled code would keep one
+    @torch.compiler.disable  # the context changes from call to call; compiled code would keep one
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] -> the same shape, scaled by 1 / (1 - p) where kept."""
+        """[B, T, D] -> the same shape, scaled by 1 / (1 - p) where kept. Raises ModelError."""
         if not self.training or not self._threshold:
             return hidden
         if self._threshold >= 65536:
             return hidden * 0.0
-        passage = current()
-        indices = self._own(passage.token_indices, length=hidden.shape[1])
+        context = get_forward_context()
+        indices = context.token_indices
+        if self.own_tokens is not None and indices is not None:
+            indices = self.own_tokens(indices)
         if indices is None or hidden.shape[:2] != indices.shape:
             known = "unknown" if indices is None else f"of shape {tuple(indices.shape)}"
             raise ModelError(
@@ -65,15 +68,9 @@ class KeyedDropout(nn.Module):
                 f"the tokens of this forward are {known}\n"
                 "    the batch needs sample_ids [B]; or set model.dropout to off"
             )
-        key = mix64(self._key + mix64(passage.step + 1))
+        key = mix64(self._key + mix64(context.step + 1))
         keep = keep_mask(indices, num_features=hidden.shape[-1], key=key, threshold=self._threshold)
         return (hidden * keep) * (65536 / (65536 - self._threshold))
-
-    def _own(self, indices: Tensor | None, *, length: int) -> Tensor | None:
-        part, parts = self.sequence_part
-        if indices is None or parts == 1 or indices.shape[1] != parts * length:
-            return indices
-        return indices.narrow(1, part * length, length)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -130,7 +127,7 @@ def mute_dropout(config: Any) -> None:
 
 
 def wants_dropout(config: Any) -> bool:
-    """Whether a configuration asks for any dropout (DESIGN 5.5: then `keyed` is the default)."""
+    """Whether a configuration asks for any dropout (`keyed` is the default then)."""
     return any(
         ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0
         for key, value in vars(config).items()

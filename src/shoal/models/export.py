@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shoal.errors import ModelError
 from shoal.models.huggingface import build_meta
-from shoal.models.stored import Form, Held, Weights, check_names
+from shoal.models.stored import Form, InMemory, Weights, check_names
 from shoal.models.writing import write_tensors
 
 SHARD_SIZE = "2GB"
@@ -62,7 +62,7 @@ def export(
             f"{out}: it exists and is not empty; nothing was written\n    choose another --out"
         )
     model = build_meta(config, auto_class=auto_class)
-    weights = Held(tensors) if isinstance(tensors, Mapping) else tensors
+    weights = InMemory(tensors) if isinstance(tensors, Mapping) else tensors
     check_names(model, weights)
     model.to(dtype)
     _prepare(model, config)

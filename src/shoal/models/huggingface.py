@@ -90,7 +90,7 @@ def config_from(tree: Mapping[str, Any]) -> Any:
 def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Module:
     """The model of `config` for a task's auto class: float32, meta device, attention `shoal`.
 
-    `dropout` (DESIGN 5.5): `off` sets all to 0; `keyed` sets that of attention probabilities to 0
+    `dropout`: `off` sets all to 0; `keyed` sets that of attention probabilities to 0
     (`dropout.apply_keyed` then replaces the rest); `framework` leaves the model as it is. The
     model has a copy of the configuration. Raises ModelError when the auto class lacks the family.
     """
@@ -157,8 +157,8 @@ def fingerprint_sample(model: nn.Module, *, num_tokens: int = 16) -> dict[str, T
     sample.pop("position_ids", None)
     if "input_ids" in sample:
         # a stride coprime to most sizes, so that the tokens differ and stay in the vocabulary
-        places = torch.arange(num_tokens, device=sample["input_ids"].device)
-        sample["input_ids"] = ((places * 7919 + 11) % config.vocab_size)[None]
+        positions = torch.arange(num_tokens, device=sample["input_ids"].device)
+        sample["input_ids"] = ((positions * 7919 + 11) % config.vocab_size)[None]
     return sample
 
 

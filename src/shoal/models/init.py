@@ -20,9 +20,10 @@ from torch import Tensor, nn
 # no public name for it as of torch 2.13; function modes do not see inside torch.nn.init
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_name, ties_of
-from shoal.models.draw import Box, InitRecord, Operation
+from shoal.models.draw import InitRecord, Operation
 
 _FRESH = {"normal_": "normal", "uniform_": "uniform", "zero_": "fill", "fill_": "fill"}
 _REWORK = {"mul_", "div_", "add_", "sub_", "clamp_", "erfinv_"}
@@ -215,8 +216,8 @@ def _known(name: str, source: Tensor) -> Tensor:
     return source.detach().clone()
 
 
-def _region(whole: Tensor, view: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes of a rectangular view inside a contiguous tensor."""
+def _region(whole: Tensor, view: Tensor) -> Box:
+    """The box that a rectangular view is inside a contiguous tensor."""
     offset = view.storage_offset() - whole.storage_offset()
     sizes_by_stride = {stride: size for stride, size in zip(view.stride(), view.shape) if size > 1}
     offsets, sizes = [], []
@@ -226,4 +227,4 @@ def _region(whole: Tensor, view: Tensor) -> tuple[tuple[int, ...], tuple[int, ..
         sizes.append(sizes_by_stride.get(stride, 1))
     if int(np.prod(sizes)) != view.numel():
         raise ModelError(f"initialisation of a strided slice of shape {tuple(view.shape)}")
-    return tuple(offsets), tuple(sizes)
+    return Box(tuple(offsets), tuple(sizes))

@@ -4,7 +4,7 @@ Along `shard` no table is needed: every parameter is cut on its first dim, and i
 summed as it is scattered. Along `replicate` every parameter is whole and its gradient summed.
 
 The rules of the tensor axis, for hidden states that are split along the sequence between regions
-(models/families/tensor.py):
+(legal/families has the layers that are cut):
 
 - a cut parameter's gradient is right as it is on each rank (`local`);
 - what is whole, but sees a part of the tokens (norms, biases added after a row-wise product) or a
@@ -19,15 +19,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from shoal.errors import ModelError
 from shoal.models.families.tensor import TensorTable, tensor_table
-
-if TYPE_CHECKING:
-    from shoal.models.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
@@ -96,20 +93,20 @@ def has_vocabulary_head(model: nn.Module) -> bool:
     return _output_embedding(model) is not None
 
 
-def check_placed(anatomy: Anatomy) -> None:
+def check_placed(placements: Mapping[str, Placement], *, family: str) -> None:
     """Raise ModelError, naming the parameter, when the tensor axis has no rule for one."""
-    unplaced = [name for name, each in anatomy.placements.items() if each == UNPLACED]
+    unplaced = [name for name, each in placements.items() if each == UNPLACED]
     if not unplaced:
         return
-    if len(unplaced) == len(anatomy.placements):
+    if len(unplaced) == len(placements):
         raise ModelError(
-            f"{anatomy.family}: no table says how its layers are cut along tensor\n"
+            f"{family}: no table says how its layers are cut along tensor\n"
             "    set parallel.tensor to 1 and use parallel.shard instead, which takes any family"
         )
     raise ModelError(
         f"{unplaced[0]}: no rule places it along the tensor axis"
         + (f", nor {len(unplaced) - 1} more" if len(unplaced) > 1 else "")
-        + f"\n    {anatomy.family} needs an entry for it in models/families/tensor.py; until then "
+        + f"\n    {family} needs an entry for it in legal/families; until then "
         "set parallel.tensor to 1"
     )
 
@@ -134,8 +131,7 @@ class _Placer:
             return Placement("vocabulary", 0)
         pattern = _matches(path, self.table.columns, base=parts.base)
         if pattern is not None:
-            sizes = self.table.pieces.get(pattern)
-            pieces = sizes(self.model.config) if sizes is not None else ()
+            pieces = self.table.pieces.get(pattern, ())
             dim = 0 if leaf == "bias" or not _is_transposed(module) else 1
             return Placement("column", dim, pieces=pieces)
         if _matches(path, self.table.rows, base=parts.base) is not None:

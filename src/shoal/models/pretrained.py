@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters, ties_of
-from shoal.models.init import Box
 from shoal.models.stored import Form
 from shoal.untrusted import (
     LARGEST_HEADER_BYTES,
@@ -98,7 +98,7 @@ class PretrainedWeights:
         key = self._stored.get(name)
         if key is None:
             return None
-        cut = None if box is None else tuple(slice(o, o + s) for o, s in zip(*box))
+        cut = None if box is None else box.slices
         if self._whole is not None:
             whole = self._whole[key]
             return (whole if cut is None else whole[cut]).to(torch.float32)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
+from shoal.legal import family_of
 from shoal.models.anatomy import example_of, hidden_of
-from shoal.models.families.corrections import correction_of
 
 _DOCUMENT = 8
 """Tokens per document of the probe."""
@@ -24,7 +24,7 @@ def probe_packing(model: nn.Module) -> None:
     """
     config: Any = model.config
     family = config.model_type
-    if not correction_of(family).packs:
+    if not family_of(family).packs:
         raise ModelError(
             f"{family}: its rows hold one sample each, so this family cannot be packed\n"
             "    set data.packing to false"
@@ -75,11 +75,11 @@ def _packed(vocabulary: int, *, changed: bool, device: torch.device) -> dict[str
     """One row of two documents; `changed`: other tokens in the first."""
     tokens = torch.arange(2 * _DOCUMENT, device=device)
     tokens[:_DOCUMENT] += 5 if changed else 0
-    places = torch.arange(_DOCUMENT, device=device).repeat(2)
+    positions = torch.arange(_DOCUMENT, device=device).repeat(2)
     documents = torch.arange(2, device=device, dtype=torch.int32).repeat_interleave(_DOCUMENT)
     return {
         "input_ids": (tokens % vocabulary)[None],
-        "position_ids": places[None],
+        "position_ids": positions[None],
         "document_ids": documents[None],
     }
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters
-from shoal.models.draw import Box
 
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+\.")
 """The part of a name that says which block it is of: up to the first number."""
@@ -42,18 +42,20 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Held:
+class InMemory:
     """Weights that are in memory already."""
 
     tensors: Mapping[str, Tensor]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each, by canonical name."""
         return {name: tuple(each.shape) for name, each in self.tensors.items()}
 
     def tensor(self, name: str, *, box: Box | None = None) -> Tensor | None:
+        """A weight, or a box of it; a view."""
         whole = self.tensors[name].detach()
-        return whole if box is None else whole[tuple(slice(o, o + s) for o, s in zip(*box))]
+        return whole if box is None else whole[box.slices]
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,11 @@ def check_names(model: nn.Module, weights: Weights) -> None:
 def boxes_in_order(shape: tuple[int, ...], *, most_numel: int) -> list[Box]:
     """Boxes of at most `most_numel` elements that lie one after another in memory, all of it."""
     if prod(shape) <= max(1, most_numel) or not shape:
-        return [((0,) * len(shape), shape)]
+        return [Box.whole(shape)]
     row = prod(shape[1:])
     if row <= most_numel:
         rows = most_numel // row
         begins, rest = range(0, shape[0], rows), (0,) * (len(shape) - 1)
-        return [((at, *rest), (min(rows, shape[0] - at), *shape[1:])) for at in begins]
+        return [Box((at, *rest), (min(rows, shape[0] - at), *shape[1:])) for at in begins]
     inner = boxes_in_order(shape[1:], most_numel=most_numel)
-    return [((at, *o), (1, *s)) for at in range(shape[0]) for o, s in inner]
+    return [Box((at, *b.offsets), (1, *b.sizes)) for at in range(shape[0]) for b in inner]

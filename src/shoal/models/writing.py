@@ -23,6 +23,8 @@ PIECE_BYTES = 64 << 20
 """Written at once where no limit asks for less."""
 COPIES = 5
 """Times a piece may be in memory at once: mapped from its file, read, joined, checked and cast."""
+_LEAST_BYTES = 10_000
+"""A smaller limit would write a few numbers at a time."""
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -58,6 +60,11 @@ def _check_limit(form: Form, limit_bytes: int | None) -> None:
             f"{model.config.model_type}: its stored form joins or splits weights, which takes "
             f"{format_bytes(needed)} at once; the limit is {format_bytes(limit_bytes)}\n"
             f"    use --memory-limit {needed}B, or more"
+        )
+    if limit_bytes is not None and limit_bytes < _LEAST_BYTES:
+        raise ModelError(
+            f"a limit of {format_bytes(limit_bytes)} leaves room for {limit_bytes // 4 // COPIES} "
+            f"numbers at a time\n    use --memory-limit {_LEAST_BYTES}B or more, or none"
         )
 
 

@@ -101,7 +101,7 @@ class Report(Sink):
         self.say("event", name=name, fields=plain(fields))
 
 
-class Fan(Sink):
+class Tee(Sink):
     """Hands everything to several sinks."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:

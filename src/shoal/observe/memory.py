@@ -25,9 +25,12 @@ class LiveStorage(TorchDispatchMode):
         self.live_bytes = self.peak_bytes = base_bytes
         self._known: set[int] = set()
 
-    def ignore(self, tensors: list[torch.Tensor]) -> None:
-        """Count these storages as part of the base."""
-        self._known |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    @classmethod
+    def above(cls, resident: list[torch.Tensor]) -> LiveStorage:
+        """Counts what is made beside `resident`, whose views and updates in place are no new."""
+        counter = cls(base_bytes=sum(tensor.nbytes for tensor in resident))
+        counter._known |= {tensor.untyped_storage().data_ptr() for tensor in resident}
+        return counter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -39,16 +42,16 @@ class LiveStorage(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor) -> None:
         tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor has no storage of its own
         storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        if size == 0 or place in self._known:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self._known:
             return
-        self._known.add(place)
+        self._known.add(address)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._gone, place, size)
+        weakref.finalize(storage, self._gone, address, size)
 
-    def _gone(self, place: int, size: int) -> None:
-        self._known.discard(place)
+    def _gone(self, address: int, size: int) -> None:
+        self._known.discard(address)
         self.live_bytes -= size
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SLOT = struct.Struct("<QddqqQqq32s24s")
-"""version (odd while written), beat, expected, step, collective, bytes, epoch, rank, phase, op."""
+"""version (odd while written), beat, expected, step, collective, bytes, generation, rank, phase,
+operation."""
 SLOT_BYTES = 256
 
 
@@ -30,10 +31,10 @@ class Beat:
     """How long the phase it is in has lately taken; 0 when it was never in it."""
     step: int
     collective: int
-    """Collectives entered so far in this epoch."""
+    """Collectives entered so far in this generation."""
     num_bytes: int
     """Of the collective it is in."""
-    epoch: int
+    generation: int
     rank: int
     phase: str
     operation: str
@@ -61,11 +62,9 @@ class Pulse:
         self._recent: dict[str, float] = {}
         self._began = time.monotonic()
         self._phase, self._operation, self._bytes = "starting", "", 0
-        self.step, self.epoch, self.rank, self.collective = 0, 0, slot, 0
+        self.step, self.generation, self.rank, self.collective = 0, 0, slot, 0
         self.on_mark: Callable[[str, int], None] | None = None
         """Called at every phase with its name and the step; planned faults hang here."""
-        self.on_phase: Callable[[str], None] | None = None
-        """Called after that; may raise, so that the phase is not begun (engine/members.py)."""
         self._write(0.0)
 
     def mark(self, phase: str, *, step: int | None = None) -> None:
@@ -77,8 +76,6 @@ class Pulse:
         self._write(self._recent.get(phase, 0.0))
         if self.on_mark is not None:
             self.on_mark(phase, self.step)
-        if self.on_phase is not None:
-            self.on_phase(phase)
 
     def enter(self, operation: str, *, num_bytes: int) -> None:
         """A collective begins: from here on this worker waits for the others."""
@@ -93,9 +90,9 @@ class Pulse:
         self._operation, self._bytes = "", 0
         self._write(self._recent.get(self._phase, 0.0))
 
-    def join(self, *, epoch: int, rank: int) -> None:
-        """A new epoch: collectives are counted anew."""
-        self.epoch, self.rank, self.collective = epoch, rank, 0
+    def join(self, *, generation: int, rank: int) -> None:
+        """A new generation: collectives are counted anew."""
+        self.generation, self.rank, self.collective = generation, rank, 0
 
     def _note(self) -> None:
         """Remember how long what ends here took: the longest lately, slowly forgotten."""
@@ -109,7 +106,7 @@ class Pulse:
             return
         at, self._version = self._offset, self._version + 2
         fields = (
-            *(self._began, expected, self.step, self.collective, self._bytes, self.epoch),
+            *(self._began, expected, self.step, self.collective, self._bytes, self.generation),
             *(self.rank, self._phase.encode()[:32], self._operation.encode()[:24]),
         )
         struct.pack_into("<Q", self._memory, at, self._version - 1)
@@ -135,7 +132,7 @@ class Watch:
         """The worker in `slot`; None before its first beat."""
         for _ in range(100):
             raw = self._memory[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
-            version, at, expected, step, number, size, epoch, rank, phase, operation = (
+            version, at, expected, step, number, size, generation, rank, phase, operation = (
                 _SLOT.unpack_from(raw)
             )
             if version == 0:
@@ -145,4 +142,4 @@ class Watch:
                 break
         # a worker that died half way through a write leaves an odd version: what it wrote counts
         words = [text.rstrip(b"\0").decode(errors="replace") for text in (phase, operation)]
-        return Beat(at, expected, step, number, size, epoch, rank, *words)
+        return Beat(at, expected, step, number, size, generation, rank, *words)

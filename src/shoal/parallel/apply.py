@@ -11,39 +11,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
-from shoal.models.anatomy import Anatomy
+from shoal.models.anatomy import Anatomy, canonical_parameters
 from shoal.parallel.compile import apply_compile
-from shoal.parallel.held import mark
+from shoal.parallel.local import Holdings, ShardedModel, mark
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.recompute import apply_recompute
+from shoal.parallel.settings import Settings
 from shoal.parallel.shard import apply_shard
 from shoal.parallel.tensor import apply_tensor
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How the strategies behave, beside the degrees of the layout."""
-
-    shard_level: str = "parameters"
-    recompute: str = "none"
-    compile: bool = False
-    offload: bool = False
-    """Parameters, gradients and optimizer state live in CPU memory (with shard above 1)."""
+STRATEGIES = (apply_tensor, apply_compile, apply_recompute, apply_shard)
 
 
-def apply(model: nn.Module, anatomy: Anatomy, mesh: Mesh, settings: Settings) -> None:
+def apply(model: nn.Module, anatomy: Anatomy, mesh: Mesh, settings: Settings) -> ShardedModel:
     """Cut `model` in place for this rank of `mesh`; a layout of one worker only marks it.
 
-    `model`: on the meta device, or real. Afterwards `held.held` tells what this rank has.
+    `model`: on the meta device, or real. What this rank has afterwards is in its `holdings`.
+    Raises ModelError for a family or a degree without a rule.
     """
-    placed = apply_tensor(model, anatomy, mesh)
-    mark(model, placed)
-    if settings.compile:
-        apply_compile(model, anatomy)
-    covered = settings.compile and settings.recompute == "selective"
-    apply_recompute(model, anatomy, kind="none" if covered else settings.recompute)
-    apply_shard(model, anatomy, placed, level=settings.shard_level, offload=settings.offload)
+    shapes = {name: tuple(each.shape) for name, each in canonical_parameters(model).items()}
+    sharded = ShardedModel(mesh, Holdings.whole(mesh, shapes))
+    mark(model, sharded)
+    for strategy in STRATEGIES:
+        sharded.holdings = strategy(model, anatomy, mesh, sharded.holdings, settings)
+    return sharded

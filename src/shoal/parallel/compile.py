@@ -6,10 +6,18 @@ import torch
 from torch import nn
 
 from shoal.models.anatomy import Anatomy
+from shoal.parallel.local import Holdings
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.settings import Settings
 
 
-def apply_compile(model: nn.Module, anatomy: Anatomy) -> None:
+def apply_compile(
+    model: nn.Module, anatomy: Anatomy, mesh: Mesh, holdings: Holdings, settings: Settings
+) -> Holdings:
     """Compile the forward of every block; names of parameters stay as they are."""
+    if not settings.compile:
+        return holdings
     for path in (anatomy.blocks, *anatomy.more_blocks):
         for block in model.get_submodule(path).children():
             block.forward = torch.compile(block.forward)
+    return holdings

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from shoal.models.draw import InitRecord
 from shoal.models.init import Source
-from shoal.parallel.held import held, placed_of
+from shoal.parallel.local import sharded_of
 from shoal.parallel.shard import adopt, storage_shapes
 
 
@@ -31,21 +31,20 @@ def materialise(
     the storage has its values already, or gets them later.
     Raises ModelError for a weight that nothing initialises.
     """
-    placed = placed_of(model)
+    sharded = sharded_of(model)
     if storage is None:
-        shapes, where = storage_shapes(model), placed.storage_device
+        shapes, where = storage_shapes(model), sharded.storage_device
         storage = {n: torch.zeros(shape, device=where) for n, shape in shapes.items()}
     kept, slots = storage, gradients or {}
     adopt(model, kept.__getitem__, slots.get)
-    for name, pieces in held(model).items() if fill else ():
-        for piece in pieces:
-            box = (piece.box.offsets, piece.box.sizes)
-            value = source.tensor(name, box=box) if source is not None else None
+    for name, holding in sharded.holdings.items() if fill else ():
+        for slot in holding.slots:
+            value = source.tensor(name, box=slot.box) if source is not None else None
             if value is None:
-                value = record.draw(name, seed=seed, box=box)
-            piece.tensor.copy_(value)
+                value = record.draw(name, seed=seed, box=slot.box)
+            slot.of(kept[name]).copy_(value)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         for leaf, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
                 name = f"{path}.{leaf}" if path else leaf
-                module._buffers[leaf] = record.draw(name, seed=seed).to(placed.mesh.device)
+                module._buffers[leaf] = record.draw(name, seed=seed).to(sharded.mesh.device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -14,36 +13,45 @@ from shoal.runtime import new_group
 
 REPLICA = tuple(axis for axis in AXES if axis != "replicate")
 """Axes that one replica is cut along."""
-BATCH = ("replicate", "shard")
-"""Axes whose ranks read different samples."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mesh:
-    """This rank's place in a layout, and its process groups by axes (None where it is alone)."""
+    """This rank's coordinates in a layout, and its process groups by axes, made on first use."""
 
     layout: Layout
     rank: int
     device: torch.device
-    groups: Mapping[tuple[str, ...], dist.ProcessGroup | None]
+    _groups: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @classmethod
     def alone(cls, device: torch.device) -> Mesh:
         """The mesh of a replica that is one worker; its replicas are no matter of the mesh."""
-        axes = (*((axis,) for axis in AXES), REPLICA, BATCH)
-        return cls(Layout(), 0, device, dict.fromkeys(axes))
+        return cls(Layout(), 0, device)
 
     def degree(self, axis: str) -> int:
         """Number of ranks along `axis`."""
         return self.layout.degree(axis)
 
     def coordinate(self, axis: str) -> int:
-        """This rank's place along `axis`."""
+        """This rank's coordinate along `axis`."""
         return self.layout.coordinates(self.rank)[axis]
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
-        """The group along one axis, or along `REPLICA` or `BATCH`; None where it is this rank."""
-        return self.groups[axes]
+        """The ranks that differ from this one along `axes` only; None where it is alone.
+
+        The first call for a set of axes is collective over all ranks of the layout, which make
+        every such group in one order.
+        """
+        if all(self.degree(axis) == 1 for axis in axes):
+            return None
+        found = None
+        for ranks in self.layout.groups(*axes):
+            if tuple(ranks) not in self._groups:
+                self._groups[tuple(ranks)] = new_group(ranks)
+            if self.rank in ranks:
+                found = self._groups[tuple(ranks)]
+        return found
 
     def along(self, axis: str) -> DeviceMesh:
         """The ranks along one axis as torch's one-dimensional mesh."""
@@ -53,22 +61,15 @@ class Mesh:
 
 
 def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:
-    """Make the groups of `layout`. Collective: every worker calls it with the same layout.
+    """The mesh of `layout`. Collective: every worker calls it with the same layout.
 
+    The groups that every run needs are made now, while a rank that is gone can still be told apart.
     Raises ValueError when the degrees do not multiply to the number of workers that have met.
     """
     met = dist.get_world_size() if dist.is_initialized() else 1
     if layout.workers != met:
         raise ValueError(f"the degrees ({layout}) multiply to {layout.workers}, but {met} met")
-    groups: dict[tuple[str, ...], dist.ProcessGroup | None] = {}
-    known: dict[tuple[int, ...], dist.ProcessGroup | None] = {(rank,): None}
-    for axes in (*((axis,) for axis in AXES), REPLICA, BATCH):
-        mine = None
-        for ranks in layout.groups(*axes):
-            # every rank takes part in making every group, in one order
-            if tuple(ranks) not in known:
-                known[tuple(ranks)] = new_group(ranks) if len(ranks) > 1 else None
-            if rank in ranks:
-                mine = known[tuple(ranks)]
-        groups[axes] = mine
-    return Mesh(layout, rank, device, groups)
+    mesh = Mesh(layout, rank, device)
+    for axes in (*((axis,) for axis in AXES), REPLICA):
+        mesh.group(*axes)
+    return mesh

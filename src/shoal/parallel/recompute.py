@@ -21,7 +21,10 @@ from torch.utils.checkpoint import (
 )
 
 from shoal.models.anatomy import Anatomy
-from shoal.models.passage import checkpoint_contexts
+from shoal.models.forward_context import checkpoint_contexts
+from shoal.parallel.local import Holdings
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.settings import Settings
 
 KINDS = ("none", "selective", "full")
 
@@ -36,20 +39,24 @@ _KEPT = {
 }
 
 
-def apply_recompute(model: nn.Module, anatomy: Anatomy, *, kind: str) -> None:
-    """Make every block recompute; `none` changes nothing."""
+def apply_recompute(
+    model: nn.Module, anatomy: Anatomy, mesh: Mesh, holdings: Holdings, settings: Settings
+) -> Holdings:
+    """Make every block recompute; `none` changes nothing. Raises ValueError for another kind."""
+    kind = settings.recompute
     if kind not in KINDS:
         raise ValueError(f"recompute: expected one of {', '.join(KINDS)}; got {kind!r}")
-    if kind == "none":
-        return
+    if kind == "none" or (settings.compile and kind == "selective"):
+        return holdings
     contexts = checkpoint_contexts if kind == "full" else _selective
     for path in (anatomy.blocks, *anatomy.more_blocks):
         for block in model.get_submodule(path).children():
             block.forward = _recomputing(block.forward, contexts)
+    return holdings
 
 
 def _recomputing(run: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
-    # nothing draws from the global random state: dropout is keyed, and its key travels by passage
+    # nothing draws from the global random state: dropout is keyed by the forward context
     return functools.partial(
         checkpoint, run, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
     )

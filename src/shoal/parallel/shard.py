@@ -22,8 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+# public by documentation, though its module is not: right for uneven shards (torch 2.13)
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
 from shoal.models.anatomy import Anatomy, canonical_name, canonical_parameters, ties_of
-from shoal.parallel.held import Placed, placed_of
+from shoal.parallel.local import Holdings, sharded_of
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.settings import Settings
 
 LEVELS = ("parameters", "gradients", "optimizer")
 
@@ -33,6 +38,7 @@ class _Root(nn.Module):
 
     A transformers model's own forward would give whole logits; ours calls its base model, then its
     head chunk by chunk. Inside, what lies outside blocks (embeddings, last norm, head) is whole.
+    `function(model, *arguments)` says what is computed.
     """
 
     def __init__(self, model: nn.Module, *, level: str) -> None:
@@ -40,40 +46,51 @@ class _Root(nn.Module):
         self.model, self.holds_gradients = model, level == "optimizer"
         self.gathers_twice = level == "parameters"
 
-    def forward(self, function: Callable[[], Tensor]) -> Tensor:
-        return function()
+    def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return function(self.model, *arguments)
 
 
 def apply_shard(
-    model: nn.Module, anatomy: Anatomy, placed: Placed, *, level: str, offload: bool = False
-) -> None:
+    model: nn.Module, anatomy: Anatomy, mesh: Mesh, holdings: Holdings, settings: Settings
+) -> Holdings:
     """Shard `model` (meta or real) over the shard axis in place; nothing for a degree of 1.
 
-    `offload`: what is sharded lives in CPU memory, the optimizer's state with it.
+    Raises ValueError for a level that is none.
     """
+    level, offload = settings.shard_level, settings.offload
     if level not in LEVELS:
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}; got {level!r}")
-    if placed.mesh.degree("shard") == 1:
-        return
-    mesh = placed.mesh.along("shard")
-    pinned = placed.mesh.device.type == "cuda"
+    if mesh.degree("shard") == 1:
+        return holdings
+    pinned = mesh.device.type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
-    settings: dict[str, Any] = {
-        "mesh": mesh,
+    fully: dict[str, Any] = {
+        "mesh": mesh.along("shard"),
         "reshard_after_forward": level == "parameters",
         "offload_policy": policy,
     }
     for path in (anatomy.blocks, *anatomy.more_blocks):
         for block in model.get_submodule(path).children():
             block.register_forward_hook(_own_outputs)
-            fully_shard(block, **settings)
+            fully_shard(block, **fully)
     root = _Root(model, level=level)
-    fully_shard(root, **{**settings, "reshard_after_forward": False})
-    placed.root, placed.offloaded = root, offload
+    fully_shard(root, **{**fully, "reshard_after_forward": False})
+    sharded = sharded_of(model)
+    sharded.root, sharded.offloaded = root, offload
     for module in _sharded(root):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     assert ties_of(model) == anatomy.ties, "shard: the tied parameters changed"
+    return holdings.changed({n: {"rows": _rows(p)} for n, p in canonical_parameters(model).items()})
+
+
+def _rows(parameter: Tensor) -> tuple[int, int]:
+    """First and number of the rows of a sharded parameter that are this rank's own."""
+    assert isinstance(parameter, DTensor), "FSDP2 keeps its parameters as DTensors"
+    sizes, offsets = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return (offsets[0] if sizes[0] else 0), sizes[0]
 
 
 def _own_outputs(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -84,16 +101,16 @@ def _own_outputs(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.clone() if is_view else output
 
 
-def forward(model: nn.Module, function: Callable[[], Tensor]) -> Tensor:
-    """Run `function` as the model's forward: parameters are whole where it uses them.
+def forward(model: nn.Module, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(model, *arguments)` as the model's forward: what it uses of the model is whole.
 
-    `function` runs the model and returns the tensor that backward starts from (the loss), or what
-    an evaluation wants (without gradients).
+    It runs the model and returns the tensor that backward starts from (the loss), or what an
+    evaluation wants (without gradients).
     """
-    root = placed_of(model).root
+    root = sharded_of(model).root
     if root is None:
-        return function()
-    result: Tensor = root(function)
+        return function(model, *arguments)
+    result: Tensor = root(function, *arguments)
     if not torch.is_grad_enabled():
         # no backward follows that would give the whole parameters up; the next step changes them
         for module in _sharded(root):
@@ -106,7 +123,7 @@ def micro_batch(model: nn.Module, *, last: bool) -> None:
 
     Matters to the level `optimizer` only, whose gradients are reduced after the last.
     """
-    root = placed_of(model).root
+    root = sharded_of(model).root
     if not isinstance(root, _Root) or not root.holds_gradients:
         return
     for module in _sharded(root):
@@ -121,8 +138,8 @@ def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
     of level `parameters` are gathered twice a micro batch, all else once; with the level
     `optimizer` gathers and reductions are once a step.
     """
-    placed = placed_of(model)
-    root, others = placed.root, placed.mesh.degree("shard") - 1
+    sharded = sharded_of(model)
+    root, others = sharded.root, sharded.mesh.degree("shard") - 1
     if not isinstance(root, _Root):
         return {}
     blocks = rest = 0
@@ -153,7 +170,7 @@ def storage_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     gradients and moments alike, so that they change no norm and no update.
     """
     shapes = {name: tuple(p.shape) for name, p in canonical_parameters(model).items()}
-    root = placed_of(model).root
+    root = sharded_of(model).root
     for name, each in _fsdp_parameters(model, root):
         shapes[name] = tuple(each.padded_sharded_param_size)
     return shapes
@@ -174,7 +191,7 @@ def adopt(
     ties = ties_of(model)
     replaced: dict[int, nn.Parameter] = {}
     originals = []
-    sharded = dict(_fsdp_parameters(model, placed_of(model).root))
+    sharded = dict(_fsdp_parameters(model, sharded_of(model).root))
     for path, module in list(model.named_modules(remove_duplicate=False)):
         for leaf, old in list(module._parameters.items()):
             if old is None:

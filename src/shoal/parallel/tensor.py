@@ -1,7 +1,7 @@
 """Tensor parallelism by the anatomy's table, with hidden states split along the sequence.
 
-Parameters become plain local tensors (parallel/held.py knows their boxes), and four kinds of places
-exchange: the token embedding sums its lookups, the first block takes its part of the tokens,
+Parameters become plain local tensors (parallel/local.py knows their boxes). Ranks exchange in four
+kinds of places: the token embedding sums its lookups, the first block takes its part of the tokens,
 regions (attention, feed-forward) gather before and scatter their sums after, and the last norm's
 output is gathered for the head. No module of the model is replaced, none knows that it is a part.
 
@@ -10,7 +10,7 @@ DTensor is not used inside: a fused projection that is cut piece by piece has no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,83 +18,97 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.legal import facts_from_config, tensor_degrees
+from shoal.layout import Layout
+from shoal.legal import Combination, facts_from_config, problems
 from shoal.models.anatomy import Anatomy, canonical_name, ties_of
 from shoal.models.dropout import KeyedDropout
 from shoal.models.families.tensor import tensor_table
 from shoal.models.placement import (
+    Placement,
     check_placed,
     has_vocabulary_head,
     regions_of,
     row_layers_of,
 )
 from shoal.parallel.exchange import Exchange
-from shoal.parallel.held import Cut, Placed, cut_of
+from shoal.parallel.local import Holding, Holdings, Segment, sharded_of
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.settings import Settings
 from shoal.parallel.vocabulary import Vocabulary
 
 
-def apply_tensor(model: nn.Module, anatomy: Anatomy, mesh: Mesh) -> Placed:
-    """Cut `model` (meta or real) for this rank in place; says how.
+def apply_tensor(
+    model: nn.Module, anatomy: Anatomy, mesh: Mesh, holdings: Holdings, settings: Settings
+) -> Holdings:
+    """Cut `model` (meta or real) for this rank in place; without the tensor axis nothing happens.
 
     Raises ModelError: a family or parameter without a rule, or heads that the degree does not
     divide, naming the degrees that do.
     """
     degree, rank = mesh.degree("tensor"), mesh.coordinate("tensor")
-    whole = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if degree == 1:
-        return Placed(mesh, {canonical_name(name): Cut(shape) for name, shape in whole.items()})
+        return holdings
     check_degree(model, anatomy, degree)
     group = mesh.group("tensor")
     assert group is not None, "a degree above 1 has a group"
     exchange = Exchange(group, rank=rank, size=degree)
-    cuts = {
-        name: cut_of(anatomy.placements[name], shape, rank=rank, degree=degree)
-        for name, shape in whole.items()
-    }
+    changes: dict[str, dict[str, Any]] = {}
+    for name, holding in holdings.items():
+        placement = anatomy.placements[name]
+        segments = segments_of(placement, holding.shape, rank=rank, degree=degree)
+        whole = frozenset[str]() if segments else frozenset({"tensor"})
+        partial = frozenset({"tensor"}) if placement.gradient == "partial" else frozenset[str]()
+        changes[name] = {
+            "segments": holding.segments + segments,
+            "copies": holding.copies | whole,
+            "partial": holding.partial | partial,
+        }
+    cuts = holdings.changed(changes)
     _cut_parameters(model, cuts)
     assert ties_of(model) == anatomy.ties, "tensor: the tied parameters changed"
     _exchange_in_regions(model, anatomy, exchange)
     _exchange_at_ends(model, anatomy, exchange)
     _part_the_vocabulary(model, anatomy, exchange, cuts)
-    _localise(model, anatomy, degree=degree, rank=rank)
+    _localise(model, anatomy, exchange)
     model.shoal_sequence_multiple = degree  # type: ignore[assignment]
-    partial = [n for n, each in anatomy.placements.items() if each.gradient == "partial"]
-    return Placed(
-        mesh,
-        cuts,
-        partial=tuple(partial),
-        exchange=exchange,
-        vocabulary=_vocabulary(model, cuts, exchange),
-    )
+    sharded = sharded_of(model)
+    sharded.exchange, sharded.vocabulary = exchange, _vocabulary(model, cuts, exchange)
+    return cuts
+
+
+def segments_of(
+    placement: Placement, shape: Sequence[int], *, rank: int, degree: int
+) -> tuple[Segment, ...]:
+    """The parts of a parameter of global `shape` that rank `rank` of `degree` keeps; () for all.
+
+    Every piece is divided as evenly as it can be; layers' pieces must divide (`check_degree`), a
+    vocabulary need not.
+    """
+    if placement.dim is None:
+        return ()
+    segments, start = [], 0
+    for piece in placement.pieces or (shape[placement.dim],):
+        low, high = piece * rank // degree, piece * (rank + 1) // degree
+        segments.append(Segment(placement.dim, start + low, high - low))
+        start += piece
+    return tuple(segments)
 
 
 def check_degree(model: nn.Module, anatomy: Anatomy, degree: int) -> None:
     """Raise ModelError when `model` cannot be cut over `degree` ranks of the tensor axis."""
-    check_placed(anatomy)
+    check_placed(anatomy.placements, family=anatomy.family)
     config: Any = model.config
-    facts = facts_from_config(config.to_dict())
-    legal = tensor_degrees(facts)
-    if degree not in legal:
-        raise ModelError(
-            f"parallel.tensor: {degree} does not divide {facts.heads} query heads, "
-            f"{facts.key_value_heads} key-value heads and the feed-forward width "
-            f"{facts.feed_forward} of this {anatomy.family}\n"
-            f"    degrees that do: {', '.join(map(str, legal))}"
-        )
-    if anatomy.whole_logits:
-        raise ModelError(
-            f"{type(model).__name__}: its logits are more than head(hidden), so its head cannot be "
-            "cut by vocabulary\n    set parallel.tensor to 1"
-        )
-    if getattr(model, "framework_dropout", False):
-        raise ModelError(
-            "model.dropout: framework dropout differs between ranks that compute the same tokens\n"
-            "    set model.dropout to keyed or off, or parallel.tensor to 1"
-        )
+    asked = Combination(
+        layout=Layout(tensor=degree),
+        dropout="framework" if getattr(model, "framework_dropout", False) else "off",
+        whole_logits=anatomy.whole_logits,
+    )
+    found = problems(asked.of_model(facts_from_config(config.to_dict())))
+    if found:
+        raise ModelError("\n".join([f"{type(model).__name__}:", *map(str, found)]))
 
 
-def _cut_parameters(model: nn.Module, cuts: dict[str, Cut]) -> None:
+def _cut_parameters(model: nn.Module, cuts: Holdings) -> None:
     made: dict[int, nn.Parameter] = {}
     kept = []  # the originals stay alive: their ids are keys
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -103,8 +117,8 @@ def _cut_parameters(model: nn.Module, cuts: dict[str, Cut]) -> None:
                 continue
             if id(parameter) not in made:
                 kept.append(parameter)
-                cut = cuts[canonical_name(f"{path}.{leaf}" if path else leaf)]
-                made[id(parameter)] = _local_parameter(parameter, cut)
+                holding = cuts[canonical_name(f"{path}.{leaf}" if path else leaf)]
+                made[id(parameter)] = _local_parameter(parameter, holding)
             module._parameters[leaf] = made[id(parameter)]
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Linear) and weight is not None:
@@ -113,11 +127,12 @@ def _cut_parameters(model: nn.Module, cuts: dict[str, Cut]) -> None:
             module.nx, module.nf = weight.shape  # its forward shapes its output by nf
 
 
-def _local_parameter(parameter: nn.Parameter, cut: Cut) -> nn.Parameter:
-    if cut.dim is None:
+def _local_parameter(parameter: nn.Parameter, holding: Holding) -> nn.Parameter:
+    if not holding.segments:
         return parameter
-    parts = [parameter.data.narrow(cut.dim, start, size) for start, size in cut.segments]
-    value = torch.cat(parts, dim=cut.dim).contiguous()
+    dim = holding.segments[0].dim
+    parts = [parameter.data.narrow(dim, each.start, each.size) for each in holding.segments]
+    value = torch.cat(parts, dim=dim).contiguous()
     return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
@@ -164,10 +179,11 @@ def _on_hidden(move: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 
 def _part_the_vocabulary(
-    model: nn.Module, anatomy: Anatomy, exchange: Exchange, cuts: dict[str, Cut]
+    model: nn.Module, anatomy: Anatomy, exchange: Exchange, cuts: Holdings
 ) -> None:
     path = anatomy.embeddings[0]
-    start, size = cuts[_canonical(anatomy, f"{path}.weight")].segments[0]
+    rows = cuts[_canonical(anatomy, f"{path}.weight")].segments[0]
+    start, size = rows.start, rows.size
     table: Any = model.get_submodule(path)
     padding = table.padding_idx
     inside = padding is not None and start <= padding < start + size
@@ -188,21 +204,22 @@ def _canonical(anatomy: Anatomy, name: str) -> str:
     return next((group[0] for group in anatomy.ties if name in group), name)
 
 
-def _vocabulary(model: nn.Module, cuts: dict[str, Cut], exchange: Exchange) -> Vocabulary | None:
+def _vocabulary(model: nn.Module, cuts: Holdings, exchange: Exchange) -> Vocabulary | None:
     if not has_vocabulary_head(model):
         return None
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     name = next(name for name, each in model.named_parameters() if each is head.weight)
-    start, size = cuts[canonical_name(name)].segments[0]
-    return Vocabulary(start, size, cuts[canonical_name(name)].shape[0], exchange.group)
+    holding = cuts[canonical_name(name)]
+    rows = holding.segments[0]
+    return Vocabulary(rows.start, rows.size, holding.shape[0], exchange.group)
 
 
-def _localise(model: nn.Module, anatomy: Anatomy, *, degree: int, rank: int) -> None:
+def _localise(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
     """Correct counts of heads, and tell dropout in blocks which tokens it sees."""
     table = tensor_table(model.config)
     assert table is not None, "check_placed has passed"
     for path in regions_of(model, base=anatomy.base):
-        table.localise(model.get_submodule(path), degree)
+        table.localise(model.get_submodule(path), exchange.size)
     for module in model.get_submodule(anatomy.blocks).modules():
         if isinstance(module, KeyedDropout):
-            module.sequence_part = (rank, degree)
+            module.own_tokens = exchange.split  # as hidden states are

@@ -37,9 +37,8 @@ def cause_of(
         return _at_the_start(found, wanted)
     facts = found.facts(0)
     bad = [n for n, v in figures.gradients[0].items() if not v <= tolerance.gradients[n]]
-    places = int(facts["places"])
-    digests = facts["gradient_digests"]
-    if any(len(set(digests[place::places])) > 1 for place in range(places)):
+    size, digests = int(facts["replica_workers"]), facts["gradient_digests"]
+    if any(len(set(digests[position::size])) > 1 for position in range(size)):
         return "missing reduction: after it, replicas still hold different gradients"
     if not bad:
         if figures.losses and not figures.losses[0] <= tolerance.loss:
@@ -49,8 +48,7 @@ def cause_of(
     scaled = {name: fit for name, fit in fits.items() if fit.left < _CLEAR}
     everywhere = len(bad) > 0.9 * len(figures.gradients[0])
     ties = [set(names) for names in facts["ties"]]
-    # along tensor, gradients of parameters that are whole on every rank are parts of a sum
-    partial = set(figures.gradients[0]) - set(facts["cut"]) if layout.tensor > 1 else set()
+    partial = set(facts["partial"])
     tied = {name for names in ties for name in names}
     if set(bad) <= tied:
         return f"lost tie: only {', '.join(sorted(bad))} is off, whose gradient has two parts"

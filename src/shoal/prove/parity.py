@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.decision import Decision
-from shoal.engine.mistakes import MISTAKES
+from shoal.engine.instruments.mistakes import MISTAKES
+from shoal.engine.job import Instruments, Job
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.errors import ConfigError, Problem, WorkerError, nearest
 from shoal.launch.pool import WorkerPool, pool_or_own
@@ -49,8 +51,9 @@ def prove(
 ) -> Certificate:
     """Prove that the layout of `recipe` with `overrides` equals one worker; runs go below `out`.
 
-    `whole`: the model as it is, not made small. `mistake`: plant one (engine/mistakes.py) in the
-    layout's run. Raises UserError for a layout that cannot run, WorkerError for one that fails.
+    `whole`: the model as it is, not made small. `mistake`: plant one in the layout's run
+    (engine/instruments/mistakes.py). Raises UserError for a layout that cannot run, WorkerError for
+    one that fails.
     """
     began = time.monotonic()
     if mistake is not None and mistake not in MISTAKES:
@@ -153,9 +156,8 @@ class _Runs:
             run,
             recipe,
             proof_decision(recipe, layout, micro=micro),
-            record=True,
             double=double,
-            fault=mistake,
+            instruments=Instruments(record=True, mistake=mistake),
         )
         return Recording(run)
 
@@ -170,19 +172,9 @@ class _Runs:
         self._run(run, recipe, proof_decision(recipe, Layout()), resume=True)
         return Recording(run).losses
 
-    def _run(self, run: Path, recipe: Recipe, decision: Decision, **more: object) -> None:
+    def _run(self, run: Path, recipe: Recipe, decision: Decision, **more: Any) -> None:
         (run / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-        payload = {
-            "recipe": recipe.model_dump(mode="json"),
-            "run": str(run.resolve()),
-            "inputs": self.inputs.to_json(),
-            "decision": decision.to_json(),
-            "resume": False,
-            "final_model": False,
-            **more,
-        }
-        attempt = run_workers(
-            payload, decision=decision, pool=self.pool, console=Console(out=io.StringIO())
-        )
+        job = Job(recipe, run, self.inputs, decision, final_model=False, **more)
+        attempt = run_workers(job, pool=self.pool, console=Console(out=io.StringIO()))
         if attempt.done is None:
             raise WorkerError(f"{run.name}: the workers ended without finishing")

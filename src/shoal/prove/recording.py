@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.checkpoint.store import Reader, Store
-from shoal.engine.recorder import FOLDER
+from shoal.engine.instruments.recorder import FOLDER
 from shoal.observe.events import read_lines
 
 SMALL = 1e-6

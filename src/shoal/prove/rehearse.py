@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.data.verify import verify_run
-from shoal.engine.faults import KINDS, PHASES
+from shoal.engine.instruments.faults import KINDS, PHASES
+from shoal.engine.job import Instruments
 from shoal.errors import ConfigError, Problem, ShoalError, Stopped, nearest
 from shoal.launch import local
 from shoal.launch.pool import WorkerPool, pool_or_own
@@ -213,9 +214,18 @@ def _run(
 ) -> list[dict[str, Any]]:
     """The run with its faults; one that was asked to stop is resumed, as its user would."""
     story: list[dict[str, Any]] = []
-    plans = [fault.to_json() for fault in faults]
+    plans = tuple({**fault.to_json(), "number": n} for n, fault in enumerate(faults))
+    instruments = Instruments(planned_faults=plans)
     try:
-        local.train(recipe, texts, out=run, console=console, pool=pool, faults=plans, story=story)
+        local.train(
+            recipe,
+            texts,
+            out=run,
+            console=console,
+            pool=pool,
+            instruments=instruments,
+            story=story,
+        )
     except Stopped as stopped:
         story.append({"event": "stopped", "monotonic": time.monotonic(), "text": str(stopped)})
         local.resume(run, console=console, pool=pool)

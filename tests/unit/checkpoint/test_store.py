@@ -10,9 +10,9 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from shoal.checkpoint.boxes import Box
+from shoal.boxes import Box, Piece
 from shoal.checkpoint.manifest import NAME, Manifest, Part
-from shoal.checkpoint.store import Piece, Store
+from shoal.checkpoint.store import Store
 from shoal.errors import CheckpointError
 
 DTYPES = [

@@ -74,7 +74,8 @@ def test_merge_generate_and_verify(bench: Bench, capsys: pytest.CaptureFixture[s
     merged = (model / "model.safetensors").read_bytes()
     assert merged == (run.path / "model/model.safetensors").read_bytes()
     bounded = bench.new_path()
-    ask(capsys, "merge", run.path, "--out", bounded, "--memory-limit", "20kB")
+    said = ask(capsys, "merge", run.path, "--out", bounded, "--memory-limit", "20kB")
+    assert "every byte read is the one saved" in said and "logits not compared" in said
     assert merged == (bounded / "model.safetensors").read_bytes()
     words = ("generate", model, "The river", "--tokens", "6", "--seed", "1")
     first = ask(capsys, *words)

@@ -140,8 +140,10 @@ def test_merge_within_a_limit_that_is_none(told, bench: Bench, tmp_path: Path) -
     status, said = told(*words, "2 bananas")
     assert status == 2 and "--memory-limit: '2 bananas': unknown unit 'bananas'" in said
     status, said = told(*words, "100B")
-    assert status == 2 and "its 128 B are used at once; the limit is 100 B" in said
-    assert "use --memory-limit 640B, or none" in said and not (tmp_path / "model").exists()
+    assert status == 2 and "a limit of 100 B leaves room for 5 numbers at a time" in said
+    assert (
+        "use --memory-limit 10000B or more, or none" in said and not (tmp_path / "model").exists()
+    )
 
 
 def test_merge_of_what_is_no_run(told, tmp_path: Path) -> None:

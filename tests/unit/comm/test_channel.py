@@ -63,12 +63,14 @@ def state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def donor(keys: Keys) -> Iterator[Donor]:
-    with Donor(state(), keys=keys, epoch=3, facts={"step": 7, "who": ["replica", 1]}) as found:
+    with Donor(state(), keys=keys, generation=3, facts={"step": 7, "who": ["replica", 1]}) as found:
         yield found
 
 
-def get(donor: Donor, keys: Keys, *, epoch: int = 3, **more: object) -> dict[str, torch.Tensor]:
-    found, facts = fetch(donor.address, keys=keys, epoch=epoch, timeout_seconds=5, **more)  # type: ignore[arg-type]
+def get(
+    donor: Donor, keys: Keys, *, generation: int = 3, **more: object
+) -> dict[str, torch.Tensor]:
+    found, facts = fetch(donor.address, keys=keys, generation=generation, timeout_seconds=5, **more)  # type: ignore[arg-type]
     assert facts == {"step": 7, "who": ["replica", 1]}
     return found
 
@@ -121,12 +123,12 @@ def test_a_receiver_with_other_keys_is_refused(donor: Donor, keys: Keys, tmp_pat
     assert_same(get(donor, keys), state())
 
 
-def test_a_receiver_of_another_epoch_is_refused(donor: Donor, keys: Keys) -> None:
-    for epoch in (2, 4):
+def test_a_receiver_of_another_generation_is_refused(donor: Donor, keys: Keys) -> None:
+    for generation in (2, 4):
         with pytest.raises(
-            ChannelError, match=f"asked for epoch {epoch}, this donor is of epoch 3"
+            ChannelError, match=f"asked for generation {generation}, this donor is of generation 3"
         ):
-            get(donor, keys, epoch=epoch)
+            get(donor, keys, generation=generation)
     assert donor.num_refused == 2
     assert_same(get(donor, keys), state())
 
@@ -232,11 +234,11 @@ def ask(donor: Donor, keys: Keys, message: bytes) -> Answer:
     [
         b"",
         b"\xc1\xff",
-        msgspec.msgpack.encode({"epoch": -1}),
-        msgspec.msgpack.encode({"epoch": 3, "tensor": 1, "chunk": 0, "more": 1}),
+        msgspec.msgpack.encode({"generation": -1}),
+        msgspec.msgpack.encode({"generation": 3, "tensor": 1, "chunk": 0, "more": 1}),
         msgspec.msgpack.encode(Request(3, 500)),
         msgspec.msgpack.encode(Request(3, 0, 1 << 40)),
-        msgspec.msgpack.encode({"epoch": 3, "tensor": 1, "chunk": -1}),
+        msgspec.msgpack.encode({"generation": 3, "tensor": 1, "chunk": -1}),
     ],
 )
 def test_requests_without_sense_are_answered_so(donor: Donor, keys: Keys, message: bytes) -> None:
@@ -249,8 +251,8 @@ def test_requests_without_sense_are_answered_so(donor: Donor, keys: Keys, messag
 # --- a donor that lies, changes, dies, or stops
 
 
-def header(*heads: TensorHead, total: int | None = None, epoch: int = 3) -> Header:
-    return Header(epoch, total if total is not None else 0, heads, "{}")
+def header(*heads: TensorHead, total: int | None = None, generation: int = 3) -> Header:
+    return Header(generation, total if total is not None else 0, heads, "{}")
 
 
 HASH = "0" * 16
@@ -264,7 +266,7 @@ HASH = "0" * 16
         (header(TensorHead("a", "F99", (4,), HASH), total=16), "dtype 'F99' is not one of"),
         (header(TensorHead("a", "U8", (0, 1 << 40, 1 << 40), HASH)), "no tensor has the shape"),
         (header(*[TensorHead("a", "U8", (1,), HASH)] * 2, total=2), "announces a name twice"),
-        (header(epoch=2), "expected a state of epoch 3, got 2"),
+        (header(generation=2), "expected a state of generation 3, got 2"),
         (header(TensorHead("", "U8", (1,), HASH), total=1), "header cannot be read"),
         (header(TensorHead("a", "U8", (1,) * 17, HASH), total=1), "header cannot be read"),
         (header(TensorHead("a", "U8", (-1,), HASH), total=1), "header cannot be read"),
@@ -276,7 +278,7 @@ def test_a_header_that_lies_is_refused_before_anything_is_allocated(
 ) -> None:
     donor._header = msgspec.msgpack.encode(forged)
     with pytest.raises(ChannelError, match=said):
-        fetch(donor.address, keys=keys, epoch=3, timeout_seconds=5, most_bytes=1 << 20)
+        fetch(donor.address, keys=keys, generation=3, timeout_seconds=5, most_bytes=1 << 20)
     assert donor.num_requests == 1, "only the header was asked for"
 
 
@@ -291,19 +293,19 @@ def test_a_header_that_lies_is_refused_before_anything_is_allocated(
 def test_another_state_than_mine_is_refused(
     keys: Keys, mine: dict[str, torch.Tensor], said: str
 ) -> None:
-    donor = Donor({"a": torch.ones(2), "b": torch.ones(1)}, keys=keys, epoch=0)
+    donor = Donor({"a": torch.ones(2), "b": torch.ones(1)}, keys=keys, generation=0)
     with donor, pytest.raises(ChannelError, match=said):
-        fetch(donor.address, keys=keys, epoch=0, timeout_seconds=5, into=mine)
+        fetch(donor.address, keys=keys, generation=0, timeout_seconds=5, into=mine)
     assert all(float(tensor.sum()) == 0 for tensor in mine.values())
 
 
 def test_what_changed_after_it_was_announced_is_not_used(keys: Keys) -> None:
     given = {"good": torch.ones(9), "bad": torch.ones(CHUNK_BYTES)}
     mine = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
-    with Donor(given, keys=keys, epoch=0) as donor:
+    with Donor(given, keys=keys, generation=0) as donor:
         given["bad"][CHUNK_BYTES - 1] = 1.0000001
         with pytest.raises(ChannelError, match="bad arrived with another hash than announced"):
-            fetch(donor.address, keys=keys, epoch=0, timeout_seconds=5, into=mine)
+            fetch(donor.address, keys=keys, generation=0, timeout_seconds=5, into=mine)
     assert all(float(tensor.sum()) == 0 for tensor in mine.values()), "all or nothing"
 
 
@@ -320,7 +322,7 @@ class Dying(Donor):
             os.kill(os.getpid(), getattr(signal, sys.argv[2]))
         return super()._part(request)
 
-donor = Dying({"a": torch.ones(10_000_000)}, keys=Keys.read(Path(sys.argv[1])), epoch=0)
+donor = Dying({"a": torch.ones(10_000_000)}, keys=Keys.read(Path(sys.argv[1])), generation=0)
 print(donor.address, flush=True)
 time.sleep(60)
 """
@@ -342,33 +344,33 @@ def test_a_donor_that_dies_or_stops_in_the_middle(
         mine = {"a": torch.zeros(10_000_000)}
         began = time.monotonic()
         with pytest.raises(ChannelError, match=said):
-            fetch(address, keys=keys, epoch=0, timeout_seconds=1, into=mine)
+            fetch(address, keys=keys, generation=0, timeout_seconds=1, into=mine)
         assert time.monotonic() - began < seconds
         assert float(mine["a"].sum()) == 0
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     with pytest.raises(ChannelError, match="nobody answers there"):
-        fetch(address, keys=keys, epoch=0, timeout_seconds=5)
+        fetch(address, keys=keys, generation=0, timeout_seconds=5)
 
 
 def test_a_closed_donor_answers_nobody(keys: Keys) -> None:
-    donor = Donor({"a": torch.ones(2)}, keys=keys, epoch=0)
+    donor = Donor({"a": torch.ones(2)}, keys=keys, generation=0)
     donor.close()
     with pytest.raises(ChannelError, match="nobody answers there"):
-        fetch(donor.address, keys=keys, epoch=0, timeout_seconds=5)
+        fetch(donor.address, keys=keys, generation=0, timeout_seconds=5)
 
 
 def test_an_address_that_is_none(keys: Keys) -> None:
     with pytest.raises(ChannelError, match="not an address of a donor"):
-        fetch("nonsense", keys=keys, epoch=0, timeout_seconds=1)
+        fetch("nonsense", keys=keys, generation=0, timeout_seconds=1)
 
 
 def test_what_cannot_be_sent_is_said_at_once(keys: Keys) -> None:
     with pytest.raises(ChannelError, match=r"z: dtype torch\.complex64 cannot be sent"):
-        Donor({"z": torch.zeros(2, dtype=torch.complex64)}, keys=keys, epoch=0)
+        Donor({"z": torch.zeros(2, dtype=torch.complex64)}, keys=keys, generation=0)
     with pytest.raises(ChannelError, match="names and facts take"):
-        Donor({}, keys=keys, epoch=0, facts={"text": "x" * (17 << 20)})
+        Donor({}, keys=keys, generation=0, facts={"text": "x" * (17 << 20)})
 
 
 def test_fifty_megabytes_take_a_fraction_of_a_second(keys: Keys) -> None:
@@ -376,10 +378,10 @@ def test_fifty_megabytes_take_a_fraction_of_a_second(keys: Keys) -> None:
     given = {kind: torch.randn(4_200_000) for kind in ("parameter", "exp_avg", "exp_avg_sq")}
     mine = {name: torch.empty_like(tensor) for name, tensor in given.items()}
     took = []
-    with Donor(given, keys=keys, epoch=0) as donor:
+    with Donor(given, keys=keys, generation=0) as donor:
         for _ in range(3):
             began = time.perf_counter()
-            fetch(donor.address, keys=keys, epoch=0, timeout_seconds=20, into=mine)
+            fetch(donor.address, keys=keys, generation=0, timeout_seconds=20, into=mine)
             took.append(time.perf_counter() - began)
     assert_same(mine, given)
     assert min(took) < 1.0, f"{took}: the bar is 0.3 s; thrice that is left for a busy machine"

@@ -161,7 +161,7 @@ def test_every_problem_is_said_once_and_all_at_once() -> None:
         ("train.epochs=2", "give exactly one of `steps` and `epochs`"),
         ("parallel=3", "expected a section with keys of its own; got 3\n    auto, or degrees"),
         ("train=null", "train: expected a section with keys of its own; got nothing"),
-        ("sync.kind=diloco", "got 'diloco'\n    local-sgd, diloco and server policies are not"),
+        ("sync.kind=diloco", "got 'diloco'\n    diloco and server policies are not"),
         ("model={}", "model.kind: required, and not given\n    one of: config, pretrained"),
         ("data.tokenizer.kind=folder", "`path` goes with kind: folder"),
         ("observe.console=7", "observe.console: expected true or false; got 7"),
@@ -212,3 +212,37 @@ def test_locked_keys() -> None:
     assert changed(saved, free.model_dump(mode="json")) == []
     other = load_recipe("quickstart", ["seed=9", "model.hidden_size=8", "train.exact=true"])
     assert changed(saved, other.model_dump(mode="json")) == ["seed", "model", "train.exact"]
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "wanted"),
+    [
+        ("train.optimizer.learning_rate=3e-4", "optimizer", {"kind": "adamw"}),
+        ("train.schedule.warmup_steps=2", "schedule", {"kind": "cosine", "warmup_steps": 2}),
+    ],
+)
+def test_an_override_inside_a_section_keeps_the_kind_in_force(
+    override: str, where: str, wanted: dict[str, object], tmp_path: Path
+) -> None:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    recipe = load_recipe(str(path), [override])
+    section = getattr(recipe.train, where).model_dump()
+    assert wanted.items() <= section.items()
+    file = tmp_path / "muon.yaml"
+    file.write_text(MINIMAL.replace("{steps: 3}", "{steps: 3, optimizer: {kind: muon}}"))
+    assert load_recipe(str(file), [override]).train.optimizer.kind == "muon"
+    assert load_recipe(str(path), ["sync.verify_every_steps=0"]).sync.kind == "every-step"
+
+
+def test_a_mistake_inside_such_a_section_is_the_one_that_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=r"train\.optimizer\.lr: unknown key"):
+        load_recipe(str(path), ["train.optimizer.lr=3"])
+
+
+def test_a_path_means_a_pretrained_model() -> None:
+    recipe = load_recipe("quickstart", ["model.path=some/folder"])
+    assert (recipe.model.kind, recipe.model.path) == ("pretrained", "some/folder")
+    assert recipe.model.dropout == load_recipe("quickstart").model.dropout

@@ -1,4 +1,4 @@
-"""What ranks agree on when an epoch begins, over threads that stand for ranks."""
+"""What ranks agree on when a generation begins, over threads that stand for ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from shoal.comm.flat import FlatLayout
 from shoal.comm.group import Group
 from shoal.comm.threads import Meeting, ThreadGroup
-from shoal.engine.agree import FRESH, Standing, agree, check_same_program
-from shoal.engine.digest import ReplicasDiffer, differing_tensors, digest_of
+from shoal.engine.membership.agree import FRESH, Position, agree, check_same_program
+from shoal.engine.membership.digest import ReplicasDiffer, differing_tensors, digest_of
 from shoal.engine.state import FlatState
 from shoal.errors import RunError
+from shoal.layout import Layout
+from states import state_of
 
 
 def on_ranks(size: int, body: Callable[[Group], Any]) -> list[Any]:
@@ -46,7 +48,7 @@ def state(seed: int) -> FlatState:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(layout.numel, generator=generator)
     moments = {"exp_avg": torch.randn(layout.numel, generator=generator)}
-    return FlatState(layout, values, torch.zeros(layout.numel), moments)
+    return state_of(layout, values, moments)
 
 
 def test_the_newest_state_is_everybodys() -> None:
@@ -54,11 +56,12 @@ def test_the_newest_state_is_everybodys() -> None:
     states = [state(1), state(1), state(2), state(3)]
     steps = [7, 7, 8, FRESH]
 
-    def body(group: Group) -> Standing:
+    def body(group: Group) -> Position:
         own = steps[group.rank]
         facts = {"of": group.rank}
-        standing = Standing(own, evaluated_at=own - 1, saved_at=5, facts=facts)
-        return agree(group, standing, state=states[group.rank])
+        position = Position(own, evaluated_at=own - 1, saved_at=5, facts=facts)
+        layout = Layout(replicate=group.size)
+        return agree(group, position, state=states[group.rank], layout=layout)
 
     found = on_ranks(4, body)
     assert [each.step for each in found] == [8] * 4
@@ -67,14 +70,17 @@ def test_the_newest_state_is_everybodys() -> None:
 
 
 def test_nobody_has_a_state() -> None:
-    found = on_ranks(2, lambda group: agree(group, Standing(), state=state(group.rank)))
+    layout = Layout(replicate=2)
+    found = on_ranks(
+        2, lambda group: agree(group, Position(), state=state(group.rank), layout=layout)
+    )
     assert [each.step for each in found] == [FRESH, FRESH]
 
 
 def test_what_only_some_have_done_is_done_again() -> None:
-    def body(group: Group) -> Standing:
-        standing = Standing(8, evaluated_at=8 if group.rank else 0, saved_at=8 - group.rank)
-        return agree(group, standing, state=state(1))
+    def body(group: Group) -> Position:
+        position = Position(8, evaluated_at=8 if group.rank else 0, saved_at=8 - group.rank)
+        return agree(group, position, state=state(1), layout=Layout(replicate=2))
 
     for each in on_ranks(2, body):
         assert (each.evaluated_at, each.saved_at) == (0, 7)
@@ -95,20 +101,26 @@ def test_ranks_with_different_recipes_or_sizes() -> None:
 @pytest.mark.parametrize("vector", ["values", "exp_avg"])
 def test_one_bit_changes_the_digest_and_names_the_tensor(vector: str) -> None:
     states = [state(1) for _ in range(3)]
-    flipped = states[1].values if vector == "values" else states[1].moments[vector]
+    flipped = states[1].values if vector == "values" else states[1].vectors[vector].tensor
     flipped.view(torch.int32)[13] ^= 1 << 5
     assert digest_of(states[1]) != digest_of(states[0]) == digest_of(states[2])
-    found = on_ranks(3, lambda group: differing_tensors(group, states[group.rank]))
+    found = on_ranks(
+        3, lambda group: differing_tensors(group, states[group.rank], layout=Layout(replicate=3))
+    )
     kind = "parameter" if vector == "values" else vector
     assert found == [{f"{kind} a": [1]}] * 3
 
 
+def repairs(digests: list[int], **degrees: int) -> object:
+    return ReplicasDiffer(digests, layout=Layout(**degrees)).repairs()
+
+
 def test_majorities() -> None:
-    assert ReplicasDiffer([5, 5, 6]).repairs() == [(0, [2])]
-    assert ReplicasDiffer([6, 5, 5, 5]).repairs() == [(1, [0])]
-    assert ReplicasDiffer([5, 6]).repairs() is None
-    assert ReplicasDiffer([5, 5, 6, 6]).repairs() is None
-    # two workers a replica: each place by itself
-    assert ReplicasDiffer([5, 7, 5, 7, 6, 7], places=2).repairs() == [(0, [4])]
-    assert ReplicasDiffer([5, 7, 5, 8, 6, 7], places=2).repairs() == [(0, [4]), (1, [3])]
-    assert ReplicasDiffer([5, 7, 6, 7], places=2).repairs() is None
+    assert repairs([5, 5, 6], replicate=3) == [(0, [2])]
+    assert repairs([6, 5, 5, 5], replicate=4) == [(1, [0])]
+    assert repairs([5, 6], replicate=2) is None
+    assert repairs([5, 5, 6, 6], replicate=4) is None
+    # two workers a replica: each position by itself
+    assert repairs([5, 7, 5, 7, 6, 7], replicate=3, tensor=2) == [(0, [4])]
+    assert repairs([5, 7, 5, 8, 6, 7], replicate=3, tensor=2) == [(0, [4]), (1, [3])]
+    assert repairs([5, 7, 6, 7], replicate=2, tensor=2) is None

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 from passing_on import newest
-from shoal.checkpoint.boxes import Box
-from shoal.checkpoint.store import Piece, Store
+from shoal.boxes import Box, Piece
+from shoal.checkpoint.store import Store
 from shoal.models import init
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.huggingface import build_meta, config_from, fingerprint

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from shoal.comm.group import ProcessGroup
-from shoal.config.recipe import AdamW, Constant, Muon
+from shoal.config.recipe import SGD, AdamW, Constant, Muon
 from shoal.engine import state as flat
-from shoal.engine.step import StepResult, Word
+from shoal.engine.step import Counted, StepResult, Votes
 from shoal.engine.update import Update
 from shoal.sync.every_step import EveryStep
+from shoal.sync.policy import Division, Gradients
 
 SHAPES = {"matrix": (6, 8), "table": (10, 4), "norm": (8,)}
 
@@ -23,7 +24,7 @@ def parameters() -> dict[str, nn.Parameter]:
     return {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()}
 
 
-def build(optimizer: AdamW | Muon, *, limit: float | None) -> tuple[flat.FlatState, Update]:
+def build(optimizer: AdamW | Muon | SGD, *, limit: float | None) -> tuple[flat.FlatState, Update]:
     group, named = ProcessGroup(), parameters()
     regions = flat.regions_of(
         SHAPES,
@@ -35,9 +36,15 @@ def build(optimizer: AdamW | Muon, *, limit: float | None) -> tuple[flat.FlatSta
     state = flat.allocate(regions, group=group, optimizer=optimizer, device=device)
     for name, parameter in named.items():
         state.layout.view(state.values, name).copy_(parameter.detach())
-    sync = EveryStep(group, global_batch_samples=4, grain_samples=1, bucket_bytes=1 << 20)
+    policy = EveryStep(Division(4, 1), bucket_bytes=1 << 20)
+    policy.enter(world=group, peers=group, inside=group)
     update = Update(
-        state, sync=sync, optimizer=optimizer, schedule=Constant(), steps=9, max_gradient_norm=limit
+        state,
+        policy=policy,
+        optimizer=optimizer,
+        schedule=Constant(),
+        steps=9,
+        max_gradient_norm=limit,
     )
     return state, update
 
@@ -51,7 +58,27 @@ def give(state: flat.FlatState, values: dict[str, torch.Tensor]) -> StepResult:
     state.zero_gradients()
     for name, value in values.items():
         state.layout.view(state.gradients, name).copy_(value)
-    return StepResult(loss=1.0, targets=7, word=Word(), num_grains=4, read=[0, 0])
+    return StepResult(1.0, Counted(7, Votes(), [0, 0]), Gradients(state.gradients, state.layout))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_as_torch_does_it(momentum: float) -> None:
+    state, update = build(SGD(learning_rate=0.1, momentum=momentum, weight_decay=0.01), limit=None)
+    assert ("momentum_buffer" in state.vectors) == bool(momentum)
+    named = parameters()
+    groups = [
+        {"params": [named["table"], named["norm"]], "weight_decay": 0.0},
+        {"params": [named["matrix"]], "weight_decay": 0.01},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum)
+    for step in range(4):
+        assert update.apply(give(state, gradients(step))).applied
+        for name, value in gradients(step).items():
+            named[name].grad = value
+        optimizer.step()
+    for name, parameter in named.items():
+        found = state.layout.view(state.values, name)
+        torch.testing.assert_close(found, parameter.data, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [0.5, None])
@@ -90,13 +117,13 @@ def test_as_torch_does_it(kind: str, limit: float | None) -> None:
 @pytest.mark.parametrize("spoiled", [math.inf, math.nan])
 def test_a_step_that_is_not_finite_changes_nothing(spoiled: float) -> None:
     state, update = build(AdamW(), limit=1.0)
-    values, moments = state.values.clone(), state.moments["exp_avg"].clone()
+    values, moments = state.values.clone(), state.vectors["exp_avg"].tensor.clone()
     bad = gradients(0)
     bad["norm"][3] = spoiled
     outcome = update.apply(give(state, bad))
     assert not outcome.applied and not math.isfinite(outcome.gradient_norm)
     assert torch.equal(state.values, values)
-    assert torch.equal(state.moments["exp_avg"], moments)
+    assert torch.equal(state.vectors["exp_avg"].tensor, moments)
     assert update.step == 1, "the schedule and the data go on"
     assert update.apply(give(state, gradients(1))).applied
 
@@ -104,7 +131,7 @@ def test_a_step_that_is_not_finite_changes_nothing(spoiled: float) -> None:
 def test_a_step_without_targets_changes_nothing() -> None:
     state, update = build(AdamW(), limit=1.0)
     values = state.values.clone()
-    empty = StepResult(loss=0.0, targets=0, word=Word(), num_grains=4, read=[0, 0])
+    empty = StepResult(0.0, Counted(0, Votes(), [0, 0]), Gradients(state.gradients, state.layout))
     state.zero_gradients()
     assert not update.apply(empty).applied
     assert torch.equal(state.values, values), "no weight decay either"

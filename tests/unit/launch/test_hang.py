@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from shoal.launch.deaths import death_of
-from shoal.launch.hang import Doctor, Sighting, process_state, report, stack_of
+from shoal.launch.hang import Doctor, Sighting, report
 from shoal.launch.pace import Pace
 from shoal.observe.pulse import Beat
 
@@ -97,51 +90,12 @@ def test_all_wait_and_nothing_moves() -> None:
     assert [rank for rank, _ in found] == [0, 1]
 
 
-def test_after_a_stop_of_our_own_nobody_is_late() -> None:
-    doctor = Doctor(silence_seconds=1.0)
-    doctor._looked_at -= 30.0  # as after SIGSTOP and SIGCONT of this process
-    assert doctor.look([]) == []
-    assert doctor.silence(replace(COMPUTING, beat_at=time.monotonic() - 29), started_at=0.0) < 1.0
-
-
 def test_the_table_says_who_waits_for_whom() -> None:
     lines = report([seen(0, WAITING, 2.0, "sleeps", 1.0), seen(1, COMPUTING, 2.5, "runs", 1.0)])
     assert lines[0].startswith(
         "worker 0: step 12, reduce, in collective 41 (all_reduce, 800 bytes)"
     )
     assert lines[-1] == "workers 0 wait for worker 1"
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    """Poll for ten seconds: the machine may be busy."""
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_state_and_stack_of_a_real_process(tmp_path: Path) -> None:
-    code = (
-        "import faulthandler, signal, sys\n"
-        "faulthandler.register(signal.SIGUSR1, file=open(sys.argv[1], 'a'), all_threads=True)\n"
-        "print('ready', flush=True)\n"
-        "def busy():\n    while True: pass\n"
-        "busy()\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "stack")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            process.stdout.readline()
-            wait_for(lambda: process_state(process.pid)[0] == "runs")
-            file = tmp_path / "stack"
-            wait_for(lambda: "in busy" in stack_of(process.pid, file, stopped=False))
-            os.kill(process.pid, signal.SIGSTOP)
-            wait_for(lambda: process_state(process.pid)[0] == "is stopped")
-            wait_for(lambda: "in busy" in stack_of(process.pid, file, stopped=True))
-        finally:
-            process.kill()
-    assert process_state(None) == ("unknown", None)
 
 
 def test_what_a_death_is_called() -> None:
@@ -161,7 +115,7 @@ def paced(*seconds: float, steps: int = 12) -> list[int]:
     pace, named = Pace(), []
     for step in range(steps):
         for rank, own in enumerate(seconds):
-            message = {"epoch": 1, "rank": rank, "step": step, "compute_seconds": own}
+            message = {"generation": 1, "rank": rank, "step": step, "compute_seconds": own}
             if (slow := pace.note(message)) is not None:
                 named.append(slow["rank"])
     return named

@@ -54,3 +54,29 @@ def test_ranks_with_other_recipes_are_refused(bench: Bench, tmp_path: Path) -> N
     assert found.stderr.count("the ranks do not run the same thing") == 1
     assert "recipe.seed: rank 0 has 0, rank 1 has 1" in found.stderr
     assert not out.exists()
+
+
+def test_a_run_is_resumed_by_the_workers_that_join(bench: Bench, tmp_path: Path) -> None:
+    """Each would otherwise start a run of its own and be refused by the lock of the first."""
+    run = bench.train(*SHORT, "parallel.replicate=1", "train.stop_after_steps=2")
+    shoal = Path(sys.executable).parent / "shoal"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "--no-python", str(shoal), "resume", str(run.path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert found.returncode == 0, found.stderr
+    assert "2 processes" in found.stdout and "resuming" in found.stdout
+    wanted = bench.run(*SHORT, "parallel.replicate=2").losses
+    assert run.losses == pytest.approx(wanted, rel=1e-5)
+    assert [row["step"] for row in run.rows if "loss" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_degree_that_was_given_must_be_the_number_of_workers(bench: Bench) -> None:
+    run = bench.train(*SHORT, "parallel.replicate=1", "train.stop_after_steps=2")
+    shoal = Path(sys.executable).parent / "shoal"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = ["resume", str(run.path), "parallel.replicate=4"]
+    command = [*launcher, "--no-python", str(shoal), *words]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert found.returncode != 0
+    assert "the recipe says 4 replicas, torchrun started 2 workers" in found.stderr

@@ -140,7 +140,7 @@ def test_a_model_without_blocks_is_refused() -> None:
     model = meta_model("llama")
     model.config.num_hidden_layers = 7
     model.model.layers = nn.Sequential()
-    with pytest.raises(ModelError, match=r"(?s)found no list of 7 blocks.*models/families"):
+    with pytest.raises(ModelError, match=r"(?s)found no list of 7 blocks.*legal/families"):
         anatomy_of(model)
 
 

@@ -14,18 +14,19 @@ from transformers.masking_utils import (
 )
 
 from shoal.errors import ModelError
-from shoal.models import attention, cpu_attention
+from shoal.models import attention, cpu_attention, kernels
 from shoal.models.anatomy import hidden_of
-from shoal.models.attention import attend, build_mask, one_document_each
+from shoal.models.attention import attend, build_mask
 from shoal.models.cpu_attention import attend_in_blocks, is_suited
-from shoal.models.passage import Passage, passing
+from shoal.models.forward_context import ForwardContext, set_forward_context
+from shoal.models.kernels import one_document_each
 from shoal.models.probe import probe_packing
 
 
 def _mask(documents: Tensor | None, *, function: Any = causal_mask_function, **more: Any) -> Any:
     length = 6 if documents is None else documents.shape[1]
     rows = 1 if documents is None else documents.shape[0]
-    with passing(Passage(document_ids=documents)):
+    with set_forward_context(ForwardContext(document_ids=documents)):
         return build_mask(
             batch_size=rows, q_length=length, kv_length=length, mask_function=function, **more
         )
@@ -183,7 +184,7 @@ def test_blocks_and_the_fused_kernel_agree_in_a_model(monkeypatch: pytest.Monkey
         calls.append(1)
         return attend_in_blocks(*arguments, **named)
 
-    monkeypatch.setattr(attention, "attend_in_blocks", counted)
+    monkeypatch.setattr(kernels, "attend_in_blocks", counted)
     monkeypatch.setattr(cpu_attention, "_FLOAT32_TOKENS", 100)
 
     def gradients() -> dict[str, Tensor]:
@@ -193,7 +194,7 @@ def test_blocks_and_the_fused_kernel_agree_in_a_model(monkeypatch: pytest.Monkey
 
     ours = gradients()
     assert len(calls) == 2
-    monkeypatch.setattr(attention, "is_suited", lambda *a, **k: False)
+    monkeypatch.setattr(kernels, "is_suited", lambda *a, **k: False)
     largest = max(float(g.norm()) for g in ours.values())
     for name, expected in gradients().items():
         # a key's bias would have a true gradient of zero: measured against the largest then
@@ -238,7 +239,7 @@ def test_terms_that_are_not_known_are_refused() -> None:
         attend(layer, states, states, states, None, dropout=0.1)
     with pytest.raises(ModelError, match="overlays its own mask pattern"):
         _mask(None, use_vmap=True)
-    wrong = passing(Passage(document_ids=torch.zeros(2, 5)))
+    wrong = set_forward_context(ForwardContext(document_ids=torch.zeros(2, 5)))
     with wrong, pytest.raises(ModelError, match=r"expected shape \(1, 6\).*got \(2, 5\)"):
         build_mask(batch_size=1, q_length=6, kv_length=6, mask_function=causal_mask_function)
 

@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from shoal.errors import ModelError
 from shoal.models.anatomy import hidden_of
 from shoal.models.dropout import KeyedDropout, apply_keyed, keep_mask, wants_dropout
-from shoal.models.passage import Passage, checkpoint_contexts, current, passage_of, passing
+from shoal.models.forward_context import (
+    ROW_STRIDE,
+    ForwardContext,
+    checkpoint_contexts,
+    forward_context_of,
+    get_forward_context,
+    set_forward_context,
+)
 from shoal.models.probe import probe_keyed_dropout
 
 
@@ -52,9 +59,9 @@ def test_a_bit_depends_on_token_and_feature_only(data: st.DataObject) -> None:
 def test_rows_may_be_trimmed() -> None:
     layer = KeyedDropout(0.5, seed=0, layer="a").train()
     hidden, batch = torch.ones(2, 16, 8), packed_batch()
-    with passing(passage_of(batch)):
+    with set_forward_context(forward_context_of(batch)):
         whole = layer(hidden)
-    with passing(passage_of(columns(batch, 0, 9))):
+    with set_forward_context(forward_context_of(columns(batch, 0, 9))):
         trimmed = layer(hidden[:, :9])
     assert torch.equal(whole[:, :9], trimmed)
 
@@ -62,7 +69,7 @@ def test_rows_may_be_trimmed() -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_rate_and_scale_are_right(p: float) -> None:
     layer = KeyedDropout(p, seed=1, layer="a").train()
-    with passing(Passage(token_indices=torch.arange(2000)[None])):
+    with set_forward_context(ForwardContext(token_indices=torch.arange(2000)[None])):
         result = layer(torch.ones(1, 2000, 64))
     kept = float((result != 0).float().mean())
     # 128,000 draws: standard error sqrt(p (1 - p) / n) <= 1.4e-3; five of them, and p's rounding
@@ -76,7 +83,7 @@ def test_rate_and_scale_are_right(p: float) -> None:
 
 def test_layers_steps_and_seeds_have_masks_of_their_own() -> None:
     def mask(*, seed: int = 0, layer: str = "a", step: int = 0) -> Tensor:
-        with passing(Passage(token_indices=torch.arange(8)[None], step=step)):
+        with set_forward_context(ForwardContext(token_indices=torch.arange(8)[None], step=step)):
             return KeyedDropout(0.5, seed=seed, layer=layer).train()(torch.ones(1, 8, 32))
 
     assert torch.equal(mask(), mask())
@@ -87,7 +94,7 @@ def test_layers_steps_and_seeds_have_masks_of_their_own() -> None:
 def test_gradients_pass_where_values_do() -> None:
     layer = KeyedDropout(0.4, seed=0, layer="a").train()
     hidden = torch.randn(1, 8, 32, requires_grad=True)
-    with passing(Passage(token_indices=torch.arange(8)[None])):
+    with set_forward_context(ForwardContext(token_indices=torch.arange(8)[None])):
         result = layer(hidden)
     result.sum().backward()
     assert torch.equal(hidden.grad != 0, result != 0)
@@ -130,20 +137,20 @@ def test_recompute_repeats_the_bits(family: str) -> None:
         assert torch.equal(first, second)
 
 
-def test_the_passage_is_seen_in_recompute_on_another_thread() -> None:
+def test_the_context_is_seen_in_recompute_on_another_thread() -> None:
     seen = []
 
     def body(x: Tensor) -> Tensor:
-        seen.append(current().step)
+        seen.append(get_forward_context().step)
         return x.sin()
 
     x = torch.ones(3, requires_grad=True)
-    with passing(Passage(step=7)):
+    with set_forward_context(ForwardContext(step=7)):
         y = checkpoint(body, x, use_reentrant=False, context_fn=checkpoint_contexts)
     worker = threading.Thread(target=lambda: y.sum().backward())
     worker.start()
     worker.join()
-    assert seen == [7, 7] and current().step == 0
+    assert seen == [7, 7] and get_forward_context().step == 0
 
 
 def test_threads_do_not_disturb_one_another() -> None:
@@ -200,3 +207,24 @@ def test_a_model_that_drops_in_its_own_code_is_refused() -> None:
 def test_which_configurations_ask_for_dropout() -> None:
     assert wants_dropout(config_of("gpt2")) and wants_dropout(config_of("bert"))
     assert not wants_dropout(config_of("llama"))
+
+
+def test_a_rank_may_have_several_slices_of_a_row() -> None:
+    """As a balanced ring cuts it: the first and the last quarter. Indices come with the batch."""
+    layer = KeyedDropout(0.5, seed=0, layer="a").train()
+    batch = packed_batch()
+    with set_forward_context(forward_context_of(batch)):
+        whole = layer(torch.ones(2, 16, 8))
+    indices = batch["sample_ids"][:, None] * ROW_STRIDE + torch.arange(16)
+    own = torch.cat([indices[:, :4], indices[:, 12:]], dim=1)
+    with set_forward_context(forward_context_of({"token_indices": own})):
+        sliced = layer(torch.ones(2, 8, 8))
+        # a strategy that cuts hidden states further says how: here the second half
+        layer.own_tokens = lambda each: each[:, 4:]
+        half = layer(torch.ones(2, 4, 8))
+        with pytest.raises(
+            ModelError, match=r"a: keyed dropout sees a tensor of shape \(2, 8, 8\)"
+        ):
+            layer(torch.ones(2, 8, 8))
+    assert torch.equal(sliced, torch.cat([whole[:, :4], whole[:, 12:]], dim=1))
+    assert torch.equal(half, whole[:, 12:])

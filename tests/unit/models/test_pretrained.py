@@ -9,6 +9,7 @@ from tiny_models import SETTINGS, VOCABULARY, auto_class_of, config_of, meta_mod
 from torch import nn
 from transformers import BertForMaskedLM, BertModel
 
+from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.huggingface import build_meta, read_config
@@ -85,7 +86,7 @@ def test_a_box_is_the_slice(tmp_path: Path) -> None:
     source = PretrainedWeights(tmp_path, model=meta_model("llama"))
     name = "model.layers.1.mlp.up_proj.weight"
     whole = source.tensor(name)
-    assert torch.equal(source.tensor(name, box=((10, 3), (20, 7))), whole[10:30, 3:10])
+    assert torch.equal(source.tensor(name, box=Box((10, 3), (20, 7))), whole[10:30, 3:10])
     assert source.tensor("no.such.parameter") is None
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import UserError
-from shoal.observe.boards import TensorBoard, WandB
 from shoal.observe.plot import plot_run
+from shoal.observe.trackers import TensorBoard, WandB
 from tiny import Bench
 
 

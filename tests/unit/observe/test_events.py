@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.observe.events import Fan, JsonLines, Report, RunFiles, cut_after, read_lines
+from shoal.observe.events import JsonLines, Report, RunFiles, Tee, cut_after, read_lines
 
 
 def test_numbers_that_json_has_no_word_for_are_null(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_half_line_goes_even_when_no_row_does(tmp_path: Path) -> None:
 
 
 def test_a_run_s_files(tmp_path: Path) -> None:
-    sink = Fan([RunFiles(tmp_path)])
+    sink = Tee([RunFiles(tmp_path)])
     sink.row({"step": 1, "loss": 2.0})
     sink.event("saved", {"step": 1})
     sink.close()

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from shoal.observe.pulse import Pulse
 pulse = Pulse(Path(sys.argv[1]), slot=1)
-pulse.join(epoch=3, rank=1)
+pulse.join(generation=3, rank=1)
 pulse.mark("forward", step=17)
 pulse.enter("all_reduce", num_bytes=1234)
 """
@@ -29,7 +29,7 @@ def test_another_process_reads_it(tmp_path: Path) -> None:
     assert beat is not None and watch.read(0) is None
     assert before < beat.beat_at < time.monotonic(), "one clock for all processes"
     assert (beat.step, beat.phase, beat.operation) == (17, "forward", "all_reduce")
-    assert (beat.epoch, beat.rank, beat.collective, beat.num_bytes) == (3, 1, 1, 1234)
+    assert (beat.generation, beat.rank, beat.collective, beat.num_bytes) == (3, 1, 1, 1234)
     assert beat.where == "step 17, forward, in collective 1 (all_reduce, 1234 bytes)"
 
 

@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.boxes import Box
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.models.anatomy import anatomy_of, canonical_parameters, ties_of
 from shoal.models.init import record
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
-from shoal.parallel.apply import Settings, apply
-from shoal.parallel.held import held
+from shoal.parallel.apply import apply
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import build_mesh
+from shoal.parallel.settings import Settings
 from shoal.runtime import start_process_group, stop_process_group
+from states import parts_of
 from strategies import run_workers
 from unit.models.tiny_models import meta_model, real_model
 
@@ -40,8 +42,8 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of a worker of a layout of 4: shard 2 x tensor 2."""
     torch.set_num_threads(1)
     rank, device = payload["rank"], torch.device("cpu")
-    store = Path(payload["store"])
-    start_process_group(rank=rank, size=4, device=device, store=store, timeout_seconds=60)
+    meeting = Path(payload["store"]).as_uri()
+    start_process_group(rank=rank, size=4, device=device, meeting=meeting, timeout_seconds=60)
     mesh = build_mesh(Layout(shard=2, tensor=2), rank=rank, device=device)
     family, found = payload["family"], {}
     for how in ("drawn", "read"):
@@ -54,11 +56,10 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         materialise(model, record=recorded, seed=8, source=source)
         whole = canonical_parameters(real_model(family, seed=8))
         differ, kept = [], 0
-        for name, pieces in held(model).items():
-            for piece in pieces:
-                cut = tuple(slice(o, o + s) for o, s in zip(piece.box.offsets, piece.box.sizes))
-                kept += piece.box.numel
-                if not torch.equal(piece.tensor, whole[name][cut]):
+        for name, parts in parts_of(model).items():
+            for box, tensor in parts:
+                kept += box.numel
+                if not torch.equal(tensor, whole[name][box.within(Box.whole(whole[name].shape))]):
                     differ.append(name)
         found[how] = {
             "differ": differ,

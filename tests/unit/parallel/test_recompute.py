@@ -12,12 +12,14 @@ from shoal.layout import Layout
 from shoal.models.anatomy import anatomy_of, canonical_parameters, hidden_of
 from shoal.models.dropout import apply_keyed
 from shoal.models.init import record
-from shoal.parallel.apply import Settings, apply
-from shoal.parallel.held import held, norm
+from shoal.parallel.apply import apply
+from shoal.parallel.local import Holdings, sharded_of
 from shoal.parallel.materialise import materialise
-from shoal.parallel.mesh import build_mesh
+from shoal.parallel.mesh import Mesh, build_mesh
 from shoal.parallel.recompute import apply_recompute
+from shoal.parallel.settings import Settings
 from shoal.parallel.shard import apply_shard, forward, micro_batch
+from states import parts_of
 from unit.models.tiny_models import meta_model, packed_batch, real_model
 
 
@@ -65,22 +67,31 @@ def test_one_worker_is_the_model_itself() -> None:
     model, plain = placed("gpt2", seed=3), real_model("gpt2", seed=3)
     batch = packed_batch()
     assert torch.equal(hidden_of(model.eval(), batch), hidden_of(plain, batch))
-    pieces = held(model)
+    parts = parts_of(model)
     for name, parameter in canonical_parameters(plain).items():
-        assert [piece.box.sizes for piece in pieces[name]] == [tuple(parameter.shape)]
-        assert torch.equal(pieces[name][0].tensor, parameter)
+        assert [box.sizes for box, _ in parts[name]] == [tuple(parameter.shape)]
+        assert torch.equal(parts[name][0][1], parameter)
     hidden_of(model, batch).sum().backward()
     squares = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
-    assert norm(model) == pytest.approx(float(sum(squares).sqrt()), rel=1e-6)
+    gradients = {n: p.grad for n, p in canonical_parameters(model).items() if p.grad is not None}
+    assert sharded_of(model).holdings.norm(gradients) == pytest.approx(
+        float(sum(squares).sqrt()), rel=1e-6
+    )
     micro_batch(model, last=False)
-    assert forward(model, lambda: torch.tensor(4.0)) == 4.0
+    assert forward(model, lambda model: torch.tensor(4.0)) == 4.0
+
+
+def wrongly(strategy: Any, **settings: str) -> Any:
+    """A call of `strategy` with these settings on one worker."""
+    mesh = Mesh.alone(torch.device("cpu"))
+    return lambda m, a: strategy(m, a, mesh, Holdings(mesh, {}), Settings(**settings))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, a: apply_recompute(m, a, kind="some"), "recompute: expected one of none, sel"),
-        (lambda m, a: apply_shard(m, a, None, level="all"), "level: expected one of parameters"),  # type: ignore[arg-type]
+        (wrongly(apply_recompute, recompute="some"), "recompute: expected one of none, sel"),
+        (wrongly(apply_shard, shard_level="all"), "level: expected one of parameters"),
         (
             lambda m, a: build_mesh(Layout(shard=2), rank=0, device=torch.device("cpu")),
             r"the degrees \(shard 2\) multiply to 2, but 1 met",

@@ -39,8 +39,8 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of a worker: its part of the vocabulary against the whole, in float64."""
     torch.set_num_threads(1)
     rank, size = payload["rank"], payload["size"]
-    store, device = Path(payload["store"]), torch.device("cpu")
-    start_process_group(rank=rank, size=size, device=device, store=store, timeout_seconds=60)
+    meeting, device = Path(payload["store"]).as_uri(), torch.device("cpu")
+    start_process_group(rank=rank, size=size, device=device, meeting=meeting, timeout_seconds=60)
     hidden, labels, head = inputs(torch.float64)
     start, stop = ENTRIES * rank // size, ENTRIES * (rank + 1) // size
     part = Vocabulary(start, stop - start, ENTRIES, dist.group.WORLD)

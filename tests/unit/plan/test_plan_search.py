@@ -10,7 +10,7 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import ModelFacts, facts_from_config, problems
+from shoal.legal import Combination, ModelFacts, facts_from_config, illegal
 from shoal.plan import explain
 from shoal.plan.cost.step import Estimator, predict
 from shoal.plan.hardware import parse_cluster
@@ -76,7 +76,8 @@ def test_nothing_is_lost_against_brute_force(cluster: str, software: Software) -
     space = Space()
     best = float("inf")
     for layout in layouts(ONE, cluster=estimator.cluster, workload=estimator.workload, space=space):
-        assert problems(ONE, layout, count=estimator.cluster.workers) == []
+        asked = Combination(layout=layout, num_workers=estimator.cluster.workers)
+        assert illegal(asked.of_model(ONE)) == []
         for candidate in _candidates(layout, workload=estimator.workload, space=space):
             for recompute in ("none", "selective", "full"):
                 tried = replace(candidate, recompute=recompute)

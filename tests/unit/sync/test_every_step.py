@@ -8,17 +8,24 @@ import pytest
 import torch
 
 from shoal.comm.flat import CHUNK, FlatLayout
-from shoal.comm.group import ProcessGroup
+from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.comm.tree import Node, TreeSum
-from shoal.sync.every_step import EveryStep, Reduced
+from shoal.sync.every_step import EveryStep
+from shoal.sync.policy import Division, Gradients, Reduced
 
 LAYOUT = FlatLayout.of({"decay": {"a": (3, CHUNK)}, "plain": {"b": (700,)}, "frozen": {}})
 
 
-def gradient(rank: int, *, grain: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * rank + grain)
+def gradient(rank: int, *, leaf: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + leaf)
     return torch.randn(LAYOUT.numel, generator=generator)
+
+
+def policy_of(group: Group, division: Division) -> EveryStep:
+    policy = EveryStep(division, bucket_bytes=4096)
+    policy.enter(world=group, peers=group, inside=group)
+    return policy
 
 
 def in_threads(size: int, *, tree: bool = False) -> list[Reduced]:
@@ -28,15 +35,15 @@ def in_threads(size: int, *, tree: bool = False) -> list[Reduced]:
 
     def body(rank: int) -> None:
         group = ThreadGroup(meeting, rank=rank)
-        sync = EveryStep(group, global_batch_samples=12, grain_samples=1, bucket_bytes=1 << 20)
+        sync = policy_of(group, Division(12, 1))
         share = sync.share()
         if tree:
             nodes = TreeSum()
-            for grain in range(share.start, share.stop):
-                nodes.push(Node(0, grain, gradient(0, grain=grain)))
-            reduced = sync.reduce_tree(nodes.nodes, LAYOUT, num_grains=12)
+            for leaf in range(share.start, share.stop):
+                nodes.push(Node(0, leaf, gradient(0, leaf=leaf)))
+            reduced = sync.reduce(Gradients(gradient(rank), LAYOUT, nodes.nodes))
         else:
-            reduced = sync.reduce(gradient(rank), LAYOUT)
+            reduced = sync.reduce(Gradients(gradient(rank), LAYOUT))
         found[rank] = Reduced(reduced.span, reduced.values.clone())
         group.barrier()
 
@@ -61,22 +68,22 @@ def test_threads_get_their_slice_of_the_sum(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_the_tree_has_the_same_bits_for_any_number_of_threads(size: int) -> None:
-    sync = EveryStep(ProcessGroup(), global_batch_samples=12, grain_samples=1, bucket_bytes=4096)
+    sync = policy_of(ProcessGroup(), Division(12, 1))
     tree = TreeSum()
-    for grain in range(12):
-        tree.push(Node(0, grain, gradient(0, grain=grain)))
-    wanted = sync.reduce_tree(tree.nodes, LAYOUT, num_grains=12).values
+    for leaf in range(12):
+        tree.push(Node(0, leaf, gradient(0, leaf=leaf)))
+    wanted = sync.reduce(Gradients(gradient(0), LAYOUT, tree.nodes)).values
     found = torch.cat([part.values for part in in_threads(size, tree=True)])
     assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shares_cover_the_batch_in_whole_grains(size: int) -> None:
+def test_shares_cover_the_batch_in_whole_micro_batches(size: int) -> None:
     meeting = Meeting(size, timeout_seconds=5)
     covered: list[int] = []
     for rank in range(size):
         group = ThreadGroup(meeting, rank=rank)
-        sync = EveryStep(group, global_batch_samples=24, grain_samples=3, bucket_bytes=1 << 20)
+        sync = policy_of(group, Division(24, 3))
         share = sync.share()
         assert share.start % 3 == 0
         covered += range(share.start, share.stop)

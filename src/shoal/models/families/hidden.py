@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.models.passage import ROW_STRIDE, current, passing
+from shoal.models.forward_context import ROW_STRIDE, get_forward_context, set_forward_context
 
 Hidden = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-"""Runs a model without its head on a batch; called inside the batch's passage."""
+"""Runs a model without its head on a batch; called inside the batch's forward context."""
 
 
 def first_token_of_image(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -31,7 +31,8 @@ def first_token_of_image(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             "    choose another model.patch_size"
         )
     patches = (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
-    with passing(replace(current(), token_indices=_indices(batch, num_tokens=patches + 1))):
+    indices = _indices(batch, num_tokens=patches + 1)
+    with set_forward_context(replace(get_forward_context(), token_indices=indices)):
         hidden: Tensor = base(pixel_values=pixels).last_hidden_state[:, 0]
     return hidden
 
@@ -46,7 +47,7 @@ def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     memory = parts.encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
     # the decoder's tokens are other tokens than the encoder's: they lie in the row's second half
     indices = _indices(batch, num_tokens=ids.shape[1], offset=ROW_STRIDE // 2)
-    with passing(replace(current(), token_indices=indices)):
+    with set_forward_context(replace(get_forward_context(), token_indices=indices)):
         hidden: Tensor = parts.decoder(
             input_ids=ids,
             attention_mask=batch.get("decoder_attention_mask"),
@@ -57,6 +58,13 @@ def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if parts.config.scale_decoder_outputs:
         hidden = hidden * parts.config.d_model**-0.5
     return hidden
+
+
+HIDDEN: dict[str, Hidden] = {
+    "first_token_of_image": first_token_of_image,
+    "hidden_of_decoder": hidden_of_decoder,
+}
+"""By the name that a family's entry gives."""
 
 
 def _indices(batch: dict[str, Tensor], *, num_tokens: int, offset: int = 0) -> Tensor | None:

@@ -1,0 +1,80 @@
+"""What a worker is given to do: one type for every way of starting, and its JSON. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from shoal.config.recipe import Recipe
+from shoal.engine.decision import Decision
+from shoal.engine.prepare import Inputs
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What proofs, rehearsals and tests attach to a run (engine/instruments/)."""
+
+    mistake: str | None = None
+    """A planted mistake, for showing that checks see it."""
+    planned_faults: tuple[dict[str, Any], ...] = ()
+    """Faults to commit at a rank, step and phase."""
+    record: bool = False
+    """Keep parameters and gradients of every step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as its workers see it. `to_json` is what travels; `from_json` reads it back."""
+
+    recipe: Recipe
+    run: Path
+    inputs: Inputs
+    decision: Decision
+    resume: bool = False
+    joining: bool = False
+    """Takes the place of a lost worker: the state comes from a living one, and is not drawn."""
+    final_model: bool = True
+    score: str | None = None
+    """Only evaluate, and write the scores to this file."""
+    double: bool = False
+    """Compute in float64, for proofs."""
+    instruments: Instruments = field(default_factory=Instruments)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a message to a worker, which has another working directory."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "run": str(self.run.resolve()),
+            "inputs": self.inputs.to_json(),
+            "decision": self.decision.to_json(),
+            "resume": self.resume,
+            "joining": self.joining,
+            "final_model": self.final_model,
+            "score": self.score,
+            "double": self.double,
+            "instruments": asdict(self.instruments),
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Job:
+        """The inverse of `to_json`; keys that are not a job's (a rank, a path) are left alone."""
+        attached = dict(tree["instruments"])
+        attached["planned_faults"] = tuple(attached["planned_faults"])
+        return cls(
+            recipe=Recipe.model_validate(tree["recipe"]),
+            run=Path(tree["run"]),
+            inputs=Inputs.from_json(tree["inputs"]),
+            decision=Decision.from_json(tree["decision"]),
+            resume=tree["resume"],
+            joining=tree["joining"],
+            final_model=tree["final_model"],
+            score=tree["score"],
+            double=tree["double"],
+            instruments=Instruments(**attached),
+        )
+
+    def without_fault(self, number: int) -> Job:
+        """The same job once the planned fault `number` has struck: nobody commits it again."""
+        left = (f for f in self.instruments.planned_faults if f["number"] != number)
+        return replace(self, instruments=replace(self.instruments, planned_faults=tuple(left)))

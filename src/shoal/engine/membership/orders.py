@@ -1,0 +1,79 @@
+"""What the supervisor asks of a worker: a generation, a save, a stop; heard by its own thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Who belongs together from now on: this worker's rank among `size`, and where they meet."""
+
+    number: int
+    rank: int
+    size: int
+    meeting: str
+    """A URL, such as file:///tmp/x/generation-000001."""
+
+
+@dataclass
+class Orders:
+    """The newest orders. Without a supervisor nothing ever arrives."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    save: threading.Event = field(default_factory=threading.Event)
+    broken_generation: int = -1
+    """The newest generation that lost a rank: no sum of it completes any more."""
+    _generation: Generation | None = None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def listen(self, descriptor: int) -> Orders:
+        """Start hearing orders on `descriptor` (launch/pool.py, `send`)."""
+        threading.Thread(target=self._hear, args=(descriptor,), name="orders", daemon=True).start()
+        return self
+
+    def newer_than(self, number: int) -> Generation | None:
+        """The newest generation announced, when it is newer than `number`."""
+        generation = self._generation
+        return generation if generation is not None and generation.number > number else None
+
+    def wait_for_newer(self, number: int, *, timeout_seconds: float) -> Generation | None:
+        """As `newer_than`, waiting for one; None after `timeout_seconds`."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.newer_than(number) is not None, timeout=timeout_seconds
+            )
+        return self.newer_than(number)
+
+    def _hear(self, descriptor: int) -> None:
+        text = b""
+        while True:
+            try:
+                data = os.read(descriptor, 1 << 16)
+            except OSError:
+                return
+            if not data:
+                return
+            *lines, text = (text + data).split(b"\n")
+            for line in lines:
+                self._obey(json.loads(line))
+
+    def _obey(self, order: dict[str, object]) -> None:
+        if order["order"] == "save":
+            self.save.set()
+        elif order["order"] == "stop":
+            self.stop.set()
+        elif order["order"] == "lost":
+            self.broken_generation = int(str(order["number"]))
+        elif order["order"] == "generation":
+            with self._changed:
+                self._generation = Generation(
+                    int(str(order["number"])),
+                    int(str(order["rank"])),
+                    int(str(order["size"])),
+                    str(order["meeting"]),
+                )
+                self._changed.notify_all()

@@ -1,0 +1,143 @@
+"""Forward and backward passes of a replica: what training, evaluation, proofs and timing run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from shoal.models.anatomy import hidden_of, logits_of
+from shoal.observe.pulse import Pulse
+from shoal.parallel import shard
+from shoal.parallel.precision import compute_context
+from shoal.parallel.replica import Replica
+from shoal.tasks.task import Scores, Task
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro batch, and its number among those of the global batch."""
+
+    batch: Batch
+    number: int = 0
+
+
+class Passes(ABC):
+    """How a replica computes. Every rank of it makes the same calls; all raise PeersLost."""
+
+    def __init__(self) -> None:
+        self.check: Callable[[], None] = lambda: None
+        """Called before each pass of a step: raises PeersLost where its sum cannot complete."""
+
+    @abstractmethod
+    def train(
+        self, micros: Sequence[Micro], *, scale: float, step: int, done: Callable[[int], None]
+    ) -> list[float]:
+        """Add the gradients of `scale` x the SUM of losses; returns the sums, unscaled, in order.
+
+        0.0 on ranks that see no loss. `done(number)`: the gradients of this micro batch are in.
+        """
+
+    @abstractmethod
+    def score(self, micros: Sequence[Micro], *, predict: bool) -> list[Scores]:
+        """The losses of batches, without gradients; empty on ranks that see no loss."""
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [B, V] of the last position, in float32, on every rank."""
+
+
+class OneByOne(Passes):
+    """One micro batch after the other, each forward followed by its backward."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        *,
+        task: Task,
+        dtype: torch.dtype,
+        device: torch.device,
+        pulse: Pulse,
+        scales_loss: bool = False,
+    ) -> None:
+        """`dtype`: of matrix products. `scales_loss`: gradients may overflow (float16)."""
+        super().__init__()
+        self._replica, self._task = replica, task
+        self._dtype, self._device, self._pulse = dtype, device, pulse
+        self._scales_loss = scales_loss
+
+    def train(
+        self, micros: Sequence[Micro], *, scale: float, step: int, done: Callable[[int], None]
+    ) -> list[float]:
+        sums = []
+        for position, micro in enumerate(micros):
+            shard.micro_batch(self._replica.model, last=position == len(micros) - 1)
+            self._begin("forward")
+            batch = self._moved(micro.batch)
+            with compute_context(self._dtype, device=self._device):
+                loss = self._replica.run(self._loss, batch, step, scale)
+            self._begin("backward")
+            self._replica.backward(loss * scale)
+            sums.append(loss.item())
+            done(micro.number)
+        return sums
+
+    def _begin(self, phase: str) -> None:
+        self.check()
+        self._pulse.mark(phase)
+
+    def _loss(self, model: nn.Module, batch: Batch, step: int, scale: float) -> Tensor:
+        """SUM of the losses of a batch."""
+        output = self._task.output(model, self._replica.anatomy, batch, step=step)
+        expected = scale if self._scales_loss else 1.0
+        return output.total(vocabulary=self._replica.vocabulary, scale=expected)
+
+    @torch.no_grad()
+    def score(self, micros: Sequence[Micro], *, predict: bool) -> list[Scores]:
+        model, found = self._replica.model, []
+        model.eval()
+        try:
+            for micro in micros:
+                kept: list[Scores] = []
+                with compute_context(self._dtype, device=self._device):
+                    scores = partial(self._scores, predict=predict, kept=kept)
+                    self._replica.run(scores, self._moved(micro.batch))
+                found += kept
+        finally:
+            model.train()
+        return found
+
+    def _scores(
+        self, model: nn.Module, batch: Batch, *, predict: bool, kept: list[Scores]
+    ) -> Tensor:
+        """The losses, which a root wants; they and the predictions go to `kept`, on the CPU."""
+        output = self._task.output(model, self._replica.anatomy, batch)
+        each = output.each(vocabulary=self._replica.vocabulary, predict=predict)
+        predictions = None if each.predictions is None else each.predictions.cpu()
+        kept.append(Scores(each.losses.cpu(), predictions))
+        return each.losses
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        model = self._replica.model
+        model.eval()
+        try:
+            return self._replica.run(self._last_logits, self._moved(batch)).float()
+        finally:
+            model.train()
+
+    def _last_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        hidden = hidden_of(model, batch)
+        # models of images give one state per sample
+        part = logits_of(model)(hidden[:, -1:] if hidden.dim() == 3 else hidden[:, None])
+        vocabulary = self._replica.vocabulary
+        return (part if vocabulary is None else vocabulary.gather(part))[:, -1]
+
+    def _moved(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}

@@ -1,0 +1,108 @@
+"""The objects of one rank's run: plain data, put together by `build`, used by the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.checkpoint.store import Store
+from shoal.data.stream import Evaluation, Stream
+from shoal.engine.job import Job
+from shoal.engine.passes import Batch, Passes
+from shoal.engine.state import FlatState, Progress
+from shoal.engine.step import Step
+from shoal.engine.update import Update
+from shoal.layout import Share
+from shoal.models.anatomy import Anatomy
+from shoal.parallel.precision import LossScale
+from shoal.parallel.ranks import Ranks
+from shoal.parallel.replica import Replica, cut_anew, fill
+from shoal.parallel.settings import Settings
+from shoal.sync.policy import Policy
+from shoal.tasks.task import Task
+
+
+@dataclass
+class Training:
+    """What a rank trains with."""
+
+    job: Job
+    ranks: Ranks
+    replica: Replica
+    settings: Settings
+    task: Task
+    state: FlatState
+    policy: Policy
+    passes: Passes
+    step: Step
+    update: Update
+    store: Store
+    stream: Stream
+    evaluation: Evaluation
+    steps: int
+    loss_scale: LossScale | None = None
+    progress: Progress = field(default_factory=Progress)
+    peak_memory_bytes: int | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as this rank has it."""
+        return self.replica.model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Where its parts are."""
+        return self.replica.anatomy
+
+    def enter(self, ranks: Ranks) -> None:
+        """Go on among other ranks, with the state as it is. Collective; raises PeersLost."""
+        if self.replica.is_cut:
+            cut_anew(self.replica, mesh=ranks.mesh, settings=self.settings)
+            gradients = self.state.trainable(self.state.gradients)
+            storage = self.state.named("parameter")
+            fill(self.replica, storage=storage, gradients=gradients, draws=False)
+            self.state.holdings = self.replica.holdings
+        ranks.attach(self.model)
+        self.ranks = self.step.ranks = ranks
+        self.policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
+
+    def share(self) -> Share:
+        """This rank's part of every global batch: of its replica's, what its shard computes."""
+        policy = self.policy
+        return self.ranks.share_of(policy.share(), multiple=policy.division.micro_batch_samples)
+
+    def batches(self, step: int, share: Share) -> Batch:
+        """A part of the global batch of `step`; reads nothing else."""
+        return {name: torch.from_numpy(a) for name, a in self.stream.at(step, share).items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What a rank that joins, or a run that is resumed, needs besides tensors."""
+        facts = {
+            "progress": vars(self.progress).copy(),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "policy": self.policy.facts(),
+        }
+        return facts | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Stand where the state of a checkpoint says, whichever layout wrote it."""
+        self.restore({key: value for key, value in state.items() if key != "policy"})
+        own = state.get("policies", [])
+        if len(own) == self.ranks.world.size:
+            self.policy.restore(own[self.ranks.world.rank])
+        else:  # what replicas had of their own went into a mean
+            self.policy.begin(self.progress.step)
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        """Stand where `facts` of a living rank say."""
+        for name, value in facts["progress"].items():
+            setattr(self.progress, name, value)
+        self.peak_memory_bytes = facts.get("peak_memory_bytes") or self.peak_memory_bytes
+        if self.loss_scale is not None and "loss_scale" in facts:
+            self.loss_scale.restore(facts["loss_scale"])
+        if facts.get("policy"):
+            self.policy.restore(facts["policy"])
+        self.update.restore(self.progress.step, applied_steps=self.progress.applied_steps)

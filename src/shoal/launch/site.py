@@ -1,0 +1,213 @@
+"""One host's workers: start them, give orders, hear them, see how they are. What a supervisor needs
+to know of a host is here, and nowhere above.
+
+A site of this host is the fork server and its watch; a site of another host will make the same
+calls over a socket to a process there, which has a local site of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from shoal.comm.keys import Keys
+from shoal.launch.deaths import oom_kills
+from shoal.launch.hang import Sighting
+from shoal.launch.pool import Worker, WorkerPool
+from shoal.observe.pulse import Beat, Watch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a worker is there for: its kind, and its number among those of its kind."""
+
+    index: int
+    kind: Literal["rank", "server", "environment"] = "rank"
+
+
+class Site(Protocol):
+    """One host's workers."""
+
+    def start(
+        self, target: str, payload: dict[str, Any], *, slot: Slot, ranks: Sequence[int]
+    ) -> Worker:
+        """Start a worker that runs `module:function(payload, report)` for `slot`.
+
+        `ranks`: those that live in it; one, unless they are threads. Raises WorkerError.
+        """
+
+    def send(self, worker: Worker, order: dict[str, Any]) -> None:
+        """Give a worker an order; one that is gone needs none."""
+
+    def signal(self, worker: Worker, number: int) -> None:
+        """Send a signal to a worker that still runs."""
+
+    def kill(self, workers: Sequence[Worker]) -> None:
+        """End `workers` at once and wait until they are gone."""
+
+    def events(self, *, timeout_seconds: float) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
+        """What happens within `timeout_seconds`: a message of a worker, or None at its end."""
+
+    def sightings(self) -> list[Sighting]:
+        """Every rank whose worker runs, as seen now."""
+
+    def last_beat(self, rank: int) -> Beat | None:
+        """The last sign that `rank` gave, whether it still lives or not."""
+
+    def stack(self, worker: Worker, *, stopped: bool) -> str:
+        """What every thread of a worker does just now; empty when it does not tell.
+
+        A stopped worker is continued for it, so ask this only of one that is ended next.
+        """
+
+    def memory_kills(self) -> int:
+        """Processes that this host has ended for want of memory so far."""
+
+    def close(self) -> None:
+        """End what still runs and clear up."""
+
+
+@dataclass
+class _Started:
+    """A worker of this site."""
+
+    worker: Worker
+    slot: Slot
+    ranks: tuple[int, ...]
+    stack: Path
+    started_at: float = field(default_factory=time.monotonic)
+
+
+class LocalSite:
+    """The workers of this host, from its fork server. A context manager: leaving it closes it."""
+
+    def __init__(self, pool: WorkerPool, *, num_ranks: int) -> None:
+        self._pool = pool
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-")
+        self.folder = Path(self._folder.name)
+        self._watch = Watch(self.folder / "pulse", slots=num_ranks)
+        Keys.make(self.folder / "keys")
+        self._started: dict[Slot, _Started] = {}
+        self._looked_at = self._since = time.monotonic()
+
+    def __enter__(self) -> LocalSite:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(
+        self, target: str, payload: dict[str, Any], *, slot: Slot, ranks: Sequence[int]
+    ) -> Worker:
+        for rank in ranks:
+            self._watch.clear(rank)
+        stack = self.folder / f"stack-{slot.kind}-{slot.index}"
+        paths = {"pulse": self._watch.path, "stack": stack, "keys": self.folder / "keys"}
+        own = {name: str(path) for name, path in paths.items()}
+        worker = self._pool.start(target, {**payload, **own})
+        self._started[slot] = _Started(worker, slot, tuple(ranks), stack)
+        return worker
+
+    def send(self, worker: Worker, order: dict[str, Any]) -> None:
+        self._pool.send(worker, order)
+
+    def signal(self, worker: Worker, number: int) -> None:
+        self._pool.signal(worker, number)
+
+    def kill(self, workers: Sequence[Worker]) -> None:
+        self._pool.kill(list(workers))
+
+    def events(self, *, timeout_seconds: float) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
+        return self._pool.events(timeout_seconds=timeout_seconds)
+
+    def sightings(self) -> list[Sighting]:
+        now = time.monotonic()
+        if now - self._looked_at > 1.0:  # this process was stopped itself: nobody is late yet
+            self._since = now
+        self._looked_at = now
+        return sorted(
+            (
+                self._sighting(each, rank, now=now)
+                for each in self._started.values()
+                if each.worker.status is None
+                for rank in each.ranks
+            ),
+            key=lambda one: one.rank,
+        )
+
+    def _sighting(self, each: _Started, rank: int, *, now: float) -> Sighting:
+        beat = self._watch.read(rank)
+        last = each.started_at if beat is None else beat.beat_at
+        state, cpu = process_state(each.worker.pid)
+        return Sighting(rank, each.worker.pid, beat, now - max(self._since, last), state, cpu)
+
+    def last_beat(self, rank: int) -> Beat | None:
+        return self._watch.read(rank)
+
+    def stack(self, worker: Worker, *, stopped: bool) -> str:
+        found = (each for each in self._started.values() if each.worker is worker)
+        each = next(found, None)
+        return "" if each is None else stack_of(worker.pid, each.stack, stopped=stopped)
+
+    def memory_kills(self) -> int:
+        return oom_kills()
+
+    def close(self) -> None:
+        running = [each.worker for each in self._started.values() if each.worker.status is None]
+        try:
+            self._pool.kill(running)
+        finally:
+            self._folder.cleanup()
+
+
+_STATES = {
+    "R": "runs",
+    "S": "sleeps",
+    "T": "is stopped",
+    "t": "is traced",
+    "D": "waits for a device",
+}
+
+
+def process_state(pid: int | None) -> tuple[str, float | None]:
+    """(state in words, CPU seconds used so far) of a process, where the system tells (Linux)."""
+    if pid is None:
+        return "unknown", None
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "unknown", None
+    fields = text.rpartition(")")[2].split()  # the name may hold anything, brackets too
+    ticks = os.sysconf("SC_CLK_TCK")
+    return _STATES.get(fields[0], "unknown"), (int(fields[11]) + int(fields[12])) / ticks
+
+
+def stack_of(pid: int | None, file: Path, *, stopped: bool) -> str:
+    """What every thread of a worker does just now, by SIGUSR1; empty when it does not tell.
+
+    A stopped worker is continued for it, so ask this only of one that is ended next.
+    """
+    if pid is None:
+        return ""
+    before = file.stat().st_size if file.is_file() else 0
+    try:
+        os.kill(pid, signal.SIGUSR1)
+        if stopped:
+            os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return ""
+    deadline = time.monotonic() + 0.2
+    text = ""
+    while time.monotonic() < deadline:
+        text = file.read_text(errors="replace")[before:] if file.is_file() else ""
+        if "most recent call first" in text:
+            time.sleep(0.01)
+            return file.read_text(errors="replace")[before:]
+        time.sleep(0.005)
+    return text

@@ -1,0 +1,207 @@
+"""The model of one rank: built on the meta device, cut for this rank, and given its values."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from shoal.comm.group import watched
+from shoal.errors import ConfigError, Problem, nearest
+from shoal.models import init
+from shoal.models.anatomy import (
+    Anatomy,
+    anatomy_of,
+    canonical_parameters,
+    check_logits,
+    weight_decay_names,
+)
+from shoal.models.draw import InitRecord
+from shoal.models.dropout import apply_keyed, wants_dropout
+from shoal.models.huggingface import build_meta
+from shoal.models.init import Source
+from shoal.models.probe import probe_keyed_dropout, probe_packing
+from shoal.parallel import shard
+from shoal.parallel.apply import apply
+from shoal.parallel.local import Holdings, ShardedModel, sharded_of
+from shoal.parallel.materialise import materialise
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.model import ModelSettings, small_model
+from shoal.parallel.settings import Settings
+from shoal.parallel.vocabulary import Vocabulary
+
+
+@dataclass
+class Replica:
+    """A model, whole or cut. What every strategy needs around a forward and backward is here."""
+
+    settings: ModelSettings
+    model: nn.Module
+    anatomy: Anatomy
+    record: InitRecord
+    shapes: dict[str, tuple[int, ...]]
+    """Of every parameter of the whole model, tied ones once; known before it is cut."""
+    decayed: frozenset[str]
+    frozen: frozenset[str]
+    matrices: frozenset[str]
+    """Matrices of the blocks: what Muon is for."""
+    notes: list[str]
+    """What a person should know about its dropout."""
+
+    @property
+    def sharded(self) -> ShardedModel:
+        """How it was cut."""
+        return sharded_of(self.model)
+
+    @property
+    def holdings(self) -> Holdings:
+        """What this rank has of each parameter."""
+        return self.sharded.holdings
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether other ranks have parts of it."""
+        return self.sharded.mesh.layout.replica_workers > 1
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The part of the vocabulary whose logits this rank has; None: all."""
+        return self.sharded.vocabulary
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the whole model, tied ones once."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """`function(model, *arguments)`, with what it needs of the model gathered. PeersLost."""
+        if not self.is_cut:
+            return shard.forward(self.model, function, *arguments)
+        return watched(lambda: shard.forward(self.model, function, *arguments))
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients. Raises PeersLost."""
+        if not self.is_cut:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        watched(loss.backward)
+
+    def sum_partial(self, gradients: Mapping[str, Tensor]) -> None:
+        """After the step's last backward: the sums that axes still lack. Raises PeersLost."""
+        if self.is_cut:
+            watched(lambda: self.holdings.sum_partial(gradients))
+
+    def norm(self, tensors: Mapping[str, Tensor]) -> float:
+        """Norm over the replica of tensors of which each rank has its part. Raises PeersLost."""
+        return watched(lambda: self.holdings.norm(tensors))
+
+
+def build_replica(settings: ModelSettings) -> Replica:
+    """The whole model on the meta device, with keyed dropout. Raises ModelError, ConfigError."""
+    config = settings.config
+    model = build_meta(config, auto_class=settings.auto_class, dropout=settings.dropout)
+    keyed = settings.dropout == "keyed"
+    notes = apply_keyed(model, seed=settings.seed, asked=config) if keyed else []
+    anatomy = anatomy_of(model)
+    named = canonical_parameters(model)
+    frozen = frozen_names(named, patterns=settings.freeze)
+    for name in frozen:
+        named[name].requires_grad_(False)
+    inside = anatomy.blocks + "."
+    matrices = frozenset(n for n, p in named.items() if n.startswith(inside) and p.dim() == 2)
+    return Replica(
+        settings,
+        model,
+        anatomy=anatomy,
+        record=init.record(model),
+        shapes={name: tuple(each.shape) for name, each in named.items()},
+        decayed=weight_decay_names(model),
+        frozen=frozenset(frozen),
+        matrices=matrices,
+        notes=notes,
+    )
+
+
+def frozen_names(names: Iterable[str], *, patterns: Iterable[str]) -> set[str]:
+    """Names matched by the recipe's `train.freeze`. Raises ConfigError for an idle pattern."""
+    known = list(names)
+    frozen: set[str] = set()
+    problems: list[Problem] = []
+    for pattern in patterns:
+        hits = set(fnmatch.filter(known, pattern))
+        if not hits:
+            hint = nearest(pattern.strip("*"), known)
+            problems.append(Problem("train.freeze", f"{pattern!r} matches no parameter", hint))
+        frozen |= hits
+    if len(frozen) == len(known):
+        problems.append(Problem("train.freeze", "every parameter is frozen; nothing to train"))
+    if problems:
+        raise ConfigError(problems)
+    return frozen
+
+
+def cut(replica: Replica, *, mesh: Mesh, settings: Settings) -> None:
+    """Cut the model for this rank of `mesh`, in place; of a replica of one worker nothing goes.
+
+    Raises ModelError for what cannot be cut so, PeersLost.
+    """
+    if mesh.layout.replica_workers == 1:
+        apply(replica.model, replica.anatomy, mesh, settings)
+    else:
+        watched(lambda: apply(replica.model, replica.anatomy, mesh, settings))
+
+
+def cut_anew(replica: Replica, *, mesh: Mesh, settings: Settings) -> None:
+    """Build the model again and cut it for other groups: its exchanges belong to those it met."""
+    marked = getattr(replica.model, "shoal_whole_logits", False)
+    new = build_replica(replica.settings)
+    new.model.shoal_whole_logits = marked  # type: ignore[assignment]
+    cut(new, mesh=mesh, settings=settings)
+    replica.model, replica.anatomy = new.model, new.anatomy
+
+
+def fill(
+    replica: Replica,
+    *,
+    storage: dict[str, Tensor],
+    gradients: dict[str, Tensor] | None = None,
+    source: Source | None = None,
+    draws: bool = True,
+) -> None:
+    """Make the model real over `storage`; its values are drawn or read from `source`.
+
+    `draws` False: the storage has its values already, or gets them later. Raises ModelError.
+    """
+    materialise(
+        replica.model,
+        record=replica.record,
+        seed=replica.settings.seed,
+        source=source,
+        storage=storage,
+        gradients=gradients,
+        fill=draws,
+    )
+    replica.model.train()
+
+
+def check(replica: Replica, *, packing: bool, compiled: bool) -> None:
+    """Check on a few tokens that logits, packing and keyed dropout are right for this model.
+
+    On a small model of the same kind where this one is cut or compiled, else on itself.
+    Raises ModelError.
+    """
+    settings, probed, anatomy = replica.settings, replica.model, replica.anatomy
+    if replica.is_cut or compiled:
+        probed = small_model(settings)
+        anatomy = anatomy_of(probed)
+    if check_logits(probed, anatomy).whole_logits and probed is not replica.model:
+        replica.model.shoal_whole_logits = True  # type: ignore[assignment]
+    if packing:
+        probe_packing(probed)
+    if settings.dropout == "keyed" and wants_dropout(settings.config):
+        probe_keyed_dropout(probed)
+    replica.model.train()

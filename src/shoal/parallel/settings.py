@@ -1,0 +1,16 @@
+"""How the strategies behave, beside the degrees of the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One value per strategy that has a choice."""
+
+    shard_level: str = "parameters"
+    recompute: str = "none"
+    compile: bool = False
+    offload: bool = False
+    """Parameters, gradients and optimizer state live in CPU memory (with shard above 1)."""

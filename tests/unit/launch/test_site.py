@@ -1,0 +1,106 @@
+"""A host's workers as a supervisor sees them, and which ranks go to which host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.launch.cluster import ThisHost, host_of_rank
+from shoal.launch.pool import WorkerPool
+from shoal.launch.site import LocalSite, Slot, process_state, stack_of
+from shoal.layout import Layout
+from shoal.observe.pulse import Pulse
+from shoal.runtime import MeetingPoint
+
+
+def test_a_site_starts_sees_and_ends_workers(pool: WorkerPool) -> None:
+    with LocalSite(pool, num_ranks=2) as site:
+        payload = {"rank": 0, "size": 1}
+        worker = site.start("lame_worker:run", payload, slot=Slot(0), ranks=[0, 1])
+        assert [seen.rank for seen in site.sightings()] == [0, 1], "threads of one process"
+        assert site.last_beat(1) is None
+        pulse = Pulse(site.folder / "pulse", slot=1)
+        pulse.mark("forward", step=3)
+        beat = site.last_beat(1)
+        assert beat is not None and (beat.phase, beat.step) == ("forward", 3)
+        site.kill([worker])
+        assert worker.status == -signal.SIGKILL and site.sightings() == []
+        folder = site.folder
+    assert not folder.exists()
+
+
+def test_the_time_in_which_a_site_was_stopped_itself_counts_for_nobody(pool: WorkerPool) -> None:
+    with LocalSite(pool, num_ranks=1) as site:
+        site.start("lame_worker:run", {"rank": 0, "size": 1}, slot=Slot(0), ranks=[0])
+        site._started[Slot(0)].started_at -= 29.0
+        site._since -= 30.0
+        (seen,) = site.sightings()
+        assert seen.silent_seconds > 28
+        site._looked_at -= 30.0  # as after SIGSTOP and SIGCONT of this process
+        (seen,) = site.sightings()
+        assert seen.silent_seconds < 1.0
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 5))
+def test_a_replica_is_never_divided_between_hosts(
+    replicate: int, tensor: int, num_hosts: int
+) -> None:
+    layout = Layout(replicate=replicate, tensor=tensor)
+    hosts = [host_of_rank(layout, rank, num_hosts=num_hosts) for rank in range(layout.workers)]
+    for replica in range(replicate):
+        assert len({hosts[rank] for rank in layout.replica_ranks(replica)}) == 1
+    assert hosts == sorted(hosts) and set(hosts) <= set(range(num_hosts))
+    loads = [hosts.count(host) // tensor for host in range(num_hosts)]
+    assert max(loads) - min(loads) <= 1
+
+
+def test_generations_meet_at_new_urls(tmp_path: Path) -> None:
+    cluster = ThisHost(tmp_path / "a folder")
+    first, second = cluster.meeting(1), cluster.meeting(2)
+    assert first != second and first.startswith("file:///")
+    assert MeetingPoint.of(first).path == tmp_path / "a folder" / "generation-000001"
+    assert [host.address for host in cluster.hosts()] == ["127.0.0.1"]
+    for url in ("tcp://head:29500", "generation-1", "file://other/path"):
+        with pytest.raises(ValueError, match=r"meeting: expected file:///"):
+            MeetingPoint.of(url)
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    """Poll for ten seconds: the machine may be busy."""
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_state_and_stack_of_a_real_process(tmp_path: Path) -> None:
+    code = (
+        "import faulthandler, signal, sys\n"
+        "faulthandler.register(signal.SIGUSR1, file=open(sys.argv[1], 'a'), all_threads=True)\n"
+        "print('ready', flush=True)\n"
+        "def busy():\n    while True: pass\n"
+        "busy()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "stack")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            wait_for(lambda: process_state(process.pid)[0] == "runs")
+            file = tmp_path / "stack"
+            wait_for(lambda: "in busy" in stack_of(process.pid, file, stopped=False))
+            os.kill(process.pid, signal.SIGSTOP)
+            wait_for(lambda: process_state(process.pid)[0] == "is stopped")
+            wait_for(lambda: "in busy" in stack_of(process.pid, file, stopped=True))
+        finally:
+            process.kill()
+    assert process_state(None) == ("unknown", None)

@@ -1,0 +1,99 @@
+"""Policy local-sgd: a round is the weighted mean, and a lost peer's round is made up for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from shoal.comm.flat import CHUNK, FlatLayout
+from shoal.comm.threads import Meeting, ThreadGroup
+from shoal.errors import WorkerError
+from shoal.sync.local_sgd import LocalSGD
+from shoal.sync.policy import Division, Gradients
+
+LAYOUT = FlatLayout.of({"decay": {"a": (2, CHUNK)}, "frozen": {}})
+
+
+def values(rank: int) -> torch.Tensor:
+    return torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(rank))
+
+
+def on_replicas(size: int, body: Callable[[int, LocalSGD, torch.Tensor], object]) -> None:
+    """`body(rank, policy, parameters)` on each of `size` replicas with memory of its own."""
+    meeting, failures = Meeting(size, timeout_seconds=20), []
+
+    def run(rank: int) -> None:
+        group, own = ThreadGroup(meeting, rank=rank), values(rank)
+        alone = ThreadGroup(Meeting(1, timeout_seconds=20), rank=0)
+        policy = LocalSGD(Division(12, 1), values=own, every_steps=4, steps=10)
+        policy.enter(world=group, peers=group, inside=alone)
+        try:
+            assert policy.together is alone
+            body(rank, policy, own)
+        except BaseException as error:
+            failures.append(error)
+            meeting.fail(str(error))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def test_a_round_is_the_mean_weighted_by_targets() -> None:
+    targets = [10, 30, 60]
+    wanted = sum(values(rank) * count / 100 for rank, count in enumerate(targets))
+
+    def body(rank: int, policy: LocalSGD, own: torch.Tensor) -> None:
+        for step in range(3):
+            policy.before_step(step)
+            policy.after_step(step, targets=targets[rank])
+            assert torch.equal(own, values(rank)), "replicas step by themselves"
+            assert not policy.equal_after(step + 1)
+        policy.after_step(3, targets=targets[rank])
+        assert policy.equal_after(4)
+        torch.testing.assert_close(own, wanted, rtol=1e-6, atol=1e-6)
+
+    on_replicas(3, body)
+
+
+def test_the_last_step_of_a_run_ends_with_a_round() -> None:
+    def body(rank: int, policy: LocalSGD, own: torch.Tensor) -> None:
+        for step in range(10):
+            policy.after_step(step, targets=1)
+            assert policy.equal_after(step + 1) == (step + 1 in (4, 8, 10))
+
+    on_replicas(2, body)
+
+
+def test_gradients_stay_the_replicas_own() -> None:
+    def body(rank: int, policy: LocalSGD, own: torch.Tensor) -> None:
+        reduced = policy.reduce(Gradients(own.clone(), LAYOUT))
+        assert torch.equal(reduced.values, values(rank))
+        assert reduced.norm(numel=LAYOUT.numel) == pytest.approx(float(own.norm()), rel=1e-6)
+
+    on_replicas(2, body)
+
+
+def test_a_round_that_a_lost_peer_prevents_is_made_up_for() -> None:
+    policy = LocalSGD(Division(12, 1), values=values(0), every_steps=1, steps=10)
+    own = policy._values
+    broken = Meeting(2, timeout_seconds=20)
+    group = ThreadGroup(broken, rank=0)
+    policy.enter(world=group, peers=group, inside=group)
+    broken.fail("worker 1 is gone")
+    with pytest.raises(WorkerError, match="worker 1 is gone"):
+        policy.after_step(0, targets=5)
+    assert torch.equal(own, values(0)), "nothing of the round was applied"
+    assert not policy.equal_after(1)
+    alone = ThreadGroup(Meeting(1, timeout_seconds=20), rank=0)
+    policy.enter(world=alone, peers=alone, inside=alone)
+    policy.before_step(1)
+    assert policy.equal_after(1) and torch.equal(own, values(0))
+    assert policy.facts() == {"targets": 0, "averaged_at": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,16 @@ def usable_cores() -> int:
         if limit != "max" and period:
             cores = min(cores, max(1, int(limit) // int(period)))
     return cores
+
+
+def machine_name() -> str:
+    """The processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith(("model name", "CPU part")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def free_memory_bytes() -> int | None:

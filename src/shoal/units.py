@@ -62,11 +62,13 @@ def format_count(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`3725` -> `"1h 02m"`; `75` -> `"1m 15s"`; `2.5` -> `"2.5 s"`."""
+    """`3725` -> `"1h 02m"`; `75` -> `"1m 15s"`; `2.5` -> `"2.5 s"`; from three days on in days."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}m {rest:02d}s"
     hours, minutes = divmod(minutes, 60)
+    if hours >= 72:
+        return f"{hours / 24:.0f} days"
     return f"{hours}h {minutes:02d}m"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner_score.profiles import MEGATRON
 from shoal.layout import Layout
 from shoal.legal import facts_from_config
 from shoal.plan.cost.constants import DEFAULT
@@ -15,8 +16,7 @@ from shoal.plan.cost.step import Estimator
 from shoal.plan.cost.traffic import Group, Traffic
 from shoal.plan.hardware import parse_cluster
 from shoal.plan.schedules import Times, play, rank_of_stage
-from shoal.plan.search import shares_by_speed
-from shoal.plan.software import MEGATRON, SHOAL
+from shoal.plan.software import SHOAL
 from shoal.plan.workload import Candidate, Workload, stage_blocks
 
 FACTS = facts_from_config(
@@ -89,21 +89,6 @@ def test_schedules_run_each_pass_once_and_in_order(
     for rank in range(ranks):
         own = sorted((p for p in pieces if p.rank == rank), key=lambda p: p.start)
         assert all(a.stop <= b.start + 1e-9 for a, b in itertools.pairwise(own))
-
-
-@given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=3), st.integers(0, 7))
-@settings(deadline=None)
-def test_shares_are_the_best_there_are(speeds: list[float], micro_batches: int) -> None:
-    """No other split of the micro batches ends earlier (all of them are tried)."""
-    shares = shares_by_speed(speeds=speeds, micro_batches=micro_batches)
-    assert sum(shares) == micro_batches
-    ours = max(share / speed for share, speed in zip(shares, speeds, strict=True))
-    best = min(
-        max(share / speed for share, speed in zip(split, speeds, strict=True))
-        for split in itertools.product(range(micro_batches + 1), repeat=len(speeds))
-        if sum(split) == micro_batches
-    )
-    assert ours <= best * (1 + 1e-12)
 
 
 @given(

@@ -50,7 +50,12 @@ def test_in_words() -> None:
     assert [format_bytes(n) for n in (512, 1536, 3 * 2**40)] == ["512 B", "1.5 KiB", "3.0 TiB"]
     assert format_count(999_999) == "1M"
     assert [format_count(n) for n in (999, 4_200_000, 5e12)] == ["999", "4.2M", "5T"]
-    assert [format_seconds(s) for s in (2.5, 75, 3725)] == ["2.5 s", "1m 15s", "1h 02m"]
+    assert [format_seconds(s) for s in (2.5, 75, 3725, 11_250_000)] == [
+        "2.5 s",
+        "1m 15s",
+        "1h 02m",
+        "130 days",
+    ]
 
 
 @given(st.integers(0, 10**14))

@@ -40,10 +40,10 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("parity")(parity.parity)
 app.command("rehearse")(rehearse.rehearse)
 app.command("doctor")(doctor.doctor)
+app.command("plan", no_args_is_help=True)(plan.plan)
+app.command("simulate", no_args_is_help=True)(simulate.simulate)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
-app.add_typer(plan.app, name="plan")
-app.add_typer(simulate.app, name="simulate")
 
 
 _INTERRUPTED = 130

@@ -1,97 +1,135 @@
-"""`shoal plan`: choose a layout for a recipe on a cluster, say why; score the model on a table."""
+"""`shoal plan`: choose a layout for a recipe on a cluster, and say why."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import Annotated
 
 import typer
 
-from shoal.cli.asked import Asked, DefaultCommand, asking
+from shoal.cli.plan_arguments import (
+    AsJson,
+    Batch,
+    Devices,
+    Fix,
+    Model,
+    Overrides,
+    Picture,
+    PlanArguments,
+    Precision,
+    RecipeName,
+    Sequence,
+)
 from shoal.errors import UserError, nearest
 
-if TYPE_CHECKING:
-    from shoal.plan.cost.step import Prediction
 
-app = typer.Typer(
-    cls=DefaultCommand,
-    help="Choose the layout for a recipe on a cluster: `shoal plan RECIPE --cluster 16x8xH100`. "
-    "`shoal plan --calibrate` measures this machine; with runs, it learns from them.",
-    no_args_is_help=True,
-)
-
-
-@app.command("for")
-@asking
 def plan(
-    asked: Asked,
-    goal: Annotated[str, typer.Option(help="speed, cost or devices.")] = "speed",
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", help="'16x8xH100, 400Gbit'; else this machine."),
+    ] = None,
+    devices: Devices = None,
+    model: Model = None,
+    sequence: Sequence = None,
+    batch: Batch = None,
+    precision: Precision = None,
+    fix: Fix = None,
+    goal: Annotated[str, typer.Option(help="speed, cost or devices; with --tokens.")] = "speed",
     tokens: Annotated[str | None, typer.Option(help="Length of the run, such as 2B.")] = None,
     deadline: Annotated[str | None, typer.Option(help="Longest time, such as 8h.")] = None,
     budget: Annotated[float | None, typer.Option(help="Most US dollars.")] = None,
-    image: Annotated[Path | None, typer.Option("--picture", help="Write an SVG here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine; with RUNs, learn from them.")
-    ] = False,
+    image: Picture = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Choose a layout, predict its time and memory, and say why the others lose."""
-    from shoal.plan import explain
+    """Choose how a recipe is run, and print the command that runs it.
 
-    if calibrate:
-        runs = [Path(word) for word in [asked.recipe, *(asked.overrides or [])] if word]
-        _calibrate(runs, as_json=as_json)
+    shoal plan RECIPE times it on this machine. shoal plan RECIPE --cluster 16x8xH100 predicts its
+    time and memory there, and says why other layouts lose.
+    """
+    from shoal.plan import explain, picture
+
+    if not cluster:
+        beside: dict[str, object] = {
+            "--model": model,
+            "--devices": devices,
+            "--precision": precision,
+            "--fix": fix,
+        }
+        beside |= {"--tokens": tokens, "--picture": image, "--sequence": sequence, "--batch": batch}
+        _here(recipe, overrides or [], beside=beside, as_json=as_json)
         return
-    if tokens:
-        _whole_run(asked, tokens=tokens, limits=(goal, deadline, budget), as_json=as_json)
-        return
-    found, estimator = asked.found()
-    if image is not None:
-        image.write_text(explain.picture(found))
-    missing = _not_yet(found.best) if asked.software == "shoal" else []
-    if as_json:
-        report = explain.report_json(found, cluster=estimator.cluster)
-        typer.echo(json.dumps({**report, "not_yet": missing}, indent=1))
-        return
-    typer.echo(explain.text(found, estimator=estimator))
-    for line in missing:
-        typer.echo(f"Not to be run today: {line}")
-
-
-def _calibrate(runs: list[Path], *, as_json: bool) -> None:
-    """Measure this machine, or fold runs in; then say what is known of it."""
-    from shoal.launch.measuring import learn_from, measure_machine
-    from shoal.launch.pool import WorkerPool
-    from shoal.observe.console import Console
-    from shoal.plan.explain import machine_text
-    from shoal.plan.measurements import measurements_path
-
-    if runs:
-        measured = learn_from(runs)
-    else:
-        console = Console(out=sys.stderr if as_json else None)
-        with WorkerPool() as pool:
-            console.phase("measuring this machine (under a minute)")
-            measured = measure_machine(pool=pool, console=console)
-            console.phase(f"kept in {measurements_path()}")
-    typer.echo(json.dumps(measured.to_json()) if as_json else machine_text(measured))
-
-
-def _not_yet(best: Prediction) -> list[str]:
-    """What of a plan shoal itself cannot run yet."""
-    from shoal.legal import Combination, not_yet
-
-    candidate = best.candidate
-    found = not_yet(
-        Combination(layout=candidate.layout, policy=candidate.policy, codec=candidate.codec)
+    given = PlanArguments(
+        cluster=cluster,
+        recipe=recipe,
+        overrides=overrides,
+        devices=devices,
+        model=model,
+        sequence=sequence,
+        batch=batch,
+        precision=precision,
+        fix=fix,
     )
-    return [f"{problem.what}; {problem.hint}" for problem in found]
+    if tokens:
+        _whole_run(given, tokens=tokens, limits=(goal, deadline, budget), as_json=as_json)
+        return
+    found = given.found()
+    if image is not None:
+        image.write_text(picture.plans(found))
+    if as_json:
+        report = explain.report_json(found, cluster=given.estimator.cluster)
+        typer.echo(json.dumps({**report, "not_yet": given.missing}, indent=1))
+        return
+    run = given.command(found.best)
+    typer.echo(
+        explain.text(
+            found,
+            estimator=given.estimator,
+            space=given.space,
+            anywhere=given.found_anywhere(),
+            missing=given.missing,
+            run=run,
+        )
+    )
+
+
+def _here(
+    recipe: str | None, overrides: list[str], *, beside: Mapping[str, object], as_json: bool
+) -> None:
+    """The choice for this machine: on a CPU what was timed, on devices what is predicted."""
+    needless = [name for name, value in beside.items() if value]
+    if needless or recipe is None:
+        what = f"{', '.join(needless)} " if needless else "a plan without a recipe "
+        raise UserError(
+            f"{what}needs --cluster, such as 8xH100; "
+            "without one, shoal plan RECIPE times the recipe on this machine"
+        )
+    from shoal.launch.pool import WorkerPool
+
+    with WorkerPool() as pool:  # before anything else is imported: its own imports take longest
+        from shoal.launch.candidates import Timed, best_of, table
+        from shoal.launch.local import plan_here
+        from shoal.observe.console import Console
+
+        decision = plan_here(
+            recipe, overrides, pool=pool, console=Console(out=sys.stderr if as_json else None)
+        )
+    if as_json:
+        typer.echo(json.dumps(decision.to_json(), indent=1))
+        return
+    rows = [Timed.from_json(row) for row in decision.measured.get("candidates", [])]
+    typer.echo(f"Plan: {decision}")
+    if rows:
+        typer.echo("\n".join(table(rows, best=best_of(rows))))
+    words = ["shoal train", recipe, *overrides]
+    typer.echo(f"  {' '.join(words)}")
 
 
 def _whole_run(
-    asked: Asked,
+    given: PlanArguments,
     *,
     tokens: str,
     limits: tuple[str, str | None, float | None],
@@ -99,7 +137,7 @@ def _whole_run(
 ) -> None:
     """Time and price of a run on each number of devices, and which one serves the goal."""
     from shoal.plan import explain
-    from shoal.plan.search import GOALS, Offer, choose, offers
+    from shoal.plan.search import GOALS, choose, offers
     from shoal.units import parse_count, parse_seconds
 
     goal, deadline, budget = limits
@@ -110,17 +148,13 @@ def _whole_run(
         longest = parse_seconds(deadline) if deadline else None
     except ValueError as error:
         raise UserError(f"--tokens or --deadline: {error}") from error
-    found, estimator = asked.found()
-    if asked.measured is None:
-        made = offers(estimator, tokens=count, space=asked.space)
-    else:  # a machine has its cores, and no price
-        seconds = count / found.best.tokens_per_second
-        made = [Offer(prediction=found.best, cluster=estimator.cluster, seconds=seconds, price=0.0)]
+    made = offers(given.estimator, tokens=count, space=given.space)
     chosen = choose(made, goal=goal, deadline=longest, budget=budget)
     if not as_json:
         typer.echo(explain.offers_text(made, chosen=chosen, tokens=count))
         if chosen is not None:
             typer.echo(f"Plan: {explain.choices(chosen.prediction.candidate)}")
+            typer.echo(f"  {given.command(chosen.prediction)}")
         return
     rows = [
         {
@@ -133,22 +167,3 @@ def _whole_run(
         for offer in made
     ]
     typer.echo(json.dumps({"tokens": count, "goal": goal, "offers": rows}, indent=1))
-
-
-@app.command("score")
-def score(
-    table: Annotated[Path, typer.Argument(help="A CSV table of published measurements.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    leave_out: Annotated[
-        bool, typer.Option("--leave-out", help="Also fit without each source in turn (a minute).")
-    ] = False,
-) -> None:
-    """Score the cost model on published measurements: time, memory, ranking, what fits."""
-    from shoal.plan import score as scoring
-
-    result = scoring.summary(scoring.score_table(table))
-    if leave_out:
-        from shoal.plan.fit import leave_one_out
-
-        result["left_out"] = leave_one_out(table)
-    typer.echo(json.dumps(result, indent=1) if as_json else scoring.text(result))

@@ -8,28 +8,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.asked import Asked, DefaultCommand, asking
+from shoal.cli.plan_arguments import (
+    AsJson,
+    Batch,
+    Devices,
+    Fix,
+    Model,
+    Overrides,
+    Picture,
+    PlanArguments,
+    Precision,
+    RecipeName,
+    Sequence,
+)
 
 if TYPE_CHECKING:
     from shoal.plan.cost.step import Prediction
     from shoal.plan.goodput import Jitter, Reliability
     from shoal.plan.simulate import Timeline
 
-app = typer.Typer(
-    cls=DefaultCommand,
-    help="Simulate a step and a long run: `shoal simulate RECIPE --cluster 16x8xH100`.",
-    no_args_is_help=True,
-)
 
-
-@app.command("for")
-@asking
 def simulate(
-    asked: Asked,
+    cluster: Annotated[str, typer.Option("--cluster", help="such as '16x8xH100, 400Gbit'.")],
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    devices: Devices = None,
+    model: Model = None,
+    sequence: Sequence = None,
+    batch: Batch = None,
+    precision: Precision = None,
+    fix: Fix = None,
     out: Annotated[
         Path | None, typer.Option("--trace", help="Write a Perfetto trace here.")
     ] = None,
-    image: Annotated[Path | None, typer.Option("--picture", help="Write an SVG here.")] = None,
+    image: Picture = None,
     failure_hours: Annotated[
         float, typer.Option(help="Mean hours between failures of one device.")
     ] = 50_000.0,
@@ -37,19 +49,32 @@ def simulate(
     restart_seconds: Annotated[float, typer.Option(help="From a failure to a new step.")] = 300.0,
     slow_share: Annotated[float, typer.Option(help="Share of replicas that are slow.")] = 0.0,
     slow_factor: Annotated[float, typer.Option(help="How much slower they are.")] = 1.5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Play out the best plan (or the one fixed by --fix) and say what a long run would keep."""
-    from shoal.plan import goodput
+    """Play out the best plan on a cluster (or the one fixed by --fix), and what a long run keeps.
+
+    shoal simulate RECIPE --cluster 16x8xH100
+    """
+    from shoal.plan import goodput, picture
     from shoal.plan import simulate as simulator
 
-    found, estimator = asked.found()
-    best = found.best
-    timeline = simulator.simulate_step(estimator, candidate=best.candidate)
+    given = PlanArguments(
+        cluster=cluster,
+        recipe=recipe,
+        overrides=overrides,
+        devices=devices,
+        model=model,
+        sequence=sequence,
+        batch=batch,
+        precision=precision,
+        fix=fix,
+    )
+    best = given.found().best
+    timeline = simulator.simulate_step(given.estimator, candidate=best.candidate)
     if out is not None:
         out.write_text(simulator.trace(timeline))
     if image is not None:
-        image.write_text(simulator.picture(timeline))
+        image.write_text(picture.step(timeline))
     trust = goodput.Reliability(
         device_failure_seconds=failure_hours * 3600,
         save_seconds=save_seconds,
@@ -57,7 +82,17 @@ def simulate(
     )
     jitter = goodput.Jitter(slow_share=slow_share, slow_factor=slow_factor)
     report = _report(best, timeline=timeline, trust=trust, jitter=jitter)
-    typer.echo(json.dumps(report, indent=1) if as_json else _text(report, best=best))
+    if as_json:
+        typer.echo(json.dumps({**report, "not_yet": given.missing}, indent=1))
+    else:
+        typer.echo(_text(report, best=best, missing=given.missing))
+
+
+_POLICIES: dict[str, dict[str, Any]] = {
+    "every-step": {},
+    "diloco": {"every_steps": 100},
+}
+"""Policies whose waiting is shown, with their settings."""
 
 
 def _report(
@@ -70,15 +105,6 @@ def _report(
     workers = best.workers
     copies = best.candidate.layout.replicate * best.candidate.layout.shard
     interval = goodput.best_interval_seconds(trust, workers=workers)
-    waiting = {
-        "every-step": goodput.waiting_factor(jitter, replicas=copies),
-        "diloco every 100 steps": goodput.waiting_factor(
-            jitter, replicas=copies, policy="diloco", every_steps=100
-        ),
-        "server, 4 steps of staleness": goodput.waiting_factor(
-            jitter, replicas=copies, policy="server", staleness=4
-        ),
-    }
     return {
         "plan": to_json(best),
         "simulated_step_seconds": timeline.seconds,
@@ -86,24 +112,35 @@ def _report(
         "failure_seconds": goodput.failure_seconds(trust, workers=workers),
         "checkpoint_seconds": interval,
         "goodput": goodput.expected_goodput(trust, workers=workers, interval_seconds=interval),
-        "waiting_factor": waiting,
+        "waiting_factor": {
+            name: goodput.waiting_factor(jitter, replicas=copies, policy=name, **settings)
+            for name, settings in _POLICIES.items()
+        },
     }
 
 
-def _text(report: dict[str, Any], *, best: Prediction) -> str:
-    from shoal.plan.explain import choices
+def _text(report: dict[str, Any], *, best: Prediction, missing: list[str]) -> str:
+    from shoal.legal.rules import IMPLEMENTED_POLICIES
+    from shoal.plan.explain import ERROR, choices
     from shoal.units import format_seconds
 
     lines = [
-        f"Plan: {choices(best.candidate)}",
-        f"Step: {report['simulated_step_seconds']:.4g} s simulated, {best.step_seconds:.4g} s "
-        f"predicted, {report['bubble']:.1%} of the passes are bubbles",
+        *[f"Not in shoal yet: {line}" for line in missing],
+        f"{'It would be' if missing else 'Plan'}: {choices(best.candidate)}",
+        f"Step: {report['simulated_step_seconds']:.4g} s played out, {best.step_seconds:.4g} s "
+        f"by formula, both predicted ({ERROR}); {report['bubble']:.1%} of the passes are bubbles",
         f"Long run: a failure every {format_seconds(report['failure_seconds'])}; save every "
         f"{format_seconds(report['checkpoint_seconds'])}; {report['goodput']:.1%} of the time "
         "ends up in kept steps",
     ]
-    lines += [
-        f"  {name}: {factor:.3f} x the undisturbed step"
-        for name, factor in report["waiting_factor"].items()
-    ]
-    return "\n".join(lines)
+    later = []
+    for name, factor in report["waiting_factor"].items():
+        how = ", ".join(f"{key.replace('_', ' ')} {n}" for key, n in _POLICIES[name].items())
+        text = f"{name}{f' ({how})' if how else ''}: {factor:.3f} x the undisturbed step"
+        if name in IMPLEMENTED_POLICIES:
+            lines.append(f"  {text}")
+        else:
+            later.append(text)
+    return "\n".join(
+        [*lines, *([f"Not in shoal yet, would be: {'; '.join(later)}"] if later else [])]
+    )

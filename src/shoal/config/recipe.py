@@ -364,6 +364,8 @@ class LaunchSection(Section):
 
     workers: Literal["auto", "threads", "processes"] = "auto"
     threads_per_worker: Count | Auto = "auto"
+    tune: bool = True
+    """Time the ways to use this machine's cores that the recipe leaves open; False: by rule."""
     retries: Annotated[int, Field(ge=0)] = 3
     """Failures at one and the same step that are recovered from; 0: a failure ends the run."""
     silence_seconds: Rate = 1.5

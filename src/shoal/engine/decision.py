@@ -23,6 +23,21 @@ def format_of(compute: str, *, auto: Format = "float32") -> Format:
     return names[compute]
 
 
+@dataclass(frozen=True, order=True)
+class WorkerSetup:
+    """The workers of a run on one machine: `count` of a kind, each with `threads` cores."""
+
+    workers: Literal["threads", "processes"]
+    count: int
+    threads: int
+
+    def __str__(self) -> str:
+        cores = f" with {self.threads} core{'s' if self.threads > 1 else ''}"
+        if self.count == 1:
+            return f"1 worker{cores}"
+        return f"{self.count} {self.workers}" + (f"{cores} each" if self.threads > 1 else "")
+
+
 @dataclass(frozen=True)
 class Decision:
     """Layout, kind of worker, threads, micro batch and number format of a run."""
@@ -34,10 +49,10 @@ class Decision:
     compute: Format
     reason: str
     measured: dict[str, Any] = field(default_factory=dict)
-    """What was timed to decide it: micro batches by crew, `speedup`, `format_ratio`, ..."""
+    """What was timed to decide it: `candidates`, `seconds`, `speedup` over what it is `beside`."""
     predicted: dict[str, float] = field(default_factory=dict)
-    """step_seconds and peak_memory_bytes, where they can be foretold; and what is in them: the
-    learned `time_factor`, and the `state_bytes` that are exact."""
+    """step_seconds and peak_memory_bytes, where they can be told before; of the latter the
+    `state_bytes` are exact."""
     shard_level: str | None = None
     """Where the plan chose it; None: as the recipe says."""
     recompute: str | None = None
@@ -71,13 +86,16 @@ class Decision:
         return cls(**{**tree, "layout": Layout(**tree["layout"])})
 
     def __str__(self) -> str:
-        count = self.layout.workers
-        kind = self.workers if count > 1 else "worker"
+        cut = f" ({self.layout})" if self.layout.replica_workers > 1 else ""
         return (
-            f"{count} {kind} x {self.threads_per_worker} thread"
-            f"{'s' if self.threads_per_worker > 1 else ''}, micro batch "
-            f"{self.micro_batch_samples}, {self.compute}: {self.reason}"
+            f"{self.setup}{cut}, micro batch {self.micro_batch_samples}, {self.compute}: "
+            f"{self.reason}"
         )
+
+    @property
+    def setup(self) -> WorkerSetup:
+        """Kind, number and cores of the workers."""
+        return WorkerSetup(self.workers, self.layout.workers, self.threads_per_worker)
 
 
 def given_layout(recipe: Recipe) -> Layout:

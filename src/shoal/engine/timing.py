@@ -1,119 +1,160 @@
-"""Times calls while all workers of a group make the same ones; shared by both measurements."""
+"""Timing workers: the real training of a recipe under one setup, stepped when told to.
+
+What they run is what a run would: `build`, then batches, passes and update. Nothing is written.
+An order is a line of JSON: `samples` rows of this rank in micro batches of `micro`, with `threads`
+compute threads, `times` times. Rank 0 answers with seconds: of the passes, and of the reduction and
+update that follow.
+"""
 
 from __future__ import annotations
 
-import statistics
+import json
+import os
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
-from shoal.comm.group import Group
+from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.threads import Meeting, ThreadGroup
-from shoal.engine.step import Batch
-from shoal.errors import WorkerError
-from shoal.models import init
-from shoal.models.anatomy import anatomy_of, check_logits
-from shoal.models.huggingface import build_meta
-from shoal.parallel.precision import DTYPES, compute_context
-from shoal.tasks.task import Task
+from shoal.engine.build import build
+from shoal.engine.job import Job
+from shoal.engine.step import Step, StepSettings, Votes
+from shoal.engine.training import Training
+from shoal.engine.worker import report_failure
+from shoal.layout import Share
+from shoal.observe.events import Report
+from shoal.parallel.ranks import whole
+from shoal.runtime import WorkerInfo, start_process_group, start_worker, stop_process_group
 
-_SHORT_SECONDS = 0.004
-"""Calls are repeated until a reading takes so long: a clock's own cost then does not count."""
+_TIMEOUT_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Times one call on every rank of `group` at once; all ranks get the same answer."""
+class Order:
+    """What to time."""
 
-    group: Group
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Seconds of one call, warmed up: the median of one to three readings, averaged over ranks.
-
-        The shorter a call, the more often it is read: interruptions are as long for all.
-        """
-        first = self.once(call)
-        inner = max(1, min(1000, round(_SHORT_SECONDS / first)))
-        readings = 1 if first > 0.2 else 2 if first > 0.05 else 3
-        return self._mean(statistics.median(self._read(call, inner) for _ in range(readings)))
-
-    def once(self, call: Callable[[], object]) -> float:
-        """Seconds of this one call, averaged over the ranks."""
-        return self._mean(self._read(call, 1))
-
-    def _read(self, call: Callable[[], object], inner: int) -> float:
-        self.group.barrier()
-        began = time.perf_counter()
-        for _ in range(inner):
-            call()
-        return (time.perf_counter() - began) / inner
-
-    def _mean(self, seconds: float) -> float:
-        whole = torch.tensor([seconds], dtype=torch.float64)
-        self.group.sum_(whole)
-        return float(whole.item()) / self.group.size
+    micro: int
+    samples: int
+    threads: int
+    times: int = 1
 
 
-def alone() -> Group:
-    """A group of one, whatever other workers there are."""
-    return ThreadGroup(Meeting(1, timeout_seconds=60), rank=0)
+def run(payload: dict[str, Any], descriptor: int) -> int:
+    """Entry point of one timing worker; says `built`, then one `turn` for each order."""
+    report, rank = Report(descriptor), payload["rank"]
+    job = Job.from_json(payload)
+    try:
+        if job.decision.workers == "threads" and job.decision.layout.workers > 1:
+            _threads(job, report=report, orders=_orders(descriptor))
+        else:
+            _process(job, payload=payload, report=report, orders=_orders(descriptor))
+    except BaseException as error:
+        return report_failure(error, report=report, rank=rank)
+    return 0
 
 
-class Threads:
-    """`count` threads that stay, each with `threads_each` threads of its own for its operations.
+def _orders(descriptor: int) -> Iterator[Order]:
+    """What the launcher says, until it goes."""
+    with os.fdopen(os.dup(descriptor), encoding="utf-8") as lines:
+        for line in lines:
+            yield Order(**json.loads(line))
 
-    A thread that is made anew has to fetch its memory from the system again.
-    """
 
-    def __init__(self, count: int, *, threads_each: int, timeout_seconds: float = 300) -> None:
-        self._count, self._timeout_seconds = count, timeout_seconds
-        self._threads = ThreadPoolExecutor(
-            count, initializer=torch.set_num_threads, initargs=(threads_each,)
+def _process(job: Job, *, payload: dict[str, Any], report: Report, orders: Iterable[Order]) -> None:
+    rank, size = payload["rank"], job.decision.layout.workers
+    worker = WorkerInfo(rank, size, torch.device("cpu"), job.decision.threads_per_worker)
+    start_worker(worker, seed=job.recipe.seed)
+    if size > 1:
+        start_process_group(
+            rank=rank,
+            size=size,
+            device=worker.device,
+            meeting=(job.run / f"meeting-{payload['name']}").as_uri(),
+            timeout_seconds=_TIMEOUT_SECONDS,
         )
-
-    def run(self, body: Callable[[Group], Any]) -> list[Any]:
-        """What `body` gives for each rank of one group of them all, in rank order."""
-        meeting = Meeting(self._count, timeout_seconds=self._timeout_seconds)
-
-        def guarded(rank: int) -> Any:
-            try:
-                return body(ThreadGroup(meeting, rank=rank))
-            except BaseException as error:
-                meeting.fail(str(error))
-                raise
-
-        ranks = [self._threads.submit(guarded, rank) for rank in range(self._count)]
-        wait(ranks)
-        failures = [error for each in ranks if (error := each.exception()) is not None]
-        if failures:  # a broken meeting is what the others saw of it
-            raise next((e for e in failures if not isinstance(e, WorkerError)), failures[0])
-        return [each.result() for each in ranks]
+    try:
+        _serve(job, group=ProcessGroup(), worker=worker, report=report, orders=orders)
+    finally:
+        stop_process_group()
 
 
-class Subject:
-    """One replica to be timed: forward and backward of a micro batch, gradients added up."""
+def _threads(job: Job, *, report: Report, orders: Iterable[Order]) -> None:
+    """One thread per replica; the first failure frees the others, who then fail too."""
+    size = job.decision.layout.workers
+    meeting = Meeting(size, timeout_seconds=_TIMEOUT_SECONDS)
+    queues: list[SimpleQueue[Order]] = [SimpleQueue() for _ in range(size)]
 
-    def __init__(self, config: Any, *, task: Task, compute: str, dropout: str = "off") -> None:
-        self._model = build_meta(config, auto_class=task.auto_class, dropout=dropout)
-        # The values do not matter for the time; zeros would (denormals do not, constants are fine).
-        init.materialise(self._model, record=init.record(self._model), seed=0)
-        self._anatomy = check_logits(self._model, anatomy_of(self._model))
-        self._model.train()
-        self._task, self._dtype = task, DTYPES[compute]
-        for parameter in self._model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+    def body(rank: int) -> None:
+        worker = WorkerInfo(rank, size, torch.device("cpu"), job.decision.threads_per_worker)
+        group = ThreadGroup(meeting, rank=rank)
+        try:
+            start_worker(worker, seed=job.recipe.seed)
+            own = iter(queues[rank].get, None)
+            _serve(job, group=group, worker=worker, report=report, orders=own)
+        except BaseException as error:
+            meeting.fail(f"{type(error).__name__}: {error}")
+            report_failure(error, report=report, rank=rank)
 
-    @property
-    def resident(self) -> list[torch.Tensor]:
-        """Parameters and gradients."""
-        found = list(self._model.parameters())
-        return [*found, *(each.grad for each in found if each.grad is not None)]
+    for rank in range(size):
+        threading.Thread(target=body, args=(rank,), daemon=True).start()
+    for order in orders:
+        for queue in queues:
+            queue.put(order)
 
-    def __call__(self, batch: Batch) -> None:
-        with compute_context(self._dtype, device=torch.device("cpu")):
-            loss = self._task.output(self._model, self._anatomy, batch).total()
-        loss.backward()  # type: ignore[no-untyped-call]
+
+def _serve(
+    job: Job, *, group: Group, worker: WorkerInfo, report: Report, orders: Iterable[Order]
+) -> None:
+    """Build, then do what is ordered."""
+    training = build(job, ranks=whole(group, device=worker.device), worker=worker, report=report)
+    steps: dict[int, Step] = {}
+    group.barrier()
+    if worker.rank == 0:
+        report.say("built")
+    for order in orders:
+        torch.set_num_threads(order.threads)
+        if order.micro not in steps:
+            steps[order.micro] = _step_of(training, micro=order.micro)
+        spent = [_once(training, steps[order.micro], order) for _ in range(order.times)]
+        if worker.rank == 0:
+            means = [sum(column) / order.times for column in zip(*spent, strict=True)]
+            report.say("turn", passes=means[0], update=means[1])
+
+
+def _step_of(training: Training, *, micro: int) -> Step:
+    """The step in micro batches of `micro` samples, whatever was decided."""
+    return Step(
+        training.replica,
+        task=training.task,
+        passes=training.passes,
+        state=training.state,
+        ranks=training.ranks,
+        policy=training.policy,
+        settings=StepSettings(
+            micro_batch_samples=micro,
+            global_batch_samples=training.job.recipe.train.global_batch_samples,
+            exact=False,
+            loss_scale=training.loss_scale,
+        ),
+    )
+
+
+def _once(training: Training, step: Step, order: Order) -> tuple[float, float]:
+    """One step of the trainer's loop; seconds of the passes and of the rest."""
+    world, policy = training.ranks.world, training.policy
+    world.barrier()
+    began = time.perf_counter()
+    share = Share(world.rank * order.samples, (world.rank + 1) * order.samples)
+    policy.before_step(0)
+    batch = training.batches(0, share)
+    counted = step.count(batch, votes=Votes())
+    result = step.train(batch, share=share, counted=counted, step=0)
+    passed = time.perf_counter()
+    training.update.apply(result)
+    policy.after_step(0, targets=result.targets)
+    return passed - began, time.perf_counter() - passed

@@ -1,9 +1,8 @@
-"""Decide what a recipe leaves open: workers, threads, micro batch, number format; and say why."""
+"""Decide what a recipe leaves open: workers, cores, micro batch, number format; and say why."""
 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,28 +16,32 @@ from shoal.engine.decision import (
 )
 from shoal.engine.prepare import Inputs
 from shoal.environment import cache_directory, usable_cores
-from shoal.errors import ConfigError, ModelError, Problem, UserError, WorkerError
+from shoal.errors import ConfigError, ModelError, Problem, UserError
+from shoal.launch.candidates import most_replicas
 from shoal.launch.devices import on_devices
 from shoal.launch.directory import write_whole
-from shoal.launch.measuring import measure_machine, measured_before, measuring_job
+from shoal.launch.measuring import measuring_job, wait_for_imports
+from shoal.launch.memory import memory_of_worker
 from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import check, refuse_illegal, trained_config
-from shoal.launch.trial import FIRST_SECONDS, TRIAL_SECONDS, Trial
+from shoal.launch.timings import machine_key, tuned
 from shoal.layout import Layout
 from shoal.legal import OWN_PARAMETERS
 from shoal.observe.console import Console
-from shoal.plan.ask import workload_of
-from shoal.plan.calibrate import estimator_for, predicted_for
 from shoal.plan.devices import device_named
-from shoal.plan.measurements import machine_key
-from shoal.plan.workload import DEGREES, FORMATS, Candidate, Crew, Workload, flops_per_token
+from shoal.plan.from_recipe import workload_of
+from shoal.plan.workload import DEGREES, FORMATS, Workload, flops_per_token
 
 _MICRO_TOKENS = 2048
-"""Tokens of a micro batch when none is measured: enough to fill matrix products, small in cache."""
+"""Tokens of a micro batch when none is timed: enough to fill matrix products, small in cache."""
+
+
+_KEPT = ("devices", "device_name", "format_ratio", "compute", "peaks")
+"""What is kept of `measured_formats`."""
 
 
 def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console) -> Decision:
-    """The decision for this machine. Measures (once per machine, and per recipe) what it must.
+    """The decision for this machine. Times (once per machine and recipe) what is left open.
 
     Raises ConfigError for what is refused.
     """
@@ -52,31 +55,31 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
     refuse_illegal(recipe, layout, config=trained_config(recipe, inputs=inputs))
     formats = _formats(recipe, pool=pool, console=console)
     inside = layout.replica_workers
-    if auto and not given and (formats["devices"] or inside > 1):
-        room = max(1, (formats["devices"] or cores) // inside)
-        layout = replace(layout, replicate=_replicas(recipe, layout, at_most=room))
-    workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
     is_open = auto and not recipe.train.exact
+    if auto and not given and (formats["devices"] or is_open or inside > 1):
+        room = max(1, (formats["devices"] or cores) // inside)
+        layout = replace(layout, replicate=most_replicas(recipe, at_most=room, shards=layout.shard))
+    workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
+    workers = layout.workers if formats["devices"] else cores
+    decision = _by_rule(recipe, layout=layout, cores=workers, formats=formats)
     if is_open and workload is not None and formats["devices"]:
         decision = on_devices(
             recipe,
-            _by_rule(recipe, layout=layout, cores=layout.workers, formats=formats),
+            decision,
             workload=workload,
             layout=layout,
             devices=formats["devices"],
             device_name=formats["device_name"],
         )
-    elif is_open and workload is not None and inside == 1:
-        decision = _on_machine(
-            recipe, inputs, layout=layout, workload=workload, pool=pool, console=console
+    elif is_open and inside == 1 and not formats["devices"]:
+        decision = tuned(
+            recipe, decision, inputs=inputs, workload=workload, pool=pool, console=console
         )
-    else:
-        decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
-    _honoured(recipe, decision)
+    check_decision_respects_recipe(recipe, decision)
     return _with_figures(recipe, decision, workload=workload, formats=formats)
 
 
-def _honoured(recipe: Recipe, decision: Decision) -> None:
+def check_decision_respects_recipe(recipe: Recipe, decision: Decision) -> None:
     """A plan fills only what a recipe leaves open. Raises RuntimeError: the fault is shoal's."""
     launch, parallel, taken = recipe.launch, recipe.parallel, decision.layout
     given: dict[str, tuple[Any, Any]] = {
@@ -102,30 +105,6 @@ def _honoured(recipe: Recipe, decision: Decision) -> None:
             raise RuntimeError(f"{key}: the recipe says {wanted}, the plan took {got}")
 
 
-def with_speedup(
-    recipe: Recipe, decision: Decision, *, inputs: Inputs, pool: WorkerPool, console: Console
-) -> Decision:
-    """`decision` with its speed-up over one worker, timed now if the start had no time for it.
-
-    Only of what was planned for this machine; a given layout is not compared. The run has ended
-    well: where the timing fails, that is said and `decision` stays as it is.
-    """
-    known = decision.measured
-    if "plans" not in known or {"speedup", "why_one"} & set(known) or decision.layout.workers == 1:
-        return decision
-    measured = measured_before()
-    workload = _workload(recipe, inputs=inputs, compute=decision.compute)
-    if measured is None or workload is None:
-        return decision
-    trial = Trial(recipe, inputs=inputs, measured=measured, workload=workload)
-    try:
-        found = trial.speedup(decision, layout=check(recipe), pool=pool, console=console)
-    except WorkerError as error:
-        console.line(f"warning: one worker could not be timed beside the run: {error}")
-        return decision
-    return decision if found is None else replace(decision, measured={**known, "speedup": found})
-
-
 def decide_joined(
     recipe: Recipe, *, inputs: Inputs, cores_per_worker: int, formats: dict[str, Any]
 ) -> Decision:
@@ -137,12 +116,6 @@ def decide_joined(
     decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats)
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
     return _with_figures(recipe, decision, workload=workload, formats=formats)
-
-
-def _replicas(recipe: Recipe, layout: Layout, *, at_most: int) -> int:
-    """The largest degree up to `at_most` that divides the global batch (of one shard)."""
-    batch = recipe.train.global_batch_samples // layout.shard
-    return max(n for n in range(1, min(at_most, batch) + 1) if batch % n == 0)
 
 
 def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads", "processes"]:
@@ -172,7 +145,8 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, A
             problem = f"{micro} samples a micro batch do not divide a share of {layout.replicate}"
             raise ConfigError([Problem("train.micro_batch_samples", problem)])
     else:
-        threads, reason = max(1, cores // layout.workers), "as the recipe says"
+        threads = max(1, cores // layout.workers)
+        reason = "by rule" if recipe.parallel.auto else "as the recipe says"
         micro = (
             largest_micro_batch(recipe, parts=layout.replicate * layout.shard, at_most=fitting)
             if chosen == "auto"
@@ -183,32 +157,7 @@ def _by_rule(recipe: Recipe, *, layout: Layout, cores: int, formats: dict[str, A
     kind = _kind(recipe, layout=layout, devices=formats["devices"])
     if kind == "threads" and layout.replicate > 1 and recipe.launch.workers == "auto":
         reason += "; threads share one copy of the parameters"
-    if recipe.precision.compute == "auto":
-        reason += f"; bfloat16 products are {formats['format_ratio']:.1f} x float32's here"
     return Decision(layout, kind, threads, micro, formats["compute"], reason)
-
-
-def _on_machine(
-    recipe: Recipe,
-    inputs: Inputs,
-    *,
-    layout: Layout,
-    workload: Workload,
-    pool: WorkerPool,
-    console: Console,
-) -> Decision:
-    """The planner's choice among threads, processes and micro batches of this machine."""
-    measured, budget = measured_before(), TRIAL_SECONDS
-    if measured is None:
-        began = time.monotonic()
-        console.phase("measuring this machine, once (about ten seconds)")
-        wanted = recipe.precision.compute
-        measured = measure_machine(pool=pool, console=console, short_for=wanted)
-        budget = max(0.0, FIRST_SECONDS - (time.monotonic() - began))
-    trial = Trial(
-        recipe, inputs=inputs, measured=measured, workload=workload, budget_seconds=budget
-    )
-    return trial.decide(layout, pool=pool, console=console)
 
 
 def _workload(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:
@@ -228,32 +177,18 @@ def _with_figures(
     if workload is not None:
         flops = flops_per_token(workload.facts, sequence_tokens=workload.sequence_tokens)
     predicted = decision.predicted
-    if workload is not None and not predicted and not formats["devices"]:
-        predicted = _foretold(recipe, decision, workload=workload)
+    if workload is not None and not formats["devices"]:
+        predicted = {**predicted, **memory_of_worker(recipe, decision, workload=workload)}
+    note = ""
+    if recipe.precision.compute == "auto" and decision.compute == "bfloat16":
+        note = f"; bfloat16 products are {formats['format_ratio']:.1f} x float32's here"
     return replace(
         decision,
+        reason=decision.reason + note,
         predicted=predicted,
         flops_per_token=flops,
         peak_flops_per_second=_peak(decision, formats=formats),
     )
-
-
-def _foretold(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
-    """The prediction for a choice that was not planned; empty where the machine is not known."""
-    measured = measured_before()
-    if measured is None:
-        return {}
-    crew = Crew(decision.workers, decision.layout.workers, decision.threads_per_worker)
-    estimator = estimator_for(
-        measured, crew, workload=replace(workload, precision=FORMATS[decision.compute])
-    )
-    candidate = Candidate(
-        layout=decision.layout,
-        micro_batch_samples=decision.micro_batch_samples,
-        level=decision.shard_level_of(recipe),
-        recompute=decision.recompute_of(recipe),
-    )
-    return predicted_for(estimator.predict(candidate))
 
 
 def _peak(decision: Decision, *, formats: dict[str, Any]) -> float | None:
@@ -267,9 +202,7 @@ def _peak(decision: Decision, *, formats: dict[str, Any]) -> float | None:
         return peak * decision.layout.workers if peak else None
     cores = usable_cores()
     used = min(cores, decision.layout.workers * decision.threads_per_worker)
-    measured = measured_before()
-    whole = measured.peak(FORMATS[decision.compute]) if measured else None
-    return (whole or float(formats["peaks"][decision.compute])) * used / cores
+    return float(formats["peaks"][decision.compute]) * used / cores
 
 
 def _compute(recipe: Recipe, *, formats: dict[str, Any]) -> Format:
@@ -286,12 +219,20 @@ def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str,
     """Devices and number formats of this machine, from the cache or from a worker's look."""
     wanted = recipe.launch.device
     path = cache_directory() / "machines" / f"{machine_key()}-{wanted}.json"
+    found: dict[str, Any] = {}
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    else:
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            found = {name: found[name] for name in _KEPT}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            console.line(f"warning: {path} is damaged ({error!r}); measuring anew")
+            found = {}
+    if not found:
+        wait_for_imports(pool, console=console)
+        console.phase("looking at this machine's number formats")
         payload = {"device": wanted, "threads": usable_cores()}
         target = "shoal.engine.measure:run_formats"
-        found = measuring_job(target, payload, size=1, pool=pool, console=console)
+        found = measuring_job(target, payload, pool=pool, console=console)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(found, indent=1) + "\n")
     return {**found, "compute": _compute(recipe, formats=found)}

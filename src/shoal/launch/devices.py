@@ -10,10 +10,9 @@ from shoal.errors import UserError
 from shoal.launch.refuse import combination_of
 from shoal.layout import Layout
 from shoal.legal import open_axes
-from shoal.plan.ask import choices_of
-from shoal.plan.calibrate import predicted_for
 from shoal.plan.cost.step import Estimator
 from shoal.plan.devices import device_named
+from shoal.plan.from_recipe import choices_of
 from shoal.plan.hardware import Cluster, Nodes
 from shoal.plan.search import Found, Space, find
 from shoal.plan.workload import DEGREES, Workload
@@ -53,8 +52,8 @@ def on_devices(
         micro_batch_samples=best.candidate.micro_batch_samples,
         shard_level=best.candidate.level,
         recompute=best.candidate.recompute,
-        reason=f"planned {best.step_seconds:.3g} s per step on {known.name}{_instead(found)}",
-        predicted=predicted_for(best),
+        reason=f"predicted {best.step_seconds:.3g} s a step on {known.name}{_instead(found)}",
+        predicted=best.to_json(),
     )
 
 

@@ -18,7 +18,7 @@ from shoal.engine.job import Instruments, Job
 from shoal.engine.prepare import prepare_inputs
 from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
-from shoal.launch.choose import choose, with_speedup
+from shoal.launch.choose import choose
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.pool import WorkerPool, pool_or_own
@@ -80,6 +80,16 @@ def train(
             instruments=instruments or Instruments(),
         )
         return _run(job, pool=workers, console=show, story=story)
+
+
+def plan_here(
+    recipe: str, overrides: Iterable[str], *, pool: WorkerPool, console: Console
+) -> Decision:
+    """What a start on this machine would choose; nothing is trained or written but the cache."""
+    resolved = anchored(load_recipe(recipe, overrides))
+    check(resolved)
+    inputs = prepare_inputs(resolved, say=console.phase)
+    return choose(resolved, inputs=inputs, pool=pool, console=console)
 
 
 def resume(
@@ -199,6 +209,5 @@ def _run(
         raise Stopped(attempt.stopped)
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
-    decision = with_speedup(job.recipe, decision, inputs=job.inputs, pool=pool, console=console)
     summary = write_summary(run, done=attempt.done, decision=decision)
     return Result(run, summary)

@@ -7,6 +7,7 @@ that change how many workers there are, last those that change what is learned.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,26 @@ from shoal.errors import ConfigError, Problem
 from shoal.launch.refuse import combination_of
 from shoal.legal import open_axes
 from shoal.observe.events import read_lines
+from shoal.plan.cost.memory import memory_on_cpu
+from shoal.plan.workload import FORMATS, Candidate, Workload
 from shoal.units import format_bytes
 
 SPARE = 0.95
 """Share of the free memory that a run may plan with."""
+
+
+def memory_of_worker(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
+    """Peak of one worker on this machine, by formula; what of it is state is exact."""
+    candidate = Candidate(
+        layout=decision.layout,
+        micro_batch_samples=decision.micro_batch_samples,
+        level=decision.shard_level_of(recipe),
+        recompute=decision.recompute_of(recipe),
+    )
+    memory = memory_on_cpu(
+        candidate, workload=replace(workload, precision=FORMATS[decision.compute])
+    )
+    return {"peak_memory_bytes": memory.live, "state_bytes": memory.states}
 
 
 def needed_bytes(decision: Decision) -> float | None:

@@ -13,7 +13,7 @@ from shoal.engine.prepare import Inputs
 from shoal.errors import ConfigError, ModelError
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, problems
-from shoal.plan.ask import config_of
+from shoal.plan.from_recipe import config_of
 from shoal.tasks.kinds import create
 
 

@@ -112,7 +112,8 @@ def _speed(summary: dict[str, Any], *, of: str) -> str:
     text = f"speed: {rate:,.0f} {of} per second"
     measured = summary["measured"]
     if "speedup" in measured:
-        text += f"; {measured['speedup']:.2f} x one worker (timed in turns)"
-    elif measured.get("why_one"):
-        text += f"; {measured['why_one']}"
+        text += (
+            f"; {measured['speedup']:.2f} x as fast as {measured['beside']} (timed in turns before "
+            "the start)"
+        )
     return text

@@ -65,35 +65,6 @@ def best_interval_seconds(reliability: Reliability, *, workers: int) -> float:
     return exp((low + high) / 2)
 
 
-def simulate_goodput(
-    reliability: Reliability,
-    *,
-    workers: int,
-    interval_seconds: float,
-    run_seconds: float,
-    seed: int = 0,
-) -> float:
-    """The same share by drawing failures: an independent check of `expected_goodput`."""
-    generator = np.random.default_rng(seed)
-    mean = failure_seconds(reliability, workers=workers)
-    kept = now = 0.0
-    while now < run_seconds:
-        failure = now + generator.exponential(mean)
-        cycle = interval_seconds + reliability.save_seconds
-        cycles = int((failure - now) // cycle)
-        kept += cycles * interval_seconds
-        now = failure
-        restart = reliability.restart_seconds
-        # A failure during the restart begins it anew.
-        while True:
-            again = generator.exponential(mean)
-            if again >= restart:
-                now += restart
-                break
-            now += again
-    return kept / now
-
-
 @dataclass(frozen=True, kw_only=True)
 class Jitter:
     """How steps of equal replicas differ.
@@ -113,14 +84,12 @@ def waiting_factor(
     replicas: int,
     policy: str = "every-step",
     every_steps: int = 1,
-    staleness: int = 0,
     seed: int = 0,
 ) -> float:
     """Time per step over that of an undisturbed replica, by drawing steps of every replica.
 
     every-step waits for the slowest of each step; local-sgd and diloco for the slowest sum of
-    `every_steps`; server lets a replica run `staleness` steps ahead of the slowest. hogwild never
-    waits: its factor is the mean.
+    `every_steps`.
     """
     generator = np.random.default_rng(seed)
     drawn = min(replicas, 4096)
@@ -129,23 +98,6 @@ def waiting_factor(
     times = np.exp(generator.normal(-(jitter.spread**2) / 2, jitter.spread, (steps, drawn)))
     slow = round(jitter.slow_share * drawn)
     times[:, :slow] *= jitter.slow_factor
-    if policy == "hogwild":
-        return float(1.0 / np.mean(1.0 / times.mean(axis=0)))
-    if policy == "server":
-        return _bounded_staleness(times, staleness=staleness)
     period = every_steps if policy in {"local-sgd", "diloco"} else 1
     sums = times.reshape(steps // period, period, drawn).sum(axis=1)
     return float(sums.max(axis=1).mean() / period)
-
-
-def _bounded_staleness(times: np.ndarray, *, staleness: int) -> float:
-    """Mean time per step when step k starts once every replica has ended step k - 1 - staleness."""
-    steps, replicas = times.shape
-    ended = np.zeros((steps + 1, replicas))
-    for step in range(steps):
-        start = ended[step].copy()
-        bound = step - staleness
-        if bound > 0:
-            start = np.maximum(start, ended[bound].max())
-        ended[step + 1] = start + times[step]
-    return float(ended[steps].mean() / steps)

@@ -1,19 +1,16 @@
-"""Clusters: nodes of devices and the links between them, read from a few words or a file."""
+"""Clusters: nodes of devices and the links between them, read from a few words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from shoal.errors import UserError
-from shoal.plan.devices import DEVICES, GB, GIB, TERA, Device, device
+from shoal.plan.devices import GB, GIB, TERA, Device, device, known_devices
 
 __all__ = [
-    "DEVICES",
     "GB",
     "GIB",
     "TERA",
@@ -79,8 +76,6 @@ class Cluster:
         return sum(g.workers * g.device.price_per_hour for g in self.groups) if priced else 0.0
 
     def __str__(self) -> str:
-        if self.slowest.rates is not None:
-            return f"{self.slowest.name}, {self.source}"
         parts = [f"{g.count} x {g.devices} {g.device.name}" for g in self.groups]
         gbit = self.network_bytes_per_second * 8 / GB
         return " + ".join(parts) + f", {gbit:.4g} Gbit/s per device between nodes"
@@ -90,17 +85,19 @@ _LINK = re.compile(r"([0-9.]+)\s*(gbit|gbps|gb/s|tbit|mbit)(?:/(node|device))?",
 _LINK_BYTES = {"gbit": GB / 8, "gbps": GB / 8, "gb/s": GB, "tbit": 1000 * GB / 8, "mbit": 1e6 / 8}
 
 
-def parse_cluster(text: str) -> Cluster:
-    """`"16x8xH100, 400Gbit"`, `"8xA100"`, `"2x8xH100 + 4x8xA100, 1600Gbit/node"` or a YAML file.
+def parse_cluster(text: str, *, devices: Path | None = None) -> Cluster:
+    """`"16x8xH100, 400Gbit"`, `"8xA100"` or `"2x8xH100 + 4x8xA100, 1600Gbit/node"`.
 
     A bare link rate is that of each device's own adapter; `/node` divides it over the node.
+    `devices`: a table of further devices.
     Raises UserError for zero devices, an unknown device and text that cannot be read.
     """
-    if text.endswith((".yaml", ".yml")):
-        return _cluster_from_file(Path(text))
+    known = known_devices(devices)
     parts, _, rate = text.partition(",")
     groups = tuple(
-        group for part in parts.split("+") for group in _parse_group(part.strip(), whole=text)
+        group
+        for part in parts.split("+")
+        for group in _parse_group(part.strip(), whole=text, known=known)
     )
     default = min(group.device.network_bytes_per_second for group in groups)
     if not rate.strip():
@@ -121,14 +118,14 @@ def parse_cluster(text: str) -> Cluster:
     return Cluster(groups=groups, network_bytes_per_second=speed, source=text)
 
 
-def _parse_group(text: str, *, whole: str) -> list[Nodes]:
+def _parse_group(text: str, *, whole: str, known: Mapping[str, Device]) -> list[Nodes]:
     found = re.fullmatch(r"(?:(\d+)\s*x\s*)?(?:(\d+)\s*x\s*)?([A-Za-z].*|4090)", text)
     if found is None:
         raise UserError(
             f"--cluster {whole!r}: {text!r} is not NODESxDEVICESxNAME, such as 16x8xH100 "
-            "(or 8xH100 for one node, or a YAML file)"
+            "(or 8xH100 for one node)"
         )
-    kind = device(found[3].strip())
+    kind = device(found[3].strip(), known=known)
     first = int(found[1]) if found[1] else 1
     nodes, per_node = (first, int(found[2])) if found[2] else (1, first)
     if nodes * per_node < 1:
@@ -138,49 +135,3 @@ def _parse_group(text: str, *, whole: str) -> list[Nodes]:
     full, left = divmod(per_node, kind.node_devices)
     groups = [Nodes(count=full, devices=kind.node_devices, device=kind)]
     return groups + ([Nodes(count=1, devices=left, device=kind)] if left else [])
-
-
-def _cluster_from_file(path: Path) -> Cluster:
-    """A YAML file: `network_gbit`, and `nodes`: a list of {count, devices, device}.
-
-    `device` is a name of the table, or a mapping of `Device` fields with `like: NAME` for those
-    that it leaves out.
-    """
-    import yaml  # only here: reading it takes longer than planning
-
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cluster file {path}: cannot be read ({error})") from error
-    if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), list):
-        raise UserError(
-            f"cluster file {path}: expected a mapping with a list `nodes`, each entry with count, "
-            "devices and device"
-        )
-    groups = tuple(_group_from(entry, path=path) for entry in data["nodes"])
-    if not groups or prod(group.workers for group in groups) < 1:
-        raise UserError(f"cluster file {path}: there are zero devices; give at least one")
-    gbit = data.get("network_gbit")
-    slowest = min(group.device.network_bytes_per_second for group in groups)
-    return Cluster(
-        groups=groups,
-        network_bytes_per_second=float(gbit) * GB / 8 if gbit else slowest,
-        network_is_stated=bool(gbit),
-        source=str(path),
-    )
-
-
-def _group_from(entry: Any, *, path: Path) -> Nodes:
-    try:
-        described = entry["device"]
-        if isinstance(described, str):
-            kind = device(described)
-        else:
-            settings = dict(described)
-            kind = replace(device(str(settings.pop("like"))), **settings)
-        return Nodes(count=int(entry.get("count", 1)), devices=int(entry["devices"]), device=kind)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"cluster file {path}: entry {entry!r} cannot be read ({error!r}); expected count, "
-            "devices and device (a name, or fields with `like: NAME`)"
-        ) from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import ModelFacts, axes_of, tensor_degrees
+from shoal.legal import Combination, ModelFacts, axes_of, not_yet, tensor_degrees
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster, Nodes
 from shoal.plan.workload import LEVELS, Candidate, Workload
@@ -21,12 +21,12 @@ class Space:
 
     `fixed` maps names of `Candidate` fields and axes to their one allowed value; a policy, its
     period and its codec are only ever what is fixed, since they change what is learned.
-    `headroom` is the share of device memory that a plan must leave free: the error of the memory
-    model.
+    `runnable` leaves only what shoal itself runs today. `headroom` is the share of device memory
+    that a plan must leave free: the error of the memory model.
     """
 
     fixed: dict[str, object] = field(default_factory=dict)
-    far_tensor: bool = False
+    runnable: bool = False
     headroom: float = 0.04
 
     def allows(self, name: str, *, value: object) -> bool:
@@ -41,8 +41,12 @@ class Found:
     best: Prediction
     runners_up: list[Prediction]
     families: dict[str, Prediction]
-    rejected: dict[str, Prediction]
     examined: int
+
+    @property
+    def rejected(self) -> dict[str, Prediction]:
+        """The best of each other family."""
+        return {name: each for name, each in self.families.items() if each is not self.best}
 
 
 def divisors(number: int) -> list[int]:
@@ -56,8 +60,7 @@ def layouts(
     """Every legal layout that uses all devices; see `problems` of legal.py for the rules."""
     able = axes_of(facts.family) if facts.family != "stated sizes" else axes_of("llama")
     node, workers = cluster.node_devices, cluster.workers
-    limit = node * (2 if space.far_tensor else 1)
-    tensors = [t for t in tensor_degrees(facts) if t <= limit] if "tensor" in able else [1]
+    tensors = [t for t in tensor_degrees(facts) if t <= node] if "tensor" in able else [1]
     for tensor in tensors:
         if workers % tensor or not space.allows("tensor", value=tensor):
             continue
@@ -95,18 +98,19 @@ def _splits(
     """Ways to divide `copies` between shard and replicate: one, all, or within a node."""
     near = max(1, node // (inner.tensor * inner.context))
     options = {1, copies} | ({near} if copies % near == 0 else set())
-    if "shard" in space.fixed:
+    if {"shard", "replicate"} & set(space.fixed):
         options = {shard for shard in divisors(copies) if space.allows("shard", value=shard)}
     for shard in sorted(options):
         if not space.allows("replicate", value=copies // shard):
             continue
         whole = replace(inner, shard=shard, replicate=copies // shard)
-        if not facts.experts:
-            yield whole
-            continue
-        for expert in divisors(shard * inner.context):
-            if facts.experts % expert == 0 and space.allows("expert", value=expert):
-                yield replace(whole, expert=expert)
+        for expert in divisors(shard * inner.context) if facts.experts else [1]:
+            spread = replace(whole, expert=expert)
+            allowed = space.allows("expert", value=expert) and facts.experts % expert == 0
+            if allowed and not (
+                space.runnable and not_yet(Combination(layout=spread, family=facts.family))
+            ):
+                yield spread
 
 
 def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator[Candidate]:
@@ -183,22 +187,14 @@ def find(estimator: Estimator, *, space: Space | None = None, runners_up: int = 
             by_layout[candidate.layout] = prediction
     if not by_layout:
         raise UserError(_nothing_fits(estimator, space=space, examined=examined))
-    named = [(family_of(layout), prediction) for layout, prediction in by_layout.items()]
-    return ranked(named, examined=examined, runners_up=runners_up)
-
-
-def ranked(named: Iterable[tuple[str, Prediction]], *, examined: int, runners_up: int = 4) -> Found:
-    """Predictions with the names of their families, in the order of their time."""
-    ordered = sorted(named, key=lambda each: each[1].step_seconds)
+    ordered = sorted(by_layout.values(), key=lambda each: each.step_seconds)
     families: dict[str, Prediction] = {}
-    for name, prediction in ordered:
-        families.setdefault(name, prediction)
-    best = ordered[0][1]
+    for prediction in ordered:
+        families.setdefault(family_of(prediction.candidate.layout), prediction)
     return Found(
-        best=best,
-        runners_up=[prediction for _, prediction in ordered[1 : runners_up + 1]],
+        best=ordered[0],
+        runners_up=ordered[1 : runners_up + 1],
         families=families,
-        rejected={name: leader for name, leader in families.items() if leader is not best},
         examined=examined,
     )
 
@@ -341,56 +337,3 @@ def choose(
     if goal == "cost":
         return min(fitting, key=lambda offer: offer.price)
     return min(fitting, key=lambda offer: offer.seconds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Uneven:
-    """Shares of a step on a mixed cluster: micro batches of a replica in each group of nodes."""
-
-    shares: dict[str, int]
-    even_seconds: float
-    seconds: float
-
-
-def uneven_shares(estimator: Estimator, *, best: Prediction) -> Uneven | None:
-    """What giving faster devices more micro batches would save; None where it cannot be done.
-
-    It can when every replica (with its shard axis counted as replicas, since each of its ranks
-    computes its own samples) lies within one group of equal nodes, and stages are not spread.
-    """
-    layout, cluster = best.candidate.layout, estimator.cluster
-    cut = layout.tensor * layout.context
-    groups = cluster.groups
-    if len(groups) < 2 or layout.pipeline > 1 or any(group.workers % cut for group in groups):
-        return None
-    alone = [
-        replace(estimator, cluster=replace(cluster, groups=(group,))).pricing for group in groups
-    ]
-    seconds = [pricing.works(best.candidate)[0].total for pricing in alone]
-    copies = [group.workers // cut for group in groups]
-    speeds = [1 / each for each, count in zip(seconds, copies, strict=True) for _ in range(count)]
-    total = best.candidate.micro_batches(estimator.workload) * len(speeds)
-    shares = shares_by_speed(speeds=speeds, micro_batches=total)
-    passes = max(share / speed for share, speed in zip(shares, speeds, strict=True))
-    even = max(seconds) * best.candidate.micro_batches(estimator.workload)
-    first = [sum(copies[:at]) for at in range(len(groups))]
-    return Uneven(
-        shares={g.device.name: shares[at] for g, at in zip(groups, first, strict=True)},
-        even_seconds=best.step_seconds,
-        seconds=best.step_seconds - even + passes,
-    )
-
-
-def shares_by_speed(*, speeds: list[float], micro_batches: int) -> list[int]:
-    """Micro batches per replica so that the slowest finishes first: one replica per speed.
-
-    Exact: each further micro batch goes to the replica that would finish it earliest, which
-    minimises the time of the last one. Raises ValueError for a speed that is not positive.
-    """
-    if not speeds or min(speeds) <= 0:
-        raise ValueError(f"speeds must be positive, got {speeds}")
-    shares = [0] * len(speeds)
-    for _ in range(micro_batches):
-        at = min(range(len(speeds)), key=lambda index: (shares[index] + 1) / speeds[index])
-        shares[at] += 1
-    return shares

@@ -1,12 +1,10 @@
-"""Simulates one step on a cluster: a timeline per stage and link, as a trace and a picture."""
+"""Simulates one step on a cluster: a timeline per stage and link, as a trace."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.plan import picture as svg
 from shoal.plan.cost.step import Estimator
 from shoal.plan.schedules import Piece, Times, idle_fraction, play, rank_of_stage
 from shoal.plan.workload import Candidate
@@ -150,32 +148,3 @@ def trace(timeline: Timeline) -> str:
         for span in timeline.spans
     ]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
-
-
-def picture(timeline: Timeline) -> str:
-    """An SVG of the compute lanes, one row per stage, with links below each."""
-    scale, row = 900 / max(span.stop for span in timeline.spans), 26
-    title = (
-        f"{timeline.seconds:.4g} s per step, {timeline.bubble:.1%} bubbles, "
-        f"{timeline.shown_micro_batches} of {timeline.micro_batches} micro batches shown"
-    )
-    parts = [svg.words(title, x=8, y=18, size=14)]
-    parts += [svg.words(f"stage {at}", x=8, y=46 + row * at) for at in range(timeline.stages)]
-    for span in timeline.spans:
-        compute = span.lane == "compute"
-        parts.append(
-            svg.box(
-                span.name.rstrip("0123456789").rstrip(),
-                x=70 + span.start * scale,
-                y=34 + row * span.stage + (0 if compute else 16),
-                width=max((span.stop - span.start) * scale, 0.2),
-                height=15 if compute else 6,
-                title=span.name,
-            )
-        )
-    return svg.frame(parts, width=990, height=60 + row * timeline.stages, font=11)
-
-
-def busy_seconds(spans: Sequence[Span], *, lane: str, stage: int) -> float:
-    """Seconds that a lane of a stage is occupied."""
-    return sum(span.stop - span.start for span in spans if (span.lane, span.stage) == (lane, stage))

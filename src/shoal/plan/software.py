@@ -1,81 +1,92 @@
-"""Training software as the cost model sees it: what is fused, what overlaps, what is kept."""
+"""Training software as the cost model sees it: what is fused, what overlaps, what is kept.
+
+Other programs' profiles stand in benchmarks/planner_score/profiles.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Software:
-    """What a training program does between the matrix products.
-
-    `fused`: norms, activations and rotations are single kernels. `flash`: attention never stores
-    its scores; `attention_version`: 1, 2 or 3 as FlashAttention counts, 3 for any kernel made for
-    Hopper or newer. `elementwise`: memory traffic of norms, activations and rotations over that of
-    fused kernels; `logit_traffic`: bytes per logit of the loss, both passes; `accumulate_bytes`:
-    traffic per parameter and micro batch of adding up gradients.
-
-    `block_host_seconds`: what the host needs to launch one block, both passes, without
-    collectives; `collective_host_seconds` and `send_host_seconds` for one of those, plus
-    `collective_rank_seconds` per rank of the tensor axis;
-    `step_host_seconds` per step (data, logging). `bucket_bytes`: gradients are reduced in pieces
-    of this size; sharded parameters are fetched in `gathers_per_block`. `overlap_*`: share of
-    compute behind which that communication can hide (tensor: share of it that is hidden).
-
-    Bytes are per parameter: `weight_bytes` in compute format, `master_bytes` of the copy that the
-    optimizer updates (0: the weights are that copy), `moment_bytes` of its state, `gradient_bytes`
-    of the accumulated gradient, `transient_bytes` alive beside them in the update, `regather_bytes`
-    of the gathered copy after a sharded update. `padding_parameters`: what flat buffers are padded
-    by. `logit_bytes`: memory per logit at the peak of the loss. `unsplit_bytes`: activations per
-    hidden element and block that the tensor axis does not split. `keeps_gathers`: two gather
-    buffers of the tensor axis stay allocated. `balanced_stages`: stages are cut by compute cost,
-    not by number of blocks. `recomputes_gate`: the product of a gated activation is made again in
-    the backward. `selective_share`: part of a block that selective recompute runs again, beside
-    attention that stores its scores (0 where a flash kernel makes it idle). `resets_peak`: the
-    reported peak of live tensors is that of the update alone. `autocast`: eager torch, weights and
-    residuals in float32, inputs of products cast, the loss in chunks. `on_cpu`: with the attention
-    of models/cpu_attention.py. `shares_update`: replicas share their parameters, and each updates a
-    part.
-    """
+    """What a training program does between the matrix products. Bytes are per parameter."""
 
     name: str
     fused: bool = False
+    """Norms, activations and rotations are single kernels."""
     flash: bool = True
+    """Attention never stores its scores."""
     attention_version: int = 2
+    """1, 2 or 3 as FlashAttention counts; 3 for any kernel made for Hopper or newer."""
     elementwise: float = 2.0
+    """Memory traffic of norms, activations and rotations over that of fused kernels."""
     logit_traffic: float = 40.0
+    """Bytes per logit that the loss moves, both passes."""
     accumulate_bytes: float = 0.0
+    """Traffic per parameter and micro batch of adding up gradients."""
     sequence_parallel: bool = True
+    """The tensor axis also splits what lies between its products."""
     block_host_seconds: float = 1.0e-3
+    """What the host needs to launch one block, both passes, without collectives."""
     collective_host_seconds: float = 50e-6
+    """The same for one collective."""
     collective_rank_seconds: float = 0.0
+    """What a collective costs the host more per rank of the tensor axis."""
     send_host_seconds: float = 100e-6
+    """What the host needs for one message to another stage."""
     step_host_seconds: float = 0.01
+    """Per step: data, logging."""
     bucket_bytes: float = 100e6
+    """Gradients are reduced in pieces of this size."""
     overlap_tensor: float = 0.0
+    """Share of the tensor axis's communication that is hidden."""
     overlap_gradients: float = 0.5
+    """Share of the backward behind which the reduction of gradients can hide."""
     overlap_shard: float = 0.8
+    """Share of compute behind which fetching sharded parameters can hide."""
     overlap_sends: float = 0.0
+    """Share of compute behind which messages between stages can hide."""
     gathers_per_block: float = 1.0
+    """Pieces in which the sharded parameters of a block are fetched."""
     weight_bytes: float = 2.0
+    """Weights in the compute format."""
     master_bytes: float = 4.0
+    """The copy that the optimizer updates; 0: the weights are that copy."""
     moment_bytes: float = 8.0
+    """The optimizer's state."""
     gradient_bytes: float = 4.0
+    """The accumulated gradient."""
     reduce_bytes: float = 4.0
+    """The gradient as it is reduced."""
     transient_bytes: float = 0.0
+    """Alive beside them in the update."""
     padding_parameters: float = 0.0
+    """Parameters by which flat buffers are padded."""
     logit_bytes: float = 10.0
+    """Memory per logit at the peak of the loss."""
     unsplit_bytes: float = 0.0
+    """Activations per hidden element and block that the tensor axis does not split."""
     keeps_gathers: bool = False
+    """Two gather buffers of the tensor axis stay allocated."""
     regather_bytes: float = 0.0
+    """The gathered copy after a sharded update."""
     balanced_stages: bool = False
+    """Stages are cut by compute cost, not by number of blocks."""
     dropout: bool = False
+    """Dropout is on, and keeps its masks."""
     recomputes_gate: bool = False
+    """The product of a gated activation is made again in the backward."""
     selective_share: float = 0.0
+    """Part of a block's forward that selective recompute runs again, beside attention that stores
+    its scores."""
     resets_peak: bool = False
+    """The reported peak of live tensors is that of the update alone."""
     autocast: bool = False
+    """Eager torch: weights and residuals in float32, inputs of products cast, the loss in
+    chunks."""
     on_cpu: bool = False
-    shares_update: bool = False
+    """With the attention of models/cpu_attention.py."""
 
     def accumulated(self, precision: str) -> float:
         """Bytes that a micro batch moves per parameter: adding gradients up, and casts."""
@@ -97,97 +108,3 @@ SHOAL = Software(
 )
 """This project: eager torch under autocast, FSDP2 that gathers float32, chunked loss, one flat
 reduction after the last backward; two regions, the last chunk of each half empty on average."""
-
-NANOTRON = Software(
-    name="nanotron",
-    elementwise=3.9,
-    logit_traffic=55.0,
-    accumulate_bytes=6.0,
-    block_host_seconds=2.2e-3,
-    collective_host_seconds=215e-6,
-    bucket_bytes=460e6,
-    step_host_seconds=0.037,
-    overlap_gradients=0.3,
-    transient_bytes=2.0,
-    regather_bytes=2.0,
-    keeps_gathers=True,
-    unsplit_bytes=9.0,
-    balanced_stages=True,
-    resets_peak=True,
-)
-NANOTRON_EARLY = replace(
-    NANOTRON,
-    name="nanotron-early",
-    block_host_seconds=1.8e-3,
-    collective_rank_seconds=245e-6,
-)
-"""The same on an older stack: every collective of the tensor axis costs the host time per rank."""
-MEGATRON = Software(
-    name="megatron",
-    fused=True,
-    elementwise=1.0,
-    logit_traffic=25.0,
-    attention_version=3,
-    overlap_tensor=0.5,
-    overlap_gradients=0.8,
-    bucket_bytes=500e6,
-    logit_bytes=8.0,
-)
-"""Megatron-Core since 2025: cuDNN attention, communication behind products."""
-NEMO_2024 = replace(MEGATRON, name="nemo-2024", attention_version=2)
-MEGATRON_CLASSIC = replace(
-    MEGATRON,
-    name="megatron-classic",
-    flash=False,
-    attention_version=2,
-    sequence_parallel=False,
-    overlap_tensor=0.0,
-    overlap_gradients=0.0,
-    reduce_bytes=2.0,
-    gradient_bytes=2.0,
-    accumulate_bytes=6.0,
-    dropout=True,
-)
-"""Megatron-LM of 2020 to 2022: attention that stores its scores, nothing overlaps, and every micro
-batch adds its 16-bit gradients to the sum (read both, write one)."""
-DEEPSPEED_2021 = replace(
-    MEGATRON_CLASSIC, name="deepspeed-2021", overlap_shard=0.0, gathers_per_block=12.0
-)
-"""ZeRO-3 as in arXiv 2104.04473: each parameter is fetched by itself, nothing overlaps."""
-ONEFLOW = replace(MEGATRON_CLASSIC, name="oneflow", overlap_gradients=0.5)
-GPT_NEOX = replace(MEGATRON_CLASSIC, name="gpt-neox", flash=True, attention_version=1)
-FSDP = Software(
-    name="fsdp",
-    elementwise=4.8,
-    overlap_shard=0.6,
-    overlap_gradients=0.8,
-    selective_share=0.3,
-)
-FSDP_COMPILED = replace(FSDP, name="fsdp-compiled", fused=True, elementwise=1.1, overlap_shard=0.68)
-FOUNDRY = replace(FSDP, name="foundry", attention_version=1, elementwise=1.7, logit_traffic=17.5)
-"""llm-foundry: fused cross entropy and FlashAttention of the first version."""
-GENERIC = replace(
-    MEGATRON,
-    name="generic",
-    attention_version=2,
-    overlap_tensor=0.2,
-    elementwise=2.0,
-    reduce_bytes=2.0,
-)
-"""For software that is not known: partly fused kernels, FlashAttention-2, some overlap."""
-_ALL = (
-    SHOAL,
-    NANOTRON,
-    NANOTRON_EARLY,
-    MEGATRON,
-    NEMO_2024,
-    MEGATRON_CLASSIC,
-    DEEPSPEED_2021,
-    ONEFLOW,
-    GPT_NEOX,
-    FSDP,
-    FSDP_COMPILED,
-    FOUNDRY,
-    GENERIC,
-)
-PROFILES = {profile.name: profile for profile in _ALL}

@@ -16,6 +16,16 @@ FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """The planner's short words for a recipe's number formats."""
 
 
+WIDER = {
+    "fp4": ("fp4", "fp8", "bf16", "fp16", "fp32"),
+    "fp8": ("fp8", "bf16", "fp16", "fp32"),
+    "bf16": ("bf16", "fp16", "fp32"),
+    "fp16": ("fp16", "bf16", "fp32"),
+    "fp32": ("fp32",),
+}
+"""Each number format, and those that may stand in for it, the nearest first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """One optimizer step: `global_batch_samples` rows of `sequence_tokens` tokens.
@@ -36,26 +46,13 @@ class Workload:
         return self.sequence_tokens * self.global_batch_samples
 
 
-@dataclass(frozen=True, order=True)
-class Crew:
-    """The workers of a run on one machine: `count` of a kind, each with `threads` threads."""
-
-    workers: str
-    count: int
-    threads: int
-
-    def __str__(self) -> str:
-        kind = self.workers if self.count > 1 else "worker"
-        return f"{self.count} {kind} x {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One way to run a workload: a layout and everything else that decides time and memory.
 
-    `recompute_share` of the blocks are recomputed. `level` says what the shard axis splits
-    (DESIGN 7): optimizer state only, gradients too, or parameters too. `chunks` is the number of
-    stages per rank of a looped or V schedule. `crew`: the workers, on a measured machine.
+     `recompute_share` of the blocks are recomputed. `level` says what the shard axis splits
+    : optimizer state only, gradients too, or parameters too. `chunks` is the number of
+     stages per rank of a looped or V schedule.
     """
 
     layout: Layout
@@ -68,7 +65,6 @@ class Candidate:
     policy: str = "every-step"
     every_steps: int = 1
     codec: str = "none"
-    crew: Crew | None = None
 
     @property
     def state_split(self) -> int:

@@ -1,45 +1,61 @@
-"""Timing while all workers of a group do the same."""
+"""Timing workers run the recipe's own training, step by step as ordered."""
 
 from __future__ import annotations
 
-import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from shoal.comm.group import Group
-from shoal.engine.timing import Clock, Threads, alone
-
-
-def test_the_same_answer_on_every_rank_and_threads_that_stay() -> None:
-    """Three calls of 20 ms and one of 40: the mean of the ranks is 30 (a busy machine adds)."""
-    crowd = Threads(2, threads_each=1)
-
-    def body(group: Group) -> tuple[float, int, int]:
-        seconds = Clock(group).seconds(lambda: time.sleep(0.02 * (1 + group.rank)))
-        return seconds, threading.get_ident(), torch.get_num_threads()
-
-    first, second = crowd.run(body)
-    assert first[0] == second[0]
-    assert 0.03 <= first[0] < 0.2
-    assert (first[2], second[2]) == (1, 1)
-    again = crowd.run(body)
-    assert {each[1] for each in again} == {first[1], second[1]}
+from shoal.config.load import load_recipe
+from shoal.engine.decision import Decision
+from shoal.engine.prepare import prepare_inputs
+from shoal.launch.pool import Worker
+from shoal.layout import Layout
+from tiny import Bench
 
 
-def test_short_calls_are_repeated_until_a_clock_can_tell() -> None:
-    calls: list[int] = []
-    seconds = Clock(alone()).seconds(lambda: calls.append(1))
-    assert len(calls) > 1000
-    assert seconds < 1e-4
+def heard(bench: Bench, workers: list[Worker], kind: str) -> dict[str, Any]:
+    """The next message of a kind; an error is raised."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for worker, message in bench.pool.events(timeout_seconds=0.5, only=workers):
+            assert message is not None, f"worker {worker.name} ended"
+            assert message["kind"] != "error", message
+            if message["kind"] == kind:
+                return message
+    raise AssertionError(f"no {kind} within a minute")
 
 
-def test_a_failure_in_one_thread_is_raised_and_frees_the_others() -> None:
-    def body(group: Group) -> None:
-        if group.rank == 1:
-            raise ValueError("rank 1 is broken")
-        group.barrier()
-
-    with pytest.raises(ValueError, match="rank 1 is broken"):
-        Threads(3, threads_each=1).run(body)
+@pytest.mark.parametrize(("kind", "count"), [("threads", 2), ("processes", 2), ("processes", 1)])
+def test_steps_in_any_micro_batch_are_timed(
+    bench: Bench, tmp_path: Path, kind: Any, count: int
+) -> None:
+    """Passes and update apart; more rows take longer; nothing is written."""
+    recipe = load_recipe(str(bench.recipe))
+    inputs = prepare_inputs(recipe, say=lambda text: None)
+    decision = Decision(Layout(replicate=count), kind, 1, 1, "float32", "")
+    payload = {
+        "recipe": recipe.model_dump(mode="json"),
+        "inputs": inputs.to_json(),
+        "decision": decision.to_json(),
+        "folder": str(tmp_path),
+        "name": kind,
+    }
+    size = 1 if kind == "threads" else count
+    target = "shoal.engine.timing:run"
+    workers = [bench.pool.start(target, {**payload, "rank": rank}) for rank in range(size)]
+    try:
+        heard(bench, workers, "built")
+        spent = {}
+        for micro, samples, times in ((1, 1, 1), (2, 8, 3), (1, 1, 5)):
+            order = {"micro": micro, "samples": samples, "threads": 1, "times": times}
+            for worker in workers:
+                bench.pool.send(worker, order)
+            spent[samples] = heard(bench, workers, "turn")
+        assert all(each["passes"] > 0 and each["update"] > 0 for each in spent.values())
+        assert spent[8]["passes"] > spent[1]["passes"]
+        assert not [path for path in tmp_path.iterdir() if not path.name.startswith("store-")]
+    finally:
+        bench.pool.kill(workers)

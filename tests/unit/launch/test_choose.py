@@ -1,4 +1,4 @@
-"""What is decided at a start: planned, timed where plans are close, by rule where given."""
+"""What is decided at a start: timed where the recipe leaves it open, by rule where it does not."""
 
 from __future__ import annotations
 
@@ -10,30 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from shoal.cli.main import app
 from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.prepare import Inputs, prepare_inputs
 from shoal.environment import usable_cores
-from shoal.errors import UserError, WorkerError
-from shoal.launch import choose, local
-from shoal.launch.choose import with_speedup
+from shoal.launch import choose, local, timings, tune
+from shoal.launch.candidates import Timed, best_of
+from shoal.launch.choose import check_decision_respects_recipe
 from shoal.launch.devices import on_devices
-from shoal.launch.measuring import learn_from, measured_before
-from shoal.launch.refuse import check, refuse_illegal
+from shoal.launch.refuse import refuse_illegal
 from shoal.launch.summary import last_words
-from shoal.launch.trial import Trial
 from shoal.layout import Layout
 from shoal.observe.console import Console
-from shoal.plan.ask import config_of, workload_of
-from shoal.plan.calibrate import rates_of
-from shoal.plan.measurements import load_measurements, measurements_path
-from shoal.plan.workload import Crew
+from shoal.plan.from_recipe import config_of, workload_of
 from tiny import Bench, Run
 from unit.models.tiny_models import SETTINGS
 
-pytestmark = pytest.mark.timed  # machines and plans are timed, by workers that must be alone
+pytestmark = pytest.mark.timed  # setups are timed, by workers that must be alone
 
 OPEN = (
     "parallel=auto",
@@ -51,111 +48,139 @@ def plan_of(run: Run) -> dict[str, Any]:
     return found
 
 
-def given(tmp_path: Path, bench: Bench, *overrides: str) -> tuple[Recipe, Inputs]:
+def given(bench: Bench, *overrides: str) -> tuple[Recipe, Inputs]:
     recipe = load_recipe(str(bench.recipe), [*OPEN, *overrides])
     return recipe, prepare_inputs(recipe, say=lambda text: None)
 
 
-def trial_of(recipe: Recipe, inputs: Inputs, **more: float) -> Trial:
-    """A trial on this machine, which a run has measured."""
-    known = measured_before()
-    assert known is not None
-    config = config_of(recipe, vocabulary_size=inputs.vocabulary_size)
-    workload = workload_of(recipe, config=config, precision="fp32")
-    return Trial(recipe, inputs=inputs, measured=known, workload=workload, **more)
+def chosen(bench: Bench, *overrides: str) -> tuple[Decision, str]:
+    """What a start would decide, and what it says meanwhile."""
+    recipe, inputs = given(bench, *overrides)
+    out = io.StringIO()
+    console = Console(out=out)
+    return choose.choose(recipe, inputs=inputs, pool=bench.pool, console=console), out.getvalue()
 
 
 @pytest.fixture(scope="module")
 def planned(bench: Bench) -> Run:
-    """A run that chose for itself; the first on this machine measures it (some ten seconds)."""
+    """A run that chose for itself."""
     return bench.train(*OPEN)
 
 
-def test_the_machine_is_measured_once_and_the_best_plans_are_timed(
+def test_every_way_to_use_the_cores_is_timed_and_the_second_start_times_nothing(
     bench: Bench, planned: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured = load_measurements(measurements_path())
-    assert measured.is_short
-    assert {each.threads for each in measured.conditions} >= {1}
-    assert measured.start_seconds > 0
-    plan = plan_of(planned)
-    assert plan["reason"].startswith(("timed", "planned"))
-    assert plan["measured"]["plans"][0]["predicted_step_seconds"] > 0
+    plan, cores = plan_of(planned), usable_cores()
+    rows = [Timed.from_json(row) for row in plan["measured"]["candidates"]]
+    ways = {(row.setup.workers, row.setup.count) for row in rows}
+    assert {("processes", 1)} <= ways
+    if cores > 1:
+        assert {("threads", cores), ("processes", cores)} <= ways
+        assert any(row.is_one_core for row in rows), "the speed-up is told from it"
+    best = best_of(rows)
+    assert plan["predicted"]["step_seconds"] == best.step_seconds
+    assert plan["reason"].startswith(f"{best.step_seconds:.3g} s a step (")
+    assert "; timed in " in plan["reason"]
     local.train(bench.recipe, OPEN, out=bench.new_path(), console=True, pool=bench.pool)
     said = capsys.readouterr().out
-    assert "plan: " in said and plan["reason"] in said
-    assert "measuring" not in said and "timing" not in said
+    assert f"plan: {best.setup}, micro batch {best.micro}, float32: " in said
+    assert "timed before on this machine" in said and "timing" not in said
 
 
-def test_a_run_says_how_much_faster_it_is_than_one_worker(planned: Run) -> None:
-    """Whatever was chosen, and however far one worker was predicted to lie behind."""
+def test_the_plan_without_a_cluster_is_the_table_of_what_was_timed(
+    bench: Bench, planned: Run
+) -> None:
+    rows = [Timed.from_json(row) for row in plan_of(planned)["measured"]["candidates"]]
+    done = CliRunner().invoke(app, ["plan", str(bench.recipe), *OPEN], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    chosen = next(line for line in done.output.splitlines() if line.strip().startswith("->"))
+    assert str(best_of(rows).setup) in chosen
+    assert all(f"{row.step_seconds:.3g}" in done.output for row in rows)
+    assert f"shoal train {bench.recipe} parallel=auto" in done.output
+    as_json = CliRunner().invoke(app, ["plan", str(bench.recipe), *OPEN, "--json"])
+    tree = json.loads(as_json.stdout)
+    assert [Timed.from_json(row).to_json() for row in tree["measured"]["candidates"]] == [
+        row.to_json() for row in rows
+    ]
+
+
+def test_nothing_of_a_timing_is_written_but_the_cache(bench: Bench, tmp_path: Path) -> None:
+    before = set(bench.folder.rglob("*"))
+    chosen(bench, "train.global_batch_samples=8")
+    assert set(bench.folder.rglob("*")) == before
+
+
+def test_a_run_says_how_much_faster_it_is_than_one_core(planned: Run) -> None:
     plan, summary = plan_of(planned), json.loads((planned.path / "summary.json").read_text())
-    measured, crews = plan["measured"], {each["crew"] for each in plan["measured"]["plans"]}
     words = " ".join(last_words(planned.path, summary, recipe="tiny.yaml"))
-    assert any(crew.startswith("1 worker") for crew in crews), crews
-    if plan["layout"]["replicate"] > 1:
-        assert measured["speedup"] > 0
-        assert f"{measured['speedup']:.2f} x one worker" in words
-    else:
-        assert "one worker is" in words
+    rows = [Timed.from_json(row) for row in plan["measured"]["candidates"]]
+    best = best_of(rows)
+    others = [row for row in rows if row.is_one_core != best.is_one_core]
+    beside = min(others, key=lambda row: row.step_seconds)
+    factor = beside.step_seconds / best.step_seconds
+    assert f"{factor:.2f} x as fast as {beside.setup} (timed in turns" in words
 
 
-def test_where_the_best_plan_is_too_slow_to_time_no_other_is_timed_instead(
-    bench: Bench, tmp_path: Path, planned: Run
+def test_a_damaged_cache_is_said_and_made_anew(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or the run would take a worse plan, because that one could be timed."""
-    recipe, inputs = given(tmp_path, bench)
-    trial = trial_of(recipe, inputs, budget_seconds=1.0)
-    first, *rest = trial._contenders(check(recipe))
-    assert any(each.crew.count == 1 for each in (first, *rest)) and rest
-    slow, quick = replace(first, pass_seconds=1.0), [replace(e, pass_seconds=0.01) for e in rest]
-    assert trial._affordable([slow, *quick]) == []
-    assert trial._affordable([replace(first, pass_seconds=0.01), *quick])
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    chosen(bench)
+    kept = next((tmp_path / "timed").iterdir())
+    formats = next((tmp_path / "machines").iterdir())
+    kept.write_text("{")
+    formats.write_text("{}x")
+    decision, said = chosen(bench)
+    assert f"warning: {kept} is damaged" in said and "timing anew" in said
+    assert f"warning: {formats} is damaged" in said
+    assert "; timed in " in decision.reason
+    assert "timed before" in chosen(bench)[0].reason
+    formats.write_text(json.dumps({"devices": 0}))
+    assert "KeyError('device_name')" in chosen(bench)[1]
 
 
-def test_one_worker_chosen_among_lone_ones_is_still_compared_with_replicas(
-    bench: Bench, tmp_path: Path, planned: Run
+def test_other_recipes_are_timed_apart_and_what_bears_on_no_time_is_not(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where only lone workers were close enough to be timed; it said that one was asked for."""
-    recipe, inputs = given(tmp_path, bench)
-    trial = trial_of(recipe, inputs)
-    contenders = trial._contenders(check(recipe))
-    lone = next(each for each in contenders if each.crew.count == 1)
-    record = trial._record(lone, steps={lone: 1.0}, timed={lone: 0.5}, contenders=contenders)
-    best = min(each.plan.step_seconds for each in contenders if each.crew.count > 1)
-    assert record["why_one"] == f"one worker is {best:.2f} x the best of replicas"
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    chosen(bench)
+    same = chosen(bench, "train.steps=7", "train.optimizer={kind: adamw, learning_rate: 1.0e-4}")
+    assert "timed before" in same[0].reason
+    assert "timed in" in chosen(bench, "train.global_batch_samples=8")[0].reason
+    monkeypatch.setattr(timings, "version", lambda name: "9.9")
+    assert "timed in" in chosen(bench)[0].reason
 
 
-def test_the_speed_up_is_timed_at_the_end_where_the_start_had_no_time(
-    bench: Bench, tmp_path: Path, planned: Run
+def test_without_tuning_all_cores_are_used_by_rule(bench: Bench) -> None:
+    decision, said = chosen(bench, "launch.tune=false")
+    cores = usable_cores()
+    assert decision.setup.count * decision.setup.threads == cores
+    assert cores == 1 or decision.workers == "threads"
+    assert decision.reason.endswith("not timed (launch.tune is false)")
+    assert "timing" not in said and not decision.measured
+
+
+def test_what_cannot_be_timed_falls_back_to_all_cores(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, inputs = given(tmp_path, bench)
-    console, trial = Console(out=io.StringIO()), trial_of(recipe, inputs)
-    pair = next(each for each in trial._contenders(check(recipe)) if each.crew.count == 2)
-    kind = "threads" if pair.crew.workers == "threads" else "processes"
-    layout, threads = pair.plan.candidate.layout, pair.crew.threads
-    decision = Decision(layout, kind, threads, pair.micro, "float32", "planned", {"plans": []})
-    found = with_speedup(recipe, decision, inputs=inputs, pool=bench.pool, console=console)
-    assert 0.05 < found.measured["speedup"] < 20, "few samples, on a machine that may be busy"
-    again = with_speedup(recipe, found, inputs=inputs, pool=bench.pool, console=console)
-    assert again == found
-
-    def failing(*_: object, **__: object) -> float:
-        raise WorkerError("rank 0 was killed")
-
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trial, "speedup", failing)
-        console = Console(out=said)
-        kept = with_speedup(recipe, decision, inputs=inputs, pool=bench.pool, console=console)
-    assert kept == decision and "rank 0 was killed" in said.getvalue()
-    given_one = replace(decision, measured={})
-    same = with_speedup(recipe, given_one, inputs=inputs, pool=bench.pool, console=console)
-    assert same == given_one
+    """Workers that die or never answer: the run begins all the same, with all cores."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_TARGET", "lame_worker:run")
+    monkeypatch.setattr(tune, "TUNE_SECONDS", 1.0)
+    decision, _ = chosen(bench)
+    assert decision.setup.count * decision.setup.threads == usable_cores()
+    assert decision.reason.endswith("not timed (no setup was ready within 1 s)")
+    monkeypatch.setattr(timings, "free_memory_bytes", lambda: 1000)
+    assert chosen(bench)[0].reason.endswith("beside one another)")
 
 
-def test_a_run_says_what_was_foretold_of_it(planned: Run) -> None:
-    """Memory is counted tensor by tensor: 15 % is what the planner promises (DESIGN 5.9)."""
+def test_a_recipe_that_no_worker_can_build_is_told_before_it_starts(bench: Bench) -> None:
+    _, said = chosen(bench, "model.hidden_act=nonsense")
+    assert "warning: a setup could not be timed: " in said and "nonsense" in said
+
+
+def test_a_run_says_what_was_predicted_of_it(planned: Run) -> None:
+    """Memory is counted tensor by tensor: 15 % is what the planner promises."""
     plan, summary = plan_of(planned), json.loads((planned.path / "summary.json").read_text())
     predicted, outcome = plan["predicted"], plan["outcome"]
     assert predicted["peak_memory_bytes"] == pytest.approx(outcome["peak_memory_bytes"], rel=0.15)
@@ -165,8 +190,8 @@ def test_a_run_says_what_was_foretold_of_it(planned: Run) -> None:
 
 
 @pytest.mark.parametrize("kind, micro", [("processes", 2), ("processes", 8), ("threads", 8)])
-def test_what_is_fixed_on_auto_stays_and_the_rest_is_planned(
-    bench: Bench, planned: Run, kind: str, micro: int
+def test_what_is_fixed_on_auto_stays_and_the_rest_is_chosen(
+    bench: Bench, kind: str, micro: int
 ) -> None:
     run = bench.train(
         *OPEN,
@@ -178,24 +203,6 @@ def test_what_is_fixed_on_auto_stays_and_the_rest_is_planned(
     plan = plan_of(run)
     assert (plan["layout"]["replicate"], plan["workers"]) == (2, kind)
     assert (plan["micro_batch_samples"], plan["threads_per_worker"]) == (micro, 1)
-    assert plan["predicted"]["step_seconds"] > 0
-
-
-@pytest.mark.parametrize("first, then", [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_machine_measured_for_one_format_plans_the_others(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, then: str
-) -> None:
-    """A run in another format was refused, and what is on auto never learned of the faster one."""
-    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
-    bench.train(*OPEN, f"precision.compute={first}")
-    fixed = plan_of(bench.train(*OPEN[4:], f"precision.compute={then}"))
-    assert fixed["predicted"]["step_seconds"] > 0
-    free = plan_of(bench.train(*OPEN, "precision.compute=auto"))
-    assert free["measured"]["format_ratio"] > 0
-    known = load_measurements(measurements_path())
-    rates = rates_of(known, Crew("processes", usable_cores(), 1))
-    seconds = {n: rates.attention(precision=n, row=256, head_size=64) for n in ("fp32", "bf16")}
-    assert min(seconds.values()) > 0, "attention was foretold to take no time"
 
 
 @pytest.mark.parametrize(
@@ -222,32 +229,21 @@ def test_a_plan_that_ignores_a_key_is_an_error_of_ours(
     taken = Decision(layout, "processes", 1, 2, "float32", "planned")
     taken = replace(taken, shard_level="optimizer", recompute="none")
     with pytest.raises(RuntimeError, match=message):
-        choose._honoured(recipe, taken)
-    choose._honoured(load_recipe(str(bench.recipe), [*OPEN, "precision.compute=auto"]), taken)
-
-
-def test_a_given_layout_is_foretold_on_a_known_machine(bench: Bench, planned: Run) -> None:
-    run = bench.train("train.steps=4", "train.evaluate_every_steps=0", "checkpoint.every_steps=0")
-    plan = plan_of(run)
-    assert plan["reason"].startswith("as the recipe says")
-    assert plan["predicted"]["peak_memory_bytes"] == pytest.approx(
-        plan["outcome"]["peak_memory_bytes"], rel=0.15
+        check_decision_respects_recipe(recipe, taken)
+    check_decision_respects_recipe(
+        load_recipe(str(bench.recipe), [*OPEN, "precision.compute=auto"]), taken
     )
 
 
-def test_runs_teach_the_planner_once_each(
-    bench: Bench, planned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = measurements_path().read_text()
-    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="run shoal plan --calibrate first, then give runs"):
-        learn_from([planned.path])
-    measurements_path().parent.mkdir()
-    measurements_path().write_text(known)
-    learn_from([planned.path])
-    learned = learn_from([planned.path])
-    assert [each.run for each in learned.runs] == [str(planned.path.resolve())]
-    assert measured_before() == learned
+def test_the_memory_of_a_given_layout_is_predicted(bench: Bench) -> None:
+    run = bench.train("train.steps=4", "train.evaluate_every_steps=0", "checkpoint.every_steps=0")
+    plan = plan_of(run)
+    assert (
+        plan["reason"].startswith("as the recipe says") and "step_seconds" not in plan["predicted"]
+    )
+    assert plan["predicted"]["peak_memory_bytes"] == pytest.approx(
+        plan["outcome"]["peak_memory_bytes"], rel=0.15
+    )
 
 
 FORMATS = {
@@ -335,13 +331,13 @@ def test_what_is_chosen_is_legal(family: str, devices: int) -> None:
     refuse_illegal(recipe, decision.layout, config=config)
 
 
-def test_devices_are_planned_from_the_hardware_table(tmp_path: Path, bench: Bench) -> None:
+def test_devices_are_planned_from_the_hardware_table(bench: Bench) -> None:
     """One process per device; the micro batch is the planner's; the peak that of the data sheet."""
-    recipe, _ = given(tmp_path, bench)
+    recipe, _ = given(bench)
     workload = workload_of(recipe, config=config_of(recipe), precision="bf16")
     decision = planned_on(recipe, config=config_of(recipe), devices=2)
     assert (decision.workers, decision.layout.replicate) == ("processes", 2)
-    assert decision.reason.startswith("planned ") and decision.reason.endswith(" on H100-80")
+    assert decision.reason.startswith("predicted ") and decision.reason.endswith(" on H100-80")
     assert decision.predicted["step_seconds"] > 0
     whole = choose._with_figures(recipe, decision, workload=workload, formats=FORMATS)
     assert whole.peak_flops_per_second == pytest.approx(2 * 989.4e12)
@@ -353,14 +349,14 @@ def test_devices_are_planned_from_the_hardware_table(tmp_path: Path, bench: Benc
     assert whole.mfu(tokens=100, seconds=1.0) is None
 
 
-def test_a_family_without_sizes_is_decided_by_rule(bench: Bench, tmp_path: Path) -> None:
-    recipe, inputs = given(tmp_path, bench)
+def test_a_family_without_sizes_is_decided_by_rule(bench: Bench) -> None:
+    recipe, inputs = given(bench, "launch.tune=false")
     tree = recipe.model_dump(mode="json")
     tree["model"] = {"kind": "config", "architecture": "stablelm", "hidden_size": 32}
     other = Recipe.model_validate(tree)
     console = Console(out=io.StringIO())
     decision = choose.choose(other, inputs=inputs, pool=bench.pool, console=console)
-    assert decision.reason.startswith("as the recipe says")
+    assert decision.reason.startswith("by rule")
     assert decision.flops_per_token is None
     assert decision.mfu(tokens=100, seconds=1.0) is None
     assert asdict(decision) == asdict(type(decision).from_json(decision.to_json()))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from planner_score.profiles import MEGATRON
 from shoal.legal import facts_from_config
 from shoal.plan.cost.step import Estimator
 from shoal.plan.explain import choices
 from shoal.plan.hardware import parse_cluster
-from shoal.plan.search import find
-from shoal.plan.software import MEGATRON, SHOAL
+from shoal.plan.search import Space, find
+from shoal.plan.software import SHOAL
 from shoal.plan.workload import Workload
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "plans.txt"
@@ -50,7 +51,8 @@ def plans() -> str:
             }
         )
         workload = Workload(facts=facts, sequence_tokens=row, global_batch_samples=batch)
-        best = find(Estimator(workload, parse_cluster(cluster), software)).best
+        space = Space(runnable=software is SHOAL)
+        best = find(Estimator(workload, parse_cluster(cluster), software), space=space).best
         lines.append(
             f"{size} on {cluster} ({batch} x {row}, {software.name}): {choices(best.candidate)}: "
             f"{best.step_seconds:.2g} s, {best.peak.total / 2**30:.0f} GiB"

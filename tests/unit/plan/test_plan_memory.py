@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from shoal.parallel.loss import chunked_loss
 
-from shoal.engine import calibrate as measuring
-from shoal.engine.timing import Subject
 from shoal.legal import facts_from_config
-from shoal.models.huggingface import config_from
+from shoal.models import init
+from shoal.models.anatomy import anatomy_of
+from shoal.models.huggingface import build_meta, config_from
 from shoal.observe.memory import LiveStorage
+from shoal.parallel.precision import DTYPES, compute_context
 from shoal.plan.cost.eager import eager_bytes, loss_bytes
 from shoal.plan.workload import FORMATS
 from shoal.tasks.kinds import create
@@ -31,12 +33,38 @@ GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_positions": 1024, "v
 
 def peak_bytes(config: dict[str, Any], compute: str, *, rows: int, tokens: int) -> int:
     """Peak of live storage of both passes, parameters and gradients not counted."""
-    step = Subject(config_from(config), task=create("causal-lm"), compute=compute)
-    batch = measuring._batch("llama", rows=rows, tokens=tokens)
-    step(batch)  # what is made once is made
-    with LiveStorage.above(step.resident) as live:
-        step(batch)
-    return live.peak_bytes - sum(tensor.nbytes for tensor in step.resident)
+    task = create("causal-lm")
+    model = build_meta(config_from(config), auto_class=task.auto_class, dropout="off")
+    init.materialise(model, record=init.record(model), seed=0)
+    anatomy, resident = anatomy_of(model), list(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        resident.append(parameter.grad)
+    ids = torch.arange(rows * tokens).view(rows, tokens) * 7919 % config["vocab_size"]
+    four = torch.arange(tokens) * 4 // tokens  # packed documents
+    batch = {
+        "input_ids": ids,
+        "labels": ids.roll(-1, dims=1),
+        "position_ids": (torch.arange(tokens) % (tokens // 4)).expand(rows, tokens).contiguous(),
+        "document_ids": four.expand(rows, tokens).contiguous(),
+        "sample_ids": torch.arange(rows),
+    }
+
+    def step() -> None:
+        with compute_context(DTYPES[compute], device=torch.device("cpu")):
+            output = task.forward(model, anatomy=anatomy, batch=batch, step=0)
+            loss = chunked_loss(
+                output.hidden,
+                labels=output.labels,
+                logits_of=output.logits_of,
+                head_parameters=output.head_parameters,
+            )
+        loss.backward()
+
+    step()  # what is made once is made
+    with LiveStorage.above(resident) as live:
+        step()
+    return live.peak_bytes - sum(tensor.nbytes for tensor in resident)
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

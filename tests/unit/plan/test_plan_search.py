@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
+from planner_score.profiles import MEGATRON, MEGATRON_CLASSIC
 from shoal.errors import UserError
 from shoal.layout import Layout
 from shoal.legal import Combination, ModelFacts, facts_from_config, illegal
 from shoal.plan import explain
-from shoal.plan.cost.step import Estimator, predict
+from shoal.plan.cost.step import Estimator
 from shoal.plan.hardware import parse_cluster
 from shoal.plan.search import (
     Space,
@@ -21,10 +22,8 @@ from shoal.plan.search import (
     find,
     layouts,
     offers,
-    shares_by_speed,
-    uneven_shares,
 )
-from shoal.plan.software import MEGATRON, MEGATRON_CLASSIC, SHOAL, Software
+from shoal.plan.software import SHOAL, Software
 from shoal.plan.workload import Candidate, Workload
 
 
@@ -202,14 +201,9 @@ def test_experts_are_spread() -> None:
 def test_the_reason_is_a_number() -> None:
     estimator = estimator_of(EIGHT, "4x8xH100", row=8192, batch=256)
     found = find(estimator)
-    text = explain.text(found, estimator=estimator)
+    text = explain.text(found, estimator=estimator, space=Space())
     assert "shard + tensor: +" in text
     assert "exposed tensor communication (+" in text
-    assert "tensor 16 crosses nodes" not in text  # eight key-value heads: 16 is not legal
-    wide = estimator_of(llama(8192, 8, 64, 64, 28672), "4x8xH100", row=4096, batch=64)
-    assert "tensor 16 crosses nodes: +" in explain.text(find(wide), estimator=wide)
-    picture = explain.picture(found)
-    assert picture.startswith("<svg") and picture.count("<rect") > 10
     data = explain.report_json(found, cluster=estimator.cluster)
     assert data["plan"]["layout"]["shard"] == found.best.candidate.layout.shard > 1
     assert "reason" in data["rejected"]["shard + tensor"]
@@ -250,28 +244,8 @@ def test_goals_deadline_and_budget() -> None:
     assert "None meets" in explain.offers_text(made, chosen=None, tokens=1)
 
 
-def test_uneven_devices_share_by_speed() -> None:
-    assert shares_by_speed(speeds=[2.0, 1.0, 1.0], micro_batches=8) == [4, 2, 2]
-    with pytest.raises(ValueError, match="speeds must be positive"):
-        shares_by_speed(speeds=[0.0], micro_batches=1)
-
-
-def test_a_mixed_cluster_is_told_what_uneven_shares_would_save() -> None:
-    """H100 beside A100: the faster gets more, all micro batches are given out, and time falls."""
-    estimator = estimator_of(ONE, "1x8xH100 + 1x8xA100", row=4096, batch=256)
-    space = Space(fixed={"micro_batch_samples": 1, "pipeline": 1, "tensor": 1, "context": 1})
-    best = find(estimator, space=space).best
-    uneven = uneven_shares(estimator, best=best)
-    assert uneven is not None
-    assert uneven.shares["H100-80"] > uneven.shares["A100-80"]
-    assert uneven.seconds < 0.9 * uneven.even_seconds
-    assert "shares by speed (" in (explain.uneven_note(estimator, best=best) or "")
-    alone = estimator_of(ONE, "8xH100", row=4096, batch=256)
-    assert uneven_shares(alone, best=find(alone).best) is None
-
-
 def test_what_seldom_agreement_would_save() -> None:
-    """Replicas over a slow network: the note names the gain; a fixed policy is kept."""
+    """Replicas over a slow network; a fixed policy is kept, and costs memory."""
     estimator = estimator_of(ONE, "4x1xRTX4090, 10Gbit", row=1024, batch=16)
     space = Space(fixed={"replicate": 4, "recompute": "full"})
     with pytest.raises(UserError, match="do not fit"):
@@ -280,20 +254,16 @@ def test_what_seldom_agreement_would_save() -> None:
         llama(1024, 4, 16, 16, 4096, tied=True), "4x1xRTX4090, 10Gbit", row=1024, batch=16
     )
     best = find(small, space=space).best
-    note = explain.period_note(small, best=best)
-    assert note is not None and note.startswith("diloco every 100 steps would save")
     fixed = {**space.fixed, "policy": "diloco", "every_steps": 100}
     seldom = find(small, space=Space(fixed=fixed)).best
     assert seldom.step_seconds < best.step_seconds
     assert seldom.first.optimizer > best.first.optimizer
-    assert seldom.sent_bytes["replicate"] == pytest.approx(best.sent_bytes["replicate"] / 100)
+    assert seldom.seconds["replicate"] < 0.1 * best.seconds["replicate"]
 
 
-def test_predict_is_what_the_engine_calls() -> None:
-    prediction = predict(
-        Candidate(layout=Layout(replicate=2)),
-        workload=Workload(facts=ONE, sequence_tokens=2048, global_batch_samples=8),
-        cluster=parse_cluster("2xA100"),
+def test_the_parts_of_a_step_add_up() -> None:
+    prediction = estimator_of(ONE, "2xA100", row=2048, batch=8).predict(
+        Candidate(layout=Layout(replicate=2))
     )
     assert prediction.step_seconds == pytest.approx(sum(prediction.seconds.values()))
     assert prediction.tokens_per_second > 0

@@ -55,8 +55,6 @@ class Compute:
 
     def sustained_rate(self, precision: str) -> float:
         """FLOPs per second of large products in a long run."""
-        if self.device.generation == "measured":
-            return self.device.rate(precision)
         table = {
             "volta": self.constants.sustained_volta,
             "ampere": self.constants.sustained_ampere,
@@ -171,7 +169,7 @@ class Compute:
             work += self.layer(rows=cut.tokens, columns=facts.hidden, depth=shared)
         return work
 
-    def elementwise_bytes(self, cut: Cut, *, experts: bool = False) -> tuple[float, float]:
+    def _elementwise_bytes(self, cut: Cut, *, experts: bool = False) -> tuple[float, float]:
         """Bytes that fused kernels of norms, rotations and activations move, (forward, backward).
 
         Per token, forward: two norms (read, write) and two residual sums, 20 per hidden element;
@@ -199,8 +197,9 @@ class Compute:
 
     def _elementwise(self, cut: Cut, *, experts: bool) -> Pass:
         """Norms, residuals, rotations and activations, bound by memory."""
-        forward, backward = self.elementwise_bytes(cut, experts=experts)
-        work = Pass(self.elementwise(forward), self.elementwise(backward))
+        forward, backward = self._elementwise_bytes(cut, experts=experts)
+        moves = self.software.elementwise
+        work = Pass(self.stream(moves * forward), self.stream(moves * backward))
         extra = 0.0
         if self.workload.precision in {"fp8", "fp4"}:
             each = self.constants.cast_bytes
@@ -213,10 +212,6 @@ class Compute:
         moved = self.stream(extra * cut.tokens)
         return work + Pass(moved, moved)
 
-    def elementwise(self, num_bytes: float) -> float:
-        """Seconds of what fused kernels would do by moving `num_bytes`."""
-        return self.stream(self.software.elementwise * num_bytes)
-
     def host_waiting(self, *, collectives: int, tensor: int, repeated: float, busy: float) -> float:
         """Seconds per block in which the device, `busy` so long, waits for the host to start it.
 
@@ -227,10 +222,6 @@ class Compute:
         block = software.block_host_seconds * (1.6 if self.workload.facts.experts else 1.0)
         each = software.collective_host_seconds + software.collective_rank_seconds * tensor
         return max(0.0, repeated * (block + collectives * each) - busy)
-
-    def once(self) -> float:
-        """Seconds that a micro batch costs whatever it holds; a device hides them."""
-        return 0.0
 
     def head(self, *, tokens: float, tensor: int) -> Pass:
         """Final projection and loss; stays in 16 bits when the blocks run in fewer."""

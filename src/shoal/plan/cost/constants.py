@@ -54,9 +54,6 @@ class Constants:
     eager_update_bytes: float = 60.0
     # Memory beside the allocator: CUDA context and communication buffers, bytes.
     context_bytes: float = 1.2e9
-    # What runs of a machine took over what was predicted for them (plan/calibrate.py).
-    time_factor: float = 1.0
-    activation_factor: float = 1.0
     # Share by which reserved memory exceeds live tensors (fragmentation, rounding).
     reserve_share: float = 0.08
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from shoal.legal import ModelFacts
-from shoal.plan.cost.constants import Constants
+from shoal.plan.cost.constants import DEFAULT, Constants
 from shoal.plan.cost.eager import eager_bytes, loss_bytes
 from shoal.plan.cost.pipeline import in_flight
-from shoal.plan.software import Software
+from shoal.plan.software import SHOAL, Software
 from shoal.plan.workload import Candidate, Workload
 
 
@@ -24,7 +24,7 @@ class Memory:
     gathers: float
     transient: float
     reserve_share: float = 0.0
-    context: float = 0.0
+    cuda_context: float = 0.0
 
     @property
     def states(self) -> float:
@@ -55,12 +55,14 @@ class Memory:
     @property
     def total(self) -> float:
         """What the device must have."""
-        return self.reserved + self.context
+        return self.reserved + self.cuda_context
 
     def parts(self) -> dict[str, float]:
         """Every part by name, in bytes."""
         names = [field.name for field in fields(self) if field.name != "reserve_share"]
-        return {name: getattr(self, name) for name in [*names, "reserve"]}
+        named = {name: getattr(self, name) for name in [*names, "reserve"]}
+        context = named.pop("cuda_context")
+        return {**named, "CUDA context": context}
 
 
 def activation_bytes(
@@ -179,12 +181,23 @@ def memory_of(
         weights=states[0],
         gradients=states[1],
         optimizer=states[2],
-        activations=constants.activation_factor * activations,
+        activations=activations,
         logits=logits,
         gathers=gathers,
         transient=states[3] + (gathers if software.keeps_gathers else 0.0),
         reserve_share=constants.reserve_share,
-        context=constants.context_bytes,
+        cuda_context=constants.context_bytes,
+    )
+
+
+def memory_on_cpu(candidate: Candidate, *, workload: Workload) -> Memory:
+    """Bytes of one worker of this machine at its peak; live tensors only."""
+    return memory_of(
+        Stage(index=0, blocks=workload.facts.layers, count=1),
+        workload=workload,
+        candidate=candidate,
+        software=replace(SHOAL, on_cpu=True),
+        constants=replace(DEFAULT, reserve_share=0.0, context_bytes=0.0),
     )
 
 

@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def bubble_fraction(schedule: str, *, stages: int, micro_batches: int, chunks: int = 1) -> float:
-    """Idle share of a rank's step when every stage takes as long, backward twice forward.
-
-    gpipe and 1f1b: (p-1)/(m+p-1) (arXiv 1811.06965, 2104.04473); interleaved with v chunks per
-    rank: (p-1)/(v m + p-1) (2104.04473, section 2.2). Zero-bubble schedules fill the drain with
-    weight gradients (2401.10241): ZB-H1 leaves (p-1)(F+B-W), a third of 1f1b when F = B = W, and
-    with v chunks a v-th of that; the V schedule (2405.15362) leaves none when F = B = W, counted
-    from a rank's own first piece to its own last.
-    """
-    if schedule == "zbv-zero-bubble":
-        return 0.0
-    idle = (stages - 1) * _idle_share(schedule, chunks=chunks)
-    return idle / (micro_batches + idle)
-
-
 def _idle_share(schedule: str, *, chunks: int) -> float:
-    """Idle time in units of one micro batch (forward and backward) per further stage."""
+    """Idle time in units of one micro batch (forward and backward) per further stage.
+
+    The idle share of a step of m micro batches on p equal stages is then, backward twice forward:
+    gpipe and 1f1b (p-1)/(m+p-1) (arXiv 1811.06965, 2104.04473); interleaved with v chunks per rank
+    (p-1)/(v m + p-1) (2104.04473, section 2.2). Zero-bubble schedules fill the drain with weight
+    gradients (2401.10241): ZB-H1 leaves (p-1)(F+B-W), a third of 1f1b when F = B = W, and with v
+    chunks a v-th of that; the V schedule (2405.15362) leaves none when F = B = W, counted from a
+    rank's own first piece to its own last.
+    """
     if schedule in {"gpipe", "1f1b"}:
         return 1.0
     if schedule == "interleaved-1f1b":

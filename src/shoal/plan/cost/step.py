@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from shoal.plan.cost.constants import DEFAULT, Constants
@@ -22,8 +22,6 @@ class Prediction:
     `seconds` by part: compute, recompute, tensor, context, expert, shard, replicate, pipeline,
     bubble, update, host; communication is what is not hidden. `first`, `last` and `peak` are the
     memory of a device of the first stage, of the last, and of the one that needs most.
-    `sent_bytes`: what a device sends per step on each axis. `time_factor`: what was learned from
-    runs, and is in the seconds.
     """
 
     candidate: Candidate
@@ -35,8 +33,6 @@ class Prediction:
     model_flops: float
     peak_flops_per_second: float
     device_memory_bytes: float
-    sent_bytes: dict[str, float] = field(default_factory=dict)
-    time_factor: float = 1.0
 
     @property
     def step_seconds(self) -> float:
@@ -63,11 +59,13 @@ class Prediction:
         """Whether the peak is within the memory of the smallest device."""
         return self.peak.total <= self.device_memory_bytes
 
-    @property
-    def exposed_seconds(self) -> float:
-        """Communication that compute does not hide."""
-        axes = ("tensor", "context", "expert", "shard", "replicate", "pipeline")
-        return sum(self.seconds.get(axis, 0.0) for axis in axes)
+    def to_json(self) -> dict[str, float]:
+        """What plan.json keeps of it. The peak is of live tensors; `state_bytes` are exact."""
+        return {
+            "step_seconds": self.step_seconds,
+            "peak_memory_bytes": self.peak.live,
+            "state_bytes": self.peak.states,
+        }
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,6 @@ class Estimator:
         seconds["replicate"] = replicate
         seconds["update"] = self.pricing.update(candidate)
         seconds["host"] += self.software.step_host_seconds
-        factor = self.constants.time_factor
-        if factor != 1.0:
-            seconds = {part: factor * value for part, value in seconds.items()}
         first, *more = self._memories(candidate)
         return Prediction(
             candidate=candidate,
@@ -128,8 +123,6 @@ class Estimator:
             model_flops=self._step_flops,
             peak_flops_per_second=self._peak,
             device_memory_bytes=self.cluster.smallest_memory_bytes,
-            sent_bytes=self.pricing.sent_bytes(candidate),
-            time_factor=factor,
         )
 
     def memory_bytes(self, candidate: Candidate) -> float:
@@ -143,12 +136,7 @@ class Estimator:
 
     def floor_seconds(self, candidate: Candidate) -> float:
         """A lower bound of the step: the compute of the average stage, nothing else."""
-        return self.constants.time_factor * self.pricing.floor_seconds(candidate)
-
-    def pass_seconds(self, candidate: Candidate) -> float:
-        """Seconds of one micro batch on the slowest stage, forward and backward."""
-        slowest = max(work.total for work in self.pricing.works(candidate))
-        return self.constants.time_factor * slowest
+        return self.pricing.floor_seconds(candidate)
 
     @cached_property
     def _step_flops(self) -> float:
@@ -172,15 +160,3 @@ class Estimator:
                 software=self.software,
                 constants=self.constants,
             )
-
-
-def predict(
-    candidate: Candidate,
-    *,
-    workload: Workload,
-    cluster: Cluster,
-    software: Software = SHOAL,
-    constants: Constants = DEFAULT,
-) -> Prediction:
-    """Predicted seconds and bytes of one step; see `Prediction`."""
-    return Estimator(workload, cluster, software, constants).predict(candidate)

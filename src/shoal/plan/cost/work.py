@@ -7,9 +7,8 @@ from functools import cached_property
 
 from shoal.plan.cost.compute import Compute, Cut, Pass
 from shoal.plan.cost.constants import DEFAULT, Constants
-from shoal.plan.cost.measured import MeasuredCompute, MeasuredTraffic
 from shoal.plan.cost.memory import stage_parameters
-from shoal.plan.cost.traffic import Group, Traffic, ring_bytes
+from shoal.plan.cost.traffic import Group, Traffic
 from shoal.plan.hardware import Cluster
 from shoal.plan.software import SHOAL, Software
 from shoal.plan.workload import Candidate, Workload, stage_blocks
@@ -72,14 +71,12 @@ class Pricing:
     @cached_property
     def compute(self) -> Compute:
         """Times on the slowest device of the cluster: a synchronous step waits for it."""
-        kind = MeasuredCompute if self.cluster.slowest.rates else Compute
-        return kind(self.workload, self.cluster.slowest, self.software, self.constants)
+        return Compute(self.workload, self.cluster.slowest, self.software, self.constants)
 
     @cached_property
     def traffic(self) -> Traffic:
         """Times over the cluster's links."""
-        kind = MeasuredTraffic if self.cluster.slowest.rates else Traffic
-        return kind(self.cluster, self.constants)
+        return Traffic(self.cluster, self.constants)
 
     def stages(self, candidate: Candidate) -> list[int]:
         """Blocks of each stage."""
@@ -159,7 +156,7 @@ class Pricing:
                     count * expert * refetch,
                     self._fetches(candidate, passes=passes, blocks=count),
                     send,
-                    count * waiting + (self.compute.once() if first else 0.0),
+                    count * waiting,
                 )
             works.append(known[count, first, last])
         return works
@@ -303,46 +300,11 @@ class Pricing:
                 replicate = out / max(1, candidate.every_steps)
         return shard, replicate
 
-    def sent_bytes(self, candidate: Candidate) -> dict[str, float]:
-        """Bytes that a device of the fullest stage sends per step, by axis; absent axes left out.
-
-        Ring collectives (see `ring_bytes`); a policy that agrees every k steps counts a k-th.
-        """
-        layout, software, facts = candidate.layout, self.software, self.workload.facts
-        times = candidate.micro_batches(self.workload)
-        blocks = max(self.stages(candidate))
-        tokens = candidate.micro_batch_samples * self.workload.sequence_tokens / layout.context
-        held = self._largest_stage(candidate)
-        hidden = 2.0 * tokens * facts.hidden
-        sent: dict[str, float] = {}
-        if layout.tensor > 1:
-            calls = 10 if software.sequence_parallel else 8
-            one = ring_bytes("all-gather", num_bytes=hidden, size=layout.tensor)
-            sent["tensor"] = times * blocks * calls * one
-        if layout.pipeline > 1:
-            split = layout.tensor if software.sequence_parallel else 1
-            sent["pipeline"] = times * 2 * candidate.chunks * hidden / split
-        if layout.shard > 1:
-            gathers = {"optimizer": 1, "gradients": times, "parameters": 2 * times}
-            reduces = 1 if candidate.level == "optimizer" else times
-            each = software.weight_bytes * gathers[candidate.level]
-            each += software.reduce_bytes * reduces
-            size = candidate.state_split
-            sent["shard"] = ring_bytes("all-gather", num_bytes=each * held, size=size)
-        copies = layout.replicate * layout.context * layout.shard // candidate.state_split
-        if copies > 1:
-            each = software.reduce_bytes * CODEC_SHARE[candidate.codec] / candidate.every_steps
-            summed = each * held / layout.shard
-            sent["replicate"] = ring_bytes("all-reduce", num_bytes=summed, size=copies)
-        return sent
-
     def update(self, candidate: Candidate) -> float:
         """Seconds of the optimizer on the stage with most parameters."""
         if self.workload.trainable != "all":
             return 0.0
-        held = self._largest_stage(candidate) / candidate.state_split
-        copies = candidate.layout.replicate if self.software.shares_update else 1
-        return self.compute.update(held / copies)
+        return self.compute.update(self._largest_stage(candidate) / candidate.state_split)
 
     def _largest_stage(self, candidate: Candidate) -> float:
         """Parameters per device of the stage that has most, before the shard axis."""

@@ -6,9 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from shoal.plan.devices import device_named
-from shoal.plan.hardware import GB, Cluster, Device, Nodes
-from shoal.plan.software import (
+from planner_score.profiles import (
     DEEPSPEED_2021,
     FOUNDRY,
     FSDP,
@@ -21,8 +19,10 @@ from shoal.plan.software import (
     NANOTRON_EARLY,
     NEMO_2024,
     ONEFLOW,
-    Software,
 )
+from shoal.plan.devices import device_named
+from shoal.plan.hardware import GB, Cluster, Device, Nodes
+from shoal.plan.software import Software
 
 Row = Mapping[str, str]
 

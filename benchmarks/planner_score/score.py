@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from planner_score.table import Case, cases, read_rows
 from shoal.plan.cost.constants import DEFAULT, Constants
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB
-from shoal.plan.table import Case, cases, read_rows
 from shoal.plan.workload import Candidate, flops_per_token
 
 LOW_UTILISATION = 0.10

@@ -8,10 +8,11 @@ from dataclasses import fields, replace
 from math import log
 from pathlib import Path
 
+from planner_score.profiles import FSDP, GENERIC, MEGATRON_CLASSIC
+from planner_score.score import median, score_case
+from planner_score.table import Case, cases, read_rows
 from shoal.plan.cost.constants import DEFAULT, Constants
-from shoal.plan.score import median, score_case
-from shoal.plan.software import FSDP, GENERIC, MEGATRON_CLASSIC, Software
-from shoal.plan.table import Case, cases, read_rows
+from shoal.plan.software import Software
 
 RANGES: dict[str, tuple[float, float, float]] = {
     "sustained_volta": (0.9, 0.6, 1.0),

@@ -9,15 +9,19 @@ NeMo and Megatron-LM (NVIDIA), DLPerf (Oneflow-Inc), fms-fsdp (foundation-model-
 from __future__ import annotations
 
 import csv
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from planner_score import fit, score
+from planner_score.published import Skipped
+from planner_score.table import COLUMNS, Case, case_of, cases, read_rows
 from shoal.errors import UserError
-from shoal.plan import fit, score
-from shoal.plan.habits import Skipped
-from shoal.plan.table import COLUMNS, Case, case_of, cases, read_rows
 
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 EXCERPT = Path(__file__).parent / "excerpt.csv"
 
 
@@ -163,3 +167,20 @@ def test_fitting_lowers_the_error_and_stays_in_bounds() -> None:
     everything = [case for case in cases(read_rows(EXCERPT)) if isinstance(case, Case)]
     stand_ins = {fit.as_unknown(case).software.name for case in everything}
     assert not stand_ins & {"nanotron", "foundry", "oneflow", "gpt-neox", "deepspeed-2021"}
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Run as a folder; a table that cannot be read is one line and status 2."""
+    command = [sys.executable, str(BENCHMARKS / "planner_score")]
+    done = subprocess.run(
+        [*command, str(EXCERPT), "--json"], capture_output=True, text=True, check=True
+    )
+    source = next(iter(json.loads(done.stdout)["sources"].values()))
+    assert set(source) >= {"step_time", "memory", "ranking", "fits", "skipped"}
+    assert set(source["step_time"]) >= {"rows", "median_absolute_error", "p90_absolute_error"}
+    words = subprocess.run([*command, str(EXCERPT)], capture_output=True, text=True, check=True)
+    assert "median over sources" in words.stdout
+    absent = str(tmp_path / "absent.csv")
+    wrong = subprocess.run([*command, absent], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith(f"planner_score: {absent}: cannot be read as a CSV table")

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from planner_score.published import Row, Skipped, cluster_of, sharding_of, software_of
 from shoal.errors import UserError
 from shoal.layout import Layout
 from shoal.legal import ModelFacts
-from shoal.plan.habits import Row, Skipped, cluster_of, sharding_of, software_of
 from shoal.plan.hardware import Cluster
 from shoal.plan.software import Software
 from shoal.plan.workload import Candidate, Workload

@@ -1,0 +1,135 @@
+"""The ways to use a CPU's cores that a recipe leaves open, and what was timed of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from shoal.config.recipe import Recipe
+from shoal.engine.decision import WorkerSetup
+from shoal.legal import OWN_PARAMETERS
+
+CLOSE = 1.05
+"""Candidates within this factor are not told apart."""
+
+ENOUGH_TURNS = 3
+"""In so many one core must have been faster, or all are used."""
+
+_MOST_TOKENS = 2048
+"""Of a micro batch: more is no faster and leaves the caches."""
+
+
+@dataclass(eq=False)
+class Timed:
+    """One candidate and the seconds of a whole step, by each of its turns."""
+
+    setup: WorkerSetup
+    micro: int
+    steps: list[float] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float:
+        """Median of the turns; without any, never the best."""
+        return median(self.steps) if self.steps else math.inf
+
+    @property
+    def is_one_core(self) -> bool:
+        """Whether it leaves all other cores idle."""
+        return self.setup.count * self.setup.threads == 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As kept in plan.json and in the cache."""
+        return {**asdict(self), "step_seconds": self.step_seconds}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Timed:
+        """The inverse; raises KeyError, TypeError or ValueError for what is none."""
+        setup = WorkerSetup(**tree["setup"])
+        steps = [float(seconds) for seconds in tree["steps"]]
+        if not steps or min(steps) <= 0 or setup.workers not in ("threads", "processes"):
+            raise ValueError("no turns, or one that took no time")
+        return cls(setup, int(tree["micro"]), steps)
+
+
+def setups_of(recipe: Recipe, *, cores: int) -> list[WorkerSetup]:
+    """What may be timed, by rule; the first is what is used where nothing was timed.
+
+    All cores as threads, as processes, as fewer workers of several cores where there are many, as
+    one worker; and one worker with one core. What the recipe fixes is fixed.
+    """
+    launch, parallel = recipe.launch, recipe.parallel
+    given = recipe.parallel.replicas
+    most = most_replicas(recipe, at_most=cores)
+    middle = [n for n in range(2, most) if most % n == 0 and n * n >= most][:1] if most > 4 else []
+    counts = [given] if given is not None else list(dict.fromkeys([most, *middle, 1]))
+    kinds = ["threads", "processes"] if launch.workers == "auto" else [launch.workers]
+    alone = recipe.sync.kind in OWN_PARAMETERS
+    if alone or parallel.fewest_replicas is not None or recipe.model.dropout == "framework":
+        kinds = ["processes"]
+    found = []
+    for count in counts:
+        threads = launch.threads_per_worker
+        each = max(1, cores // count) if threads == "auto" else threads
+        found += [WorkerSetup(k, count, each) for k in (kinds if count > 1 else ["processes"])]  # type: ignore[arg-type]
+    if 1 in counts and launch.threads_per_worker == "auto":
+        found.append(WorkerSetup("processes", 1, 1))
+    return list(dict.fromkeys(found))
+
+
+def most_replicas(recipe: Recipe, *, at_most: int, shards: int = 1) -> int:
+    """The largest degree that divides the global batch (of one shard) into whole micro batches."""
+    micro = recipe.train.micro_batch_samples
+    batch = recipe.train.global_batch_samples // shards // (1 if micro == "auto" else micro)
+    return max(n for n in range(1, max(1, min(at_most, batch)) + 1) if batch % n == 0)
+
+
+def micro_batches_of(recipe: Recipe, *, count: int) -> list[int]:
+    """Micro batches that `count` workers can take, ascending: divisors of a share of the batch."""
+    if recipe.train.micro_batch_samples != "auto":
+        return [recipe.train.micro_batch_samples]
+    share = recipe.train.global_batch_samples // count
+    most = max(1, _MOST_TOKENS // recipe.data.sequence_tokens)
+    return [n for n in range(1, min(share, most) + 1) if share % n == 0]
+
+
+def best_of(rows: Sequence[Timed]) -> Timed:
+    """The fastest; one core only where it was clearly faster than all cores in three turns."""
+    whole = [row for row in rows if not row.is_one_core] or list(rows)
+    best = min(whole, key=lambda row: row.step_seconds)
+    for row in rows:
+        faster = sum(CLOSE * seconds < best.step_seconds for seconds in row.steps)
+        if row.is_one_core and faster >= ENOUGH_TURNS and row.step_seconds < best.step_seconds:
+            best = row
+    return best
+
+
+def in_one_moment(rows: Sequence[Timed], *, beside: Timed, seconds: float) -> None:
+    """Turns as if taken while `beside` took `seconds`: what was timed longer saw other moments."""
+    theirs = list(beside.steps)
+    for row in rows:
+        row.steps = [seconds * a / b for a, b in zip(row.steps, theirs, strict=False)]
+
+
+def described(rows: Sequence[Timed], best: Timed, *, when: str) -> str:
+    """The choice in one line: its step, that of the next best setups, and when it was timed."""
+    others: dict[WorkerSetup, Timed] = {}
+    for row in sorted(rows, key=lambda row: row.step_seconds):
+        if row.setup != best.setup:
+            others.setdefault(row.setup, row)
+    beside = [f"{setup} {row.step_seconds:.3g} s" for setup, row in others.items()][:2]
+    ahead = f"{', '.join(beside)}; " if beside else ""
+    return f"{best.step_seconds:.3g} s a step ({ahead}{when})"
+
+
+def table(rows: Sequence[Timed], *, best: Timed) -> Iterator[str]:
+    """The candidates, the fastest first."""
+    yield f"     {'setup':32} {'micro batch':>11} {'s a step':>9} {'turns':>6}"
+    for row in sorted(rows, key=lambda row: row.step_seconds):
+        mark = "->" if row is best else "  "
+        yield (
+            f"  {mark} {row.setup!s:32} {row.micro:>11} {row.step_seconds:>9.3g} "
+            f"{len(row.steps):>6}"
+        )

@@ -118,10 +118,10 @@ class OneByOne(Passes):
     ) -> Tensor:
         """The losses, which a root wants; they and the predictions go to `kept`, on the CPU."""
         output = self._task.output(model, self._replica.anatomy, batch)
-        each = output.each(vocabulary=self._replica.vocabulary, predict=predict)
-        predictions = None if each.predictions is None else each.predictions.cpu()
-        kept.append(Scores(each.losses.cpu(), predictions))
-        return each.losses
+        found = output.each(vocabulary=self._replica.vocabulary, predict=predict)
+        guesses = None if found.predictions is None else found.predictions.cpu()
+        kept.append(Scores(found.losses.cpu(), guesses))
+        return found.losses
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -133,11 +133,11 @@ class OneByOne(Passes):
             model.train()
 
     def _last_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        hidden = hidden_of(model, batch)
-        # models of images give one state per sample
-        part = logits_of(model)(hidden[:, -1:] if hidden.dim() == 3 else hidden[:, None])
+        hidden = hidden_of(model, batch)  # [B, T, D]; [B, D] of one state per sample, as an image's
+        part = logits_of(model)(hidden[:, -1:] if hidden.dim() == 3 else hidden)
         vocabulary = self._replica.vocabulary
-        return (part if vocabulary is None else vocabulary.gather(part))[:, -1]
+        logits = part if vocabulary is None else vocabulary.gather(part)
+        return logits[:, -1] if logits.dim() == 3 else logits
 
     def _moved(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device) for name, tensor in batch.items()}

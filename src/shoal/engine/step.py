@@ -87,8 +87,7 @@ class Step:
         policy: Policy,
         settings: StepSettings,
     ) -> None:
-        self._replica, self._task = replica, task
-        self.passes, self._state = passes, state
+        self._replica, self._task, self.passes, self._state = replica, task, passes, state
         self.ranks, self._policy, self._settings = ranks, policy, settings
         self._free: list[Tensor] = []
         self.poison = 1.0
@@ -97,7 +96,7 @@ class Step:
     def count(self, batch: Batch, *, votes: Votes, digest: int | None = None) -> Counted:
         """Targets of those who step together, what anybody wants, the digest of all samples read.
 
-        batch: the task's fields [share x *dims], source_ids and sample_ids [share]. `digest`: this
+        batch: the task's fields, sample_ids and source_ids, each [share x *dims]. `digest`: this
         rank's hash of its state, compared where all ranks step together. Raises ReplicasDiffer on
         all ranks when those hashes are not one.
         """

@@ -1,7 +1,8 @@
 """One host's workers: start them, give orders, hear them, see how they are.
 
-What a supervisor needs to know of a host is here, and nowhere above. A site of this host is the fork server and its watch; a site of another host will make the same
-calls over a socket to a process there, which has a local site of its own.
+What a supervisor needs to know of a host is here, and nowhere above. A site of this host is the
+fork server and its watch; a site of another host will make the same calls over a socket to a
+process there, which has a local site of its own.
 """
 
 from __future__ import annotations

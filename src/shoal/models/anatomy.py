@@ -140,15 +140,16 @@ def hidden_of(
     batch: dict[str, Tensor],
     *,
     step: int = 0,
-    kernel: Kernel = local,
     fields: Fields = TOKENS,
+    kernel: Kernel = local,
 ) -> Tensor:
     """Hidden states [B, T, D] of a batch, without the head.
 
     `batch`: input_ids int64 [B, T]; position_ids int64 [B, T] (a document's first token has 0),
     document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
-    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout; `kernel` says how
-    the tokens attend to one another; `fields` what runs along the sequence `tokens`, and its fill.
+    pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout. `fields`
+    describe what runs along the sequence `tokens`, and how it is padded. `kernel` says how the
+    tokens attend to one another.
     """
     family = family_of(_config(model).model_type)
     multiple = int(getattr(model, "shoal_sequence_multiple", 1))

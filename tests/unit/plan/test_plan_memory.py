@@ -52,13 +52,7 @@ def peak_bytes(config: dict[str, Any], compute: str, *, rows: int, tokens: int) 
 
     def step() -> None:
         with compute_context(DTYPES[compute], device=torch.device("cpu")):
-            output = task.forward(model, anatomy=anatomy, batch=batch, step=0)
-            loss = chunked_loss(
-                output.hidden,
-                labels=output.labels,
-                logits_of=output.logits_of,
-                head_parameters=output.head_parameters,
-            )
+            loss = task.output(model, anatomy, batch, step=0).total()
         loss.backward()
 
     step()  # what is made once is made

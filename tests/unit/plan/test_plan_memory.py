@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.parallel.loss import chunked_loss
 
 from shoal.legal import facts_from_config
 from shoal.models import init

@@ -161,8 +161,8 @@ class PlanArguments:
         except ValueError as error:
             raise UserError(f"--fix: {error}") from error
         policy, codec = str(fixed.get("policy", "every-step")), str(fixed.get("codec", "none"))
-        family = workload.facts.family
-        found = not_yet(Combination(layout=layout, policy=policy, codec=codec, family=family))
+        asked = Combination(layout=layout, policy=policy, codec=codec)
+        found = not_yet(asked.of_model(workload.facts))
         return [f"{problem.what}; {problem.hint}" for problem in found]
 
     @functools.cached_property

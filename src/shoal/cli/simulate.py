@@ -120,7 +120,7 @@ def _report(
 
 
 def _text(report: dict[str, Any], *, best: Prediction, missing: list[str]) -> str:
-    from shoal.legal.rules import IMPLEMENTED_POLICIES
+    from shoal.legal import Combination, not_yet
     from shoal.plan.explain import ERROR, choices
     from shoal.units import format_seconds
 
@@ -137,7 +137,7 @@ def _text(report: dict[str, Any], *, best: Prediction, missing: list[str]) -> st
     for name, factor in report["waiting_factor"].items():
         how = ", ".join(f"{key.replace('_', ' ')} {n}" for key, n in _POLICIES[name].items())
         text = f"{name}{f' ({how})' if how else ''}: {factor:.3f} x the undisturbed step"
-        if name in IMPLEMENTED_POLICIES:
+        if not not_yet(Combination(policy=name)):
             lines.append(f"  {text}")
         else:
             later.append(text)

@@ -46,13 +46,12 @@ class Order:
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one timing worker; says `built`, then one `turn` for each order."""
-    report, rank = Report(descriptor), payload["rank"]
-    job = Job.from_json(payload)
+    report, rank, job = Report(descriptor), payload["rank"], Job.from_json(payload)
     try:
         if job.decision.workers == "threads" and job.decision.layout.workers > 1:
             _threads(job, report=report, orders=_orders(descriptor))
         else:
-            _process(job, payload=payload, report=report, orders=_orders(descriptor))
+            _process(job, rank=rank, report=report, orders=_orders(descriptor))
     except BaseException as error:
         return report_failure(error, report=report, rank=rank)
     return 0
@@ -65,8 +64,8 @@ def _orders(descriptor: int) -> Iterator[Order]:
             yield Order(**json.loads(line))
 
 
-def _process(job: Job, *, payload: dict[str, Any], report: Report, orders: Iterable[Order]) -> None:
-    rank, size = payload["rank"], job.decision.layout.workers
+def _process(job: Job, *, rank: int, report: Report, orders: Iterable[Order]) -> None:
+    size = job.decision.layout.workers
     worker = WorkerInfo(rank, size, torch.device("cpu"), job.decision.threads_per_worker)
     start_worker(worker, seed=job.recipe.seed)
     if size > 1:
@@ -74,7 +73,7 @@ def _process(job: Job, *, payload: dict[str, Any], report: Report, orders: Itera
             rank=rank,
             size=size,
             device=worker.device,
-            meeting=(job.run / f"meeting-{payload['name']}").as_uri(),
+            meeting=(job.run / f"meeting-{size}").as_uri(),
             timeout_seconds=_TIMEOUT_SECONDS,
         )
     try:
@@ -120,7 +119,7 @@ def _serve(
         torch.set_num_threads(order.threads)
         if order.micro not in steps:
             steps[order.micro] = _step_of(training, micro=order.micro)
-        spent = [_once(training, steps[order.micro], order) for _ in range(order.times)]
+        spent = [_timed(training, steps[order.micro], order) for _ in range(order.times)]
         if worker.rank == 0:
             means = [sum(column) / order.times for column in zip(*spent, strict=True)]
             report.say("turn", passes=means[0], update=means[1])
@@ -128,6 +127,12 @@ def _serve(
 
 def _step_of(training: Training, *, micro: int) -> Step:
     """The step in micro batches of `micro` samples, whatever was decided."""
+    settings = StepSettings(
+        micro_batch_samples=micro,
+        global_batch_samples=training.job.recipe.train.global_batch_samples,
+        exact=False,
+        loss_scale=training.loss_scale,
+    )
     return Step(
         training.replica,
         task=training.task,
@@ -135,26 +140,22 @@ def _step_of(training: Training, *, micro: int) -> Step:
         state=training.state,
         ranks=training.ranks,
         policy=training.policy,
-        settings=StepSettings(
-            micro_batch_samples=micro,
-            global_batch_samples=training.job.recipe.train.global_batch_samples,
-            exact=False,
-            loss_scale=training.loss_scale,
-        ),
+        settings=settings,
     )
 
 
-def _once(training: Training, step: Step, order: Order) -> tuple[float, float]:
-    """One step of the trainer's loop; seconds of the passes and of the rest."""
+def _timed(training: Training, step: Step, order: Order) -> tuple[float, float]:
+    """One step of the trainer's loop; seconds up to the last pass, and of the rest."""
     world, policy = training.ranks.world, training.policy
+    number = training.update.step
     world.barrier()
     began = time.perf_counter()
     share = Share(world.rank * order.samples, (world.rank + 1) * order.samples)
-    policy.before_step(0)
+    policy.before_step(number)
     batch = training.batches(0, share)
     counted = step.count(batch, votes=Votes())
     result = step.train(batch, share=share, counted=counted, step=0)
     passed = time.perf_counter()
     training.update.apply(result)
-    policy.after_step(0, targets=result.targets)
+    policy.after_step(number, targets=result.targets)
     return passed - began, time.perf_counter() - passed

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import WorkerSetup
-from shoal.legal import OWN_PARAMETERS
+from shoal.launch.refuse import combination_of
+from shoal.layout import Layout
+from shoal.legal import OWN_PARAMETERS, problems
 
 CLOSE = 1.05
 """Candidates within this factor are not told apart."""
@@ -60,23 +62,32 @@ def setups_of(recipe: Recipe, *, cores: int) -> list[WorkerSetup]:
     All cores as threads, as processes, as fewer workers of several cores where there are many, as
     one worker; and one worker with one core. What the recipe fixes is fixed.
     """
-    launch, parallel = recipe.launch, recipe.parallel
-    given = recipe.parallel.replicas
+    launch, given = recipe.launch, recipe.parallel.replicas
     most = most_replicas(recipe, at_most=cores)
+    if recipe.sync.kind in OWN_PARAMETERS:
+        given = given or most  # their number bears on what is learned, not on speed alone
     middle = [n for n in range(2, most) if most % n == 0 and n * n >= most][:1] if most > 4 else []
     counts = [given] if given is not None else list(dict.fromkeys([most, *middle, 1]))
-    kinds = ["threads", "processes"] if launch.workers == "auto" else [launch.workers]
-    alone = recipe.sync.kind in OWN_PARAMETERS
-    if alone or parallel.fewest_replicas is not None or recipe.model.dropout == "framework":
-        kinds = ["processes"]
     found = []
     for count in counts:
         threads = launch.threads_per_worker
         each = max(1, cores // count) if threads == "auto" else threads
-        found += [WorkerSetup(k, count, each) for k in (kinds if count > 1 else ["processes"])]  # type: ignore[arg-type]
+        found += [WorkerSetup(kind, count, each) for kind in _kinds(recipe, count=count)]
     if 1 in counts and launch.threads_per_worker == "auto":
         found.append(WorkerSetup("processes", 1, 1))
     return list(dict.fromkeys(found))
+
+
+def _kinds(recipe: Recipe, *, count: int) -> list[Literal["threads", "processes"]]:
+    """Kinds of workers that `count` replicas may be; a lone one is a process."""
+    asked = combination_of(recipe, Layout(replicate=count))
+    kinds: tuple[Literal["threads", "processes"], ...] = ("threads", "processes")
+    return [
+        kind
+        for kind in (kinds if count > 1 else kinds[1:])
+        if recipe.launch.workers in ("auto", kind) or count == 1
+        if not problems(replace(asked, workers=kind))
+    ]
 
 
 def most_replicas(recipe: Recipe, *, at_most: int, shards: int = 1) -> int:

@@ -116,11 +116,10 @@ class Tuner:
                 threads_per_worker=setup.threads,
                 micro_batch_samples=micro_batches_of(self._recipe, count=setup.count)[0],
             )
-            job = Job(self._recipe, Path(folder), self._inputs, decision)
-            payload = {**job.to_json(), "name": f"{setup.workers}-{setup.count}"}
+            job = Job(self._recipe, Path(folder), self._inputs, decision).to_json()
             size = 1 if setup.workers == "threads" else setup.count
             self._sets[key] = _WorkerSet(
-                [self._pool.start(_TARGET, {**payload, "rank": rank}) for rank in range(size)]
+                [self._pool.start(_TARGET, {**job, "rank": rank}) for rank in range(size)]
             )
         until = time.monotonic() + _BUILD_SHARE * self._limit
         every = list(self._sets.values())

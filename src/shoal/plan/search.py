@@ -108,7 +108,7 @@ def _splits(
             spread = replace(whole, expert=expert)
             allowed = space.allows("expert", value=expert) and facts.experts % expert == 0
             if allowed and not (
-                space.runnable and not_yet(Combination(layout=spread, family=facts.family))
+                space.runnable and not_yet(Combination(layout=spread).of_model(facts))
             ):
                 yield spread
 

@@ -10,6 +10,7 @@ import pytest
 
 from shoal.config.load import load_recipe
 from shoal.engine.decision import Decision
+from shoal.engine.job import Job
 from shoal.engine.prepare import prepare_inputs
 from shoal.launch.pool import Worker
 from shoal.layout import Layout
@@ -36,13 +37,7 @@ def test_steps_in_any_micro_batch_are_timed(
     recipe = load_recipe(str(bench.recipe))
     inputs = prepare_inputs(recipe, say=lambda text: None)
     decision = Decision(Layout(replicate=count), kind, 1, 1, "float32", "")
-    payload = {
-        "recipe": recipe.model_dump(mode="json"),
-        "inputs": inputs.to_json(),
-        "decision": decision.to_json(),
-        "folder": str(tmp_path),
-        "name": kind,
-    }
+    payload = Job(recipe, tmp_path, inputs, decision).to_json()
     size = 1 if kind == "threads" else count
     target = "shoal.engine.timing:run"
     workers = [bench.pool.start(target, {**payload, "rank": rank}) for rank in range(size)]
@@ -56,6 +51,6 @@ def test_steps_in_any_micro_batch_are_timed(
             spent[samples] = heard(bench, workers, "turn")
         assert all(each["passes"] > 0 and each["update"] > 0 for each in spent.values())
         assert spent[8]["passes"] > spent[1]["passes"]
-        assert not [path for path in tmp_path.iterdir() if not path.name.startswith("store-")]
+        assert not [path for path in tmp_path.iterdir() if not path.name.startswith("meeting-")]
     finally:
         bench.pool.kill(workers)

@@ -40,6 +40,7 @@ BOTH_CORES, ONE_CORE = WorkerSetup("processes", 1, 2), WorkerSetup("processes", 
         (["parallel={auto: true, replicate: 2}"], 2, [THREADS, PROCESSES]),
         (["parallel={auto: true, replicate: {min: 1, max: 2}}"], 2, [PROCESSES]),
         (["train.micro_batch_samples=8"], 2, [BOTH_CORES, ONE_CORE]),
+        (["sync={kind: local-sgd, every_steps: 4}"], 2, [PROCESSES]),
         (["parallel={auto: true, replicate: 1}"], 2, [BOTH_CORES, ONE_CORE]),
         (
             [],

@@ -3,8 +3,8 @@
     python benchmarks/faults.py [--only NAME ...] [--repeats 20] [--recipe quickstart]
 
 Every repeat is a fault of its own in a run of the recipe; what it cost is read from the run
-(prove/rehearse.py) and compared with a clean run of the same length. Rows go to docs/faults.json
-and docs/faults.md, where rows measured earlier stay, so that it can be run in pieces.
+(prove/rehearse.py) and compared with a clean run of the same length. Rows go to docs/evidence/faults.json
+and docs/evidence/faults.md, where rows measured earlier stay, so that it can be run in pieces.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ NOBODY = ("disk full for one save", "SIGTERM, then resume")
 
 
 def markdown(rows: dict[str, Row]) -> str:
-    """docs/faults.md."""
+    """docs/evidence/faults.md."""
     lines = [
         "# What was done to runs, and what they survived",
         "",
@@ -446,7 +446,7 @@ def main() -> None:
     parser.add_argument(
         "--torchft", type=Path, default=Path(sys.executable), help="A Python that has torchft."
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "evidence")
     given = parser.parse_args()
     path = given.out / "faults.json"
     known: dict[str, Row] = json.loads(path.read_text()) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Writes docs/layouts.md: what each model family can be cut along, from shoal.legal.
+"""Writes docs/guide/layouts.md: what each model family can be cut along, from shoal.legal.
 
 python scripts/layouts.py           write
 python scripts/layouts.py --check   exit 1 when the page is not current
@@ -16,7 +16,7 @@ from shoal.layout import Layout
 from shoal.legal import Combination, axes_of, facts_from_config, family_of, known_families, not_yet
 from shoal.legal import tensor_degrees as degrees_of
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "layouts.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "layouts.md"
 AXES = ("replicate", "shard", "context", "tensor", "pipeline")
 READ_THROUGH = {"gemma3": "gemma3_text"}
 """Families that are read through a part of their file."""
@@ -30,7 +30,7 @@ starts. workers = replicate x shard x context x tensor x pipeline; expert divide
 """
 
 AFTER = """
-- *yes*: runs today; the families of docs/parity.md are proven against one worker, any other by
+- *yes*: runs today; the families of docs/evidence/parity.md are proven against one worker, any other by
   `shoal parity`. *planned*: the design has it, a run with it is refused. *no*: the family cannot be
   cut that way.
 - **replicate** and **shard** take any family, also one that is not in this table, and any degree up
@@ -56,8 +56,8 @@ apart (tensor divides P, E and B first):
 
 `parameters` gathers every block in forward and again in backward; `gradients` once per micro batch;
 both scatter gradients once per micro batch. `optimizer` scatters once per step: least traffic, most
-memory. tests/parity/test_strategies_memory.py measures these figures. All reductions are sums
-(DESIGN 5.3): the loss is divided by the step's targets beforehand.
+memory. tests/parity/test_strategies_memory.py measures these figures. All reductions are sums:
+the loss is divided by the step's targets beforehand.
 """
 
 
@@ -98,7 +98,7 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
         if not current:
-            print("docs/layouts.md is not current: run python scripts/layouts.py")
+            print("docs/guide/layouts.md is not current: run python scripts/layouts.py")
         return 0 if current else 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

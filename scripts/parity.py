@@ -1,7 +1,7 @@
-"""Runs the matrix of strategies against one worker, and writes docs/parity.md from the figures.
+"""Runs the matrix of strategies against one worker, and writes docs/evidence/parity.md from the figures.
 
 python scripts/parity.py --results DIR FAMILY ...   run these families (default: all)
-python scripts/parity.py --results DIR --page       write docs/parity.md from DIR/FAMILY.json
+python scripts/parity.py --results DIR --page       write docs/evidence/parity.md from DIR/FAMILY.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shoal.layout import Layout  # noqa: E402
 from strategies import GRADIENT, LIMIT, LOSS, ROWS, STEPS, TOKENS, Strategies, matrix  # noqa: E402
 from unit.models.tiny_models import SETTINGS  # noqa: E402
 
-PAGE = ROOT / "docs" / "parity.md"
+PAGE = ROOT / "docs" / "evidence" / "parity.md"
 FAMILIES = [family for family in SETTINGS if family != "cohere"]
 
 HEAD = f"""\

@@ -49,7 +49,7 @@ LOSS = 1e-5
 """Relative, over five steps (the issue's). Measured: 1.4e-7, two last places of float32."""
 
 GRADIENT = 1e-3
-"""By DESIGN 9's rule, first step, both from the same weights. Measured: 2e-6 where a gradient is
+"""By the rule of docs/design/determinism.md, first step, both from the same weights. Measured: 2e-6 where a gradient is
 not zero in truth, from sums in another order. Key biases are zero in truth, so what is left is the
 rounding of terms as large as other gradients (6e-8 of them), set against 1e-6 of the whole: up to
 1.5e-4 measured (vit), and the floor of this tolerance. A missing or doubled reduction gives 0.5 to
@@ -85,7 +85,7 @@ class Differences:
     """How far a layout was from one worker: relative losses and norms, gradients by the rule.
 
     `gradient`: the largest |difference| / max(|gradient|, 1e-6 |all gradients|) over names and
-    steps (DESIGN 9), and where it was.
+    steps, and where it was.
     """
 
     loss: float
@@ -309,7 +309,7 @@ def _largest(found: list[float], wanted: list[float]) -> float:
 def _worst(
     trainee: Trainee, wanted: dict[str, Tensor], prefix: str, *, gradients: bool
 ) -> tuple[float, str]:
-    """Largest ratio of DESIGN 9's rule over all names and ranks, and its name."""
+    """Largest ratio of the rule for gradients over all names and ranks, and its name."""
     names = list(trainee.whole_shapes)
     boxes = trainee.boxes(gradients=gradients)
     squares = torch.zeros(len(names), dtype=torch.float64)

@@ -105,6 +105,15 @@ def test_every_module_says_what_it_is() -> None:
         assert re.search(r"[.:;)]$", text.partition("\n")[0]), f"{name(module)}: {text[:80]}"
 
 
+def test_sources_refer_to_pages_that_are_here() -> None:
+    """Docs by their path, and never a page outside of the repository."""
+    for path in [*MODULES, *sorted((ROOT / "tests").rglob("*.py")), ROOT / ".importlinter"]:
+        text = path.read_text("utf-8")
+        assert "DES" + "IGN" not in text, f"{path} names a page that is not here"
+        for page in re.findall(r"docs/[\w/-]+\.(?:md|json|png)", text):
+            assert (ROOT / page).is_file(), f"{path} names {page}, which is not here"
+
+
 def test_no_grab_bags() -> None:
     assert not [name(m) for m in MODULES if m.stem in GRAB_BAGS]
 

@@ -17,7 +17,7 @@ from shoal.engine.export import merge
 from tiny import Bench, Run, largest_difference
 
 CURVE = 1e-5
-"""float32, as in test_replicas: ten more steps of sums in another order. The promise of DESIGN."""
+"""float32, as in test_replicas: ten more steps of sums in another order. The promise."""
 
 slow = pytest.mark.slow
 LENGTH = ("train.steps=20", "train.evaluate_every_steps=5", "checkpoint.every_steps=5")

@@ -11,7 +11,7 @@ from tiny import Bench, Run, largest_difference
 
 CURVE = 1e-5
 """float32: sums of 16 samples in another order differ by a few units in the last place (6e-8) per
-step, and 30 steps of AdamW add some of them up; the promise of DESIGN is 1e-5."""
+step, and 30 steps of AdamW add some of them up; the promise is 1e-5."""
 
 
 class Replicas(NamedTuple):

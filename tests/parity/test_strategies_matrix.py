@@ -1,7 +1,7 @@
 """Every family x shard x level x tensor, with replicas, up to 8 workers: equal to one worker.
 
 Slow: about a minute per family on two cores. `scripts/parity.py` runs the same list and writes
-docs/parity.md with the figures.
+docs/evidence/parity.md with the figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory per rank falls with the shard and tensor degree as docs/layouts.md says.
+"""Memory per rank falls with the shard and tensor degree as docs/guide/layouts.md says.
 
 Counted are the bytes of all tensor storage that is alive, at three moments of a step when no
 activations are: before it, at the end of a forward without gradients, and after the backward of a

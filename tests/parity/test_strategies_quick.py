@@ -1,6 +1,6 @@
 """Every family cut along shard or tensor gives one worker's losses and gradients: a quick choice.
 
-The whole matrix is in test_strategies_matrix.py (slow), its figures in docs/parity.md.
+The whole matrix is in test_strategies_matrix.py (slow), its figures in docs/evidence/parity.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/layouts.md says what shoal.legal says."""
+"""docs/guide/layouts.md says what shoal.legal says."""
 
 import importlib.util
 from pathlib import Path
@@ -11,5 +11,5 @@ def test_the_page_is_current() -> None:
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    current = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+    current = (ROOT / "docs" / "guide" / "layouts.md").read_text(encoding="utf-8")
     assert current == script.page(), "run python scripts/layouts.py"

@@ -1,4 +1,4 @@
-"""docs/new-family.md is run: its entry, and nothing else, makes a family known everywhere."""
+"""docs/contribute/new-family.md is run: its entry, and nothing else, makes a family known everywhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shoal.models.placement import check_placed
 from shoal.models.probe import probe_packing
 from unit.launch.test_refuse import recipe
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "new-family.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "contribute" / "new-family.md"
 FAMILY = "starcoder2"
 SIZES = {
     "model_type": FAMILY,

@@ -77,6 +77,7 @@ class PlanArguments:
         from shoal.launch.devices import space_of
         from shoal.plan.from_recipe import choices_of, config_of
         from shoal.plan.workload import FORMATS
+        from shoal.tasks.kinds import create
 
         recipe = load_recipe(name, self.overrides or [])
         self.sequence = self.sequence or recipe.data.sequence_tokens
@@ -86,7 +87,7 @@ class PlanArguments:
             from shoal.engine.prepare import model_folder
 
             folder = model_folder(recipe.model.path, say=typer.echo)
-        config = config_of(recipe, folder=folder)
+        config = config_of(recipe, folder=folder, task=create(recipe.task.kind).config_keys())
         layout = given_layout(recipe)
         self._closed = space_of(recipe, layout=layout).fixed
         fixed = choices_of(recipe, layout=layout).fixed
@@ -100,9 +101,10 @@ class PlanArguments:
         if precision not in WIDER:
             raise UserError(f"--precision {precision!r}: {nearest(precision, WIDER)}")
         assert self.sequence and self.batch, "given, or taken from the recipe"
+        facts = facts_from_config(config)
         return Workload(
-            facts=facts_from_config(config),
-            sequence_tokens=self.sequence,
+            facts=facts,
+            sequence_tokens=facts.fixed_tokens or self.sequence,
             global_batch_samples=self.batch,
             precision=precision,
         )

@@ -1,4 +1,4 @@
-"""Sums in one fixed binary tree, whoever computed the leaves (DESIGN 5.8).
+"""Sums in one fixed binary tree, whoever computed the leaves.
 
 Leaf i is the gradient of global micro batch i. Node (level, index) covers the leaves
 [index * 2^level, (index + 1) * 2^level); it is left + right, or left alone when no leaf of the

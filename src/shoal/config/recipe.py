@@ -270,7 +270,7 @@ class Shard(Section):
     degree: Count
     level: Literal["parameters", "gradients", "optimizer"] = "parameters"
     """What is cut: all of it; all but parameters from forward to backward; or gradients and
-    optimizer state between steps only (docs/layouts.md has the memory of each)."""
+    optimizer state between steps only (docs/guide/layouts.md has the memory of each)."""
     offload: bool = False
     """Keep what is cut in CPU memory, and compute on the device."""
 

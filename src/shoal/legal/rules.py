@@ -19,7 +19,7 @@ POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk", "powersgd")
 SHARD_LEVELS = ("parameters", "gradients", "optimizer")
 """What of a replica is cut along shard: all of it, all but the parameters in forward and backward,
-or the optimizer state alone (docs/layouts.md has the memory of each)."""
+or the optimizer state alone (docs/guide/layouts.md has the memory of each)."""
 RECOMPUTE = ("none", "selective", "full")
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "tensor"})

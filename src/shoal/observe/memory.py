@@ -1,4 +1,4 @@
-"""Live tensor storage: the peak of one instrumented step (DESIGN 5.9), and private memory."""
+"""Live tensor storage: the peak of one instrumented step, and private memory."""
 
 from __future__ import annotations
 

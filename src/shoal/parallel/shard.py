@@ -1,13 +1,13 @@
 """Sharding of parameters, gradients and optimizer state over the shard axis, with FSDP2.
 
-Three levels (docs/layouts.md has their memory):
+Three levels (docs/guide/layouts.md has their memory):
 
 - `parameters`: a block's parameters are gathered before its forward and again before its backward;
 - `gradients`: gathered once per micro batch and kept from forward to backward;
 - `optimizer`: gathered once per step; gradients are held whole and scattered by one reduction after
   the last micro batch.
 
-Every reduction is a SUM: the loss is divided by the step's number of targets before (DESIGN 5.3).
+Every reduction is a SUM: the loss is divided by the step's number of targets before.
 With replicas the policy sums the shards' gradients between them; FSDP2 never sees that axis.
 """
 

@@ -196,7 +196,7 @@ def device(name: str, *, known: Mapping[str, Device] | None = None) -> Device:
     aliases = [alias for each in table.values() for alias in each.aliases]
     raise UserError(
         f"unknown device {name!r}: {nearest(name.upper(), [*table, *aliases])}\n    Known: "
-        f"{', '.join(table)}. Add a row of your own with --devices FILE (docs/planner.md "
+        f"{', '.join(table)}. Add a row of your own with --devices FILE (docs/guide/planner.md "
         "shows one)."
     )
 

@@ -14,7 +14,7 @@ otherwise: 8 workers order 8 times as many sums anew, in the forward and in the 
 LEAST = 1e-6
 """Tolerances are no smaller: a few units in the last place of float32 (6e-8), over a few sums."""
 PROMISE = 1e-5
-"""Of the loss, in float32 (DESIGN)."""
+"""Of the loss, in float32."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from shoal.engine.instruments.recorder import FOLDER
 from shoal.observe.events import read_lines
 
 SMALL = 1e-6
-"""A gradient counts as at least this share of the norm of all (DESIGN 9): the true gradient of a
+"""A gradient counts as at least this share of the norm of all: the true gradient of a
 key's bias is zero, and what is left there is rounding."""
 
 

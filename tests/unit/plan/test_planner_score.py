@@ -33,7 +33,7 @@ def result() -> dict:
 def test_step_times(result: dict) -> None:
     """The measures of the planner, with room for the small sample: 12 % over sources, 20 % each.
 
-    On the whole table the figures are in docs/planner.md.
+    On the whole table the figures are in docs/guide/planner.md.
     """
     assert result["median_over_sources"] <= 0.12
     for name, source in result["sources"].items():

@@ -1,4 +1,4 @@
-"""The task of docs/new-task.md learns, and its loss is that of transformers and plain torch."""
+"""The task of docs/contribute/new-task.md learns, and its loss is that of transformers and plain torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shoal.models.init import materialise, record
 from shoal.tasks import kinds
 from shoal.tasks.task import Task, Tools
 
-PAGE = Path(__file__).parents[3] / "docs" / "new-task.md"
+PAGE = Path(__file__).parents[3] / "docs" / "contribute" / "new-task.md"
 WORDS = ("bad", "poor", "fair", "good", "great")
 
 

@@ -3,8 +3,9 @@
     python benchmarks/faults.py [--only NAME ...] [--repeats 20] [--recipe quickstart]
 
 Every repeat is a fault of its own in a run of the recipe; what it cost is read from the run
-(prove/rehearse.py) and compared with a clean run of the same length. Rows go to docs/evidence/faults.json
-and docs/evidence/faults.md, where rows measured earlier stay, so that it can be run in pieces.
+(prove/rehearse.py) and compared with a clean run of the same length. Rows go to
+docs/evidence/faults.json and docs/evidence/faults.md, where rows measured earlier stay, so that it
+can be run in pieces.
 """
 
 from __future__ import annotations

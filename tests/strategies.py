@@ -49,8 +49,9 @@ LOSS = 1e-5
 """Relative, over five steps (the issue's). Measured: 1.4e-7, two last places of float32."""
 
 GRADIENT = 1e-3
-"""By the rule of docs/design/determinism.md, first step, both from the same weights. Measured: 2e-6 where a gradient is
-not zero in truth, from sums in another order. Key biases are zero in truth, so what is left is the
+"""By the rule of docs/design/determinism.md, first step, both from the same weights. Measured: 2e-6
+where a gradient is not zero in truth, from sums in another order. Key biases are zero in truth, so
+what is left is the
 rounding of terms as large as other gradients (6e-8 of them), set against 1e-6 of the whole: up to
 1.5e-4 measured (vit), and the floor of this tolerance. A missing or doubled reduction gives 0.5 to
 1.0 (below), a wrong scale or shard no less."""

@@ -2,8 +2,8 @@
 
     python benchmarks/planner_score TABLE.csv [--json] [--leave-out]
 
-Step time, memory, the order of layouts, and what does not fit, by source; docs/guide/planner.md says
-what the figures mean. --leave-out also fits without each source in turn (a minute). Ends with
+Step time, memory, the order of layouts, and what does not fit, by source; docs/guide/planner.md
+says what the figures mean. --leave-out also fits without each source in turn (a minute). Ends with
 status 2 and one line for a table that cannot be read.
 """
 

@@ -176,7 +176,7 @@ def _fits(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def summary(sources: dict[str, SourceScore]) -> dict[str, Any]:
-    """The scores as JSON-able data, errors as fractions; see docs/guide/planner.md for the fields."""
+    """The scores as JSON-able data, errors as fractions (docs/guide/planner.md)."""
     result = {}
     for name, score in sorted(sources.items()):
         timed = [one for one in score.scored if one.case.step_seconds]

@@ -1,4 +1,4 @@
-"""docs/contribute/new-family.md is run: its entry, and nothing else, makes a family known everywhere."""
+"""docs/contribute/new-family.md is run: its entry alone makes a family known everywhere."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ZERO = {"optimizer": "ZeRO-1", "gradients": "ZeRO-2", "parameters": "ZeRO-3"}
 """What the field calls the levels of the shard axis (arXiv 1910.02054)."""
 
 ERROR = "half of the published runs lie within 13 % of what is predicted for them"
-"""The error of a predicted time: docs/guide/planner.md, sources that the model was not fitted to."""
+"""Of a predicted time: docs/guide/planner.md, sources that the model was not fitted to."""
 
 _WORTH = 1.5
 """More devices are worth naming from this gain over one of them."""

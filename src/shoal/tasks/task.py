@@ -1,7 +1,8 @@
 """What a task is: how records become samples, a batch becomes a loss, and scores become words.
 
-A new task is a subclass of `Task` in a file of its own and a line in `kinds.py`; docs/contribute/new-task.md
-has one of 40 lines. Importable without torch: a task imports it where it computes.
+A new task is a subclass of `Task` in a file of its own and a line in `kinds.py`;
+docs/contribute/new-task.md has one of 40 lines. Importable without torch: a task imports it where
+it computes.
 Shapes: B rows of a batch, D hidden size; [...] is whatever the targets' shape is ([B, T] of tokens,
 [B] of images).
 """

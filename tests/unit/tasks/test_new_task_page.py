@@ -1,4 +1,4 @@
-"""The task of docs/contribute/new-task.md learns, and its loss is that of transformers and plain torch."""
+"""The task of docs/contribute/new-task.md learns; its loss is transformers' and plain torch's."""
 
 from __future__ import annotations
 

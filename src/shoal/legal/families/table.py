@@ -46,6 +46,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
             f"config.json, key 'model_type': {name!r} is not an architecture whose sizes shoal "
             f"can read ({nearest(name, known_families())}). It needs an entry in legal/families "
             "that gives the parameters of one block, of the embedding and of the head "
-            "(docs/contribute/new-family.md); until then train it with replicate or shard only and no plan."
+            "(docs/contribute/new-family.md); until then train it with replicate or shard only and "
+            "no plan."
         )
     return family.sizes(ConfigReader(config, family=name, keys=family.size_keys))

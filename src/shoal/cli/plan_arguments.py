@@ -35,7 +35,7 @@ Fix = Annotated[
     list[str] | None,
     typer.Option("--fix", help="Fix a choice: tensor=2, recompute=full; may be repeated."),
 ]
-Picture = Annotated[Path | None, typer.Option("--picture", help="Write an SVG here.")]
+Picture = Annotated[Path | None, typer.Option("--picture", help="Draw it: FILE.svg or .png.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

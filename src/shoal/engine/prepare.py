@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from shoal.tasks.kinds import create
 from shoal.tasks.outcome import Task
 
 Say = Callable[[str], None]
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Inputs:
     unigram_nats: float
     train_samples: int
     validation_samples: int
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of the part that is trained on: documents, samples, tokens, targets. Empty in older runs."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""
@@ -121,9 +124,12 @@ def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:
     return task.settings(list(records))
 
 
-def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
+def prepare_inputs(
+    recipe: Recipe, *, say: Say, progress: Progress = lambda phase, done: None
+) -> Inputs:
     """Fetch, tokenize and pack; everything is cached, so a second call only looks.
 
+    `say` hears of each phase once, `progress` how far it is, 0 to 1.
     Raises ConfigError, DataError, ModelError and FetchError.
     """
     task = create(recipe.task.kind)
@@ -147,10 +153,11 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
     task = create(recipe.task.kind, settings=learned)
     phases: set[str] = set()
 
-    def progress(phase: str, done: float) -> None:
+    def tell(phase: str, done: float) -> None:
         if phase not in phases:
             phases.add(phase)
             say(phase)
+        progress(phase, done)
 
     prepared = prepare(
         sources=[
@@ -163,7 +170,7 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         packing=packing,
         validation_fraction=recipe.data.validation_fraction,
         out=cache_directory() / "prepared",
-        progress=progress,
+        progress=tell,
     )
     return Inputs(
         data_directory=str(prepared.directory.resolve()),
@@ -174,6 +181,7 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         unigram_nats=prepared.unigram_nats,
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
         validation_samples=sum(s.num_samples("validation") for s in prepared.sources),
+        counts=dict(prepared.description["parts"]["train"]),
     )
 
 

@@ -234,6 +234,7 @@ def _with_figures(
         decision,
         predicted=predicted,
         flops_per_token=flops,
+        device=formats["device_name"] or "cpu",
         peak_flops_per_second=_peak(decision, formats=formats),
     )
 

@@ -80,7 +80,7 @@ def run_workers(
             folder=Path(folder),
             asked=asked,
         )
-        console.steps = job.recipe.train.steps
+        console.steps = job.recipe.train.steps or console.steps  # of epochs: as the start said
         try:
             return supervisor.run()
         finally:

@@ -31,9 +31,11 @@ from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import claim, hold, write_whole
+from shoal.launch.opening import opening
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
+from shoal.observe.trackers import check_trackers
 from shoal.runtime import choose_device, start_process_group, stop_process_group
 
 _TIMEOUT_SECONDS = 1800.0
@@ -79,7 +81,13 @@ def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
 
 
 def _join(recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None) -> int:
-    console = Console()
+    with Console() as console:
+        return _shown(recipe, seat=seat, name=name, out=out, console=console)
+
+
+def _shown(
+    recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None, console: Console
+) -> int:
     payload: dict[str, Any] = {}
     try:
         check_same_program(ProcessGroup(), recipe=recipe.model_dump(mode="json"), parameters=0)
@@ -110,13 +118,16 @@ def _prepare(
     recipe: Recipe, *, seat: Rendezvous, name: str, out: Path | None, console: Console
 ) -> dict[str, Any]:
     """What rank 0 does for all: the same as the parent of shoal's own workers."""
+    check_trackers(recipe.observe)
     run = claim(out, name=name)
-    console.phase(f"run directory {run}")
-    inputs = prepare_inputs(recipe, say=console.phase)
+    console.phase(f"run directory {run}; preparing the data")
+    inputs = prepare_inputs(recipe, say=console.phase, progress=console.progress)
     formats = measured_formats(recipe.launch.device)
     cores = usable_cores() // seat.local_world_size
     decision = decide_joined(recipe, inputs=inputs, cores_per_worker=max(1, cores), formats=formats)
     console.phase(f"plan: {decision}")
+    for line in opening(recipe, inputs=inputs, decision=decision):
+        console.line(line)
     write_whole(run / "config.yaml", to_yaml(recipe))
     write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")
     return Job(recipe=recipe, run=run, inputs=inputs, decision=decision).to_json()
@@ -139,6 +150,7 @@ def _lead(job: Job, *, arguments: WorkerArguments, console: Console, recipe: str
     finally:
         os.close(write)
         listener.join()
+        console.close()
     for error in attempt.errors:
         print(f"shoal: {error['text']}\n{error.get('trace', '')}".rstrip(), file=sys.stderr)
     if attempt.stopped is not None:

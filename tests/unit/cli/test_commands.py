@@ -63,7 +63,9 @@ def test_every_command_has_an_example(command: str, capsys: pytest.CaptureFixtur
 
 
 def test_completion() -> None:
-    shown = subprocess.run(shoal("--show-completion", "bash"), capture_output=True, text=True)
+    named = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    words = shoal("--show-completion", "bash")
+    shown = subprocess.run(words, capture_output=True, text=True, env=named)
     assert shown.returncode == 0 and "complete -o default -F" in shown.stdout
     asked = {"COMP_WORDS": "shoal re", "COMP_CWORD": "1", "_SHOAL_COMPLETE": "complete_bash"}
     code = "import sys; sys.argv[0] = 'shoal'; from shoal.cli.main import main; main()"

@@ -23,11 +23,6 @@ MOST_TENSORS = 1 << 20
 MOST_DIMS = 16
 MOST_ELEMENTS = 1 << 48
 
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-"""Controls of a terminal and of the direction of text; all but line feed and tab."""
-
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 _BITS = {
@@ -41,15 +36,6 @@ _BITS = {
 def is_plain_name(name: str) -> bool:
     """Whether `name` is a file's name and nothing else: no separator, no `..`, no odd character."""
     return _NAME.fullmatch(name) is not None and name not in (".", "..")
-
-
-def visible(text: str) -> str:
-    """`text` as a terminal may have it: control characters are spelt out (`\\x1b`), not obeyed.
-
-    Text of models, data and names of files can move the cursor, retitle the window, or hide what
-    follows. Line feeds and tabs stay.
-    """
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.untrusted import visible
+from shoal.observe.visible import visible
 
 
 def generate(

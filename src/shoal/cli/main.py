@@ -26,7 +26,7 @@ from shoal.cli import (
     train,
 )
 from shoal.errors import Interrupted, ShoalError, UserError, disk_problem
-from shoal.untrusted import visible
+from shoal.observe.visible import visible
 
 app = typer.Typer(
     name="shoal",

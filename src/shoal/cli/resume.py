@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli.train import Overrides
-from shoal.untrusted import visible
+from shoal.observe.visible import visible
 
 
 def resume(

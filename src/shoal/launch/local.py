@@ -24,12 +24,11 @@ from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.opening import opening
 from shoal.launch.pool import WorkerPool, pool_or_own
-from shoal.launch.refuse import check
+from shoal.launch.refuse import check, check_trackers
 from shoal.launch.summary import write_summary
 from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
-from shoal.observe.trackers import check_trackers
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Any
 
 from shoal.engine.decision import Decision
 from shoal.launch.directory import write_whole
+from shoal.launch.plot import plot_run
 from shoal.observe.events import read_lines
-from shoal.observe.plot import plot_run
 
 
 def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dict[str, Any]:
@@ -43,7 +43,12 @@ def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dic
         "prediction_error": _error(decision.predicted, measured),
     }
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
-    plot_run(run, guess_loss=done["unigram_nats"] if _is_language(evaluations) else None)
+    plot_run(
+        run,
+        unit="nats per token",
+        baseline=done["unigram_nats"] if _is_language(evaluations) else None,
+        baseline_name="unigram baseline",
+    )
     return summary
 
 

@@ -32,10 +32,10 @@ from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import claim, hold, write_whole
 from shoal.launch.opening import opening
+from shoal.launch.refuse import check_trackers
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
-from shoal.observe.trackers import check_trackers
 from shoal.runtime import choose_device, start_process_group, stop_process_group
 
 _TIMEOUT_SECONDS = 1800.0

@@ -10,8 +10,8 @@ import weakref
 from typing import TYPE_CHECKING, TextIO
 
 from shoal.observe.events import Row, Sink
+from shoal.observe.visible import visible
 from shoal.units import format_count, format_seconds
-from shoal.untrusted import visible
 
 if TYPE_CHECKING:
     from shoal.observe.progress import Drawing, LiveLine
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 _PATIENCE_SECONDS = 3.0
 """Where nothing is drawn live: how long a phase may be silent before a line says that it goes on;
 after each such line twice as long."""
-_STEP_PATIENCE_SECONDS = 30.0
 
 
 class Console(Sink):
@@ -40,7 +39,7 @@ class Console(Sink):
         self._doing = ""
         self._done: float | None = None
         self._doing_since = self._began
-        self._last_step: tuple[int, Drawing] | None = None
+        self._last_step: Drawing | None = None
         self._remind_at = math.inf
         self._lock = threading.RLock()
         self._watch: threading.Thread | None = None
@@ -72,13 +71,13 @@ class Console(Sink):
         """Announce what begins, with the time since the start."""
         with self._lock:
             self.line(f"[{time.monotonic() - self._began:6.1f} s] {text}")
-            self._begin(text, patience=_PATIENCE_SECONDS)
+            self._begin(text)
 
     def progress(self, text: str, done: float | None) -> None:
         """How far the phase `text` is (0 to 1; None: unknown); a new one begins without a line."""
         with self._lock:
             if text != self._doing:
-                self._begin(text, patience=_PATIENCE_SECONDS)
+                self._begin(text)
             self._done = done
 
     def row(self, row: Row) -> None:
@@ -96,21 +95,19 @@ class Console(Sink):
 
     # --- what goes on
 
-    def _begin(self, text: str, *, patience: float) -> None:
+    def _begin(self, text: str) -> None:
         self._doing, self._done, self._doing_since = text, None, time.monotonic()
-        self._remind_at = self._doing_since + patience
+        self._remind_at = self._doing_since + _PATIENCE_SECONDS
         if self._live is not None:
             self._live.show(self._draw_phase)
         elif self._watch is None:
-            target, own = _remind, weakref.ref(self)
-            self._watch = threading.Thread(target=target, args=(own,), daemon=True, name="console")
+            self._watch = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
             self._watch.start()
 
     def _draw_phase(self) -> Drawing:
         seconds = format_seconds(time.monotonic() - self._doing_since)
-        left = [(0, visible(self._doing)), (2, seconds)]
-        right = [] if self._done is None else [(1, f"{self._done:.0%}")]
-        return left, right, self._done
+        share = "" if self._done is None else f"{self._done:.0%}"
+        return [(0, visible(self._doing)), (1, share), (2, seconds)], self._done
 
     def remind(self) -> None:
         """Say that a phase goes on, when it was silent for long."""
@@ -128,59 +125,49 @@ class Console(Sink):
         seconds = row.get("step_seconds") or 0.0
         if row["step"] > 1:  # the first step also warms up
             self._rate = seconds if self._rate is None else 0.9 * self._rate + 0.1 * seconds
-        left, right = self._fields(row)
+        fields = self._fields(row)
         with self._lock:
-            self._last_step = row["step"], (left, right, row["step"] / (self.steps or math.inf))
+            self._last_step = fields, row["step"] / (self.steps or math.inf)
             now = time.monotonic()
             due = now - self._last_line >= self._every or row["step"] in (1, self.steps)
             if self._live is None and due:
                 self._last_line = now
-                plain = (text for rank, text in (*left, *right) if rank < _OF_TERMINALS)
-                self.line("  ".join(plain))
+                self.line("  ".join(text for rank, text in fields if rank < _OF_TERMINALS))
             self._stepping()
 
     def _stepping(self) -> None:
-        """Between two rows: the last one stays, and the next is waited for."""
-        if self._last_step is None:
-            return
-        step, drawing = self._last_step
-        if self._live is not None:
-            self._doing = ""
+        """Between two rows, the last one stays."""
+        self._doing, self._remind_at = "", math.inf
+        drawing = self._last_step
+        if self._live is not None and drawing is not None:
             self._live.show(lambda: drawing)
-        elif step != self.steps:
-            self._begin(f"step {step + 1}", patience=_STEP_PATIENCE_SECONDS)
-        else:
-            self._remind_at = math.inf
 
-    def _fields(self, row: Row) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-        """Fields on the left and right of the bar, with how important each is."""
-        step = f"step {row['step']:>5}" + (f"/{self.steps}" if self.steps else "")
+    def _fields(self, row: Row) -> list[tuple[int, str]]:
+        """What is said of a step, each with how important it is (progress.py)."""
         loss = row["loss"] if row["loss"] is not None else math.nan
-        right = [(1, f"loss {loss:.4f}")]
-        if "learning_rate" in row:
-            right.append((5, f"rate {row['learning_rate']:.2e}"))
-        if row.get("gradient_norm") is not None:
-            right.append((6, f"norm {row['gradient_norm']:.3g}"))
-        right.append((4, f"{format_count(row.get('tokens_per_second') or 0)} tokens/s"))
+        fields = [
+            (0, f"step {row['step']:>5}" + (f"/{self.steps}" if self.steps else "")),
+            (1, f"loss {loss:.4f}"),
+            (5, f"rate {row.get('learning_rate') or 0.0:.2e}"),
+            (6, f"norm {row.get('gradient_norm') or 0.0:.3g}"),
+            (4, f"{format_count(row.get('tokens_per_second') or 0)} tokens/s"),
+        ]
         if self.steps and self._rate is not None:
             seconds = max(0, self.steps - row["step"]) * self._rate
-            right.append((2, f"{format_seconds(seconds)} left"))
-        return [(0, step)], right
+            fields.append((2, f"{format_seconds(seconds)} left"))
+        return fields
 
     def _evaluation(self, row: Row) -> None:
-        hidden = {"step", "samples", "seconds", "tokens", "completions"}
         parts = [
             f"{key.removeprefix('evaluation_').replace('_', ' ')} {value:.4g}"
             for key, value in row.items()
-            if key not in hidden and isinstance(value, float) and not key.endswith("targets")
+            if isinstance(value, float) and not key.endswith(("seconds", "targets"))
         ]
         self.line(f"evaluation at step {row['step']}: " + ", ".join(parts))
         for prompt, completion in row.get("completions") or []:
             for name, text in (("prompt", prompt), ("completion", completion)):
-                first, *more = text.strip().split("\n")
-                self.line(f"  {name:<10} | {first}")
-                for each in more:
-                    self.line(f"  {'':<10} | {each}")
+                shown = text.strip().replace("\n", f"\n  {'':<10} | ")
+                self.line(f"  {name:<10} | {shown}")
         with self._lock:
             self._stepping()
 
@@ -193,16 +180,13 @@ def _live_line(out: TextIO) -> LiveLine | None:
     """The live line of a terminal that can redraw one; None elsewhere."""
     if not out.isatty():
         return None
-    from rich.console import Console as Screen
+    from shoal.observe.progress import LiveLine  # imports rich, which takes a while
 
-    if Screen(file=out).is_dumb_terminal:
-        return None
-    from shoal.observe.progress import LiveLine
-
-    return LiveLine(out)
+    found = LiveLine(out)
+    return found if found.able else None
 
 
-def _remind(console: weakref.ref[Console]) -> None:
+def _watch(console: weakref.ref[Console]) -> None:
     """Watch over a console until nobody holds it any more."""
     while (held := console()) is not None:
         held.remind()

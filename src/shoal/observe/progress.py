@@ -21,13 +21,12 @@ from rich.text import Text
 
 Field = tuple[int, str]
 """How important it is (0: the most), and what it says."""
+Drawing = tuple[Sequence[Field], float | None]
+"""Fields, and how far it is, 0 to 1, for a bar after the first; None: a spinner before them."""
 
-Drawing = tuple[Sequence[Field], Sequence[Field], float | None]
-"""Fields left and right of a bar, and how far it is, 0 to 1; None: a spinner stands before them."""
-
-BAR = 3
-"""Importance of the bar."""
-_NARROWEST, _WIDEST = 8, 40  # of the bar, in columns
+BAR: Field = (3, " " * 8)
+"""Stands for the bar among the fields, at its narrowest."""
+_WIDEST = 40
 _GAP = "  "
 
 
@@ -38,7 +37,9 @@ class LiveLine:
         self._screen = Screen(file=out, highlight=False, markup=False, emoji=False)
         self._live: Live | None = None
         self._spinner = Spinner("dots")
-        self._draw: Callable[[], Drawing] = lambda: ((), (), None)
+        self._draw: Callable[[], Drawing] = lambda: ((), None)
+        self.able = not self._screen.is_dumb_terminal
+        """Whether the terminal can draw a line again."""
 
     def show(self, draw: Callable[[], Drawing]) -> None:
         """Show what `draw` says from now on: a thread of rich's asks it four times a second."""
@@ -48,7 +49,7 @@ class LiveLine:
             self._live.start(refresh=True)
 
     def print(self, text: str) -> None:
-        """Lines that stay, broken between words; what follows a break is indented."""
+        """Lines that stay, broken between words."""
         columns = max(20, self._screen.width)
         for line in text.split("\n"):
             self._screen.print(Text(wrapped(line, columns=columns)), soft_wrap=True)
@@ -60,53 +61,37 @@ class LiveLine:
             self._live = None
 
     def __rich_console__(self, screen: Screen, options: ConsoleOptions) -> RenderResult:
-        left, right, done = self._draw()
-        room = options.max_width - 1  # the last column makes some terminals begin a new row
+        fields, done = self._draw()
+        fields = [field for field in fields if field[1]]
         if done is None:
-            spinner = self._spinner.render(screen.get_time())
-            yield Text(f"{spinner} ", end="")
-            room -= 2
-        begin, bar, end = fitting(left, right, room=room, bar=done is not None)
-        yield Text(begin, no_wrap=True, overflow="crop", end="")
-        if bar:
-            drawn = ProgressBar(total=1.0, completed=min(done or 0.0, 1.0), width=bar)
-            yield Segment(_GAP)
-            yield from (part for part in screen.render(drawn) if part.text != "\n")
-            yield Segment(_GAP)
-        yield Text(end, no_wrap=True, overflow="crop")
+            fields = [(0, f"{self._spinner.render(screen.get_time())}"), *fields]
+        else:
+            fields = [*fields[:1], BAR, *fields[1:]]
+        # the last column makes some terminals begin a new row
+        kept, left = fitting(fields, room=options.max_width - 1)
+        for number, field in enumerate(kept):
+            yield Segment(_GAP if number else "")
+            if field is BAR:
+                width = min(_WIDEST, len(BAR[1]) + left)
+                bar = ProgressBar(total=1.0, completed=min(done or 0.0, 1.0), width=width)
+                yield from (part for part in screen.render(bar) if part.text != "\n")
+            else:
+                yield Segment(field[1])
 
 
-def fitting(
-    left: Sequence[Field], right: Sequence[Field], *, room: int, bar: bool
-) -> tuple[str, int, str]:
-    """What of the fields fits `room` columns, and how wide the bar is (0: there is none).
+def fitting(fields: Sequence[Field], *, room: int) -> tuple[list[Field], int]:
+    """The fields that fit `room` columns together, and the columns that are left.
 
-    The least important go first, the bar among them; it takes what room is left.
+    The least important go first, of equals the first; one always stays.
     """
-    kept = sorted({rank for rank, _ in (*left, *right)} | ({BAR} if bar else set()))
-    while True:
-        begin = _GAP.join(text for rank, text in left if rank in kept)
-        end = _GAP.join(text for rank, text in right if rank in kept)
-        taken = cell_len(begin) + (len(_GAP) + cell_len(end) if end else 0)
-        wanted = len(_GAP) + _NARROWEST if bar and BAR in kept else 0
-        if taken + wanted <= room or len(kept) <= 1:
-            break
-        kept.pop()
-    if not wanted:
-        return (begin + _GAP + end if end else begin)[: max(room, 1)], 0, ""
-    return begin, max(1, min(_WIDEST, room - taken - len(_GAP))), end
+    kept = list(fields)
+    while (left := room - cell_len(_GAP.join(text for _, text in kept))) < 0 and len(kept) > 1:
+        kept.remove(max(kept, key=lambda field: field[0]))
+    return kept, left
 
 
 def wrapped(line: str, *, columns: int) -> str:
     """`line` broken between words, what follows a break indented; a long word stays whole."""
-    if cell_len(line) <= columns:
-        return line
-    rows = textwrap.wrap(
-        line,
-        columns,
-        subsequent_indent="    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-        replace_whitespace=False,
-    )
-    return "\n".join(rows)
+    breaks = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    breaks.subsequent_indent = "    "
+    return breaks.fill(line)

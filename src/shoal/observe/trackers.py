@@ -1,58 +1,20 @@
-"""TensorBoard and Weights & Biases, when a recipe asks for them; tags are grouped as is usual."""
+"""TensorBoard and Weights & Biases, when a recipe asks for them; tags are grouped as is usual.
+
+Whether they can be written to is checked before workers start (launch/refuse.py).
+"""
 
 from __future__ import annotations
 
 import json
-import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from shoal.config.recipe import ObserveSection
 from shoal.errors import UserError
 from shoal.observe.events import Row, Sink
 
 _PERFORMANCE = ("_seconds", "_bytes", "_per_second", "mfu", "seconds")
 _ID = "wandb-id"
 """File of a run directory with the id that W&B knows the run by."""
-
-
-def check_trackers(section: ObserveSection) -> None:
-    """Refuse, before anything is begun, a tracker that could not be written to. Raises UserError.
-
-    No network is used: whether a key is valid is told when workers start.
-    """
-    if section.tensorboard and find_spec("tensorboard") is None:
-        raise _not_installed("tensorboard")
-    if section.wandb:
-        _check_wandb()
-
-
-def _check_wandb() -> None:
-    try:
-        import wandb
-    except ImportError:
-        raise _not_installed("wandb") from None
-    if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
-        return
-    try:
-        known = wandb.login(prompt=False, verify=False)
-    except TypeError:  # an older one, which cannot be asked without a prompt
-        return
-    except wandb.errors.Error as error:
-        raise UserError(f"observe.wandb: {error}") from None
-    if not known:
-        raise UserError(
-            "observe.wandb: no API key was found; log in with `wandb login`, set WANDB_API_KEY, "
-            "set WANDB_MODE=offline to keep everything in RUN/wandb, or set observe.wandb=false"
-        )
-
-
-def _not_installed(name: str) -> UserError:
-    return UserError(
-        f"observe.{name}: the package is not installed; pip install {name}, or set "
-        f"observe.{name}=false"
-    )
 
 
 def scalars(row: Row) -> dict[str, float]:
@@ -69,16 +31,11 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 class TensorBoard(Sink):
-    """Scalars, samples and the config into RUN/tensorboard.
-
-    Raises UserError when the package is not there.
-    """
+    """Scalars, samples and the config into RUN/tensorboard."""
 
     def __init__(self, run: Path, *, config: dict[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _not_installed("tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run / "tensorboard"))
         text = json.dumps(config, indent=1)
         self._writer.add_text("config", "    " + text.replace("\n", "\n    "))  # as Markdown's code
@@ -97,31 +54,27 @@ class TensorBoard(Sink):
 class WandB(Sink):
     """Scalars and the config to Weights & Biases; WANDB_MODE=offline keeps them in RUN/wandb.
 
-    A resumed run goes on under its id. Raises UserError where W&B refuses, or is not installed.
+    A resumed run goes on under its id. Raises UserError where W&B refuses.
     """
 
     def __init__(self, run: Path, *, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _not_installed("wandb") from None
+        import wandb
+
         kept = run / _ID
-        known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else None
+        known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
         try:
             self._run = wandb.init(
                 project="shoal",
                 name=run.name,
                 dir=str(run),
                 config=config,
-                id=known,
+                id=known or None,
                 resume="allow",
                 settings=wandb.Settings(silent=True),  # its own lines would cross the live line
             )
         except wandb.errors.Error as error:
             raise UserError(f"observe.wandb: {error}") from None
-        beside = kept.with_name(f".{_ID}")
-        beside.write_text(self._run.id + "\n", encoding="utf-8")
-        os.replace(beside, kept)
+        kept.write_text(self._run.id + "\n", encoding="utf-8")
         self.address: str | None = self._run.url
         """Where the run can be seen; None when it is kept offline."""
 

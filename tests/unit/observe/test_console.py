@@ -11,7 +11,7 @@ import pytest
 from screen import on_a_terminal
 from shoal.observe import console as module
 from shoal.observe.console import Console
-from shoal.observe.progress import fitting, wrapped
+from shoal.observe.progress import BAR, fitting, wrapped
 
 PROGRAM = """
 import sys, time
@@ -72,17 +72,16 @@ def test_a_terminal_that_cannot_redraw_gets_plain_lines() -> None:
 
 
 def test_fields_go_from_the_least_important() -> None:
-    left, right = [(0, "step 1/9")], [(1, "loss 2.5"), (4, "9 tokens/s"), (2, "9 s left")]
-    assert fitting(left, right, room=80, bar=True) == (
-        "step 1/9",
-        38,
-        "loss 2.5  9 tokens/s  9 s left",
-    )
-    assert fitting(left, right, room=45, bar=True)[1:] == (15, "loss 2.5  9 s left")
-    assert fitting(left, right, room=30, bar=True) == ("step 1/9  loss 2.5  9 s left", 0, "")
-    assert fitting(left, right, room=20, bar=True) == ("step 1/9  loss 2.5", 0, "")
-    assert fitting(left, right, room=8, bar=True) == ("step 1/9", 0, "")
-    assert fitting(left, right, room=4, bar=True) == ("step", 0, "")
+    fields = [(0, "step 1/9"), BAR, (1, "loss 2.5"), (4, "9 tokens/s"), (2, "9 s left")]
+
+    def kept(room: int) -> list[str]:
+        return [text.strip() or "bar" for _, text in fitting(fields, room=room)[0]]
+
+    assert fitting(fields, room=60) == (fields, 60 - 50)
+    assert kept(49) == ["step 1/9", "bar", "loss 2.5", "9 s left"]
+    assert kept(30) == ["step 1/9", "loss 2.5", "9 s left"]
+    assert kept(20) == ["step 1/9", "loss 2.5"]
+    assert kept(8) == kept(4) == ["step 1/9"]
 
 
 def test_a_path_is_not_broken() -> None:

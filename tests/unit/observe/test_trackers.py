@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import pytest
 
 from shoal.config.recipe import ObserveSection
 from shoal.errors import UserError
-from shoal.observe import trackers
-from shoal.observe.plot import plot_run
-from shoal.observe.trackers import TensorBoard, WandB, check_trackers, scalars
+from shoal.launch import refuse
+from shoal.launch.refuse import check_trackers
+from shoal.observe.trackers import WandB, scalars
 from tiny import Bench
 
 
@@ -115,29 +114,7 @@ def test_what_wandb_refuses_is_no_defect(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_tracker_that_is_not_installed_is_refused_at_once(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
+    monkeypatch.setattr(refuse, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=f"observe.{name}: the package is not installed"):
         check_trackers(ObserveSection(**{name: True}))
     check_trackers(ObserveSection())
-
-
-@pytest.mark.parametrize(
-    ("package", "make", "said"),
-    [
-        ("torch.utils.tensorboard", lambda run: TensorBoard(run, config={}), "observe.tensorboard"),
-        ("wandb", lambda run: WandB(run, config={}), "observe.wandb"),
-    ],
-)
-def test_a_board_that_is_not_installed(
-    package: str, make: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
-    with pytest.raises(UserError, match=f"{said}: the package is not installed; pip install"):
-        make(tmp_path)  # type: ignore[operator]
-
-
-def test_a_picture_of_a_run(bench: Bench, tmp_path: Path) -> None:
-    path = plot_run(bench.run().path, guess_loss=3.0)
-    assert path.name == "loss.png" and path.read_bytes().startswith(b"\x89PNG")
-    assert plot_run(tmp_path).is_file(), "a run without rows gets an empty picture, not an error"

@@ -67,8 +67,8 @@ class LiveLine:
             fields = [(0, f"{self._spinner.render(screen.get_time())}"), *fields]
         else:
             fields = [*fields[:1], BAR, *fields[1:]]
-        # the last column makes some terminals begin a new row
-        kept, left = fitting(fields, room=options.max_width - 1)
+        # room for the ^C that a terminal echoes, or it would begin a row that nobody erases
+        kept, left = fitting(fields, room=options.max_width - 3)
         for number, field in enumerate(kept):
             yield Segment(_GAP if number else "")
             if field is BAR:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from shoal.tasks.kinds import create
 from shoal.tasks.task import Task, Tools
 
 Say = Callable[[str], None]
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Inputs:
     vocabulary_size: int | None
     train_samples: int
     validation_samples: int
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of the part that is trained on: documents, samples, tokens, targets. Empty in older runs."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""
@@ -42,7 +45,7 @@ class Inputs:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Inputs:
         """The inverse of `to_json`; keys that older runs have beside are left out."""
-        return cls(**{each.name: tree[each.name] for each in fields(cls)})
+        return cls(**{each.name: tree[each.name] for each in fields(cls) if each.name in tree})
 
 
 def model_folder(path: str, *, say: Say) -> Path:
@@ -120,9 +123,12 @@ def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
+def prepare_inputs(
+    recipe: Recipe, *, say: Say, progress: Progress = lambda phase, done: None
+) -> Inputs:
     """Fetch, tokenize and pack; everything is cached, so a second call only looks.
 
+    `say` hears of each phase once, `progress` how far it is, 0 to 1.
     Raises ConfigError, DataError, ModelError and FetchError.
     """
     task = create(recipe.task.kind, options=recipe.task)
@@ -148,10 +154,11 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
     _check_model_settings(recipe, task=task)
     phases: set[str] = set()
 
-    def progress(phase: str, done: float) -> None:
+    def tell(phase: str, done: float) -> None:
         if phase not in phases:
             phases.add(phase)
             say(phase)
+        progress(phase, done)
 
     prepared = prepare(
         sources=[
@@ -165,7 +172,7 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         validation_fraction=recipe.data.validation_fraction,
         fields=task.fields,
         out=cache_directory() / "prepared",
-        progress=progress,
+        progress=tell,
     )
     return Inputs(
         data_directory=str(prepared.directory.resolve()),
@@ -175,6 +182,7 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         vocabulary_size=vocabulary,
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
         validation_samples=sum(s.num_samples("validation") for s in prepared.sources),
+        counts=dict(prepared.description["parts"]["train"]),
     )
 
 

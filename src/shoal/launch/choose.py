@@ -195,6 +195,7 @@ def _with_figures(
         reason=decision.reason + note,
         predicted=predicted,
         flops_per_token=flops,
+        device=formats["device_name"] or "cpu",
         peak_flops_per_second=_peak(decision, formats=formats),
     )
 

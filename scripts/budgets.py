@@ -1,6 +1,7 @@
 """Prints each room's code lines against its budget in pyproject.toml; exit status 1 if one is over.
 
-A room is a folder of src/shoal; `layer0` is the files directly in it. Code lines are those that
+A room is a folder of src/shoal; `layer0` is the files directly in it
+but for runtime.py, which stands above. Code lines are those that
 hold code: no blank lines, comments or docstrings.
 """
 
@@ -32,7 +33,8 @@ def code_lines(module: Path) -> int:
 
 def rooms() -> dict[str, int]:
     """Code lines of every room that has any, the largest first."""
-    found = {"layer0": sum(code_lines(module) for module in SOURCE.glob("*.py"))}
+    outside = [module for module in SOURCE.glob("*.py") if module.name != "runtime.py"]
+    found = {"layer0": sum(map(code_lines, outside)), "runtime": code_lines(SOURCE / "runtime.py")}
     for folder in (path for path in SOURCE.iterdir() if path.is_dir()):
         found[folder.name] = sum(code_lines(module) for module in folder.rglob("*.py"))
     return dict(sorted(((n, c) for n, c in found.items() if c), key=lambda each: -each[1]))

@@ -1,7 +1,7 @@
-"""Runs the matrix of strategies against one worker, and writes docs/evidence/parity.md from the figures.
+"""Runs the matrix of strategies against one worker, and writes the page docs/evidence/parity.md.
 
 python scripts/parity.py --results DIR FAMILY ...   run these families (default: all)
-python scripts/parity.py --results DIR --page       write docs/evidence/parity.md from DIR/FAMILY.json
+python scripts/parity.py --results DIR --page       write the page from DIR/FAMILY.json
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from shoal.boxes import Box
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
-from shoal.legal import SHARD_LEVELS, axes_of
+from shoal.legal import axes_of
+from shoal.legal.rules import SHARD_LEVELS
 from shoal.models.anatomy import (
     anatomy_of,
     canonical_parameters,

@@ -15,8 +15,7 @@ from shoal.config.load import load_recipe, to_yaml
 from shoal.config.locked import LOCKED, Difference, changed, differences
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
-from shoal.engine.job import Instruments, Job
-from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.engine.job import Inputs, Instruments, Job
 from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import choose
@@ -24,6 +23,7 @@ from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.opening import opening
 from shoal.launch.pool import WorkerPool, pool_or_own
+from shoal.launch.prepare import prepare_inputs
 from shoal.launch.refuse import check, check_trackers
 from shoal.launch.summary import write_summary
 from shoal.launch.supervise import run_workers

@@ -8,7 +8,7 @@ from shoal.config.recipe import PretrainedModel, Recipe
 from shoal.config.statement import statements
 from shoal.data.stream import Stream
 from shoal.engine.decision import Decision
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs
 from shoal.errors import ModelError
 from shoal.launch.refuse import trained_config
 from shoal.legal import facts_from_config

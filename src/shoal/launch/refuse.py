@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal.config.recipe import ObserveSection, Recipe
 from shoal.engine.decision import given_layout
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs
 from shoal.errors import ConfigError, ModelError, UserError
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, problems

@@ -12,10 +12,10 @@ from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.job import Job
-from shoal.engine.prepare import prepare_inputs
 from shoal.environment import usable_cores
 from shoal.errors import WorkerError
 from shoal.launch.pool import WorkerPool
+from shoal.launch.prepare import prepare_inputs
 from shoal.launch.supervise import run_workers
 from shoal.layout import Layout
 from shoal.observe.console import Console

@@ -26,7 +26,6 @@ from shoal.engine.decision import Decision, given_layout
 from shoal.engine.job import Job
 from shoal.engine.measure import measured_formats
 from shoal.engine.membership.agree import check_same_program
-from shoal.engine.prepare import prepare_inputs
 from shoal.engine.worker import WorkerArguments, run_worker
 from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, RunError, UserError
@@ -35,6 +34,7 @@ from shoal.launch.choose import decide_joined
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.local import decision_before, resumed_recipe
 from shoal.launch.opening import opening
+from shoal.launch.prepare import prepare_inputs
 from shoal.launch.refuse import check_trackers
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console

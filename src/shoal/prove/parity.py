@@ -23,10 +23,10 @@ from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.instruments.mistakes import MISTAKES
-from shoal.engine.job import Instruments, Job
-from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.engine.job import Inputs, Instruments, Job
 from shoal.errors import ConfigError, Problem, WorkerError, nearest
 from shoal.launch.pool import WorkerPool, pool_or_own
+from shoal.launch.prepare import prepare_inputs
 from shoal.launch.supervise import run_workers
 from shoal.layout import Layout
 from shoal.observe.console import Console

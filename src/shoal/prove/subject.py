@@ -8,7 +8,7 @@ from typing import Any
 from shoal.config.anchor import anchored
 from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.decision import Decision, format_of, given_layout
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs
 from shoal.errors import ConfigError, Problem
 from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.layout import Layout

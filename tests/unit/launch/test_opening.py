@@ -11,10 +11,11 @@ from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.data.prepare import open_prepared
 from shoal.engine.decision import Decision
-from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.engine.job import Inputs
 from shoal.errors import ConfigError
 from shoal.launch import local
 from shoal.launch.opening import opening
+from shoal.launch.prepare import prepare_inputs
 from shoal.layout import Layout
 from shoal.observe.events import read_lines
 from tiny import Bench

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from shoal.data import registry
 from shoal.data.prepare import SourceSpec, prepare
 from shoal.data.sources import content_key, read_records
 from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key, train_tokenizer
+from shoal.engine.job import Inputs
 from shoal.environment import cache_directory
 from shoal.errors import ConfigError, FetchError, ModelError, Problem
 from shoal.tasks.kinds import create
@@ -21,31 +21,6 @@ from shoal.tasks.task import Task, Tools
 
 Say = Callable[[str], None]
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Where everything lies that a worker reads, and what the task learned from the data."""
-
-    data_directory: str
-    tokenizer_directory: str | None
-    """None where the task has no text."""
-    model_directory: str | None
-    task_settings: dict[str, Any]
-    vocabulary_size: int | None
-    train_samples: int
-    validation_samples: int
-    counts: dict[str, int] = field(default_factory=dict)
-    """Of the part that is trained on: documents, samples, tokens, targets. Empty in older runs."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, read back by `from_json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> Inputs:
-        """The inverse of `to_json`; keys that older runs have beside are left out."""
-        return cls(**{each.name: tree[each.name] for each in fields(cls) if each.name in tree})
 
 
 def model_folder(path: str, *, say: Say) -> Path:

@@ -17,8 +17,8 @@ from shoal.engine.saving.parts import load, random_state
 from shoal.engine.saving.saver import Saver
 from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
-from strategies import run_workers
 from tiny import Run
+from workers import run_workers
 
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 

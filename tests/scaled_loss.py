@@ -22,8 +22,8 @@ from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
 from shoal.observe.events import read_lines
 from shoal.parallel.precision import DTYPES, LossScale
-from strategies import run_workers
 from tiny import Run
+from workers import run_workers
 
 
 def steps_of(

@@ -33,7 +33,7 @@ from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.local import decision_before, resumed_recipe
-from shoal.launch.opening import opening
+from shoal.launch.opening import say_opening
 from shoal.launch.prepare import prepare_inputs
 from shoal.launch.refuse import check_trackers
 from shoal.launch.summary import last_words, write_summary
@@ -139,7 +139,7 @@ def _meet_and_train(
         if seat.rank != 0:
             with open(os.devnull, "wb") as nowhere:
                 return run_worker(job, arguments=arguments, report=Report(nowhere.fileno()))
-        console.steps = recipe.train.steps
+        console.steps = recipe.train.steps or console.steps
         return _lead(job, arguments=arguments, console=console, recipe=name)
 
 
@@ -187,9 +187,7 @@ def _job(
         cores = max(1, usable_cores() // seat.local_world_size)
         formats = measured_formats(recipe.launch.device)
         decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
-    console.phase(f"plan: {decision}")
-    for line in opening(recipe, inputs=inputs, decision=decision):
-        console.line(line)
+    say_opening(recipe, inputs=inputs, decision=decision, console=console)
     return Job(recipe=recipe, run=run, inputs=inputs, decision=decision)
 
 

@@ -39,6 +39,7 @@ from shoal.launch.refuse import check_trackers
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
+from shoal.observe.visible import visible
 from shoal.runtime import choose_device, start_process_group, stop_process_group
 
 _TIMEOUT_SECONDS = 1800.0
@@ -135,7 +136,7 @@ def _meet_and_train(
                 held.enter_context(hold(job.run))
                 payload = job.to_json()
             except UserError as error:
-                print(f"shoal: {error}", file=sys.stderr)
+                print(f"shoal: {visible(str(error))}", file=sys.stderr)
                 payload = {"status": error.exit_status}
         payload = broadcast_json(ProcessGroup(), payload)
         if "status" in payload:
@@ -218,7 +219,7 @@ def _lead(job: Job, *, arguments: WorkerArguments, console: Console, recipe: str
     for error in attempt.errors:
         print(f"shoal: {error['text']}\n{error.get('trace', '')}".rstrip(), file=sys.stderr)
     if attempt.stopped is not None:
-        print(f"shoal: {attempt.stopped}", file=sys.stderr)
+        print(f"shoal: {visible(attempt.stopped)}", file=sys.stderr)
     if attempt.done is not None:
         summary = write_summary(job.run, done=attempt.done, decision=job.decision)
         print("\n".join(last_words(job.run, summary, recipe=recipe)))

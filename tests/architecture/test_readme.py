@@ -73,7 +73,7 @@ def test_both_languages_give_the_same_commands() -> None:
 
 
 def test_documents_that_are_linked_exist() -> None:
-    for path in (README, CHINESE):
+    for path in (README, CHINESE, ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), f"{path.name} links to {target}, which is not there"
 

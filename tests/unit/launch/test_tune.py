@@ -103,6 +103,15 @@ def test_one_core_only_where_it_was_faster_in_three_turns(
     assert best_of([Timed(ONE_CORE, 1, [1.0])]).setup == ONE_CORE, "a machine of one core"
 
 
+@pytest.mark.parametrize(("processes", "expected"), [(0.97, THREADS), (0.9, PROCESSES)])
+def test_of_setups_not_told_apart_the_first_by_rule_is_taken(
+    processes: float, expected: WorkerSetup
+) -> None:
+    rows = [Timed(THREADS, 4, [1.0]), Timed(PROCESSES, 4, [processes]), Timed(THREADS, 2, [0.99])]
+    best = best_of(rows)
+    assert (best.setup, best.micro) == (expected, 2 if expected == THREADS else 4)
+
+
 def test_what_was_timed_longer_saw_other_moments() -> None:
     """A machine that slows down in the second turn must not speak for what was dropped before."""
     longer, dropped = Timed(THREADS, 1, [1.0, 2.0, 2.0]), Timed(PROCESSES, 1, [1.2])

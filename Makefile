@@ -1,26 +1,33 @@
 # Two commands: make train, make test. Both make the environment first; a second call installs nothing.
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.setup-done
+TRAIN := $(VENV)/.setup-done
+DEV := $(VENV)/.setup-dev-done
+SETUP := PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh scripts/setup
 
 .PHONY: setup train test test-all check clean
 
-setup: $(STAMP)
+setup: $(TRAIN)
 
-$(STAMP): scripts/setup constraints.txt pyproject.toml
-	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh scripts/setup
-	touch $(STAMP)
+$(TRAIN): scripts/setup constraints.txt pyproject.toml
+	$(SETUP)
+	touch $(TRAIN)
 
-train: setup
+# what training does not need: pytest, ruff, mypy, ...
+$(DEV): $(TRAIN)
+	$(SETUP) --dev
+	touch $(DEV)
+
+train: $(TRAIN)
 	$(VENV)/bin/shoal train quickstart
 
-test: setup
+test: $(DEV)
 	sh scripts/test
 
-test-all: setup
+test-all: $(DEV)
 	sh scripts/test --all
 
-check: setup
+check: $(DEV)
 	sh scripts/check
 
 clean:

@@ -39,7 +39,7 @@ def quickstart_rows(steps: int) -> tuple[np.ndarray, dict]:
     """The first `steps` global batches of the quickstart, and its model's configuration."""
     from shoal.config.load import load_recipe
     from shoal.data.stream import Stream
-    from shoal.engine.prepare import prepare_inputs
+    from shoal.launch.prepare import prepare_inputs
     from shoal.layout import Share
 
     recipe = load_recipe("quickstart", [BATCH])

@@ -5,8 +5,9 @@
 
 Runs the recipe in float32 with 1, 2 and 4 replicas as processes and as threads, and once with a
 planted mistake (the mean of the micro batches' means). Writes docs/promise.png and
-docs/promise.json (losses, largest relative differences, commit), and prints the table. Where a
-number format is emulated, overrides make the recipe small enough, and --out keeps the picture away.
+docs/promise.json (losses, largest relative differences, commit), and prints the table; --redraw
+draws the picture from that file again. Where a number format is emulated, overrides make the recipe
+small enough, and --out keeps the picture away.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shoal.config.load import load_recipe
@@ -27,7 +29,7 @@ from shoal.launch.pool import WorkerPool
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "1 worker"
-PLANTED = "2 processes, mean of means (planted)"
+PLANTED = "planted mistake (2 processes, mean of means)"
 
 
 def ways(*, reordered: bool) -> dict[str, dict[str, object]]:
@@ -61,32 +63,70 @@ def differences(found: list[float], reference: list[float]) -> list[float]:
     return [abs(a - b) / abs(b) for a, b in zip(found, reference, strict=False)]
 
 
-def draw(curves: dict[str, list[float]], fault: list[float], *, path: Path, title: str) -> None:
-    """Above the curves; below, on a log axis, how far each is from one worker."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+COLOURS = {"processes": "#1f6f8b", "threads": "#e09f3e", "1 worker": "#8a8a8a"}
+"""Of the dots below, by the kind of way; a planted mistake is red."""
+MISTAKE = "#b3261e"
+TOLERANCE = 1e-5
+
+
+def draw(curves: dict[str, list[float]], fault: list[float], *, path: Path, about: str) -> None:
+    """Above the one curve; below, on a log axis, how far each way is from one worker.
+
+    Steps whose losses are the same to the last bit have no place on a log axis: they are not drawn,
+    and counted in words.
+    """
     reference = curves[REFERENCE]
+    others = {name: losses for name, losses in curves.items() if name != REFERENCE}
+    near = {name: differences(losses, reference) for name, losses in others.items()}
+    largest = max(max(values) for values in near.values())
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure.suptitle(
+        f"One seed, one loss curve: {len(curves)} ways to run, at most {largest:.1e} apart",
+        fontsize=12,
+        fontweight="bold",
+    )
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
     steps = range(1, len(reference) + 1)
-    for number, (name, losses) in enumerate(curves.items()):
-        width = 5.0 - 0.75 * number  # all lie on one another: thin ones on top of thick ones
-        above.plot(steps, losses, linewidth=width, label=name)
-        if name != REFERENCE:
-            near = [max(value, 1e-10) for value in differences(losses, reference)]
-            below.plot(steps, near, linewidth=1, color=above.lines[-1].get_color())
-    above.plot(steps[: len(fault)], fault, "k--", linewidth=1, label=PLANTED)
-    far = [max(value, 1e-10) for value in differences(fault, reference)]
-    below.plot(steps[: len(fault)], far, "k--", linewidth=1)
-    below.axhline(1e-5, color="#999999", linewidth=0.8)
-    below.text(1, 1.3e-5, "the promise: 1e-5", fontsize=8, color="#666666")
-    below.set_yscale("log")
+    above.plot(steps, reference, color="#333333", linewidth=1.2)
+    names = ", ".join(others)
+    above.text(
+        0.98, 0.95, f"one worker; on the same line: {names}", ha="right", va="top", wrap=True,
+        transform=above.transAxes, fontsize=9, color="#333333",
+    )  # fmt: skip
+    above.set_title(about, fontsize=9, color="#666666", loc="left")
     above.set_ylabel("loss (nats per token)")
-    below.set_ylabel("relative difference\nto one worker")
-    below.set_xlabel("optimizer step")
-    above.set_title(title)
-    above.legend(frameon=False, fontsize=8)
-    for axes in (above, below):
-        axes.grid(alpha=0.25)
+    _differences(below, near, far=differences(fault, reference))
     figure.savefig(path, dpi=120)
+
+
+def _differences(axes: Axes, near: dict[str, list[float]], *, far: list[float]) -> None:
+    """The lower part: a dot per way and step, the tolerance, and the planted mistake."""
+    for kind, colour in COLOURS.items():
+        series = [values for name, values in near.items() if kind in name]
+        points = [(n, v) for values in series for n, v in enumerate(values, 1) if v > 0]
+        if points:
+            label = "one worker, other micro batches" if kind == "1 worker" else kind
+            axes.scatter(*zip(*points), s=5, color=colour, linewidths=0, label=label)
+    axes.axhline(TOLERANCE, color="#333333", linewidth=1, linestyle="--")
+    longest = max(len(values) for values in near.values())
+    axes.text(longest, 1.25 * TOLERANCE, f"tolerance of the promise: {TOLERANCE:.0e}", ha="right")
+    drawn = [(n, v) for n, v in enumerate(far, 1) if v > 0]
+    if drawn:
+        axes.plot(*zip(*drawn), color=MISTAKE, linewidth=1.2)
+        axes.text(
+            drawn[-1][0] + 4, drawn[-1][1], f"{PLANTED}:\nstopped after {len(far)} steps",
+            color=MISTAKE, va="center", fontsize=9,
+        )  # fmt: skip
+    count = sum(len(values) for values in near.values())
+    equal = sum(value == 0 for values in near.values() for value in values)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=3e-9)
+    axes.set_xlabel(
+        f"optimizer step      ({equal} of {count} losses are equal bit for bit: no dot)"
+    )
+    axes.set_ylabel("relative difference\nto one worker")
+    axes.legend(frameon=False, fontsize=9, loc="lower right", ncols=3, markerscale=3)
+    axes.grid(alpha=0.25)
 
 
 def main() -> None:
@@ -100,7 +140,16 @@ def main() -> None:
     parser.add_argument("--fault-steps", type=int, default=80, help="steps of the planted fault")
     parser.add_argument("--compute", default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--redraw", action="store_true", help="draw what the file has, run nothing")
     given = parser.parse_args()
+    suffix = "" if given.compute == "float32" else f"-{given.compute}"
+    picture, file = (given.out / f"promise{suffix}.{end}" for end in ("png", "json"))
+    about = f"{given.recipe}, {given.steps} steps, {given.compute}, on CPU cores"
+    curves: dict[str, list[float]]
+    if given.redraw:
+        curves = json.loads(file.read_text())["losses"]
+        draw(curves, curves.pop("planted fault"), path=picture, about=about)
+        return
     common = {
         "train.stop_after_steps": given.steps,
         "train.evaluate_every_steps": 0,
@@ -108,7 +157,7 @@ def main() -> None:
         "task.prompts": [],
         "precision.compute": given.compute,
     }
-    curves: dict[str, list[float]] = {}
+    curves = {}
     fault: list[float] = []
     with tempfile.TemporaryDirectory() as folder, WorkerPool() as pool:
         plans = {**ways(reordered=given.reordered), "fault": {}}
@@ -138,13 +187,9 @@ def main() -> None:
     ).stdout.strip()
     largest = {name: max(differences(v, curves[REFERENCE])) for name, v in curves.items()}
     largest["planted fault"] = max(differences(fault, curves[REFERENCE]))
-    suffix = "" if given.compute == "float32" else f"-{given.compute}"
-    title = f"{given.recipe}, {given.steps} steps, {given.compute}: one seed, one loss curve"
-    draw(curves, fault, path=given.out / f"promise{suffix}.png", title=title)
+    draw(curves, fault, path=picture, about=about)
     record = {"commit": commit, "steps": given.steps, "largest_relative_difference": largest}
-    (given.out / f"promise{suffix}.json").write_text(
-        json.dumps({**record, "losses": {**curves, "planted fault": fault}}) + "\n"
-    )
+    file.write_text(json.dumps({**record, "losses": {**curves, "planted fault": fault}}) + "\n")
 
 
 if __name__ == "__main__":

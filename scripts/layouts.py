@@ -13,8 +13,9 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 from shoal.layout import Layout
-from shoal.legal import Combination, axes_of, facts_from_config, family_of, known_families, not_yet
+from shoal.legal import Combination, axes_of, facts_from_config, family_of, not_yet
 from shoal.legal import tensor_degrees as degrees_of
+from shoal.legal.families.table import known_families
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "layouts.md"
 AXES = ("replicate", "shard", "context", "tensor", "pipeline")

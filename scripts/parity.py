@@ -1,7 +1,7 @@
-"""Runs the matrix of strategies against one worker, and writes docs/evidence/parity.md from the figures.
+"""Runs the matrix of strategies against one worker, and writes the page docs/evidence/parity.md.
 
 python scripts/parity.py --results DIR FAMILY ...   run these families (default: all)
-python scripts/parity.py --results DIR --page       write docs/evidence/parity.md from DIR/FAMILY.json
+python scripts/parity.py --results DIR --page       write the page from DIR/FAMILY.json
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *filter(None, [os.environ.get
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from families import FAMILIES, GRADIENT, LIMIT, LOSS, TOKENS, matrix, recipe_of  # noqa: E402
+from shoal.launch import supervise  # noqa: E402
 from shoal.launch.pool import WorkerPool  # noqa: E402
-from shoal.layout import Layout  # noqa: E402
-from strategies import GRADIENT, LIMIT, LOSS, ROWS, STEPS, TOKENS, Strategies, matrix  # noqa: E402
-from unit.models.tiny_models import SETTINGS  # noqa: E402
+from shoal.prove.matrix import Matrix  # noqa: E402
 
 PAGE = ROOT / "docs" / "evidence" / "parity.md"
-FAMILIES = [family for family in SETTINGS if family != "cohere"]
+ALL = (*FAMILIES, "t5")
 
 HEAD = f"""\
 # Parity of the strategies
 
 Written by `scripts/parity.py` (torch {torch.__version__}, transformers {transformers.__version__}).
-For each family a tiny model of the same class trains {STEPS} steps of AdamW in float32 on CPU
-workers (gloo), with keyed dropout, packed documents, two micro batches per rank and clipping at a
-norm of {LIMIT} (which always clips): {ROWS} rows of {TOKENS} tokens a step. Each row of the tables
-is one layout against one worker from the same seed and data:
+For each family a tiny model of the same class is trained for 5 steps of AdamW in float32 on CPU
+workers (gloo), by the same program and loop as any run: keyed dropout, packed documents (padded
+rows of words for bert and roberta, images for vit), 8 samples of {TOKENS} tokens a step in micro
+batches of one, an evaluation on the way, clipping at a norm of {LIMIT} (which always clips). Each
+row is one layout against one worker, from the same seed and data:
 
 - *loss*, *norm*: the largest relative difference over the steps (tolerance of the loss: {LOSS:g});
 - *gradient*: the largest |difference| / max(|gradient|, 1e-6 |all gradients|) over all parameters
@@ -46,7 +47,7 @@ is one layout against one worker from the same seed and data:
   *last*: the same at the last step, where the weights differ too.
 
 The largest figures stand at biases of keys, whose true gradient is zero: what is left there is
-rounding, set against a millionth of the whole.
+rounding, set against a millionth of the whole. `shoal parity` does the same for your own model.
 
 """
 
@@ -54,27 +55,30 @@ rounding, set against a millionth of the whole.
 def run(families: list[str], results: Path) -> None:
     """Train every layout of these families and keep the figures."""
     results.mkdir(parents=True, exist_ok=True)
-    with WorkerPool() as pool, tempfile.TemporaryDirectory() as folder:
-        strategies = Strategies(pool, Path(folder))
+    target = supervise.TARGET
+    with WorkerPool() as pool, tempfile.TemporaryDirectory() as scratch:
         for family in families:
-            rows = []
-            for job in matrix(family):
-                found = strategies.compare(job)
-                rows.append({"job": asdict(job), "found": asdict(found)})
-                print(f"{family}: {job.layout}: gradient {found.gradient:.1e}", flush=True)
+            supervise.TARGET = "seq2seq:run" if family == "t5" else target
+            folder, rows = Path(scratch) / family, []
+            proofs = Matrix(recipe_of(family, folder), out=folder / "runs", pool=pool)
+            for case in matrix(family):
+                found = proofs.compare(case.overrides)
+                about = {"layout": str(case.layout), "notes": case.notes}
+                rows.append({**about, "found": asdict(found)})
+                print(f"{family}: {case.layout}: gradient {found.gradient:.1e}", flush=True)
             (results / f"{family}.json").write_text(json.dumps(rows, indent=1))
 
 
 def page(results: Path) -> str:
     """The page from all figures. Raises SystemExit for a family outside its tolerance."""
-    lines, summary = [], ["| family | layouts | loss | norm | gradient | where |"]
+    lines, summary, total = [], ["| family | layouts | loss | norm | gradient | where |"], 0
     summary.append("| --- | --- | --- | --- | --- | --- |")
-    for family in FAMILIES:
+    for family in ALL:
         if not (results / f"{family}.json").is_file():
             summary.append(f"| {family} | not run | | | | |")
             continue
         rows = json.loads((results / f"{family}.json").read_text())
-        found = [row["found"] for row in rows]
+        found, total = [row["found"] for row in rows], total + len(rows)
         worst = max(found, key=lambda each: each["gradient"])
         if any(f["loss"] >= LOSS or f["gradient"] >= GRADIENT for f in found):
             raise SystemExit(f"scripts/parity.py: {family} is outside its tolerance")
@@ -85,17 +89,14 @@ def page(results: Path) -> str:
         lines += ["", f"## {family}", "", "| layout | | loss | norm | gradient | where | last |"]
         lines.append("| --- | --- | --- | --- | --- | --- | --- |")
         lines += [_row(row) for row in rows]
+    summary.append(f"| all | {total} | | | | |")
     return HEAD + "\n".join([*summary, *lines]) + "\n"
 
 
 def _row(row: dict[str, Any]) -> str:
-    job, found = row["job"], row["found"]
-    layout = Layout(**job["layout"])
-    notes = [job["shard_level"]] if layout.shard > 1 else []
-    notes += [f"recompute {job['recompute']}"] if job["recompute"] != "none" else []
-    notes += [job["auto_class"]] if job["auto_class"] else []
+    found = row["found"]
     return (
-        f"| {layout} | {', '.join(notes)} | {found['loss']:.1e} | {found['norm']:.1e} "
+        f"| {row['layout']} | {row['notes']} | {found['loss']:.1e} | {found['norm']:.1e} "
         f"| {found['gradient']:.1e} | {found['where']} | {found['last_gradient']:.1e} |"
     )
 
@@ -110,7 +111,7 @@ def main() -> None:
     if given.page:
         PAGE.write_text(page(given.results), encoding="utf-8")
     else:
-        run(given.families or FAMILIES, given.results)
+        run(given.families or list(ALL), given.results)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,14 @@ from pathlib import Path
 
 from shoal.layout import Layout
 from shoal.legal import (
-    POLICIES,
     Combination,
     axes_of,
     family_of,
-    known_families,
     not_yet,
     problems,
 )
-from shoal.legal.rules import IMPLEMENTED_AXES, IMPLEMENTED_POLICIES
+from shoal.legal.families.table import known_families
+from shoal.legal.rules import IMPLEMENTED_AXES, IMPLEMENTED_POLICIES, POLICIES
 from shoal.tasks.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent

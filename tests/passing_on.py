@@ -12,14 +12,13 @@ from typing import Any
 from one_rank import built
 from shoal.checkpoint.store import Reader, Store
 from shoal.engine.decision import Decision, given_layout
-from shoal.engine.job import Job
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs, Job
 from shoal.engine.saving.parts import load, random_state
 from shoal.engine.saving.saver import Saver
 from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
-from strategies import run_workers
 from tiny import Run
+from workers import run_workers
 
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 

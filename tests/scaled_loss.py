@@ -14,17 +14,16 @@ from one_rank import built
 from passing_on import newest
 from shoal.engine import build as engine_build
 from shoal.engine.decision import Decision, given_layout
-from shoal.engine.job import Job
+from shoal.engine.job import Inputs, Job
 from shoal.engine.membership.digest import digest_of
-from shoal.engine.prepare import Inputs
 from shoal.engine.step import Votes
 from shoal.engine.training import Training
 from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
 from shoal.observe.events import read_lines
 from shoal.parallel.precision import DTYPES, LossScale
-from strategies import run_workers
 from tiny import Run
+from workers import run_workers
 
 
 def steps_of(

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shoal.config.load import load_recipe
 from shoal.data.stream import Stream
-from shoal.engine.prepare import prepare_inputs
+from shoal.launch.prepare import prepare_inputs
 from shoal.layout import Share
 from shoal.models import init
 from tiny import Bench, largest_difference

@@ -9,8 +9,8 @@ import pytest
 
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
-from strategies import run_workers
 from unit.models.tiny_models import real_model
+from workers import run_workers
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "vit"])

@@ -18,14 +18,14 @@ from shoal.legal import (
     Combination,
     axes_of,
     facts_from_config,
-    illegal,
-    known_families,
     not_yet,
     open_axes,
     problems,
     shrunk,
     tensor_degrees,
 )
+from shoal.legal.families.table import known_families
+from shoal.legal.rules import illegal
 from shoal.models.huggingface import config_from
 
 SMALL = {

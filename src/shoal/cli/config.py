@@ -8,7 +8,10 @@ import typer
 
 from shoal.cli.train import Overrides
 
-app = typer.Typer(help="Show what a recipe means, and the schema of recipes.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show what a recipe means, which keys it may have, and which recipes are shipped.",
+    no_args_is_help=True,
+)
 
 
 @app.command("show")
@@ -16,7 +19,7 @@ def show(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
     overrides: Overrides = None,
 ) -> None:
-    """The recipe as resolved, and its effective statement."""
+    """Print every key of a recipe with its value, and what the run will do in words."""
     from shoal.config.load import load_recipe, to_yaml
     from shoal.config.statement import statement
 
@@ -27,7 +30,7 @@ def show(
 
 @app.command("schema")
 def schema() -> None:
-    """The JSON schema of recipes, for editors."""
+    """Print the JSON schema of recipes: every key, its type and default; editors read it."""
     import json
 
     from shoal.config.recipe import Recipe
@@ -37,7 +40,7 @@ def schema() -> None:
 
 @app.command("list")
 def names() -> None:
-    """The shipped recipes."""
+    """List the shipped recipes."""
     from shoal.config.load import shipped_recipes
 
     print("\n".join(shipped_recipes()))

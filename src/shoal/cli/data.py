@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="List, fetch and verify data.", no_args_is_help=True)
+app = typer.Typer(
+    help="List and fetch data, and verify which samples a run has read.", no_args_is_help=True
+)
 
 
 @app.command("list")

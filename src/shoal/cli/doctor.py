@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def doctor() -> None:
-    """Cores, memory, accelerators, formats, backends, versions, and known traps."""
+    """Show what this machine offers: cores, memory, devices, formats, versions and known traps."""
     from shoal.launch.doctor import findings
 
     for level, text in findings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,10 @@ def evaluate(
     recipe: Annotated[str, typer.Argument(help="The recipe whose data and task to score on.")],
     overrides: Overrides = None,
 ) -> None:
-    """Scores as JSON."""
+    """Score a run or a model folder on the validation part of a recipe; prints JSON."""
     from shoal.launch.score import score
+    from shoal.observe.console import Console
 
-    print(json.dumps(score(model, recipe=recipe, overrides=overrides or []), indent=1))
+    with Console(out=sys.stderr) as console:
+        scores = score(model, recipe=recipe, overrides=overrides or [], console=console)
+    print(json.dumps(scores, indent=1))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from shoal.observe.visible import visible
 
 
 def generate(
@@ -15,10 +18,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Continue PROMPT."""
+    """Continue a prompt with a model folder, or with the model of a run."""
     from shoal.serve.generate import continue_prompt
 
-    print(
-        prompt
-        + continue_prompt(model, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed)
+    text = prompt + continue_prompt(
+        model, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed
     )
+    print(visible(text) if sys.stdout.isatty() else text)

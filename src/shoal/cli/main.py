@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -23,27 +26,71 @@ from shoal.cli import (
     train,
 )
 from shoal.errors import Interrupted, ShoalError, UserError, disk_problem
+from shoal.observe.visible import visible
 
 app = typer.Typer(
     name="shoal",
     help="Train transformer models in parallel; one seed, one loss curve, in any layout.",
+    epilog="Begin with: shoal train quickstart. Every command explains itself: shoal train --help.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train.train)
-app.command("resume")(resume.resume)
-app.command("merge")(merge.merge)
-app.command("generate")(generate.generate)
-app.command("evaluate")(evaluate.evaluate)
-app.command("parity")(parity.parity)
-app.command("rehearse")(rehearse.rehearse)
-app.command("doctor")(doctor.doctor)
-app.command("plan", no_args_is_help=True)(plan.plan)
-app.command("simulate", no_args_is_help=True)(simulate.simulate)
-app.add_typer(data.app, name="data")
-app.add_typer(config.app, name="config")
+
+
+def _add(name: str, command: Callable[..., None], *, example: str, **settings: Any) -> None:
+    """A command whose first sentence stands whole in the list, with an example at its end."""
+    epilog = f"Example: {example}"
+    app.command(name, short_help=_sentence(command), epilog=epilog, **settings)(command)
+
+
+def _sentence(command: Callable[..., Any]) -> str:
+    return (inspect.getdoc(command) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+_add("train", train.train, example="shoal train quickstart train.steps=100 parallel.replicate=2")
+_add("resume", resume.resume, example="shoal resume runs/quickstart-001 parallel.replicate=4")
+_add("merge", merge.merge, example="shoal merge runs/quickstart-001 --out model")
+_add("generate", generate.generate, example='shoal generate runs/quickstart-001 "A: Hello"')
+_add("evaluate", evaluate.evaluate, example="shoal evaluate runs/quickstart-001 quickstart")
+_add("parity", parity.parity, example="shoal parity quickstart parallel.replicate=2")
+_add("rehearse", rehearse.rehearse, example="shoal rehearse quickstart --fault kill:1@20")
+_add("doctor", doctor.doctor, example="shoal doctor")
+_add(
+    "plan",
+    plan.plan,
+    example="shoal plan quickstart --cluster 8xH100",
+    no_args_is_help=True,
+)
+_add(
+    "simulate",
+    simulate.simulate,
+    example="shoal simulate quickstart --cluster 8xH100",
+    no_args_is_help=True,
+)
+for _name, _group in (("data", data.app), ("config", config.app)):
+    for _each in _group.registered_commands:
+        _each.short_help = _sentence(_each.callback) if _each.callback else None
+    app.add_typer(_group, name=_name, short_help=_group.info.help)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"shoal {version('shoal')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks, of a user's mistakes too.")
+    ] = False,
+) -> None:
+    """Options that stand before any command; `main` takes --debug from wherever it stands."""
 
 
 _INTERRUPTED = 130
@@ -73,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _tell(error: ShoalError, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"shoal: {error}", file=sys.stderr)
+    print(f"shoal: {visible(str(error))}", file=sys.stderr)
     return error.exit_status
 
 

@@ -19,7 +19,7 @@ def merge(
         typer.Option(metavar="BYTES", help="Most tensor bytes in memory at once, such as 2GB."),
     ] = None,
 ) -> None:
-    """Merge the newest good checkpoint of RUN (or CHECKPOINT) into one Hugging Face model."""
+    """Merge the newest good checkpoint of a run, or the one named, into one Hugging Face model."""
     from shoal.checkpoint.store import Store
     from shoal.engine.export import merge as write
     from shoal.errors import RunError, UserError

@@ -26,7 +26,10 @@ def parity(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Exit status 0 when the layout equals one worker within the derived tolerance, else 1."""
+    """Prove that training in a layout equals training with one worker; exit status 1 if not.
+
+    The tolerance is derived for the model; the figures go to a certificate with --out.
+    """
     from shoal.errors import RunError
     from shoal.prove.parity import prove
 

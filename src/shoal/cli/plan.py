@@ -78,7 +78,7 @@ def plan(
         return
     found = given.found()
     if image is not None:
-        image.write_text(picture.plans(found))
+        picture.plans(found).savefig(image)
     if as_json:
         report = explain.report_json(found, cluster=given.estimator.cluster)
         typer.echo(json.dumps({**report, "not_yet": given.missing}, indent=1))

@@ -35,7 +35,7 @@ Fix = Annotated[
     list[str] | None,
     typer.Option("--fix", help="Fix a choice: tensor=2, recompute=full; may be repeated."),
 ]
-Picture = Annotated[Path | None, typer.Option("--picture", help="Write an SVG here.")]
+Picture = Annotated[Path | None, typer.Option("--picture", help="Draw it: FILE.svg or .png.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -84,7 +84,7 @@ class PlanArguments:
         self.batch = self.batch or recipe.train.global_batch_samples
         folder = None
         if recipe.model.kind == "pretrained":
-            from shoal.engine.prepare import model_folder
+            from shoal.launch.prepare import model_folder
 
             folder = model_folder(recipe.model.path, say=typer.echo)
         config = config_of(recipe, folder=folder, task=create(recipe.task.kind).config_keys())
@@ -111,7 +111,7 @@ class PlanArguments:
 
     def _fixed(self, choices: Mapping[str, object]) -> dict[str, object]:
         """`choices` and those of --fix."""
-        from shoal.legal import CODECS, POLICIES
+        from shoal.legal.rules import CODECS, POLICIES
         from shoal.plan.workload import DEGREES, LEVELS, RECOMPUTE, SCHEDULES
 
         words = {

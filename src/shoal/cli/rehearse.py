@@ -22,7 +22,10 @@ def rehearse(
     out: Annotated[Path | None, typer.Option(help="Keep both runs here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Exit status 0 when every fault was noticed and nothing committed was lost, else 1."""
+    """Run a recipe with faults and see what it survives; exit status 1 if anything was lost.
+
+    Every fault must be noticed and no committed step be lost, for exit status 0.
+    """
     from shoal.errors import ConfigError, Problem
     from shoal.prove.rehearse import Fault
     from shoal.prove.rehearse import rehearse as run

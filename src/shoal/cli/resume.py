@@ -8,13 +8,17 @@ from typing import Annotated
 import typer
 
 from shoal.cli.train import Overrides
+from shoal.observe.visible import visible
 
 
 def resume(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
     overrides: Overrides = None,
 ) -> None:
-    """Go on with RUN; another layout or kind of worker is allowed."""
+    """Go on with a run from its newest good checkpoint, in the same or any other layout.
+
+    Keys that change are announced and kept in RUN/events.jsonl.
+    """
     from shoal.environment import torchrun_rendezvous
 
     seat = torchrun_rendezvous()
@@ -29,4 +33,5 @@ def resume(
         from shoal.launch.summary import last_words
 
         result = local.resume(run, overrides or [], pool=pool)
-    print("\n".join(last_words(result.run, result.summary, recipe=str(run / "config.yaml"))))
+    words = last_words(result.run, result.summary, recipe=str(run / "config.yaml"))
+    print(visible("\n".join(words)))

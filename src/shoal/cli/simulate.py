@@ -74,7 +74,7 @@ def simulate(
     if out is not None:
         out.write_text(simulator.trace(timeline))
     if image is not None:
-        image.write_text(picture.step(timeline))
+        picture.step(timeline).savefig(image)
     trust = goodput.Reliability(
         device_failure_seconds=failure_hours * 3600,
         save_seconds=save_seconds,

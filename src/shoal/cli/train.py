@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from shoal.errors import UserError
+from shoal.observe.visible import visible
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as parallel.replicate=2."),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as parallel.replicate=2."),
 ]
 
 
@@ -17,12 +20,21 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run (new or empty).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, and how; train nothing.")
+    ] = False,
 ) -> None:
-    """Train RECIPE with any overrides; the run goes to --out or to the next free runs/ folder."""
+    """Train a recipe; the run goes to --out, or to the next free folder below runs/.
+
+    `shoal config show RECIPE` prints every key with its value, `shoal config schema` what each may
+    be; any of them can be set here, as in `train.steps=500 parallel.replicate=2`.
+    """
     from shoal.environment import torchrun_rendezvous
 
     seat = torchrun_rendezvous()
     if seat is not None:
+        if dry_run:
+            raise UserError("--dry-run: it starts no workers; run it once, without torchrun")
         from shoal.launch.torchrun import join
 
         raise typer.Exit(join(recipe, overrides or [], out=out, seat=seat))
@@ -32,5 +44,9 @@ def train(
         from shoal.launch import local
         from shoal.launch.summary import last_words
 
+        if dry_run:
+            local.dry_run(recipe, overrides or [], pool=pool)
+            return
         result = local.train(recipe, overrides or [], out=out, pool=pool)
-    print("\n".join(last_words(result.run, result.summary, recipe=recipe)))
+    words = last_words(result.run, result.summary, recipe=recipe)
+    print(visible("\n".join(words)))

@@ -10,28 +10,33 @@ _OPEN = "decided at start"
 
 def statement(recipe: Recipe) -> list[str]:
     """Lines that say what the run will do; "decided at start" where the recipe leaves it open."""
-    lines = [
-        f"global batch: {_batch(recipe)}",
-        f"length: {_length(recipe)}",
-        f"learning rate: {_schedule(recipe)}",
-        f"optimizer: {_optimizer(recipe)}",
-        f"workers: {_workers(recipe)}",
-        f"micro batch: {_micro(recipe)}",
-        f"gradients: {_reduction(recipe)}",
-        f"numbers: {_numbers(recipe)}",
-        f"saves: {_every(recipe.checkpoint.every_steps)}; keeps the last {recipe.checkpoint.keep}",
-        f"evaluates: {_evaluation(recipe)}",
-    ]
+    return [f"{name}: {text}" for name, text in statements(recipe).items()]
+
+
+def statements(recipe: Recipe) -> dict[str, str]:
+    """What the run will do, by subject."""
+    found = {
+        "global batch": _batch(recipe),
+        "length": _length(recipe),
+        "learning rate": _schedule(recipe),
+        "optimizer": _optimizer(recipe),
+        "workers": _workers(recipe),
+        "micro batch": _micro(recipe),
+        "gradients": _reduction(recipe),
+        "numbers": _numbers(recipe),
+        "saves": f"{_every(recipe.checkpoint.every_steps)}; keeps the last "
+        f"{recipe.checkpoint.keep}",
+        "evaluates": _evaluation(recipe),
+    }
     if recipe.train.exact:
-        lines.append(
-            "exact: the same bits in any replicate degree and kind of worker; slower: one thread "
-            "a worker, gradients added in one fixed tree"
+        found["exact"] = (
+            "the same bits in any replicate degree and kind of worker; slower: one thread a "
+            "worker, gradients added in one fixed tree"
         )
     if recipe.train.stop_after_steps is not None:
-        lines.append(
-            f"stops early: after step {recipe.train.stop_after_steps}, saved; shoal resume goes on"
-        )
-    return lines
+        after = recipe.train.stop_after_steps
+        found["stops early"] = f"after step {after}, saved; shoal resume goes on"
+    return found
 
 
 def _batch(recipe: Recipe) -> str:

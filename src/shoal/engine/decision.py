@@ -61,6 +61,8 @@ class Decision:
     """Model FLOPs of a trained token (plan/workload.py), of a family that is known."""
     peak_flops_per_second: float | None = None
     """Of all workers together, in the number format of `compute`, where it is known."""
+    device: str = "cpu"
+    """What the workers compute on: "cpu", or a device as its driver calls it."""
 
     def mfu(self, *, tokens: int, seconds: float) -> float | None:
         """Model FLOPs per second over the peak; None when one of them is unknown."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,20 @@ from shoal.tasks.task import Task
 
 
 @torch.no_grad()
-def evaluate(training: Training) -> dict[str, float]:
+def evaluate(
+    training: Training, *, progress: Callable[[float], None] = lambda done: None
+) -> dict[str, float]:
     """The task's metrics over all validation samples, each counted once, whatever the layout.
 
-    The same on every rank. A mixture also gets `evaluation_loss/SOURCE`. Raises PeersLost.
+    `progress` hears how much is done, 0 to 1. The same on every rank. A mixture
+    also gets `evaluation_loss/SOURCE`. Raises PeersLost.
     """
     ranks, evaluation, passes = training.ranks, training.evaluation, training.passes
     metrics = training.task.metrics()
     by_source = torch.zeros(len(evaluation.names), 2, dtype=torch.float64)
-    for number in range(evaluation.num_batches(ranks.num_parts)):
+    count = evaluation.num_batches(ranks.num_parts)
+    for number in range(count):
+        progress(number / count)
         arrays = evaluation.at(number, part=ranks.part, parts=ranks.num_parts)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         empty = int(batch["sample_ids"].max()) < 0

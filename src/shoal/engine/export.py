@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shoal.boxes import Box
 from shoal.checkpoint.store import Reader
 from shoal.config.recipe import Recipe
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs
 from shoal.engine.saving.parts import SavedKind
 from shoal.engine.training import Training
 from shoal.errors import RunError

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
-from shoal.engine.prepare import Inputs
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where everything lies that a worker reads, and what the task learned from the data."""
+
+    data_directory: str
+    tokenizer_directory: str | None
+    """None where the task has no text."""
+    model_directory: str | None
+    task_settings: dict[str, Any]
+    vocabulary_size: int | None
+    train_samples: int
+    validation_samples: int
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of the part that is trained on: documents, samples, tokens, targets. Empty in older runs."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, read back by `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Inputs:
+        """The inverse of `to_json`; keys that older runs have beside are left out."""
+        return cls(**{each.name: tree[each.name] for each in fields(cls) if each.name in tree})
 
 
 @dataclass(frozen=True)

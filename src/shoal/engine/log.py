@@ -12,6 +12,7 @@ from shoal.engine.update import Outcome
 from shoal.observe.events import JsonLines, Report, RunFiles, Sink, Tee, cut_after, read_lines
 from shoal.observe.memory import private_bytes
 from shoal.observe.outliers import Outliers
+from shoal.observe.trackers import TensorBoard, WandB
 
 
 class RunLog:
@@ -42,12 +43,15 @@ class RunLog:
         anew = step == 0 and not last  # else the evaluation before the first step stands
         dropped = cut_after(run / "metrics.jsonl", step=-1 if anew else step)
         cut_after(run / FILE, step=step - 1)  # counts from 0
-        if self._trackers is None:
-            self._trackers = _trackers(self._job)
+        first = self._trackers is None
+        self._trackers = _trackers(self._job) if self._trackers is None else self._trackers
         self._files = RunFiles(run)
         self.sink = Tee([self._files, *self._trackers, self._report])
         self._samples = JsonLines(run / FILE)
         self._samples.append(sample_header(self._training.stream))
+        for tracker in self._trackers if first else []:
+            if isinstance(tracker, WandB) and tracker.address:
+                self.sink.event("wandb", {"text": tracker.address})
         if dropped:
             self.sink.event("redone", {"step": step, "rows": dropped})
         if "row" in last:
@@ -125,11 +129,10 @@ class RunLog:
 
 
 def _trackers(job: Job) -> list[Sink]:
-    from shoal.observe.trackers import TensorBoard, WandB
-
     sinks: list[Sink] = []
+    config = job.recipe.model_dump(mode="json")
     if job.recipe.observe.tensorboard:
-        sinks.append(TensorBoard(job.run))
+        sinks.append(TensorBoard(job.run, config=config))
     if job.recipe.observe.wandb:
-        sinks.append(WandB(job.run, config=job.recipe.model_dump(mode="json")))
+        sinks.append(WandB(job.run, config=config))
     return sinks

@@ -106,7 +106,7 @@ class Trainer:
     def run(self) -> None:
         """Restore or start, then step until done."""
         if self.job.score is not None and self._built:
-            scores = evaluate(self.training)
+            scores = evaluate(self.training, progress=self._evaluating)
             Path(self.job.score).write_text(json.dumps(scores), encoding="utf-8")
             return
         self._join_generation()
@@ -390,14 +390,22 @@ class Trainer:
         self.pulse.mark("evaluate")
         began = time.perf_counter()
         with self.trace.span("evaluate", step=progress.step):
-            metrics = evaluate(training)
+            metrics = evaluate(training, progress=self._evaluating)
             takes_part = self._first or training.replica.is_cut
+            self._tell_progress("completing the prompts")
             completions = complete_prompts(training) if takes_part else []
             self.group.barrier()
         self.group.traffic.take()
         if self._first:
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
             self.files.evaluated({**row, "completions": completions} if completions else row)
+
+    def _evaluating(self, done: float) -> None:
+        self._tell_progress("evaluating", done)
+
+    def _tell_progress(self, what: str, done: float | None = None) -> None:
+        if self._first:
+            self._report.say("progress", text=what, done=done)
 
     def _save(self, *, last: bool) -> None:
         training, progress = self.training, self.training.progress
@@ -420,6 +428,8 @@ class Trainer:
                 "fingerprint": logits if equal else [],
             }
 
+        if last:  # which is waited for
+            self._tell_progress(f"saving step {progress.step}")
         with self.trace.span("save", step=progress.step):
             self._saver.save(
                 training.state,

@@ -54,6 +54,8 @@ class Attempt:
             self.story.append({"event": message["name"], "monotonic": now, **message["fields"]})
         elif kind == "phase":
             self.console.phase(message["text"])
+        elif kind == "progress":
+            self.console.progress(message["text"], message["done"])
         elif kind == "error":
             self.errors.append(message)
         elif kind == "stopped":

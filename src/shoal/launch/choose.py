@@ -14,7 +14,7 @@ from shoal.engine.decision import (
     given_layout,
     largest_micro_batch,
 )
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs
 from shoal.environment import cache_directory, usable_cores
 from shoal.errors import ConfigError, ModelError, Problem, UserError
 from shoal.launch.candidates import most_replicas
@@ -195,6 +195,7 @@ def _with_figures(
         reason=decision.reason + note,
         predicted=predicted,
         flops_per_token=flops,
+        device=formats["device_name"] or "cpu",
         peak_flops_per_second=_peak(decision, formats=formats),
     )
 

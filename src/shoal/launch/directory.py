@@ -77,7 +77,8 @@ def open_run(run: str | Path) -> Path:
         return folder
     if not folder.is_dir():
         beside = folder.parent
-        names = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
+        runs = beside.glob("*/config.yaml") if beside.is_dir() else []
+        names = [path.parent.name for path in runs]
         raise RunError(f"{folder}: no such run; {nearest(folder.name, names)}".rstrip("; "))
     raise RunError(f"{folder}: expected a run directory (with config.yaml), found none")
 

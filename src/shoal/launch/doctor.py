@@ -77,7 +77,10 @@ def _compute() -> Iterator[Finding]:
         yield "warning", "torch was built without gloo: workers cannot be processes on the CPU"
     ratio = _format_ratio()
     choice = "bfloat16" if ratio >= 1.15 else "float32"
-    yield "ok", f"bfloat16 matrix products are {ratio:.1f} x float32's; precision auto: {choice}"
+    speed = (
+        f"{ratio:.1f} x as fast as" if ratio >= 1 else f"{1 / max(ratio, 0.01):.1f} x slower than"
+    )
+    yield "ok", f"bfloat16 matrix products are {speed} float32's; precision auto: {choice}"
     for name, value in noted_settings().items():
         yield "note", f"{name}={value} is set; workers set their own thread count"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,21 +12,23 @@ from typing import Any
 
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
-from shoal.config.locked import LOCKED, changed
+from shoal.config.locked import LOCKED, Difference, changed, differences
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
-from shoal.engine.job import Instruments, Job
-from shoal.engine.prepare import prepare_inputs
+from shoal.engine.job import Inputs, Instruments, Job
 from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import choose
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.memory import refuse_what_cannot_fit
+from shoal.launch.opening import opening
 from shoal.launch.pool import WorkerPool, pool_or_own
-from shoal.launch.refuse import check
+from shoal.launch.prepare import prepare_inputs
+from shoal.launch.refuse import check, check_trackers
 from shoal.launch.summary import write_summary
 from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console
+from shoal.observe.events import RunFiles
 
 
 @dataclass
@@ -58,19 +61,15 @@ def train(
     `story` collects every event with its time. Raises UserError for what is wrong with the recipe,
     Stopped after Ctrl-C or SIGTERM once everything is saved.
     """
-    resolved = (
-        recipe
-        if isinstance(recipe, Recipe)
-        else load_recipe(str(recipe), override_texts(overrides))
-    )
-    resolved = anchored(resolved)
-    check(resolved)
+    resolved = _resolved(recipe, overrides)
     run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
-    show = Console() if (resolved.observe.console if console is None else console) else _silent()
-    with _unless_empty(run), hold(run), pool_or_own(pool) as workers:
-        show.phase(f"run directory {run}")
-        inputs = prepare_inputs(resolved, say=show.phase)
+    show = _console(resolved, wanted=console)
+    with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
+        show.phase(f"run directory {run}; preparing the data")
+        inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
+        _await_imports(workers, console=show)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
+        _open(resolved, inputs, decision, console=show)
         write_whole(run / "config.yaml", to_yaml(resolved))
         job = Job(
             recipe=resolved,
@@ -82,14 +81,65 @@ def train(
         return _run(job, pool=workers, console=show, story=story)
 
 
+def dry_run(
+    recipe: str | Path | Recipe,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    *,
+    pool: WorkerPool | None = None,
+) -> Decision:
+    """Say what `train` would train, and how; prepares the data and trains nothing.
+
+    Raises what `train` raises before its workers start.
+    """
+    resolved = _resolved(recipe, overrides)
+    with pool_or_own(pool) as workers, Console() as show:
+        show.phase("preparing the data")
+        inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
+        show.phase("choosing workers and micro batch")
+        decision = choose(resolved, inputs=inputs, pool=workers, console=show)
+        _open(resolved, inputs, decision, console=show)
+    return decision
+
+
 def plan_here(
     recipe: str, overrides: Iterable[str], *, pool: WorkerPool, console: Console
 ) -> Decision:
     """What a start on this machine would choose; nothing is trained or written but the cache."""
-    resolved = anchored(load_recipe(recipe, overrides))
-    check(resolved)
-    inputs = prepare_inputs(resolved, say=console.phase)
+    resolved = _resolved(recipe, overrides)
+    inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
     return choose(resolved, inputs=inputs, pool=pool, console=console)
+
+
+def _resolved(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | Iterable[str]) -> Recipe:
+    """The recipe with its overrides, refused here if it cannot run. Raises UserError."""
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(str(recipe), override_texts(overrides))
+    resolved = anchored(recipe)
+    check(resolved)
+    check_trackers(resolved.observe)
+    return resolved
+
+
+def _await_imports(pool: WorkerPool, *, console: Console) -> None:
+    """Wait until workers can be forked, under the name of what is waited for."""
+    if pool.ready_seconds is None:
+        console.phase("importing torch and transformers, for all workers")
+    while pool.ready_seconds is None:
+        for _ in pool.events(timeout_seconds=1.0, only=[]):
+            pass
+
+
+def _open(recipe: Recipe, inputs: Inputs, decision: Decision, *, console: Console) -> None:
+    """Say what is trained. Raises ConfigError for what cannot fit into memory."""
+    console.phase(f"plan: {decision}")
+    for line in opening(recipe, inputs=inputs, decision=decision):
+        console.line(line)
+    refuse_what_cannot_fit(recipe, decision, free_bytes=free_memory_bytes())
+
+
+def _console(recipe: Recipe, *, wanted: bool | None) -> Console:
+    shown = recipe.observe.console if wanted is None else wanted
+    return Console() if shown else Console(out=io.StringIO())
 
 
 def resume(
@@ -118,15 +168,24 @@ def _resume(
 ) -> Result:
     resolved = resumed_recipe(folder, override_texts(overrides))
     check(resolved)
-    show = Console() if (resolved.observe.console if console is None else console) else _silent()
-    with pool_or_own(pool) as workers:
-        show.phase(f"resuming {folder}")
-        inputs = prepare_inputs(resolved, say=show.phase)
+    check_trackers(resolved.observe)
+    new = differences(_saved_recipe(folder), resolved.model_dump(mode="json"))
+    with pool_or_own(pool) as workers, _console(resolved, wanted=console) as show:
+        show.phase(f"resuming {folder}; preparing the data")
+        for key, before, after in new:
+            show.line(f"changed: {key} {json.dumps(before)} -> {json.dumps(after)}")
+        inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
+        _await_imports(workers, console=show)
         decision = decision_before(folder, override_texts(overrides))
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
+        _open(resolved, inputs, decision, console=show)
         job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=True)
-        return _run(job, pool=workers, console=show)
+        return _run(job, pool=workers, console=show, new=new)
+
+
+def _saved_recipe(run: Path) -> dict[str, Any]:
+    return load_recipe(str(run / "config.yaml")).model_dump(mode="json")
 
 
 def resumed_recipe(run: Path, overrides: list[str]) -> Recipe:
@@ -182,32 +241,33 @@ def override_texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
     return list(overrides)
 
 
-def _silent() -> Console:
-    import io
-
-    return Console(out=io.StringIO())
-
-
 def _run(
     job: Job,
     *,
     pool: WorkerPool,
     console: Console,
     story: list[dict[str, Any]] | None = None,
+    new: list[Difference] | None = None,
 ) -> Result:
-    run, decision = job.run, job.decision
-    console.phase(f"plan: {decision}")
-    refuse_what_cannot_fit(job.recipe, decision, free_bytes=free_memory_bytes())
+    """Train to the end; `new`: keys that changed since the run was last begun."""
+    run, decision, new = job.run, job.decision, list(new or ())
 
     def begun() -> None:
         """Only now are the words of an earlier start out of date."""
         write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")
         write_whole(run / "config.yaml", to_yaml(job.recipe))
+        if new:
+            files = RunFiles(run)
+            for key, before, after in new:
+                files.event("changed", {"key": key, "before": before, "after": after})
+            files.close()
+            new.clear()  # workers that start again begin nothing new
 
     attempt = run_workers(job, pool=pool, console=console, begun=begun, story=story)
     if attempt.stopped is not None:
         raise Stopped(attempt.stopped)
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
+    console.phase(f"writing {run / 'summary.json'} and loss.png")
     summary = write_summary(run, done=attempt.done, decision=decision)
     return Result(run, summary)

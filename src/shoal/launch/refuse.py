@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from shoal.config.recipe import Recipe
+from shoal.config.recipe import ObserveSection, Recipe
 from shoal.engine.decision import given_layout
-from shoal.engine.prepare import Inputs
-from shoal.errors import ConfigError, ModelError
+from shoal.engine.job import Inputs
+from shoal.errors import ConfigError, ModelError, UserError
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, problems
 from shoal.plan.from_recipe import config_of
@@ -42,6 +43,39 @@ def check(recipe: Recipe) -> Layout:
     layout = given_layout(recipe)
     _refuse(combination_of(recipe, layout))
     return layout
+
+
+def check_trackers(section: ObserveSection) -> None:
+    """Refuse, before anything is begun, a tracker that could not be written to. Raises UserError.
+
+    No network is used: whether a key is valid is told when workers start.
+    """
+    for name, wanted in (("tensorboard", section.tensorboard), ("wandb", section.wandb)):
+        if wanted and find_spec(name) is None:
+            raise UserError(
+                f"observe.{name}: the package is not installed; pip install {name}, or set "
+                f"observe.{name}=false"
+            )
+    if section.wandb:
+        _check_wandb()
+
+
+def _check_wandb() -> None:
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+        return
+    try:
+        known = wandb.login(prompt=False, verify=False)
+    except TypeError:  # an older one, which cannot be asked without a prompt
+        return
+    except wandb.errors.Error as error:
+        raise UserError(f"observe.wandb: {error}") from None
+    if not known:
+        raise UserError(
+            "observe.wandb: no API key was found; log in with `wandb login`, set WANDB_API_KEY, "
+            "set WANDB_MODE=offline to keep everything in RUN/wandb, or set observe.wandb=false"
+        )
 
 
 def refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any]) -> None:

@@ -12,17 +12,19 @@ from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.job import Job
-from shoal.engine.prepare import prepare_inputs
 from shoal.environment import usable_cores
 from shoal.errors import WorkerError
 from shoal.launch.pool import WorkerPool
+from shoal.launch.prepare import prepare_inputs
 from shoal.launch.supervise import run_workers
 from shoal.layout import Layout
 from shoal.observe.console import Console
 from shoal.serve.generate import model_directory
 
 
-def score(model: Path, *, recipe: str, overrides: Iterable[str]) -> dict[str, Any]:
+def score(
+    model: Path, *, recipe: str, overrides: Iterable[str], console: Console
+) -> dict[str, Any]:
     """The task's metrics of `model` (a run or a model folder) on the recipe's validation part.
 
     Raises the errors of reading the model, the recipe and its data.
@@ -33,7 +35,7 @@ def score(model: Path, *, recipe: str, overrides: Iterable[str]) -> dict[str, An
     tree["data"]["tokenizer"] = {"kind": "model"}
     resolved = Recipe.model_validate(tree)
     with WorkerPool() as pool, tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
-        inputs = prepare_inputs(resolved, say=lambda text: None)
+        inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
         decision = Decision(
             Layout(),
             "processes",
@@ -44,9 +46,7 @@ def score(model: Path, *, recipe: str, overrides: Iterable[str]) -> dict[str, An
         )
         out = Path(scratch) / "scores.json"
         job = Job(resolved, Path(scratch), inputs, decision, score=str(out))
-        import io
-
-        run_workers(job, pool=pool, console=Console(out=io.StringIO()))
+        run_workers(job, pool=pool, console=console)
         if not out.is_file():
             raise WorkerError("the scoring worker ended without scores")
         scores: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))

@@ -9,8 +9,8 @@ from typing import Any
 
 from shoal.engine.decision import Decision
 from shoal.launch.directory import write_whole
+from shoal.launch.plot import plot_run
 from shoal.observe.events import read_lines
-from shoal.observe.plot import plot_run
 from shoal.tasks.kinds import create
 
 

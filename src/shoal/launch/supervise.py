@@ -73,7 +73,7 @@ def run_workers(
     """
     num_ranks = job.decision.layout.workers
     with LocalSite(pool, num_ranks=num_ranks) as site, signals_asked() as asked:
-        console.steps = job.recipe.train.steps
+        console.steps = job.recipe.train.steps or console.steps  # of epochs: as the start said
         supervisor = Supervisor(
             job,
             sites=[site],

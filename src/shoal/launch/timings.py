@@ -13,7 +13,7 @@ import xxhash
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, WorkerSetup
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs
 from shoal.environment import cache_directory, free_memory_bytes, machine_name, usable_cores
 from shoal.launch.candidates import (
     Timed,

@@ -26,7 +26,6 @@ from shoal.engine.decision import Decision, given_layout
 from shoal.engine.job import Job
 from shoal.engine.measure import measured_formats
 from shoal.engine.membership.agree import check_same_program
-from shoal.engine.prepare import prepare_inputs
 from shoal.engine.worker import WorkerArguments, run_worker
 from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, RunError, UserError
@@ -34,6 +33,9 @@ from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.local import decision_before, resumed_recipe
+from shoal.launch.opening import opening
+from shoal.launch.prepare import prepare_inputs
+from shoal.launch.refuse import check_trackers
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
@@ -112,7 +114,6 @@ def _joined(
 def _meet_and_train(
     recipe: Recipe, prepare: Callable[[Console], Job], *, seat: Rendezvous, name: str
 ) -> int:
-    console = Console()
     payload: dict[str, Any] = {}
     try:
         check_same_program(ProcessGroup(), recipe=recipe.model_dump(mode="json"), parameters=0)
@@ -121,6 +122,7 @@ def _meet_and_train(
             raise
         return error.exit_status  # rank 0 says it for all
     with ExitStack() as held:
+        console = held.enter_context(Console())
         if seat.rank == 0:
             try:
                 job = prepare(console)
@@ -179,12 +181,15 @@ def _job(
     decision: Decision | None = None,
 ) -> Job:
     """What rank 0 prepares for all; `decision`: what was decided before, if it still fits."""
-    inputs = prepare_inputs(recipe, say=console.phase)
+    check_trackers(recipe.observe)
+    inputs = prepare_inputs(recipe, say=console.phase, progress=console.progress)
     if decision is None:
         cores = max(1, usable_cores() // seat.local_world_size)
         formats = measured_formats(recipe.launch.device)
         decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
     console.phase(f"plan: {decision}")
+    for line in opening(recipe, inputs=inputs, decision=decision):
+        console.line(line)
     return Job(recipe=recipe, run=run, inputs=inputs, decision=decision)
 
 
@@ -205,6 +210,7 @@ def _lead(job: Job, *, arguments: WorkerArguments, console: Console, recipe: str
     finally:
         os.close(write)
         listener.join()
+        console.close()
     for error in attempt.errors:
         print(f"shoal: {error['text']}\n{error.get('trace', '')}".rstrip(), file=sys.stderr)
     if attempt.stopped is not None:

@@ -19,8 +19,7 @@ from typing import Any
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, WorkerSetup
-from shoal.engine.job import Job
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs, Job
 from shoal.launch.candidates import (
     CLOSE,
     ENOUGH_TURNS,

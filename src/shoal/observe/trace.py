@@ -42,17 +42,8 @@ class Trace:
         if len(self.spans) >= MOST_SPANS:
             self.left_out += 1
             return
-        self.spans.append(
-            {
-                "name": name,
-                "ph": "X",
-                "ts": began / 1000,
-                "dur": lasted / 1000,
-                "pid": 0,
-                "tid": self._rank,
-                "args": about,
-            }
-        )
+        span = {"name": name, "ph": "X", "ts": began / 1000, "dur": lasted / 1000}
+        self.spans.append({**span, "pid": 0, "tid": self._rank, "args": about})
 
 
 def write_trace(path: Path, spans: list[Span], *, left_out: int) -> None:

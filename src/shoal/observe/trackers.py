@@ -1,63 +1,85 @@
-"""TensorBoard and Weights & Biases, when a recipe asks for them."""
+"""TensorBoard and Weights & Biases, when a recipe asks for them; tags are grouped as is usual.
+
+Whether they can be written to is checked before workers start (launch/refuse.py).
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
 from shoal.observe.events import Row, Sink
 
+_PERFORMANCE = ("_seconds", "_bytes", "_per_second", "mfu", "seconds")
+_ID = "wandb-id"
+"""File of a run directory with the id that W&B knows the run by."""
 
-def _scalars(row: Row) -> dict[str, float]:
-    return {
-        key: float(value)
-        for key, value in row.items()
-        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+
+def scalars(row: Row) -> dict[str, float]:
+    """Numbers of a row under the tags of the field: `train/loss`, `eval/loss`, `perf/mfu`."""
+    group = "eval" if "evaluation_loss" in row else "train"
+    found = {}
+    for key, value in row.items():
+        if key == "step" or not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        name = key.removeprefix("evaluation_")
+        where = "perf" if group == "train" and name.endswith(_PERFORMANCE) else group
+        found[f"{where}/{name}"] = float(value)
+    return found
 
 
 class TensorBoard(Sink):
-    """Scalars into RUN/tensorboard. Raises UserError when the package is not there."""
+    """Scalars, samples and the config into RUN/tensorboard."""
 
-    def __init__(self, run: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "observe.tensorboard: the package is not installed; "
-                "pip install 'shoal[tensorboard]', or set observe.tensorboard=false"
-            ) from None
+    def __init__(self, run: Path, *, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run / "tensorboard"))
+        text = json.dumps(config, indent=1)
+        self._writer.add_text("config", "    " + text.replace("\n", "\n    "))  # as Markdown's code
 
     def row(self, row: Row) -> None:
-        for key, value in _scalars(row).items():
+        for key, value in scalars(row).items():
             self._writer.add_scalar(key, value, row["step"])
         for index, (prompt, completion) in enumerate(row.get("completions") or []):
-            self._writer.add_text(f"sample/{index}", prompt + completion, row["step"])
+            text = f"**{prompt}**{completion}"
+            self._writer.add_text(f"samples/{index}", text, row["step"])
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WandB(Sink):
-    """Scalars to Weights & Biases; WANDB_MODE=offline keeps them in RUN/wandb.
+    """Scalars and the config to Weights & Biases; WANDB_MODE=offline keeps them in RUN/wandb.
 
-    Raises UserError when the package is not there.
+    A resumed run goes on under its id. Raises UserError where W&B refuses.
     """
 
     def __init__(self, run: Path, *, config: dict[str, Any]) -> None:
+        import wandb
+
+        kept = run / _ID
+        known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
         try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "observe.wandb: the package is not installed; pip install 'shoal[wandb]', "
-                "or set observe.wandb=false"
-            ) from None
-        self._run = wandb.init(project="shoal", name=run.name, dir=str(run), config=config)
+            self._run = wandb.init(
+                project="shoal",
+                name=run.name,
+                dir=str(run),
+                config=config,
+                id=known or None,
+                resume="allow",
+                settings=wandb.Settings(silent=True),  # its own lines would cross the live line
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"observe.wandb: {error}") from None
+        kept.write_text(self._run.id + "\n", encoding="utf-8")
+        self.address: str | None = self._run.url
+        """Where the run can be seen; None when it is kept offline."""
 
     def row(self, row: Row) -> None:
-        self._run.log(_scalars(row), step=row["step"])
+        self._run.log(scalars(row), step=row["step"])
 
     def close(self) -> None:
         self._run.finish()

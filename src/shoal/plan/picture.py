@@ -1,16 +1,19 @@
-"""SVG pictures of plans (bars of time and memory) and of a step that was played out."""
+"""Pictures of plans (bars of time and memory) and of a step that was played out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from html import escape
-from math import floor, log10
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from shoal.plan.cost.step import Prediction
 from shoal.plan.explain import choices, format_seconds_fine
 from shoal.plan.hardware import GIB
 from shoal.plan.search import Found
 from shoal.plan.simulate import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TIME = {
     "compute": "#3b6ea5",
@@ -44,163 +47,109 @@ PASSES = {
     "update": TIME["update"],
     "host": TIME["host"],
 }
-_LEFT, _WIDTH = 24, 900
-_STEPS = (1, 2, 5, 10)
 
 
-def plans(found: Found) -> str:
+def plans(found: Found) -> Figure:
     """Bars of the predicted time and memory of a plan and those that come next."""
     every = [found.best, *found.runners_up]
-    times = [(p.seconds, p.step_seconds, format_seconds_fine(p.step_seconds)) for p in every]
-    memory = [
-        ({name: value / GIB for name, value in p.peak.parts().items()}, p.peak.total / GIB)
-        for p in every
-    ]
+    memory = [{k: v / GIB for k, v in plan.peak.parts().items()} for plan in every]
     limit = found.best.device_memory_bytes / GIB
-    upper, height = _bars(every, times, title="Predicted time of a step", unit="s", colours=TIME)
-    rows = [(parts, total, f"{total:.3g} GiB") for parts, total in memory]
-    lower, height = _bars(
-        every,
-        rows,
-        title="Predicted memory of the fullest device",
-        unit="GiB",
-        colours=MEMORY,
-        limit=limit,
-        y=height + 24,
-    )
-    return _frame([*upper, *lower], height=height)
+    figure, (upper, lower) = _figure(2, height=1.6 + 0.55 * len(every))
+    times = [format_seconds_fine(plan.step_seconds) for plan in every]
+    _bars(upper, every, [plan.seconds for plan in every], times, colours=TIME)
+    upper.set(title="Predicted time of a step", xlabel="s")
+    totals = [f"{plan.peak.total / GIB:.3g} GiB" for plan in every]
+    _bars(lower, every, memory, totals, colours=MEMORY, limit=limit)
+    lower.axvline(limit, color="#222222", linewidth=1)
+    lower.text(limit, -0.75, f"a device has {limit:.3g} GiB ", ha="right", va="center")
+    lower.set(title="Predicted memory of the fullest device", xlabel="GiB")
+    return figure
+
+
+def _figure(rows: int, *, height: float) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    figure = Figure(figsize=(10, rows * height), layout="constrained")
+    axes = figure.subplots(rows)
+    for each in axes if rows > 1 else [axes]:
+        each.spines[["top", "left", "right"]].set_visible(False)
+        each.yaxis.set_ticks_position("none")
+    return figure, axes
 
 
 def _bars(
-    every: list[Prediction],
-    rows: list[tuple[dict[str, float], float, str]],
+    axes: Axes,
+    every: Sequence[Prediction],
+    rows: Sequence[Mapping[str, float]],
+    numbers: Sequence[str],
     *,
-    title: str,
-    unit: str,
     colours: Mapping[str, str],
     limit: float = 0.0,
-    y: float = 0.0,
-) -> tuple[list[str], float]:
-    """A title, a legend, a named bar with its number for each plan, an axis; and the lower end."""
-    most = max(limit, *(total for _, total, _ in rows))
-    scale, small = (_WIDTH - 90) / most, 0.002 * most
-    seen = [name for name in colours if any(parts.get(name, 0) > small for parts, _, _ in rows)]
-    parts = [_words(title, x=_LEFT, y=y + 24, size=16), *_legend(seen, colours=colours, y=y + 36)]
-    top = y = y + 60
-    for plan, (values, total, number) in zip(every, rows, strict=True):
-        parts.append(_words(choices(plan.candidate), x=_LEFT, y=y + 12))
-        at = float(_LEFT)
-        for name in seen:
-            width = values.get(name, 0.0) * scale
-            label = f"{name}: {values.get(name, 0.0):.3g} {unit}"
-            parts.append(_box(colours[name], x=at, y=y + 17, width=width, height=16, title=label))
-            at += width
-        parts.append(_words(number, x=_LEFT + total * scale + 6, y=y + 30))
-        y += 40
-    if limit:
-        x = _LEFT + limit * scale
-        parts.append(_line(x, top, x, y))
-        parts.append(_words(f"a device has {limit:.3g} GiB", x=x + 4, y=top - 6, end=True))
-    return [*parts, *_axis(most=most, scale=scale, x=_LEFT, y=y + 4, unit=unit)], y + 36
+) -> None:
+    """A stacked bar for each plan, its name above it and its number behind it; and a legend."""
+    most = max(limit, *(sum(parts.values()) for parts in rows))
+    seen = [name for name in colours if any(p.get(name, 0) > 0.002 * most for p in rows)]
+    ends = [0.0] * len(rows)
+    for name in seen:
+        widths = [parts.get(name, 0.0) for parts in rows]
+        axes.barh(range(len(rows)), widths, 0.4, left=ends, color=colours[name], label=name)
+        ends = [end + width for end, width in zip(ends, widths)]
+    for at, (plan, parts, number) in enumerate(zip(every, rows, numbers, strict=True)):
+        axes.text(0, at - 0.26, choices(plan.candidate), va="bottom", fontsize=8)
+        axes.text(sum(parts.values()), at, f" {number}", va="center")
+    axes.set(xlim=(0, 1.12 * most), ylim=(len(rows) - 0.6, -1.0), yticks=[])
+    _legend(axes, {name: colours[name] for name in seen})
 
 
-def step(timeline: Timeline) -> str:
+def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    axes.legend(
+        handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8
+    )
+
+
+def step(timeline: Timeline) -> Figure:
     """The lanes of each stage, passes above and exposed communication below, over time."""
-    left, row, top = 84, 34, 86
-    most = max(span.stop for span in timeline.spans)
-    scale = (_WIDTH + _LEFT - left - 20) / most
+    figure, axes = _figure(1, height=1.4 + 0.35 * timeline.stages)
     kinds = [(_kind(span.name), span.lane.removeprefix("link ")) for span in timeline.spans]
-    passes = [name for name in PASSES if any(kind == name for kind, _ in kinds)]
-    links = [axis for axis in TIME if any(lane == axis for _, lane in kinds)]
+    most = max(span.stop for span in timeline.spans)
+    axes.hlines(range(timeline.stages), 0, most, color=TIME["bubble"], linewidth=1, zorder=0)
+    bars: dict[tuple[int, str, bool], list[tuple[float, float]]] = {}
+    for span, (kind, axis) in zip(timeline.spans, kinds, strict=True):
+        own = span.lane == "compute"
+        key = (span.stage, PASSES[kind] if own else TIME[axis], own)
+        bars.setdefault(key, []).append((span.start, span.stop - span.start))
+    for (stage, colour, own), widths in bars.items():
+        axes.broken_barh(widths, (stage - 0.3, 0.4) if own else (stage + 0.15, 0.2), color=colour)
+    axes.set(
+        yticks=range(timeline.stages),
+        yticklabels=[f"stage {stage + 1}" for stage in range(timeline.stages)],
+        ylim=(timeline.stages - 0.5, -0.6),
+        xlim=(0, most),
+        xlabel="s",
+        title=_headline(timeline),
+    )
+    lanes = {lane for _, lane in kinds} - {"compute"}
+    links = {f"{axis} communication": TIME[axis] for axis in TIME if axis in lanes}
+    _legend(axes, {**{name: PASSES[name] for name in _of(PASSES, kinds)}, **links})
+    return figure
+
+
+def _headline(timeline: Timeline) -> str:
     shown = ""
     if timeline.shown_micro_batches < timeline.micro_batches:
         shown = f"; first {timeline.shown_micro_batches} of {timeline.micro_batches} micro batches"
-    title = (
+    return (
         f"One step, played out: {format_seconds_fine(timeline.seconds)} predicted, "
         f"{timeline.bubble:.1%} of the passes idle{shown}"
     )
-    legend = {**PASSES, **{f"{axis} communication": TIME[axis] for axis in links}}
-    names = [*passes, *(f"{axis} communication" for axis in links)]
-    parts = [_words(title, x=_LEFT, y=24, size=16), *_legend(names, colours=legend, y=36)]
-    for stage in range(timeline.stages):
-        y = top + row * stage
-        parts.append(_words(f"stage {stage + 1}", x=_LEFT, y=y + 14))
-        parts.append(_box(TIME["bubble"], x=left, y=y + 9, width=most * scale, height=2))
-    for span, (kind, axis) in zip(timeline.spans, kinds, strict=True):
-        own = span.lane == "compute"
-        parts.append(
-            _box(
-                PASSES[kind] if own else TIME[axis],
-                x=left + span.start * scale,
-                y=top + row * span.stage + (0 if own else 20),
-                width=max((span.stop - span.start) * scale, 0.2),
-                height=18 if own else 7,
-                title=span.name if own else f"{axis}: {span.name}",
-            )
-        )
-    bottom = top + row * timeline.stages
-    return _frame(
-        [*parts, *_axis(most=most, scale=scale, x=left, y=bottom, unit="s")], height=bottom + 36
-    )
+
+
+def _of(colours: Iterable[str], kinds: Sequence[tuple[str, str]]) -> list[str]:
+    return [name for name in colours if any(kind == name for kind, _ in kinds)]
 
 
 def _kind(name: str) -> str:
     return name.rstrip("0123456789").rstrip()
-
-
-def _axis(*, most: float, scale: float, x: float, y: float, unit: str) -> list[str]:
-    """A line with four to ten ticks and their numbers; the last carries the unit."""
-    rough = most / 6
-    base = 10.0 ** floor(log10(rough))
-    tick = next(base * factor for factor in _STEPS if base * factor >= rough)
-    parts = [_line(x, y, x + most * scale, y)]
-    count = int(most / tick)
-    for number in range(count + 1):
-        at = x + number * tick * scale
-        parts.append(_line(at, y, at, y + 4))
-        label = f"{number * tick:.4g}" + (f" {unit}" if number == count else "")
-        parts.append(_words(label, x=at - 4, y=y + 17))
-    return parts
-
-
-def _legend(names: Iterable[str], *, colours: Mapping[str, str], y: float) -> list[str]:
-    parts, x = [], float(_LEFT)
-    for name in names:
-        if x + 30 + 7 * len(name) > _LEFT + _WIDTH:
-            x, y = float(_LEFT), y + 15
-        parts.append(_box(colours[name], x=x, y=y, width=11, height=11))
-        parts.append(_words(name, x=x + 15, y=y + 10))
-        x += 30 + 7 * len(name)
-    return parts
-
-
-def _frame(parts: Iterable[str], *, height: float) -> str:
-    """A whole SVG of `parts` on white."""
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH + 2 * _LEFT}" '
-            f'height="{height:.0f}" font-family="sans-serif" font-size="12" fill="#222222">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            *parts,
-            "</svg>",
-            "",
-        ]
-    )
-
-
-def _words(text: str, *, x: float, y: float, size: int = 12, end: bool = False) -> str:
-    """Text with its left (or right) end at `x`."""
-    how = ' text-anchor="end"' if end else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}"{how}>{escape(text)}</text>'
-
-
-def _line(x: float, y: float, to_x: float, to_y: float) -> str:
-    return f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{to_x:.1f}" y2="{to_y:.1f}" stroke="#222222"/>'
-
-
-def _box(colour: str, *, x: float, y: float, width: float, height: float, title: str = "") -> str:
-    """A filled box; a title shows under the mouse."""
-    return (
-        f'<rect x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height}" '
-        f'fill="{colour}"><title>{escape(title)}</title></rect>'
-    )

@@ -7,35 +7,28 @@ checkpoint. The second and third say how far apart right runs can be.
 
 from __future__ import annotations
 
-import io
 import json
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from shoal.config.anchor import anchored
-from shoal.config.load import load_recipe, to_yaml
+from shoal.config.load import load_recipe
 from shoal.config.recipe import ConfiguredModel, Recipe
-from shoal.engine.decision import Decision
 from shoal.engine.instruments.mistakes import MISTAKES
-from shoal.engine.job import Instruments, Job
-from shoal.engine.prepare import Inputs, prepare_inputs
-from shoal.errors import ConfigError, Problem, WorkerError, nearest
+from shoal.errors import ConfigError, Problem, nearest
 from shoal.launch.pool import WorkerPool, pool_or_own
-from shoal.launch.supervise import run_workers
+from shoal.launch.prepare import prepare_inputs
 from shoal.layout import Layout
-from shoal.observe.console import Console
 from shoal.prove.certificate import Certificate, Failure, judge, tolerance_from
 from shoal.prove.diagnose import cause_of
-from shoal.prove.recording import Recording, figures_of, relative
-from shoal.prove.subject import proof_decision, proof_layout, proof_recipe, with_layout
-
-Say = Callable[[str], None]
+from shoal.prove.recording import figures_of, relative
+from shoal.prove.runs import Runs, Say
+from shoal.prove.subject import proof_layout, proof_recipe
 
 
 def prove(
@@ -73,8 +66,8 @@ def prove(
     if isinstance(small.model, ConfiguredModel):
         inputs = replace(inputs, model_directory=None)
     with pool_or_own(pool) as workers:
-        runs = _Runs(small, inputs, out=out, pool=workers, say=say)
-        certificate = _prove(runs, layout=layout, steps=steps, mistake=mistake)
+        runs = Runs(inputs, out, workers, say)
+        certificate = _prove(runs, small, layout=layout, steps=steps, mistake=mistake)
     certificate.seconds = time.monotonic() - began
     certificate.versions = {name: version(name) for name in ("shoal", "torch", "transformers")}
     (out / "certificate.json").write_text(json.dumps(certificate.to_json(), indent=1))
@@ -82,13 +75,16 @@ def prove(
     return certificate
 
 
-def _prove(runs: _Runs, *, layout: Layout, steps: int, mistake: str | None) -> Certificate:
-    one = runs.train("one", Layout())
-    samples = runs.recipe.train.global_batch_samples
-    reordered = runs.train("reordered", Layout(), micro=2 if samples % 2 == 0 else samples)
-    float32 = runs.recipe.precision.compute == "float32"
-    double = runs.train("double", Layout(), double=True) if float32 else None
-    cut = runs.train("layout", layout, mistake=mistake)
+def _prove(
+    runs: Runs, recipe: Recipe, *, layout: Layout, steps: int, mistake: str | None
+) -> Certificate:
+    one = runs.train("one", recipe, Layout())
+    samples = recipe.train.global_batch_samples
+    micro = 2 if samples % 2 == 0 else samples
+    reordered = runs.train("reordered", recipe, Layout(), micro=micro)
+    float32 = recipe.precision.compute == "float32"
+    double = runs.train("double", recipe, Layout(), double=True) if float32 else None
+    cut = runs.train("layout", recipe, layout, mistake=mistake)
     tolerance = tolerance_from(
         figures_of(reordered, one),
         figures_of(double, one) if double is not None else None,
@@ -98,9 +94,9 @@ def _prove(runs: _Runs, *, layout: Layout, steps: int, mistake: str | None) -> C
     failures, largest = judge(figures, tolerance)
     certificate = Certificate(
         layout=str(layout),
-        model=_described(runs.recipe),
+        model=_described(recipe),
         steps=steps,
-        compute=runs.recipe.precision.compute,
+        compute=recipe.precision.compute,
         tolerance=tolerance,
         largest=largest,
         failures=failures,
@@ -108,7 +104,7 @@ def _prove(runs: _Runs, *, layout: Layout, steps: int, mistake: str | None) -> C
     if failures:
         certificate.cause = cause_of(cut, one, figures, tolerance, layout=layout)
     elif steps > 1:
-        back = runs.resume(cut, at=max(1, steps // 2))
+        back = runs.resume(cut, recipe, at=max(1, steps // 2))
         wanted = one.losses[-len(back) :]
         apart = max(relative(a, b) for a, b in zip(back, wanted, strict=True))
         certificate.largest["round trip"] = (apart, "one worker goes on from its checkpoint")
@@ -126,55 +122,3 @@ def _described(recipe: Recipe) -> str:
     keys = ("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_layers")
     sizes = [f"{key} {model.settings[key]}" for key in keys if key in model.settings]
     return f"{model.architecture} ({', '.join(sizes)})"
-
-
-@dataclass
-class _Runs:
-    """Runs the proof's recipe, each time below a folder of its own."""
-
-    recipe: Recipe
-    inputs: Inputs
-    out: Path
-    pool: WorkerPool
-    say: Say
-
-    def train(
-        self,
-        name: str,
-        layout: Layout,
-        *,
-        micro: int = 1,
-        double: bool = False,
-        mistake: str | None = None,
-    ) -> Recording:
-        """One run from its start."""
-        self.say(f"{name}: {layout}")
-        run = self.out / name
-        run.mkdir(parents=True)
-        recipe = with_layout(self.recipe, layout)
-        self._run(
-            run,
-            recipe,
-            proof_decision(recipe, layout, micro=micro),
-            double=double,
-            instruments=Instruments(record=True, mistake=mistake),
-        )
-        return Recording(run)
-
-    def resume(self, recording: Recording, *, at: int) -> list[float]:
-        """Losses of one worker that goes on from the checkpoint of step `at`."""
-        self.say(f"back: one worker goes on from step {at}")
-        run = self.out / "back"
-        (run / "checkpoints").mkdir(parents=True)
-        saved = f"checkpoints/step-{at:08d}"
-        (recording.run / saved).rename(run / saved)
-        recipe = with_layout(self.recipe, Layout())
-        self._run(run, recipe, proof_decision(recipe, Layout()), resume=True)
-        return Recording(run).losses
-
-    def _run(self, run: Path, recipe: Recipe, decision: Decision, **more: Any) -> None:
-        (run / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-        job = Job(recipe, run, self.inputs, decision, final_model=False, **more)
-        attempt = run_workers(job, pool=self.pool, console=Console(out=io.StringIO()))
-        if attempt.done is None:
-            raise WorkerError(f"{run.name}: the workers ended without finishing")

@@ -8,7 +8,7 @@ from typing import Any
 from shoal.config.anchor import anchored
 from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.decision import Decision, format_of, given_layout
-from shoal.engine.prepare import Inputs
+from shoal.engine.job import Inputs
 from shoal.errors import ConfigError, Problem
 from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.layout import Layout
@@ -32,12 +32,19 @@ def proof_layout(recipe: Recipe) -> Layout:
 
 
 def proof_recipe(
-    recipe: Recipe, *, inputs: Inputs, layout: Layout, steps: int, whole: bool, num_devices: int = 0
+    recipe: Recipe,
+    *,
+    inputs: Inputs,
+    layout: Layout,
+    steps: int,
+    whole: bool,
+    num_devices: int = 0,
+    samples: int | None = None,
 ) -> Recipe:
     """The recipe of the proof's runs: the task, data and optimizer of the user's.
 
     The model is made small (unless `whole`), drawn even where the recipe reads weights; the rate is
-    constant, so that the first steps move the weights; a step has few samples.
+    constant, so that the first steps move the weights; a step has few samples (`samples`).
     Raises ConfigError when the model cannot be cut so, ModelError when no rule makes it small.
     """
     config = trained_config(recipe, inputs=inputs)
@@ -47,7 +54,7 @@ def proof_recipe(
         tree["model"] = _small(recipe, config, inputs=inputs, layout=layout)
         if not isinstance(recipe.model, ConfiguredModel) and inputs.tokenizer_directory is not None:
             tree["data"]["tokenizer"] = {"kind": "folder", "path": inputs.tokenizer_directory}
-    samples = _SAMPLES * layout.replicate * layout.shard
+    samples = samples or _SAMPLES * layout.replicate * layout.shard
     compute = recipe.precision.compute
     tree["train"] |= {
         "steps": steps,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,44 @@ def test_answers_in_half_a_second(words: tuple[str, ...]) -> None:
     # The machine may be busy with other tests: the best of the medians of 5 is its own time.
     best = min(statistics.median(seconds() for _ in range(5)) for _ in range(2))
     assert best < 0.5
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(capsys, "--version") == f"shoal {importlib.metadata.version('shoal')}\n"
+
+
+def test_help_is_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(ask(capsys, "--help").split())
+    assert "..." not in said.replace("[ARGS]...", "")
+    listed = said.partition(" Commands: ")[2]
+    assert "train Train a recipe; the run goes to --out, or to the next free folder below" in listed
+    assert "parity Prove that training in a layout equals training with one worker;" in listed
+    for option in ("--install-completion", "--show-completion", "--version", "--debug"):
+        assert option in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "resume", "merge", "generate", "evaluate", "parity", "rehearse", "doctor"],
+)
+def test_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(ask(capsys, command, "-h").split())
+    assert f"Example: shoal {command}" in said
+    if command == "train":
+        assert "`shoal config show RECIPE`" in said and "`shoal config schema`" in said
+
+
+def test_completion() -> None:
+    named = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    words = shoal("--show-completion", "bash")
+    shown = subprocess.run(words, capture_output=True, text=True, env=named)
+    assert shown.returncode == 0 and "complete -o default -F" in shown.stdout
+    asked = {"COMP_WORDS": "shoal re", "COMP_CWORD": "1", "_SHOAL_COMPLETE": "complete_bash"}
+    code = "import sys; sys.argv[0] = 'shoal'; from shoal.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **asked}
+    )
+    assert done.stdout.split() == ["resume", "rehearse"]
 
 
 @pytest.mark.parametrize(

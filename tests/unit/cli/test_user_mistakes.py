@@ -38,6 +38,18 @@ def test_unknown_key(told, bench: Bench, tmp_path: Path) -> None:
     assert "Traceback" not in said and not (tmp_path / "run").exists()
 
 
+def test_escape_sequences_in_a_name_are_shown_not_sent(told, bench: Bench) -> None:
+    status, said = told("train", bench.recipe, "data.source=\x1b[2Jgone.txt")
+    assert status == 2 and "\x1b" not in said and r"\x1b[2Jgone.txt" in said
+
+
+def test_a_dry_run_under_torchrun(told, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, said = told("train", bench.recipe, "--dry-run")
+    assert status == 2 and "--dry-run: it starts no workers; run it once, without torchrun" in said
+
+
 def test_debug_shows_the_traceback(told, bench: Bench) -> None:
     status, said = told("train", bench.recipe, "train.step=3", "--debug")
     assert status == 2 and "Traceback" in said
@@ -112,8 +124,12 @@ def test_a_folder_that_cannot_be_made(told, bench: Bench, tmp_path: Path) -> Non
 
 def test_resume_of_nothing(told, tmp_path: Path) -> None:
     (tmp_path / "run-001").mkdir()
+    (tmp_path / "run-002").mkdir()
+    (tmp_path / "run-002/config.yaml").write_text("")
     status, said = told("resume", tmp_path / "run-01")
-    assert status == 2 and "no such run; did you mean 'run-001'?" in said
+    assert status == 2 and "no such run; did you mean 'run-002'?" in said, "only runs are named"
+    status, said = told("resume", tmp_path / "else")
+    assert status == 2 and said.rstrip().endswith("no such run; known: run-002")
     status, said = told("resume", tmp_path / "run-001")
     assert status == 2 and "expected a run directory (with config.yaml), found none" in said
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from shoal.engine.prepare import Inputs, in_turns
+from shoal.engine.job import Inputs
+from shoal.launch.prepare import in_turns
 
 
 def test_any_beginning_has_texts_of_every_source() -> None:

@@ -11,8 +11,8 @@ import pytest
 from shoal.config.load import load_recipe
 from shoal.engine.decision import Decision
 from shoal.engine.job import Job
-from shoal.engine.prepare import prepare_inputs
 from shoal.launch.pool import Worker
+from shoal.launch.prepare import prepare_inputs
 from shoal.layout import Layout
 from tiny import Bench
 

@@ -16,12 +16,13 @@ from shoal.cli.main import app
 from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
-from shoal.engine.prepare import Inputs, prepare_inputs
+from shoal.engine.job import Inputs
 from shoal.environment import usable_cores
 from shoal.launch import choose, local, timings, tune
 from shoal.launch.candidates import Timed, best_of
 from shoal.launch.choose import check_decision_respects_recipe
 from shoal.launch.devices import on_devices
+from shoal.launch.prepare import prepare_inputs
 from shoal.launch.refuse import refuse_illegal
 from shoal.launch.summary import last_words
 from shoal.layout import Layout

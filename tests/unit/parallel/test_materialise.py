@@ -22,8 +22,8 @@ from shoal.parallel.mesh import build_mesh
 from shoal.parallel.settings import Settings
 from shoal.runtime import start_process_group, stop_process_group
 from states import parts_of
-from strategies import run_workers
 from unit.models.tiny_models import meta_model, real_model
+from workers import run_workers
 
 
 class Counting:

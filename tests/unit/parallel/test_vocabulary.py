@@ -14,7 +14,7 @@ from shoal.observe.events import Report
 from shoal.parallel.vocabulary import Vocabulary
 from shoal.runtime import start_process_group, stop_process_group
 from shoal.tasks.losses import chunked_loss, chunked_losses
-from strategies import run_workers
+from workers import run_workers
 
 TOKENS, WIDTH, ENTRIES = 37, 6, 23
 """ENTRIES is no multiple of the ranks."""

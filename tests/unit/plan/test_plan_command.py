@@ -30,7 +30,7 @@ def test_plan_of_a_recipe(tmp_path: Path) -> None:
     text = run("plan", "quickstart", "--cluster", "8xA100", "--picture", str(image))
     assert "Plan: " in text and "Other families:" in text and "tokens/s, MFU" in text
     assert "predicted" in text and "One device is enough" in text and "CUDA context" in text
-    assert image.read_text().startswith("<svg")
+    assert "<svg" in image.read_text()
     data = json.loads(run("plan", "quickstart", "--cluster", "8xA100", "--json"))
     assert data["workers"] == 8 and data["plan"]["step_seconds"] > 0
     plans = [data["plan"], *data["runners_up"], *data["rejected"].values()]
@@ -148,7 +148,7 @@ def test_simulate(tmp_path: Path) -> None:
     text = run("simulate", *words, "--trace", str(out), "--picture", str(image))
     assert "of the passes are bubbles" in text and "kept steps" in text
     assert json.loads(out.read_text())["traceEvents"]
-    assert image.read_text().startswith("<svg")
+    assert "<svg" in image.read_text()
     data = json.loads(run("simulate", *words, "--json", "--slow-share", "0.5"))
     assert data["waiting_factor"]["every-step"] > 1.4
     assert 0.9 < data["goodput"] <= 1

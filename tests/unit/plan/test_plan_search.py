@@ -11,7 +11,8 @@ import pytest
 from planner_score.profiles import MEGATRON, MEGATRON_CLASSIC
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import Combination, ModelFacts, facts_from_config, illegal
+from shoal.legal import Combination, ModelFacts, facts_from_config
+from shoal.legal.rules import illegal
 from shoal.plan import explain
 from shoal.plan.cost.step import Estimator
 from shoal.plan.hardware import parse_cluster

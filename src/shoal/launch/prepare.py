@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,14 @@ from shoal.data import registry
 from shoal.data.prepare import SourceSpec, prepare
 from shoal.data.sources import content_key, read_records
 from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key, train_tokenizer
+from shoal.engine.job import Inputs
 from shoal.environment import cache_directory
 from shoal.errors import ConfigError, FetchError, ModelError, Problem
 from shoal.tasks.kinds import create
 from shoal.tasks.task import Task, Tools
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Where everything lies that a worker reads, and what the task learned from the data."""
-
-    data_directory: str
-    tokenizer_directory: str | None
-    """None where the task has no text."""
-    model_directory: str | None
-    task_settings: dict[str, Any]
-    vocabulary_size: int | None
-    train_samples: int
-    validation_samples: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, read back by `from_json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> Inputs:
-        """The inverse of `to_json`; keys that older runs have beside are left out."""
-        return cls(**{each.name: tree[each.name] for each in fields(cls)})
+Progress = Callable[[str, float], None]
 
 
 def model_folder(path: str, *, say: Say) -> Path:
@@ -120,9 +98,12 @@ def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
+def prepare_inputs(
+    recipe: Recipe, *, say: Say, progress: Progress = lambda phase, done: None
+) -> Inputs:
     """Fetch, tokenize and pack; everything is cached, so a second call only looks.
 
+    `say` hears of each phase once, `progress` how far it is, 0 to 1.
     Raises ConfigError, DataError, ModelError and FetchError.
     """
     task = create(recipe.task.kind, options=recipe.task)
@@ -148,10 +129,11 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
     _check_model_settings(recipe, task=task)
     phases: set[str] = set()
 
-    def progress(phase: str, done: float) -> None:
+    def tell(phase: str, done: float) -> None:
         if phase not in phases:
             phases.add(phase)
             say(phase)
+        progress(phase, done)
 
     prepared = prepare(
         sources=[
@@ -165,7 +147,7 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         validation_fraction=recipe.data.validation_fraction,
         fields=task.fields,
         out=cache_directory() / "prepared",
-        progress=progress,
+        progress=tell,
     )
     return Inputs(
         data_directory=str(prepared.directory.resolve()),
@@ -175,6 +157,7 @@ def prepare_inputs(recipe: Recipe, *, say: Say) -> Inputs:
         vocabulary_size=vocabulary,
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
         validation_samples=sum(s.num_samples("validation") for s in prepared.sources),
+        counts=dict(prepared.description["parts"]["train"]),
     )
 
 

@@ -1,0 +1,81 @@
+"""What a start says before anything is trained: the model, the data, how long, how, on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.config.recipe import PretrainedModel, Recipe
+from shoal.config.statement import statements
+from shoal.data.stream import Stream
+from shoal.engine.decision import Decision
+from shoal.engine.job import Inputs
+from shoal.errors import ModelError
+from shoal.launch.refuse import trained_config
+from shoal.legal import facts_from_config
+from shoal.units import format_count
+
+
+def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision) -> list[str]:
+    """Lines for a person: what is trained, on which data, how often it is seen, and on what.
+
+    Raises DataError when the prepared data was damaged.
+    """
+    stream = Stream(
+        Path(inputs.data_directory),
+        seed=recipe.seed,
+        global_batch_samples=recipe.train.global_batch_samples,
+    )
+    steps = num_steps(recipe, stream=stream)
+    train = recipe.train.model_copy(update={"steps": steps, "epochs": None})
+    said = statements(recipe.model_copy(update={"train": train}))
+    passes = steps * recipe.train.global_batch_samples / max(1, inputs.train_samples)
+    held_out = f"of {inputs.validation_samples:,} validation samples"
+    lines = {
+        "model": _model(recipe, inputs=inputs),
+        "data": _data(recipe, inputs=inputs),
+        "length": f"{said['length']} = {passes:.3g} epoch{'' if passes == 1 else 's'}",
+        "batch": f"{said['global batch']}; micro batch {decision.micro_batch_samples}",
+        "learning rate": said["learning rate"],
+        "optimizer": said["optimizer"],
+        "evaluates": said["evaluates"].replace("validation samples", held_out),
+        "saves": said["saves"],
+        "runs on": _where(recipe, decision),
+    }
+    lines |= {name: said[name] for name in ("exact", "stops early") if name in said}
+    return [f"  {name:<14} {text}" for name, text in lines.items()]
+
+
+def num_steps(recipe: Recipe, *, stream: Stream) -> int:
+    """Optimizer steps of the whole run (as engine/build.py has it, without torch)."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return max(1, round((recipe.train.epochs or 0.0) * stream.steps_per_epoch))
+
+
+def _model(recipe: Recipe, *, inputs: Inputs) -> str:
+    try:
+        config = trained_config(recipe, inputs=inputs)
+        count = f"{format_count(facts_from_config(config).parameters)} parameters"
+        family = str(config.get("model_type"))
+    except ModelError:  # a family without a table: its size is known once it is built
+        family, count = str(getattr(recipe.model, "architecture", "model")), "size not known yet"
+    begins = "from random weights"
+    if isinstance(recipe.model, PretrainedModel):
+        begins = f"from the weights of {recipe.model.path}"
+    return f"{family}, {count}, {begins}; task {recipe.task.kind}"
+
+
+def _data(recipe: Recipe, *, inputs: Inputs) -> str:
+    names = ", ".join(spec.source for spec in recipe.data.sources)
+    counts = [
+        f"{inputs.counts[what]:,} {what}"
+        for what in ("documents", "samples", "tokens")
+        if inputs.counts.get(what)
+    ]
+    return f"{names}: {', '.join(counts) or f'{inputs.train_samples:,} samples'} to train on"
+
+
+def _where(recipe: Recipe, decision: Decision) -> str:
+    layout = decision.layout
+    cut = str(layout) if layout.workers > 1 else "one worker"
+    return f"{decision.device}, {decision.compute}; {cut}; policy {recipe.sync.kind}"

@@ -205,6 +205,15 @@ def test_quoted_messages_are_those_of_the_sources() -> None:
         assert any(map(pattern.search, templates)), f"no source says {message!r} any more"
 
 
+def test_files_events_and_figures_of_a_run_are_those_of_the_sources() -> None:
+    """The first cells of docs/guide/run-directory.md."""
+    text = (ROOT / "docs" / "guide" / "run-directory.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([\w.-]+)`", cell)]
+    known = {word for each in message_templates() for word in re.findall(r"[\w.-]+", each)}
+    assert len(names) > 40 and not [name for name in names if name not in known]
+
+
 # --- commands
 
 

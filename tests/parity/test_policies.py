@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from shoal.checkpoint.store import Store
+from shoal.data.verify import verify_run
 from shoal.errors import ConfigError
 from tiny import Bench, Run
 
@@ -66,3 +67,11 @@ def test_another_number_of_replicas_starts_from_the_mean(bench: Bench) -> None:
 def test_threads_share_their_parameters_and_cannot_go_their_own_ways(bench: Bench) -> None:
     with pytest.raises(ConfigError, match=r"(?s)local-sgd.*processes"):
         bench.train("parallel.replicate=2", "launch.workers=threads", LOCAL % 4)
+
+
+def test_what_replicas_read_by_themselves_is_accounted_for(bench: Bench) -> None:
+    """Also over a stop within a round: every sample once, as under every-step."""
+    run = bench.train(*TWO_PROCESSES, "train.steps=20", LOCAL % 8, "train.stop_after_steps=11")
+    bench.resume(run)
+    report = verify_run(run.path)
+    assert (report.num_steps, report.problems) == (20, [])

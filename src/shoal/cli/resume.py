@@ -21,11 +21,11 @@ def resume(
     """
     from shoal.environment import torchrun_rendezvous
 
-    seat = torchrun_rendezvous()
-    if seat is not None:
+    rendezvous = torchrun_rendezvous()
+    if rendezvous is not None:
         from shoal.launch.torchrun import join_resume
 
-        raise typer.Exit(join_resume(run, overrides or [], seat=seat))
+        raise typer.Exit(join_resume(run, overrides or [], rendezvous=rendezvous))
     from shoal.launch.pool import WorkerPool
 
     with WorkerPool() as pool:  # before anything else is imported: its own imports take longest

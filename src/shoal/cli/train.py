@@ -31,13 +31,13 @@ def train(
     """
     from shoal.environment import torchrun_rendezvous
 
-    seat = torchrun_rendezvous()
-    if seat is not None:
+    rendezvous = torchrun_rendezvous()
+    if rendezvous is not None:
         if dry_run:
             raise UserError("--dry-run: it starts no workers; run it once, without torchrun")
         from shoal.launch.torchrun import join
 
-        raise typer.Exit(join(recipe, overrides or [], out=out, seat=seat))
+        raise typer.Exit(join(recipe, overrides or [], out=out, rendezvous=rendezvous))
     from shoal.launch.pool import WorkerPool
 
     with WorkerPool() as pool:  # before anything else is imported: its own imports take longest

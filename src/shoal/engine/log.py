@@ -60,8 +60,8 @@ class RunLog:
     def _complete(self, last: dict[str, Any], *, step: int) -> None:
         run = self._job.run
         samples = [row["step"] for row in read_lines(run / FILE) if "step" in row]
-        if step - 1 not in samples[-2:]:
-            self._write_samples(step - 1, read=last["read"])
+        if step - 1 not in samples[-2:] and not self._training.policy.alone:
+            self.samples_read(step - 1, last["read"])
         logged = [row["step"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
         if self._logged(step) and step not in logged[-2:]:
             self.sink.row(last["row"])
@@ -71,7 +71,8 @@ class RunLog:
         early = self._job.recipe.train.stop_after_steps or self._training.steps
         return step % every == 0 or step == min(early, self._training.steps)
 
-    def _write_samples(self, step: int, *, read: list[int]) -> None:
+    def samples_read(self, step: int, read: list[int]) -> None:
+        """Write the digest of what all ranks have read for `step`, counted from 0."""
         assert self._samples is not None, "opened"
         self._samples.append(sample_row(step, stream=self._training.stream, read=read))
 
@@ -101,7 +102,8 @@ class RunLog:
     def committed(self, row: dict[str, Any], outcome: Outcome) -> None:
         """Write what the step just committed came to, and name what is odd about it."""
         step = row["step"]
-        self._write_samples(step - 1, read=outcome.step.counted.read)
+        if not self._training.policy.alone:  # else nobody knows yet what the others have read
+            self.samples_read(step - 1, outcome.step.counted.read)
         if self._logged(step):
             self.sink.row(row)
         if not outcome.applied:

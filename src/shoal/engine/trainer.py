@@ -27,6 +27,7 @@ from shoal.engine.saving.parts import check_same_run, choose_checkpoint, load, r
 from shoal.engine.saving.saver import Saver
 from shoal.engine.step import StepResult, Votes
 from shoal.engine.training import Training
+from shoal.engine.unshared import Unshared
 from shoal.engine.update import Outcome
 from shoal.errors import PeersLost, Stopped, WorkerError
 from shoal.layout import Share
@@ -80,6 +81,7 @@ class Trainer:
         self.trace = Trace(on=job.recipe.observe.trace, rank=worker.rank)
         self._step_began = time.perf_counter()
         self._position = Position()
+        self._unshared = Unshared()
         self._broken: PeersLost | ReplicasDiffer | None = None
         self._finished = False
         self.training: Training
@@ -343,6 +345,8 @@ class Trainer:
         self._report.say("step", rank=self.group.rank, generation=generation, **_pace(row))
         if self._first:
             self.files.committed(row, outcome)
+        if self.training.policy.alone:
+            self._unshared.note(progress.step - 1, outcome.step.counted.read)
         votes = self._votes_of_all(outcome.votes)
         stopping = votes.stop and progress.step < self._last_step
         self._evaluate_and_save_when_due(save=stopping or votes.save, last=stopping)
@@ -364,6 +368,7 @@ class Trainer:
         if not training.policy.equal_after(step):
             return Votes()
         self._compare_replicas(step)
+        self._unshared.share(training.ranks, write=self.files.samples_read)
         mine = torch.tensor([votes.stop, votes.save, votes.leave], dtype=torch.int64)
         self.group.sum_(mine)
         stop, save, leave = (count > 0 for count in mine.tolist())
@@ -410,7 +415,9 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         training, progress = self.training, self.training.progress
         self.pulse.mark("save")
-        if not training.policy.alone:
+        if training.policy.alone:
+            self._unshared.share(training.ranks, write=self.files.samples_read)
+        else:
             self._compare_replicas(0)  # what is saved must be what all replicas hold
         recipe = self.job.recipe
         equal = training.policy.equal_after(progress.step)
@@ -464,9 +471,8 @@ class Trainer:
             if complete and job.final_model:
                 self._report.say("phase", text=f"writing the model to {job.run / 'model'}")
                 write_model(training, out=job.run / "model")
-            self.files.sink.event(
-                "finished" if complete else "paused", {"step": training.progress.step}
-            )
+            name = "finished" if complete else "paused"
+            self.files.sink.event(name, {"step": training.progress.step})
             self.files.close()
             self._report.say("phase", text="scoring the baseline")
             self._report.say(

@@ -117,7 +117,7 @@ class Server:
             self._children.discard(pid)
             self._say(exited=pid, status=_status(code))
 
-    def _obey(self, request: dict[str, Any]) -> None:
+    def _follow(self, request: dict[str, Any]) -> None:
         if "kill" in request:
             if request["kill"] in self._children:
                 os.kill(request["kill"], request["signal"])
@@ -177,7 +177,7 @@ class Server:
                 self._descriptors += descriptors
                 *lines, self._text = (self._text + data).split(b"\n")
                 for line in lines:
-                    self._obey(json.loads(line))
+                    self._follow(json.loads(line))
 
 
 def main() -> None:

@@ -70,7 +70,6 @@ def train(
         _await_imports(workers, console=show)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
-        write_whole(run / "config.yaml", to_yaml(resolved))
         job = Job(
             recipe=resolved,
             inputs=inputs,

@@ -44,27 +44,27 @@ from shoal.runtime import choose_device, start_process_group, stop_process_group
 _TIMEOUT_SECONDS = 1800.0
 
 
-def join(recipe: str, overrides: Sequence[str], *, out: Path | None, seat: Rendezvous) -> int:
-    """Train as the worker that `seat` names; returns the exit status of this process.
+def join(recipe: str, overrides: Sequence[str], *, out: Path | None, rendezvous: Rendezvous) -> int:
+    """Train as the worker that `rendezvous` names; returns the exit status of this process.
 
     Raises ConfigError for a recipe that does not go with the number of workers.
     """
-    resolved = _recipe(recipe, overrides, size=seat.world_size)
+    resolved = _recipe(recipe, overrides, size=rendezvous.world_size)
     name = Path(recipe).stem
 
     def prepare(console: Console) -> Job:
         run = claim(out, name=name)
         console.phase(f"run directory {run}")
-        job = _job(resolved, run, seat=seat, console=console)
+        job = _job(resolved, run, rendezvous=rendezvous, console=console)
         write_whole(run / "config.yaml", to_yaml(resolved))
         write_whole(run / "plan.json", json.dumps(job.decision.to_json(), indent=1) + "\n")
         return job
 
-    return _joined(resolved, prepare, seat=seat, name=name)
+    return _joined(resolved, prepare, rendezvous=rendezvous, name=name)
 
 
-def join_resume(run: Path, overrides: Sequence[str], *, seat: Rendezvous) -> int:
-    """Go on with `run` as the worker that `seat` names; returns this process's exit status.
+def join_resume(run: Path, overrides: Sequence[str], *, rendezvous: Rendezvous) -> int:
+    """Go on with `run` as the worker that `rendezvous` names; returns this process's exit status.
 
     As many replicas as torchrun has started go on, whatever the run had before. Raises RunError for
     what is no run, ConfigError for overrides that would make it another run.
@@ -72,18 +72,24 @@ def join_resume(run: Path, overrides: Sequence[str], *, seat: Rendezvous) -> int
     folder = open_run(run)
     inside = given_layout(resumed_recipe(folder, list(overrides))).replica_workers
     given = [text for text in overrides if text.startswith("parallel.replicate=")]
-    wanted = [*overrides, *_as_started(seat.world_size, inside=inside, given=bool(given))]
+    wanted = [*overrides, *_as_started(rendezvous.world_size, inside=inside, given=bool(given))]
     resolved = resumed_recipe(folder, wanted)
-    _check_size(resolved, size=seat.world_size)
+    _check_size(resolved, size=rendezvous.world_size)
 
     def prepare(console: Console) -> Job:
         console.phase(f"resuming {folder}")
         before = decision_before(folder, list(overrides))
-        same = before is not None and before.layout.workers == seat.world_size
-        job = _job(resolved, folder, seat=seat, console=console, decision=before if same else None)
+        same = before is not None and before.layout.workers == rendezvous.world_size
+        job = _job(
+            resolved,
+            folder,
+            rendezvous=rendezvous,
+            console=console,
+            decision=before if same else None,
+        )
         return replace(job, resume=True)
 
-    return _joined(resolved, prepare, seat=seat, name=str(folder / "config.yaml"))
+    return _joined(resolved, prepare, rendezvous=rendezvous, name=str(folder / "config.yaml"))
 
 
 def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
@@ -93,37 +99,37 @@ def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
 
 
 def _joined(
-    recipe: Recipe, prepare: Callable[[Console], Job], *, seat: Rendezvous, name: str
+    recipe: Recipe, prepare: Callable[[Console], Job], *, rendezvous: Rendezvous, name: str
 ) -> int:
     """Meet the others, let rank 0 prepare for all, and train."""
-    device = choose_device(recipe.launch.device, local_rank=seat.local_rank)
+    device = choose_device(recipe.launch.device, local_rank=rendezvous.local_rank)
     start_process_group(
-        rank=seat.rank,
-        size=seat.world_size,
+        rank=rendezvous.rank,
+        size=rendezvous.world_size,
         device=device,
         meeting=None,
         timeout_seconds=_TIMEOUT_SECONDS,
     )
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        return _meet_and_train(recipe, prepare, seat=seat, name=name)
+        return _meet_and_train(recipe, prepare, rendezvous=rendezvous, name=name)
     finally:
         stop_process_group()
 
 
 def _meet_and_train(
-    recipe: Recipe, prepare: Callable[[Console], Job], *, seat: Rendezvous, name: str
+    recipe: Recipe, prepare: Callable[[Console], Job], *, rendezvous: Rendezvous, name: str
 ) -> int:
     payload: dict[str, Any] = {}
     try:
         check_same_program(ProcessGroup(), recipe=recipe.model_dump(mode="json"), parameters=0)
     except RunError as error:
-        if seat.rank == 0:
+        if rendezvous.rank == 0:
             raise
         return error.exit_status  # rank 0 says it for all
     with ExitStack() as held:
         console = held.enter_context(Console())
-        if seat.rank == 0:
+        if rendezvous.rank == 0:
             try:
                 job = prepare(console)
                 held.enter_context(hold(job.run))
@@ -135,8 +141,8 @@ def _meet_and_train(
         if "status" in payload:
             return int(payload["status"])
         job = Job.from_json(payload)
-        arguments = WorkerArguments(seat.rank, seat.world_size, seat.local_rank)
-        if seat.rank != 0:
+        arguments = WorkerArguments(rendezvous.rank, rendezvous.world_size, rendezvous.local_rank)
+        if rendezvous.rank != 0:
             with open(os.devnull, "wb") as nowhere:
                 return run_worker(job, arguments=arguments, report=Report(nowhere.fileno()))
         console.steps = recipe.train.steps
@@ -176,7 +182,7 @@ def _job(
     recipe: Recipe,
     run: Path,
     *,
-    seat: Rendezvous,
+    rendezvous: Rendezvous,
     console: Console,
     decision: Decision | None = None,
 ) -> Job:
@@ -184,7 +190,7 @@ def _job(
     check_trackers(recipe.observe)
     inputs = prepare_inputs(recipe, say=console.phase, progress=console.progress)
     if decision is None:
-        cores = max(1, usable_cores() // seat.local_world_size)
+        cores = max(1, usable_cores() // rendezvous.local_world_size)
         formats = measured_formats(recipe.launch.device)
         decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
     console.phase(f"plan: {decision}")

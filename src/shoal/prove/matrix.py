@@ -58,11 +58,11 @@ class Matrix:
         """`samples`: of a step. Raises the errors of reading the recipe and its data."""
         given = anchored(load_recipe(str(recipe), ["parallel={replicate: 1}"]))
         inputs = prepare_inputs(given, say=say)
-        recipe = proof_recipe(
+        proof = proof_recipe(
             given, inputs=inputs, layout=Layout(), steps=steps, whole=True, samples=samples
         )
         # an evaluation between steps gathers weights, and must leave none of them behind
-        self._recipe = _changed(recipe, ["train.evaluate_every_steps=2"])
+        self._recipe = _changed(proof, ["train.evaluate_every_steps=2"])
         self._runs = Runs(inputs, out, pool, say)
         self._one: Recording | None = None
         self._count = 0

@@ -89,7 +89,7 @@ class Fault:
 
 
 @dataclass
-class Seen:
+class FaultOutcome:
     """What became of one fault. Times are None where it was not noticed, or nothing had to heal."""
 
     fault: str
@@ -107,7 +107,7 @@ class Rehearsal:
 
     run: Path
     clean: Path
-    faults: list[Seen] = field(default_factory=list)
+    faults: list[FaultOutcome] = field(default_factory=list)
     ended: str = "done"
     """`done`, or the first line of the error that ended it."""
     message: str = ""
@@ -196,7 +196,7 @@ def rehearse(
         story = _run(
             recipe, texts, faults=faults, run=run, pool=workers, console=console, into=found
         )
-    found.faults = [_seen(fault, number, story) for number, fault in enumerate(faults)]
+    found.faults = [_outcome(fault, number, story) for number, fault in enumerate(faults)]
     _compare(found)
     (out / "rehearsal.json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
     return found
@@ -236,9 +236,9 @@ def _run(
     return story
 
 
-def _seen(fault: Fault, number: int, story: list[dict[str, Any]]) -> Seen:
+def _outcome(fault: Fault, number: int, story: list[dict[str, Any]]) -> FaultOutcome:
     """What the story says about one fault."""
-    seen = Seen(str(fault))
+    seen = FaultOutcome(str(fault))
     fired = next((e for e in story if e["event"] == "fault" and e["number"] == number), None)
     if fired is None:
         return seen

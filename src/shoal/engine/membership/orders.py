@@ -32,7 +32,9 @@ class Orders:
 
     def listen(self, descriptor: int) -> Orders:
         """Start hearing orders on `descriptor` (launch/pool.py, `send`)."""
-        threading.Thread(target=self._hear, args=(descriptor,), name="orders", daemon=True).start()
+        threading.Thread(
+            target=self._receive, args=(descriptor,), name="orders", daemon=True
+        ).start()
         return self
 
     def newer_than(self, number: int) -> Generation | None:
@@ -48,7 +50,7 @@ class Orders:
             )
         return self.newer_than(number)
 
-    def _hear(self, descriptor: int) -> None:
+    def _receive(self, descriptor: int) -> None:
         text = b""
         while True:
             try:
@@ -59,9 +61,9 @@ class Orders:
                 return
             *lines, text = (text + data).split(b"\n")
             for line in lines:
-                self._obey(json.loads(line))
+                self._follow(json.loads(line))
 
-    def _obey(self, order: dict[str, object]) -> None:
+    def _follow(self, order: dict[str, object]) -> None:
         if order["order"] == "save":
             self.save.set()
         elif order["order"] == "stop":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from shoal.config.load import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.append(str(ROOT / "scripts"))  # behind tests: its parity.py is no package of theirs
 
 import budgets  # noqa: E402
 
@@ -64,6 +65,17 @@ def test_import_contracts() -> None:
     checker = Path(sys.executable).parent / "lint-imports"
     found = subprocess.run([str(checker), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+def test_a_server_may_use_what_a_replica_is_made_of() -> None:
+    """`serve` stands above parallel, comm and runtime; only rooms below may not meet other ranks."""
+    contracts = configparser.ConfigParser()
+    contracts.read(ROOT / ".importlinter")
+    forbidden = contracts["importlinter:contract:distributed"]["source_modules"].split()
+    assert "shoal.models" in forbidden and "shoal.serve" not in forbidden
+    layers = contracts["importlinter:contract:layers"]["layers"].split("\n")
+    at = {room.strip(" ()"): n for n, row in enumerate(layers) for room in row.split("|")}
+    assert at["serve"] == at["engine"] < at["parallel"] < at["comm"]
 
 
 def test_files_and_functions_stay_small() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.append(str(ROOT / "scripts"))  # behind tests: its parity.py is no package of theirs
 
 import pip_places  # noqa: E402
 
@@ -51,3 +52,25 @@ def test_only_tests_and_checks_install_development_tools(tmp_path: Path) -> None
     assert "scripts/setup" in planned("train") and "--dev" not in planned("train")
     for target in ("test", "test-all", "check"):
         assert "scripts/setup --dev" in planned(target)
+
+
+def ended(folder: Path, **settings: str) -> tuple[int, str]:
+    """Exit status of scripts/setup for a new environment, and what it says at its end."""
+    environment = {**os.environ, "VENV": str(folder / "new"), **settings}
+    asked = ["sh", str(ROOT / "scripts" / "setup")]
+    done = subprocess.run(asked, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stderr.splitlines()[-1]
+
+
+def test_what_must_be_there_before(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\ncase "$*" in *"-m $MISSING"*) exit 1 ;; esac\n')
+    stub.chmod(0o755)
+    wanted = "setup: expected Python 3.11 or newer as false; name one: make setup PYTHON=python3.12"
+    assert ended(tmp_path, PYTHON="false") == (2, wanted)
+    wanted = "setup: TORCH: expected cpu or cuda, got rocm"
+    assert ended(tmp_path, TORCH="rocm") == (2, wanted)
+    said = f"setup: {stub} has no venv module"
+    assert ended(tmp_path, PYTHON=str(stub), MISSING="venv") == (2, said)
+    said = "setup: pip could not fetch uv; on Debian, pip is in: apt-get install python3-pip"
+    assert ended(tmp_path, PYTHON=str(stub), MISSING="pip") == (2, said)

@@ -6,7 +6,7 @@ Every section is a pydantic model that refuses unknown keys. Alternatives are un
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -46,6 +46,7 @@ class TokenClassification(Section):
 class ImageClassification(Section):
     """Give every image one of several classes."""
 
+    has_tokens: ClassVar[bool] = False
     kind: Literal["image-classification"] = "image-classification"
     shift_pixels: Annotated[int, Field(ge=0)] = 0
     """While training, images are moved by up to so many pixels up or down and left or right, each

@@ -39,8 +39,14 @@ def statements(recipe: Recipe) -> dict[str, str]:
     return found
 
 
+def _has_tokens(recipe: Recipe) -> bool:
+    return getattr(recipe.task, "has_tokens", True)
+
+
 def _batch(recipe: Recipe) -> str:
     samples, tokens = recipe.train.global_batch_samples, recipe.data.sequence_tokens
+    if not _has_tokens(recipe):
+        return f"{samples} samples a step"
     if recipe.data.packing:
         return f"{samples} samples x {tokens} tokens = {samples * tokens:,} tokens a step"
     return f"{samples} samples of at most {tokens} tokens, up to {samples * tokens:,} a step"
@@ -51,9 +57,11 @@ def _length(recipe: Recipe) -> str:
     if train.steps is None:
         return f"{train.epochs:g} epochs of the data; optimizer steps {_OPEN}"
     samples = train.steps * train.global_batch_samples
+    text = f"{train.steps} optimizer steps = {samples:,} samples"
+    if not _has_tokens(recipe):
+        return text
     most = "" if recipe.data.packing else "at most "
-    tokens = format_count(samples * recipe.data.sequence_tokens)
-    return f"{train.steps} optimizer steps = {samples:,} samples, {most}{tokens} tokens"
+    return f"{text}, {most}{format_count(samples * recipe.data.sequence_tokens)} tokens"
 
 
 def _schedule(recipe: Recipe) -> str:
@@ -146,10 +154,10 @@ def _evaluation(recipe: Recipe) -> str:
         return "never"
     samples = recipe.data.evaluation_samples
     which = "all" if samples is None else f"at most {samples}"
-    share = f"{recipe.data.validation_fraction:.0%} of the documents"
+    share = f"{recipe.data.validation_fraction:.0%} of the data"
     return (
         f"before the first step and {_every(recipe.train.evaluate_every_steps)}, on {which} "
-        f"validation samples ({share} are kept apart)"
+        f"validation samples ({share} is kept apart)"
     )
 
 

@@ -21,7 +21,7 @@ from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import choose
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.memory import refuse_what_cannot_fit
-from shoal.launch.opening import opening
+from shoal.launch.opening import say_opening
 from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.launch.prepare import prepare_inputs
 from shoal.launch.refuse import check, check_trackers
@@ -130,9 +130,7 @@ def _await_imports(pool: WorkerPool, *, console: Console) -> None:
 
 def _open(recipe: Recipe, inputs: Inputs, decision: Decision, *, console: Console) -> None:
     """Say what is trained. Raises ConfigError for what cannot fit into memory."""
-    console.phase(f"plan: {decision}")
-    for line in opening(recipe, inputs=inputs, decision=decision):
-        console.line(line)
+    say_opening(recipe, inputs=inputs, decision=decision, console=console)
     refuse_what_cannot_fit(recipe, decision, free_bytes=free_memory_bytes())
 
 

@@ -12,20 +12,23 @@ from shoal.engine.job import Inputs
 from shoal.errors import ModelError
 from shoal.launch.refuse import trained_config
 from shoal.legal import facts_from_config
+from shoal.observe.console import Console
 from shoal.units import format_count
 
 
-def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision) -> list[str]:
-    """Lines for a person: what is trained, on which data, how often it is seen, and on what.
+def say_opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, console: Console) -> None:
+    """Show the plan and `opening`, and how many steps there are to come.
 
     Raises DataError when the prepared data was damaged.
     """
-    stream = Stream(
-        Path(inputs.data_directory),
-        seed=recipe.seed,
-        global_batch_samples=recipe.train.global_batch_samples,
-    )
-    steps = num_steps(recipe, stream=stream)
+    console.phase(f"plan: {decision}")
+    console.steps = num_steps(recipe, inputs=inputs)
+    for line in opening(recipe, inputs=inputs, decision=decision, steps=console.steps):
+        console.line(line)
+
+
+def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -> list[str]:
+    """Lines for a person: what is trained, on which data, how often it is seen, and on what."""
     train = recipe.train.model_copy(update={"steps": steps, "epochs": None})
     said = statements(recipe.model_copy(update={"train": train}))
     passes = steps * recipe.train.global_batch_samples / max(1, inputs.train_samples)
@@ -45,10 +48,12 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision) -> list[str]:
     return [f"  {name:<14} {text}" for name, text in lines.items()]
 
 
-def num_steps(recipe: Recipe, *, stream: Stream) -> int:
+def num_steps(recipe: Recipe, *, inputs: Inputs) -> int:
     """Optimizer steps of the whole run (as engine/build.py has it, without torch)."""
     if recipe.train.steps is not None:
         return recipe.train.steps
+    batch = recipe.train.global_batch_samples
+    stream = Stream(Path(inputs.data_directory), seed=recipe.seed, global_batch_samples=batch)
     return max(1, round((recipe.train.epochs or 0.0) * stream.steps_per_epoch))
 
 
@@ -67,10 +72,11 @@ def _model(recipe: Recipe, *, inputs: Inputs) -> str:
 
 def _data(recipe: Recipe, *, inputs: Inputs) -> str:
     names = ", ".join(spec.source for spec in recipe.data.sources)
+    known = dict(inputs.counts)
+    if known.get("documents") == known.get("samples"):  # where each is one of the other
+        known.pop("documents", None)
     counts = [
-        f"{inputs.counts[what]:,} {what}"
-        for what in ("documents", "samples", "tokens")
-        if inputs.counts.get(what)
+        f"{known[what]:,} {what}" for what in ("documents", "samples", "tokens") if known.get(what)
     ]
     return f"{names}: {', '.join(counts) or f'{inputs.train_samples:,} samples'} to train on"
 

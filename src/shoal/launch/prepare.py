@@ -71,16 +71,22 @@ def _tokenizer_folder(recipe: Recipe, *, model: Path | None, say: Say) -> Path:
             problem = Problem("data.tokenizer.kind", "`model` needs model.kind: pretrained")
             raise ConfigError([problem])
         return model
-    say(f"training a tokenizer of {chosen.vocabulary_size} tokens")
     specs = recipe.data.sources
     key = json.dumps([[content_key(s.source), s.text_field] for s in specs])
     texts = in_turns([_texts(spec) for spec in specs])
+    what = f"training a tokenizer of {chosen.vocabulary_size} tokens"
+    texts = _announced(texts, what=what, say=say)  # read only where none is in the cache
     return train_tokenizer(texts, vocabulary_size=chosen.vocabulary_size, cache_key=key)
 
 
 def _texts(spec: Source) -> Iterator[str]:
     for record in read_records(spec.source, text_field=spec.text_field):
         yield record.get("text") or " ".join(record.get("words", []))
+
+
+def _announced(texts: Iterator[str], *, what: str, say: Say) -> Iterator[str]:
+    say(what)
+    yield from texts
 
 
 def in_turns(sources: Sequence[Iterator[str]]) -> Iterator[str]:

@@ -33,12 +33,13 @@ from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.local import decision_before, resumed_recipe
-from shoal.launch.opening import opening
+from shoal.launch.opening import say_opening
 from shoal.launch.prepare import prepare_inputs
 from shoal.launch.refuse import check_trackers
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
+from shoal.observe.visible import visible
 from shoal.runtime import choose_device, start_process_group, stop_process_group
 
 _TIMEOUT_SECONDS = 1800.0
@@ -135,7 +136,7 @@ def _meet_and_train(
                 held.enter_context(hold(job.run))
                 payload = job.to_json()
             except UserError as error:
-                print(f"shoal: {error}", file=sys.stderr)
+                print(f"shoal: {visible(str(error))}", file=sys.stderr)
                 payload = {"status": error.exit_status}
         payload = broadcast_json(ProcessGroup(), payload)
         if "status" in payload:
@@ -145,7 +146,7 @@ def _meet_and_train(
         if rendezvous.rank != 0:
             with open(os.devnull, "wb") as nowhere:
                 return run_worker(job, arguments=arguments, report=Report(nowhere.fileno()))
-        console.steps = recipe.train.steps
+        console.steps = recipe.train.steps or console.steps
         return _lead(job, arguments=arguments, console=console, recipe=name)
 
 
@@ -193,9 +194,7 @@ def _job(
         cores = max(1, usable_cores() // rendezvous.local_world_size)
         formats = measured_formats(recipe.launch.device)
         decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
-    console.phase(f"plan: {decision}")
-    for line in opening(recipe, inputs=inputs, decision=decision):
-        console.line(line)
+    say_opening(recipe, inputs=inputs, decision=decision, console=console)
     return Job(recipe=recipe, run=run, inputs=inputs, decision=decision)
 
 
@@ -220,7 +219,7 @@ def _lead(job: Job, *, arguments: WorkerArguments, console: Console, recipe: str
     for error in attempt.errors:
         print(f"shoal: {error['text']}\n{error.get('trace', '')}".rstrip(), file=sys.stderr)
     if attempt.stopped is not None:
-        print(f"shoal: {attempt.stopped}", file=sys.stderr)
+        print(f"shoal: {visible(attempt.stopped)}", file=sys.stderr)
     if attempt.done is not None:
         summary = write_summary(job.run, done=attempt.done, decision=job.decision)
         print("\n".join(last_words(job.run, summary, recipe=recipe)))

@@ -9,12 +9,13 @@ import pytest
 
 from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
+from shoal.config.statement import statements
 from shoal.data.prepare import open_prepared
 from shoal.engine.decision import Decision
 from shoal.engine.job import Inputs
 from shoal.errors import ConfigError
 from shoal.launch import local
-from shoal.launch.opening import opening
+from shoal.launch.opening import num_steps, opening
 from shoal.launch.prepare import prepare_inputs
 from shoal.layout import Layout
 from shoal.observe.events import read_lines
@@ -28,7 +29,8 @@ def prepared(bench: Bench, *overrides: str) -> tuple[Recipe, Inputs]:
 
 def said(recipe: Recipe, inputs: Inputs, layout: Layout | None = None) -> dict[str, str]:
     decision = Decision(layout or Layout(), "processes", 1, 4, "float32", "a test")
-    lines = opening(recipe, inputs=inputs, decision=decision)
+    steps = num_steps(recipe, inputs=inputs)
+    lines = opening(recipe, inputs=inputs, decision=decision, steps=steps)
     return dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines)
 
 
@@ -63,6 +65,20 @@ def test_epochs_become_steps(bench: Bench) -> None:
     assert "replicate 2" in lines["runs on"]
 
 
+def test_images_have_no_tokens() -> None:
+    lines = statements(load_recipe("digits"))
+    assert lines["length"] == "3000 optimizer steps = 192,000 samples"
+    assert lines["global batch"] == "64 samples a step"
+
+
+def test_a_tokenizer_is_announced_when_it_is_trained(bench: Bench) -> None:
+    recipe = load_recipe(str(bench.recipe), ["data.tokenizer.vocabulary_size=301"])
+    said: list[str] = []
+    prepare_inputs(recipe, say=said.append)
+    prepare_inputs(recipe, say=said.append)
+    assert said.count("training a tokenizer of 301 tokens") == 1
+
+
 def test_inputs_of_older_runs_are_read(bench: Bench) -> None:
     recipe, inputs = prepared(bench)
     tree = inputs.to_json()
@@ -84,6 +100,14 @@ def test_a_dry_run_leaves_nothing(
     assert "plan: 1 worker" in told and "28.2k parameters" in told and "step" in told
     with pytest.raises(ConfigError, match="unknown key"):
         local.dry_run(bench.recipe, ["train.stepps=3"], pool=bench.pool)
+
+
+def test_epochs_have_an_end_in_sight(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    change = ["train.steps=null", "train.epochs=0.1", "train.evaluate_every_steps=0"]
+    change.append("train.schedule.warmup_steps=1")
+    result = local.train(bench.recipe, change, out=bench.new_path(), pool=bench.pool)
+    steps = result.summary["of_steps"]
+    assert f"step {steps:>5}/{steps}  loss" in capsys.readouterr().out
 
 
 def test_a_resume_says_where_and_what_is_new(

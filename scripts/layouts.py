@@ -31,9 +31,9 @@ starts. workers = replicate x shard x context x tensor x pipeline; expert divide
 """
 
 AFTER = """
-- *yes*: runs today; the families of docs/evidence/parity.md are proven against one worker, any
-  other by `shoal parity`. *planned*: the design has it, a run with it is refused. *no*: the family
-  cannot be cut that way.
+- *yes*: runs today; the families of [parity.md](../evidence/parity.md) are proven against one
+  worker, any other by `shoal parity`. *planned*: the design has it, a run with it is refused. *no*:
+  the family cannot be cut that way.
 - **replicate** and **shard** take any family, also one that is not in this table, and any degree up
   to the number of samples in a batch. What is smaller than the degree lies on some ranks only.
 - **tensor** takes degrees that divide the query heads, the key-value heads and the feed-forward

@@ -1,25 +1,69 @@
-"""Writes the map of folders into README.md and README.zh.md, from the modules' own first lines.
+"""Writes what the READMEs and docs say of the sources: the map of files, and the table of tasks.
 
 python scripts/readme.py           write
-python scripts/readme.py --check   exit 1 when a README is not current
+python scripts/readme.py --check   exit 1 when a page is not current
+
+The map (docs/contribute/map.md) comes from the modules' own first lines, the table from shoal.legal
+and shoal.tasks: which layouts and policies run today with the model families that have a task.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
+from dataclasses import fields
 from pathlib import Path
+
+from shoal.layout import Layout
+from shoal.legal import (
+    Combination,
+    axes_of,
+    family_of,
+    not_yet,
+    problems,
+)
+from shoal.legal.families.table import known_families
+from shoal.legal.rules import IMPLEMENTED_AXES, IMPLEMENTED_POLICIES, POLICIES
+from shoal.tasks.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "shoal"
-BEGIN, END = "<!-- map: written by scripts/readme.py -->", "<!-- end of map -->"
-READMES = ("README.md", "README.zh.md")
+MAP = ROOT / "docs" / "contribute" / "map.md"
+BEGIN, END = "<!-- tasks: written by scripts/readme.py -->", "<!-- end of tasks -->"
 ORDER = (
     *("cli", "prove", "launch", "engine", "serve", "parallel", "sync"),
     *("models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
     *("legal", "config", "recipes", "layout.py", "boxes.py", "fields.py", "units.py"),
     *("environment.py", "untrusted.py", "errors.py"),
 )
+MAP_HEAD = """\
+# Map: every file and what it is for
+
+Written by `scripts/readme.py` from the first line of each module. Higher folders may import lower
+ones; folders of one layer never import each other (`.importlinter`, checked).
+
+"""
+WORDS = {
+    "README.md": {
+        "task": "task",
+        "families": "model families",
+        "yes": "yes",
+        "no": "no",
+        "of": "{} of {}",
+        "later": "Designed and refused today: {axes} (axes); {policies} (policies).",
+        "and": ", ",
+    },
+    "README.zh.md": {
+        "task": "任务",
+        "families": "模型家族",
+        "yes": "可以",
+        "no": "不行",
+        "of": "{1} 个中的 {0} 个",
+        "later": "已设计、今天会被拒绝：{axes}（轴）；{policies}（策略）。",
+        "and": "、",
+    },
+}
 
 
 def first_line(path: Path) -> str:
@@ -28,8 +72,8 @@ def first_line(path: Path) -> str:
     return text.partition("\n")[0]
 
 
-def table() -> str:
-    """The map: a row per room, its modules with what each is for."""
+def file_map() -> str:
+    """docs/contribute/map.md: a row per room, its modules with what each is for."""
     lines = ["```", "src/shoal/"]
     names = [name for name in ORDER if (SOURCE / name).exists()]
     known = set(ORDER) | {"__init__.py", "__pycache__"}
@@ -50,29 +94,86 @@ def table() -> str:
         if name == "recipes":
             recipes = ", ".join(sorted(each.stem for each in path.glob("*.yaml")))
             lines.append(f"    {'*.yaml':<18} {recipes}")
-    return "\n".join([*lines, "```"])
+    return MAP_HEAD + "\n".join([*lines, "```"]) + "\n"
 
 
-def updated(text: str) -> str:
-    """`text` with the map between the marks replaced."""
+def families_of(kind: str) -> list[str]:
+    """Families with a known table whose models have the head of a task."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    head = KINDS[kind].auto_class.removeprefix("AutoModelFor")
+    heads = {
+        "CausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "TokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "ImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    able = [name for name in known_families() if name in heads[head]]
+    able = [name for name in able if not family_of(name).more_blocks]  # no task of two halves yet
+    return [name for name in able if family_of(name).causal or head != "CausalLM"]
+
+
+def task_table(words: dict[str, str]) -> str:
+    """Tasks by axes and policies: what runs today, from the rules that refuse everything else."""
+    axes = [each.name for each in fields(Layout)]
+    built = [axis for axis in axes if axis in IMPLEMENTED_AXES]
+    policies = [each for each in POLICIES if each in IMPLEMENTED_POLICIES]
+    lines = [
+        f"| {' | '.join([words['task'], words['families'], *built, *policies])} |",
+        "| --- " * (2 + len(built) + len(policies)) + "|",
+    ]
+    for kind in KINDS:
+        names = families_of(kind)
+        cells = [_cell([_runs(name, axis) for name in names], words) for axis in built]
+        for policy in policies:
+            ways = [Combination(layout=Layout(replicate=2), policy=policy, family=n) for n in names]
+            cells.append(_cell([not problems(each) for each in ways], words))
+        lines.append(f"| `{kind}` | {len(names)} | {' | '.join(cells)} |")
+    later = words["later"].format(
+        axes=words["and"].join(axis for axis in axes if axis not in built),
+        policies=words["and"].join(each for each in POLICIES if each not in policies),
+    )
+    return "\n".join([*lines, "", later])
+
+
+def _runs(family: str, axis: str) -> bool:
+    """Whether a family runs at degree 2 along an axis today (as scripts/layouts.py has it)."""
+    read = {"gemma3": "gemma3_text"}.get(family, family)
+    return axis in axes_of(family) and not not_yet(
+        Combination(layout=Layout(**{axis: 2}), family=read)
+    )
+
+
+def _cell(runs: list[bool], words: dict[str, str]) -> str:
+    if all(runs):
+        return words["yes"]
+    return words["of"].format(sum(runs), len(runs)) if any(runs) else words["no"]
+
+
+def updated(text: str, table: str) -> str:
+    """`text` with the table between the marks replaced."""
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         raise SystemExit(f"scripts/readme.py: expected the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Every page that this script has a hand in, as it should be."""
+    found = {MAP: file_map()}
+    for name, words in WORDS.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        found[ROOT / name] = updated(text, task_table(words))
+    return found
 
 
 def main() -> int:
     """Write, or check."""
     stale = []
-    for name in READMES:
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        new = updated(text)
-        if new != text:
-            stale.append(name)
+    for path, text in pages().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.relative_to(ROOT).as_posix())
             if "--check" not in sys.argv[1:]:
-                path.write_text(new, encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
     if stale and "--check" in sys.argv[1:]:
         print(f"not current: {', '.join(stale)}; run python scripts/readme.py")
         return 1

@@ -1,7 +1,7 @@
 """A refactor must not move the loss: the tiny recipe's curve, kept as text beside this file.
 
 To accept a change that is meant to move it, delete the file, run the test once, and say in
-docs/evidence/log.md why the curve moved.
+docs/design/decisions.md why the curve moved.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ class ConfiguredModel(BaseModel):
 
     kind: Literal["config"] = "config"
     architecture: str
+    """A model_type of transformers, such as llama, gpt2, bert or vit."""
     dropout: Literal["off", "keyed", "framework"] = "keyed"
+    """keyed: the same in every layout; framework: torch's own; off: none."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,7 +82,9 @@ class PretrainedModel(Section):
 
     kind: Literal["pretrained"] = "pretrained"
     path: str
+    """A folder, a name of `shoal data list`, or owner/name of the hub."""
     dropout: Literal["off", "keyed", "framework"] = "keyed"
+    """keyed: the same in every layout; framework: torch's own; off: none."""
 
 
 ModelSection = Annotated[ConfiguredModel | PretrainedModel, Field(discriminator="kind")]
@@ -92,8 +96,11 @@ class Source(Section):
     """One source of a mixture."""
 
     source: str
+    """A registry name, a local file, a hub id."""
     weight: Rate = 1.0
+    """Rows of this source in proportion to the others' weights."""
     text_field: str | None = None
+    """As for a single source."""
 
 
 class Tokenizer(Section):
@@ -121,12 +128,15 @@ class DataSection(Section):
     text_field: str | None = None
     """Column that holds the text; None: `text`, or the only text column."""
     sequence_tokens: Annotated[int, Field(ge=8)] = 256
+    """Tokens of a row; a longer document goes on in the next row (without packing it is cut)."""
     packing: bool = True
     """Fill rows with several documents (attention never crosses from one to another)."""
     validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.02
+    """Part of the documents that is kept apart for evaluations."""
     evaluation_samples: Count | None = 128
     """Validation samples used at an evaluation; None: all of them."""
     tokenizer: Tokenizer = Tokenizer()
+    """Where token ids come from."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -144,10 +154,15 @@ class AdamW(Section):
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: Rate = 1e-3
+    """At the schedule's peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Of matrices and embeddings; norms and biases have none."""
     beta1: Fraction = 0.9
+    """Decay of the first moment."""
     beta2: Fraction = 0.95
+    """Decay of the second moment."""
     epsilon: Rate = 1e-8
+    """Added to the square root of the second moment."""
 
 
 class Muon(Section):
@@ -157,12 +172,17 @@ class Muon(Section):
     learning_rate: Rate = 0.02
     """For matrices of the blocks."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Of matrices and embeddings; norms and biases have none."""
     momentum: Fraction = 0.95
+    """Of the matrices."""
     adamw_learning_rate: Rate = 1e-3
     """For embeddings, head, norms and biases."""
     beta1: Fraction = 0.9
+    """Of AdamW."""
     beta2: Fraction = 0.95
+    """Of AdamW."""
     epsilon: Rate = 1e-8
+    """Of AdamW."""
 
 
 class Constant(Section):
@@ -170,6 +190,7 @@ class Constant(Section):
 
     kind: Literal["constant"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises to the peak."""
 
 
 class Linear(Section):
@@ -177,7 +198,9 @@ class Linear(Section):
 
     kind: Literal["linear"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises to the peak."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """The last step's rate over the peak's."""
 
 
 class Cosine(Section):
@@ -185,7 +208,9 @@ class Cosine(Section):
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises to the peak."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """The last step's rate over the peak's."""
 
 
 class WarmupStableDecay(Section):
@@ -193,8 +218,11 @@ class WarmupStableDecay(Section):
 
     kind: Literal["warmup-stable-decay"] = "warmup-stable-decay"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises to the peak."""
     decay_steps: Count = 1
+    """Steps in which it falls."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """The last step's rate over the peak's."""
 
 
 class SGD(Section):
@@ -202,8 +230,11 @@ class SGD(Section):
 
     kind: Literal["sgd"] = "sgd"
     learning_rate: Rate = 1.0e-1
+    """At the schedule's peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of matrices and embeddings; norms and biases have none."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """0: none."""
 
 
 OptimizerSection = Annotated[AdamW | Muon | SGD, Field(discriminator="kind")]
@@ -218,17 +249,23 @@ class TrainSection(Section):
     steps: Count | None = None
     """Optimizer steps; or give `epochs`."""
     epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training data; or give `steps`."""
     stop_after_steps: Count | None = None
     """End early, resumable, without changing the schedule."""
     exact: bool = False
     """The same bits in any replicate degree and kind of worker (slower)."""
     global_batch_samples: Count = 32
+    """Samples of one optimizer step, all workers together."""
     micro_batch_samples: Count | Auto = "auto"
+    """Samples of one forward and backward; it changes speed and memory, not what is learned."""
     max_gradient_norm: Rate | None = 1.0
+    """Gradients with a larger norm over the whole model are scaled down to it; None: never."""
     evaluate_every_steps: Annotated[int, Field(ge=0)] = 100
     """Also before the first step and after the last; 0: never."""
     optimizer: OptimizerSection = AdamW()
+    """How the weights move."""
     schedule: ScheduleSection = Cosine()
+    """How the learning rate changes over the steps."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are: shell patterns over canonical names."""
 
@@ -256,7 +293,9 @@ class Elastic(Section):
     """A degree that may shrink while workers are replaced, and grow again."""
 
     min: Count
+    """Fewest replicas that go on while others are replaced."""
     max: Count
+    """Replicas to start with."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Elastic:
@@ -269,6 +308,7 @@ class Shard(Section):
     """The shard axis with its own settings."""
 
     degree: Count
+    """Workers over which a replica is sharded."""
     level: Literal["parameters", "gradients", "optimizer"] = "parameters"
     """What is cut: all of it; all but parameters from forward to backward; or gradients and
     optimizer state between steps only (docs/guide/layouts.md has the memory of each)."""
@@ -280,14 +320,19 @@ class ParallelSection(Section):
     """Degrees of the axes. With `auto`, an axis without a value is chosen for this machine."""
 
     auto: bool = False
+    """Choose what is left open for this machine (`parallel: auto` for short)."""
     replicate: Count | Elastic | None = None
     """A fixed degree waits for a lost replica to be replaced; an elastic one goes on without."""
     shard: Count | Shard | None = None
     """A degree, or a section with the level and offload as well."""
     context: Count | None = None
+    """Not there yet: rows cut along the sequence."""
     tensor: Count | None = None
+    """Heads, feed-forward widths and the vocabulary cut over so many workers."""
     pipeline: Count | None = None
+    """Not there yet: blocks divided into stages."""
     expert: Count | None = None
+    """Not there yet: experts spread over workers."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Compute activations of a block again in the backward, instead of keeping them. With `auto`
     on GPUs, `none` leaves it to the plan."""
@@ -315,6 +360,7 @@ class NoCodec(Section):
 
     kind: Literal["none"] = "none"
     error_feedback: Literal[False] = False
+    """Nothing is lost that could be fed back."""
 
 
 class EveryStep(Section):
@@ -322,6 +368,7 @@ class EveryStep(Section):
 
     kind: Literal["every-step"] = "every-step"
     codec: NoCodec = NoCodec()
+    """How values are compressed; today not at all."""
     bucket_bytes: Annotated[int, Field(ge=1024)] = 128 * 2**20
     """Largest message of one reduction."""
     verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
@@ -336,6 +383,7 @@ class LocalSGD(Section):
     every_steps: Count = 16
     """Steps from one average to the next; the last step of a run ends with one."""
     codec: NoCodec = NoCodec()
+    """How values are compressed; today not at all."""
     verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Compare a hash of the parameters over replicas after an average; 0: never."""
 
@@ -347,7 +395,9 @@ class PrecisionSection(Section):
     """Number formats. Weights and optimizer state are always kept in float32."""
 
     compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of matrix products; auto: bfloat16 where it was measured clearly faster, else float32."""
     reduce: Literal["float32"] = "float32"
+    """Of gradients while they are summed."""
 
 
 class CheckpointSection(Section):
@@ -356,6 +406,7 @@ class CheckpointSection(Section):
     every_steps: Annotated[int, Field(ge=0)] = 100
     """0: only at the end and when stopped."""
     keep: Count = 2
+    """Newest checkpoints that are kept; older ones are deleted."""
     background: bool = True
     """Copy the state and write it while the steps go on; the last save is always waited for."""
 
@@ -364,7 +415,9 @@ class LaunchSection(Section):
     """What a worker is, and how many threads it computes with."""
 
     workers: Literal["auto", "threads", "processes"] = "auto"
+    """What a replica of one worker is: a process, or a thread that shares the parameters."""
     threads_per_worker: Count | Auto = "auto"
+    """CPU cores that one worker computes with."""
     tune: bool = True
     """Time the ways to use this machine's cores that the recipe leaves open; False: by rule."""
     retries: Annotated[int, Field(ge=0)] = 3
@@ -375,29 +428,46 @@ class LaunchSection(Section):
     time_limit_seconds: Rate | None = None
     """Save and stop, resumable, after this time; None: no limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPUs where there are any, else the CPU."""
 
 
 class ObserveSection(Section):
     """Where numbers go."""
 
     log_every_steps: Count = 1
+    """A row of metrics.jsonl every so many steps."""
     console: bool = True
+    """Show progress."""
     tensorboard: bool = False
+    """Also to RUN/tensorboard."""
     wandb: bool = False
+    """Also to Weights & Biases."""
     trace: bool = False
+    """Write RUN/trace.json, for chrome://tracing or Perfetto."""
 
 
 class Recipe(Section):
     """A whole run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides weights, order of the data and dropout."""
     task: TaskSection = CausalLM()
+    """What is learned."""
     model: ModelSection
+    """What learns."""
     data: DataSection
+    """What is read, and how it becomes samples."""
     train: TrainSection
+    """How long, with which batch, and how the weights move."""
     parallel: ParallelSection = ParallelSection(auto=True)
+    """How the model and the batch are divided."""
     sync: SyncSection = EveryStep()
+    """How replicas agree."""
     precision: PrecisionSection = PrecisionSection()
+    """Number formats."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """When state is saved."""
     launch: LaunchSection = LaunchSection()
+    """What a worker is."""
     observe: ObserveSection = ObserveSection()
+    """Where numbers go."""

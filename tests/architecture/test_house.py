@@ -68,7 +68,7 @@ def test_import_contracts() -> None:
 
 
 def test_a_server_may_use_what_a_replica_is_made_of() -> None:
-    """`serve` stands above parallel, comm and runtime; only rooms below may not meet other ranks."""
+    """`serve` stands above parallel, comm and runtime; only rooms below meet no other ranks."""
     contracts = configparser.ConfigParser()
     contracts.read(ROOT / ".importlinter")
     forbidden = contracts["importlinter:contract:distributed"]["source_modules"].split()

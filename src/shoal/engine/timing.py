@@ -2,8 +2,8 @@
 
 What they run is what a run would: `build`, then batches, passes and update. Nothing is written.
 An order is a line of JSON: `samples` rows of this rank in micro batches of `micro`, with `threads`
-compute threads, `times` times. Rank 0 answers with seconds: of the passes, and of the reduction and
-update that follow.
+compute threads, `times` times. Rank 0 answers with seconds: of the passes, and of what a step
+does once (reduction, update, the hash that replicas compare).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.engine.build import build
 from shoal.engine.job import Job
+from shoal.engine.membership.digest import digest_of
 from shoal.engine.step import Step, StepSettings, Votes
 from shoal.engine.training import Training
 from shoal.engine.worker import report_failure
@@ -122,7 +123,7 @@ def _serve(
         spent = [_timed(training, steps[order.micro], order) for _ in range(order.times)]
         if worker.rank == 0:
             means = [sum(column) / order.times for column in zip(*spent, strict=True)]
-            report.say("turn", passes=means[0], update=means[1])
+            report.say("turn", passes=means[0], update=means[1], hashing=means[2])
 
 
 def _step_of(training: Training, *, micro: int) -> Step:
@@ -144,18 +145,21 @@ def _step_of(training: Training, *, micro: int) -> Step:
     )
 
 
-def _timed(training: Training, step: Step, order: Order) -> tuple[float, float]:
-    """One step of the trainer's loop; seconds up to the last pass, and of the rest."""
+def _timed(training: Training, step: Step, order: Order) -> tuple[float, float, float]:
+    """One step of the trainer's loop; seconds of its passes, of the rest, of hashing in it."""
     world, policy = training.ranks.world, training.policy
     number = training.update.step
     world.barrier()
     began = time.perf_counter()
+    hashed = not policy.alone and training.is_hash_due(number)
+    digest = digest_of(training.state) if hashed else None
+    hashing = time.perf_counter() - began if hashed else 0.0
     share = Share(world.rank * order.samples, (world.rank + 1) * order.samples)
     policy.before_step(number)
     batch = training.batches(0, share)
-    counted = step.count(batch, votes=Votes())
+    counted = step.count(batch, votes=Votes(), digest=digest)
     result = step.train(batch, share=share, counted=counted, step=0)
     passed = time.perf_counter()
     training.update.apply(result)
     policy.after_step(number, targets=result.targets)
-    return passed - began, time.perf_counter() - passed
+    return passed - began - hashing, time.perf_counter() - passed + hashing, hashing

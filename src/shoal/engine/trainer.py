@@ -163,16 +163,11 @@ class Trainer:
 
     def _digest(self, step: int) -> int | None:
         """This rank's hash, when one is due after `step` steps and replicas must be equal then."""
-        every = self.job.recipe.sync.verify_every_steps
-        if every == "auto":
-            every = 1 if self.worker.device.type == "cpu" else 100
-        training = self.training
-        alone = training.ranks.num_replicas == 1 or self.group.shares_memory
-        if not every or step % every or alone or not training.policy.equal_after(step):
+        if not self.training.is_hash_due(step):
             return None
         self.pulse.mark("verify")
         with self.trace.span("verify", step=step):
-            return digest_of(training.state)
+            return digest_of(self.training.state)
 
     def _compare_replicas(self, step: int) -> None:
         """What all replicas hold must be the same bits. Raises ReplicasDiffer."""

@@ -78,6 +78,14 @@ class Training:
         """A part of the global batch of `step`; reads nothing else."""
         return {name: torch.from_numpy(a) for name, a in self.stream.at(step, share).items()}
 
+    def is_hash_due(self, step: int) -> bool:
+        """Whether replicas must be equal after `step` steps, and are to show it."""
+        every = self.job.recipe.sync.verify_every_steps
+        if every == "auto":
+            every = 1 if self.ranks.mesh.device.type == "cpu" else 100
+        alone = self.ranks.num_replicas == 1 or self.ranks.world.shares_memory
+        return bool(every) and step % every == 0 and not alone and self.policy.equal_after(step)
+
     def facts(self) -> dict[str, Any]:
         """What a rank that joins, or a run that is resumed, needs besides tensors."""
         facts = {

@@ -17,6 +17,8 @@ from shoal.legal import OWN_PARAMETERS, problems
 CLOSE = 1.05
 """Candidates within this factor are not told apart."""
 
+_TIED = 1.03  # setups within this factor: the first by rule
+
 ENOUGH_TURNS = 3
 """In so many one core must have been faster, or all are used."""
 
@@ -107,12 +109,12 @@ def micro_batches_of(recipe: Recipe, *, count: int, row_tokens: int) -> list[int
 
 
 def best_of(rows: Sequence[Timed]) -> Timed:
-    """The fastest; of setups not told apart, the first by rule (threads share the parameters).
+    """The fastest; of setups that tie, the first by rule (threads share the parameters).
 
     One core only where it was clearly faster than all cores in three turns.
     """
     whole = [row for row in rows if not row.is_one_core] or list(rows)
-    limit = CLOSE * min(row.step_seconds for row in whole)
+    limit = _TIED * min(row.step_seconds for row in whole)
     first = next(row for row in whole if row.step_seconds <= limit)
     best = min([row for row in whole if row.setup == first.setup], key=lambda row: row.step_seconds)
     for row in rows:

@@ -51,6 +51,9 @@ def test_steps_in_any_micro_batch_are_timed(
             spent[samples] = heard(bench, workers, "turn")
         assert all(each["passes"] > 0 and each["update"] > 0 for each in spent.values())
         assert spent[8]["passes"] > spent[1]["passes"]
+        hashes = kind == "processes" and count > 1  # replicas show every step that they are equal
+        assert all((each["hashing"] > 0) == hashes for each in spent.values())
+        assert all(each["update"] > each["hashing"] for each in spent.values())
         assert not [path for path in tmp_path.iterdir() if not path.name.startswith("meeting-")]
     finally:
         bench.pool.kill(workers)

@@ -15,7 +15,7 @@ import pytest
 from shoal.config.load import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts"))  # behind tests: its parity.py is no package of theirs
+sys.path.append(str(ROOT / "scripts"))
 
 import budgets  # noqa: E402
 

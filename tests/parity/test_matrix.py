@@ -1,7 +1,7 @@
 """Every family, cut along shard or tensor, replicated and mixed, is one worker's run.
 
 By the product's own loop (prove/matrix.py). A choice runs always; the whole matrix is slow, about a
-minute a family on two cores. `scripts/parity.py` runs the same list and writes
+minute a family on two cores. `scripts/parity_matrix.py` runs the same list and writes
 docs/evidence/parity.md with the figures.
 """
 

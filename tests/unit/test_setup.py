@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts"))  # behind tests: its parity.py is no package of theirs
+sys.path.append(str(ROOT / "scripts"))
 
 import pip_places  # noqa: E402
 

@@ -1,7 +1,7 @@
 """Runs the matrix of strategies against one worker, and writes the page docs/evidence/parity.md.
 
-python scripts/parity.py --results DIR FAMILY ...   run these families (default: all)
-python scripts/parity.py --results DIR --page       write the page from DIR/FAMILY.json
+python scripts/parity_matrix.py --results DIR FAMILY ...   run these families (default: all)
+python scripts/parity_matrix.py --results DIR --page       write the page from DIR/FAMILY.json
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ ALL = (*FAMILIES, "t5")
 HEAD = f"""\
 # Parity of the strategies
 
-Written by `scripts/parity.py` (torch {torch.__version__}, transformers {transformers.__version__}).
+Written by `scripts/parity_matrix.py`, torch {torch.__version__}, transformers
+{transformers.__version__}.
 For each family a tiny model of the same class is trained for 5 steps of AdamW in float32 on CPU
 workers (gloo), by the same program and loop as any run: keyed dropout, packed documents (padded
 rows of words for bert and roberta, images for vit), 8 samples of {TOKENS} tokens a step in micro
@@ -81,7 +82,7 @@ def page(results: Path) -> str:
         found, total = [row["found"] for row in rows], total + len(rows)
         worst = max(found, key=lambda each: each["gradient"])
         if any(f["loss"] >= LOSS or f["gradient"] >= GRADIENT for f in found):
-            raise SystemExit(f"scripts/parity.py: {family} is outside its tolerance")
+            raise SystemExit(f"scripts/parity_matrix.py: {family} is outside its tolerance")
         summary.append(
             f"| {family} | {len(rows)} | {max(f['loss'] for f in found):.1e} "
             f"| {max(f['norm'] for f in found):.1e} | {worst['gradient']:.1e} | {worst['where']} |"

@@ -285,6 +285,13 @@ class TrainSection(Section):
             )
         return self
 
+    def num_steps(self, *, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None, "checked when the recipe was read"
+        return max(1, round(self.epochs * steps_per_epoch))
+
 
 # --- parallel, sync, the rest -------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         _report_notes(report, source=source, replica=replica)
     data = Path(job.inputs.data_directory)
     stream = Stream(data, seed=recipe.seed, global_batch_samples=recipe.train.global_batch_samples)
-    steps = num_steps(recipe, steps_per_epoch=stream.steps_per_epoch)
+    steps = recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
     policy = _policy(job, ranks=ranks, state=state, steps=steps)
     dtype = check_compute(decision.compute, device=worker.device)
     loss_scale = LossScale.of(dtype)
@@ -166,14 +166,6 @@ def strategy_settings(recipe: Recipe, decision: Decision) -> Settings:
         compile=recipe.parallel.compile,
         offload=recipe.parallel.sharding.offload,
     )
-
-
-def num_steps(recipe: Recipe, *, steps_per_epoch: float) -> int:
-    """Optimizer steps of the whole run."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    assert recipe.train.epochs is not None, "checked when the recipe was read"
-    return max(1, round(recipe.train.epochs * steps_per_epoch))
 
 
 def _model_settings(job: Job, *, task: Task) -> ModelSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,18 @@ class Step:
         self._free: list[Tensor] = []
         self.poison = 1.0
         """Factor on this rank's gradients of the next step; anything but 1 is a planned fault."""
+
+    def in_micro_batches_of(self, samples: int) -> Step:
+        """The same step, in micro batches of `samples`."""
+        return Step(
+            self._replica,
+            task=self._task,
+            passes=self.passes,
+            state=self._state,
+            ranks=self.ranks,
+            policy=self._policy,
+            settings=replace(self._settings, micro_batch_samples=samples),
+        )
 
     def count(self, batch: Batch, *, votes: Votes, digest: int | None = None) -> Counted:
         """Targets of those who step together, what anybody wants, the digest of all samples read.

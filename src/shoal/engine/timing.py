@@ -24,7 +24,7 @@ from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.engine.build import build
 from shoal.engine.job import Job
 from shoal.engine.membership.digest import digest_of
-from shoal.engine.step import Step, StepSettings, Votes
+from shoal.engine.step import Step, Votes
 from shoal.engine.training import Training
 from shoal.engine.worker import report_failure
 from shoal.layout import Share
@@ -119,30 +119,11 @@ def _serve(
     for order in orders:
         torch.set_num_threads(order.threads)
         if order.micro not in steps:
-            steps[order.micro] = _step_of(training, micro=order.micro)
+            steps[order.micro] = training.step.in_micro_batches_of(order.micro)
         spent = [_timed(training, steps[order.micro], order) for _ in range(order.times)]
         if worker.rank == 0:
             means = [sum(column) / order.times for column in zip(*spent, strict=True)]
             report.say("turn", passes=means[0], update=means[1], hashing=means[2])
-
-
-def _step_of(training: Training, *, micro: int) -> Step:
-    """The step in micro batches of `micro` samples, whatever was decided."""
-    settings = StepSettings(
-        micro_batch_samples=micro,
-        global_batch_samples=training.job.recipe.train.global_batch_samples,
-        exact=False,
-        loss_scale=training.loss_scale,
-    )
-    return Step(
-        training.replica,
-        task=training.task,
-        passes=training.passes,
-        state=training.state,
-        ranks=training.ranks,
-        policy=training.policy,
-        settings=settings,
-    )
 
 
 def _timed(training: Training, step: Step, order: Order) -> tuple[float, float, float]:

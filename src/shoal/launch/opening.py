@@ -49,12 +49,12 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -
 
 
 def num_steps(recipe: Recipe, *, inputs: Inputs) -> int:
-    """Optimizer steps of the whole run (as engine/build.py has it, without torch)."""
+    """Optimizer steps of the whole run; the data is read only where the recipe gives epochs."""
     if recipe.train.steps is not None:
         return recipe.train.steps
     batch = recipe.train.global_batch_samples
     stream = Stream(Path(inputs.data_directory), seed=recipe.seed, global_batch_samples=batch)
-    return max(1, round((recipe.train.epochs or 0.0) * stream.steps_per_epoch))
+    return recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
 
 
 def _model(recipe: Recipe, *, inputs: Inputs) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from transformers import CONFIG_MAPPING
 
+from pages import ROOT, write_or_check
 from shoal.layout import Layout
 from shoal.legal import Combination, axes_of, facts_from_config, family_of, not_yet
 from shoal.legal import tensor_degrees as degrees_of
 from shoal.legal.families.table import known_families
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "layouts.md"
+PAGE = ROOT / "docs" / "guide" / "layouts.md"
 AXES = ("replicate", "shard", "context", "tensor", "pipeline")
 READ_THROUGH = {"gemma3": "gemma3_text"}
 """Families that are read through a part of their file."""
@@ -93,17 +93,5 @@ def _degrees(family: str) -> str:
     )
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    text = page()
-    if "--check" in sys.argv[1:]:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        if not current:
-            print("docs/guide/layouts.md is not current: run python scripts/layouts.py")
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check({PAGE: page()}, script="layouts"))

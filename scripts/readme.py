@@ -15,6 +15,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from pages import ROOT, write_or_check
 from shoal.layout import Layout
 from shoal.legal import (
     Combination,
@@ -27,7 +28,6 @@ from shoal.legal.families.table import known_families
 from shoal.legal.rules import IMPLEMENTED_AXES, IMPLEMENTED_POLICIES, POLICIES
 from shoal.tasks.kinds import KINDS
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "shoal"
 MAP = ROOT / "docs" / "contribute" / "map.md"
 BEGIN, END = "<!-- tasks: written by scripts/readme.py -->", "<!-- end of tasks -->"
@@ -166,19 +166,5 @@ def pages() -> dict[Path, str]:
     return found
 
 
-def main() -> int:
-    """Write, or check."""
-    stale = []
-    for path, text in pages().items():
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            stale.append(path.relative_to(ROOT).as_posix())
-            if "--check" not in sys.argv[1:]:
-                path.write_text(text, encoding="utf-8")
-    if stale and "--check" in sys.argv[1:]:
-        print(f"not current: {', '.join(stale)}; run python scripts/readme.py")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(pages(), script="readme"))

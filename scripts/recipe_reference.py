@@ -21,9 +21,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from pages import ROOT, write_or_check
 from shoal.config import recipe as schema
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "guide" / "recipe.md"
 
 HEAD = """\
@@ -174,17 +174,5 @@ def page() -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    text = page()
-    if "--check" in sys.argv[1:]:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        if not current:
-            print("docs/guide/recipe.md is not current: run python scripts/recipe_reference.py")
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check({PAGE: page()}, script="recipe_reference"))

@@ -12,9 +12,9 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from pages import ROOT, write_or_check
+
 PAGE = ROOT / "docs" / "design" / "seams.md"
 _BLOCK = re.compile(r"(<!-- ([\w/.]+): (\w+) -->\n)```python\n.*?```", re.DOTALL)
 
@@ -48,17 +48,5 @@ def page() -> str:
     return _BLOCK.sub(lambda m: f"{m[1]}```python\n{signatures(m[2], m[3])}\n```", text)
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    text = page()
-    if "--check" in sys.argv[1:]:
-        current = PAGE.read_text(encoding="utf-8") == text
-        if not current:
-            print("docs/design/seams.md is not current: run python scripts/seams.py")
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check({PAGE: page()}, script="seams"))

@@ -30,6 +30,7 @@ from shoal.launch.pool import WorkerPool
 from tiny import Bench
 
 sys.path.append(os.environ["PYTHONPATH"].split(os.pathsep)[-1])
+sys.path.append(os.path.join(os.path.dirname(os.path.dirname(__file__)), "scripts"))
 
 # A busy machine is no reason to fail: tests have a timeout of their own.
 hypothesis.settings.register_profile("shoal", deadline=None)

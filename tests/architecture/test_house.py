@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import budgets
 from shoal.config.load import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts"))
-
-import budgets  # noqa: E402
 
 SOURCE = ROOT / "src" / "shoal"
 MODULES = sorted(SOURCE.rglob("*.py"))

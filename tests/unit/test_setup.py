@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts"))
+import pip_places
 
-import pip_places  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 LISTED = r"""
 :env:.find-links='/wheels'

@@ -7,8 +7,9 @@ The first runs `shoal train quickstart` with data already prepared, by shoal's f
 torchrun, interleaved; the clock stops when rank 0 announces the first step.
 
 --fresh starts with an empty cache of timings (prepared data are kept) that many times: seconds to
-the first loss line, what was chosen, and the step of every candidate, trained afterwards in turns
-(ROUNDS of STEPS steps each; the median of the ratios within a turn). --busy keeps one core busy.
+the first loss line, what was chosen, and the step of every candidate, and of the chosen setup with
+half and twice its micro batch, trained afterwards in turns (ROUNDS of STEPS steps each; the median
+of the ratios within a turn). --busy keeps one core busy.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shoal.config.load import load_recipe
 from shoal.engine.decision import WorkerSetup
 from shoal.environment import cache_directory
 from shoal.launch import local
+from shoal.launch.candidates import micro_batches_of
 from shoal.launch.pool import WorkerPool
 from shoal.observe.events import read_lines
 
@@ -149,7 +152,8 @@ def name_of(candidate: dict) -> str:
 def choices(*, fresh: int, busy: bool, goal: float) -> None:
     """How soon fresh starts come to their first loss, and how far the choice is from the best."""
     print(f"{fresh} fresh starts{', one core busy beside' if busy else ''}")
-    good = 0
+    good, recipe = 0, load_recipe("quickstart")
+    row_tokens = recipe.data.sequence_tokens
     with tempfile.TemporaryDirectory() as scratch, WorkerPool() as pool, busy_core(busy):
         folder = Path(scratch)
         for number in range(fresh):
@@ -166,7 +170,12 @@ def choices(*, fresh: int, busy: bool, goal: float) -> None:
                 "threads": plan["threads_per_worker"],
             }
             chosen = {"setup": setup, "micro": plan["micro_batch_samples"]}
-            every = {name_of(row): row for row in [chosen, *rows]}
+            near = [
+                {"setup": setup, "micro": micro}
+                for micro in micro_batches_of(recipe, count=setup["count"], row_tokens=row_tokens)
+                if micro in (2 * chosen["micro"], chosen["micro"] // 2)
+            ]
+            every = {name_of(row): row for row in [chosen, *rows, *near]}
             ratios: dict[str, list[float]] = {name: [] for name in every}
             base = []
             for turn in range(ROUNDS):

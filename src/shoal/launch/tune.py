@@ -38,10 +38,13 @@ TUNE_SECONDS = 7.0
 
 _TARGET = "shoal.engine.timing:run"
 _TURN_SECONDS = 0.25  # shorter turns take several steps
-_LONGEST_SECONDS = 0.4  # of the passes of a turn: what decides the micro batch to begin with
+_LONGEST_SECONDS = 0.5  # of the passes of a turn: what decides the micro batch to begin with
+_SUSPICIOUS = 1.3  # times what a smaller micro batch lets expect: timed once more
 _MICRO_TOKENS = 1024  # of the micro batch to begin with
 _MOST_TURNS = 7
-_FIRST_ROUND = 0.35  # of the time that is left: so much is worth a second turn of all
+_FIRST_ROUND = 0.5  # of the time that is left
+_SETUPS_SHARE = 0.5  # of the time that is left; the rest is for micro batches
+_CHEAP = 4  # turns of each that fit into the first round: one core may have two micro batches' work
 _BUILD_SHARES = (0.5, 0.75)  # of the time, for building; what takes longer is left out
 
 
@@ -84,6 +87,8 @@ class Tuner:
         self._sets: dict[tuple[str, int], _WorkerSet] = {}
         self._costs: dict[tuple[WorkerSetup, int, int, int], float] = {}
         self._deadline = math.inf
+        self._wakes = False
+        """Whether a step that is not measured comes before each turn."""
         self.errors: list[str] = []
         """What timing workers ended with."""
         self.seconds = 0.0
@@ -144,13 +149,31 @@ class Tuner:
             return
         first = able[0]
         micro, turn = self._first_micro_batch(first)
+        left = self._deadline - time.monotonic()
+        affordable = int(_FIRST_ROUND * left / max(len(able) * turn, 1e-4))  # such turns of each
+        # workers that have slept share a core when they wake, until the system spreads them
+        self._wakes = affordable > 1
+        # exchanges happen once a step: the smaller its part, the more they seem to weigh
+        parts = self._recipe.train.global_batch_samples // first.count // micro
+        parts = max(1, min(parts, affordable - 1))
+        turn *= parts
         times = max(1, min(50, round(_TURN_SECONDS / max(turn, 1e-4))))
         self._console.phase(f"timing {len(able)} setups")
-        rows += [Timed(setup, micro) for setup in able]
-        left = self._deadline - time.monotonic()
-        turns = 2 if 2 * len(rows) * times * turn < _FIRST_ROUND * left else 1
+        for setup in able:
+            is_costly = affordable < _CHEAP and setup.count * setup.threads == 1
+            own = micro if is_costly else self._as_many_passes(setup, micro, first)
+            rows.append(Timed(setup, own))
+        round_seconds = len(rows) * times * turn * (1.5 if self._wakes else 1.0)
+        turns = 2 if 2 * round_seconds < _FIRST_ROUND * left else 1
         with suppress(_OutOfTime):
-            self._halve(rows, share=micro, count=first.count, times=times, turns=turns)
+            self._halve(
+                rows,
+                share=micro * parts,
+                count=first.count,
+                times=times,
+                turns=turns,
+                until=self._deadline - (1 - _SETUPS_SHARE) * left,
+            )
         longest = min(rows, key=lambda row: (-len(row.steps), row.step_seconds))
         in_one_moment(rows, beside=longest, seconds=longest.step_seconds)
         self._climb(best_of(rows), rows)
@@ -166,8 +189,16 @@ class Tuner:
             if micro and (larger * self._row_tokens > _MICRO_TOKENS or expected > _LONGEST_SECONDS):
                 break
             found = self._turn_of(setup, micro=larger, samples=larger)
+            if found and micro and found["passes"] > _SUSPICIOUS * expected:  # a bad moment
+                again = self._turn_of(setup, micro=larger, samples=larger)
+                found = min(found, again or found, key=lambda turn: turn["passes"])
             micro, spent = larger, found or spent
         return micro, spent["passes"] + spent["update"]
+
+    def _as_many_passes(self, setup: WorkerSetup, micro: int, other: WorkerSetup) -> int:
+        """The micro batch with which `setup` needs no fewer passes than `other` with `micro`."""
+        same = micro * other.count // setup.count
+        return max(n for n in self._micro_batches(setup) if n <= max(same, micro))
 
     def _climb(self, best: Timed, rows: list[Timed]) -> None:
         """Half and twice the micro batch of the best, and on in the direction that is faster."""
@@ -216,18 +247,28 @@ class Tuner:
         self._hear(lambda: all(each.answer is not None or each.lost for each in chosen))
 
     def _halve(
-        self, rows: list[Timed], *, share: int, count: int, times: int = 1, turns: int = 1
+        self,
+        rows: list[Timed],
+        *,
+        share: int,
+        count: int,
+        times: int = 1,
+        turns: int = 1,
+        until: float = math.inf,
     ) -> None:
-        """`turns` of each, two more of the better half, and so on, while there is time.
+        """`turns` of each, two more of the better half, and so on, until `until` or the deadline.
 
         `share`: samples of one of `count` workers in a turn of `times` steps; a lone core gets no
-        more than one worker's.
+        more than one worker's, or one micro batch.
         """
         alive = list(rows)
         while alive:
             for _ in range(turns):
+                if time.monotonic() > until:
+                    return
                 for row in alive:
                     samples = share * (1 if row.is_one_core else count // row.setup.count)
+                    samples = max(samples, row.micro)
                     self._turn(row, samples=samples, times=times)
             alive = [row for row in alive if not self._sets[_key(row.setup)].lost]
             alive.sort(key=lambda row: row.step_seconds)
@@ -242,6 +283,8 @@ class Tuner:
         """One turn; the row then knows how long a whole step takes by it."""
         if self._sets[_key(row.setup)].lost:
             return
+        if self._wakes:
+            self._turn_of(row.setup, micro=row.micro, samples=max(1, row.micro // 2))
         spent = self._turn_of(row.setup, micro=row.micro, samples=samples, times=times)
         batch = self._recipe.train.global_batch_samples
         if spent:

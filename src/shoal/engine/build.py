@@ -13,7 +13,7 @@ from shoal.config.recipe import Recipe
 from shoal.data.stream import Evaluation, Stream
 from shoal.engine.decision import Decision
 from shoal.engine.instruments import faults, mistakes, recorder
-from shoal.engine.job import Job
+from shoal.engine.job import Inputs, Job
 from shoal.engine.passes import OneByOne, Passes
 from shoal.engine.state import FlatState, allocate_for
 from shoal.engine.step import Step, StepSettings
@@ -24,7 +24,7 @@ from shoal.observe.events import Report
 from shoal.parallel.model import ModelSettings, model_config
 from shoal.parallel.precision import LossScale, check_compute
 from shoal.parallel.ranks import Ranks
-from shoal.parallel.replica import Replica, build_replica, check, cut, fill
+from shoal.parallel.replica import Replica, build_replica, cut, fill, mark_logits
 from shoal.parallel.settings import Settings
 from shoal.runtime import WorkerInfo
 from shoal.sync.kinds import KEEPS_EQUAL_STATE, create
@@ -40,12 +40,12 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     """
     recipe, decision = job.recipe, job.decision
     task = create_task(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
-    replica = build_replica(_model_settings(job, task=task))
+    replica = build_replica(model_settings(recipe, inputs=job.inputs, task=task))
     source = _pretrained(job, model=replica.model)
     settings = strategy_settings(recipe, decision)
     cut(replica, mesh=ranks.mesh, settings=settings)
     state = _state(job, replica=replica, source=source, group=ranks.world)
-    check(replica, packing=recipe.data.packing, compiled=recipe.parallel.compile)
+    mark_logits(replica, compiled=recipe.parallel.compile)
     ranks.attach(replica.model)
     if worker.rank == 0:
         _report_notes(report, source=source, replica=replica)
@@ -168,8 +168,8 @@ def strategy_settings(recipe: Recipe, decision: Decision) -> Settings:
     )
 
 
-def _model_settings(job: Job, *, task: Task) -> ModelSettings:
-    recipe, inputs = job.recipe, job.inputs
+def model_settings(recipe: Recipe, *, inputs: Inputs, task: Task) -> ModelSettings:
+    """What the recipe's model is built from. Raises ModelError."""
     config = model_config(
         recipe.model,
         vocabulary_size=inputs.vocabulary_size,

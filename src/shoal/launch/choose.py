@@ -20,6 +20,7 @@ from shoal.errors import ConfigError, ModelError, Problem, UserError
 from shoal.launch.candidates import most_replicas
 from shoal.launch.devices import on_devices
 from shoal.launch.directory import write_whole
+from shoal.launch.examined import refuse_wrong_model
 from shoal.launch.measuring import measuring_job, wait_for_imports
 from shoal.launch.memory import memory_of_worker
 from shoal.launch.pool import WorkerPool
@@ -53,6 +54,7 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             "only makes each slower (fine for a test)"
         )
     refuse_illegal(recipe, layout, config=trained_config(recipe, inputs=inputs))
+    refuse_wrong_model(recipe, inputs=inputs, pool=pool, console=console)
     formats = _formats(recipe, pool=pool, console=console)
     inside = layout.replica_workers
     is_open = auto and not recipe.train.exact

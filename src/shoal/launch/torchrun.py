@@ -23,6 +23,7 @@ from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
+from shoal.engine.examine import verdict_of
 from shoal.engine.job import Job
 from shoal.engine.measure import measured_formats
 from shoal.engine.membership.agree import check_same_program
@@ -32,6 +33,7 @@ from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import claim, hold, open_run, write_whole
+from shoal.launch.examined import refuse_by
 from shoal.launch.local import decision_before, resumed_recipe
 from shoal.launch.opening import say_opening
 from shoal.launch.prepare import prepare_inputs
@@ -194,6 +196,7 @@ def _job(
         cores = max(1, usable_cores() // rendezvous.local_world_size)
         formats = measured_formats(recipe.launch.device)
         decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
+    refuse_by(lambda: verdict_of(recipe, inputs=inputs).to_json(), recipe, inputs=inputs)
     say_opening(recipe, inputs=inputs, decision=decision, console=console)
     return Job(recipe=recipe, run=run, inputs=inputs, decision=decision)
 

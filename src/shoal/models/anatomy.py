@@ -53,7 +53,6 @@ class Anatomy:
     norm: str | None
     head: str | None
     after_base: tuple[str, ...]
-    causal: bool
     parameters: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...]
     placements: Mapping[str, Placement]
@@ -128,7 +127,6 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         norm=parts.norm,
         head=parts.head,
         after_base=tuple(_dropouts_after(model, base_path)),
-        causal=family.causal and not getattr(config, "is_encoder_decoder", False),
         parameters=tuple(canonical_parameters(model)),
         ties=tuple(tuple(group) for group in parts.ties),
         placements=placements_of(model, parts),
@@ -163,7 +161,7 @@ def hidden_of(
         if getattr(model, "shoal_whole_logits", False):
             logits: Tensor = model(**inputs, use_cache=False).logits
             return logits
-        base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+        base = _called(model)
         hidden: Tensor = base(**inputs, use_cache=False).last_hidden_state
         for path in _dropouts_after(model, str(getattr(model, "base_model_prefix", ""))):
             hidden = model.get_submodule(path)(hidden)
@@ -172,14 +170,35 @@ def hidden_of(
 
 def _inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the base model's own forward takes."""
-    base, config = (
-        getattr(model, str(getattr(model, "base_model_prefix", "")), model),
-        _config(model),
-    )
-    inputs = {name: batch[name] for name in _arguments(type(base).forward) if name in batch}
-    if family_of(config.model_type).positions_after_padding and "position_ids" in inputs:
-        inputs["position_ids"] = inputs["position_ids"] + config.pad_token_id + 1
+    base = _called(model)
+    known = _arguments(type(base).forward)
+    inputs = {name: batch[name] for name in known if name in batch}
+    if "position_ids" in inputs:
+        if not hasattr(model, "shoal_first_position"):
+            model.shoal_first_position = _first_position(base)  # type: ignore[assignment]
+        first: Any = model.shoal_first_position
+        inputs["position_ids"] = inputs["position_ids"] + first if first else inputs["position_ids"]
+    if getattr(model, "shoal_own_attention", False) and "document_ids" in batch:
+        inputs.setdefault("attention_mask", (batch["document_ids"] >= 0).long())
     return inputs
+
+
+def _called(model: nn.Module) -> nn.Module:
+    """The base model; a decoder that transformers wraps for names alone (BART's) is what is in."""
+    base: nn.Module = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+    inner = getattr(base, "decoder", None)
+    if inner is not None and "input_ids" not in _arguments(type(base).forward):
+        return inner  # type: ignore[no-any-return]
+    return base
+
+
+def _first_position(base: nn.Module) -> int:
+    """The position of a first token: a table with a row for padding counts on from it (fairseq)."""
+    for module in base.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.padding_idx + 1
+    return 0
 
 
 @functools.cache

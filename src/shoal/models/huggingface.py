@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,12 +91,12 @@ def config_from(tree: Mapping[str, Any]) -> Any:
 def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Module:
     """The model of `config` for a task's auto class: float32, meta device, attention `shoal`.
 
+    A family whose attention is its own code keeps it, and carries the mark `shoal_own_attention`.
+
     `dropout`: `off` sets all to 0; `keyed` sets that of attention probabilities to 0
     (`dropout.apply_keyed` then replaces the rest); `framework` leaves the model as it is. The
     model has a copy of the configuration. Raises ModelError when the auto class lacks the family.
     """
-    import transformers
-
     if dropout not in DROPOUT_KINDS:
         raise ModelError(
             f"model.dropout: expected {', '.join(DROPOUT_KINDS)}; got {dropout!r}\n"
@@ -107,21 +108,11 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
         mute_attention_dropout(config)
     if dropout == "off":
         mute_dropout(config)
-    factory = getattr(transformers, auto_class)
-    try:
-        # transformers patches torch while it builds: one thread at a time
-        with _building, torch.device("meta"):
-            model: nn.Module = factory.from_config(
-                config,
-                attn_implementation=attention.NAME,
-                dtype=torch.float32,
-                trust_remote_code=False,
-            )
-    except ValueError as error:
-        raise ModelError(
-            f"model: transformers cannot build a {config.model_type!r} as {auto_class}: {error}\n"
-            "    use an architecture that has this task, or another task.kind"
-        ) from error
+    with torch.device("meta"):
+        model = _built(config, auto_class=auto_class, attention_name=attention.NAME)
+        if not _takes_kernels(model):
+            model = _built(config, auto_class=auto_class, attention_name="eager")
+            model.shoal_own_attention = True  # type: ignore[assignment]
     if dropout == "off":
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -131,6 +122,49 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
     for module in model.modules():
         module.framework_dropout = dropout == "framework"  # type: ignore[assignment]
     return model
+
+
+def build_reference(config: Any, *, auto_class: str) -> nn.Module:
+    """The model as transformers builds it for its users: eager attention, its own initial weights.
+
+    On the CPU, float32, without dropout. Raises ModelError when the auto class lacks the family.
+    """
+    config = copy.deepcopy(config)
+    mute_attention_dropout(config)
+    mute_dropout(config)
+    return _built(config, auto_class=auto_class, attention_name="eager").eval()
+
+
+def _built(config: Any, *, auto_class: str, attention_name: str) -> nn.Module:
+    import transformers
+
+    factory = getattr(transformers, auto_class)
+    try:
+        # transformers patches torch while it builds: one thread at a time
+        with _building:
+            model: nn.Module = factory.from_config(
+                config,
+                attn_implementation=attention_name,
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+    except KeyError:
+        if attention_name == "eager":
+            raise
+        # a table of attention classes by name, which knows transformers' own only
+        return _built(config, auto_class=auto_class, attention_name="eager")
+    except ValueError as error:
+        raise ModelError(
+            f"model: transformers cannot build a {config.model_type!r} as {auto_class}: {error}\n"
+            "    use an architecture that has this task, or another task.kind"
+        ) from error
+    return model
+
+
+def _takes_kernels(model: nn.Module) -> bool:
+    """Whether the attention of any of its modules is looked up by name, and so can be shoal's."""
+    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 @torch.no_grad()

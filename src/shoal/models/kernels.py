@@ -198,4 +198,5 @@ def _capped_weights(
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return scores.softmax(dim=-1, dtype=wide).to(query.dtype)

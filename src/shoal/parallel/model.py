@@ -1,19 +1,12 @@
-"""Which model: its transformers configuration, and a small one of the same kind for probes."""
+"""Which model: its transformers configuration, and what else it is built from."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from shoal.config.recipe import ConfiguredModel, ModelSection
-from shoal.errors import ModelError
-from shoal.legal import shrunk
-from shoal.models import init
-from shoal.models.dropout import apply_keyed
-from shoal.models.huggingface import build_meta, config_from, read_config
+from shoal.models.huggingface import read_config
 
 
 @dataclass(frozen=True)
@@ -49,20 +42,3 @@ def model_config(
             architecture=chosen.architecture, settings=settings, vocabulary_size=size
         )
     return read_config(architecture=None, settings=task_settings, path=directory)
-
-
-def small_model(settings: ModelSettings) -> nn.Module:
-    """A real model of the same kind, of few layers and little width, for probes.
-
-    The configuration's own sizes where no rule makes them smaller.
-    """
-    tree = settings.config.to_dict()
-    with suppress(ModelError):
-        tree |= shrunk(tree)
-    small = config_from(tree)
-    small.use_cache = False
-    model = build_meta(small, auto_class=settings.auto_class, dropout=settings.dropout)
-    init.materialise(model, record=init.record(model), seed=settings.seed)
-    if settings.dropout == "keyed":
-        apply_keyed(model, seed=settings.seed, asked=small)
-    return model

@@ -21,16 +21,16 @@ from shoal.models.anatomy import (
     weight_decay_names,
 )
 from shoal.models.draw import InitRecord
-from shoal.models.dropout import apply_keyed, wants_dropout
+from shoal.models.dropout import apply_keyed
 from shoal.models.huggingface import build_meta
 from shoal.models.init import Source
-from shoal.models.probe import probe_keyed_dropout, probe_packing
+from shoal.models.small import small_model
 from shoal.parallel import shard
 from shoal.parallel.apply import apply
 from shoal.parallel.local import Holdings, ShardedModel, sharded_of
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.model import ModelSettings, small_model
+from shoal.parallel.model import ModelSettings
 from shoal.parallel.settings import Settings
 from shoal.parallel.vocabulary import Vocabulary
 
@@ -188,20 +188,21 @@ def fill(
     replica.model.train()
 
 
-def check(replica: Replica, *, packing: bool, compiled: bool) -> None:
-    """Check on a few tokens that logits, packing and keyed dropout are right for this model.
+def mark_logits(replica: Replica, *, compiled: bool) -> None:
+    """Check on a few tokens that head(hidden) is the model's logits; mark a model where it is not.
 
-    On a small model of the same kind where this one is cut or compiled, else on itself.
-    Raises ModelError.
+    On a small model of the same kind where this one is cut or compiled, else on itself. All else
+    was held against transformers before workers started (parallel/oracle.py).
     """
     settings, probed, anatomy = replica.settings, replica.model, replica.anatomy
     if replica.is_cut or compiled:
-        probed = small_model(settings)
+        probed = small_model(
+            settings.config,
+            auto_class=settings.auto_class,
+            dropout=settings.dropout,
+            seed=settings.seed,
+        )
         anatomy = anatomy_of(probed)
     if check_logits(probed, anatomy).whole_logits and probed is not replica.model:
         replica.model.shoal_whole_logits = True  # type: ignore[assignment]
-    if packing:
-        probe_packing(probed)
-    if settings.dropout == "keyed" and wants_dropout(settings.config):
-        probe_keyed_dropout(probed)
     replica.model.train()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoal.errors import DataError
+from shoal.fields import IGNORED
 from shoal.tasks.baselines import unigram_nats
 from shoal.tasks.scores import MeanLoss
 from shoal.tasks.task import (
@@ -22,11 +23,12 @@ from shoal.tasks.task import (
     Task,
     Tools,
     Vector,
+    token_specimens,
     was,
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from shoal.models.anatomy import Anatomy
 
@@ -70,6 +72,7 @@ class CausalLM(Task):
     kind = "causal-lm"
     auto_class = "AutoModelForCausalLM"
     packs = True
+    causal = True
     target_name = "target tokens"
     curve = Curve("nats per token", baseline="unigram_loss", baseline_name="word frequencies")
     own_data = "YOUR.txt"
@@ -90,6 +93,16 @@ class CausalLM(Task):
                 ids.append(end)
             samples.append({"input_ids": ids})
         return samples
+
+    def specimens(self, config: Any) -> list[Sample]:
+        """Documents; their labels are the packer's."""
+        return token_specimens(config)
+
+    def user_call(self, batch: Batch) -> dict[str, Tensor]:
+        """transformers shifts the labels itself, and leaves out what is -100."""
+        call = super().user_call(batch)
+        ignored = call["attention_mask"] == 0
+        return {**call, "labels": call["input_ids"].masked_fill(ignored, IGNORED)}
 
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
         """Hidden states [B, T, D] and shifted labels [B, T]."""

@@ -114,6 +114,18 @@ class ImageClassification(Task):
             )
         return [{"pixel_values": image, "labels": ids[label]} for image, label in pairs]
 
+    def specimens(self, config: Any) -> list[Sample]:
+        """Noise, with a class for each."""
+        draw, shape = np.random.default_rng(0), self._shape
+        labels = draw.integers(len(self._classes), size=4)
+        images = draw.integers(256, size=(4, *shape), dtype=np.uint8)
+        return [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels)]
+
+    def user_call(self, batch: Batch) -> dict[str, Tensor]:
+        """Pixels as the exported processor makes them."""
+        pixels = (batch["pixel_values"].double() / 255 - _MIDDLE) / _MIDDLE
+        return {"pixel_values": pixels, "labels": batch["labels"]}
+
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
         """Hidden states [B, D] that the classifier reads, and the class of each image [B]."""
         from torch.nn.functional import cross_entropy

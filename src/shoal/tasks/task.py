@@ -146,6 +146,8 @@ class Task(ABC):
     """The auto class of transformers that has this task's head."""
     packs: ClassVar[bool] = False
     """Whether several samples may share a row."""
+    causal: ClassVar[bool] = False
+    """Whether a position is to be predicted from those before it alone."""
     needs_tokenizer: ClassVar[bool] = True
     target_name: ClassVar[str] = "targets"
     """What is counted, in the plural."""
@@ -189,6 +191,22 @@ class Task(ABC):
         """Targets of a batch (before it is computed): what the loss is divided by."""
         return counted(batch["labels"])
 
+    def specimens(self, config: Any) -> list[Sample]:
+        """A few made-up samples of unequal size, as `encode` gives them for a model of `config`.
+
+        The model is held against transformers on them before a run starts.
+        """
+        return token_specimens(config, num_labels=int(getattr(config, "num_labels", 2)))
+
+    def user_call(self, batch: Batch) -> dict[str, Tensor]:
+        """What a user of transformers would call the model with, for a batch of rows of one sample.
+
+        `batch`: tensors of this task's fields. The model's loss is then the mean over targets.
+        """
+        seen = (batch["document_ids"] >= 0).long()
+        ids = batch["input_ids"]
+        return {"input_ids": ids, "attention_mask": seen, "labels": batch["labels"]}
+
     @abstractmethod
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
         """Run the model on a batch. `step` keys the dropout."""
@@ -219,6 +237,28 @@ class Task(ABC):
     def next_command(self, *, run: str, recipe: str) -> str:
         """What one would do with the trained model next."""
         return f"shoal evaluate {run} {recipe}"
+
+
+def token_specimens(config: Any, *, num_labels: int | None = None) -> list[Sample]:
+    """Rows of 9 to 16 tokens, none of them special; with a label for each where `num_labels`.
+
+    No padding is longer than the window of a small model: transformers would have no number for it.
+    """
+    special: set[int | None] = set()
+    for name in ("pad", "bos", "eos", "sep", "mask"):
+        ids = getattr(config, f"{name}_token_id", None)
+        special.update(ids if isinstance(ids, list) else [ids])
+    draw = np.random.default_rng(0)
+    plain = [each for each in range(min(config.vocab_size, 4096)) if each not in special]
+    samples: list[Sample] = []
+    most = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    least = most + 1 - min(8, getattr(config, "sliding_window", None) or 8, most)
+    for length in (max(least, most - less) for less in (5, 0, 7, 3, 6)):
+        sample: Sample = {"input_ids": draw.choice(plain, size=length)}
+        if num_labels is not None:
+            sample["labels"] = draw.integers(num_labels, size=length)
+        samples.append(sample)
+    return samples
 
 
 def counted(labels: Any) -> int:

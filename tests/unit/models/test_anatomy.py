@@ -67,13 +67,12 @@ def test_parts_are_found(family: str) -> None:
     found = (anatomy.blocks, anatomy.norm, anatomy.head, anatomy.embeddings)
     assert found == EXPECTED[family]
     assert (anatomy.family, anatomy.num_blocks) == (family, 2)
-    assert anatomy.causal == (family not in ("bert", "vit"))
 
 
 def test_an_encoder_decoder_has_two_lists_of_blocks() -> None:
     anatomy = anatomy_of(meta_model("t5"))
     assert (anatomy.blocks, anatomy.more_blocks) == ("encoder.block", ("decoder.block",))
-    assert (anatomy.num_blocks, anatomy.head, anatomy.causal) == (4, "lm_head", False)
+    assert (anatomy.num_blocks, anatomy.head) == (4, "lm_head")
     assert anatomy.ties[0][:2] == ("shared.weight", "encoder.embed_tokens.weight")
 
 

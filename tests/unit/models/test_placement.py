@@ -4,14 +4,13 @@ That the rules are right is shown against one worker in tests/parity/test_strate
 """
 
 import pytest
-from tiny_models import SETTINGS, TENSOR, meta_model, real_model
+from tiny_models import SETTINGS, TENSOR, meta_model
 from torch import nn
 
 from shoal.errors import ModelError
 from shoal.legal import axes_of
 from shoal.models.anatomy import anatomy_of, canonical_parameters
 from shoal.models.placement import check_placed, regions_of, row_layers_of
-from shoal.models.probe import probe_packing
 
 
 @pytest.mark.parametrize("family", TENSOR)
@@ -104,9 +103,3 @@ def test_an_unknown_family_is_refused_with_the_reason() -> None:
     with pytest.raises(ModelError, match=r"(?s)cohere: no table says.*use parallel.shard instead"):
         check_placed(anatomy.placements, family=anatomy.family)
     check_placed({}, family="cohere")
-
-
-@pytest.mark.parametrize("family", ["vit", "t5"])
-def test_families_of_one_sample_a_row_are_refused_packing_by_name(family: str) -> None:
-    with pytest.raises(ModelError, match=f"{family}: its rows hold one sample each"):
-        probe_packing(real_model(family))

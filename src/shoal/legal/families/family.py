@@ -143,7 +143,6 @@ class Family:
     """The norm after the blocks."""
     head: str | None = None
     """Path from the model."""
-    causal: bool = True
     packs: bool = True
     """Whether documents may share a row."""
     logits: tuple[Literal["divide", "multiply", "cap"], str] | None = None
@@ -151,5 +150,3 @@ class Family:
     hidden: Literal["first_token_of_image", "hidden_of_decoder"] | None = None
     """The function of models/families/hidden.py that runs a base model which is not one call on a
     row of tokens."""
-    positions_after_padding: bool = False
-    """Position ids begin after the id of padding (fairseq's convention)."""

@@ -135,22 +135,17 @@ FAMILIES: dict[str, Family] = {
         blocks="layers",
         norm="final_layer_norm",
     ),
-    "bert": Family(
-        sizes=_bert, axes=WITHOUT_CONTEXT, tensor=_BERT, blocks="encoder.layer", causal=False
-    ),
+    "bert": Family(sizes=_bert, axes=WITHOUT_CONTEXT, tensor=_BERT, blocks="encoder.layer"),
     "roberta": Family(
         sizes=_bert,
         axes=WITHOUT_CONTEXT,
         tensor=_BERT,
         blocks="encoder.layer",
-        causal=False,
-        positions_after_padding=True,
     ),
     "vit": Family(
         sizes=_vit,
         blocks="layers",
         norm="layernorm",
-        causal=False,
         packs=False,
         hidden="first_token_of_image",
     ),

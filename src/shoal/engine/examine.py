@@ -1,0 +1,45 @@
+"""A lone worker that holds a recipe's model against transformers (parallel/oracle.py)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from shoal.config.recipe import Recipe
+from shoal.engine.build import model_settings
+from shoal.engine.job import Inputs
+from shoal.engine.worker import report_failure
+from shoal.observe.events import Report
+from shoal.parallel.oracle import Verdict, examine
+from shoal.runtime import WorkerInfo, start_worker
+from shoal.tasks.kinds import create
+
+
+def run(payload: dict[str, Any], descriptor: int) -> int:
+    """Entry point of a worker that reports what `verdict_of` finds."""
+    report = Report(descriptor)
+    try:
+        start_worker(WorkerInfo(0, 1, torch.device("cpu"), payload["threads"]), seed=0)
+        recipe = Recipe.model_validate(payload["recipe"])
+        verdict = verdict_of(recipe, inputs=Inputs.from_json(payload["inputs"]))
+        report.say("measured", **verdict.to_json())
+    except BaseException as error:
+        return report_failure(error, report=report, rank=0)
+    return 0
+
+
+def verdict_of(recipe: Recipe, *, inputs: Inputs) -> Verdict:
+    """Whether the recipe's model computes what transformers' does. Raises ModelError."""
+    task = create(recipe.task.kind, settings=inputs.task_settings, options=recipe.task)
+    settings = model_settings(recipe, inputs=inputs, task=task)
+    with warnings.catch_warnings():  # of the small model; a run says them of its own
+        warnings.simplefilter("ignore")
+        return examine(
+            replace(settings, freeze=()),
+            task=task,
+            packing=recipe.data.packing,
+            sequence_tokens=recipe.data.sequence_tokens,
+        )

@@ -1,0 +1,394 @@
+"""Holds a model against transformers as its users call it, before a run starts.
+
+A small model of the same kind is built twice with the same weights: as transformers builds it for
+anyone (eager attention, called with input_ids, attention_mask and labels) and as shoal trains it.
+In float64, on rows of unequal length, padded and (where the recipe packs) in one row, the task's
+logits and loss must agree within rounding. Beside it, three probes of shoal's model alone: nothing
+before a changed last token moves (causality), the same tokens give the same output whatever was
+computed with or before them (rotary frequencies that depend on the call), and training mode drops
+nothing where dropout is off.
+
+Shapes: B rows, T tokens, V labels or vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.data.batch import stack
+from shoal.data.pack import Part, Shape
+from shoal.data.write import EncodedSamples, write_parts
+from shoal.errors import ModelError
+from shoal.models import init
+from shoal.models.anatomy import anatomy_of, canonical_parameters, check_logits, logits_of
+from shoal.models.dropout import apply_keyed, wants_dropout
+from shoal.models.huggingface import build_meta, build_reference
+from shoal.models.probe import probe_keyed_dropout
+from shoal.models.small import small_configs
+from shoal.models.stored import InMemory
+from shoal.parallel.model import ModelSettings
+from shoal.tasks.task import Batch, Output, Task
+
+TOLERANCE = 1e-5
+"""Of the largest logit, and of the loss. Measured: up to 3e-7, since transformers computes softmax,
+norms and losses in float32 also in a float64 model; 2e-6 behind a cap of logits at 0.05. What is
+wrong differs by 1e-3 and more."""
+
+_MOST_PARAMETERS = 50_000_000
+"""Of the small model: in float64, and twice, it must fit beside a run."""
+
+_ROW = 64
+"""Tokens of a packed row: all specimens fit into one."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found; JSON-able by `to_json`."""
+
+    problems: tuple[str, ...] = ()
+    """Why this model would train wrongly; empty: it is right."""
+    notes: tuple[str, ...] = ()
+    """What is done differently for this family, such as attention of its own."""
+    difference: float = 0.0
+    """Largest difference of logits, relative to the largest logit; and of the loss."""
+    packs: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The same weights in both; eval mode, float64 where transformers runs the family in it."""
+
+    theirs: nn.Module
+    ours: nn.Module
+    config: Any
+
+    @property
+    def tolerance(self) -> float:
+        """By the type they compute in."""
+        single = next(self.theirs.parameters()).dtype == torch.float32
+        return 1e2 * TOLERANCE if single else TOLERANCE
+
+    def call(self, task: Task, batch: Batch) -> Any:
+        """What transformers makes of a batch: its output, with loss and logits."""
+        dtype = next(self.theirs.parameters()).dtype
+        inputs = {name: _as(each, dtype) for name, each in task.user_call(batch).items()}
+        with torch.no_grad():
+            return self.theirs(**inputs)
+
+
+def examine(settings: ModelSettings, *, task: Task, packing: bool, sequence_tokens: int) -> Verdict:
+    """Hold a small model of the same kind against transformers. Computes for about half a second.
+
+    `sequence_tokens`: of a row of the run, for the probe of rotary positions. Raises ModelError
+    for a model that cannot be built or run at all.
+    """
+    pair = _pair(settings, task=task)
+    ours = pair.ours
+    notes, problems, differences = [], [], [0.0]
+    if getattr(ours, "shoal_own_attention", False):
+        notes.append("attention of its own")
+    if getattr(ours, "shoal_whole_logits", False):
+        notes.append("logits of its own: the loss is not chunked")
+    if getattr(ours, "shoal_first_position", 0):
+        notes.append(f"positions from {ours.shoal_first_position} on")
+    rows = _rows(task, pair.config, packing=False)
+    for difference, problem in _padded(pair, task, rows):
+        differences.append(difference)
+        problems += [problem] if difference > pair.tolerance else []
+    if problems and (seen := _padding_seen(pair, task, rows)):
+        problems = [seen]
+    if not problems:
+        problems += _alone(pair, task, rows)
+    packed = 0.0
+    if task.packs and not problems:
+        packed = _packed(pair, task)
+    if packing and not task.packs:
+        problems.append("its rows hold one sample each\n    set data.packing to false")
+    elif packing and packed > pair.tolerance:
+        problems.append(
+            f"a document in a packed row differs from the same document alone by {packed:.1e}: it "
+            "sees its neighbours, or other positions\n    set data.packing to false"
+        )
+    if not problems:
+        problems += _at_far_positions(pair, task, sequence_tokens=sequence_tokens, rows=rows)
+    if not problems:
+        problems += _when_training(settings, pair, task=task, rows=rows)
+    differences += [packed] if packing else []
+    return Verdict(
+        tuple(problems),
+        tuple(notes),
+        max(differences),
+        packs=task.packs and packed <= pair.tolerance,
+    )
+
+
+def _pair(settings: ModelSettings, *, task: Task) -> _Pair:
+    """The smallest model of the kind that transformers can run. Raises ModelError."""
+    failure: Exception | None = None
+    for config in small_configs(settings.config):
+        try:
+            theirs = _theirs(settings, config, task)
+        except Exception as error:  # sizes that do not go together, or a class of another use
+            failure = failure or error
+            continue
+        try:
+            return _Pair(theirs, _ours(settings, config, theirs), config)
+        except ModelError:
+            raise
+        except Exception as error:  # it is called in a way that shoal does not know
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            raise ModelError(
+                f"{config.model_type} for the task {task.kind}: it is not called as shoal calls "
+                f"models ({type(error).__name__}: {said})\n    use another architecture"
+            ) from error
+    assert failure is not None, "there is at least one configuration"
+    if isinstance(failure, ModelError):
+        raise failure
+    said = (str(failure).strip().splitlines() or [""])[0][:200]
+    raise ModelError(
+        f"{settings.config.model_type} for the task {task.kind}: transformers cannot run it on its "
+        f"rows ({type(failure).__name__}: {said})\n    use another architecture"
+    )
+
+
+def _theirs(settings: ModelSettings, config: Any, task: Task) -> nn.Module:
+    """transformers' model, in float64 where it runs in that. Raises what it raises."""
+    _check_size(config, auto_class=settings.auto_class)
+    config._experts_implementation = "eager"  # the others have no float64
+    model = build_reference(config, auto_class=settings.auto_class)
+    _stir(model)
+    rows = _rows(task, config, packing=False)
+    call = task.user_call(rows)
+    try:
+        with torch.no_grad():
+            logits = model.double()(**call).logits
+        is_finite = bool(_real(rows, logits).isfinite().all())
+    except Exception:
+        is_finite = False
+    if not is_finite:  # masks and kernels that know float32 only
+        with torch.no_grad():
+            model.float()(**{name: _as(each, torch.float32) for name, each in call.items()})
+    return model
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_size(config: Any, *, auto_class: str) -> None:
+    """Raise ModelError for a model that would take long to try."""
+    model = build_meta(config, auto_class=auto_class)
+    count = sum(each.numel() for each in model.parameters())
+    if count > _MOST_PARAMETERS:
+        raise ModelError(
+            f"{config.model_type}: it cannot be made small enough to be held against transformers "
+            f"(its sizes have names that shoal does not know; {count:,} parameters are left)\n"
+            "    choose smaller sizes, or another architecture"
+        )
+
+
+@torch.no_grad()
+def _stir(model: nn.Module) -> None:
+    """Weights without zeros or ones that would hide a difference, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def _ours(settings: ModelSettings, config: Any, theirs: nn.Module) -> nn.Module:
+    """shoal's model of `config` with their weights; marked where its logits need it."""
+    model = build_meta(config, auto_class=settings.auto_class, dropout="off")
+    weights = InMemory({name: each.float() for name, each in canonical_parameters(theirs).items()})
+    init.materialise(model, record=init.record(model), seed=settings.seed, source=weights)
+    model.to(next(theirs.parameters()).dtype).eval()
+    check_logits(model, anatomy_of(model))
+    return model
+
+
+def _rows(task: Task, config: Any, *, packing: bool) -> Batch:
+    """The task's specimens as the data gives them to a model: [B, ...], or one packed row."""
+    fields = task.fields
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        samples = EncodedSamples(Path(folder), fields=fields, where="specimens")
+        samples.add(task.specimens(config))
+        about = write_parts(
+            samples, sequence_tokens=_ROW, packing=packing, validation_fraction=0.0, seed=0
+        )
+        shape = Shape.from_json(about["shape"])
+        number = about["parts"]["train"]["samples"]
+        part = Part(Path(folder), part="train", shape=shape, num_samples=number)
+        batch = stack([part.row(each) for each in range(number)], fields, lengths=shape.lengths)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+@torch.no_grad()
+def _run(model: nn.Module, task: Task, batch: Batch) -> tuple[Output, Tensor]:
+    """Output and logits [B, ..., V] of shoal's model."""
+    output = task.output(model, anatomy_of(model), batch)
+    return output, logits_of(model)(output.hidden)
+
+
+def _real(batch: Batch, logits: Tensor) -> Tensor:
+    """Logits [N, V] of what is no padding."""
+    if "document_ids" not in batch:
+        return logits
+    return logits[batch["document_ids"] >= 0]
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, relative to the largest value; infinite for other shapes or NaN."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    scale = float(wanted.abs().max().clamp(min=1e-6))
+    difference = float((found.double() - wanted.double()).abs().max()) / scale
+    return difference if difference == difference else float("inf")
+
+
+def _padded(pair: _Pair, task: Task, rows: Batch) -> Iterator[tuple[float, str]]:
+    """(difference, what it would mean) of logits and loss on padded rows."""
+    theirs = pair.call(task, rows)
+    output, logits = _run(pair.ours, task, rows)
+    apart = _apart(_real(rows, logits), _real(rows, theirs.logits))
+    yield apart, f"its logits differ from transformers' by {apart:.1e} on padded rows"
+    with torch.no_grad():
+        loss = float(output.total()) / task.count(rows)
+    apart = abs(loss - float(theirs.loss)) / max(abs(float(theirs.loss)), 1e-6)
+    yield apart, f"its loss is {loss:.6g} where transformers' is {float(theirs.loss):.6g}"
+
+
+def _documents(rows: Batch) -> Iterator[tuple[int, Tensor]]:
+    """(row, its positions) of each document of a batch of tokens."""
+    for row, ids in enumerate(rows["document_ids"]):
+        for each in ids[ids >= 0].unique():
+            yield row, torch.nonzero(ids == each)[:, 0]
+
+
+def _padding_seen(pair: _Pair, task: Task, rows: Batch) -> str | None:
+    """Whether transformers itself gives a row other logits beside a longer one."""
+    if "document_ids" not in rows:
+        return None
+    together = pair.call(task, rows).logits
+    for row, places in _documents(rows):
+        one = {name: each[row : row + 1, places] for name, each in rows.items()}
+        apart = _apart(pair.call(task, one).logits[0], together[row, places])
+        if apart > pair.tolerance:
+            return (
+                f"its own code sees padding ({apart:.1e} in transformers), so its loss depends on "
+                "what else is in a batch\n    use another architecture"
+            )
+    return None
+
+
+def _alone(pair: _Pair, task: Task, rows: Batch) -> list[str]:
+    """Causality, and each row by itself without its padding."""
+    ours = pair.ours
+    if "document_ids" not in rows:
+        return []
+    _, together = _run(ours, task, rows)
+    problems = []
+    for row, places in _documents(rows):
+        one = {name: each[row : row + 1, places] for name, each in rows.items()}
+        _, alone = _run(ours, task, one)
+        if (apart := _apart(alone[0], together[row, places])) > pair.tolerance:
+            problems.append(
+                f"a row gives other logits beside a longer one ({apart:.1e}): it sees padding"
+            )
+            break
+    if task.causal:
+        changed = dict(rows)
+        ids = rows["input_ids"].clone()
+        last = (rows["document_ids"] >= 0).sum(1) - 1
+        index = torch.arange(len(ids))
+        ids[index, last] = ids[index, 0]
+        changed["input_ids"] = ids
+        _, moved = _run(ours, task, changed)
+        before = torch.arange(ids.shape[1]) < last[:, None]
+        if (apart := _apart(moved[before], together[before])) > pair.tolerance:
+            problems.append(
+                "a token sees those after it, so the loss would be of targets that it has seen "
+                f"({apart:.1e})\n    use a decoder, or a task for encoders"
+            )
+    return problems
+
+
+def _packed(pair: _Pair, task: Task) -> float:
+    """Largest difference between documents in a packed row and transformers on each alone."""
+    rows = _rows(task, pair.config, packing=True)
+    try:
+        _, logits = _run(pair.ours, task, rows)
+    except ModelError:
+        return float("inf")
+    apart = 0.0
+    for row, places in _documents(rows):
+        one = {name: each[row : row + 1, places] for name, each in rows.items()}
+        one["document_ids"] = torch.zeros_like(one["document_ids"])
+        apart = max(apart, _apart(logits[row, places], pair.call(task, one).logits[0]))
+    return apart
+
+
+def _at_far_positions(pair: _Pair, task: Task, *, sequence_tokens: int, rows: Batch) -> list[str]:
+    """Whether a row is computed alike after and beside one that ends a longest row of the run."""
+    if "position_ids" not in rows:
+        return []
+    ours = pair.ours
+    _, before = _run(ours, task, rows)
+    far = dict(rows)
+    shift = max(0, sequence_tokens - int(rows["position_ids"].max()) - 1)
+    far["position_ids"] = rows["position_ids"] + shift
+    both = {name: torch.cat([rows[name], far[name]]) for name in rows}
+    try:
+        _, beside = _run(ours, task, both)
+    except (IndexError, RuntimeError):
+        return [
+            f"it has no position {sequence_tokens - 1}, which rows of {sequence_tokens} tokens "
+            "need\n    set data.sequence_tokens to at most max_position_embeddings"
+        ]
+    _, after = _run(ours, task, rows)
+    count = len(rows["input_ids"])
+    apart = max(_apart(after, before), _apart(beside[:count], before))
+    if apart <= pair.tolerance:
+        return []
+    return [
+        f"a row gives other logits after or beside a longer one ({apart:.1e}): its rotary "
+        "frequencies depend on the longest row of a call\n    set data.sequence_tokens to at most "
+        "max_position_embeddings, or another rope_type (linear, yarn, llama3)"
+    ]
+
+
+def _when_training(settings: ModelSettings, pair: _Pair, *, task: Task, rows: Batch) -> list[str]:
+    """Training mode without dropout is eval mode; keyed dropout is the same at every call."""
+    ours = pair.ours
+    if settings.dropout == "keyed" and wants_dropout(settings.config):
+        model = build_meta(pair.config, auto_class=settings.auto_class, dropout="keyed")
+        init.materialise(model, record=init.record(model), seed=settings.seed)
+        apply_keyed(model, seed=settings.seed, asked=settings.config)
+        try:
+            probe_keyed_dropout(model)
+        except ModelError as error:
+            return [str(error)]
+    if settings.dropout == "framework":
+        return []
+    _, wanted = _run(ours, task, rows)
+    ours.train()
+    try:
+        _, found = _run(ours, task, rows)
+    finally:
+        ours.eval()
+    if (apart := _apart(_real(rows, found), _real(rows, wanted))) > pair.tolerance:
+        return [
+            f"training changes its logits ({apart:.1e}) though dropout is off: it draws numbers of "
+            "its own, which have no key\n    use another architecture, or model.dropout=framework"
+        ]
+    return []

@@ -79,7 +79,7 @@ def complete(
     """
     generator = torch.Generator().manual_seed(training.job.recipe.seed)
     longest = int(getattr(training.model.config, "max_position_embeddings", 0) or 1 << 30)
-    end = tokenizer.token_to_id("<|end|>")
+    ends = training.job.inputs.special_tokens.get("end", ())
     results = []
     for prompt in prompts:
         ids = list(tokenizer.encode(prompt).ids)[-longest:]
@@ -91,7 +91,7 @@ def complete(
             values, indices = torch.topk(logits / 0.8, min(40, logits.numel()))
             pick = torch.multinomial(values.softmax(-1), 1, generator=generator)
             token = int(indices[pick])
-            if token == end:
+            if token in ends:
                 break
             ids.append(token)
         results.append((prompt, tokenizer.decode(ids[start:])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from shoal.boxes import Box
 from shoal.checkpoint.store import Reader
 from shoal.config.recipe import Recipe
+from shoal.data.special import SpecialTokens
 from shoal.engine.job import Inputs
 from shoal.engine.saving.parts import SavedKind
 from shoal.engine.training import Training
@@ -47,10 +49,18 @@ def write_model(training: Training, *, out: Path) -> None:
         config=training.model.config,
         auto_class=training.task.auto_class,
         tokenizer_directory=training.job.inputs.tokenizer_directory,
+        special_tokens=_new_ids(training.job.inputs),
+        generation=training.job.inputs.generation,
         files=training.task.files(),
         out=out,
         replace=True,
     )
+
+
+def _new_ids(inputs: Inputs) -> dict[str, Any]:
+    """Special tokens to write into the configurations: of a tokenizer that is not the model's."""
+    own = inputs.tokenizer_directory in (None, inputs.model_directory)
+    return {} if own or not inputs.special_tokens else SpecialTokens(**inputs.special_tokens).ids()
 
 
 class SavedWeights:
@@ -92,6 +102,8 @@ def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float
         config=model.config,
         auto_class=task.auto_class,
         tokenizer_directory=inputs.tokenizer_directory,
+        special_tokens=_new_ids(inputs),
+        generation=inputs.generation,
         files=task.files(),
         out=out,
         limit_bytes=limit_bytes,

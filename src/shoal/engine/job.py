@@ -24,6 +24,10 @@ class Inputs:
     validation_samples: int
     counts: dict[str, int] = field(default_factory=dict)
     """Of the part that is trained on: documents, samples, tokens, targets. Empty in older runs."""
+    special_tokens: dict[str, Any] = field(default_factory=dict)
+    """Fields of data/special.py's SpecialTokens; empty without a tokenizer, and in older runs."""
+    generation: dict[str, Any] | None = None
+    """The generation_config.json that a pretrained model came with."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

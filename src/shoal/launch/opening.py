@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shoal.config.recipe import PretrainedModel, Recipe
 from shoal.config.statement import statements
+from shoal.data.special import SpecialTokens
 from shoal.data.stream import Stream
 from shoal.engine.decision import Decision
 from shoal.engine.job import Inputs
@@ -13,6 +14,7 @@ from shoal.errors import ModelError
 from shoal.launch.refuse import trained_config
 from shoal.legal import facts_from_config
 from shoal.observe.console import Console
+from shoal.tasks.kinds import KINDS
 from shoal.units import format_count
 
 
@@ -36,6 +38,7 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -
     lines = {
         "model": _model(recipe, inputs=inputs),
         "data": _data(recipe, inputs=inputs),
+        "end token": _end(recipe, inputs),
         "length": f"{said['length']} = {passes:.3g} epoch{'' if passes == 1 else 's'}",
         "batch": f"{said['global batch']}; micro batch {decision.micro_batch_samples}",
         "learning rate": said["learning rate"],
@@ -45,7 +48,7 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -
         "runs on": _where(recipe, decision),
     }
     lines |= {name: said[name] for name in ("exact", "stops early") if name in said}
-    return [f"  {name:<14} {text}" for name, text in lines.items()]
+    return [f"  {name:<14} {text}" for name, text in lines.items() if text]
 
 
 def num_steps(recipe: Recipe, *, inputs: Inputs) -> int:
@@ -79,6 +82,16 @@ def _data(recipe: Recipe, *, inputs: Inputs) -> str:
         f"{known[what]:,} {what}" for what in ("documents", "samples", "tokens") if known.get(what)
     ]
     return f"{names}: {', '.join(counts) or f'{inputs.train_samples:,} samples'} to train on"
+
+
+def _end(recipe: Recipe, inputs: Inputs) -> str:
+    """What closes documents; nothing for tasks that close none."""
+    if not KINDS[recipe.task.kind].closes_documents or not inputs.special_tokens:
+        return ""
+    special = SpecialTokens(**inputs.special_tokens)
+    if special.closing is None:
+        return "none: no file of the tokenizer names one, so documents are not closed"
+    return f"{special.text!r} (id {special.closing}, by {special.said_by}) closes each document"
 
 
 def _where(recipe: Recipe, decision: Decision) -> str:

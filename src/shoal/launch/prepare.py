@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe, Source
 from shoal.data import registry
 from shoal.data.prepare import SourceSpec, prepare
 from shoal.data.sources import content_key, read_records
+from shoal.data.special import GENERATION, SpecialTokens, read_object, special_tokens
 from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key, train_tokenizer
 from shoal.engine.job import Inputs
 from shoal.environment import cache_directory
@@ -125,11 +127,13 @@ def prepare_inputs(
     model = None
     if isinstance(recipe.model, PretrainedModel):
         model = model_folder(recipe.model.path, say=say)
-    folder, key, tools, vocabulary = None, None, Tools(), None
+    folder, key, tools, vocabulary, special = None, None, Tools(), None, SpecialTokens()
     if task.needs_tokenizer:
         folder = _tokenizer_folder(recipe, model=model, say=say)
-        key, tools = tokenizer_key(folder), Tools(tokenizer=load_tokenizer(folder))
-        vocabulary = tools.tokenizer.get_vocab_size(with_added_tokens=True)
+        tokenizer = load_tokenizer(folder)
+        special = special_tokens(tokenizer, folder)
+        key, tools = tokenizer_key(folder), Tools(tokenizer, special.closing)
+        vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
         _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
     learned = _learned(task, recipe)
     _check_model_settings(recipe, task=task)
@@ -147,7 +151,7 @@ def prepare_inputs(
             for s in recipe.data.sources
         ],
         encode=lambda records: task.encode(records, tools=tools),
-        encode_key=json.dumps([task.kind, key, learned], sort_keys=True),
+        encode_key=json.dumps([task.kind, key, special.closing, learned], sort_keys=True),
         sequence_tokens=recipe.data.sequence_tokens,
         packing=packing,
         validation_fraction=recipe.data.validation_fraction,
@@ -164,6 +168,8 @@ def prepare_inputs(
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
         validation_samples=sum(s.num_samples("validation") for s in prepared.sources),
         counts=dict(prepared.description["parts"]["train"]),
+        special_tokens={} if folder is None else asdict(special),
+        generation=read_object(model / GENERATION) or None if model is not None else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -42,6 +43,8 @@ def export(
     auto_class: str,
     out: str | Path,
     tokenizer_directory: str | Path | None = None,
+    special_tokens: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
     replace: bool = False,
@@ -53,6 +56,8 @@ def export(
     which at most `limit_bytes` (None: 1 GiB where that can be) are in memory at once. Names, ties
     and the stored form that other tools expect are transformers' own, and so is every byte. The
     folder appears in one rename.
+    `special_tokens`: `eos_token_id` and others of a new tokenizer, for both configurations;
+    `generation`: the generation_config.json that the model came with, kept but for those ids.
     Raises ModelError: names or shapes that are not the model's, a folder that already holds
     something (unless `replace`), a stored form that cannot be made within the limit.
     """
@@ -65,27 +70,30 @@ def export(
     weights = InMemory(tensors) if isinstance(tensors, Mapping) else tensors
     check_names(model, weights)
     model.to(dtype)
-    _prepare(model, config)
+    _prepare(model, config, special_tokens or {})
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        write_tensors(partial, Form(model), weights, limit_bytes=limit_bytes, shard_size=SHARD_SIZE)
+        write_tensors(scratch, Form(model), weights, limit_bytes=limit_bytes, shard_size=SHARD_SIZE)
         with _quiet():
-            model.save_pretrained(partial / "empty", state_dict={})  # type: ignore[operator]
-        for file in (partial / "empty").iterdir():
+            model.save_pretrained(scratch / "empty", state_dict={})  # type: ignore[operator]
+        for file in (scratch / "empty").iterdir():
             if file.suffix == ".json":
-                file.rename(partial / file.name)
-        shutil.rmtree(partial / "empty")
+                file.rename(scratch / file.name)
+        shutil.rmtree(scratch / "empty")
+        if generation is not None:
+            text = json.dumps({**generation, **(special_tokens or {})}, indent=2)
+            (scratch / "generation_config.json").write_text(text + "\n", encoding="utf-8")
         if tokenizer_directory is not None:
-            _copy_tokenizer(Path(tokenizer_directory), partial)
+            _copy_tokenizer(Path(tokenizer_directory), scratch)
         for name, text in (files or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        partial.chmod(0o755)
+            (scratch / name).write_text(text, encoding="utf-8")
+        scratch.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
-        os.replace(partial, out)
+        os.replace(scratch, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
@@ -103,7 +111,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _prepare(model: nn.Module, config: Any) -> None:
+def _prepare(model: nn.Module, config: Any, special_tokens: Mapping[str, Any]) -> None:
     """The configuration as the user gave it (muted dropout and attention are ours alone)."""
     ours: Any = model.config
     for key, value in vars(config).items():
@@ -112,6 +120,13 @@ def _prepare(model: nn.Module, config: Any) -> None:
     ours.use_cache = True
     ours.architectures = [type(model).__name__]
     ours.dtype = next(model.parameters()).dtype
+    written = [ours.get_text_config()]
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.use_cache = True
+        written.append(generation)
+    for name, value in special_tokens.items():
+        for each in written:
+            setattr(each, name, value)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

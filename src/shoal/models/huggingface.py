@@ -76,7 +76,6 @@ def read_config(
             f"at most {size} entries"
         )
     _check(config)
-    config.use_cache = False
     return config
 
 

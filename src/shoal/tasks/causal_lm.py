@@ -32,47 +32,15 @@ if TYPE_CHECKING:
 
     from shoal.models.anatomy import Anatomy
 
-END_TOKENS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "<|end|>",
-    "<|im_end|>",
-    "[EOS]",
-    "[SEP]",
-)
-"""Names under which tokenizers keep their end token, best known first."""
-
-
-def end_token_id(tokenizer: Any, *, name: str | None = None) -> int | None:
-    """Id of the tokenizer's end token: of `name` when given, else of the first known name it has.
-
-    Raises DataError when `name` is given and the tokenizer lacks it.
-    """
-    if name is not None:
-        found: int | None = tokenizer.token_to_id(name)
-        if found is None:
-            raise DataError(
-                f"tokenizer: it has no token {name!r}, which its settings name as the end token\n"
-                "    use the tokenizer that belongs to the model"
-            )
-        return found
-    known = (tokenizer.token_to_id(each) for each in END_TOKENS)
-    return next((each for each in known if each is not None), None)
-
 
 class CausalLM(Task):
-    """Next-token prediction. Batches carry labels that are already shifted.
-
-    Nothing is learned from the data; `end_token` (a name) may be among the settings.
-    """
+    """Next-token prediction. Batches carry labels that are already shifted."""
 
     kind = "causal-lm"
     auto_class = "AutoModelForCausalLM"
     packs = True
     causal = True
+    closes_documents = True
     target_name = "target tokens"
     curve = Curve("nats per token", baseline="unigram_loss", baseline_name="word frequencies")
     own_data = "YOUR.txt"
@@ -82,8 +50,7 @@ class CausalLM(Task):
 
         A begin token comes from the tokenizer's own template. Labels come from the packer.
         """
-        texts, tokenizer = [_text(record) for record in records], tools.tokenizer
-        end = end_token_id(tokenizer, name=self.settings.get("end_token"))
+        texts, tokenizer, end = [_text(r) for r in records], tools.tokenizer, tools.end_token_id
         tokenizer.no_truncation()
         tokenizer.no_padding()
         samples = []

@@ -37,6 +37,8 @@ class Tools:
     """What turns raw records into numbers; None: this task does not ask for it."""
 
     tokenizer: Any = None
+    end_token_id: int | None = None
+    """What closes a document; None: nothing does."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class Task(ABC):
     """The auto class of transformers that has this task's head."""
     packs: ClassVar[bool] = False
     """Whether several samples may share a row."""
+    closes_documents: ClassVar[bool] = False
+    """Whether the tokenizer's end token comes after each sample."""
     causal: ClassVar[bool] = False
     """Whether a position is to be predicted from those before it alone."""
     needs_tokenizer: ClassVar[bool] = True

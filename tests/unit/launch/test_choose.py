@@ -18,6 +18,7 @@ from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.job import Inputs
 from shoal.environment import usable_cores
+from shoal.errors import ModelError
 from shoal.launch import choose, local, timings, tune
 from shoal.launch.candidates import Timed, best_of
 from shoal.launch.choose import check_decision_respects_recipe
@@ -176,8 +177,13 @@ def test_what_cannot_be_timed_falls_back_to_all_cores(
 
 
 def test_a_recipe_that_no_worker_can_build_is_told_before_it_starts(bench: Bench) -> None:
-    _, said = chosen(bench, "model.hidden_act=nonsense")
+    _, said = chosen(bench, "train.freeze=[nonsense]")
     assert "warning: a setup could not be timed: " in said and "nonsense" in said
+
+
+def test_a_model_that_transformers_cannot_run_is_refused_before_it_starts(bench: Bench) -> None:
+    with pytest.raises(ModelError, match=r"transformers cannot run it on its rows.*nonsense"):
+        chosen(bench, "model.hidden_act=nonsense")
 
 
 def test_a_run_says_what_was_predicted_of_it(planned: Run) -> None:

@@ -52,6 +52,26 @@ def test_the_configuration_is_the_users(tmp_path: Path) -> None:
     assert (out / "generation_config.json").is_file()
 
 
+def test_generation_settings_survive_and_a_new_tokenizers_ids_are_written(tmp_path: Path) -> None:
+    given = {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "eos_token_id": [2, 7]}
+    model = real_model("llama")
+    out = _export(model, "llama", tmp_path / "kept", generation=given)
+    opened = transformers.GenerationConfig.from_pretrained(out)
+    assert {name: getattr(opened, name) for name in given} == given
+    assert json.loads((out / "generation_config.json").read_text()) == given
+
+    ids = {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
+    out = _export(model, "llama", tmp_path / "new", generation=given, special_tokens=ids)
+    for kind in (transformers.GenerationConfig, transformers.AutoConfig):
+        opened = kind.from_pretrained(out)
+        assert {name: getattr(opened, name) for name in ids} == ids
+    assert transformers.GenerationConfig.from_pretrained(out).temperature == 0.6
+
+    out = _export(model, "llama", tmp_path / "none", special_tokens=ids)
+    opened = transformers.GenerationConfig.from_pretrained(out)
+    assert (opened.eos_token_id, opened.use_cache) == (1, True)
+
+
 def test_large_models_become_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(exporting, "SHARD_SIZE", "20KB")
     out = _export(real_model("qwen3"), "qwen3", tmp_path / "model", dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ from shoal.models.anatomy import anatomy_of, head_parameters
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
 from shoal.tasks.baselines import unigram_nats
-from shoal.tasks.causal_lm import CausalLM, end_token_id
+from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.losses import TokenCrossEntropy
 from shoal.tasks.task import Scores, Tools
 
@@ -24,7 +24,7 @@ def _tokenizer(*special: str) -> Tokenizer:
 def test_documents_close_with_the_end_token() -> None:
     tokenizer = _tokenizer("<|endoftext|>")
     records = [{"text": "the sea"}, {"text": ""}]
-    samples = CausalLM().encode(records, tools=Tools(tokenizer))
+    samples = CausalLM().encode(records, tools=Tools(tokenizer, 0))
     assert samples == [{"input_ids": [1, 2, 0]}, {"input_ids": [0]}]
 
 
@@ -38,7 +38,7 @@ def test_a_template_keeps_its_begin_token_and_no_second_end() -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    samples = CausalLM().encode([{"text": "sea"}], tools=Tools(tokenizer))
+    samples = CausalLM().encode([{"text": "sea"}], tools=Tools(tokenizer, 1))
     assert samples == [{"input_ids": [0, 3, 1]}]
 
 
@@ -50,15 +50,11 @@ def test_a_tokenizer_that_cuts_or_pads_does_not_here() -> None:
     assert samples == [{"input_ids": [0, 1, 2]}]
 
 
-def test_the_end_token_may_be_named() -> None:
+def test_nothing_closes_a_document_where_no_end_token_is_known() -> None:
     tokenizer = _tokenizer("<a>", "</s>")
-    assert end_token_id(tokenizer) == 1
-    assert end_token_id(tokenizer, name="<a>") == 0
-    task = CausalLM({"end_token": "<a>"})
-    assert task.learn([]) == {"end_token": "<a>"}
-    assert task.encode([{"text": "sea"}], tools=Tools(tokenizer)) == [{"input_ids": [3, 0]}]
-    with pytest.raises(DataError, match="no token '<z>'"):
-        end_token_id(tokenizer, name="<z>")
+    records = [{"text": "sea"}]
+    assert CausalLM().encode(records, tools=Tools(tokenizer)) == [{"input_ids": [3]}]
+    assert CausalLM().encode(records, tools=Tools(tokenizer, 0)) == [{"input_ids": [3, 0]}]
 
 
 def test_records_without_text_are_refused() -> None:

@@ -175,6 +175,7 @@ def model_settings(recipe: Recipe, *, inputs: Inputs, task: Task) -> ModelSettin
         vocabulary_size=inputs.vocabulary_size,
         directory=inputs.model_directory,
         task_settings=task.model_settings(),
+        auto_class=task.auto_class,
     )
     return ModelSettings(
         config, task.auto_class, recipe.seed, recipe.model.dropout, recipe.train.freeze

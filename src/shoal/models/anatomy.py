@@ -78,21 +78,24 @@ def ties_of(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 def weight_decay_names(model: nn.Module) -> frozenset[str]:
-    """Canonical names that weight decay applies to: matrices that are no embeddings.
+    """Canonical names that weight decay applies to: weights of projections, whatever their dims.
 
-    Norms and biases are vectors; an embedding row that a batch lacks would decay without a
-    gradient to answer. A head tied to the embedding is an embedding.
+    By the kind of module: norms (a norm of each head has two dims), biases and embeddings are
+    spared; an embedding row that a batch lacks would decay without a gradient to answer. A head
+    tied to the embedding is an embedding.
     """
     spared = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, nn.Embedding)
+        if isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
         for parameter in module.parameters(recurse=False)
     }
     return frozenset(
         name
         for name, parameter in canonical_parameters(model).items()
-        if parameter.dim() >= 2 and id(parameter) not in spared
+        if parameter.dim() >= 2
+        and id(parameter) not in spared
+        and not name.rpartition(".")[2].endswith("bias")
     )
 
 

@@ -29,6 +29,11 @@ _ALSO_KNOWN = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_facto
 _REMOTE_CODE = "auto_map"
 """The key by which a folder asks for classes of its own code: never followed."""
 
+UNQUANTISED = (
+    "use the model's unquantised weights, or save them as floats once (transformers: "
+    "model.dequantize().save_pretrained(DIR))"
+)
+
 _building = threading.Lock()
 
 _COUNTS = (
@@ -223,6 +228,13 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
         ),
         where=str(file),
     )
+    quantised = content.get("quantization_config")
+    if quantised:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ModelError(
+            f"{file}: its weights are quantised ({kind or 'quantization_config'}), and shoal "
+            f"trains floating point weights\n    {UNQUANTISED}"
+        )
     vars(config).pop(_REMOTE_CODE, None)  # nor is it handed on to who reads what we export
     return config
 

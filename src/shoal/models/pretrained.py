@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters, ties_of
+from shoal.models.huggingface import UNQUANTISED, read_config
 from shoal.models.stored import Form
 from shoal.untrusted import (
     LARGEST_HEADER_BYTES,
@@ -58,6 +59,8 @@ class PretrainedWeights:
         self._shapes = _shapes_of(self._files)
         parameters = canonical_parameters(model)
         groups = {group[0]: group for group in ties_of(model)}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._is_untied = not groups and head is not None
         self._whole: dict[str, Tensor] | None = None
         names = {name: name for name in _every_name(model)}
         if _is_converted(model):
@@ -104,12 +107,28 @@ class PretrainedWeights:
             return (whole if cut is None else whole[cut]).to(torch.float32)
         with safe_open(str(self._files[key]), framework="pt") as file:
             part = file.get_tensor(key) if not cut else file.get_slice(key)[cut]
+        if not part.is_floating_point():
+            raise ModelError(
+                f"{self._folder}: {key} holds {part.dtype} numbers, which are no weights to train: "
+                f"the folder is quantised\n    {UNQUANTISED}"
+            )
         result: Tensor = part.to(torch.float32)
+        if not bool(result.isfinite().all()):
+            raise ModelError(
+                f"{self._folder}: {key} holds values that are not finite (NaN or infinite)\n"
+                "    fetch the model again, or use the weights of before the run that made it"
+            )
         return result
 
     def notes(self) -> list[str]:
-        """What the user should know: parameters drawn afresh, tensors left aside."""
+        """What the user should know: parameters drawn afresh, tensors left aside, ties undone."""
         lines = []
+        said = read_config(path=self._folder).get_text_config() if self._is_untied else None
+        if getattr(said, "tie_word_embeddings", False):
+            lines.append(
+                f"{self._folder.name}: embeddings and head are tied in config.json, but the file "
+                "has other values for each: trained and written untied, as transformers loads it"
+            )
         if self.missing:
             lines.append(f"not in {self._folder.name}, drawn afresh: {_listed(self.missing)}")
         if self.unused:
@@ -127,6 +146,27 @@ class PretrainedWeights:
             "    the configuration does not describe these weights: remove the keys under model "
             "that change sizes"
         )
+
+
+def has_own_head(folder: str | Path, *, model: nn.Module) -> bool:
+    """Whether the file has other values for names that the configuration ties to one another.
+
+    transformers then loads them untied. Reads the values of tied names only, and only where more
+    than one of them is stored. Raises ModelError for a folder that cannot be read.
+    """
+    files = _files_of(Path(folder))
+    shapes = _shapes_of(files)
+    names = {name: name for name in _every_name(model)}
+    stored = _renamed(shapes, names, str(getattr(model, "base_model_prefix", "")))
+    for group in ties_of(model):
+        there = [stored[name] for name in group if name in stored]
+        tensors = []
+        for key in there if len(there) > 1 else ():
+            with safe_open(str(files[key]), framework="pt") as file:
+                tensors.append(file.get_tensor(key))
+        if any(not torch.equal(each, tensors[0]) for each in tensors[1:]):
+            return True
+    return False
 
 
 def _files_of(folder: Path) -> dict[str, Path]:

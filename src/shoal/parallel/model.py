@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.config.recipe import ConfiguredModel, ModelSection
-from shoal.models.huggingface import read_config
+from shoal.models.huggingface import build_meta, read_config
+from shoal.models.pretrained import has_own_head
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ def model_config(
     vocabulary_size: int | None,
     directory: str | None,
     task_settings: dict[str, Any],
+    auto_class: str,
 ) -> Any:
     """The configuration that a recipe's model section names.
 
@@ -41,4 +43,10 @@ def model_config(
         return read_config(
             architecture=chosen.architecture, settings=settings, vocabulary_size=size
         )
-    return read_config(architecture=None, settings=task_settings, path=directory)
+    config = read_config(architecture=None, settings=task_settings, path=directory)
+    text = config.get_text_config()
+    if directory is not None and getattr(text, "tie_word_embeddings", False):
+        model = build_meta(config, auto_class=auto_class)
+        if has_own_head(directory, model=model):
+            config.tie_word_embeddings = text.tie_word_embeddings = False
+    return config

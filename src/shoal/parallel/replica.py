@@ -112,14 +112,15 @@ def build_replica(settings: ModelSettings) -> Replica:
     for name in frozen:
         named[name].requires_grad_(False)
     inside = anatomy.blocks + "."
-    matrices = frozenset(n for n, p in named.items() if n.startswith(inside) and p.dim() == 2)
+    decayed = weight_decay_names(model)
+    matrices = frozenset(n for n in decayed if n.startswith(inside) and named[n].dim() == 2)
     return Replica(
         settings,
         model,
         anatomy=anatomy,
         record=init.record(model),
         shapes={name: tuple(each.shape) for name, each in named.items()},
-        decayed=weight_decay_names(model),
+        decayed=decayed,
         frozen=frozenset(frozen),
         matrices=matrices,
         notes=notes,

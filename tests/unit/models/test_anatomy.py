@@ -122,8 +122,9 @@ def test_a_class_with_logits_of_its_own_keeps_them_and_warns() -> None:
         checked = check_logits(model, anatomy)
     assert checked.whole_logits and not anatomy.whole_logits
     batch = packed_batch()
-    own = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-    whole = logits_of(model)(hidden_of(model, {n: batch[n] for n in ("input_ids", "position_ids")}))
+    row = {name: batch[name] for name in ("input_ids", "position_ids")}
+    own = model(**row, use_cache=False).logits
+    whole = logits_of(model)(hidden_of(model, row))
     assert whole.shape[-1] == VOCABULARY and torch.allclose(whole, own, atol=1e-6)
     assert head_parameters(model) == []
 
@@ -169,3 +170,16 @@ def test_dropout_before_the_head_belongs_to_the_hidden_states() -> None:
 def test_auto_class_gives_the_tasks_head() -> None:
     assert type(meta_model("bert")).__name__ == "BertForTokenClassification"
     assert auto_class_of("bert") == "AutoModelForTokenClassification"
+
+
+def test_no_norm_bias_or_embedding_decays_whatever_its_dims() -> None:
+    """Cohere's norm of each head has two dims; GPT-2's tables and Conv1D have two as well."""
+    model = meta_model("cohere", use_qk_norm=True)
+    named, decayed = dict(model.named_parameters()), weight_decay_names(model)
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    assert named[norm].dim() == 2 and norm not in decayed
+    kinds = {name.split(".")[-2] for name in decayed}
+    assert kinds == {*("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
+    assert {n.split(".")[-2] for n in weight_decay_names(meta_model("gpt2"))} == {
+        *("c_attn", "c_proj", "c_fc")
+    }

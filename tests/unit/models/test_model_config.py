@@ -15,7 +15,7 @@ def test_recipe_keys_reach_the_configuration() -> None:
         settings={"hidden_size": 64, "num_attention_heads": 4},
         vocabulary_size=99,
     )
-    assert (config.hidden_size, config.vocab_size, config.use_cache) == (64, 99, False)
+    assert (config.hidden_size, config.vocab_size) == (64, 99)
 
 
 def test_a_set_vocabulary_may_exceed_the_tokenizers() -> None:

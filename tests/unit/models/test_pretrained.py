@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import SETTINGS, VOCABULARY, auto_class_of, config_of, meta_model, real_model
 from torch import nn
-from transformers import BertForMaskedLM, BertModel
+from transformers import AutoModelForCausalLM, BertForMaskedLM, BertModel
 
 from shoal.boxes import Box
+from shoal.config.recipe import PretrainedModel
 from shoal.errors import ModelError
-from shoal.models.anatomy import canonical_parameters
+from shoal.models.anatomy import canonical_parameters, hidden_of, logits_of
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
-from shoal.models.pretrained import PretrainedWeights
+from shoal.models.pretrained import PretrainedWeights, has_own_head
+from shoal.parallel.model import model_config
 
 
 def _saved(family: str, folder: Path) -> nn.Module:
@@ -156,3 +158,70 @@ def test_sizes_of_another_model_are_refused(tmp_path: Path) -> None:
 
 def test_auto_classes_of_the_table() -> None:
     assert auto_class_of("llama") == "AutoModelForCausalLM"
+
+
+def tied_and_not(folder: Path) -> None:
+    """A folder that says tied in config.json and has a head of its own in its file."""
+    _saved("llama", folder)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = torch.randn(embedding.shape, generator=torch.Generator())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_head_of_its_own_is_loaded_untied_as_transformers_does(tmp_path: Path) -> None:
+    tied_and_not(tmp_path)
+    config = model_config(
+        PretrainedModel(kind="pretrained", path=str(tmp_path)),
+        vocabulary_size=None,
+        directory=str(tmp_path),
+        task_settings={},
+        auto_class="AutoModelForCausalLM",
+    )
+    model = build_meta(config, auto_class="AutoModelForCausalLM")
+    source = PretrainedWeights(tmp_path, model=model)
+    assert "trained and written untied" in source.notes()[0]
+    _filled(model, source)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    expected = theirs(input_ids=ids).logits
+    found = logits_of(model)(hidden_of(model, {"input_ids": ids}))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+
+
+def test_a_head_stored_beside_its_equal_embedding_stays_tied(tmp_path: Path) -> None:
+    saved = _saved("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert not has_own_head(tmp_path, model=saved)
+
+
+def test_quantised_folders_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    _saved("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    whole = {**tensors, name: (tensors[name] * 100).to(torch.int8)}
+    save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = PretrainedWeights(tmp_path, model=meta_model("llama"))
+    with pytest.raises(ModelError, match=rf"(?s){name} holds torch.int8.*unquantised weights"):
+        source.tensor(name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"(?s)its weights are quantised \(bitsandbytes\)"):
+        read_config(path=tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    _saved("gpt2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    tensors[name][3, 3] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = PretrainedWeights(tmp_path, model=meta_model("gpt2"))
+    with pytest.raises(ModelError, match=rf"{name} holds values that are not finite"):
+        source.tensor(name)

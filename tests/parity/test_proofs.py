@@ -42,7 +42,8 @@ def test_a_right_layout_is_proven(bench: Bench, layout: tuple[str, ...]) -> None
     assert found.proven, str(found)
     assert found.cause is None
     assert found.largest["loss"][0] < 1e-6
-    assert set(found.largest) == {"loss", "gradient", "norm", "parameter", "round trip"}
+    assert set(found.largest) == {"loss", "gradient", "norm", "parameter", "round trip", "opened"}
+    assert found.largest["opened"][0] < 1e-6
     # the tolerance says what rounding does, not what a mistake does
     assert max(found.tolerance.gradients.values()) < 1e-3
     assert found.tolerance.rounding is not None

@@ -22,6 +22,7 @@ def merge(
     """Merge the newest good checkpoint of a run, or the one named, into one Hugging Face model."""
     from shoal.checkpoint.store import Store
     from shoal.engine.export import merge as write
+    from shoal.engine.export import opened_by_transformers
     from shoal.errors import RunError, UserError
     from shoal.launch.directory import open_run
     from shoal.units import parse_bytes
@@ -39,9 +40,12 @@ def merge(
     else:
         store = Store(open_run(source) / "checkpoints")
         step = store.newest_good(on_bad=lambda at, why: print(f"passing over step {at}: {why}"))
-    difference = write(store.open(step), out=out, limit_bytes=limit)
+    reader = store.open(step)
+    difference = write(reader, out=out, limit_bytes=limit)
     if difference is None:
         checked = "every byte read is the one saved (hashes); logits not compared: --memory-limit"
     else:
         checked = f"its logits are those saved (difference {difference:.1e})"
     print(f"{out}: the model of step {step}; {checked}")
+    if limit is None and (opened := opened_by_transformers(reader, out=out)) is not None:
+        print(f"opened by transformers it {opened}")

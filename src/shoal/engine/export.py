@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from shoal.checkpoint.store import Reader
 from shoal.config.recipe import Recipe
 from shoal.data.special import SpecialTokens
 from shoal.engine.job import Inputs
+from shoal.engine.opened import logged_and_opened
 from shoal.engine.saving.parts import SavedKind
 from shoal.engine.training import Training
 from shoal.errors import RunError
@@ -28,6 +30,9 @@ from shoal.models.huggingface import (
 )
 from shoal.models.stored import Weights
 from shoal.tasks.kinds import create
+
+_SAME_LOSS = 1e-5
+"""Relative, in float32; measured below 1e-6."""
 
 
 def fingerprint_of(training: Training) -> list[float]:
@@ -109,6 +114,33 @@ def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float
         limit_bytes=limit_bytes,
     )
     return difference
+
+
+def opened_by_transformers(reader: Reader, *, out: Path) -> str | None:
+    """How the merged folder's loss, by plain transformers, compares with what the run logged.
+
+    In words; None where the run logged nothing to compare with. Raises RunError when they differ.
+    """
+    inputs = Inputs.from_json(reader.state["inputs"])
+    weights, step = SavedWeights(reader), int(reader.state["progress"]["step"])
+    found = logged_and_opened(
+        out,
+        run=reader.folder.parent.parent,
+        step=step,
+        recipe=Recipe.model_validate(reader.state["recipe"]),
+        inputs=inputs,
+        num_parameters=sum(math.prod(shape) for shape in weights.shapes.values()),
+    )
+    if found is None:
+        return None
+    logged, opened = found
+    apart = abs(logged - opened) / max(abs(logged), 1e-6)
+    if not apart <= _SAME_LOSS:
+        raise RunError(
+            f"{out}: opened by transformers it gives an evaluation loss of {opened:.6g}, where the "
+            f"run logged {logged:.6g} at step {step}. Do not use it, and report this"
+        )
+    return f"gives the evaluation loss that the run logged: {opened:.6g} (difference {apart:.1e})"
 
 
 def check_fingerprint(model: nn.Module, saved: list[float], *, where: str) -> float:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.models.huggingface import build_meta
+from shoal.models.huggingface import build_meta, quietly
 from shoal.models.stored import Form, InMemory, Weights, check_names
 from shoal.models.writing import write_tensors
 
@@ -75,7 +74,7 @@ def export(
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         write_tensors(scratch, Form(model), weights, limit_bytes=limit_bytes, shard_size=SHARD_SIZE)
-        with _quiet():
+        with quietly():
             model.save_pretrained(scratch / "empty", state_dict={})  # type: ignore[operator]
         for file in (scratch / "empty").iterdir():
             if file.suffix == ".json":
@@ -95,20 +94,6 @@ def export(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bar, which would break into shoal's."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _prepare(model: nn.Module, config: Any, special_tokens: Mapping[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,36 @@ def build_reference(config: Any, *, auto_class: str) -> nn.Module:
     return _built(config, auto_class=auto_class, attention_name="eager").eval()
 
 
+def open_folder(folder: str | Path, *, auto_class: str) -> nn.Module:
+    """A folder as transformers opens it for its users: eager attention, float32, eval mode."""
+    import transformers
+
+    with quietly():
+        model: nn.Module = getattr(transformers, auto_class).from_pretrained(
+            str(folder),
+            attn_implementation="eager",
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' own progress bar, which would break into shoal's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _built(config: Any, *, auto_class: str, attention_name: str) -> nn.Module:
     import transformers
 
@@ -264,9 +295,7 @@ def _refuse_unknown(architecture: str, settings: Mapping[str, Any]) -> None:
             f"model.architecture: transformers knows no {architecture!r}\n    "
             f"{hint if hint.startswith('did') else 'examples: llama, qwen3, gpt2, bert'}"
         )
-    default = CONFIG_MAPPING[architecture]()
-    known = {key for key in default.to_dict() if not key.startswith("_")} | _ALSO_KNOWN
-    known |= set(default.attribute_map)
+    known = known_settings(architecture)
     unknown = [key for key in settings if key not in known]
     if unknown:
         lines = [f"    model.{key}: {nearest(key, known)}" for key in unknown]
@@ -274,6 +303,15 @@ def _refuse_unknown(architecture: str, settings: Mapping[str, Any]) -> None:
             f"model: {architecture} has no setting {', '.join(map(repr, unknown))}\n"
             + "\n".join(lines)
         )
+
+
+def known_settings(architecture: str) -> set[str]:
+    """Keys that the configuration class of a model type takes; files of folders carry others."""
+    from transformers import CONFIG_MAPPING
+
+    default = CONFIG_MAPPING[architecture]()
+    known = {key for key in default.to_dict() if not key.startswith("_")} | _ALSO_KNOWN
+    return known | set(default.attribute_map)
 
 
 def _guarded(make: Callable[[], Any], *, where: str) -> Any:

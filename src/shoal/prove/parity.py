@@ -16,19 +16,26 @@ from pathlib import Path
 
 import torch
 
+from shoal.checkpoint.store import Store
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe
 from shoal.config.recipe import ConfiguredModel, Recipe
+from shoal.data.stream import Stream
+from shoal.engine.export import merge
 from shoal.engine.instruments.mistakes import MISTAKES
+from shoal.engine.opened import loss_of_rows
 from shoal.errors import ConfigError, Problem, nearest
 from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.launch.prepare import prepare_inputs
-from shoal.layout import Layout
-from shoal.prove.certificate import Certificate, Failure, judge, tolerance_from
+from shoal.layout import Layout, Share
+from shoal.models.dropout import wants_dropout
+from shoal.models.huggingface import config_from
+from shoal.prove.certificate import OPENED, Certificate, Failure, judge, tolerance_from
 from shoal.prove.diagnose import cause_of
-from shoal.prove.recording import figures_of, relative
+from shoal.prove.recording import Recording, figures_of, relative
 from shoal.prove.runs import Runs, Say
 from shoal.prove.subject import proof_layout, proof_recipe
+from shoal.tasks.kinds import create
 
 
 def prove(
@@ -111,8 +118,31 @@ def _prove(
         if not apart <= tolerance.loss:
             failures.append(Failure("round trip", "loss", None, apart, tolerance.loss))
             certificate.cause = "the checkpoint does not hold what the layout had"
+        if float32:
+            _open(certificate, runs, recipe, cut, at=max(1, steps // 2))
     certificate.proven = not failures
     return certificate
+
+
+def _open(certificate: Certificate, runs: Runs, recipe: Recipe, cut: Recording, *, at: int) -> None:
+    """The layout's save, merged and opened by transformers, against the next loss it logged."""
+    reader = Store(runs.out / "back" / "checkpoints").open(at)
+    drops = wants_dropout(config_from(reader.state["model_config"]))
+    if drops and recipe.model.dropout != "off":
+        return  # transformers drops nothing where it is opened
+    samples = recipe.train.global_batch_samples
+    data = Path(runs.inputs.data_directory)
+    stream = Stream(data, seed=recipe.seed, global_batch_samples=samples)
+    batch = stream.at(at, Share(0, samples))
+    rows = [{name: each[row] for name, each in batch.items()} for row in range(samples)]
+    folder = runs.out / "opened"
+    merge(reader, out=folder)
+    task = create(recipe.task.kind, settings=runs.inputs.task_settings, options=recipe.task)
+    apart = relative(loss_of_rows(folder, task=task, rows=rows), cut.losses[at])
+    certificate.largest["opened"] = (apart, "transformers, with the merged folder of a save")
+    if not apart <= OPENED:
+        certificate.failures.append(Failure("opened", "loss", at, apart, OPENED))
+        certificate.cause = "the exported model is not the one that was trained"
 
 
 def _described(recipe: Recipe) -> str:

@@ -103,7 +103,7 @@ def _small(
     recipe: Recipe, config: Mapping[str, Any], *, inputs: Inputs, layout: Layout
 ) -> dict[str, Any]:
     """The model section of a small model of the same kind."""
-    from shoal.models.huggingface import read_config
+    from shoal.models.huggingface import known_settings, read_config
 
     model = recipe.model
     if isinstance(model, ConfiguredModel):
@@ -114,7 +114,7 @@ def _small(
         kept = model.settings
     else:
         full, kept = read_config(path=inputs.model_directory), dict(config)
-        known = full.to_dict()
+        known = known_settings(full.model_type)
         dropped = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version"}
         kept = {k: v for k, v in kept.items() if k in known and k not in dropped and k[0] != "_"}
         kept = {k: v for k, v in kept.items() if k not in ("num_labels", "id2label", "label2id")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -107,10 +108,29 @@ def test_config_list_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usable cores" in said and "gloo" in said and "SHOAL_CACHE moves it" in said
 
 
+def test_a_merge_that_transformers_opens_to_another_loss_is_an_error(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = bench.new_path()
+    shutil.copytree(bench.run().path, copied)
+    log = copied / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        if "evaluation_loss" in row:
+            row["evaluation_loss"] *= 1.001
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        main(["merge", str(copied), "--out", str(bench.new_path())])
+    said = capsys.readouterr().err
+    assert "opened by transformers it gives an evaluation loss of" in said
+    assert "where the run logged" in said and "report this" in said
+
+
 def test_merge_generate_and_verify(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     run, model = bench.run(), bench.new_path()
     said = ask(capsys, "merge", run.path, "--out", model)
     assert f"{model}: the model of step 30; its logits are those saved" in said
+    assert "opened by transformers it gives the evaluation loss that the run logged: " in said
     merged = (model / "model.safetensors").read_bytes()
     assert merged == (run.path / "model/model.safetensors").read_bytes()
     bounded = bench.new_path()

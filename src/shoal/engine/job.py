@@ -24,6 +24,8 @@ class Inputs:
     validation_samples: int
     counts: dict[str, int] = field(default_factory=dict)
     """Of the part that is trained on: documents, samples, tokens, targets. Empty in older runs."""
+    content: dict[str, str] = field(default_factory=dict)
+    """Hashes of data, tokenizer and model folder, which a resume compares. Empty in older runs."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

@@ -23,7 +23,7 @@ from shoal.launch.directory import write_whole
 from shoal.launch.measuring import measuring_job, wait_for_imports
 from shoal.launch.memory import memory_of_worker
 from shoal.launch.pool import WorkerPool
-from shoal.launch.refuse import check, refuse_illegal, trained_config
+from shoal.launch.refuse import check, combination_of, refuse, refuse_illegal, trained_config
 from shoal.launch.timings import machine_key, tuned
 from shoal.layout import Layout
 from shoal.legal import OWN_PARAMETERS
@@ -103,6 +103,21 @@ def check_decision_respects_recipe(recipe: Recipe, decision: Decision) -> None:
     for key, (wanted, got) in given.items():
         if wanted not in ("auto", got):
             raise RuntimeError(f"{key}: the recipe says {wanted}, the plan took {got}")
+
+
+def check_decision(recipe: Recipe, decision: Decision) -> None:
+    """What was decided earlier goes with the recipe. Raises ConfigError, RuntimeError."""
+    check_decision_respects_recipe(recipe, decision)
+    micro, threads = decision.micro_batch_samples, decision.threads_per_worker
+    if min(micro, threads) < 1:
+        raise ConfigError([Problem("plan", f"micro batch {micro}, {threads} threads a worker")])
+    refuse(
+        replace(
+            combination_of(recipe, decision.layout),
+            workers=decision.workers if decision.layout.workers > 1 else "processes",
+            micro_batch_samples=micro,
+        )
+    )
 
 
 def decide_joined(

@@ -41,7 +41,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
 def check(recipe: Recipe) -> Layout:
     """Refuse what cannot run, before anything is fetched or started. Raises ConfigError."""
     layout = given_layout(recipe)
-    _refuse(combination_of(recipe, layout))
+    refuse(combination_of(recipe, layout))
     return layout
 
 
@@ -88,10 +88,11 @@ def refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any])
         asked = asked.of_model(facts_from_config(config))
     except ModelError:
         asked = replace(asked, family=str(config.get("model_type")))
-    _refuse(asked)
+    refuse(asked)
 
 
-def _refuse(asked: Combination) -> None:
+def refuse(asked: Combination) -> None:
+    """Raises ConfigError for what is not legal together."""
     found = problems(asked)
     if found:
         raise ConfigError(found)

@@ -14,16 +14,18 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shoal.comm.group import ProcessGroup
 from shoal.comm.messages import broadcast_json
 from shoal.config.anchor import anchored
-from shoal.config.load import load_recipe, to_yaml
+from shoal.config.load import load_recipe
+from shoal.config.locked import Difference
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
-from shoal.engine.job import Job
+from shoal.engine.job import Inputs, Job
 from shoal.engine.measure import measured_formats
 from shoal.engine.membership.agree import check_same_program
 from shoal.engine.worker import WorkerArguments, run_worker
@@ -31,10 +33,10 @@ from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
-from shoal.launch.directory import claim, hold, open_run, write_whole
-from shoal.launch.local import decision_before, resumed_recipe
+from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run
+from shoal.launch.local import announced, decision_before, resumed_recipe, write_beginning
 from shoal.launch.opening import say_opening
-from shoal.launch.prepare import prepare_inputs
+from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check_trackers
 from shoal.launch.summary import last_words, write_summary
 from shoal.observe.console import Console
@@ -45,52 +47,82 @@ from shoal.runtime import choose_device, start_process_group, stop_process_group
 _TIMEOUT_SECONDS = 1800.0
 
 
-def join(recipe: str, overrides: Sequence[str], *, out: Path | None, rendezvous: Rendezvous) -> int:
+def join(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    out: Path | None,
+    rendezvous: Rendezvous,
+    go_on: bool = False,
+) -> int:
     """Train as the worker that `rendezvous` names; returns the exit status of this process.
 
-    Raises ConfigError for a recipe that does not go with the number of workers.
+    `go_on`: if `out` holds a run of this recipe, go on with it. Raises ConfigError for a recipe
+    that does not go with the number of workers.
     """
+    if go_on and out is not None and is_run(out):
+        return join_resume(out, overrides, rendezvous=rendezvous, recipe=recipe)
     resolved = _recipe(recipe, overrides, size=rendezvous.world_size)
     name = Path(recipe).stem
 
     def prepare(console: Console) -> Job:
         run = claim(out, name=name)
         console.phase(f"run directory {run}")
-        job = _job(resolved, run, rendezvous=rendezvous, console=console)
-        write_whole(run / "config.yaml", to_yaml(resolved))
-        write_whole(run / "plan.json", json.dumps(job.decision.to_json(), indent=1) + "\n")
-        return job
+        inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
+        return _job(resolved, run, inputs=inputs, rendezvous=rendezvous, console=console)
 
     return _joined(resolved, prepare, rendezvous=rendezvous, name=name)
 
 
-def join_resume(run: Path, overrides: Sequence[str], *, rendezvous: Rendezvous) -> int:
+def join_resume(
+    run: Path,
+    overrides: Sequence[str],
+    *,
+    rendezvous: Rendezvous,
+    data_changed: bool = False,
+    recipe: str | None = None,
+) -> int:
     """Go on with `run` as the worker that `rendezvous` names; returns this process's exit status.
 
-    As many replicas as torchrun has started go on, whatever the run had before. Raises RunError for
-    what is no run, ConfigError for overrides that would make it another run.
+    As many replicas as torchrun has started go on, whatever the run had before. `data_changed`,
+    `recipe`: as in local.py. Raises RunError for what is no run, ConfigError for what would make
+    it another run.
     """
     folder = open_run(run)
-    inside = given_layout(resumed_recipe(folder, list(overrides))).replica_workers
+    first = resumed_recipe(folder, list(overrides), recipe=recipe)
+    inside = given_layout(first).replica_workers
     given = [text for text in overrides if text.startswith("parallel.replicate=")]
     wanted = [*overrides, *_as_started(rendezvous.world_size, inside=inside, given=bool(given))]
-    resolved = resumed_recipe(folder, wanted)
+    resolved = resumed_recipe(folder, wanted, recipe=recipe)
     _check_size(resolved, size=rendezvous.world_size)
+    new: list[Difference] = []
 
     def prepare(console: Console) -> Job:
         console.phase(f"resuming {folder}")
-        before = decision_before(folder, list(overrides))
-        same = before is not None and before.layout.workers == rendezvous.world_size
+        new.extend(announced(folder, resolved, console=console))
+        inputs, other = resumed_inputs(
+            folder,
+            resolved,
+            data_changed=data_changed,
+            say=console.phase,
+            progress=console.progress,
+        )
+        before = decision_before(folder, resolved, new=new, say=console.line)
+        if before is not None and before.layout.workers != rendezvous.world_size:
+            before = None
         job = _job(
             resolved,
             folder,
+            inputs=inputs,
             rendezvous=rendezvous,
             console=console,
-            decision=before if same else None,
+            decision=before,
         )
-        return replace(job, resume=True)
+        new.extend(other)
+        return replace(job, resume=anything_to_resume(folder, say=console.line))
 
-    return _joined(resolved, prepare, rendezvous=rendezvous, name=str(folder / "config.yaml"))
+    name = str(folder / "config.yaml")
+    return _joined(resolved, prepare, rendezvous=rendezvous, name=name, new=new)
 
 
 def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
@@ -100,7 +132,12 @@ def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
 
 
 def _joined(
-    recipe: Recipe, prepare: Callable[[Console], Job], *, rendezvous: Rendezvous, name: str
+    recipe: Recipe,
+    prepare: Callable[[Console], Job],
+    *,
+    rendezvous: Rendezvous,
+    name: str,
+    new: list[Difference] | None = None,
 ) -> int:
     """Meet the others, let rank 0 prepare for all, and train."""
     device = choose_device(recipe.launch.device, local_rank=rendezvous.local_rank)
@@ -113,13 +150,18 @@ def _joined(
     )
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        return _meet_and_train(recipe, prepare, rendezvous=rendezvous, name=name)
+        return _meet_and_train(recipe, prepare, rendezvous=rendezvous, name=name, new=new)
     finally:
         stop_process_group()
 
 
 def _meet_and_train(
-    recipe: Recipe, prepare: Callable[[Console], Job], *, rendezvous: Rendezvous, name: str
+    recipe: Recipe,
+    prepare: Callable[[Console], Job],
+    *,
+    rendezvous: Rendezvous,
+    name: str,
+    new: list[Difference] | None = None,
 ) -> int:
     payload: dict[str, Any] = {}
     try:
@@ -147,7 +189,8 @@ def _meet_and_train(
             with open(os.devnull, "wb") as nowhere:
                 return run_worker(job, arguments=arguments, report=Report(nowhere.fileno()))
         console.steps = recipe.train.steps or console.steps
-        return _lead(job, arguments=arguments, console=console, recipe=name)
+        begun = partial(write_beginning, job, [] if new is None else new)
+        return _lead(job, arguments=arguments, console=console, recipe=name, begun=begun)
 
 
 def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
@@ -183,13 +226,13 @@ def _job(
     recipe: Recipe,
     run: Path,
     *,
+    inputs: Inputs,
     rendezvous: Rendezvous,
     console: Console,
     decision: Decision | None = None,
 ) -> Job:
     """What rank 0 prepares for all; `decision`: what was decided before, if it still fits."""
     check_trackers(recipe.observe)
-    inputs = prepare_inputs(recipe, say=console.phase, progress=console.progress)
     if decision is None:
         cores = max(1, usable_cores() // rendezvous.local_world_size)
         formats = measured_formats(recipe.launch.device)
@@ -198,10 +241,17 @@ def _job(
     return Job(recipe=recipe, run=run, inputs=inputs, decision=decision)
 
 
-def _lead(job: Job, *, arguments: WorkerArguments, console: Console, recipe: str) -> int:
+def _lead(
+    job: Job,
+    *,
+    arguments: WorkerArguments,
+    console: Console,
+    recipe: str,
+    begun: Callable[[], None],
+) -> int:
     """Train as rank 0, showing what it reports; then write the summary."""
     read, write = os.pipe()
-    attempt = Attempt(console)
+    attempt = Attempt(console, begun)
 
     def show() -> None:
         with open(read, encoding="utf-8") as lines:

@@ -142,7 +142,9 @@ def test_a_tokenizer_that_is_gone_cannot_be_kept(
     run = paused(bench, corpus)
     shutil.rmtree(tmp_path / "cache")
     grow(corpus)
-    with pytest.raises(RunError, match="the tokenizer that .* was trained with is gone from there"):
+    with pytest.raises(
+        RunError, match=r"the tokenizer that .* was trained with is gone from there"
+    ):
         local.resume(run.path, data_changed=True, console=False, pool=bench.pool)
 
 

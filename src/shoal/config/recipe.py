@@ -243,6 +243,21 @@ ScheduleSection = Annotated[
 ]
 
 
+class Until(Section):
+    """When a run may end before its last step, judged at each evaluation."""
+
+    evaluation_loss: float | None = None
+    """End once the evaluation loss is at most this; None: never."""
+    patience: Count | None = None
+    """End after so many evaluations in a row that were no better than the best; None: never."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Until:
+        if self.evaluation_loss is None and self.patience is None:
+            raise ValueError("give `evaluation_loss`, `patience` or both; or null instead")
+        return self
+
+
 class TrainSection(Section):
     """How long, with which batch, and how the weights move."""
 
@@ -252,6 +267,13 @@ class TrainSection(Section):
     """Passes over the training data; or give `steps`."""
     stop_after_steps: Count | None = None
     """End early, resumable, without changing the schedule."""
+    until: Until | None = None
+    """End early, done, when this is reached; None: after the last step only."""
+    on_divergence: Literal["stop", "warn", "ignore"] = "stop"
+    """What follows when the loss stays above its start (the highest of the first five steps, at
+    most 1.5 times the first) or is not finite: stop, without a save, exit status 1; or say so."""
+    divergence_steps: Count = 50
+    """For so many steps in a row."""
     exact: bool = False
     """The same bits in any replicate degree and kind of worker (slower)."""
     global_batch_samples: Count = 32
@@ -273,6 +295,8 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `steps` and `epochs` (null takes one away)")
+        if self.until is not None and not self.evaluate_every_steps:
+            raise ValueError("`until` is judged at evaluations: set `evaluate_every_steps`")
         if (
             self.micro_batch_samples != "auto"
             and self.global_batch_samples % self.micro_batch_samples
@@ -414,8 +438,18 @@ class CheckpointSection(Section):
     """0: only at the end and when stopped."""
     keep: Count = 2
     """Newest checkpoints that are kept; older ones are deleted."""
+    keep_best: bool = True
+    """Save after the evaluation with the lowest loss so far, and keep that save as well."""
+    model: Literal["last", "best"] = "last"
+    """What RUN/model is written from: the end of the run, or the best save (`keep_best`)."""
     background: bool = True
     """Copy the state and write it while the steps go on; the last save is always waited for."""
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> CheckpointSection:
+        if self.model == "best" and not self.keep_best:
+            raise ValueError("`model: best` needs `keep_best: true`")
+        return self
 
 
 class LaunchSection(Section):
@@ -478,3 +512,9 @@ class Recipe(Section):
     """What a worker is."""
     observe: ObserveSection = ObserveSection()
     """Where numbers go."""
+
+    @model_validator(mode="after")
+    def _best_of_some(self) -> Recipe:
+        if self.checkpoint.model == "best" and not self.train.evaluate_every_steps:
+            raise ValueError("checkpoint.model: best needs train.evaluate_every_steps above 0")
+        return self

@@ -113,6 +113,9 @@ class RunLog:
             text = f"step skipped: {why}{named}"
             self.sink.event("skipped", {"step": step, "ranks": culprits, "text": text})
             return
+        warning = self._training.watch.begins_to_diverge
+        if warning is not None:
+            self.sink.event("diverging", {"step": step, "text": warning})
         for name, fields in self._outliers.look(loss=outcome.step.loss, norms=outcome.step.norms):
             self.sink.event(name, {"step": step, **fields})
 

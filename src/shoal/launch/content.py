@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -15,7 +14,7 @@ from shoal.config.locked import Difference
 from shoal.data.prepare import Prepared
 from shoal.data.tokenize import tokenizer_key
 from shoal.engine.job import Inputs
-from shoal.errors import CheckpointError, RunError
+from shoal.errors import RunError
 
 _WHOLE_BYTES = 1 << 26
 _BLOCKS = 64
@@ -55,12 +54,13 @@ def _folder_hash(folder: Path) -> str:
 
 def saved_inputs(run: Path) -> tuple[int, Inputs] | None:
     """The newest step saved whose manifest can be read, and what it was trained on."""
-    folders = (run / "checkpoints").glob("step-*")
-    for folder in sorted(folders, key=lambda path: (len(path.name), path.name), reverse=True):
-        with suppress(CheckpointError, KeyError, msgspec.ValidationError):
-            manifest = Manifest.read(folder)
-            return manifest.step, msgspec.convert(manifest.state["inputs"], type=Inputs)
-    return None
+    manifest = Manifest.newest(run / "checkpoints")
+    if manifest is None:
+        return None
+    try:
+        return manifest.step, msgspec.convert(manifest.state["inputs"], type=Inputs)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise RunError(f"{run}: the save of step {manifest.step} does not say: {error}") from None
 
 
 def compare(

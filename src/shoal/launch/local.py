@@ -23,12 +23,13 @@ from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import check_decision, choose
 from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run, write_whole
+from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.opening import say_opening
 from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check, check_trackers
-from shoal.launch.summary import write_summary
+from shoal.launch.summary import check_ending, write_summary
 from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
@@ -78,7 +79,7 @@ def train(
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
         show.phase(f"run directory {run}; preparing the data")
         inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        _await_imports(workers, console=show)
+        wait_for_imports(workers, console=show)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
         job = Job(
@@ -130,15 +131,6 @@ def _resolved(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | Iterab
     return resolved
 
 
-def _await_imports(pool: WorkerPool, *, console: Console) -> None:
-    """Wait until workers can be forked, under the name of what is waited for."""
-    if pool.ready_seconds is None:
-        console.phase("importing torch and transformers, for all workers")
-    while pool.ready_seconds is None:
-        for _ in pool.events(timeout_seconds=1.0, only=[]):
-            pass
-
-
 def _open(recipe: Recipe, inputs: Inputs, decision: Decision, *, console: Console) -> None:
     """Say what is trained. Raises ConfigError for what cannot fit into memory."""
     say_opening(recipe, inputs=inputs, decision=decision, console=console)
@@ -187,7 +179,7 @@ def _resume(
         inputs, other = resumed_inputs(
             folder, resolved, data_changed=data_changed, say=show.phase, progress=show.progress
         )
-        _await_imports(workers, console=show)
+        wait_for_imports(workers, console=show)
         decision = decision_before(folder, resolved, new=new, say=show.line)
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
@@ -298,5 +290,6 @@ def _run(
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
     console.phase(f"writing {run / 'summary.json'} and loss.png")
-    summary = write_summary(run, done=attempt.done, decision=decision)
+    summary = write_summary(run, done=attempt.done, decision=decision, say=console.line)
+    check_ending(run, summary)
     return Result(run, summary)

@@ -6,6 +6,8 @@ On several machines the run directory and the cache must be on storage that all 
 
 from __future__ import annotations
 
+import faulthandler
+import io
 import json
 import os
 import signal
@@ -38,13 +40,15 @@ from shoal.launch.local import announced, decision_before, resumed_recipe, write
 from shoal.launch.opening import say_opening
 from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check_trackers
-from shoal.launch.summary import last_words, write_summary
+from shoal.launch.summary import check_ending, last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
 from shoal.observe.visible import visible
 from shoal.runtime import choose_device, start_process_group, stop_process_group
 
 _TIMEOUT_SECONDS = 1800.0
+_Prepared = tuple[Job, list[Difference]]
+"""What rank 0 has prepared for all, and the keys that changed since the run was last begun."""
 
 
 def join(
@@ -65,11 +69,11 @@ def join(
     resolved = _recipe(recipe, overrides, size=rendezvous.world_size)
     name = Path(recipe).stem
 
-    def prepare(console: Console) -> Job:
+    def prepare(console: Console) -> _Prepared:
         run = claim(out, name=name)
         console.phase(f"run directory {run}")
         inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
-        return _job(resolved, run, inputs=inputs, rendezvous=rendezvous, console=console)
+        return _job(resolved, run, inputs=inputs, rendezvous=rendezvous, console=console), []
 
     return _joined(resolved, prepare, rendezvous=rendezvous, name=name)
 
@@ -95,34 +99,24 @@ def join_resume(
     wanted = [*overrides, *_as_started(rendezvous.world_size, inside=inside, given=bool(given))]
     resolved = resumed_recipe(folder, wanted, recipe=recipe)
     _check_size(resolved, size=rendezvous.world_size)
-    new: list[Difference] = []
 
-    def prepare(console: Console) -> Job:
-        console.phase(f"resuming {folder}")
-        new.extend(announced(folder, resolved, console=console))
+    def prepare(console: Console) -> _Prepared:
+        say = console.phase
+        say(f"resuming {folder}")
+        new = announced(folder, resolved, console=console)
         inputs, other = resumed_inputs(
-            folder,
-            resolved,
-            data_changed=data_changed,
-            say=console.phase,
-            progress=console.progress,
+            folder, resolved, data_changed=data_changed, say=say, progress=console.progress
         )
         before = decision_before(folder, resolved, new=new, say=console.line)
         if before is not None and before.layout.workers != rendezvous.world_size:
             before = None
         job = _job(
-            resolved,
-            folder,
-            inputs=inputs,
-            rendezvous=rendezvous,
-            console=console,
-            decision=before,
+            resolved, folder, inputs=inputs, rendezvous=rendezvous, console=console, decision=before
         )
-        new.extend(other)
-        return replace(job, resume=anything_to_resume(folder, say=console.line))
+        resume = anything_to_resume(folder, say=console.line)
+        return replace(job, resume=resume), [*new, *other]
 
-    name = str(folder / "config.yaml")
-    return _joined(resolved, prepare, rendezvous=rendezvous, name=name, new=new)
+    return _joined(resolved, prepare, rendezvous=rendezvous, name=str(folder / "config.yaml"))
 
 
 def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
@@ -132,14 +126,11 @@ def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
 
 
 def _joined(
-    recipe: Recipe,
-    prepare: Callable[[Console], Job],
-    *,
-    rendezvous: Rendezvous,
-    name: str,
-    new: list[Difference] | None = None,
+    recipe: Recipe, prepare: Callable[[Console], _Prepared], *, rendezvous: Rendezvous, name: str
 ) -> int:
     """Meet the others, let rank 0 prepare for all, and train."""
+    # a launcher's warning must not end a worker: as elsewhere it tells what every thread does
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     device = choose_device(recipe.launch.device, local_rank=rendezvous.local_rank)
     start_process_group(
         rank=rendezvous.rank,
@@ -150,31 +141,26 @@ def _joined(
     )
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        return _meet_and_train(recipe, prepare, rendezvous=rendezvous, name=name, new=new)
+        return _meet_and_train(recipe, prepare, rendezvous=rendezvous, name=name)
     finally:
         stop_process_group()
 
 
 def _meet_and_train(
-    recipe: Recipe,
-    prepare: Callable[[Console], Job],
-    *,
-    rendezvous: Rendezvous,
-    name: str,
-    new: list[Difference] | None = None,
+    recipe: Recipe, prepare: Callable[[Console], _Prepared], *, rendezvous: Rendezvous, name: str
 ) -> int:
-    payload: dict[str, Any] = {}
+    first, new, payload = rendezvous.rank == 0, list[Difference](), dict[str, Any]()
     try:
         check_same_program(ProcessGroup(), recipe=recipe.model_dump(mode="json"), parameters=0)
     except RunError as error:
-        if rendezvous.rank == 0:
+        if first:
             raise
         return error.exit_status  # rank 0 says it for all
     with ExitStack() as held:
-        console = held.enter_context(Console())
-        if rendezvous.rank == 0:
+        console = held.enter_context(Console() if first else Console(out=io.StringIO()))
+        if first:
             try:
-                job = prepare(console)
+                job, new = prepare(console)
                 held.enter_context(hold(job.run))
                 payload = job.to_json()
             except UserError as error:
@@ -185,12 +171,40 @@ def _meet_and_train(
             return int(payload["status"])
         job = Job.from_json(payload)
         arguments = WorkerArguments(rendezvous.rank, rendezvous.world_size, rendezvous.local_rank)
-        if rendezvous.rank != 0:
-            with open(os.devnull, "wb") as nowhere:
-                return run_worker(job, arguments=arguments, report=Report(nowhere.fileno()))
         console.steps = recipe.train.steps or console.steps
-        begun = partial(write_beginning, job, [] if new is None else new)
-        return _lead(job, arguments=arguments, console=console, recipe=name, begun=begun)
+        attempt = Attempt(console, partial(write_beginning, job, new))
+        status = _heard(job, arguments=arguments, attempt=attempt)
+        console.close()
+        for said in attempt.errors:
+            trace = said.get("trace", "") if said.get("cause") else ""
+            text = visible(f"shoal: worker {rendezvous.rank}: {said['text']}")
+            print(f"{text}\n{trace}".rstrip(), file=sys.stderr)
+        if attempt.stopped is not None and first:
+            print(f"shoal: {visible(attempt.stopped)}", file=sys.stderr)
+        if attempt.done is not None:
+            done, decision = attempt.done, job.decision
+            summary = write_summary(job.run, done=done, decision=decision, say=print)
+            check_ending(job.run, summary)
+            print("\n".join(last_words(job.run, summary, recipe=name)))
+    return status
+
+
+def _heard(job: Job, *, arguments: WorkerArguments, attempt: Attempt) -> int:
+    """Train as this worker, while `attempt` hears what it reports; its exit status."""
+    read, write = os.pipe()
+
+    def hear() -> None:
+        with open(read, encoding="utf-8") as lines:
+            for line in lines:
+                attempt.hear(json.loads(line))
+
+    listener = threading.Thread(target=hear, name="reports")
+    listener.start()
+    try:
+        return run_worker(job, arguments=arguments, report=Report(write))
+    finally:
+        os.close(write)
+        listener.join()
 
 
 def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
@@ -239,38 +253,3 @@ def _job(
         decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
     say_opening(recipe, inputs=inputs, decision=decision, console=console)
     return Job(recipe=recipe, run=run, inputs=inputs, decision=decision)
-
-
-def _lead(
-    job: Job,
-    *,
-    arguments: WorkerArguments,
-    console: Console,
-    recipe: str,
-    begun: Callable[[], None],
-) -> int:
-    """Train as rank 0, showing what it reports; then write the summary."""
-    read, write = os.pipe()
-    attempt = Attempt(console, begun)
-
-    def show() -> None:
-        with open(read, encoding="utf-8") as lines:
-            for line in lines:
-                attempt.hear(json.loads(line))
-
-    listener = threading.Thread(target=show, name="reports")
-    listener.start()
-    try:
-        status = run_worker(job, arguments=arguments, report=Report(write))
-    finally:
-        os.close(write)
-        listener.join()
-        console.close()
-    for error in attempt.errors:
-        print(f"shoal: {error['text']}\n{error.get('trace', '')}".rstrip(), file=sys.stderr)
-    if attempt.stopped is not None:
-        print(f"shoal: {visible(attempt.stopped)}", file=sys.stderr)
-    if attempt.done is not None:
-        summary = write_summary(job.run, done=attempt.done, decision=job.decision)
-        print("\n".join(last_words(job.run, summary, recipe=recipe)))
-    return status

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,9 +68,7 @@ def export(
     check_names(model, weights)
     model.to(dtype)
     _prepare(model, config)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with _beside(out) as partial:
         write_tensors(partial, Form(model), weights, limit_bytes=limit_bytes, shard_size=SHARD_SIZE)
         with _quiet():
             model.save_pretrained(partial / "empty", state_dict={})  # type: ignore[operator]
@@ -80,13 +80,37 @@ def export(
             _copy_tokenizer(Path(tokenizer_directory), partial)
         for name, text in (files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-        partial.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
         os.replace(partial, out)
+    return out
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, to be renamed; what killed exports to `out` have left goes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}-*.partial"):
+        with contextlib.suppress(OSError), _locked(left):  # else another export writes it now
+            shutil.rmtree(left)
+    partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
+    partial.mkdir()  # with the rights that the user's umask leaves
+    try:
+        with _locked(partial):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder; the lock ends with this process, however it ends. Raises OSError at once."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""One writer, and nothing in the way afterwards: whoever was stopped, killed or has edited a file."""
+"""One writer, and nothing in the way afterwards, whoever was stopped, killed or edits a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from shoal.checkpoint.manifest import Manifest
 from shoal.errors import RunError
 from shoal.launch import local, summary
 from shoal.launch.local import Result
-from shoal.observe.events import read_lines
 from tiny import Bench, Run, shoal
 
 LENGTH = ("train.steps=12", "train.evaluate_every_steps=0", "checkpoint.every_steps=5")
@@ -201,7 +199,7 @@ def test_progress_that_cannot_be(bench: Bench, change: dict[str, object], said: 
 def test_a_checkpoint_beyond_the_end_of_the_run(bench: Bench) -> None:
     """It counted as finished."""
     run = bench.train(*LENGTH, "train.stop_after_steps=7")
-    with pytest.raises(RunError, match="is of step 7, but the run has 4 steps; give train.steps"):
+    with pytest.raises(RunError, match=r"is of step 7, but the run has 4 steps; give train.steps"):
         bench.resume(run, "train.steps=4", "train.schedule={kind: constant}")
 
 

@@ -159,10 +159,19 @@ def test_a_run_that_diverged_exits_with_one(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.until={}"], "give `evaluation_loss`, `patience` or both"),
-        (["train.until.patience=2", "train.evaluate_every_steps=0"], "`until` is judged at eval"),
-        (["checkpoint={model: best, keep_best: false}"], "`model: best` needs `keep_best: true`"),
-        (["checkpoint.model=best", "train.evaluate_every_steps=0"], "evaluate_every_steps above 0"),
+        (["train.until={}"], "train.until: expected evaluation_loss, patience or both"),
+        (
+            ["train.until.patience=2", "train.evaluate_every_steps=0"],
+            "train.until: is judged at evaluations, and there are none",
+        ),
+        (
+            ["checkpoint={model: best, keep_best: false}"],
+            "checkpoint.model: best needs its save",
+        ),
+        (
+            ["checkpoint.model=best", "train.evaluate_every_steps=0"],
+            "checkpoint.model: best is judged at evaluations",
+        ),
         (["train.on_divergence=panic"], "'stop', 'warn' or 'ignore'"),
     ],
 )

@@ -251,12 +251,6 @@ class Until(Section):
     patience: Count | None = None
     """End after so many evaluations in a row that were no better than the best; None: never."""
 
-    @model_validator(mode="after")
-    def _some(self) -> Until:
-        if self.evaluation_loss is None and self.patience is None:
-            raise ValueError("give `evaluation_loss`, `patience` or both; or null instead")
-        return self
-
 
 class TrainSection(Section):
     """How long, with which batch, and how the weights move."""
@@ -295,8 +289,6 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `steps` and `epochs` (null takes one away)")
-        if self.until is not None and not self.evaluate_every_steps:
-            raise ValueError("`until` is judged at evaluations: set `evaluate_every_steps`")
         if (
             self.micro_batch_samples != "auto"
             and self.global_batch_samples % self.micro_batch_samples
@@ -445,12 +437,6 @@ class CheckpointSection(Section):
     background: bool = True
     """Copy the state and write it while the steps go on; the last save is always waited for."""
 
-    @model_validator(mode="after")
-    def _best_is_kept(self) -> CheckpointSection:
-        if self.model == "best" and not self.keep_best:
-            raise ValueError("`model: best` needs `keep_best: true`")
-        return self
-
 
 class LaunchSection(Section):
     """What a worker is, and how many threads it computes with."""
@@ -512,9 +498,3 @@ class Recipe(Section):
     """What a worker is."""
     observe: ObserveSection = ObserveSection()
     """Where numbers go."""
-
-    @model_validator(mode="after")
-    def _best_of_some(self) -> Recipe:
-        if self.checkpoint.model == "best" and not self.train.evaluate_every_steps:
-            raise ValueError("checkpoint.model: best needs train.evaluate_every_steps above 0")
-        return self

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from shoal.config.contradictions import contradictions
 from shoal.config.recipe import ObserveSection, Recipe
 from shoal.engine.decision import given_layout
 from shoal.engine.job import Inputs
@@ -40,6 +41,8 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
 
 def check(recipe: Recipe) -> Layout:
     """Refuse what cannot run, before anything is fetched or started. Raises ConfigError."""
+    if found := list(contradictions(recipe)):
+        raise ConfigError(found)
     layout = given_layout(recipe)
     refuse(combination_of(recipe, layout))
     return layout

@@ -42,6 +42,7 @@ class _Seen:
     """Steps in a row, up to this one, whose loss is above the start or not finite."""
     diverged: bool = False
     """Some replica's has been so for long enough, as all know."""
+    evaluated_at: int = -1
     evaluation_loss: float | None = None
     best_step: int | None = None
     best_loss: float = math.inf
@@ -69,7 +70,9 @@ class Watch:
     def evaluated(self, step: int, loss: float) -> None:
         """The validation part has been scored after `step` steps."""
         seen = self._seen
-        seen.evaluation_loss, seen.worse = loss, seen.worse + 1
+        if step == seen.evaluated_at:  # done again, for a rank was lost
+            return
+        seen.evaluated_at, seen.evaluation_loss, seen.worse = step, loss, seen.worse + 1
         if loss < seen.best_loss:
             seen.best_step, seen.best_loss, seen.worse = step, loss, 0
 
@@ -91,7 +94,7 @@ class Watch:
     @property
     def begins_to_diverge(self) -> str | None:
         """What to warn of at this step, if anything; the same once for each time."""
-        if self._train.on_divergence == "ignore":
+        if self._train.on_divergence != "warn":
             return None
         return self._text() if self._seen.above == self._train.divergence_steps else None
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+
+import msgspec
 
 from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import (
@@ -36,8 +38,14 @@ _MICRO_TOKENS = 2048
 """Tokens of a micro batch when none is timed: enough to fill matrix products, small in cache."""
 
 
-_KEPT = ("devices", "device_name", "format_ratio", "compute", "peaks")
-"""What is kept of `measured_formats`."""
+class _Formats(TypedDict):
+    """What is kept of `measured_formats`."""
+
+    devices: int
+    device_name: str | None
+    format_ratio: float
+    compute: Format
+    peaks: dict[Format, float]
 
 
 def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console) -> Decision:
@@ -246,11 +254,9 @@ def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str,
     found: dict[str, Any] = {}
     if path.is_file():
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-            found = {name: found[name] for name in _KEPT}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            found = dict(msgspec.convert(json.loads(path.read_bytes()), type=_Formats))
+        except (OSError, ValueError, RecursionError) as error:
             console.line(f"warning: {path} is damaged ({error!r}); measuring anew")
-            found = {}
     if not found:
         wait_for_imports(pool, console=console)
         console.phase("looking at this machine's number formats")

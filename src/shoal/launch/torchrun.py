@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.comm.group import ProcessGroup
-from shoal.comm.messages import broadcast_json
+from shoal.comm.messages import broadcast_json, gather_json
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe
 from shoal.config.locked import Difference
@@ -69,11 +69,11 @@ def join(
     resolved = _recipe(recipe, overrides, size=rendezvous.world_size)
     name = Path(recipe).stem
 
-    def prepare(console: Console) -> _Prepared:
+    def prepare(console: Console, cores: int) -> _Prepared:
         run = claim(out, name=name)
         console.phase(f"run directory {run}")
         inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
-        return _job(resolved, run, inputs=inputs, rendezvous=rendezvous, console=console), []
+        return _job(resolved, run, inputs=inputs, cores=cores, console=console), []
 
     return _joined(resolved, prepare, rendezvous=rendezvous, name=name)
 
@@ -100,7 +100,7 @@ def join_resume(
     resolved = resumed_recipe(folder, wanted, recipe=recipe)
     _check_size(resolved, size=rendezvous.world_size)
 
-    def prepare(console: Console) -> _Prepared:
+    def prepare(console: Console, cores: int) -> _Prepared:
         say = console.phase
         say(f"resuming {folder}")
         new = announced(folder, resolved, console=console)
@@ -110,9 +110,7 @@ def join_resume(
         before = decision_before(folder, resolved, new=new, say=console.line)
         if before is not None and before.layout.workers != rendezvous.world_size:
             before = None
-        job = _job(
-            resolved, folder, inputs=inputs, rendezvous=rendezvous, console=console, decision=before
-        )
+        job = _job(resolved, folder, inputs=inputs, cores=cores, console=console, decision=before)
         resume = anything_to_resume(folder, say=console.line)
         return replace(job, resume=resume), [*new, *other]
 
@@ -126,7 +124,11 @@ def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
 
 
 def _joined(
-    recipe: Recipe, prepare: Callable[[Console], _Prepared], *, rendezvous: Rendezvous, name: str
+    recipe: Recipe,
+    prepare: Callable[[Console, int], _Prepared],
+    *,
+    rendezvous: Rendezvous,
+    name: str,
 ) -> int:
     """Meet the others, let rank 0 prepare for all, and train."""
     # a launcher's warning must not end a worker: as elsewhere it tells what every thread does
@@ -147,7 +149,11 @@ def _joined(
 
 
 def _meet_and_train(
-    recipe: Recipe, prepare: Callable[[Console], _Prepared], *, rendezvous: Rendezvous, name: str
+    recipe: Recipe,
+    prepare: Callable[[Console, int], _Prepared],
+    *,
+    rendezvous: Rendezvous,
+    name: str,
 ) -> int:
     first, new, payload = rendezvous.rank == 0, list[Difference](), dict[str, Any]()
     try:
@@ -156,11 +162,12 @@ def _meet_and_train(
         if first:
             raise
         return error.exit_status  # rank 0 says it for all
+    cores = gather_json(ProcessGroup(), max(1, usable_cores() // rendezvous.local_world_size))
     with ExitStack() as held:
         console = held.enter_context(Console() if first else Console(out=io.StringIO()))
         if first:
             try:
-                job, new = prepare(console)
+                job, new = prepare(console, min(cores))
                 held.enter_context(hold(job.run))
                 payload = job.to_json()
             except UserError as error:
@@ -241,14 +248,16 @@ def _job(
     run: Path,
     *,
     inputs: Inputs,
-    rendezvous: Rendezvous,
+    cores: int,
     console: Console,
     decision: Decision | None = None,
 ) -> Job:
-    """What rank 0 prepares for all; `decision`: what was decided before, if it still fits."""
+    """What rank 0 prepares for all; `decision`: what was decided before, if it still fits.
+
+    `cores`: those of a worker, on the host that has fewest.
+    """
     check_trackers(recipe.observe)
     if decision is None:
-        cores = max(1, usable_cores() // rendezvous.local_world_size)
         formats = measured_formats(recipe.launch.device)
         decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
     say_opening(recipe, inputs=inputs, decision=decision, console=console)

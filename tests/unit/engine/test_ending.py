@@ -132,6 +132,8 @@ def test_until_nothing_gets_better() -> None:
     for step, loss in ((10, 4.5), (20, 4.6), (30, 4.4), (40, 4.4)):
         watching.evaluated(step, loss)
         assert watching.ending is None
+    watching.evaluated(40, 4.4)  # the same again, after a loss: it counts once
+    assert watching.ending is None
     watching.evaluated(50, math.nan)
     assert watching.ending == Ending(
         "no-progress", "2 evaluations in a row were no better than 4.4 at step 30"

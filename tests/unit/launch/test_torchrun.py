@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.environment import usable_cores
 from shoal.observe.events import read_lines
 from tiny import Bench, Run, write_corpus
 
@@ -188,3 +190,22 @@ def test_a_run_that_diverges_says_so_there_too(bench: Bench, tmp_path: Path) -> 
     command = [str(shoal), "train", str(bench.recipe), *wild, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, env=joined_alone(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "above its start" in done.stderr
+
+
+def test_the_host_with_fewest_cores_decides(bench: Bench, tmp_path: Path) -> None:
+    """Two hosts of one worker each, as it were; the second lets it run on one core."""
+    if usable_cores() < 2:
+        pytest.skip("needs a second core")
+    shoal = Path(sys.executable).parent / "shoal"
+    words = f"{bench.recipe} {' '.join(SHORT)} launch.threads_per_worker=auto parallel.replicate=2"
+    line = f"{shoal} train {words} --out {tmp_path / 'run'}"
+    core = min(os.sched_getaffinity(0))
+    script = (
+        f"export LOCAL_WORLD_SIZE=1; [ $RANK = 0 ] && exec {line}; exec taskset -c {core} {line}"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "--no-python", "sh", "-c", script]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert found.returncode == 0, found.stderr
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert plan["threads_per_worker"] == 1

@@ -64,16 +64,11 @@ def saved_inputs(run: Path) -> tuple[int, Inputs] | None:
 
 
 def compare(
-    run: Path,
-    inputs: Inputs,
-    *,
-    data_changed: bool,
-    trained_tokenizer: bool,
-    say: Callable[[str], None],
+    run: Path, inputs: Inputs, *, data_changed: bool, trained: bool, say: Callable[[str], None]
 ) -> list[Difference]:
     """What differs in content from the newest save of `run`, where that is allowed.
 
-    `data_changed`: the user says that the data may. `trained_tokenizer`: it comes from the data.
+    `data_changed`: the user says that the data may. `trained`: its tokenizer comes from the data.
     Raises RunError for other data without that, and for another tokenizer, model or set of tags.
     """
     found = saved_inputs(run)
@@ -87,7 +82,7 @@ def compare(
         )
         return []
     keys = [key for key, value in saved.content.items() if inputs.content.get(key) != value]
-    if saved.task_settings != inputs.task_settings:
+    if json.dumps(saved.task_settings) != json.dumps(inputs.task_settings):
         keys.append("classes")
     own = {
         "model": "model folder",
@@ -95,7 +90,7 @@ def compare(
         "classes": "set of classes in the data",
     }
     for key, name in own.items():
-        if key in keys and not (key == "tokenizer" and trained_tokenizer and not data_changed):
+        if key in keys and not (key == "tokenizer" and trained and not data_changed):
             raise RunError(_refusal(run, inputs, what=name, step=step))
     if keys and not data_changed:
         counts = f" ({saved.train_samples:,} training samples then, {inputs.train_samples:,} now)"

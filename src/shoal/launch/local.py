@@ -68,12 +68,12 @@ def train(
     `story` collects every event with its time. Raises UserError for what is wrong with the recipe,
     Stopped after Ctrl-C or SIGTERM once everything is saved.
     """
-    if go_on and out is not None and is_run(out) and not isinstance(recipe, Recipe):
+    resolved = _resolved(recipe, overrides)
+    if go_on and out is not None and is_run(out):
         folder = open_run(out)
         with hold(folder):
-            resolved = resumed_recipe(folder, override_texts(overrides), recipe=str(recipe))
-            return _resume(folder, resolved, console=console, pool=pool)
-    resolved = _resolved(recipe, overrides)
+            wanted = of_same_run(folder, resolved)
+            return _resume(folder, wanted, console=console, pool=pool)
     run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
     show = _console(resolved, wanted=console)
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
@@ -198,16 +198,16 @@ def announced(run: Path, wanted: Recipe, *, console: Console) -> list[Difference
     return found
 
 
-def resumed_recipe(run: Path, overrides: list[str], *, recipe: str | None = None) -> Recipe:
-    """The recipe to go on with: the run's own, or `recipe`, with the overrides.
-
-    Raises ConfigError when a locked key would change.
-    """
-    path = str(run / "config.yaml")
+def resumed_recipe(run: Path, overrides: list[str]) -> Recipe:
+    """The recipe to go on with. Raises ConfigError when a locked key is overridden."""
     keeps = any(text.startswith("train.stop_after_steps=") for text in overrides)
-    more = overrides if keeps or recipe else ["train.stop_after_steps=null", *overrides]
-    saved = load_recipe(path)
-    wanted = anchored(load_recipe(recipe, more)) if recipe else load_recipe(path, more)
+    more = overrides if keeps else ["train.stop_after_steps=null", *overrides]
+    return of_same_run(run, load_recipe(str(run / "config.yaml"), more))
+
+
+def of_same_run(run: Path, wanted: Recipe) -> Recipe:
+    """`wanted`, if `run` may go on with it. Raises ConfigError for locked keys that differ."""
+    saved = load_recipe(str(run / "config.yaml"))
     different = changed(saved.model_dump(mode="json"), wanted.model_dump(mode="json"))
     if different:
         hint = f"a resumed run keeps {', '.join(LOCKED)}; start a new run for other values"

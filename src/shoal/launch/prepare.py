@@ -201,7 +201,7 @@ def resumed_inputs(
                 "trained on other data would be another; put back the data, or the tokenizer"
             )
     inputs = prepare_inputs(recipe, say=say, progress=progress, tokenizer=kept)
-    new = compare(run, inputs, data_changed=data_changed, trained_tokenizer=trained, say=say)
+    new = compare(run, inputs, data_changed=data_changed, trained=trained, say=say)
     return inputs, new
 
 

@@ -193,8 +193,7 @@ class Supervisor:
             self._asked.remove(signal.SIGUSR1)
             self.describe()
         if len(self._asked) > self._passed_on:
-            again = self._passed_on > 0
-            self._passed_on = len(self._asked)
+            again, self._passed_on = self._passed_on > 0, len(self._asked)
             if again and (signal.SIGINT in self._asked[1:] or sys.stdin.isatty()):
                 raise stopped_at_once(self._run)
             if again:  # a batch system sends SIGTERM more than once

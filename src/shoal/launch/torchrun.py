@@ -36,7 +36,13 @@ from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run
-from shoal.launch.local import announced, decision_before, resumed_recipe, write_beginning
+from shoal.launch.local import (
+    announced,
+    decision_before,
+    of_same_run,
+    resumed_recipe,
+    write_beginning,
+)
 from shoal.launch.opening import say_opening
 from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check_trackers
@@ -64,9 +70,10 @@ def join(
     `go_on`: if `out` holds a run of this recipe, go on with it. Raises ConfigError for a recipe
     that does not go with the number of workers.
     """
-    if go_on and out is not None and is_run(out):
-        return join_resume(out, overrides, rendezvous=rendezvous, recipe=recipe)
     resolved = _recipe(recipe, overrides, size=rendezvous.world_size)
+    if go_on and out is not None and is_run(out):
+        folder = open_run(out)
+        return _joined_again(folder, of_same_run(folder, resolved), rendezvous=rendezvous)
     name = Path(recipe).stem
 
     def prepare(console: Console, cores: int) -> _Prepared:
@@ -79,26 +86,27 @@ def join(
 
 
 def join_resume(
-    run: Path,
-    overrides: Sequence[str],
-    *,
-    rendezvous: Rendezvous,
-    data_changed: bool = False,
-    recipe: str | None = None,
+    run: Path, overrides: Sequence[str], *, rendezvous: Rendezvous, data_changed: bool = False
 ) -> int:
     """Go on with `run` as the worker that `rendezvous` names; returns this process's exit status.
 
-    As many replicas as torchrun has started go on, whatever the run had before. `data_changed`,
-    `recipe`: as in local.py. Raises RunError for what is no run, ConfigError for what would make
-    it another run.
+    As many replicas as torchrun has started go on, whatever the run had before. `data_changed`: as
+    in local.py. Raises RunError for what is no run, ConfigError for overrides that would make it
+    another run.
     """
     folder = open_run(run)
-    first = resumed_recipe(folder, list(overrides), recipe=recipe)
-    inside = given_layout(first).replica_workers
+    inside = given_layout(resumed_recipe(folder, list(overrides))).replica_workers
     given = [text for text in overrides if text.startswith("parallel.replicate=")]
     wanted = [*overrides, *_as_started(rendezvous.world_size, inside=inside, given=bool(given))]
-    resolved = resumed_recipe(folder, wanted, recipe=recipe)
+    resolved = resumed_recipe(folder, wanted)
     _check_size(resolved, size=rendezvous.world_size)
+    return _joined_again(folder, resolved, rendezvous=rendezvous, data_changed=data_changed)
+
+
+def _joined_again(
+    folder: Path, resolved: Recipe, *, rendezvous: Rendezvous, data_changed: bool = False
+) -> int:
+    """Go on with a run; `resolved`: as which it goes on."""
 
     def prepare(console: Console, cores: int) -> _Prepared:
         say = console.phase

@@ -10,8 +10,8 @@ checkpoint.
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -194,7 +194,7 @@ class Supervisor:
             self.describe()
         if len(self._asked) > self._passed_on:
             again, self._passed_on = self._passed_on > 0, len(self._asked)
-            if again and (signal.SIGINT in self._asked[1:] or sys.stdin.isatty()):
+            if again and (signal.SIGINT in self._asked[1:] or os.isatty(0)):
                 raise stopped_at_once(self._run)
             if again:  # a batch system sends SIGTERM more than once
                 return

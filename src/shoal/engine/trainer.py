@@ -414,7 +414,6 @@ class Trainer:
         self.group.traffic.take()
         if progress.step:
             training.watch.evaluated(progress.step, metrics["evaluation_loss"])
-            training.store.best = training.watch.best
             self._position.facts.update(training.facts())
         if self._first:
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
@@ -450,6 +449,7 @@ class Trainer:
                 "fingerprint": logits if equal else [],
             }
 
+        training.store.best = training.watch.best
         if last:  # which is waited for
             self._tell_progress(f"saving step {progress.step}")
         with self.trace.span("save", step=progress.step):

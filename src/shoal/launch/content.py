@@ -84,17 +84,15 @@ def compare(
     keys = [key for key, value in saved.content.items() if inputs.content.get(key) != value]
     if json.dumps(saved.task_settings) != json.dumps(inputs.task_settings):
         keys.append("classes")
-    own = {
-        "model": "model folder",
-        "tokenizer": "tokenizer",
-        "classes": "set of classes in the data",
-    }
+    own = {"model": "model folder", "tokenizer": "tokenizer", "classes": "set of classes"}
     for key, name in own.items():
         if key in keys and not (key == "tokenizer" and trained and not data_changed):
             raise RunError(_refusal(run, inputs, what=name, step=step))
     if keys and not data_changed:
         counts = f" ({saved.train_samples:,} training samples then, {inputs.train_samples:,} now)"
         raise RunError(_refusal(run, inputs, what="data", step=step, counts=counts))
+    for key in keys:
+        say(f"changed: content of {key}; tokenizer and model stay")
     return [(f"content of {key}", saved.content[key], inputs.content[key]) for key in keys]
 
 

@@ -193,13 +193,16 @@ def resumed_inputs(
     """
     saved, trained = saved_inputs(run), tokenizer_kind(recipe) == "train"
     kept = None
-    if data_changed and saved is not None and trained and saved[1].tokenizer_directory:
+    if saved is not None and trained and saved[1].tokenizer_directory:
         kept = Path(saved[1].tokenizer_directory)  # one trained on other data would be another
-        if not (kept / "tokenizer.json").is_file():
-            raise RunError(
-                f"{kept}: the tokenizer that {run} was trained with is gone from there, and one "
-                "trained on other data would be another; put back the data, or the tokenizer"
-            )
+        key = saved[1].content.get("tokenizer")
+        if not (kept / "tokenizer.json").is_file() or key not in (None, tokenizer_key(kept)):
+            if data_changed:
+                raise RunError(
+                    f"{kept}: the tokenizer that {run} was trained with is gone from there, and "
+                    "one trained on other data would be another; put back the tokenizer or data"
+                )
+            kept = None
     inputs = prepare_inputs(recipe, say=say, progress=progress, tokenizer=kept)
     new = compare(run, inputs, data_changed=data_changed, trained=trained, say=say)
     return inputs, new

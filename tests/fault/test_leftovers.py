@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 from processes import alive, server_and_workers, started, wait_for_step, wait_until
 
 from shoal.checkpoint.manifest import Manifest
+from shoal.config.load import load_recipe
 from shoal.errors import RunError
 from shoal.launch import local, summary
-from shoal.launch.local import Result
+from shoal.launch.local import Result, decision_before
 from tiny import Bench, Run, shoal
 
 LENGTH = ("train.steps=12", "train.evaluate_every_steps=0", "checkpoint.every_steps=5")
@@ -42,7 +44,7 @@ def test_only_ctrl_c_or_a_terminal_ends_at_once_when_asked_twice(
 ) -> None:
     """A batch system sends SIGTERM twice, with time between for the save."""
     run = Run(bench.new_path())
-    long_steps = ("train.global_batch_samples=256", "train.micro_batch_samples=1")
+    long_steps = ("train.global_batch_samples=128", "train.micro_batch_samples=1")
     with started("train", bench.recipe, *long_steps, "--out", run.path) as process:
         wait_for_step(run, 1)
         os.kill(process.pid, signal.SIGTERM)
@@ -114,6 +116,13 @@ def test_a_finished_run_whose_saves_were_removed_is_not_trained_again(bench: Ben
     assert len(run.losses) == 2 and (run.path / "model").is_dir()
 
 
+def copied(bench: Bench) -> Run:
+    """A run that stopped after step 7, all its own."""
+    run = Run(bench.new_path())
+    shutil.copytree(bench.run(*LENGTH, "train.stop_after_steps=7").path, run.path)
+    return run
+
+
 TAILS = [
     b"\xff\xfe\n",
     b"[1, 2]\n",
@@ -128,7 +137,7 @@ TAILS = [
 
 @pytest.mark.parametrize("tail", TAILS, ids=range(len(TAILS)))
 def test_logs_with_an_odd_tail_do_not_stop_a_resume(bench: Bench, tail: bytes) -> None:
-    run = bench.train(*LENGTH, "train.stop_after_steps=7")
+    run = copied(bench)
     for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl"):
         with (run.path / name).open("ab") as file:
             file.write(tail)
@@ -157,14 +166,21 @@ PLANS = [
 
 
 @pytest.mark.parametrize("edit", PLANS, ids=range(len(PLANS)))
-def test_a_plan_edited_by_hand_is_decided_anew(
-    bench: Bench, edit: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = bench.train(*LENGTH, "train.stop_after_steps=7")
-    path = run.path / "plan.json"
+def test_a_plan_edited_by_hand_is_not_taken(bench: Bench, edit: str) -> None:
+    run, said = copied(bench), list[str]()
+    recipe, path = load_recipe(str(run.path / "config.yaml")), run.path / "plan.json"
+    assert decision_before(run.path, recipe, new=[], say=said.append) is not None and not said
     if edit.startswith("{") and edit.endswith("}") and edit != "{}":
         edit = json.dumps({**json.loads(path.read_text()), **json.loads(edit)})
     path.write_text(edit)
+    assert decision_before(run.path, recipe, new=[], say=said.append) is None
+    assert said[0].startswith(f"warning: {path} cannot be used (") and "deciding anew" in said[0]
+
+
+def test_what_was_planned_is_decided_anew(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copied(bench)
+    path = run.path / "plan.json"
+    path.write_text('"fast"')
     local.resume(run.path, console=True, pool=bench.pool)
     assert f"warning: {path} cannot be used (" in capsys.readouterr().out
     assert run.digits == bench.run(*LENGTH).digits
@@ -186,7 +202,7 @@ def test_a_plan_edited_by_hand_is_decided_anew(
 )
 def test_progress_that_cannot_be(bench: Bench, change: dict[str, object], said: str) -> None:
     """The checksum of a manifest is right whoever writes it."""
-    run = bench.train(*LENGTH, "train.stop_after_steps=7")
+    run = copied(bench)
     folder = run.path / "checkpoints/step-00000007"
     manifest = Manifest.read(folder)
     manifest.state["progress"].update(change)
@@ -198,7 +214,7 @@ def test_progress_that_cannot_be(bench: Bench, change: dict[str, object], said: 
 
 def test_a_checkpoint_beyond_the_end_of_the_run(bench: Bench) -> None:
     """It counted as finished."""
-    run = bench.train(*LENGTH, "train.stop_after_steps=7")
+    run = copied(bench)
     with pytest.raises(RunError, match=r"is of step 7, but the run has 4 steps; give train.steps"):
         bench.resume(run, "train.steps=4", "train.schedule={kind: constant}")
 

@@ -83,12 +83,20 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, _, period = quota.read_text().strip().partition(" ")
-        if limit != "max" and period:
-            cores = min(cores, max(1, int(limit) // int(period)))
-    return cores
+    limit = _core_limit(Path("/sys/fs/cgroup"))
+    return cores if limit is None else min(cores, limit)
+
+
+def _core_limit(groups: Path) -> int | None:
+    """Whole cores that the control groups mounted at `groups` (version 2 or 1) allow."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((groups / name).read_text() for name in names).split()
+            quota, period = int(words[0]), int(words[1])
+        except (OSError, ValueError, IndexError):  # not this version, or "max"
+            continue
+        return max(1, quota // period) if quota > 0 and period > 0 else None
+    return None
 
 
 def machine_name() -> str:

@@ -12,6 +12,7 @@ ShoalError
 |   +-- PeersLost        a collective failed because another rank is gone: nothing is lost yet
 +-- ChannelError         state could not be handed over between workers (another donor may do)
 +-- Stopped              asked to stop by a signal, saved: exit status 75
++-- Diverged             ended for a loss that stayed above its start
 +-- Interrupted          ended by a signal with nothing saved
 """
 
@@ -93,6 +94,10 @@ class Stopped(ShoalError):
     """Stopped on request after saving; the run can be resumed."""
 
     exit_status = 75
+
+
+class Diverged(ShoalError):
+    """Ended because the loss had stayed above its start, as the recipe says; nothing is lost."""
 
 
 class Interrupted(ShoalError):

@@ -8,6 +8,7 @@ checked before it is used, for it may have been made by anybody.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -110,6 +111,15 @@ class Manifest:
         rest = '",\n"body": ' + json.dumps(body, sort_keys=True) + "}\n"
         checksum = xxhash.xxh3_64((_HEAD + _BLANK + rest).encode()).hexdigest()
         return (_HEAD + checksum + rest).encode()
+
+    @classmethod
+    def newest(cls, checkpoints: Path) -> Manifest | None:
+        """The newest manifest in a run's folder of checkpoints that can be read, if any."""
+        folders = checkpoints.glob("step-*")
+        for folder in sorted(folders, key=lambda path: (len(path.name), path.name), reverse=True):
+            with suppress(CheckpointError):
+                return cls.read(folder)
+        return None
 
     @classmethod
     def read(cls, folder: Path, *, step: int | None = None) -> Manifest:

@@ -74,6 +74,8 @@ class Store:
     def __init__(self, folder: Path, *, files: Files | None = None) -> None:
         self.folder = folder
         self.files = files or Files()
+        self.best: int | None = None
+        """A step that is kept whatever else is."""
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of `step`."""
@@ -158,7 +160,7 @@ class Store:
         for replaced in self.folder.glob(".step-*.replaced"):
             self.files.remove(replaced)
         earlier = [other for other in self.steps() if other <= step]
-        for old in [*earlier[:-keep], *later]:
+        for old in [*(step for step in earlier[:-keep] if step != self.best), *later]:
             dropped = self.folder / f".step-{old:08d}.dropped"
             self.files.rename(self.path(old), dropped)  # half a removal must not look published
             self.files.remove(dropped)

@@ -14,6 +14,13 @@ from shoal.observe.visible import visible
 def resume(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
     overrides: Overrides = None,
+    data_changed: Annotated[
+        bool,
+        typer.Option(
+            "--data-changed",
+            help="Go on although the data is not what it was; tokenizer and model stay.",
+        ),
+    ] = False,
 ) -> None:
     """Go on with a run from its newest good checkpoint, in the same or any other layout.
 
@@ -25,13 +32,15 @@ def resume(
     if rendezvous is not None:
         from shoal.launch.torchrun import join_resume
 
-        raise typer.Exit(join_resume(run, overrides or [], rendezvous=rendezvous))
+        raise typer.Exit(
+            join_resume(run, overrides or [], rendezvous=rendezvous, data_changed=data_changed)
+        )
     from shoal.launch.pool import WorkerPool
 
     with WorkerPool() as pool:  # before anything else is imported: its own imports take longest
         from shoal.launch import local
         from shoal.launch.summary import last_words
 
-        result = local.resume(run, overrides or [], pool=pool)
+        result = local.resume(run, overrides or [], pool=pool, data_changed=data_changed)
     words = last_words(result.run, result.summary, recipe=str(run / "config.yaml"))
     print(visible("\n".join(words)))

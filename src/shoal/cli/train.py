@@ -23,6 +23,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained, and how; train nothing.")
     ] = False,
+    go_on: Annotated[
+        bool, typer.Option("--go-on", help="If --out holds a run of this recipe, go on with it.")
+    ] = False,
 ) -> None:
     """Train a recipe; the run goes to --out, or to the next free folder below runs/.
 
@@ -31,13 +34,15 @@ def train(
     """
     from shoal.environment import torchrun_rendezvous
 
+    if go_on and out is None:
+        raise UserError("--go-on: expected the run's directory; give it by --out")
     rendezvous = torchrun_rendezvous()
     if rendezvous is not None:
         if dry_run:
             raise UserError("--dry-run: it starts no workers; run it once, without torchrun")
         from shoal.launch.torchrun import join
 
-        raise typer.Exit(join(recipe, overrides or [], out=out, rendezvous=rendezvous))
+        raise typer.Exit(join(recipe, overrides or [], out=out, rendezvous=rendezvous, go_on=go_on))
     from shoal.launch.pool import WorkerPool
 
     with WorkerPool() as pool:  # before anything else is imported: its own imports take longest
@@ -47,6 +52,6 @@ def train(
         if dry_run:
             local.dry_run(recipe, overrides or [], pool=pool)
             return
-        result = local.train(recipe, overrides or [], out=out, pool=pool)
+        result = local.train(recipe, overrides or [], out=out, pool=pool, go_on=go_on)
     words = last_words(result.run, result.summary, recipe=recipe)
     print(visible("\n".join(words)))

@@ -243,6 +243,15 @@ ScheduleSection = Annotated[
 ]
 
 
+class Until(Section):
+    """When a run may end before its last step, judged at each evaluation."""
+
+    evaluation_loss: float | None = None
+    """End once the evaluation loss is at most this; None: never."""
+    patience: Count | None = None
+    """End after so many evaluations in a row that were no better than the best; None: never."""
+
+
 class TrainSection(Section):
     """How long, with which batch, and how the weights move."""
 
@@ -252,6 +261,13 @@ class TrainSection(Section):
     """Passes over the training data; or give `steps`."""
     stop_after_steps: Count | None = None
     """End early, resumable, without changing the schedule."""
+    until: Until | None = None
+    """End early, done, when this is reached; None: after the last step only."""
+    on_divergence: Literal["stop", "warn", "ignore"] = "stop"
+    """What follows when the loss stays above its start (the highest of the first five steps, at
+    most 1.5 times the first) or is not finite: stop, without a save, exit status 1; or say so."""
+    divergence_steps: Count = 50
+    """For so many steps in a row."""
     exact: bool = False
     """The same bits in any replicate degree and kind of worker (slower)."""
     global_batch_samples: Count = 32
@@ -414,6 +430,10 @@ class CheckpointSection(Section):
     """0: only at the end and when stopped."""
     keep: Count = 2
     """Newest checkpoints that are kept; older ones are deleted."""
+    keep_best: bool = True
+    """Save after the evaluation with the lowest loss so far, and keep that save as well."""
+    model: Literal["last", "best"] = "last"
+    """What RUN/model is written from: the end of the run, or the best save (`keep_best`)."""
     background: bool = True
     """Copy the state and write it while the steps go on; the last save is always waited for."""
 

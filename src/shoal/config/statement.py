@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.config.recipe import Constant, Cosine, Muon, Recipe, WarmupStableDecay
+from shoal.config.recipe import Constant, Cosine, Muon, Recipe, Until, WarmupStableDecay
 from shoal.units import format_count
 
 _OPEN = "decided at start"
@@ -25,7 +25,7 @@ def statements(recipe: Recipe) -> dict[str, str]:
         "gradients": _reduction(recipe),
         "numbers": _numbers(recipe),
         "saves": f"{_every(recipe.checkpoint.every_steps)}; keeps the last "
-        f"{recipe.checkpoint.keep}",
+        f"{recipe.checkpoint.keep}{_best(recipe)}",
         "evaluates": _evaluation(recipe),
     }
     if recipe.train.exact:
@@ -36,6 +36,8 @@ def statements(recipe: Recipe) -> dict[str, str]:
     if recipe.train.stop_after_steps is not None:
         after = recipe.train.stop_after_steps
         found["stops early"] = f"after step {after}, saved; shoal resume goes on"
+    if recipe.train.until is not None:
+        found["ends early"] = _until(recipe.train.until)
     return found
 
 
@@ -159,6 +161,20 @@ def _evaluation(recipe: Recipe) -> str:
         f"before the first step and {_every(recipe.train.evaluate_every_steps)}, on {which} "
         f"validation samples ({share} is kept apart)"
     )
+
+
+def _best(recipe: Recipe) -> str:
+    kept = recipe.checkpoint.keep_best and recipe.train.evaluate_every_steps
+    return " and the best by evaluation loss" if kept else ""
+
+
+def _until(until: Until) -> str:
+    ways = []
+    if until.evaluation_loss is not None:
+        ways.append(f"at an evaluation loss of {until.evaluation_loss:g} or less")
+    if until.patience is not None:
+        ways.append(f"after {until.patience} evaluations without a better one")
+    return " or ".join(ways)
 
 
 def _every(steps: int) -> str:

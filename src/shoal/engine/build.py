@@ -12,6 +12,7 @@ from shoal.comm.group import Group
 from shoal.config.recipe import Recipe
 from shoal.data.stream import Evaluation, Stream
 from shoal.engine.decision import Decision
+from shoal.engine.ending import Watch
 from shoal.engine.instruments import faults, mistakes, recorder
 from shoal.engine.job import Inputs, Job
 from shoal.engine.passes import OneByOne, Passes
@@ -84,6 +85,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         ),
         update=_update(job, replica, state=state, policy=policy, steps=steps, scale=loss_scale),
         store=Store(job.run / "checkpoints"),
+        watch=Watch(recipe.train, keep_best=recipe.checkpoint.keep_best, alone=policy.alone),
         stream=stream,
         evaluation=Evaluation(
             data,

@@ -43,12 +43,12 @@ def fingerprint_of(training: Training) -> list[float]:
     return fingerprint_values(training.passes.logits(fingerprint_sample(training.model))[0])
 
 
-def write_model(training: Training, *, out: Path) -> None:
-    """Export the weights as they are now; of a model that was cut, those of the save just made."""
+def write_model(training: Training, *, step: int, out: Path) -> None:
+    """Export the weights of `step`: as they are now, or those of a save, as when they are cut."""
     tensors: Mapping[str, Tensor] | Weights = training.state.named("parameter")
-    if training.replica.is_cut:
-        training.store.verify(training.progress.step)
-        tensors = SavedWeights(training.store.open(training.progress.step))
+    if training.replica.is_cut or step != training.progress.step:
+        training.store.verify(step)
+        tensors = SavedWeights(training.store.open(step))
     export(
         tensors=tensors,
         config=training.model.config,

@@ -28,6 +28,8 @@ class Inputs:
     """Fields of data/special.py's SpecialTokens; empty without a tokenizer, and in older runs."""
     generation: dict[str, Any] | None = None
     """The generation_config.json that a pretrained model came with."""
+    content: dict[str, str] = field(default_factory=dict)
+    """Hashes of data, tokenizer and model folder, which a resume compares. Empty in older runs."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

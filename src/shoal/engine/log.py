@@ -106,6 +106,9 @@ class RunLog:
             self.samples_read(step - 1, outcome.step.counted.read)
         if self._logged(step):
             self.sink.row(row)
+        warning = self._training.watch.begins_to_diverge
+        if warning is not None:
+            self.sink.event("diverging", {"step": step, "text": warning})
         if not outcome.applied:
             why = "no targets" if outcome.step.targets == 0 else "gradients are not finite"
             culprits = self._outliers.not_finite(outcome.step.norms)

@@ -15,7 +15,8 @@ from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.engine.build import build
 from shoal.engine.evaluate import complete_prompts, evaluate
-from shoal.engine.export import fingerprint_of, write_model
+from shoal.engine.export import fingerprint_of
+from shoal.engine.finish import finish
 from shoal.engine.job import Job
 from shoal.engine.log import RunLog
 from shoal.engine.membership.agree import FRESH, Position, agree, check_same_program, transfer
@@ -23,7 +24,13 @@ from shoal.engine.membership.digest import ReplicasDiffer, compare, differing_te
 from shoal.engine.membership.members import Members, members_of
 from shoal.engine.membership.orders import Orders
 from shoal.engine.passes import Batch
-from shoal.engine.saving.parts import check_same_run, choose_checkpoint, load, random_state
+from shoal.engine.saving.parts import (
+    check_progress,
+    check_same_run,
+    choose_checkpoint,
+    load,
+    random_state,
+)
 from shoal.engine.saving.saver import Saver
 from shoal.engine.step import StepResult, Votes
 from shoal.engine.training import Training
@@ -250,6 +257,7 @@ class Trainer:
         step = choose_checkpoint(training.store, group=self.group, sink=self.files.events)
         reader = training.store.open(step)
         check_same_run(reader.state["recipe"], self.job.recipe, at=self.job.run)
+        check_progress(reader, steps=training.steps, batch=training.stream.global_batch_samples)
         shapes, layout = training.replica.shapes, training.ranks.layout
         load(reader, training.state, shapes=shapes, group=self.group, layout=layout)
         training.resume(reader.state)
@@ -305,6 +313,8 @@ class Trainer:
 
     @property
     def _last_step(self) -> int:
+        if self.training.watch.ending is not None:
+            return self.training.progress.step
         early = self.job.recipe.train.stop_after_steps
         return min(self.training.steps, early) if early else self.training.steps
 
@@ -321,6 +331,8 @@ class Trainer:
         progress.tokens += outcome.step.targets
         progress.samples += self.job.recipe.train.global_batch_samples
         position.step = progress.step
+        if outcome.step.targets:
+            training.watch.stepped(progress.step, outcome.step.loss, applied=outcome.applied)
 
     def _note_row(self, outcome: Outcome) -> dict[str, Any]:
         """The row of the step, kept for who has to write it if this rank does not come to it."""
@@ -364,20 +376,24 @@ class Trainer:
             return Votes()
         self._compare_replicas(step)
         self._unshared.share(training.ranks, write=self.files.samples_read)
-        mine = torch.tensor([votes.stop, votes.save, votes.leave], dtype=torch.int64)
+        watch = training.watch
+        mine = torch.tensor([votes.stop, votes.save, votes.leave, watch.diverges]).long()
         self.group.sum_(mine)
-        stop, save, leave = (count > 0 for count in mine.tolist())
+        stop, save, leave, diverged = (count > 0 for count in mine.tolist())
+        watch.agree(diverged)
         return Votes(stop, save, leave)
 
     def _evaluate_and_save_when_due(self, *, save: bool = False, last: bool = False) -> None:
         """What is due at this step and not yet done: evaluation, checkpoint."""
         recipe, step = self.job.recipe, self.training.progress.step
-        position = self._position
+        position, watch = self._position, self.training.watch
+        if watch.ending is not None and not watch.ending.is_success:
+            return
         if self._due(recipe.train.evaluate_every_steps) and position.evaluated_at != step:
             self._evaluate()
             position.evaluated_at = step
         last = last or step == self._last_step
-        due = save or last or self._due(recipe.checkpoint.every_steps)
+        due = save or last or self._due(recipe.checkpoint.every_steps) or watch.best == step
         if due and step and position.saved_at != step:
             self._save(last=last)
             position.saved_at = step
@@ -396,6 +412,9 @@ class Trainer:
             completions = complete_prompts(training) if takes_part else []
             self.group.barrier()
         self.group.traffic.take()
+        if progress.step:
+            training.watch.evaluated(progress.step, metrics["evaluation_loss"])
+            self._position.facts.update(training.facts())
         if self._first:
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
             self.files.evaluated({**row, "completions": completions} if completions else row)
@@ -430,6 +449,7 @@ class Trainer:
                 "fingerprint": logits if equal else [],
             }
 
+        training.store.best = training.watch.best
         if last:  # which is waited for
             self._tell_progress(f"saving step {progress.step}")
         with self.trace.span("save", step=progress.step):
@@ -453,34 +473,15 @@ class Trainer:
     # --- the end
 
     def _finish(self) -> None:
-        training, job = self.training, self.job
-        complete = training.progress.step >= training.steps
         self.pulse.mark("finish")
-        if job.recipe.observe.trace:
+        if self.job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
             if self._first:
                 spans = [span for theirs, _ in found for span in theirs]
                 left_out = sum(count for _, count in found)
-                write_trace(job.run / "trace.json", spans, left_out=left_out)
+                write_trace(self.job.run / "trace.json", spans, left_out=left_out)
         if self._first:
-            if complete and job.final_model:
-                self._report.say("phase", text=f"writing the model to {job.run / 'model'}")
-                write_model(training, out=job.run / "model")
-            name = "finished" if complete else "paused"
-            self.files.sink.event(name, {"step": training.progress.step})
-            self.files.close()
-            self._report.say("phase", text="scoring the baseline")
-            self._report.say(
-                "done",
-                step=training.progress.step,
-                steps=training.steps,
-                tokens=training.progress.tokens,
-                seconds=training.progress.seconds,
-                parameters=training.replica.num_parameters,
-                peak_memory_bytes=training.peak_memory_bytes,
-                task=training.task.kind,
-                baseline=training.task.baseline(training.evaluation),
-            )
+            finish(self.training, files=self.files, report=self._report)
         self._finished = True
         if self.group.shares_memory:
             self.group.barrier()  # no thread leaves while another still reads

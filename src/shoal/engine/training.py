@@ -10,6 +10,7 @@ from torch import nn
 
 from shoal.checkpoint.store import Store
 from shoal.data.stream import Evaluation, Stream
+from shoal.engine.ending import Watch
 from shoal.engine.job import Job
 from shoal.engine.passes import Batch, Passes
 from shoal.engine.state import FlatState, Progress
@@ -40,6 +41,7 @@ class Training:
     step: Step
     update: Update
     store: Store
+    watch: Watch
     stream: Stream
     evaluation: Evaluation
     steps: int
@@ -91,6 +93,7 @@ class Training:
         facts = {
             "progress": vars(self.progress).copy(),
             "peak_memory_bytes": self.peak_memory_bytes,
+            "watch": self.watch.state(),
             "policy": self.policy.facts(),
         }
         return facts | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
@@ -108,6 +111,7 @@ class Training:
         """Stand where `facts` of a living rank say."""
         for name, value in facts["progress"].items():
             setattr(self.progress, name, value)
+        self.watch.restore(facts.get("watch", {}))
         self.peak_memory_bytes = facts.get("peak_memory_bytes") or self.peak_memory_bytes
         if self.loss_scale is not None and "loss_scale" in facts:
             self.loss_scale.restore(facts["loss_scale"])

@@ -63,9 +63,14 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         stack=Path(payload["stack"]),
         keys=Path(payload["keys"]),
     )
-    orders = Orders().listen(descriptor)
+    orders = Orders().listen(descriptor, on_end=_end)
     job = Job.from_json(payload)
     return run_worker(job, arguments=arguments, report=Report(descriptor), orders=orders)
+
+
+def _end() -> None:
+    """End at once, as by kill -9: the supervisor is gone, and another may go on with the run."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_worker(
@@ -101,16 +106,26 @@ def report_failure(error: BaseException, *, report: Report, rank: int) -> int:
         name = type(error).__name__
         report.say("error", user=True, type=name, text=full or str(error), rank=rank)
         return UserError.exit_status
+    origin = error.__cause__ or error  # that of a thread comes wrapped
     report.say(
         "error",
         user=False,
         text=f"{type(error).__name__}: {error}",
         trace=traceback.format_exc(),
         rank=rank,
-        cause=not isinstance(error, PeersLost | WorkerError),
+        cause=not isinstance(origin, PeersLost | WorkerError),
+        place=_place_of(origin),
         out_of_memory=out_of_memory(error),
     )
     return getattr(error, "exit_status", 1)
+
+
+def _place_of(error: BaseException) -> str:
+    """Type and message of an error, and the innermost line of shoal's or the user's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    at = f"{own[-1].filename}:{own[-1].lineno}" if own else "no line"
+    return f"{type(error).__name__}: {error} ({at})"
 
 
 def _run_process(job: Job, *, arguments: WorkerArguments, report: Report, orders: Orders) -> None:

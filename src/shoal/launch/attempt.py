@@ -82,9 +82,13 @@ class Attempt:
         return WorkerError("a worker ended without a word; its output above may say why")
 
 
-def gave_up(death: Death, *, times: int, run: Path, doctor: str = "") -> WorkerError:
-    """What is said when the same step fails again and again."""
+def gave_up(
+    death: Death, *, times: int, run: Path, doctor: str = "", again: bool = False
+) -> WorkerError:
+    """What is said when the same step fails again and again; `again`: by the same error."""
     often = f" at step {death.step}, {times} times" if times > 1 else f" ({death.where})"
+    if again:
+        often = f" at step {death.step}, twice at the same place: trying again would not mend it"
     advice = f"resume the run to go on from its last checkpoint: shoal resume {run}"
     if not any(run.glob("checkpoints/step-*")):
         advice = "nothing was saved yet"

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
 
+import msgspec
+
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import WorkerSetup
 from shoal.launch.refuse import combination_of
@@ -50,12 +52,11 @@ class Timed:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Timed:
-        """The inverse; raises KeyError, TypeError or ValueError for what is none."""
-        setup = WorkerSetup(**tree["setup"])
-        steps = [float(seconds) for seconds in tree["steps"]]
-        if not steps or min(steps) <= 0 or setup.workers not in ("threads", "processes"):
+        """The inverse; raises ValueError for what is none."""
+        row = msgspec.convert(tree, type=cls)
+        if not row.steps or min(*row.steps, row.micro, row.setup.count, row.setup.threads) <= 0:
             raise ValueError("no turns, or one that took no time")
-        return cls(setup, int(tree["micro"]), steps)
+        return row
 
 
 def setups_of(recipe: Recipe, *, cores: int) -> list[WorkerSetup]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+
+import msgspec
 
 from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import (
@@ -24,7 +26,7 @@ from shoal.launch.examined import refuse_wrong_model
 from shoal.launch.measuring import measuring_job, wait_for_imports
 from shoal.launch.memory import memory_of_worker
 from shoal.launch.pool import WorkerPool
-from shoal.launch.refuse import check, refuse_illegal, trained_config
+from shoal.launch.refuse import check, combination_of, refuse, refuse_illegal, trained_config
 from shoal.launch.timings import machine_key, tuned
 from shoal.layout import Layout
 from shoal.legal import OWN_PARAMETERS
@@ -37,8 +39,14 @@ _MICRO_TOKENS = 2048
 """Tokens of a micro batch when none is timed: enough to fill matrix products, small in cache."""
 
 
-_KEPT = ("devices", "device_name", "format_ratio", "compute", "peaks")
-"""What is kept of `measured_formats`."""
+class _Formats(TypedDict):
+    """What is kept of `measured_formats`."""
+
+    devices: int
+    device_name: str | None
+    format_ratio: float
+    compute: Format
+    peaks: dict[Format, float]
 
 
 def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console) -> Decision:
@@ -105,6 +113,21 @@ def check_decision_respects_recipe(recipe: Recipe, decision: Decision) -> None:
     for key, (wanted, got) in given.items():
         if wanted not in ("auto", got):
             raise RuntimeError(f"{key}: the recipe says {wanted}, the plan took {got}")
+
+
+def check_decision(recipe: Recipe, decision: Decision) -> None:
+    """What was decided earlier goes with the recipe. Raises ConfigError, RuntimeError."""
+    check_decision_respects_recipe(recipe, decision)
+    micro, threads = decision.micro_batch_samples, decision.threads_per_worker
+    if min(micro, threads) < 1:
+        raise ConfigError([Problem("plan", f"micro batch {micro}, {threads} threads a worker")])
+    refuse(
+        replace(
+            combination_of(recipe, decision.layout),
+            workers=decision.workers if decision.layout.workers > 1 else "processes",
+            micro_batch_samples=micro,
+        )
+    )
 
 
 def decide_joined(
@@ -233,11 +256,9 @@ def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str,
     found: dict[str, Any] = {}
     if path.is_file():
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-            found = {name: found[name] for name in _KEPT}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            found = dict(msgspec.convert(json.loads(path.read_bytes()), type=_Formats))
+        except (OSError, ValueError, RecursionError) as error:
             console.line(f"warning: {path} is damaged ({error!r}); measuring anew")
-            found = {}
     if not found:
         wait_for_imports(pool, console=console)
         console.phase("looking at this machine's number formats")

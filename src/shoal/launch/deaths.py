@@ -37,6 +37,8 @@ class Death:
     step: int
     where: str
     trace: str = ""
+    place: str = ""
+    """Of an error that came of itself: its type, message and line."""
 
 
 def death_of(
@@ -59,7 +61,8 @@ def death_of(
     if error is not None:
         kind = "out-of-memory" if error.get("out_of_memory") else "error"
         text = f"worker {rank}: {error['text']}"
-        return Death(rank, kind, text, step, where, error.get("trace", ""))
+        place = error.get("place", "") if kind == "error" and error.get("cause") else ""
+        return Death(rank, kind, text, step, where, error.get("trace", ""), place)
     if status < 0:
         name = signal.Signals(-status).name
         if ran_out and name == "SIGKILL":

@@ -6,11 +6,12 @@ import errno
 import fcntl
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shoal.errors import RunError, nearest
+from shoal.observe.events import read_lines
 
 _LOCK = ".lock"
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
@@ -30,7 +31,8 @@ def claim(out: str | Path | None, *, name: str) -> Path:
             f"{run}: already holds a run, which is not written over; go on with it by "
             f"'shoal resume {run}', or choose another --out"
         )
-    if run.is_file() or (run.is_dir() and any(run.iterdir())):
+    # a lock that was left behind by a kill is no file of anybody's; one that is held, `hold` tells
+    if run.is_file() or (run.is_dir() and any(path.name != _LOCK for path in run.iterdir())):
         raise RunError(f"{run}: expected a new or empty folder for the run, found other files")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -70,10 +72,15 @@ def write_whole(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def is_run(folder: str | Path) -> bool:
+    """Whether a run has begun in `folder`."""
+    return (Path(folder).expanduser() / "config.yaml").is_file()
+
+
 def open_run(run: str | Path) -> Path:
     """The directory of an existing run. Raises RunError."""
     folder = Path(run).expanduser()
-    if (folder / "config.yaml").is_file():
+    if is_run(folder):
         return folder
     if not folder.is_dir():
         beside = folder.parent
@@ -94,6 +101,18 @@ def requests_in(run: Path) -> list[str]:
 def has_checkpoint(run: Path) -> bool:
     """Whether anything was saved."""
     return any((run / "checkpoints").glob("step-*"))
+
+
+def anything_to_resume(run: Path, *, say: Callable[[str], None]) -> bool:
+    """Whether `run` goes on from a save; one that ended before its first save begins anew, said.
+
+    A run whose saves were removed does not: its rows and its model would be written over.
+    """
+    saved = (row for row in read_lines(run / "events.jsonl") if row.get("event") == "saved")
+    if has_checkpoint(run) or any(saved):
+        return True
+    say("nothing was saved before it ended: beginning anew")
+    return False
 
 
 @contextmanager

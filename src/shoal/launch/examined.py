@@ -48,6 +48,7 @@ def refuse_by(ask: Callable[[], dict[str, Any]], recipe: Recipe, *, inputs: Inpu
         "format": _FORMAT,
         "versions": [version("torch"), version("transformers")],
         "config": config,
+        "model": inputs.content.get("model"),
         "task": recipe.task.kind,
         "dropout": recipe.model.dropout,
         "packing": recipe.data.packing,

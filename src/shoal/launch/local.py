@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, to_yaml
@@ -18,14 +21,15 @@ from shoal.engine.decision import Decision
 from shoal.engine.job import Inputs, Instruments, Job
 from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
-from shoal.launch.choose import choose
-from shoal.launch.directory import claim, hold, open_run, write_whole
+from shoal.launch.choose import check_decision, choose
+from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run, write_whole
+from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.opening import say_opening
 from shoal.launch.pool import WorkerPool, pool_or_own
-from shoal.launch.prepare import prepare_inputs
+from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check, check_trackers
-from shoal.launch.summary import write_summary
+from shoal.launch.summary import check_ending, write_summary
 from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
@@ -40,8 +44,9 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """Loss of the last step."""
-        return float(self.summary["final_loss"])
+        """Loss of the last step; NaN where it was not finite."""
+        loss = self.summary["final_loss"]
+        return math.nan if loss is None else float(loss)
 
 
 def train(
@@ -51,23 +56,30 @@ def train(
     out: str | Path | None = None,
     console: bool | None = None,
     pool: WorkerPool | None = None,
+    go_on: bool = False,
     instruments: Instruments | None = None,
     story: list[dict[str, Any]] | None = None,
 ) -> Result:
     """Train `recipe` (a shipped name or a YAML file) and return its result.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
-    by default a new one below runs/. `instruments`: what a rehearsal or a test attaches to the run;
+    by default a new one below runs/. `go_on`: if `out` holds a run of this recipe, go on with it.
+    `instruments`: what a rehearsal or a test attaches to the run;
     `story` collects every event with its time. Raises UserError for what is wrong with the recipe,
     Stopped after Ctrl-C or SIGTERM once everything is saved.
     """
     resolved = _resolved(recipe, overrides)
+    if go_on and out is not None and is_run(out):
+        folder = open_run(out)
+        with hold(folder):
+            wanted = of_same_run(folder, resolved)
+            return _resume(folder, wanted, console=console, pool=pool)
     run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
     show = _console(resolved, wanted=console)
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
         show.phase(f"run directory {run}; preparing the data")
         inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        _await_imports(workers, console=show)
+        wait_for_imports(workers, console=show)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
         job = Job(
@@ -119,15 +131,6 @@ def _resolved(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | Iterab
     return resolved
 
 
-def _await_imports(pool: WorkerPool, *, console: Console) -> None:
-    """Wait until workers can be forked, under the name of what is waited for."""
-    if pool.ready_seconds is None:
-        console.phase("importing torch and transformers, for all workers")
-    while pool.ready_seconds is None:
-        for _ in pool.events(timeout_seconds=1.0, only=[]):
-            pass
-
-
 def _open(recipe: Recipe, inputs: Inputs, decision: Decision, *, console: Console) -> None:
     """Say what is trained. Raises ConfigError for what cannot fit into memory."""
     say_opening(recipe, inputs=inputs, decision=decision, console=console)
@@ -145,52 +148,66 @@ def resume(
     *,
     console: bool | None = None,
     pool: WorkerPool | None = None,
+    data_changed: bool = False,
 ) -> Result:
     """Go on with a run from its newest good checkpoint, at any degree and kind of worker.
 
     An earlier `train.stop_after_steps` has done its part and counts no more, unless it is among
-    `overrides`. Raises ConfigError for overrides that would make it another run.
+    `overrides`. `data_changed`: go on although the data holds something else than it did. Raises
+    ConfigError for overrides that would make it another run, RunError for other data, tokenizer
+    or model.
     """
     folder = open_run(run)
     with hold(folder):
-        return _resume(folder, overrides, console=console, pool=pool)
+        resolved = resumed_recipe(folder, override_texts(overrides))
+        return _resume(folder, resolved, console=console, pool=pool, data_changed=data_changed)
 
 
 def _resume(
     folder: Path,
-    overrides: Mapping[str, Any] | Iterable[str],
+    resolved: Recipe,
     *,
     console: bool | None,
     pool: WorkerPool | None,
+    data_changed: bool = False,
 ) -> Result:
-    resolved = resumed_recipe(folder, override_texts(overrides))
     check(resolved)
     check_trackers(resolved.observe)
-    new = differences(_saved_recipe(folder), resolved.model_dump(mode="json"))
     with pool_or_own(pool) as workers, _console(resolved, wanted=console) as show:
         show.phase(f"resuming {folder}; preparing the data")
-        for key, before, after in new:
-            show.line(f"changed: {key} {json.dumps(before)} -> {json.dumps(after)}")
-        inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        _await_imports(workers, console=show)
-        decision = decision_before(folder, override_texts(overrides))
+        new = announced(folder, resolved, console=show)
+        inputs, other = resumed_inputs(
+            folder, resolved, data_changed=data_changed, say=show.phase, progress=show.progress
+        )
+        wait_for_imports(workers, console=show)
+        decision = decision_before(folder, resolved, new=new, say=show.line)
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
-        job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=True)
-        return _run(job, pool=workers, console=show, new=new)
+        resume = anything_to_resume(folder, say=show.line)
+        job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=resume)
+        return _run(job, pool=workers, console=show, new=[*new, *other])
 
 
-def _saved_recipe(run: Path) -> dict[str, Any]:
-    return load_recipe(str(run / "config.yaml")).model_dump(mode="json")
+def announced(run: Path, wanted: Recipe, *, console: Console) -> list[Difference]:
+    """Every key that differs from what `run` was last begun with, each said."""
+    saved = load_recipe(str(run / "config.yaml"))
+    found = differences(saved.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    for key, before, after in found:
+        console.line(f"changed: {key} {json.dumps(before)} -> {json.dumps(after)}")
+    return found
 
 
 def resumed_recipe(run: Path, overrides: list[str]) -> Recipe:
     """The recipe to go on with. Raises ConfigError when a locked key is overridden."""
-    path = str(run / "config.yaml")
     keeps = any(text.startswith("train.stop_after_steps=") for text in overrides)
-    more = [*overrides] if keeps else ["train.stop_after_steps=null", *overrides]
-    saved, wanted = load_recipe(path), load_recipe(path, more)
+    more = overrides if keeps else ["train.stop_after_steps=null", *overrides]
+    return of_same_run(run, load_recipe(str(run / "config.yaml"), more))
+
+
+def of_same_run(run: Path, wanted: Recipe) -> Recipe:
+    """`wanted`, if `run` may go on with it. Raises ConfigError for locked keys that differ."""
+    saved = load_recipe(str(run / "config.yaml"))
     different = changed(saved.model_dump(mode="json"), wanted.model_dump(mode="json"))
     if different:
         hint = f"a resumed run keeps {', '.join(LOCKED)}; start a new run for other values"
@@ -205,19 +222,22 @@ _DECIDED = ("parallel", "launch", "precision", "train.micro_batch_samples")
 """Keys that bear on what is decided at the start."""
 
 
-def decision_before(run: Path, overrides: list[str]) -> Decision | None:
-    """What was decided for `run`, unless an override bears on it: same choices, same bits."""
-    if any(text.startswith(_DECIDED) for text in overrides):
-        return None
+def decision_before(
+    run: Path, recipe: Recipe, *, new: Iterable[Difference], say: Callable[[str], None]
+) -> Decision | None:
+    """What was decided for `run`, unless a changed key bears on it: same choices, same bits."""
     path = run / "plan.json"
-    if not path.is_file():
+    if any(key.startswith(_DECIDED) for key, _, _ in new) or not path.is_file():
         return None
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        tree.pop("outcome", None)
-        return Decision.from_json(tree)
-    except (ValueError, TypeError, KeyError):  # written by hand, or by another version
+    try:  # it may have been edited, or written by another version
+        decision = msgspec.convert(json.loads(path.read_bytes()), type=Decision)
+        check_decision(recipe, decision)
+    except (OSError, ValueError, RecursionError, ConfigError, RuntimeError) as error:
+        say(
+            f"warning: {path} cannot be used ({str(error).splitlines()[-1].strip()}); deciding anew"
+        )
         return None
+    return decision
 
 
 @contextmanager
@@ -238,6 +258,17 @@ def override_texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
     return list(overrides)
 
 
+def write_beginning(job: Job, new: list[Difference]) -> None:
+    """config.yaml and plan.json of a run that begins or goes on, and what has changed of it."""
+    write_whole(job.run / "plan.json", json.dumps(job.decision.to_json(), indent=1) + "\n")
+    write_whole(job.run / "config.yaml", to_yaml(job.recipe))
+    files = RunFiles(job.run)
+    for key, before, after in new:
+        files.event("changed", {"key": key, "before": before, "after": after})
+    files.close()
+    new.clear()  # workers that start again begin nothing new
+
+
 def _run(
     job: Job,
     *,
@@ -251,14 +282,7 @@ def _run(
 
     def begun() -> None:
         """Only now are the words of an earlier start out of date."""
-        write_whole(run / "plan.json", json.dumps(decision.to_json(), indent=1) + "\n")
-        write_whole(run / "config.yaml", to_yaml(job.recipe))
-        if new:
-            files = RunFiles(run)
-            for key, before, after in new:
-                files.event("changed", {"key": key, "before": before, "after": after})
-            files.close()
-            new.clear()  # workers that start again begin nothing new
+        write_beginning(job, new)
 
     attempt = run_workers(job, pool=pool, console=console, begun=begun, story=story)
     if attempt.stopped is not None:
@@ -266,5 +290,6 @@ def _run(
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
     console.phase(f"writing {run / 'summary.json'} and loss.png")
-    summary = write_summary(run, done=attempt.done, decision=decision)
+    summary = write_summary(run, done=attempt.done, decision=decision, say=console.line)
+    check_ending(run, summary)
     return Result(run, summary)

@@ -14,7 +14,7 @@ from shoal.observe.console import Console
 def wait_for_imports(pool: WorkerPool, *, console: Console) -> None:
     """Until the fork server can start workers at once; says so where that is still to come."""
     if pool.ready_seconds is None:
-        console.phase("waiting for the workers' imports (torch, transformers)")
+        console.phase("importing torch and transformers, for all workers")
     while pool.ready_seconds is None:
         for _ in pool.events(timeout_seconds=1.0):
             pass

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shoal.config.locked import Difference
 from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe, Source
 from shoal.data import registry
 from shoal.data.prepare import SourceSpec, prepare
@@ -17,7 +18,8 @@ from shoal.data.special import GENERATION, SpecialTokens, read_object, special_t
 from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key, train_tokenizer
 from shoal.engine.job import Inputs
 from shoal.environment import cache_directory
-from shoal.errors import ConfigError, FetchError, ModelError, Problem
+from shoal.errors import ConfigError, FetchError, ModelError, Problem, RunError
+from shoal.launch.content import compare, content_of, saved_inputs
 from shoal.tasks.kinds import create
 from shoal.tasks.task import Task, Tools
 
@@ -60,11 +62,15 @@ def _from_hub(name: str, *, say: Say) -> Path:
         ) from None
 
 
+def tokenizer_kind(recipe: Recipe) -> str:
+    """Where the tokenizer comes from: `train`, `model` or `folder`."""
+    if recipe.data.tokenizer.kind != "auto":
+        return recipe.data.tokenizer.kind
+    return "model" if isinstance(recipe.model, PretrainedModel) else "train"
+
+
 def _tokenizer_folder(recipe: Recipe, *, model: Path | None, say: Say) -> Path:
-    chosen = recipe.data.tokenizer
-    kind = chosen.kind
-    if kind == "auto":
-        kind = "model" if model is not None else "train"
+    chosen, kind = recipe.data.tokenizer, tokenizer_kind(recipe)
     if kind == "folder":
         assert chosen.path is not None, "checked when the recipe was read"
         return Path(chosen.path)
@@ -107,11 +113,16 @@ def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:
 
 
 def prepare_inputs(
-    recipe: Recipe, *, say: Say, progress: Progress = lambda phase, done: None
+    recipe: Recipe,
+    *,
+    say: Say,
+    progress: Progress = lambda phase, done: None,
+    tokenizer: Path | None = None,
 ) -> Inputs:
     """Fetch, tokenize and pack; everything is cached, so a second call only looks.
 
-    `say` hears of each phase once, `progress` how far it is, 0 to 1.
+    `say` hears of each phase once, `progress` how far it is, 0 to 1. `tokenizer`: a folder to take
+    instead of what the recipe says.
     Raises ConfigError, DataError, ModelError and FetchError.
     """
     task = create(recipe.task.kind, options=recipe.task)
@@ -129,11 +140,11 @@ def prepare_inputs(
         model = model_folder(recipe.model.path, say=say)
     folder, key, tools, vocabulary, special = None, None, Tools(), None, SpecialTokens()
     if task.needs_tokenizer:
-        folder = _tokenizer_folder(recipe, model=model, say=say)
-        tokenizer = load_tokenizer(folder)
-        special = special_tokens(tokenizer, folder)
-        key, tools = tokenizer_key(folder), Tools(tokenizer, special.closing)
-        vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+        folder = tokenizer or _tokenizer_folder(recipe, model=model, say=say)
+        loaded = load_tokenizer(folder)
+        special = special_tokens(loaded, folder)
+        key, tools = tokenizer_key(folder), Tools(loaded, special.closing)
+        vocabulary = loaded.get_vocab_size(with_added_tokens=True)
         _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
     learned = _learned(task, recipe)
     _check_model_settings(recipe, task=task)
@@ -170,7 +181,37 @@ def prepare_inputs(
         counts=dict(prepared.description["parts"]["train"]),
         special_tokens={} if folder is None else asdict(special),
         generation=read_object(model / GENERATION) or None if model is not None else None,
+        content=content_of(prepared, tokenizer=folder, model=model),
     )
+
+
+def resumed_inputs(
+    run: Path,
+    recipe: Recipe,
+    *,
+    data_changed: bool,
+    say: Say,
+    progress: Progress = lambda phase, done: None,
+) -> tuple[Inputs, list[Difference]]:
+    """As `prepare_inputs`, for a run that goes on, and what of their content has changed.
+
+    Raises RunError too where that would be another run (content.py).
+    """
+    saved, trained = saved_inputs(run), tokenizer_kind(recipe) == "train"
+    kept = None
+    if saved is not None and trained and saved[1].tokenizer_directory:
+        kept = Path(saved[1].tokenizer_directory)  # one trained on other data would be another
+        key = saved[1].content.get("tokenizer")
+        if not (kept / "tokenizer.json").is_file() or key not in (None, tokenizer_key(kept)):
+            if data_changed:
+                raise RunError(
+                    f"{kept}: the tokenizer that {run} was trained with is gone from there, and "
+                    "one trained on other data would be another; put back the tokenizer or data"
+                )
+            kept = None
+    inputs = prepare_inputs(recipe, say=say, progress=progress, tokenizer=kept)
+    new = compare(run, inputs, data_changed=data_changed, trained=trained, say=say)
+    return inputs, new
 
 
 def _check_model_settings(recipe: Recipe, *, task: Task) -> None:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from shoal.config.contradictions import contradictions
 from shoal.config.recipe import ObserveSection, Recipe
 from shoal.engine.decision import given_layout
 from shoal.engine.job import Inputs
@@ -40,8 +41,10 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
 
 def check(recipe: Recipe) -> Layout:
     """Refuse what cannot run, before anything is fetched or started. Raises ConfigError."""
+    if found := list(contradictions(recipe)):
+        raise ConfigError(found)
     layout = given_layout(recipe)
-    _refuse(combination_of(recipe, layout))
+    refuse(combination_of(recipe, layout))
     return layout
 
 
@@ -88,10 +91,11 @@ def refuse_illegal(recipe: Recipe, layout: Layout, *, config: Mapping[str, Any])
         asked = asked.of_model(facts_from_config(config))
     except ModelError:
         asked = replace(asked, family=str(config.get("model_type")))
-    _refuse(asked)
+    refuse(asked)
 
 
-def _refuse(asked: Combination) -> None:
+def refuse(asked: Combination) -> None:
+    """Raises ConfigError for what is not legal together."""
     found = problems(asked)
     if found:
         raise ConfigError(found)

@@ -7,14 +7,17 @@ process there, which has a local site of its own.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from shoal.comm.keys import Keys
 from shoal.launch.deaths import oom_kills
@@ -73,6 +76,28 @@ class Site(Protocol):
         """End what still runs and clear up."""
 
 
+_PREFIX, _OWNER = "shoal-", "owner"
+
+
+def _own(folder: Path) -> IO[bytes]:
+    """A file in `folder` that is locked for as long as this process lives."""
+    file = (folder / f".{_OWNER}").open("wb")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    os.rename(file.name, folder / _OWNER)  # nobody ever sees it unlocked
+    return file
+
+
+def sweep(above: Path) -> None:
+    """Remove what sites of this user left in `above`, with their keys, when they were killed."""
+    for folder in above.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # somebody else's, made by another version, or still owned
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            with (folder / _OWNER).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+
+
 @dataclass
 class _Started:
     """A worker of this site."""
@@ -89,8 +114,10 @@ class LocalSite:
 
     def __init__(self, pool: WorkerPool, *, num_ranks: int) -> None:
         self._pool = pool
-        self._folder = tempfile.TemporaryDirectory(prefix="shoal-")
+        sweep(Path(tempfile.gettempdir()))
+        self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX)
         self.folder = Path(self._folder.name)
+        self._owner = _own(self.folder)
         self._watch = Watch(self.folder / "pulse", slots=num_ranks)
         Keys.make(self.folder / "keys")
         self._started: dict[Slot, _Started] = {}
@@ -164,6 +191,7 @@ class LocalSite:
             self._pool.kill(running)
         finally:
             self._folder.cleanup()
+            self._owner.close()
 
 
 _STATES = {

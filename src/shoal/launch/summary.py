@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shoal.engine.decision import Decision
+from shoal.errors import Diverged
 from shoal.launch.directory import write_whole
 from shoal.launch.plot import plot_run
 from shoal.observe.events import read_lines
 from shoal.tasks.kinds import create
 
 
-def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dict[str, Any]:
+def write_summary(
+    run: Path, *, done: dict[str, Any], decision: Decision, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Write and return the summary of a run that came to its end (or to stop_after_steps)."""
     rows = read_lines(run / "metrics.jsonl")
     losses = [row for row in rows if "loss" in row]
@@ -28,6 +32,8 @@ def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dic
         "evaluation": _scores(evaluations[-1]) if evaluations else None,
         "evaluation_before": _scores(evaluations[0]) if len(evaluations) > 1 else None,
         "baseline": done["baseline"],
+        "ending": done["ending"],
+        "best_step": done["best_step"],
         "task": done["task"],
         "tokens": done["tokens"],
         "train_seconds": done["seconds"],
@@ -45,13 +51,27 @@ def write_summary(run: Path, *, done: dict[str, Any], decision: Decision) -> dic
     }
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     curve = create(done["task"]).curve
-    plot_run(
-        run,
-        unit=curve.unit,
-        baseline=done["baseline"].get(curve.baseline),
-        baseline_name=curve.baseline_name,
-    )
+    try:
+        plot_run(
+            run,
+            unit=curve.unit,
+            baseline=done["baseline"].get(curve.baseline),
+            baseline_name=curve.baseline_name,
+        )
+    except Exception as error:  # a font, a disk, matplotlib: the run is whole without a picture
+        say(f"warning: {run / 'loss.png'} could not be drawn: {type(error).__name__}: {error}")
     return summary
+
+
+def check_ending(run: Path, summary: dict[str, Any]) -> None:
+    """Raises Diverged for a run that ended so."""
+    ending = summary["ending"]
+    if ending and ending["kind"] == "diverged":
+        raise Diverged(
+            f"{run}: ended, since {ending['text']}. Its end was not saved; remove the saves it "
+            "made since then, and go on with a lower learning rate: "
+            f"shoal resume {run} train.optimizer.learning_rate=..."
+        )
 
 
 def _measured(losses: list[dict[str, Any]]) -> dict[str, float]:
@@ -87,11 +107,15 @@ def last_words(run: Path, summary: dict[str, Any], *, recipe: str) -> list[str]:
     if summary["evaluation"]:
         after = {**summary["evaluation"], **summary["baseline"]}
         lines += task.words(summary["evaluation_before"], after)
+    ending = summary["ending"]
+    if ending:
+        lines.append(f"ended at step {summary['steps']} of {summary['of_steps']}: {ending['text']}")
     lines.append(_speed(summary, of=task.target_name))
-    lines.append(f"picture: {run / 'loss.png'}")
+    if (run / "loss.png").is_file():
+        lines.append(f"picture: {run / 'loss.png'}")
     if (run / "model").is_dir():
         lines.append(f"model:   {run / 'model'}")
-    if summary["steps"] < summary["of_steps"]:
+    if summary["steps"] < summary["of_steps"] and not ending:
         lines += ["", f"  shoal resume {run}"]
         return lines
     lines += ["", "next:"]

@@ -10,6 +10,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from shoal.engine.job import Job
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.cluster import Cluster, ThisHost, host_of_rank
 from shoal.launch.deaths import Death, death_of
-from shoal.launch.directory import has_checkpoint, requests_in
+from shoal.launch.directory import has_checkpoint, is_run, requests_in
 from shoal.launch.hang import Doctor, Sighting, Stuck, report
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
@@ -68,7 +69,8 @@ def run_workers(
     """Start the workers of `job` and see them to their end. Raises the error that ended them.
 
     SIGINT and SIGTERM ask the workers to save and stop; a second one ends them at once (Stopped
-    when there is a checkpoint to resume from, else Interrupted). SIGUSR1 prints where each is.
+    when there is a checkpoint to resume from, else Interrupted), of SIGTERM only where somebody
+    sits at a terminal. SIGUSR1 prints where each is.
     `story` collects every event, also of a run that ends with an error.
     """
     num_ranks = job.decision.layout.workers
@@ -113,6 +115,8 @@ class Supervisor:
         self._members: list[int] = []
         self._counted = 0
         self._failures: Counter[int] = Counter()
+        self._places: dict[int, tuple[int, str]] = {}
+        """Step and place of each rank's last error: the same twice is no accident."""
         self._memory_kills = self._count_memory_kills()
         self._began = self._looked = time.monotonic()
         self._hurt_at: float | None = None
@@ -189,9 +193,11 @@ class Supervisor:
             self._asked.remove(signal.SIGUSR1)
             self.describe()
         if len(self._asked) > self._passed_on:
-            self._passed_on = len(self._asked)
-            if self._passed_on > 1:
+            again, self._passed_on = self._passed_on > 0, len(self._asked)
+            if again and (signal.SIGINT in self._asked[1:] or os.isatty(0)):
                 raise stopped_at_once(self._run)
+            if again:  # a batch system sends SIGTERM more than once
+                return
             text = "asked to stop: saving after this step (again: stop at once)"
             self._attempt.console.phase(text)
             self._order({"order": "stop"})
@@ -262,8 +268,11 @@ class Supervisor:
             self._failures[death.step] += 1
         times = self._failures[death.step]
         most = min(self._retries, 1) if death.kind == "out-of-memory" else self._retries
-        if times > most or (self._passed_on and not self._survives(one)):
-            raise gave_up(death, times=times, run=self._run, doctor=self._about_memory(death))
+        again = bool(death.place) and self._places.get(one.rank) == (death.step, death.place)
+        self._places[one.rank] = death.step, death.place
+        if again or times > most or (self._passed_on and not self._survives(one)):
+            about = self._about_memory(death)
+            raise gave_up(death, times=times, run=self._run, doctor=about, again=again)
         self._hurt_at = self._hurt_at or time.monotonic()
         self._recover(one)
 
@@ -353,7 +362,8 @@ class Supervisor:
         """Write an event of ours, show it, keep it for who asked for the run."""
         self._attempt.story.append({"event": name, "monotonic": time.monotonic(), **fields})
         if to_file:
-            files = RunFiles(self._run)
-            files.event(name, fields)
-            files.close()
+            if is_run(self._run):  # else a start that fails would leave half a run behind
+                files = RunFiles(self._run)
+                files.event(name, fields)
+                files.close()
             self._attempt.console.event(name, fields)

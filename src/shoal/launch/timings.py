@@ -136,7 +136,7 @@ def _kept(path: Path, *, console: Console) -> list[Timed]:
         if not rows:
             raise ValueError("no rows")
         return rows
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         console.line(f"warning: {path} is damaged ({error!r}); timing anew")
         return []
 

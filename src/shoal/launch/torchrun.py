@@ -6,6 +6,8 @@ On several machines the run directory and the cache must be on storage that all 
 
 from __future__ import annotations
 
+import faulthandler
+import io
 import json
 import os
 import signal
@@ -14,17 +16,19 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shoal.comm.group import ProcessGroup
-from shoal.comm.messages import broadcast_json
+from shoal.comm.messages import broadcast_json, gather_json
 from shoal.config.anchor import anchored
-from shoal.config.load import load_recipe, to_yaml
+from shoal.config.load import load_recipe
+from shoal.config.locked import Difference
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.examine import verdict_of
-from shoal.engine.job import Job
+from shoal.engine.job import Inputs, Job
 from shoal.engine.measure import measured_formats
 from shoal.engine.membership.agree import check_same_program
 from shoal.engine.worker import WorkerArguments, run_worker
@@ -32,45 +36,65 @@ from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, RunError, UserError
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
-from shoal.launch.directory import claim, hold, open_run, write_whole
+from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run
 from shoal.launch.examined import refuse_by
-from shoal.launch.local import decision_before, resumed_recipe
+from shoal.launch.local import (
+    announced,
+    decision_before,
+    of_same_run,
+    resumed_recipe,
+    write_beginning,
+)
 from shoal.launch.opening import say_opening
-from shoal.launch.prepare import prepare_inputs
+from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check_trackers
-from shoal.launch.summary import last_words, write_summary
+from shoal.launch.summary import check_ending, last_words, write_summary
 from shoal.observe.console import Console
 from shoal.observe.events import Report
 from shoal.observe.visible import visible
 from shoal.runtime import choose_device, start_process_group, stop_process_group
 
 _TIMEOUT_SECONDS = 1800.0
+_Prepared = tuple[Job, list[Difference]]
+"""What rank 0 has prepared for all, and the keys that changed since the run was last begun."""
 
 
-def join(recipe: str, overrides: Sequence[str], *, out: Path | None, rendezvous: Rendezvous) -> int:
+def join(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    out: Path | None,
+    rendezvous: Rendezvous,
+    go_on: bool = False,
+) -> int:
     """Train as the worker that `rendezvous` names; returns the exit status of this process.
 
-    Raises ConfigError for a recipe that does not go with the number of workers.
+    `go_on`: if `out` holds a run of this recipe, go on with it. Raises ConfigError for a recipe
+    that does not go with the number of workers.
     """
     resolved = _recipe(recipe, overrides, size=rendezvous.world_size)
+    if go_on and out is not None and is_run(out):
+        folder = open_run(out)
+        return _joined_again(folder, of_same_run(folder, resolved), rendezvous=rendezvous)
     name = Path(recipe).stem
 
-    def prepare(console: Console) -> Job:
+    def prepare(console: Console, cores: int) -> _Prepared:
         run = claim(out, name=name)
         console.phase(f"run directory {run}")
-        job = _job(resolved, run, rendezvous=rendezvous, console=console)
-        write_whole(run / "config.yaml", to_yaml(resolved))
-        write_whole(run / "plan.json", json.dumps(job.decision.to_json(), indent=1) + "\n")
-        return job
+        inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
+        return _job(resolved, run, inputs=inputs, cores=cores, console=console), []
 
     return _joined(resolved, prepare, rendezvous=rendezvous, name=name)
 
 
-def join_resume(run: Path, overrides: Sequence[str], *, rendezvous: Rendezvous) -> int:
+def join_resume(
+    run: Path, overrides: Sequence[str], *, rendezvous: Rendezvous, data_changed: bool = False
+) -> int:
     """Go on with `run` as the worker that `rendezvous` names; returns this process's exit status.
 
-    As many replicas as torchrun has started go on, whatever the run had before. Raises RunError for
-    what is no run, ConfigError for overrides that would make it another run.
+    As many replicas as torchrun has started go on, whatever the run had before. `data_changed`: as
+    in local.py. Raises RunError for what is no run, ConfigError for overrides that would make it
+    another run.
     """
     folder = open_run(run)
     inside = given_layout(resumed_recipe(folder, list(overrides))).replica_workers
@@ -78,19 +102,27 @@ def join_resume(run: Path, overrides: Sequence[str], *, rendezvous: Rendezvous) 
     wanted = [*overrides, *_as_started(rendezvous.world_size, inside=inside, given=bool(given))]
     resolved = resumed_recipe(folder, wanted)
     _check_size(resolved, size=rendezvous.world_size)
+    return _joined_again(folder, resolved, rendezvous=rendezvous, data_changed=data_changed)
 
-    def prepare(console: Console) -> Job:
-        console.phase(f"resuming {folder}")
-        before = decision_before(folder, list(overrides))
-        same = before is not None and before.layout.workers == rendezvous.world_size
-        job = _job(
-            resolved,
-            folder,
-            rendezvous=rendezvous,
-            console=console,
-            decision=before if same else None,
+
+def _joined_again(
+    folder: Path, resolved: Recipe, *, rendezvous: Rendezvous, data_changed: bool = False
+) -> int:
+    """Go on with a run; `resolved`: as which it goes on."""
+
+    def prepare(console: Console, cores: int) -> _Prepared:
+        say = console.phase
+        say(f"resuming {folder}")
+        new = announced(folder, resolved, console=console)
+        inputs, other = resumed_inputs(
+            folder, resolved, data_changed=data_changed, say=say, progress=console.progress
         )
-        return replace(job, resume=True)
+        before = decision_before(folder, resolved, new=new, say=console.line)
+        if before is not None and before.layout.workers != rendezvous.world_size:
+            before = None
+        job = _job(resolved, folder, inputs=inputs, cores=cores, console=console, decision=before)
+        resume = anything_to_resume(folder, say=console.line)
+        return replace(job, resume=resume), [*new, *other]
 
     return _joined(resolved, prepare, rendezvous=rendezvous, name=str(folder / "config.yaml"))
 
@@ -102,9 +134,15 @@ def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
 
 
 def _joined(
-    recipe: Recipe, prepare: Callable[[Console], Job], *, rendezvous: Rendezvous, name: str
+    recipe: Recipe,
+    prepare: Callable[[Console, int], _Prepared],
+    *,
+    rendezvous: Rendezvous,
+    name: str,
 ) -> int:
     """Meet the others, let rank 0 prepare for all, and train."""
+    # a launcher's warning must not end a worker: as elsewhere it tells what every thread does
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     device = choose_device(recipe.launch.device, local_rank=rendezvous.local_rank)
     start_process_group(
         rank=rendezvous.rank,
@@ -121,20 +159,25 @@ def _joined(
 
 
 def _meet_and_train(
-    recipe: Recipe, prepare: Callable[[Console], Job], *, rendezvous: Rendezvous, name: str
+    recipe: Recipe,
+    prepare: Callable[[Console, int], _Prepared],
+    *,
+    rendezvous: Rendezvous,
+    name: str,
 ) -> int:
-    payload: dict[str, Any] = {}
+    first, new, payload = rendezvous.rank == 0, list[Difference](), dict[str, Any]()
     try:
         check_same_program(ProcessGroup(), recipe=recipe.model_dump(mode="json"), parameters=0)
     except RunError as error:
-        if rendezvous.rank == 0:
+        if first:
             raise
         return error.exit_status  # rank 0 says it for all
+    cores = gather_json(ProcessGroup(), max(1, usable_cores() // rendezvous.local_world_size))
     with ExitStack() as held:
-        console = held.enter_context(Console())
-        if rendezvous.rank == 0:
+        console = held.enter_context(Console() if first else Console(out=io.StringIO()))
+        if first:
             try:
-                job = prepare(console)
+                job, new = prepare(console, min(cores))
                 held.enter_context(hold(job.run))
                 payload = job.to_json()
             except UserError as error:
@@ -145,11 +188,40 @@ def _meet_and_train(
             return int(payload["status"])
         job = Job.from_json(payload)
         arguments = WorkerArguments(rendezvous.rank, rendezvous.world_size, rendezvous.local_rank)
-        if rendezvous.rank != 0:
-            with open(os.devnull, "wb") as nowhere:
-                return run_worker(job, arguments=arguments, report=Report(nowhere.fileno()))
         console.steps = recipe.train.steps or console.steps
-        return _lead(job, arguments=arguments, console=console, recipe=name)
+        attempt = Attempt(console, partial(write_beginning, job, new))
+        status = _heard(job, arguments=arguments, attempt=attempt)
+        console.close()
+        for said in attempt.errors:
+            trace = said.get("trace", "") if said.get("cause") else ""
+            text = visible(f"shoal: worker {rendezvous.rank}: {said['text']}")
+            print(f"{text}\n{trace}".rstrip(), file=sys.stderr)
+        if attempt.stopped is not None and first:
+            print(f"shoal: {visible(attempt.stopped)}", file=sys.stderr)
+        if attempt.done is not None:
+            done, decision = attempt.done, job.decision
+            summary = write_summary(job.run, done=done, decision=decision, say=print)
+            check_ending(job.run, summary)
+            print("\n".join(last_words(job.run, summary, recipe=name)))
+    return status
+
+
+def _heard(job: Job, *, arguments: WorkerArguments, attempt: Attempt) -> int:
+    """Train as this worker, while `attempt` hears what it reports; its exit status."""
+    read, write = os.pipe()
+
+    def hear() -> None:
+        with open(read, encoding="utf-8") as lines:
+            for line in lines:
+                attempt.hear(json.loads(line))
+
+    listener = threading.Thread(target=hear, name="reports")
+    listener.start()
+    try:
+        return run_worker(job, arguments=arguments, report=Report(write))
+    finally:
+        os.close(write)
+        listener.join()
 
 
 def _recipe(recipe: str, overrides: Sequence[str], *, size: int) -> Recipe:
@@ -185,45 +257,19 @@ def _job(
     recipe: Recipe,
     run: Path,
     *,
-    rendezvous: Rendezvous,
+    inputs: Inputs,
+    cores: int,
     console: Console,
     decision: Decision | None = None,
 ) -> Job:
-    """What rank 0 prepares for all; `decision`: what was decided before, if it still fits."""
+    """What rank 0 prepares for all; `decision`: what was decided before, if it still fits.
+
+    `cores`: those of a worker, on the host that has fewest.
+    """
     check_trackers(recipe.observe)
-    inputs = prepare_inputs(recipe, say=console.phase, progress=console.progress)
     if decision is None:
-        cores = max(1, usable_cores() // rendezvous.local_world_size)
         formats = measured_formats(recipe.launch.device)
         decision = decide_joined(recipe, inputs=inputs, cores_per_worker=cores, formats=formats)
     refuse_by(lambda: verdict_of(recipe, inputs=inputs).to_json(), recipe, inputs=inputs)
     say_opening(recipe, inputs=inputs, decision=decision, console=console)
     return Job(recipe=recipe, run=run, inputs=inputs, decision=decision)
-
-
-def _lead(job: Job, *, arguments: WorkerArguments, console: Console, recipe: str) -> int:
-    """Train as rank 0, showing what it reports; then write the summary."""
-    read, write = os.pipe()
-    attempt = Attempt(console)
-
-    def show() -> None:
-        with open(read, encoding="utf-8") as lines:
-            for line in lines:
-                attempt.hear(json.loads(line))
-
-    listener = threading.Thread(target=show, name="reports")
-    listener.start()
-    try:
-        status = run_worker(job, arguments=arguments, report=Report(write))
-    finally:
-        os.close(write)
-        listener.join()
-        console.close()
-    for error in attempt.errors:
-        print(f"shoal: {error['text']}\n{error.get('trace', '')}".rstrip(), file=sys.stderr)
-    if attempt.stopped is not None:
-        print(f"shoal: {visible(attempt.stopped)}", file=sys.stderr)
-    if attempt.done is not None:
-        summary = write_summary(job.run, done=attempt.done, decision=job.decision)
-        print("\n".join(last_words(job.run, summary, recipe=recipe)))
-    return status

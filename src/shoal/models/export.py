@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,30 +73,52 @@ def export(
     check_names(model, weights)
     model.to(dtype)
     _prepare(model, config, special_tokens or {})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        write_tensors(scratch, Form(model), weights, limit_bytes=limit_bytes, shard_size=SHARD_SIZE)
+    with _beside(out) as partial:
+        write_tensors(partial, Form(model), weights, limit_bytes=limit_bytes, shard_size=SHARD_SIZE)
         with quietly():
-            model.save_pretrained(scratch / "empty", state_dict={})  # type: ignore[operator]
-        for file in (scratch / "empty").iterdir():
+            model.save_pretrained(partial / "empty", state_dict={})  # type: ignore[operator]
+        for file in (partial / "empty").iterdir():
             if file.suffix == ".json":
-                file.rename(scratch / file.name)
-        shutil.rmtree(scratch / "empty")
+                file.rename(partial / file.name)
+        shutil.rmtree(partial / "empty")
         if generation is not None:
             text = json.dumps({**generation, **(special_tokens or {})}, indent=2)
-            (scratch / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+            (partial / "generation_config.json").write_text(text + "\n", encoding="utf-8")
         if tokenizer_directory is not None:
-            _copy_tokenizer(Path(tokenizer_directory), scratch)
+            _copy_tokenizer(Path(tokenizer_directory), partial)
         for name, text in (files or {}).items():
-            (scratch / name).write_text(text, encoding="utf-8")
-        scratch.chmod(0o755)
+            (partial / name).write_text(text, encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.replace(partial, out)
     return out
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, to be renamed; what killed exports to `out` have left goes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}-*.partial"):
+        with contextlib.suppress(OSError), _locked(left):  # else another export writes it now
+            shutil.rmtree(left)
+    partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
+    partial.mkdir()  # with the rights that the user's umask leaves
+    try:
+        with _locked(partial):
+            yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder; the lock ends with this process, however it ends. Raises OSError at once."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _prepare(model: nn.Module, config: Any, special_tokens: Mapping[str, Any]) -> None:

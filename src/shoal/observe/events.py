@@ -9,6 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,15 +122,18 @@ class Tee(Sink):
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The objects of a JSON-lines file; a last line cut short by a crash is left out."""
+    """The objects of a JSON-lines file; lines that are none are left out, as a crash leaves them.
+
+    So are objects whose `step` is no number.
+    """
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step", 0), int):
+                rows.append(row)
     return rows
 
 
@@ -138,7 +142,7 @@ def cut_after(path: Path, *, step: int) -> int:
     rows = read_lines(path)
     kept = [row for row in rows if row.get("step", -1) <= step]
     text = "".join(json.dumps(row) + "\n" for row in kept)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         beside = path.with_suffix(f".cut-{time.monotonic_ns()}")
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)

@@ -137,8 +137,11 @@ def test_a_damaged_cache_is_said_and_made_anew(
     assert f"warning: {formats} is damaged" in said
     assert "; timed in " in decision.reason
     assert "timed before" in chosen(bench)[0].reason
-    formats.write_text(json.dumps({"devices": 0}))
-    assert "KeyError('device_name')" in chosen(bench)[1]
+    whole = json.loads(formats.read_text())
+    for odd in ({"devices": 0}, {**whole, "peaks": None}, {**whole, "compute": "float8"}, [whole]):
+        formats.write_text(json.dumps(odd))
+        assert f"warning: {formats} is damaged" in chosen(bench)[1]
+        assert json.loads(formats.read_text()).keys() >= whole.keys(), "made anew"
 
 
 def test_other_recipes_are_timed_apart_and_what_bears_on_no_time_is_not(

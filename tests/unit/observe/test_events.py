@@ -34,6 +34,17 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "none.jsonl") == []
 
 
+def test_what_is_no_row_is_left_out_and_cut_away(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = b'{"step": 1, "text": "snow \xe2\x98\x83"}\n{"event": "saved"}\n'
+    bad = [b"\xff", b"[1]", b'"words"', b'{"step": null}', b'{"step": "2"}', b"\x00", b"[" * 99999]
+    path.write_bytes(good + b"\n".join(bad))
+    rows = [{"step": 1, "text": "snow \u2603"}, {"event": "saved"}]
+    assert read_lines(path) == rows
+    assert cut_after(path, step=1) == 0
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+
+
 def test_what_follows_a_step_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"step": step, "loss": 1.0} for step in range(1, 6)] + [{"sources": {"a": 3}}]

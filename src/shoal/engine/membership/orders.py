@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -30,11 +31,13 @@ class Orders:
     _generation: Generation | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def listen(self, descriptor: int) -> Orders:
-        """Start hearing orders on `descriptor` (launch/pool.py, `send`)."""
-        threading.Thread(
-            target=self._receive, args=(descriptor,), name="orders", daemon=True
-        ).start()
+    def listen(self, descriptor: int, *, on_end: Callable[[], None] = lambda: None) -> Orders:
+        """Start hearing orders on `descriptor` (launch/pool.py, `send`).
+
+        `on_end`: called, in a thread, when who gives them is gone.
+        """
+        arguments = (descriptor, on_end)
+        threading.Thread(target=self._receive, args=arguments, name="orders", daemon=True).start()
         return self
 
     def newer_than(self, number: int) -> Generation | None:
@@ -50,14 +53,17 @@ class Orders:
             )
         return self.newer_than(number)
 
-    def _receive(self, descriptor: int) -> None:
+    def _receive(self, descriptor: int, on_end: Callable[[], None]) -> None:
         text = b""
         while True:
             try:
                 data = os.read(descriptor, 1 << 16)
+            except ConnectionResetError:
+                data = b""
             except OSError:
                 return
             if not data:
+                on_end()
                 return
             *lines, text = (text + data).split(b"\n")
             for line in lines:

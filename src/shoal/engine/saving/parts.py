@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from shoal.comm.group import Group
 from shoal.comm.messages import broadcast_json
 from shoal.config.locked import LOCKED, changed
 from shoal.config.recipe import Recipe
-from shoal.engine.state import FlatState
+from shoal.engine.state import FlatState, Progress
 from shoal.errors import RunError
 from shoal.layout import Layout
 
@@ -183,4 +184,27 @@ def check_same_run(saved: dict[str, Any], recipe: Recipe, *, at: Path) -> None:
         raise RunError(
             f"{at}: {path} differs from the run that was saved; a resumed run keeps "
             f"{', '.join(LOCKED)}. Start a new run with --out for other values"
+        )
+
+
+def check_progress(reader: Reader, *, steps: int, batch: int) -> None:
+    """What a checkpoint says of its progress goes with its step and the run. Raises RunError.
+
+    `batch`: samples of a step.
+    """
+    step = reader.step
+    if step > steps:
+        raise RunError(
+            f"{reader.folder}: is of step {step}, but the run has {steps} steps; give train.steps "
+            f"at least {step}, or remove that folder if it is not of this run"
+        )
+    try:
+        found = msgspec.convert(reader.state["progress"], type=Progress)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise RunError(f"{reader.folder}: does not say where the run was: {error}") from None
+    right = Progress(step, min(found.applied_steps, step), max(found.tokens, 0), step * batch)
+    if found != replace(right, seconds=found.seconds) or not found.seconds >= 0:
+        raise RunError(
+            f"{reader.folder}: its progress cannot be that of step {step}: {asdict(found)}; remove "
+            "that folder, and resume from the checkpoint before it"
         )

@@ -123,7 +123,8 @@ def row(owner: type[BaseModel], name: str, field: FieldInfo) -> str:
     default = "required" if field.default is PydanticUndefined else f"`{yaml_of(field.default)}`"
     if isinstance(field.default, BaseModel):
         default = yaml_of(field.default)
-    meaning = DOCSTRINGS[owner.__name__, name]
+    owners = (each.__name__ for each in owner.__mro__)
+    meaning = next(DOCSTRINGS[each, name] for each in owners if (each, name) in DOCSTRINGS)
     for python, here in (("None", "null"), ("False", "false"), ("True", "true")):
         meaning = re.sub(rf"\b{python}\b", here, meaning)
     return f"| `{name}` | {words} | {default} | {meaning} |"

@@ -6,6 +6,7 @@ Every section is a pydantic model that refuses unknown keys. Alternatives are un
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -56,6 +57,12 @@ class ImageClassification(Section):
 TaskSection = Annotated[
     CausalLM | TokenClassification | ImageClassification, Field(discriminator="kind")
 ]
+
+
+def has_tokens(task: Section) -> bool:
+    """Whether the samples of a task are text."""
+    return bool(getattr(task, "has_tokens", True))
+
 
 # --- model --------------------------------------------------------------------------------------
 
@@ -154,9 +161,9 @@ class AdamW(Section):
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: Rate = 1e-3
-    """At the schedule's peak."""
+    """At the schedule's peak; with pretrained weights the default is 2e-5."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Of matrices and embeddings; norms and biases have none."""
+    """Of matrices and embeddings; norms and biases have none. With pretrained weights 0.01."""
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.95
@@ -185,40 +192,53 @@ class Muon(Section):
     """Of AdamW."""
 
 
-class Constant(Section):
+class Schedule(Section):
+    """How long the rate rises."""
+
+    kind: str
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises to the peak."""
+    warmup_fraction: Fraction = 0.0
+    """The same as a share of the run's steps, rounded up, in place of `warmup_steps`; with
+    pretrained weights 0.03 where neither is given."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Schedule:
+        if self.warmup_steps and self.warmup_fraction:
+            raise ValueError("give `warmup_steps` or `warmup_fraction` (0 takes one away)")
+        return self
+
+    def num_warmup_steps(self, *, steps: int) -> int:
+        """Steps of a run of `steps` in which the rate rises."""
+        return self.warmup_steps or math.ceil(self.warmup_fraction * steps)
+
+
+class Constant(Schedule):
     """The same rate after the warm-up."""
 
     kind: Literal["constant"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises to the peak."""
 
 
-class Linear(Section):
+class Linear(Schedule):
     """A straight line from the peak to `final_fraction` of it."""
 
     kind: Literal["linear"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises to the peak."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """The last step's rate over the peak's."""
 
 
-class Cosine(Section):
+class Cosine(Schedule):
     """Half a cosine from the peak to `final_fraction` of it."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises to the peak."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """The last step's rate over the peak's."""
 
 
-class WarmupStableDecay(Section):
+class WarmupStableDecay(Schedule):
     """Warm up, hold, then fall over the last `decay_steps` in a straight line."""
 
     kind: Literal["warmup-stable-decay"] = "warmup-stable-decay"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises to the peak."""
     decay_steps: Count = 1
     """Steps in which it falls."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -438,6 +458,21 @@ class LaunchSection(Section):
     """auto: the GPUs where there are any, else the CPU."""
 
 
+class WandB(Section):
+    """Where the run stands at Weights & Biases; a resumed run goes on as the same one."""
+
+    project: str = "shoal"
+    """Project that it belongs to."""
+    entity: str | None = None
+    """User or team; None: the one of the key."""
+    name: str | None = None
+    """Name of the run; None: that of the run directory."""
+    group: str | None = None
+    """Group of runs that are shown together."""
+    tags: tuple[str, ...] = ()
+    """Words to find it by."""
+
+
 class ObserveSection(Section):
     """Where numbers go."""
 
@@ -447,8 +482,8 @@ class ObserveSection(Section):
     """Show progress."""
     tensorboard: bool = False
     """Also to RUN/tensorboard."""
-    wandb: bool = False
-    """Also to Weights & Biases."""
+    wandb: bool | WandB = False
+    """Also to Weights & Biases; a section says where there."""
     trace: bool = False
     """Write RUN/trace.json, for chrome://tracing or Perfetto."""
 

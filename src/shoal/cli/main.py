@@ -25,8 +25,8 @@ from shoal.cli import (
     simulate,
     train,
 )
+from shoal.cli.terminal import say, tell
 from shoal.errors import Interrupted, ShoalError, UserError, disk_problem
-from shoal.observe.visible import visible
 
 app = typer.Typer(
     name="shoal",
@@ -77,7 +77,7 @@ for _name, _group in (("data", data.app), ("config", config.app)):
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"shoal {version('shoal')}")
+        say(f"shoal {version('shoal')}")
         raise typer.Exit
 
 
@@ -119,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _tell(error: ShoalError, *, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    print(f"shoal: {visible(str(error))}", file=sys.stderr)
+        tell(traceback.format_exc())
+    tell(f"shoal: {error}")
     return error.exit_status
 
 
@@ -130,12 +130,12 @@ def _unexpected(error: Exception) -> int:
         error.show()
         return int(error.exit_code)
     if isinstance(error, OSError) and disk_problem(error) is not None:
-        print(f"shoal: {disk_problem(error)}", file=sys.stderr)
+        tell(f"shoal: {disk_problem(error)}")
         return UserError.exit_status
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        print(f"shoal: {where}{error.strerror or error}", file=sys.stderr)
+        tell(f"shoal: {where}{error.strerror or error}")
         return 2 if isinstance(error, FileNotFoundError | PermissionError) else 1
-    traceback.print_exc()
-    print("shoal: this is a defect of shoal, not a mistake of yours", file=sys.stderr)
+    tell(traceback.format_exc())
+    tell("shoal: this is a defect of shoal, not a mistake of yours")
     return 1

@@ -22,6 +22,7 @@ from shoal.cli.plan_arguments import (
     RecipeName,
     Sequence,
 )
+from shoal.cli.terminal import say
 from shoal.errors import UserError, nearest
 
 
@@ -81,10 +82,10 @@ def plan(
         picture.plans(found).savefig(image)
     if as_json:
         report = explain.report_json(found, cluster=given.estimator.cluster)
-        typer.echo(json.dumps({**report, "not_yet": given.missing}, indent=1))
+        say(json.dumps({**report, "not_yet": given.missing}, indent=1))
         return
     run = given.command(found.best)
-    typer.echo(
+    say(
         explain.text(
             found,
             estimator=given.estimator,
@@ -118,14 +119,14 @@ def _here(
             recipe, overrides, pool=pool, console=Console(out=sys.stderr if as_json else None)
         )
     if as_json:
-        typer.echo(json.dumps(decision.to_json(), indent=1))
+        say(json.dumps(decision.to_json(), indent=1))
         return
     rows = [Timed.from_json(row) for row in decision.measured.get("candidates", [])]
-    typer.echo(f"Plan: {decision}")
+    say(f"Plan: {decision}")
     if rows:
-        typer.echo("\n".join(table(rows, best=best_of(rows))))
+        say("\n".join(table(rows, best=best_of(rows))))
     words = ["shoal train", recipe, *overrides]
-    typer.echo(f"  {' '.join(words)}")
+    say(f"  {' '.join(words)}")
 
 
 def _whole_run(
@@ -151,10 +152,10 @@ def _whole_run(
     made = offers(given.estimator, tokens=count, space=given.space)
     chosen = choose(made, goal=goal, deadline=longest, budget=budget)
     if not as_json:
-        typer.echo(explain.offers_text(made, chosen=chosen, tokens=count))
+        say(explain.offers_text(made, chosen=chosen, tokens=count))
         if chosen is not None:
-            typer.echo(f"Plan: {explain.choices(chosen.prediction.candidate)}")
-            typer.echo(f"  {given.command(chosen.prediction)}")
+            say(f"Plan: {explain.choices(chosen.prediction.candidate)}")
+            say(f"  {given.command(chosen.prediction)}")
         return
     rows = [
         {
@@ -166,4 +167,4 @@ def _whole_run(
         }
         for offer in made
     ]
-    typer.echo(json.dumps({"tokens": count, "goal": goal, "offers": rows}, indent=1))
+    say(json.dumps({"tokens": count, "goal": goal, "offers": rows}, indent=1))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli.terminal import tell
 from shoal.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class PlanArguments:
         if recipe.model.kind == "pretrained":
             from shoal.launch.prepare import model_folder
 
-            folder = model_folder(recipe.model.path, say=typer.echo)
+            folder = model_folder(recipe.model.path, say=tell)
         config = config_of(recipe, folder=folder, task=create(recipe.task.kind).config_keys())
         layout = given_layout(recipe)
         self._closed = space_of(recipe, layout=layout).fixed

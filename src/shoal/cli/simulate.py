@@ -21,6 +21,7 @@ from shoal.cli.plan_arguments import (
     RecipeName,
     Sequence,
 )
+from shoal.cli.terminal import say
 
 if TYPE_CHECKING:
     from shoal.plan.cost.step import Prediction
@@ -83,9 +84,9 @@ def simulate(
     jitter = goodput.Jitter(slow_share=slow_share, slow_factor=slow_factor)
     report = _report(best, timeline=timeline, trust=trust, jitter=jitter)
     if as_json:
-        typer.echo(json.dumps({**report, "not_yet": given.missing}, indent=1))
+        say(json.dumps({**report, "not_yet": given.missing}, indent=1))
     else:
-        typer.echo(_text(report, best=best, missing=given.missing))
+        say(_text(report, best=best, missing=given.missing))
 
 
 _POLICIES: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.terminal import say
 from shoal.errors import UserError
-from shoal.observe.visible import visible
 
 Overrides = Annotated[
     list[str] | None,
@@ -49,4 +49,4 @@ def train(
             return
         result = local.train(recipe, overrides or [], out=out, pool=pool)
     words = last_words(result.run, result.summary, recipe=recipe)
-    print(visible("\n".join(words)))
+    say("\n".join(words))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.anchor import anchored
-from shoal.config.load import load_recipe, to_yaml
+from shoal.config.load import load_recipe, override_texts, resolve, to_yaml
 from shoal.config.locked import LOCKED, Difference, changed, differences
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
@@ -38,15 +38,14 @@ class Result:
     run: Path
     summary: dict[str, Any]
 
-    @property
-    def loss(self) -> float:
-        """Loss of the last step."""
-        return float(self.summary["final_loss"])
+
+AnyRecipe = str | Path | Mapping[str, Any] | Recipe
+Overrides = str | Mapping[str, Any] | Iterable[str]
 
 
 def train(
-    recipe: str | Path | Recipe,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    recipe: AnyRecipe,
+    overrides: Overrides = (),
     *,
     out: str | Path | None = None,
     console: bool | None = None,
@@ -54,7 +53,7 @@ def train(
     instruments: Instruments | None = None,
     story: list[dict[str, Any]] | None = None,
 ) -> Result:
-    """Train `recipe` (a shipped name or a YAML file) and return its result.
+    """Train `recipe` (a shipped name, a YAML file, a dict or a Recipe) and return its result.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
     by default a new one below runs/. `instruments`: what a rehearsal or a test attaches to the run;
@@ -62,7 +61,7 @@ def train(
     Stopped after Ctrl-C or SIGTERM once everything is saved.
     """
     resolved = _resolved(recipe, overrides)
-    run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
+    run = claim(out, name=Path(recipe).stem if isinstance(recipe, str | Path) else "run")
     show = _console(resolved, wanted=console)
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
         show.phase(f"run directory {run}; preparing the data")
@@ -81,8 +80,8 @@ def train(
 
 
 def dry_run(
-    recipe: str | Path | Recipe,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    recipe: AnyRecipe,
+    overrides: Overrides = (),
     *,
     pool: WorkerPool | None = None,
 ) -> Decision:
@@ -109,11 +108,9 @@ def plan_here(
     return choose(resolved, inputs=inputs, pool=pool, console=console)
 
 
-def _resolved(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | Iterable[str]) -> Recipe:
+def _resolved(recipe: AnyRecipe, overrides: Overrides) -> Recipe:
     """The recipe with its overrides, refused here if it cannot run. Raises UserError."""
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(str(recipe), override_texts(overrides))
-    resolved = anchored(recipe)
+    resolved = anchored(resolve(recipe, overrides))
     check(resolved)
     check_trackers(resolved.observe)
     return resolved
@@ -141,7 +138,7 @@ def _console(recipe: Recipe, *, wanted: bool | None) -> Console:
 
 def resume(
     run: str | Path,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    overrides: Overrides = (),
     *,
     console: bool | None = None,
     pool: WorkerPool | None = None,
@@ -158,7 +155,7 @@ def resume(
 
 def _resume(
     folder: Path,
-    overrides: Mapping[str, Any] | Iterable[str],
+    overrides: Overrides,
     *,
     console: bool | None,
     pool: WorkerPool | None,
@@ -229,13 +226,6 @@ def _unless_empty(run: Path) -> Iterator[None]:
         with suppress(OSError):
             run.rmdir()  # refuses a folder with anything in it
         raise
-
-
-def override_texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
-    """Overrides as KEY=VALUE, whichever way they were given."""
-    if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return list(overrides)
 
 
 def _run(

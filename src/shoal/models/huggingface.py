@@ -87,8 +87,10 @@ def config_from(tree: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(saved.pop("model_type"), **saved)
 
 
-def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Module:
-    """The model of `config` for a task's auto class: float32, meta device, attention `shoal`.
+def build_meta(
+    config: Any, *, auto_class: str, dropout: str = "off", kernel: str = attention.NAME
+) -> nn.Module:
+    """The model of `config` for a task's auto class: float32, meta device, attention `kernel`.
 
     `dropout`: `off` sets all to 0; `keyed` sets that of attention probabilities to 0
     (`dropout.apply_keyed` then replaces the rest); `framework` leaves the model as it is. The
@@ -113,7 +115,7 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
         with _building, torch.device("meta"):
             model: nn.Module = factory.from_config(
                 config,
-                attn_implementation=attention.NAME,
+                attn_implementation=kernel,
                 dtype=torch.float32,
                 trust_remote_code=False,
             )
@@ -179,9 +181,11 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON: {error}\n    fetch the model again") from error
-    if "model_type" not in content:
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: expected a JSON object of settings\n    fetch the model again")
+    if not isinstance(content.get("model_type"), str):
         raise ModelError(f"{file}: it names no model_type\n    add it, for example llama")
     _refuse_unknown(content["model_type"], settings)
     config = _guarded(

@@ -107,6 +107,14 @@ class PretrainedWeights:
         result: Tensor = part.to(torch.float32)
         return result
 
+    def refuse_missing(self) -> None:
+        """For who uses a model instead of training it. Raises ModelError for `missing` weights."""
+        if self.missing:
+            raise ModelError(
+                f"{self._folder}: it lacks {_listed(self.missing)}, which only training may draw "
+                "at random\n    use a folder trained for this task, or fetch the model again"
+            )
+
     def notes(self) -> list[str]:
         """What the user should know: parameters drawn afresh, tensors left aside."""
         lines = []

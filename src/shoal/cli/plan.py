@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli.plan_arguments import (
+    OTHER_MACHINES,
     AsJson,
     Batch,
     Devices,
@@ -31,7 +33,7 @@ def plan(
     overrides: Overrides = None,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", help="'16x8xH100, 400Gbit'; else this machine."),
+        typer.Option("--cluster", help="Such as '16x8xH100, 400Gbit'; else this machine."),
     ] = None,
     devices: Devices = None,
     model: Model = None,
@@ -39,7 +41,9 @@ def plan(
     batch: Batch = None,
     precision: Precision = None,
     fix: Fix = None,
-    goal: Annotated[str, typer.Option(help="speed, cost or devices; with --tokens.")] = "speed",
+    goal: Annotated[
+        str, typer.Option(help="One of speed, cost and devices; with --tokens.")
+    ] = "speed",
     tokens: Annotated[str | None, typer.Option(help="Length of the run, such as 2B.")] = None,
     deadline: Annotated[str | None, typer.Option(help="Longest time, such as 8h.")] = None,
     budget: Annotated[float | None, typer.Option(help="Most US dollars.")] = None,
@@ -82,17 +86,16 @@ def plan(
         picture.plans(found).savefig(image)
     if as_json:
         report = explain.report_json(found, cluster=given.estimator.cluster)
-        say(json.dumps({**report, "not_yet": given.missing}, indent=1))
+        more = {"not_yet": given.lacking, "command": given.command(found.best) or None}
+        say(json.dumps({**report, **more}, indent=1))
         return
-    run = given.command(found.best)
     say(
         explain.text(
             found,
             estimator=given.estimator,
-            space=given.space,
             anywhere=given.found_anywhere(),
-            missing=given.missing,
-            run=run,
+            missing=given.lacking,
+            today=given.today(found.best),
         )
     )
 
@@ -125,8 +128,7 @@ def _here(
     say(f"Plan: {decision}")
     if rows:
         say("\n".join(table(rows, best=best_of(rows))))
-    words = ["shoal train", recipe, *overrides]
-    say(f"  {' '.join(words)}")
+    say(f"  {shlex.join(['shoal', 'train', recipe, *overrides])}")
 
 
 def _whole_run(
@@ -154,8 +156,11 @@ def _whole_run(
     if not as_json:
         say(explain.offers_text(made, chosen=chosen, tokens=count))
         if chosen is not None:
-            say(f"Plan: {explain.choices(chosen.prediction.candidate)}")
-            say(f"  {given.command(chosen.prediction)}")
+            run = given.command(chosen.prediction)
+            what = explain.choices(chosen.prediction.candidate)
+            lacking = "; ".join(given.missing) or OTHER_MACHINES
+            unable = f"Not in shoal yet: {lacking}\nIt would be: {what}"
+            say(f"Plan: {what}\n  {run}" if run else unable)
         return
     rows = [
         {

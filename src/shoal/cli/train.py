@@ -26,8 +26,9 @@ def train(
 ) -> None:
     """Train a recipe; the run goes to --out, or to the next free folder below runs/.
 
-    `shoal config show RECIPE` prints every key with its value, `shoal config schema` what each may
-    be; any of them can be set here, as in `train.steps=500 parallel.replicate=2`.
+    Any key of a recipe can be set here. `shoal config show RECIPE` prints every key with its value
+    and what the run will do, `shoal config schema` what each may be; docs/guide/recipe.md says what
+    each means.
     """
     from shoal.environment import torchrun_rendezvous
 

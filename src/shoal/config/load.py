@@ -146,7 +146,7 @@ def resolve(
     if isinstance(recipe, str | os.PathLike):
         return load_recipe(os.fspath(recipe), texts)
     if isinstance(recipe, Recipe):
-        recipe = recipe.model_dump(mode="json")
+        recipe = _tree(recipe, given=True)
     if not isinstance(recipe, Mapping):
         got = type(recipe).__name__
         raise UserError(f"expected a recipe: a name, a path, a dict or a shoal.Recipe; got {got}")
@@ -168,14 +168,19 @@ def to_yaml(recipe: Recipe) -> str:
     return dump(_tree(recipe))
 
 
-def _tree(section: BaseModel) -> dict[str, Any]:
-    """Plain data. None is left out only where it is the default, else it would not come back."""
+def _tree(section: BaseModel, *, given: bool = False) -> dict[str, Any]:
+    """Plain data. None is left out only where it is the default, else it would not come back.
+
+    `given`: only keys that somebody set, and the kind; the rest may get another default.
+    """
     tree: dict[str, Any] = {}
     plain = section.model_dump(mode="json")
     for key, value in section:
         field = type(section).model_fields.get(key)
+        if given and key != "kind" and key not in section.model_fields_set:
+            continue
         if isinstance(value, BaseModel):
-            tree[key] = _tree(value)
+            tree[key] = _tree(value, given=given)
         elif value is not None or field is None or field.default is not None:
             tree[key] = plain[key]
     return tree

@@ -213,7 +213,12 @@ def decision_before(run: Path, overrides: list[str]) -> Decision | None:
         tree = json.loads(path.read_text(encoding="utf-8"))
         tree.pop("outcome", None)
         return Decision.from_json(tree)
-    except (ValueError, TypeError, KeyError):  # written by hand, or by another version
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # written by hand, or by another version
         return None
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from shoal.config.left_out import FINE_TUNING, FINE_TUNING_WARMUP
-from shoal.config.load import load_recipe, shipped_recipes, to_yaml
+from shoal.config.load import load_recipe, resolve, shipped_recipes, to_yaml
+from shoal.config.recipe import (
+    AdamW,
+    DataSection,
+    Linear,
+    Muon,
+    PretrainedModel,
+    Recipe,
+    TrainSection,
+)
 from shoal.config.schema import Choice, choices
 from shoal.config.statement import statements
 from shoal.errors import ConfigError
@@ -101,6 +110,22 @@ def test_pretrained_weights_get_the_values_of_fine_tuning(tmp_path: Path) -> Non
         "over 3 % of the steps, then falls by half a cosine to 2e-06 at the last step"
         in (statements(of_epochs)["learning rate"])
     )
+
+
+def test_a_recipe_made_in_python_gets_them_too() -> None:
+    """What was set stays, in the kind that was set; the rest is filled in when it is trained."""
+    model, data = PretrainedModel(path="x"), DataSection(source="a.txt")
+    bare = resolve(Recipe(model=model, data=data, train=TrainSection(steps=3)))
+    assert (bare.train.optimizer.learning_rate, bare.train.schedule.warmup_fraction) == (2e-5, 0.03)
+    some = TrainSection(steps=3, optimizer=AdamW(weight_decay=0.2), schedule=Linear(warmup_steps=1))
+    recipe = resolve(Recipe(model=model, data=data, train=some))
+    assert (recipe.train.optimizer.learning_rate, recipe.train.optimizer.weight_decay) == (
+        2e-5,
+        0.2,
+    )
+    assert recipe.train.schedule == Linear(warmup_steps=1)
+    muon = TrainSection(steps=3, optimizer=Muon(learning_rate=0.01))
+    assert resolve(Recipe(model=model, data=data, train=muon)).train.optimizer == muon.optimizer
 
 
 def test_what_is_given_stays(tmp_path: Path) -> None:

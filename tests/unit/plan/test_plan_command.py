@@ -161,9 +161,10 @@ def test_a_model_without_recipe(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object"):
         run("plan", *words)
-    path.write_text("{")
-    with pytest.raises(UserError, match=r"cannot be read as a config\.json"):
-        run("plan", *words)
+    for text in ("{", "[" * 100_000, "\x00"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"cannot be read as a config\.json"):
+            run("plan", *words)
 
 
 def test_a_whole_run() -> None:

@@ -23,6 +23,6 @@ def evaluate(
     from shoal.observe.console import Console
 
     with Console(out=sys.stderr) as console:
-        console.progress("reading the recipe and the model", None)
+        console.phase("reading the recipe and the model")
         scores = score(model, recipe=recipe, overrides=overrides or [], console=console)
     say(json.dumps(scores, indent=1))

@@ -29,6 +29,6 @@ def generate(
             tokens=tokens,
             temperature=temperature,
             seed=seed,
-            say=lambda phase: console.progress(phase, None),
+            say=console.phase,
         )
     say(prompt + added)

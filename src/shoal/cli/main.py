@@ -137,6 +137,12 @@ def _unexpected(error: Exception) -> int:
     """click's own usage errors carry how to show themselves; anything else is a defect of ours."""
     if hasattr(error, "show") and hasattr(error, "exit_code"):
         error.show()
+        option = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+        from shoal.config.suggest import suggestion  # imports pydantic, which takes a while
+
+        hint = suggestion(option, known=()) if option else ""
+        if hint:
+            tell(f"Keys of a recipe are given as KEY=VALUE: {hint}")
         return int(error.exit_code)
     if isinstance(error, OSError) and disk_problem(error) is not None:
         tell(f"shoal: {disk_problem(error)}")

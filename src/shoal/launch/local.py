@@ -66,7 +66,7 @@ def train(
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
         show.phase(f"run directory {run}; preparing the data")
         inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        _await_imports(workers, console=show)
+        await_imports(workers, console=show)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
         job = Job(
@@ -116,7 +116,7 @@ def _resolved(recipe: AnyRecipe, overrides: Overrides) -> Recipe:
     return resolved
 
 
-def _await_imports(pool: WorkerPool, *, console: Console) -> None:
+def await_imports(pool: WorkerPool, *, console: Console) -> None:
     """Wait until workers can be forked, under the name of what is waited for."""
     if pool.ready_seconds is None:
         console.phase("importing torch and transformers, for all workers")
@@ -169,7 +169,7 @@ def _resume(
         for key, before, after in new:
             show.line(f"changed: {key} {json.dumps(before)} -> {json.dumps(after)}")
         inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        _await_imports(workers, console=show)
+        await_imports(workers, console=show)
         decision = decision_before(folder, override_texts(overrides))
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import select
 import statistics
 import subprocess
 import sys
@@ -174,6 +175,26 @@ def test_evaluate_gives_the_scores_of_the_run(bench: Bench) -> None:
     scores = json.loads(done.stdout)
     # the same weights in float32, summed in batches of another size
     assert scores["evaluation_loss"] == pytest.approx(run.evaluations[-1]["evaluation_loss"], 1e-5)
+
+
+def seconds_to_first_sign(words: list[str]) -> tuple[float, int]:
+    """From the start of a command to the first thing that it says; and its exit status."""
+    began = time.monotonic()
+    done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.stdout is not None and done.stderr is not None
+    select.select([done.stdout, done.stderr], [], [], 60)
+    seconds = time.monotonic() - began
+    done.communicate(timeout=60)
+    return seconds, done.returncode
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_life_within_three_seconds(command: str, bench: Bench) -> None:
+    """And an end when the answer is there: `communicate` waits for it."""
+    words = (bench.run().path, "The river" if command == "generate" else bench.recipe)
+    seconds, status = seconds_to_first_sign(shoal(command, *words))
+    assert status == 0 and seconds < 3
 
 
 def test_train_prints_what_to_do_next(bench: Bench) -> None:

@@ -44,7 +44,7 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -
         "saves": said["saves"],
         "runs on": _where(recipe, decision),
     }
-    lines |= {name: said[name] for name in ("exact", "stops early") if name in said}
+    lines |= {name: said[name] for name in ("tokenizer", "exact", "stops early") if name in said}
     return [f"  {name:<14} {text}" for name, text in lines.items()]
 
 

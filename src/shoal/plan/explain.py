@@ -205,6 +205,11 @@ def offers_text(offers: list[Offer], *, chosen: Offer | None, tokens: int) -> st
                 else "less than half of the added ones pay."
             )
         )
+    one = offers[0]
+    if chosen not in (None, one) and one.cluster.workers == 1:
+        times = one.seconds / chosen.seconds
+        if times < _WORTH:
+            lines.append(f"One device is enough: the plan is {times:.2g} x as fast as it")
     if chosen is None:
         lines.append("None meets the deadline and the budget: allow more of one of them.")
     return "\n".join(lines)

@@ -171,6 +171,9 @@ def test_a_whole_run() -> None:
     words = ["quickstart", "--cluster", "2x8xA100", "--tokens", "2B", "--goal", "devices"]
     text = run("plan", *words, "--deadline", "8h", "--budget", "200")
     assert "A run over 2B tokens (predicted):" in text and "->" in text and "$" in text
+    assert "One device is enough" not in text, "it is what was chosen"
+    fastest = run("plan", "quickstart", "--cluster", "8xA100", "--tokens", "2B")
+    assert "One device is enough: the plan is 1 x as fast as it" in fastest
     data = json.loads(run("plan", *words, "--json"))
     assert [offer["workers"] for offer in data["offers"]] == [1, 2, 4, 8, 16]
     assert sum(offer["chosen"] for offer in data["offers"]) == 1

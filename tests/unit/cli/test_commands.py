@@ -7,7 +7,6 @@ import json
 import os
 import re
 import select
-import statistics
 import subprocess
 import sys
 import time
@@ -38,8 +37,8 @@ def test_answers_at_once(words: tuple[str, ...]) -> None:
         subprocess.run(shoal(*words), check=True, capture_output=True)
         return time.perf_counter() - began
 
-    # The machine may be busy with other tests: the best of the medians of 5 is its own time.
-    best = min(statistics.median(seconds() for _ in range(5)) for _ in range(2))
+    # Nothing makes a start quicker than it is; whatever else runs makes some of them slower.
+    best = min(seconds() for _ in range(12))
     assert best < 0.4
 
 

@@ -25,11 +25,11 @@ class Choice:
         """The kind of a section that names none: the default, or the one whose key it has."""
         if self.default is not None:
             return self.default
-        required = {
-            kind: {name for name, field in model.model_fields.items() if field.is_required()}
+        named = [
+            kind
             for kind, model in self.kinds.items()
-        }
-        named = [kind for kind, names in required.items() if names & section.keys()]
+            if any(f.is_required() and n in section for n, f in model.model_fields.items())
+        ]
         return named[0] if len(named) == 1 else None
 
 

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from shoal.config.left_out import FINE_TUNING
-from shoal.config.recipe import (
-    AdamW,
-    Constant,
-    Cosine,
-    Muon,
-    PretrainedModel,
-    Recipe,
-    WarmupStableDecay,
-    has_tokens,
-)
+from shoal.config.optimizers import AdamW, Constant, Cosine, Muon, WarmupStableDecay
+from shoal.config.recipe import PretrainedModel, Recipe, has_tokens
 from shoal.units import format_count
 
 _OPEN = "decided at start"

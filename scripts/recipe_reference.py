@@ -1,4 +1,4 @@
-"""Writes docs/guide/recipe.md: every key of a recipe, from the schema in config/recipe.py.
+"""Writes docs/guide/recipe.md: every key of a recipe, from the schema in config/.
 
 python scripts/recipe_reference.py           write
 python scripts/recipe_reference.py --check   exit 1 when the page is not current
@@ -9,6 +9,7 @@ Types and defaults come from pydantic, meanings from the docstrings under the fi
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
 import types
@@ -44,9 +45,11 @@ SECTIONS += ("launch", "observe")
 def docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string below the field, on one line."""
     found = {}
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
-    for owner in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for field, below in zip(owner.body, owner.body[1:], strict=False):
+    files = sorted(Path(schema.__file__).parent.glob("*.py"))
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    for owner in classes:
+        for field, below in itertools.pairwise(owner.body):
             named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             text = below.value if isinstance(below, ast.Expr) else None
             if named and isinstance(text, ast.Constant) and isinstance(text.value, str):
@@ -123,7 +126,8 @@ def row(owner: type[BaseModel], name: str, field: FieldInfo) -> str:
     default = "required" if field.default is PydanticUndefined else f"`{yaml_of(field.default)}`"
     if isinstance(field.default, BaseModel):
         default = yaml_of(field.default)
-    meaning = DOCSTRINGS[owner.__name__, name]
+    owners = (each.__name__ for each in owner.__mro__)
+    meaning = next(DOCSTRINGS[each, name] for each in owners if (each, name) in DOCSTRINGS)
     for python, here in (("None", "null"), ("False", "false"), ("True", "true")):
         meaning = re.sub(rf"\b{python}\b", here, meaning)
     return f"| `{name}` | {words} | {default} | {meaning} |"

@@ -6,13 +6,34 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "resume", "train"]
 
-_PLACES = {"train": "shoal.launch.local", "resume": "shoal.launch.local"}
+_PLACES = {
+    "shoal.cli.api": ("Result", "evaluate", "generate", "merge", "resume", "train"),
+    "shoal.config.recipe": ("Recipe",),
+    "shoal.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "FetchError",
+        "Interrupted",
+        "ModelError",
+        "RunError",
+        "ShoalError",
+        "Stopped",
+        "UserError",
+        "WorkerError",
+    ),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+__all__ = sorted(["__version__", *_PLACE_OF])
 
 
 def __getattr__(name: str) -> Any:
     """Export lazily (PEP 562), so that `import shoal` costs nothing."""
-    if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
+    if name in _PLACE_OF:
+        return getattr(import_module(_PLACE_OF[name]), name)
     raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.terminal import say
 from shoal.cli.train import Overrides
 
 app = typer.Typer(
@@ -24,8 +25,8 @@ def show(
     from shoal.config.statement import statement
 
     resolved = load_recipe(recipe, overrides or [])
-    print(to_yaml(resolved))
-    print("\n".join(f"# {line}" for line in statement(resolved)))
+    say(to_yaml(resolved))
+    say("\n".join(f"# {line}" for line in statement(resolved)))
 
 
 @app.command("schema")
@@ -35,7 +36,7 @@ def schema() -> None:
 
     from shoal.config.recipe import Recipe
 
-    print(json.dumps(Recipe.model_json_schema(), indent=1))
+    say(json.dumps(Recipe.model_json_schema(), indent=1))
 
 
 @app.command("list")
@@ -43,4 +44,4 @@ def names() -> None:
     """List the shipped recipes."""
     from shoal.config.load import shipped_recipes
 
-    print("\n".join(shipped_recipes()))
+    say("\n".join(shipped_recipes()))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.terminal import say, tell
+
 app = typer.Typer(
     help="List and fetch data, and verify which samples a run has read.", no_args_is_help=True
 )
@@ -22,8 +24,8 @@ def list_entries() -> None:
         kind = "model" if entry.is_model else "data"
         here = "in the cache" if fetch.is_unpacked(entry.directory) else "not fetched"
         size = format_bytes(entry.download_bytes)
-        typer.echo(f"{entry.name:22} {kind:6} {size:>9}  {here:13} {entry.summary}")
-        typer.echo(f"{'':22} {entry.requirement}, licence: {entry.licence}")
+        say(f"{entry.name:22} {kind:6} {size:>9}  {here:13} {entry.summary}")
+        say(f"{'':22} {entry.requirement}, licence: {entry.licence}")
 
 
 @app.command("get")
@@ -31,8 +33,8 @@ def get_entry(name: Annotated[str, typer.Argument(help="A name from `shoal data 
     """Fetch an entry into the cache and print where it lies."""
     from shoal.data import registry
 
-    path = registry.get(name, announce=lambda line: typer.echo(line, err=True))
-    typer.echo(str(path))
+    path = registry.get(name, announce=tell)
+    say(str(path))
 
 
 @app.command("verify")
@@ -41,6 +43,6 @@ def verify(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
     from shoal.data.verify import verify_run
 
     report = verify_run(run)
-    typer.echo(str(report))
+    say(str(report))
     if report.problems:
         raise typer.Exit(1)

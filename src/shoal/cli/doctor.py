@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from shoal.cli.terminal import say
+
 
 def doctor() -> None:
     """Show what this machine offers: cores, memory, devices, formats, versions and known traps."""
     from shoal.launch.doctor import findings
 
     for level, text in findings():
-        print(f"{level:<8} {text}")
+        say(f"{level:<8} {text}")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.terminal import say
 from shoal.cli.train import Overrides
 
 
@@ -22,5 +23,6 @@ def evaluate(
     from shoal.observe.console import Console
 
     with Console(out=sys.stderr) as console:
+        console.phase("reading the recipe and the model")
         scores = score(model, recipe=recipe, overrides=overrides or [], console=console)
-    print(json.dumps(scores, indent=1))
+    say(json.dumps(scores, indent=1))

@@ -25,8 +25,8 @@ from shoal.cli import (
     simulate,
     train,
 )
+from shoal.cli.terminal import say, tell
 from shoal.errors import Interrupted, ShoalError, UserError, disk_problem
-from shoal.observe.visible import visible
 
 app = typer.Typer(
     name="shoal",
@@ -39,9 +39,11 @@ app = typer.Typer(
 )
 
 
-def _add(name: str, command: Callable[..., None], *, example: str, **settings: Any) -> None:
-    """A command whose first sentence stands whole in the list, with an example at its end."""
-    epilog = f"Example: {example}"
+def _add(name: str, command: Callable[..., None], *example: str, **settings: Any) -> None:
+    """A command whose first sentence stands whole in the list, with examples at its end."""
+    epilog = f"Example: {example[0]}"
+    if len(example) > 1:
+        epilog = "\b\n" + "\n".join(["Examples:", *(f"  {each}" for each in example)])
     app.command(name, short_help=_sentence(command), epilog=epilog, **settings)(command)
 
 
@@ -49,24 +51,31 @@ def _sentence(command: Callable[..., Any]) -> str:
     return (inspect.getdoc(command) or "").partition("\n\n")[0].replace("\n", " ")
 
 
-_add("train", train.train, example="shoal train quickstart train.steps=100 parallel.replicate=2")
-_add("resume", resume.resume, example="shoal resume runs/quickstart-001 parallel.replicate=4")
-_add("merge", merge.merge, example="shoal merge runs/quickstart-001 --out model")
-_add("generate", generate.generate, example='shoal generate runs/quickstart-001 "A: Hello"')
-_add("evaluate", evaluate.evaluate, example="shoal evaluate runs/quickstart-001 quickstart")
-_add("parity", parity.parity, example="shoal parity quickstart parallel.replicate=2")
-_add("rehearse", rehearse.rehearse, example="shoal rehearse quickstart --fault kill:1@20")
-_add("doctor", doctor.doctor, example="shoal doctor")
+_add(
+    "train",
+    train.train,
+    "shoal train quickstart",
+    "shoal train quickstart data.source=YOUR.txt train.optimizer.learning_rate=3e-4",
+    "shoal train quickstart parallel.replicate=2 --out runs/two",
+    "shoal train MINE.yaml model.path=FOLDER --dry-run",
+)
+_add("resume", resume.resume, "shoal resume runs/quickstart-001 parallel.replicate=4")
+_add("merge", merge.merge, "shoal merge runs/quickstart-001 --out model")
+_add("generate", generate.generate, 'shoal generate runs/quickstart-001 "A: Hello"')
+_add("evaluate", evaluate.evaluate, "shoal evaluate runs/quickstart-001 quickstart")
+_add("parity", parity.parity, "shoal parity quickstart parallel.replicate=2")
+_add("rehearse", rehearse.rehearse, "shoal rehearse quickstart --fault kill:1@20")
+_add("doctor", doctor.doctor, "shoal doctor")
 _add(
     "plan",
     plan.plan,
-    example="shoal plan quickstart --cluster 8xH100",
+    "shoal plan quickstart --cluster 8xH100",
     no_args_is_help=True,
 )
 _add(
     "simulate",
     simulate.simulate,
-    example="shoal simulate quickstart --cluster 8xH100",
+    "shoal simulate quickstart --cluster 8xH100",
     no_args_is_help=True,
 )
 for _name, _group in (("data", data.app), ("config", config.app)):
@@ -77,7 +86,7 @@ for _name, _group in (("data", data.app), ("config", config.app)):
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"shoal {version('shoal')}")
+        say(f"shoal {version('shoal')}")
         raise typer.Exit
 
 
@@ -119,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _tell(error: ShoalError, *, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    print(f"shoal: {visible(str(error))}", file=sys.stderr)
+        tell(traceback.format_exc())
+    tell(f"shoal: {error}")
     return error.exit_status
 
 
@@ -128,14 +137,20 @@ def _unexpected(error: Exception) -> int:
     """click's own usage errors carry how to show themselves; anything else is a defect of ours."""
     if hasattr(error, "show") and hasattr(error, "exit_code"):
         error.show()
+        option = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+        from shoal.config.suggest import suggestion  # imports pydantic, which takes a while
+
+        hint = suggestion(option, known=()) if option else ""
+        if hint:
+            tell(f"Keys of a recipe are given as KEY=VALUE: {hint}")
         return int(error.exit_code)
     if isinstance(error, OSError) and disk_problem(error) is not None:
-        print(f"shoal: {disk_problem(error)}", file=sys.stderr)
+        tell(f"shoal: {disk_problem(error)}")
         return UserError.exit_status
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        print(f"shoal: {where}{error.strerror or error}", file=sys.stderr)
+        tell(f"shoal: {where}{error.strerror or error}")
         return 2 if isinstance(error, FileNotFoundError | PermissionError) else 1
-    traceback.print_exc()
-    print("shoal: this is a defect of shoal, not a mistake of yours", file=sys.stderr)
+    tell(traceback.format_exc())
+    tell("shoal: this is a defect of shoal, not a mistake of yours")
     return 1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from shoal.cli.terminal import say, tell
 from shoal.cli.train import Overrides
 
 
@@ -43,7 +43,7 @@ def parity(
             steps=steps,
             whole=whole,
             mistake=plant,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+            say=tell,
         )
-    print(json.dumps(found.to_json(), indent=1) if as_json else found)
+    say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
     raise typer.Exit(0 if found.proven else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli.plan_arguments import (
+    OTHER_MACHINES,
     AsJson,
     Batch,
     Devices,
@@ -22,6 +24,7 @@ from shoal.cli.plan_arguments import (
     RecipeName,
     Sequence,
 )
+from shoal.cli.terminal import say
 from shoal.errors import UserError, nearest
 
 
@@ -30,7 +33,7 @@ def plan(
     overrides: Overrides = None,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", help="'16x8xH100, 400Gbit'; else this machine."),
+        typer.Option("--cluster", help="Such as '16x8xH100, 400Gbit'; else this machine."),
     ] = None,
     devices: Devices = None,
     model: Model = None,
@@ -38,7 +41,9 @@ def plan(
     batch: Batch = None,
     precision: Precision = None,
     fix: Fix = None,
-    goal: Annotated[str, typer.Option(help="speed, cost or devices; with --tokens.")] = "speed",
+    goal: Annotated[
+        str, typer.Option(help="One of speed, cost and devices; with --tokens.")
+    ] = "speed",
     tokens: Annotated[str | None, typer.Option(help="Length of the run, such as 2B.")] = None,
     deadline: Annotated[str | None, typer.Option(help="Longest time, such as 8h.")] = None,
     budget: Annotated[float | None, typer.Option(help="Most US dollars.")] = None,
@@ -81,17 +86,16 @@ def plan(
         picture.plans(found).savefig(image)
     if as_json:
         report = explain.report_json(found, cluster=given.estimator.cluster)
-        typer.echo(json.dumps({**report, "not_yet": given.missing}, indent=1))
+        more = {"not_yet": given.lacking, "command": given.command(found.best) or None}
+        say(json.dumps({**report, **more}, indent=1))
         return
-    run = given.command(found.best)
-    typer.echo(
+    say(
         explain.text(
             found,
             estimator=given.estimator,
-            space=given.space,
             anywhere=given.found_anywhere(),
-            missing=given.missing,
-            run=run,
+            missing=given.lacking,
+            today=given.today(found.best),
         )
     )
 
@@ -118,14 +122,13 @@ def _here(
             recipe, overrides, pool=pool, console=Console(out=sys.stderr if as_json else None)
         )
     if as_json:
-        typer.echo(json.dumps(decision.to_json(), indent=1))
+        say(json.dumps(decision.to_json(), indent=1))
         return
     rows = [Timed.from_json(row) for row in decision.measured.get("candidates", [])]
-    typer.echo(f"Plan: {decision}")
+    say(f"Plan: {decision}")
     if rows:
-        typer.echo("\n".join(table(rows, best=best_of(rows))))
-    words = ["shoal train", recipe, *overrides]
-    typer.echo(f"  {' '.join(words)}")
+        say("\n".join(table(rows, best=best_of(rows))))
+    say(f"  {shlex.join(['shoal', 'train', recipe, *overrides])}")
 
 
 def _whole_run(
@@ -151,10 +154,13 @@ def _whole_run(
     made = offers(given.estimator, tokens=count, space=given.space)
     chosen = choose(made, goal=goal, deadline=longest, budget=budget)
     if not as_json:
-        typer.echo(explain.offers_text(made, chosen=chosen, tokens=count))
+        say(explain.offers_text(made, chosen=chosen, tokens=count))
         if chosen is not None:
-            typer.echo(f"Plan: {explain.choices(chosen.prediction.candidate)}")
-            typer.echo(f"  {given.command(chosen.prediction)}")
+            run = given.command(chosen.prediction)
+            what = explain.choices(chosen.prediction.candidate)
+            lacking = "; ".join(given.missing) or OTHER_MACHINES
+            unable = f"Not in shoal yet: {lacking}\nIt would be: {what}"
+            say(f"Plan: {what}\n  {run}" if run else unable)
         return
     rows = [
         {
@@ -166,4 +172,4 @@ def _whole_run(
         }
         for offer in made
     ]
-    typer.echo(json.dumps({"tokens": count, "goal": goal, "offers": rows}, indent=1))
+    say(json.dumps({"tokens": count, "goal": goal, "offers": rows}, indent=1))

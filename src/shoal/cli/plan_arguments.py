@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli.terminal import tell
 from shoal.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from shoal.plan.cost.step import Estimator, Prediction
     from shoal.plan.search import Found, Space
     from shoal.plan.workload import Workload
+
+OTHER_MACHINES = "workers on other machines"
+"""What is lacking wherever a plan needs more than one."""
 
 RecipeName = Annotated[
     str | None, typer.Argument(help="A shipped recipe or a YAML file; or give --model.")
@@ -30,7 +34,9 @@ Devices = Annotated[
 Model = Annotated[Path | None, typer.Option("--model", help="A config.json, without recipe.")]
 Sequence = Annotated[int | None, typer.Option("--sequence", help="Tokens per row.")]
 Batch = Annotated[int | None, typer.Option("--batch", help="Rows per optimizer step.")]
-Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, fp16, fp8 or fp4.")]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="One of fp32, bf16, fp16, fp8 and fp4.")
+]
 Fix = Annotated[
     list[str] | None,
     typer.Option("--fix", help="Fix a choice: tensor=2, recompute=full; may be repeated."),
@@ -86,7 +92,7 @@ class PlanArguments:
         if recipe.model.kind == "pretrained":
             from shoal.launch.prepare import model_folder
 
-            folder = model_folder(recipe.model.path, say=typer.echo)
+            folder = model_folder(recipe.model.path, say=tell)
         config = config_of(recipe, folder=folder, task=create(recipe.task.kind).config_keys())
         layout = given_layout(recipe)
         self._closed = space_of(recipe, layout=layout).fixed
@@ -166,6 +172,35 @@ class PlanArguments:
         return [f"{problem.what}; {problem.hint}" for problem in found]
 
     @functools.cached_property
+    def lacking(self) -> list[str]:
+        """What the plan needs and shoal lacks today: `missing`, and other machines."""
+        cluster = self.estimator.cluster
+        if cluster.workers <= cluster.node_devices:
+            return self.missing
+        return [*self.missing, OTHER_MACHINES]
+
+    def today(self, best: Prediction) -> list[str]:
+        """What runs today: the command of `best`; of several machines, the best plan on one."""
+        from shoal.plan.explain import alone_note, choices, format_seconds_fine
+        from shoal.plan.search import find
+
+        alone = alone_note(self.estimator, best=best, space=self.space)
+        lines = [alone] if alone else []
+        if not self.lacking:
+            return [f"  {self.command(best)}", *lines]
+        if self.missing:
+            return lines
+        cluster = self.estimator.cluster
+        one = replace(cluster, groups=(replace(cluster.groups[0], count=1),))
+        try:
+            here = find(replace(self.estimator, cluster=one), space=self.space).best
+        except UserError:
+            return ["Today it runs on one machine, and does not fit on one of these."]
+        seconds = format_seconds_fine(here.step_seconds)
+        said = f"Today, on one of them: {choices(here.candidate)}; {seconds} a step (predicted)"
+        return [said, f"  {self.command(here)}", *lines]
+
+    @functools.cached_property
     def space(self) -> Space:
         """The choices left to the search: of shoal, those it can run, unless others were fixed."""
         from shoal.plan.search import Space
@@ -182,18 +217,14 @@ class PlanArguments:
         return find(self.estimator, space=self.space)
 
     def command(self, best: Prediction) -> str:
-        """The command line that runs `best`; several machines are started by hand, each."""
+        """The command line that runs `best`; empty where shoal cannot run it today."""
         from shoal.plan.explain import command
 
-        if self.missing:
+        if self.missing or best.workers > self.estimator.cluster.node_devices:
             return ""
-        line = command(
+        return command(
             best.candidate, recipe=self.recipe or "RECIPE", overrides=self.overrides or []
         )
-        cluster = self.estimator.cluster
-        if best.workers > cluster.node_devices:
-            return f"{line}\n  (shoal starts no workers on other machines yet)"
-        return line
 
     def found_anywhere(self) -> Found | None:
         """The best plans with what shoal cannot run yet; None where that was searched already."""

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.terminal import say
 from shoal.cli.train import Overrides
 
 
@@ -41,5 +42,5 @@ def rehearse(
             out=out or Path(scratch),
             console=not as_json,
         )
-    print(json.dumps(found.to_json(), indent=1) if as_json else found)
+    say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
     raise typer.Exit(0 if found.survived else 1)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.terminal import say
 from shoal.cli.train import Overrides
-from shoal.observe.visible import visible
 
 
 def resume(
@@ -43,4 +43,4 @@ def resume(
 
         result = local.resume(run, overrides or [], pool=pool, data_changed=data_changed)
     words = last_words(result.run, result.summary, recipe=str(run / "config.yaml"))
-    print(visible("\n".join(words)))
+    say("\n".join(words))

@@ -21,6 +21,7 @@ from shoal.cli.plan_arguments import (
     RecipeName,
     Sequence,
 )
+from shoal.cli.terminal import say
 
 if TYPE_CHECKING:
     from shoal.plan.cost.step import Prediction
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    cluster: Annotated[str, typer.Option("--cluster", help="such as '16x8xH100, 400Gbit'.")],
+    cluster: Annotated[str, typer.Option("--cluster", help="Such as '16x8xH100, 400Gbit'.")],
     recipe: RecipeName = None,
     overrides: Overrides = None,
     devices: Devices = None,
@@ -51,10 +52,7 @@ def simulate(
     slow_factor: Annotated[float, typer.Option(help="How much slower they are.")] = 1.5,
     as_json: AsJson = False,
 ) -> None:
-    """Play out the best plan on a cluster (or the one fixed by --fix), and what a long run keeps.
-
-    shoal simulate RECIPE --cluster 16x8xH100
-    """
+    """Play out the best plan on a cluster, or that of --fix, and what a long run keeps."""
     from shoal.plan import goodput, picture
     from shoal.plan import simulate as simulator
 
@@ -83,9 +81,10 @@ def simulate(
     jitter = goodput.Jitter(slow_share=slow_share, slow_factor=slow_factor)
     report = _report(best, timeline=timeline, trust=trust, jitter=jitter)
     if as_json:
-        typer.echo(json.dumps({**report, "not_yet": given.missing}, indent=1))
+        more = {"not_yet": given.lacking, "command": given.command(best) or None}
+        say(json.dumps({**report, **more}, indent=1))
     else:
-        typer.echo(_text(report, best=best, missing=given.missing))
+        say(_text(report, best=best, missing=given.lacking, today=given.today(best)))
 
 
 _POLICIES: dict[str, dict[str, Any]] = {
@@ -119,7 +118,7 @@ def _report(
     }
 
 
-def _text(report: dict[str, Any], *, best: Prediction, missing: list[str]) -> str:
+def _text(report: dict[str, Any], *, best: Prediction, missing: list[str], today: list[str]) -> str:
     from shoal.legal import Combination, not_yet
     from shoal.plan.explain import ERROR, choices
     from shoal.units import format_seconds
@@ -127,6 +126,7 @@ def _text(report: dict[str, Any], *, best: Prediction, missing: list[str]) -> st
     lines = [
         *[f"Not in shoal yet: {line}" for line in missing],
         f"{'It would be' if missing else 'Plan'}: {choices(best.candidate)}",
+        *today,
         f"Step: {report['simulated_step_seconds']:.4g} s played out, {best.step_seconds:.4g} s "
         f"by formula, both predicted ({ERROR}); {report['bubble']:.1%} of the passes are bubbles",
         f"Long run: a failure every {format_seconds(report['failure_seconds'])}; save every "

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.terminal import say
 from shoal.errors import UserError
-from shoal.observe.visible import visible
 
 Overrides = Annotated[
     list[str] | None,
@@ -29,8 +29,9 @@ def train(
 ) -> None:
     """Train a recipe; the run goes to --out, or to the next free folder below runs/.
 
-    `shoal config show RECIPE` prints every key with its value, `shoal config schema` what each may
-    be; any of them can be set here, as in `train.steps=500 parallel.replicate=2`.
+    Any key of a recipe can be set here. `shoal config show RECIPE` prints every key with its value
+    and what the run will do, `shoal config schema` what each may be; docs/guide/recipe.md says what
+    each means.
     """
     from shoal.environment import torchrun_rendezvous
 
@@ -54,4 +55,4 @@ def train(
             return
         result = local.train(recipe, overrides or [], out=out, pool=pool, go_on=go_on)
     words = last_words(result.run, result.summary, recipe=recipe)
-    print(visible("\n".join(words)))
+    say("\n".join(words))

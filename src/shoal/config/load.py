@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -10,9 +13,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shoal.config.problems import problems_of
-from shoal.config.recipe import Recipe
-from shoal.config.yaml_text import dump, parse, read_mapping
+from shoal.config.left_out import is_pretrained, with_fine_tuning, with_kinds
+from shoal.config.problems import problems_of, short
+from shoal.config.recipe import PretrainedModel, Recipe, has_tokens
+from shoal.config.yaml_text import dump, one_line, parse, read_mapping
 from shoal.errors import ConfigError, Problem, UserError, nearest
 
 
@@ -44,30 +48,64 @@ def recipe_text(name_or_path: str) -> tuple[str, str]:
     )
 
 
+def override_texts(overrides: str | Mapping[str, Any] | Iterable[str]) -> list[str]:
+    """Overrides as KEY=VALUE, whichever way they were given. Raises UserError."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={one_line(_plain(value))}" for key, value in overrides.items()]
+    return [overrides] if isinstance(overrides, str) else list(overrides)
+
+
+def _plain(value: Any) -> Any:
+    """`value` of a program as plain data. Raises UserError for what is no data."""
+    try:
+        return json.loads(json.dumps(value, default=os.fspath))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"a recipe is plain values (text, numbers, lists, dicts): {error}"
+        ) from None
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`tree` with each `dotted.key=value` set; values are YAML. Raises ConfigError."""
+    """`tree` with each `dotted.key=value` set; values are YAML. Raises ConfigError.
+
+    A tokenizer that the recipe trains for its own model goes when an override puts weights that
+    exist in the model's place: their embeddings belong to the tokenizer that comes with them.
+    """
     problems: list[Problem] = []
+    own_weights, named = not is_pretrained(tree), []
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
-            problems.append(Problem(text, "expected key=value, such as parallel.replicate=2"))
+            problems.append(Problem(text[:60], "expected key=value, such as parallel.replicate=2"))
             continue
         try:
             value = parse(raw) if raw.strip() else None
-        except (yaml.YAMLError, UserError):
-            problems.append(Problem(key, f"{raw!r} is not a valid value"))
+        except (yaml.YAMLError, UserError) as error:
+            reason = str(error) if isinstance(error, UserError) else ""
+            problems.append(Problem(key, f"{short(raw)} is not a valid value", reason))
             continue
+        named.append(key.strip())
         _set(tree, key.strip().split("."), value)
     if problems:
         raise ConfigError(problems, source="the overrides")
+    if own_weights and is_pretrained(tree) and not any(map(_states_tokenizer, named)):
+        data = dict(tree["data"]) if isinstance(tree.get("data"), dict) else {}
+        tokenizer = data.pop("tokenizer", None)
+        if isinstance(tokenizer, dict) and tokenizer.get("kind") == "train":
+            tree["data"] = data
     return tree
 
 
+def _states_tokenizer(key: str) -> bool:
+    return key == "data" or key.startswith("data.tokenizer")
+
+
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    if path == ["model", "path"]:  # weights that exist instead of what the recipe describes
+    if path == ["model", "path"] and not is_pretrained(tree):  # instead of what the recipe draws
         before = tree.get("model")
-        kept = before.get("dropout") if isinstance(before, dict) else None
-        tree["model"] = {} if kept is None else {"dropout": kept}
+        kept = before if isinstance(before, dict) else {}
+        fields = PretrainedModel.model_fields.keys() - {"kind"}
+        tree["model"] = {key: kept[key] for key in kept if key in fields}
     here = tree
     for depth, part in enumerate(path[:-1]):
         below = here.get(part)
@@ -84,42 +122,35 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 def recipe_from(tree: Mapping[str, Any], *, source: str) -> Recipe:
     """The recipe that `tree` describes. Raises ConfigError with every problem found."""
-    tree = _with_kinds(dict(tree))
+    tree = with_fine_tuning(with_kinds(copy.deepcopy(dict(tree))))
     if tree.get("parallel") == "auto":
         tree["parallel"] = {"auto": True}
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(problems_of(error), source=source) from None
+    pretrained = isinstance(recipe.model, PretrainedModel)
+    if pretrained and recipe.data.tokenizer.kind == "train" and has_tokens(recipe.task):
+        what = "a tokenizer of its own does not fit the embeddings of a pretrained model"
+        problem = Problem("data.tokenizer.kind", what, "leave it out: the model's own is used")
+        raise ConfigError([problem], source=source)
+    return recipe
 
 
-_KINDS_IN_FORCE = {
-    ("task",): "causal-lm",
-    ("train", "optimizer"): "adamw",
-    ("train", "schedule"): "cosine",
-    ("sync",): "every-step",
-}
-"""The kind that a section has which names none: that of its default."""
-
-
-def _with_kinds(tree: dict[str, Any]) -> dict[str, Any]:
-    """Sections of several kinds that name none keep the one in force; a path means pretrained."""
-    model = tree.get("model")
-    if isinstance(model, dict) and "kind" not in model:
-        found = {"path": "pretrained", "architecture": "config"}
-        kinds = [kind for key, kind in found.items() if key in model]
-        tree["model"] = {"kind": kinds[0], **model} if len(kinds) == 1 else model
-    for path, kind in _KINDS_IN_FORCE.items():
-        above: Any = tree
-        for part in path[:-1]:
-            below = above.get(part)
-            if isinstance(below, dict):
-                above[part] = dict(below)
-            above = above[part] if isinstance(below, dict) else {}
-        section = above.get(path[-1])
-        if isinstance(section, dict) and "kind" not in section:
-            above[path[-1]] = {"kind": kind, **section}
-    return tree
+def resolve(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    overrides: str | Mapping[str, Any] | Iterable[str] = (),
+) -> Recipe:
+    """The recipe by name, path or content, with overrides applied. Raises as `load_recipe`."""
+    texts = override_texts(overrides)
+    if isinstance(recipe, str | os.PathLike):
+        return load_recipe(os.fspath(recipe), texts)
+    if isinstance(recipe, Recipe):
+        recipe = _tree(recipe, given=True)
+    if not isinstance(recipe, Mapping):
+        got = type(recipe).__name__
+        raise UserError(f"expected a recipe: a name, a path, a dict or a shoal.Recipe; got {got}")
+    return recipe_from(apply_overrides(_plain(dict(recipe)), texts), source="the recipe")
 
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -137,14 +168,19 @@ def to_yaml(recipe: Recipe) -> str:
     return dump(_tree(recipe))
 
 
-def _tree(section: BaseModel) -> dict[str, Any]:
-    """Plain data. None is left out only where it is the default, else it would not come back."""
+def _tree(section: BaseModel, *, given: bool = False) -> dict[str, Any]:
+    """Plain data. None is left out only where it is the default, else it would not come back.
+
+    `given`: only keys that somebody set, and the kind; the rest may get another default.
+    """
     tree: dict[str, Any] = {}
     plain = section.model_dump(mode="json")
     for key, value in section:
         field = type(section).model_fields.get(key)
+        if given and key != "kind" and key not in section.model_fields_set:
+            continue
         if isinstance(value, BaseModel):
-            tree[key] = _tree(value)
+            tree[key] = _tree(value, given=given)
         elif value is not None or field is None or field.default is not None:
             tree[key] = plain[key]
     return tree

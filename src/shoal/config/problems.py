@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from shoal.config.recipe import Recipe
+from shoal.config.schema import choices, kinds_of, models_in
+from shoal.config.suggest import suggestion
 from shoal.errors import Problem, nearest
 
 _HINTS = {
@@ -72,10 +74,18 @@ def problems_of(error: ValidationError) -> list[Problem]:
 
 
 def _wrong(where: str, *, expected: list[str], got: Any) -> Problem:
-    shown = "nothing" if got is None else repr(got)
+    shown = "nothing" if got is None else short(got)
     if isinstance(got, dict | list | tuple):
         shown = "a section" if isinstance(got, dict) else "a list"
-    return Problem(where, f"expected {' or '.join(expected)}; got {shown}", _HINTS.get(where, ""))
+    kinds = [kind for each in choices() if ".".join(each.path) == where for kind in each.kinds]
+    hint = f"did you mean {where}.kind={got}?" if got in kinds else _HINTS.get(where, "")
+    return Problem(where, f"expected {' or '.join(expected)}; got {shown}", hint)
+
+
+def short(value: Any, *, most: int = 60) -> str:
+    """`value` as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _other(detail: ErrorDetails, *, where: str, models: list[Any]) -> Problem:
@@ -83,8 +93,7 @@ def _other(detail: ErrorDetails, *, where: str, models: list[Any]) -> Problem:
     match detail["type"]:
         case "extra_forbidden":
             known = [key for model in models for key in model.model_fields]
-            word = where.rpartition(".")[2]
-            return Problem(where, "unknown key", nearest(word, known))
+            return Problem(where, "unknown key", suggestion(where, known=known))
         case "missing":
             return Problem(where, "required, and not given")
         case "union_tag_not_found":
@@ -92,7 +101,7 @@ def _other(detail: ErrorDetails, *, where: str, models: list[Any]) -> Problem:
             return Problem(f"{where}.kind", "required, and not given", f"one of: {tags}")
         case "union_tag_invalid":
             tags = str(context.get("expected_tags", "")).replace("'", "")
-            got = str(context.get("tag"))
+            got = str(context.get("tag"))[:60]
             hint = _HINTS.get(f"{where}.kind", "") or nearest(got, tags.split(", "))
             return Problem(f"{where}.kind", f"expected one of {tags}; got {got!r}", hint)
     text = detail["msg"].removeprefix("Value error, ")
@@ -100,12 +109,7 @@ def _other(detail: ErrorDetails, *, where: str, models: list[Any]) -> Problem:
 
 
 def _tags(models: list[Any]) -> str:
-    return ", ".join(tag for model in models for tag in _kinds(model))
-
-
-def _kinds(model: Any) -> tuple[str, ...]:
-    field = model.model_fields.get("kind")
-    return get_args(field.annotation) if field is not None else ()
+    return ", ".join(tag for model in models for tag in kinds_of(model))
 
 
 def _place(path: list[str]) -> tuple[str, list[Any]]:
@@ -116,24 +120,19 @@ def _place(path: list[str]) -> tuple[str, list[Any]]:
     models: list[Any] = [Recipe]
     shown: list[str] = []
     for part in path:
-        chosen = [model for model in models if part in _kinds(model)]
+        chosen = [model for model in models if part in kinds_of(model)]
         if chosen and shown and not any(part in model.model_fields for model in models):
             models = chosen
             continue
         fields = [m.model_fields[part] for m in models if part in m.model_fields]
         if fields:
-            models = [found for field in fields for found in _models_in(field.annotation)]
+            models = [found for field in fields for found in models_in(field.annotation)]
             shown.append(part)
-        elif part.isdigit() or (part == path[-1] and not _names_type(part)):
+        elif part.isdigit() or (part == path[-1] and not _names_type(part, models)):
             shown.append(part)
     return ".".join(shown) or "recipe", models
 
 
-def _names_type(part: str) -> bool:
-    return part in {"int", "str", "float", "bool", "constrained-int"} or "[" in part
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
+def _names_type(part: str, models: list[Any]) -> bool:
+    plain = {"int", "str", "float", "bool", "constrained-int"}
+    return part in plain or "[" in part or any(part == model.__name__ for model in models)

@@ -10,19 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Rate = Annotated[float, Field(gt=0.0)]
-Auto = Literal["auto"]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values cannot change after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
+from shoal.config.optimizers import AdamW, Cosine, OptimizerSection, ScheduleSection
+from shoal.config.section import Auto, Count, Rate, Section
 
 # --- task ---------------------------------------------------------------------------------------
 
@@ -56,6 +45,12 @@ class ImageClassification(Section):
 TaskSection = Annotated[
     CausalLM | TokenClassification | ImageClassification, Field(discriminator="kind")
 ]
+
+
+def has_tokens(task: Section) -> bool:
+    """Whether the samples of a task are text."""
+    return bool(getattr(task, "has_tokens", True))
+
 
 # --- model --------------------------------------------------------------------------------------
 
@@ -147,100 +142,6 @@ class DataSection(Section):
 
 
 # --- train --------------------------------------------------------------------------------------
-
-
-class AdamW(Section):
-    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: Rate = 1e-3
-    """At the schedule's peak."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Of matrices and embeddings; norms and biases have none."""
-    beta1: Fraction = 0.9
-    """Decay of the first moment."""
-    beta2: Fraction = 0.95
-    """Decay of the second moment."""
-    epsilon: Rate = 1e-8
-    """Added to the square root of the second moment."""
-
-
-class Muon(Section):
-    """Orthogonalised momentum for matrices; AdamW for the rest (torch.optim.Muon)."""
-
-    kind: Literal["muon"] = "muon"
-    learning_rate: Rate = 0.02
-    """For matrices of the blocks."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Of matrices and embeddings; norms and biases have none."""
-    momentum: Fraction = 0.95
-    """Of the matrices."""
-    adamw_learning_rate: Rate = 1e-3
-    """For embeddings, head, norms and biases."""
-    beta1: Fraction = 0.9
-    """Of AdamW."""
-    beta2: Fraction = 0.95
-    """Of AdamW."""
-    epsilon: Rate = 1e-8
-    """Of AdamW."""
-
-
-class Constant(Section):
-    """The same rate after the warm-up."""
-
-    kind: Literal["constant"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises to the peak."""
-
-
-class Linear(Section):
-    """A straight line from the peak to `final_fraction` of it."""
-
-    kind: Literal["linear"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises to the peak."""
-    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """The last step's rate over the peak's."""
-
-
-class Cosine(Section):
-    """Half a cosine from the peak to `final_fraction` of it."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises to the peak."""
-    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """The last step's rate over the peak's."""
-
-
-class WarmupStableDecay(Section):
-    """Warm up, hold, then fall over the last `decay_steps` in a straight line."""
-
-    kind: Literal["warmup-stable-decay"] = "warmup-stable-decay"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises to the peak."""
-    decay_steps: Count = 1
-    """Steps in which it falls."""
-    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """The last step's rate over the peak's."""
-
-
-class SGD(Section):
-    """Plain stochastic gradient descent (torch.optim.SGD)."""
-
-    kind: Literal["sgd"] = "sgd"
-    learning_rate: Rate = 1.0e-1
-    """At the schedule's peak."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Of matrices and embeddings; norms and biases have none."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """0: none."""
-
-
-OptimizerSection = Annotated[AdamW | Muon | SGD, Field(discriminator="kind")]
-ScheduleSection = Annotated[
-    Constant | Linear | Cosine | WarmupStableDecay, Field(discriminator="kind")
-]
 
 
 class Until(Section):
@@ -458,6 +359,21 @@ class LaunchSection(Section):
     """auto: the GPUs where there are any, else the CPU."""
 
 
+class WandB(Section):
+    """Where the run stands at Weights & Biases; a resumed run goes on as the same one."""
+
+    project: str = "shoal"
+    """Project that it belongs to."""
+    entity: str | None = None
+    """User or team; None: the one of the key."""
+    name: str | None = None
+    """Name of the run; None: that of the run directory."""
+    group: str | None = None
+    """Group of runs that are shown together."""
+    tags: tuple[str, ...] = ()
+    """Words to find it by."""
+
+
 class ObserveSection(Section):
     """Where numbers go."""
 
@@ -467,8 +383,8 @@ class ObserveSection(Section):
     """Show progress."""
     tensorboard: bool = False
     """Also to RUN/tensorboard."""
-    wandb: bool = False
-    """Also to Weights & Biases."""
+    wandb: bool | WandB = False
+    """Also to Weights & Biases; a section says where there."""
     trace: bool = False
     """Write RUN/trace.json, for chrome://tracing or Perfetto."""
 

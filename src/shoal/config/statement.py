@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from shoal.config.recipe import Constant, Cosine, Muon, Recipe, Until, WarmupStableDecay
+from shoal.config.left_out import FINE_TUNING
+from shoal.config.optimizers import AdamW, Constant, Cosine, Muon, WarmupStableDecay
+from shoal.config.recipe import PretrainedModel, Recipe, Until, has_tokens
 from shoal.units import format_count
 
 _OPEN = "decided at start"
@@ -28,6 +30,8 @@ def statements(recipe: Recipe) -> dict[str, str]:
         f"{recipe.checkpoint.keep}{_best(recipe)}",
         "evaluates": _evaluation(recipe),
     }
+    if has_tokens(recipe.task):
+        found["tokenizer"] = _tokenizer(recipe)
     if recipe.train.exact:
         found["exact"] = (
             "the same bits in any replicate degree and kind of worker; slower: one thread a "
@@ -41,13 +45,9 @@ def statements(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _has_tokens(recipe: Recipe) -> bool:
-    return getattr(recipe.task, "has_tokens", True)
-
-
 def _batch(recipe: Recipe) -> str:
     samples, tokens = recipe.train.global_batch_samples, recipe.data.sequence_tokens
-    if not _has_tokens(recipe):
+    if not has_tokens(recipe.task):
         return f"{samples} samples a step"
     if recipe.data.packing:
         return f"{samples} samples x {tokens} tokens = {samples * tokens:,} tokens a step"
@@ -60,7 +60,7 @@ def _length(recipe: Recipe) -> str:
         return f"{train.epochs:g} epochs of the data; optimizer steps {_OPEN}"
     samples = train.steps * train.global_batch_samples
     text = f"{train.steps} optimizer steps = {samples:,} samples"
-    if not _has_tokens(recipe):
+    if not has_tokens(recipe.task):
         return text
     most = "" if recipe.data.packing else "at most "
     return f"{text}, {most}{format_count(samples * recipe.data.sequence_tokens)} tokens"
@@ -68,17 +68,45 @@ def _length(recipe: Recipe) -> str:
 
 def _schedule(recipe: Recipe) -> str:
     schedule, optimizer = recipe.train.schedule, recipe.train.optimizer
-    peak, last = optimizer.learning_rate, recipe.train.steps or "the last"
-    begins = f"rises to {peak:g} over {schedule.warmup_steps} steps, then "
-    if not schedule.warmup_steps:
-        begins = f"begins at {peak:g} and "
+    peak, steps = optimizer.learning_rate, recipe.train.steps
+    last = "the last step" if steps is None else f"step {steps}"
+    over = f"{100 * schedule.warmup_fraction:.3g} % of the steps"
+    if schedule.warmup_steps or steps is not None:
+        over = f"{schedule.num_warmup_steps(steps=steps or 0)} steps"
+    begins = f"rises to {peak:g}{_usual(recipe)} over {over}, then "
+    if not (schedule.warmup_steps or schedule.warmup_fraction):
+        begins = f"begins at {peak:g}{_usual(recipe)} and "
     if isinstance(schedule, Constant):
-        return f"{begins}stays, to step {last}"
-    floor = f"{schedule.final_fraction * peak:g} at step {last}"
+        return f"{begins}stays, to {last}"
+    floor = f"{schedule.final_fraction * peak:g} at {last}"
     if isinstance(schedule, WarmupStableDecay):
         return f"{begins}stays; over the last {schedule.decay_steps} steps falls to {floor}"
     shape = "by half a cosine" if isinstance(schedule, Cosine) else "in a straight line"
     return f"{begins}falls {shape} to {floor}"
+
+
+_HIGH = 25
+"""Times the default of fine-tuning: from here a rate looks like one for random weights."""
+
+
+def _usual(recipe: Recipe) -> str:
+    """With weights that exist: whether the rate is the default, or high for them."""
+    optimizer, usual = recipe.train.optimizer, FINE_TUNING["learning_rate"]
+    if not isinstance(recipe.model, PretrainedModel) or not isinstance(optimizer, AdamW):
+        return ""
+    if optimizer.learning_rate == usual:
+        return " (the default with pretrained weights)"
+    high = optimizer.learning_rate >= _HIGH * usual
+    return f" (high for pretrained weights, where {usual:g} is usual)" if high else ""
+
+
+def _tokenizer(recipe: Recipe) -> str:
+    chosen, pretrained = recipe.data.tokenizer, isinstance(recipe.model, PretrainedModel)
+    if chosen.kind == "folder":
+        return f"that of {chosen.path}"
+    if chosen.kind == "model" or (chosen.kind == "auto" and pretrained):
+        return "that of the model"
+    return f"trained on the data, {chosen.vocabulary_size:,} tokens"
 
 
 def _optimizer(recipe: Recipe) -> str:

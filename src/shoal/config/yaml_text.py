@@ -27,10 +27,39 @@ _PLAIN = (
 """Tag, pattern and first characters of the scalars that are not text."""
 
 
+_MOST_DEPTH = 64
+_MOST_ALIASES = 20
+"""Aliases of aliases multiply: so many stand for at most e^(20/e), 1,600 times their text."""
+_LARGEST = 2**63
+
+
 class _Loader(yaml.SafeLoader):
-    """Scalars by YAML 1.2's core schema."""
+    """Scalars by YAML 1.2's core schema; what is no value of its tag is the writer's mistake."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    depth = aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One node with all below it. Raises UserError for too many levels or aliases."""
+        self.depth += 1
+        self.aliases += self.check_event(yaml.AliasEvent)
+        line = self.peek_event().start_mark.line + 1
+        if self.depth > _MOST_DEPTH:
+            raise UserError(f"line {line}: nested more than {_MOST_DEPTH} deep")
+        if self.aliases > _MOST_ALIASES:
+            raise UserError(f"line {line}: more than {_MOST_ALIASES} aliases; write the values out")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """The value of a node. Raises UserError for text that its tag does not fit."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
+            kind, text = node.tag.rpartition(":")[2], str(node.value)[:40]
+            line = node.start_mark.line + 1
+            raise UserError(f"line {line}: {text!r} cannot be read as {kind}") from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -61,7 +90,10 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-    return int(text[2:] if base != 10 else text, base)
+    number = int(text[2:] if base != 10 else text, base)
+    if abs(number) > _LARGEST:
+        raise OverflowError
+    return number
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
@@ -81,8 +113,14 @@ _Dumper.add_representer(str, _text)
 
 
 def parse(text: str) -> Any:
-    """The value of `text`. Raises yaml.YAMLError, or UserError for a key given twice."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of `text`. Raises yaml.YAMLError or UserError, which names the line."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        # deep: an alias of what it stands in is refused
+        return None if node is None else loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
 
 
 def read_mapping(text: str, *, source: str) -> dict[str, Any]:
@@ -102,6 +140,14 @@ def read_mapping(text: str, *, source: str) -> dict[str, Any]:
             f"{source}: expected a mapping of sections (model:, data:, train:), got {got}"
         )
     return value
+
+
+def one_line(value: Any) -> str:
+    """A value as text on one line that `parse` reads back."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1 << 30
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def dump(tree: dict[str, Any]) -> str:

@@ -211,7 +211,12 @@ def _state(
 def _pretrained(job: Job, *, model: nn.Module) -> PretrainedWeights | None:
     """Weights to begin with; a rank that joins gets its state from another."""
     folder = job.inputs.model_directory
-    return None if folder is None or job.joining else PretrainedWeights(folder, model=model)
+    if folder is None or job.joining:
+        return None
+    weights = PretrainedWeights(folder, model=model)
+    if job.score is not None:
+        weights.refuse_missing()
+    return weights
 
 
 def _report_notes(report: Report, *, source: PretrainedWeights | None, replica: Replica) -> None:

@@ -139,5 +139,5 @@ def _trackers(job: Job) -> list[Sink]:
     if job.recipe.observe.tensorboard:
         sinks.append(TensorBoard(job.run, config=config))
     if job.recipe.observe.wandb:
-        sinks.append(WandB(job.run, config=config))
+        sinks.append(WandB(job.run, config=config, settings=job.recipe.observe.wandb))
     return sinks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shoal.config.recipe import (
+from shoal.config.optimizers import (
     Constant,
     Cosine,
     Linear,
@@ -16,11 +16,11 @@ from shoal.config.recipe import (
 def rate_factor(step: int, *, steps: int, schedule: ScheduleSection) -> float:
     """Factor on the peak rate for optimizer step `step` (from 0) of `steps`.
 
-    Warm-up rises in a straight line and reaches 1 at step `warmup_steps`; what follows spans the
+    Warm-up rises in a straight line and reaches 1 at its end; what follows spans the
     remaining steps, so that the last step comes close to, and the one after it would reach,
     `final_fraction`.
     """
-    warmup = schedule.warmup_steps
+    warmup = schedule.num_warmup_steps(steps=steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if isinstance(schedule, Constant):

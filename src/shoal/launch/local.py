@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from shoal.config.anchor import anchored
-from shoal.config.load import load_recipe, to_yaml
+from shoal.config.load import load_recipe, override_texts, resolve, to_yaml
 from shoal.config.locked import LOCKED, Difference, changed, differences
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
@@ -49,9 +49,13 @@ class Result:
         return math.nan if loss is None else float(loss)
 
 
+AnyRecipe = str | Path | Mapping[str, Any] | Recipe
+Overrides = str | Mapping[str, Any] | Iterable[str]
+
+
 def train(
-    recipe: str | Path | Recipe,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    recipe: AnyRecipe,
+    overrides: Overrides = (),
     *,
     out: str | Path | None = None,
     console: bool | None = None,
@@ -60,7 +64,7 @@ def train(
     instruments: Instruments | None = None,
     story: list[dict[str, Any]] | None = None,
 ) -> Result:
-    """Train `recipe` (a shipped name or a YAML file) and return its result.
+    """Train `recipe` (a shipped name, a YAML file, a dict or a Recipe) and return its result.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
     by default a new one below runs/. `go_on`: if `out` holds a run of this recipe, go on with it.
@@ -74,7 +78,7 @@ def train(
         with hold(folder):
             wanted = of_same_run(folder, resolved)
             return _resume(folder, wanted, console=console, pool=pool)
-    run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
+    run = claim(out, name=Path(recipe).stem if isinstance(recipe, str | Path) else "run")
     show = _console(resolved, wanted=console)
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
         show.phase(f"run directory {run}; preparing the data")
@@ -93,8 +97,8 @@ def train(
 
 
 def dry_run(
-    recipe: str | Path | Recipe,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    recipe: AnyRecipe,
+    overrides: Overrides = (),
     *,
     pool: WorkerPool | None = None,
 ) -> Decision:
@@ -121,11 +125,9 @@ def plan_here(
     return choose(resolved, inputs=inputs, pool=pool, console=console)
 
 
-def _resolved(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | Iterable[str]) -> Recipe:
+def _resolved(recipe: AnyRecipe, overrides: Overrides) -> Recipe:
     """The recipe with its overrides, refused here if it cannot run. Raises UserError."""
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(str(recipe), override_texts(overrides))
-    resolved = anchored(recipe)
+    resolved = anchored(resolve(recipe, overrides))
     check(resolved)
     check_trackers(resolved.observe)
     return resolved
@@ -144,7 +146,7 @@ def _console(recipe: Recipe, *, wanted: bool | None) -> Console:
 
 def resume(
     run: str | Path,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    overrides: Overrides = (),
     *,
     console: bool | None = None,
     pool: WorkerPool | None = None,
@@ -249,13 +251,6 @@ def _unless_empty(run: Path) -> Iterator[None]:
         with suppress(OSError):
             run.rmdir()  # refuses a folder with anything in it
         raise
-
-
-def override_texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
-    """Overrides as KEY=VALUE, whichever way they were given."""
-    if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return list(overrides)
 
 
 def write_beginning(job: Job, new: list[Difference]) -> None:

@@ -47,7 +47,8 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -
         "saves": said["saves"],
         "runs on": _where(recipe, decision),
     }
-    lines |= {name: said[name] for name in ("exact", "stops early", "ends early") if name in said}
+    more = ("tokenizer", "exact", "stops early", "ends early")
+    lines |= {name: said[name] for name in more if name in said}
     return [f"  {name:<14} {text}" for name, text in lines.items() if text]
 
 

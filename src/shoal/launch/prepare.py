@@ -20,6 +20,7 @@ from shoal.engine.job import Inputs
 from shoal.environment import cache_directory
 from shoal.errors import ConfigError, FetchError, ModelError, Problem, RunError
 from shoal.launch.content import compare, content_of, saved_inputs
+from shoal.plan.from_recipe import read_config
 from shoal.tasks.kinds import create
 from shoal.tasks.task import Task, Tools
 
@@ -236,6 +237,6 @@ def _check_model_vocabulary(recipe: Recipe, *, model: Path | None, tokenizer: An
     if isinstance(recipe.model, ConfiguredModel):
         size = recipe.model.settings.get("vocab_size")
     elif model is not None and (model / "config.json").is_file():
-        size = json.loads((model / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-    if size is not None:
-        check_vocabulary(tokenizer, model_vocabulary_size=int(size))
+        size = read_config(model / "config.json").get("vocab_size")
+    if isinstance(size, int):
+        check_vocabulary(tokenizer, model_vocabulary_size=size)

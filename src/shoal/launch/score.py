@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from shoal.config.load import load_recipe
+from shoal.config.load import resolve
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.job import Job
 from shoal.environment import usable_cores
 from shoal.errors import WorkerError
+from shoal.launch.local import AnyRecipe, Overrides
+from shoal.launch.measuring import wait_for_imports
 from shoal.launch.pool import WorkerPool
 from shoal.launch.prepare import prepare_inputs
 from shoal.launch.supervise import run_workers
 from shoal.layout import Layout
 from shoal.observe.console import Console
-from shoal.serve.generate import model_directory
+from shoal.serve.reading import model_directory
 
 
 def score(
-    model: Path, *, recipe: str, overrides: Iterable[str], console: Console
+    model: Path, *, recipe: AnyRecipe, overrides: Overrides, console: Console
 ) -> dict[str, Any]:
     """The task's metrics of `model` (a run or a model folder) on the recipe's validation part.
 
     Raises the errors of reading the model, the recipe and its data.
     """
     folder = model_directory(model)
-    tree = load_recipe(recipe, overrides).model_dump(mode="json")
+    tree = resolve(recipe, overrides).model_dump(mode="json")
     tree["model"] = {"kind": "pretrained", "path": str(folder), "dropout": "off"}
     tree["data"]["tokenizer"] = {"kind": "model"}
     resolved = Recipe.model_validate(tree)
     with WorkerPool() as pool, tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
         inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
+        wait_for_imports(pool, console=console)
+        console.phase(f"scoring {folder} on {inputs.validation_samples:,} samples at most")
         decision = Decision(
             Layout(),
             "processes",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shoal.config.load import load_recipe
+from shoal.data.registry import PACKAGES
 from shoal.engine.decision import Decision
 from shoal.errors import Diverged
 from shoal.launch.directory import write_whole
@@ -103,7 +105,8 @@ def _scores(row: dict[str, Any]) -> dict[str, float]:
 def last_words(run: Path, summary: dict[str, Any], *, recipe: str) -> list[str]:
     """What the end of a run tells a person."""
     lines = [""]
-    task = create(summary["task"])
+    made = load_recipe(str(run / "config.yaml"))
+    task = create(summary["task"], options=made.task)
     if summary["evaluation"]:
         after = {**summary["evaluation"], **summary["baseline"]}
         lines += task.words(summary["evaluation_before"], after)
@@ -121,7 +124,8 @@ def last_words(run: Path, summary: dict[str, Any], *, recipe: str) -> list[str]:
     lines += ["", "next:"]
     lines.append(f"  {task.next_command(run=str(run), recipe=recipe)}")
     lines.append(f"  shoal parity {recipe} {_layout_words(summary['layout'])}")
-    lines.append(f"  shoal train {recipe} data.source={task.own_data}")
+    if any(each.source in PACKAGES for each in made.data.sources):
+        lines.append(f"  shoal train {recipe} data.source={task.own_data}")
     return lines
 
 

@@ -93,8 +93,10 @@ def config_from(tree: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(saved.pop("model_type"), **saved)
 
 
-def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Module:
-    """The model of `config` for a task's auto class: float32, meta device, attention `shoal`.
+def build_meta(
+    config: Any, *, auto_class: str, dropout: str = "off", kernel: str = attention.NAME
+) -> nn.Module:
+    """The model of `config` for a task's auto class: float32, meta device, attention `kernel`.
 
     A family whose attention is its own code keeps it, and carries the mark `shoal_own_attention`.
 
@@ -114,8 +116,8 @@ def build_meta(config: Any, *, auto_class: str, dropout: str = "off") -> nn.Modu
     if dropout == "off":
         mute_dropout(config)
     with torch.device("meta"):
-        model = _built(config, auto_class=auto_class, attention_name=attention.NAME)
-        if not _takes_kernels(model):
+        model = _built(config, auto_class=auto_class, attention_name=kernel)
+        if kernel == attention.NAME and not _takes_kernels(model):
             model = _built(config, auto_class=auto_class, attention_name="eager")
             model.shoal_own_attention = True  # type: ignore[assignment]
     if dropout == "off":
@@ -248,9 +250,11 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON: {error}\n    fetch the model again") from error
-    if "model_type" not in content:
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: expected a JSON object of settings\n    fetch the model again")
+    if not isinstance(content.get("model_type"), str):
         raise ModelError(f"{file}: it names no model_type\n    add it, for example llama")
     _refuse_unknown(content["model_type"], settings)
     config = _guarded(

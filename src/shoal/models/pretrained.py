@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters, ties_of
-from shoal.models.huggingface import UNQUANTISED, read_config
+from shoal.models.huggingface import UNQUANTISED, build_meta, read_config
 from shoal.models.stored import Form
 from shoal.untrusted import (
     LARGEST_HEADER_BYTES,
@@ -120,6 +120,14 @@ class PretrainedWeights:
             )
         return result
 
+    def refuse_missing(self) -> None:
+        """For who uses a model instead of training it. Raises ModelError for `missing` weights."""
+        if self.missing:
+            raise ModelError(
+                f"{self._folder}: it lacks {_listed(self.missing)}, which only training may draw "
+                "at random\n    use a folder trained for this task, or fetch the model again"
+            )
+
     def notes(self) -> list[str]:
         """What the user should know: parameters drawn afresh, tensors left aside, ties undone."""
         lines = []
@@ -146,6 +154,19 @@ class PretrainedWeights:
             "    the configuration does not describe these weights: remove the keys under model "
             "that change sizes"
         )
+
+
+def folder_config(
+    folder: str | Path, *, auto_class: str, settings: Mapping[str, Any] | None = None
+) -> Any:
+    """The configuration of a folder, untied where its file has a head of its own. ModelError."""
+    config = read_config(settings=settings, path=folder)
+    text = config.get_text_config()
+    if getattr(text, "tie_word_embeddings", False) and has_own_head(
+        folder, model=build_meta(config, auto_class=auto_class)
+    ):
+        config.tie_word_embeddings = text.tie_word_embeddings = False
+    return config
 
 
 def has_own_head(folder: str | Path, *, model: nn.Module) -> bool:

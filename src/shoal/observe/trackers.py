@@ -9,10 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shoal.config.recipe import WandB as Settings
 from shoal.errors import UserError
 from shoal.observe.events import Row, Sink
 
 _PERFORMANCE = ("_seconds", "_bytes", "_per_second", "mfu", "seconds")
+_COMPARED = ("train/loss", "eval/loss")
+"""What runs are compared by beside their hyperparameters."""
 _ID = "wandb-id"
 """File of a run directory with the id that W&B knows the run by."""
 
@@ -30,13 +33,31 @@ def scalars(row: Row) -> dict[str, float]:
     return found
 
 
+def hyperparameters(config: dict[str, Any], *, under: str = "") -> dict[str, str | float | bool]:
+    """Dotted key -> value of every key of a recipe, as trackers compare runs by."""
+    found: dict[str, str | float | bool] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= hyperparameters(value, under=f"{under}{key}.")
+        else:
+            plain = isinstance(value, str | int | float)
+            found[f"{under}{key}"] = value if plain else json.dumps(value)
+    return found
+
+
 class TensorBoard(Sink):
-    """Scalars, samples and the config into RUN/tensorboard."""
+    """Scalars, samples, hyperparameters and the config into RUN/tensorboard."""
 
     def __init__(self, run: Path, *, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
         self._writer = SummaryWriter(str(run / "tensorboard"))
+        # the values of the metrics are those of the scalars of the same name
+        file = self._writer.file_writer
+        assert file is not None, "open until `close`"
+        for each in hparams(hyperparameters(config), dict.fromkeys(_COMPARED, 0.0)):
+            file.add_summary(each)
         text = json.dumps(config, indent=1)
         self._writer.add_text("config", "    " + text.replace("\n", "\n    "))  # as Markdown's code
 
@@ -57,15 +78,21 @@ class WandB(Sink):
     A resumed run goes on under its id. Raises UserError where W&B refuses.
     """
 
-    def __init__(self, run: Path, *, config: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Path, *, config: dict[str, Any], settings: Settings | bool = True
+    ) -> None:
         import wandb
 
+        chosen = settings if isinstance(settings, Settings) else Settings()
         kept = run / _ID
         known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
         try:
             self._run = wandb.init(
-                project="shoal",
-                name=run.name,
+                project=chosen.project,
+                entity=chosen.entity,
+                name=chosen.name or run.name,
+                group=chosen.group,
+                tags=chosen.tags,
                 dir=str(run),
                 config=config,
                 id=known or None,

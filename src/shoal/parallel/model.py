@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.config.recipe import ConfiguredModel, ModelSection
-from shoal.models.huggingface import build_meta, read_config
-from shoal.models.pretrained import has_own_head
+from shoal.models.huggingface import read_config
+from shoal.models.pretrained import folder_config
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,5 @@ def model_config(
         return read_config(
             architecture=chosen.architecture, settings=settings, vocabulary_size=size
         )
-    config = read_config(architecture=None, settings=task_settings, path=directory)
-    text = config.get_text_config()
-    if directory is not None and getattr(text, "tie_word_embeddings", False):
-        model = build_meta(config, auto_class=auto_class)
-        if has_own_head(directory, model=model):
-            config.tie_word_embeddings = text.tie_word_embeddings = False
-    return config
+    assert directory is not None, "prepared: a pretrained model lies somewhere"
+    return folder_config(directory, auto_class=auto_class, settings=task_settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from shoal.units import format_bytes, format_count, format_seconds
 ZERO = {"optimizer": "ZeRO-1", "gradients": "ZeRO-2", "parameters": "ZeRO-3"}
 """What the field calls the levels of the shard axis (arXiv 1910.02054)."""
 
-ERROR = "half of the published runs lie within 13 % of what is predicted for them"
+ERROR = "half of 1,206 published runs lie within 13 % of what is predicted; none is a run of shoal"
 """Of a predicted time: docs/guide/planner.md, sources that the model was not fitted to."""
 
 _WORTH = 1.5
@@ -48,15 +49,15 @@ def command(candidate: Candidate, *, recipe: str, overrides: Iterable[str] = ())
     for axis in DEGREES:
         degree = layout.degree(axis)
         if axis == "shard" and degree > 1 and candidate.level != "parameters":
-            words.append(f"'parallel.shard={{degree: {degree}, level: {candidate.level}}}'")
+            words.append(f"parallel.shard={{degree: {degree}, level: {candidate.level}}}")
         elif axis != "replicate" and degree > 1:
             words.append(f"parallel.{axis}={degree}")
     if candidate.recompute != "none":
         words.append(f"parallel.recompute={candidate.recompute}")
     words.append(f"train.micro_batch_samples={candidate.micro_batch_samples}")
-    named = {word.strip("'").partition("=")[0] for word in words}
+    named = {word.partition("=")[0] for word in words}
     kept = [word for word in overrides if word.partition("=")[0] not in named]
-    return " ".join(["shoal train", recipe, *kept, *words])
+    return shlex.join(["shoal", "train", recipe, *kept, *words])
 
 
 def why_not(best: Prediction, *, other: Prediction) -> str:
@@ -106,18 +107,16 @@ def text(
     found: Found,
     *,
     estimator: Estimator,
-    space: Space,
     anywhere: Found | None = None,
     missing: Sequence[str] = (),
-    run: str = "",
+    today: Sequence[str] = (),
 ) -> str:
     """The whole report for a terminal.
 
-    `anywhere`: the best plans with what shoal cannot run yet; `missing`: what of the fixed choices
-    it cannot; `run`: the command that runs the plan.
+    `anywhere`: the best plans with what shoal cannot run yet; `missing`: what the plan needs and
+    it lacks; `today`: lines that say what runs, and how.
     """
     best, cluster, workload = found.best, estimator.cluster, estimator.workload
-    alone = alone_note(estimator, best=best, space=space)
     lines = [
         f"{format_count(workload.facts.parameters)} parameters, "
         f"{workload.global_batch_samples} x {workload.sequence_tokens} tokens per step in "
@@ -130,8 +129,7 @@ def text(
         f"{format_count(best.tokens_per_second)} tokens/s, MFU {_percent(best.mfu)}, "
         f"{format_bytes(best.peak.total)} of {format_bytes(best.device_memory_bytes)}",
         f"  ({ERROR})",
-        *([f"  {run}"] if run and not missing else []),
-        *([alone] if alone else []),
+        *today,
         "",
         "Predicted time of a step:",
         *_bars(best.seconds, total=best.step_seconds, unit="s"),
@@ -207,6 +205,11 @@ def offers_text(offers: list[Offer], *, chosen: Offer | None, tokens: int) -> st
                 else "less than half of the added ones pay."
             )
         )
+    one = offers[0]
+    if chosen not in (None, one) and one.cluster.workers == 1:
+        times = one.seconds / chosen.seconds
+        if times < _WORTH:
+            lines.append(f"One device is enough: the plan is {times:.2g} x as fast as it")
     if chosen is None:
         lines.append("None meets the deadline and the budget: allow more of one of them.")
     return "\n".join(lines)

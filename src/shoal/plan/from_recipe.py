@@ -19,7 +19,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
     """A config.json; raises UserError for what is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as a config.json ({error}). Give the file of the model, or "
             "the folder that holds it as model.path."

@@ -2,47 +2,85 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import ModelError, nearest
+from shoal.errors import ModelError, UserError
+from shoal.serve.reading import model_directory, read_model
 
 
-def model_directory(path: Path) -> Path:
-    """The model folder that `path` is, or holds (a run). Raises ModelError."""
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
-            return folder
-    names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    hint = nearest(path.name, names) if not path.exists() else "a run gets one at its end"
-    raise ModelError(f"{path}: expected a model folder (config.json and safetensors); {hint}")
+def continue_prompt(
+    path: Path,
+    *,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    say: Callable[[str], None] = lambda phase: None,
+) -> str:
+    """At most `tokens` further tokens of text, to the model's end token.
 
-
-def continue_prompt(path: Path, *, prompt: str, tokens: int, temperature: float, seed: int) -> str:
-    """At most `tokens` further tokens of text; sampled with `seed`, or the likeliest at 0."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    Sampled with `seed`, or the likeliest at temperature 0; `say` hears of each phase. Raises the
+    errors of reading the folder, and UserError for a prompt that the model has no room for.
+    """
     folder = model_directory(path)
-    if not (folder / "tokenizer_config.json").is_file():
+    if not (folder / "tokenizer.json").is_file():
         raise ModelError(
             f"{folder}: it has no tokenizer, so it reads no text and cannot go on with a prompt\n"
             "    give the folder of a language model"
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False
-    )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    torch.manual_seed(seed)
+    say("importing torch and transformers")
+    import torch
+
+    from shoal.data.tokenize import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    say(f"reading {folder}")
+    model = read_model(folder, auto_class="AutoModelForCausalLM")
+    ids = tokenizer.encode(prompt).ids
+    room = _room(model.config, taken=len(ids))
+    ends = _end_tokens(folder, model.config)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 40}
-    output = model.generate(
-        **inputs,
-        max_new_tokens=tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **(sampling if temperature > 0 else {"do_sample": False}),
-    )
-    start = inputs["input_ids"].shape[1]
-    return str(tokenizer.decode(output[0, start:], skip_special_tokens=True))
+    say("generating")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=min(tokens, room),
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else None,
+            use_cache=True,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )
+    return str(tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True))
+
+
+def _room(config: Any, *, taken: int) -> int:
+    """Tokens that a prompt leaves of the model's positions. Raises UserError for none."""
+    if not taken:
+        raise UserError("the prompt is empty: give some text to go on from")
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and taken >= positions:
+        raise UserError(
+            f"the prompt has {taken} tokens, and the model's positions end at {positions}; "
+            "give a shorter one"
+        )
+    return positions - taken if isinstance(positions, int) else 1 << 30
+
+
+def _end_tokens(folder: Path, config: Any) -> list[int]:
+    """Ids at which an answer ends: as generation_config.json says, else config.json."""
+    found = getattr(config, "eos_token_id", None)
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            stated = json.loads(file.read_text(encoding="utf-8"))
+            found = stated.get("eos_token_id", found)
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{file}: not the settings of a model: {error}") from None
+    listed = found if isinstance(found, list) else [found]
+    size = getattr(config, "vocab_size", 0)
+    return [each for each in listed if type(each) is int and 0 <= each < size]

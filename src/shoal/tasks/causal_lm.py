@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ class CausalLM(Task):
     causal = True
     closes_documents = True
     target_name = "target tokens"
-    curve = Curve("nats per token", baseline="unigram_loss", baseline_name="word frequencies")
+    curve = Curve("nats per token", baseline="unigram_loss", baseline_name="unigram baseline")
     own_data = "YOUR.txt"
 
     def encode(self, records: Sequence[Record], *, tools: Tools) -> list[Sample]:
@@ -89,12 +90,13 @@ class CausalLM(Task):
         return {"unigram_loss": unigram_nats(targets, train=train)}
 
     def words(self, before: Named | None, after: Named) -> list[str]:
-        """Perplexity before and after, beside that of guessing by word frequency."""
+        """Perplexity before and after, the unigram baseline's beside, and whether it is beaten."""
         loss, guess = after["evaluation_loss"], after["unigram_loss"]
+        worse = "" if loss < guess else "; the model is still no better than it"
         return [
-            f"perplexity: {was(before, 'perplexity', 0)}{after['perplexity']:.1f} now; guessing by "
-            f"word frequency: {math.exp(guess):.0f} (loss {loss:.3f} against {guess:.3f} nats, "
-            f"ratio {loss / guess:.3f})"
+            f"perplexity: {was(before, 'perplexity', 0)}{after['perplexity']:.1f} now; unigram "
+            f"baseline: {math.exp(guess):.0f} (loss {loss:.3f} against {guess:.3f} nats per token, "
+            f"ratio {loss / guess:.3f}){worse}"
         ]
 
     def prompts(self) -> tuple[Sequence[str], int]:
@@ -102,8 +104,9 @@ class CausalLM(Task):
         return self.options.get("prompts", ()), self.options.get("sample_tokens", 0)
 
     def next_command(self, *, run: str, recipe: str) -> str:
-        """Talk to it."""
-        return f'shoal generate {run}/model "A: Hello, how are you?"'
+        """Talk to it, in the recipe's own words."""
+        first = next(iter(self.options.get("prompts", ())), "YOUR PROMPT").partition("\n")[0]
+        return f"shoal generate {run}/model {shlex.quote(first)}"
 
 
 def classify_tokens(model: nn.Module, batch: Batch, *, step: int) -> Output:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
+import select
 import shutil
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shoal.cli.main import main
+from shoal.cli.main import app, main
 from tiny import Bench, shoal
 
 
@@ -26,16 +29,18 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("words", [("--help",), ("config", "show", "quickstart")])
-def test_answers_in_half_a_second(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "words", [("--help",), ("config", "show", "quickstart"), ("plan", "--help")]
+)
+def test_answers_at_once(words: tuple[str, ...]) -> None:
     def seconds() -> float:
         began = time.perf_counter()
         subprocess.run(shoal(*words), check=True, capture_output=True)
         return time.perf_counter() - began
 
-    # The machine may be busy with other tests: the best of the medians of 5 is its own time.
-    best = min(statistics.median(seconds() for _ in range(5)) for _ in range(2))
-    assert best < 0.5
+    # Nothing makes a start quicker than it is; whatever else runs makes some of them slower.
+    best = min(seconds() for _ in range(12))
+    assert best < 0.4
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,13 +59,46 @@ def test_help_is_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "resume", "merge", "generate", "evaluate", "parity", "rehearse", "doctor"],
+    [
+        *("train", "resume", "merge", "generate", "evaluate", "parity", "rehearse", "doctor"),
+        *("plan", "simulate"),
+    ],
 )
 def test_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(ask(capsys, command, "-h").split())
-    assert f"Example: shoal {command}" in said
-    if command == "train":
-        assert "`shoal config show RECIPE`" in said and "`shoal config schema`" in said
+    assert re.search(rf"Examples?: shoal {command}", said)
+
+
+def test_help_of_train_says_where_its_keys_are(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ask(capsys, "train", "--help")
+    flat = " ".join(said.split())
+    assert "`shoal config show RECIPE`" in flat and "`shoal config schema`" in flat
+    assert "docs/guide/recipe.md" in flat
+    examples = [line.strip() for line in said.partition("Examples:")[2].splitlines() if line]
+    assert len(examples) >= 3 and all(each.startswith("shoal train ") for each in examples)
+
+
+def test_help_of_plan_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ask(capsys, "plan", "--help")
+    for option in ("cluster", "model", "devices", "fix", "goal", "tokens", "picture", "json"):
+        assert f"--{option}" in said
+
+
+def test_every_help_is_whole_sentences() -> None:
+    """Of commands, groups and options: a capital letter or a value first, a full stop last."""
+    from typer.main import get_command
+
+    def each(command: Any, path: str) -> Iterator[tuple[str, str]]:
+        yield path, command.help or ""
+        for parameter in command.params:
+            yield f"{path} {parameter.name}", getattr(parameter, "help", None) or ""
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from each(inner, f"{path} {name}")
+
+    for where, text in each(get_command(app), "shoal"):
+        if not where.endswith((" help", "completion")):
+            assert re.match(r"[A-Z0-9]", text), f"{where}: {text!r}"
+            assert text.rstrip().endswith("."), f"{where}: {text!r}"
 
 
 def test_completion() -> None:
@@ -158,13 +196,34 @@ def test_evaluate_gives_the_scores_of_the_run(bench: Bench) -> None:
     assert scores["evaluation_loss"] == pytest.approx(run.evaluations[-1]["evaluation_loss"], 1e-5)
 
 
+def seconds_to_first_sign(words: list[str]) -> tuple[float, int]:
+    """From the start of a command to the first thing that it says; and its exit status."""
+    began = time.monotonic()
+    done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.stdout is not None and done.stderr is not None
+    select.select([done.stdout, done.stderr], [], [], 60)
+    seconds = time.monotonic() - began
+    done.communicate(timeout=60)
+    return seconds, done.returncode
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_life_within_three_seconds(command: str, bench: Bench) -> None:
+    """And an end when the answer is there: `communicate` waits for it."""
+    words = (bench.run().path, "The river" if command == "generate" else bench.recipe)
+    seconds, status = seconds_to_first_sign(shoal(command, *words))
+    assert status == 0 and seconds < 3
+
+
 def test_train_prints_what_to_do_next(bench: Bench) -> None:
     run = bench.new_path()
     done = bench.command("train", bench.recipe, "train.steps=3", "--out", run)
     assert done.returncode == 0, done.stderr
     for words in ("plan: 1 worker", "step     1/3", "perplexity:", "speed:", "loss.png",
-                  "shoal generate", "shoal parity", "data.source=YOUR.txt"):  # fmt: skip
+                  "shoal generate", "'YOUR PROMPT'", "shoal parity"):  # fmt: skip
         assert words in done.stdout
+    assert "YOUR.txt" not in done.stdout, "it was their own data"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == summary["of_steps"] == 3
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

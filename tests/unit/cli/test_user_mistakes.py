@@ -38,6 +38,24 @@ def test_unknown_key(told, bench: Bench, tmp_path: Path) -> None:
     assert "Traceback" not in said and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--lr", "KEY=VALUE: did you mean 'train.optimizer.learning_rate'?"),
+        ("--batch-size", "KEY=VALUE: did you mean 'train.global_batch_samples'?"),
+        ("--steps", "KEY=VALUE: did you mean 'train.steps'?"),
+    ],
+)
+def test_an_option_that_is_a_key(told, option: str, said: str) -> None:
+    status, text = told("train", "quickstart", option, "3")
+    assert status == 2 and f"No such option: {option}" in text and said in text
+
+
+def test_an_option_that_is_nothing(told) -> None:
+    status, text = told("train", "quickstart", "--nosuchthing")
+    assert status == 2 and "No such option" in text and "KEY=VALUE:" not in text
+
+
 def test_escape_sequences_in_a_name_are_shown_not_sent(told, bench: Bench) -> None:
     status, said = told("train", bench.recipe, "data.source=\x1b[2Jgone.txt")
     assert status == 2 and "\x1b" not in said and r"\x1b[2Jgone.txt" in said

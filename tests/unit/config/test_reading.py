@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.config.load import load_recipe, shipped_recipes, to_yaml
+from shoal.config.load import load_recipe, resolve, shipped_recipes, to_yaml
 from shoal.config.locked import changed
 from shoal.config.recipe import Recipe
 from shoal.config.yaml_text import dump, parse, read_mapping
@@ -60,7 +60,7 @@ def test_plain_words_mean_what_they_say(text: str, value: object) -> None:
 _scalars = (
     st.none()
     | st.booleans()
-    | st.integers()
+    | st.integers(-(2**63), 2**63)
     | st.floats(allow_nan=False)
     | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
     | st.sampled_from(["off", "yes", "1e-3", "0o7", "010", "1:30", "~", "<<", "", "2024-01-02"])
@@ -167,11 +167,25 @@ def test_every_problem_is_said_once_and_all_at_once() -> None:
         ("observe.console=7", "observe.console: expected true or false; got 7"),
         ("seed", "seed: expected key=value, such as parallel.replicate=2"),
         ("seed=[1", "seed: '[1' is not a valid value"),
+        ("seed=!!int abc", "not a valid value\n    line 1: 'abc' cannot be read as int"),
+        ("seed=" + "9" * 5000, "line 1: '" + "9" * 40 + "' cannot be read as int"),
+        ("seed=!!float x", "'x' cannot be read as float"),
+        ("seed=!!timestamp x", "'x' cannot be read as timestamp"),
+        ("seed=!!bool x", "'x' cannot be read as bool"),
+        ("seed=!!python/name:os.system x", "is not a valid value"),
+        ("seed=!!set {a}", "seed: expected a whole number; got {'a'}"),
+        ("seed=" + "[" * 5000, "line 1: nested more than 64 deep"),
+        ("model.note=&a [*a]", "model.note: '&a [*a]' is not a valid value"),
+        ("seed=1e999", "seed: expected a finite number; got inf"),
+        ("seed=" + "x" * 5000, "seed: expected a whole number; got 'xxx"),
+        ("observe.wandb=3", "expected true or false or a section with keys of its own; got 3"),
+        ("parallel.shard=x", "parallel.shard: expected a whole number or a section with keys of"),
     ],
 )
 def test_one_problem_one_line(override: str, said: str) -> None:
     text = problems(override)
     assert text.startswith("1 problem in") and said in text
+    assert len(text) < 400, "a long value is cut"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +197,15 @@ def test_one_problem_one_line(override: str, said: str) -> None:
         ("- a\n", "expected a mapping of sections"),
         ("", "got nothing"),
         ("? [a]\n: 1\n", "expected a word as key"),
+        ("a: 1\nb: !!int abc\n", "line 2: 'abc' cannot be read as int"),
+        ("a:\n" + "".join(" " * n + "a:\n" for n in range(1, 400)), "line 64: nested more than"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x]\n"
+            + "".join(
+                f"{n}: &{n} [{', '.join(['*' + m] * 8)}]\n" for m, n in zip("abcdef", "bcdefg")
+            ),
+            "line 4: more than 20 aliases; write the values out",
+        ),
     ],
 )
 def test_text_that_is_no_recipe(text: str, said: str) -> None:
@@ -244,6 +267,33 @@ def test_a_mistake_inside_such_a_section_is_the_one_that_is_named(tmp_path: Path
     path.write_text(MINIMAL)
     with pytest.raises(ConfigError, match=r"train\.optimizer\.lr: unknown key"):
         load_recipe(str(path), ["train.optimizer.lr=3"])
+
+
+def test_aliases_may_be_used(tmp_path: Path) -> None:
+    text = "model: {kind: config, architecture: llama, a: &a [1, 2], b: *a}\n"
+    recipe = load_recipe(write(tmp_path, text + MINIMAL.partition("\n")[2]))
+    assert recipe.model.settings == {"a": [1, 2], "b": [1, 2]}  # type: ignore[union-attr]
+    assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+
+
+def test_a_recipe_from_any_form(tmp_path: Path) -> None:
+    """A name, a path, a dict and a Recipe; overrides as a dict, a list or one text always apply."""
+    path = Path(write(tmp_path, MINIMAL))
+    tree = {"model": {"architecture": "llama"}, "data": {"source": Path("a.txt")}}
+    tree |= {"train": {"steps": 3}}
+    note = "\N{CAT}\x85\u2028 off"
+    found = [resolve(form, {"seed": 7, "model.note": note}) for form in (path, str(path), tree)]
+    found.append(resolve(resolve(path), {"seed": 7, "model.note": note}))
+    assert all(each == found[0] for each in found)
+    assert (found[0].seed, found[0].model.settings) == (7, {"note": note})  # type: ignore[union-attr]
+    assert resolve(tree, "seed=7").seed == resolve(resolve(tree), ["seed=7"]).seed == 7
+    assert "seed" not in tree, "the caller's own is not changed"
+    with pytest.raises(UserError, match=r"a dict or a shoal\.Recipe; got int"):
+        resolve(3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a recipe is plain values"):
+        resolve(tree, {"seed": object()})
+    with pytest.raises(ConfigError, match="1 problem in the recipe:\n  train: required"):
+        resolve({key: tree[key] for key in ("model", "data")})
 
 
 def test_a_path_means_a_pretrained_model() -> None:

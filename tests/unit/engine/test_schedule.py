@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.config.recipe import Constant, Cosine, Linear, ScheduleSection, WarmupStableDecay
+from shoal.config.optimizers import Constant, Cosine, Linear, ScheduleSection, WarmupStableDecay
 from shoal.engine.schedule import rate_factor
 
 SCHEDULES = [
@@ -45,3 +45,11 @@ def test_always_a_fraction_also_for_runs_shorter_than_the_warm_up(
     schedule: ScheduleSection, steps: int, step: int
 ) -> None:
     assert 0.0 < rate_factor(step, steps=steps, schedule=schedule) <= 1.0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.kind)
+def test_a_warm_up_may_be_a_share_of_the_steps(schedule: ScheduleSection) -> None:
+    share = schedule.model_copy(update={"warmup_steps": 0, "warmup_fraction": 0.075})
+    for step in range(51):
+        wanted = rate_factor(step, steps=50, schedule=schedule)
+        assert rate_factor(step, steps=50, schedule=share) == wanted, "4 = 0.075 x 50 rounded up"

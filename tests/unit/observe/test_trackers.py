@@ -32,6 +32,30 @@ def test_tensorboard_holds_what_the_run_logged(bench: Bench) -> None:
     assert '"evaluate_every_steps": 2' in config
 
 
+def test_tensorboard_holds_the_hyperparameters(bench: Bench) -> None:
+    """As its own plugin reads them, with the scalars that runs are compared by."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    run = bench.run("train.steps=4", "train.evaluate_every_steps=2", "observe.tensorboard=true")
+    board = EventAccumulator(str(run.path / "tensorboard"))
+    board.Reload()
+
+    def stored(tag: str) -> HParamsPluginData:
+        content = board.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+        return HParamsPluginData.FromString(content)
+
+    values = stored("session_start_info").session_start_info.hparams
+    assert values["train.optimizer.learning_rate"].number_value == 3e-3
+    assert values["train.optimizer.kind"].string_value == "adamw"
+    assert values["train.exact"].bool_value is False and "train.exact" in values
+    assert values["train.epochs"].string_value == "null"
+    metrics = [each.name.tag for each in stored("experiment").experiment.metric_infos]
+    assert metrics == ["train/loss", "eval/loss"]
+    assert set(metrics) <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4], "none is added"
+
+
 def test_tags_are_grouped_as_the_field_does() -> None:
     step = {"step": 3, "loss": 2.5, "learning_rate": 1e-3, "tokens": 90, "step_seconds": 0.5}
     step |= {"tokens_per_second": 180.0, "sent_bytes": 7, "mfu": 0.25, "completions": []}
@@ -53,7 +77,8 @@ def test_wandb_offline_holds_what_was_logged(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    sink = WandB(tmp_path, config={"seed": 3})
+    section = ObserveSection(wandb={"project": "of-mine", "tags": ["tiny-tag"]}).wandb
+    sink = WandB(tmp_path, config={"seed": 3}, settings=section)
     sink.row({"step": 1, "loss": 2.5, "text": "left out"})
     sink.row({"step": 2, "loss": 2.25})
     sink.close()
@@ -63,6 +88,7 @@ def test_wandb_offline_holds_what_was_logged(
         time.sleep(0.02)
     content = file.read_bytes()
     assert b"loss" in content and b"2.25" in content and b"left out" not in content
+    assert b"of-mine" in content and b"tiny-tag" in content
 
 
 def test_a_resumed_run_goes_on_under_its_id(
@@ -84,6 +110,13 @@ def test_a_resumed_run_goes_on_under_its_id(
     WandB(tmp_path, config={"seed": 3})
     assert [each["id"] for each in asked] == [None, "abc123"]
     assert asked[1]["resume"] == "allow" and asked[1]["config"] == {"seed": 3}
+    assert asked[0]["project"] == "shoal" and asked[0]["name"] == tmp_path.name
+    assert asked[0]["entity"] is None and asked[0]["group"] is None
+    said = {"project": "p", "entity": "e", "name": "n", "group": "g", "tags": ["a", "b"]}
+    section = ObserveSection(wandb=said).wandb
+    WandB(tmp_path, config={}, settings=section)
+    assert {key: asked[2][key] for key in said} == {**said, "tags": ("a", "b")}
+    assert asked[2]["id"] == "abc123", "and still the same run"
 
 
 def test_wandb_without_a_key_is_refused_before_a_run_begins(bench: Bench, tmp_path: Path) -> None:
@@ -117,4 +150,7 @@ def test_a_tracker_that_is_not_installed_is_refused_at_once(
     monkeypatch.setattr(refuse, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=f"observe.{name}: the package is not installed"):
         check_trackers(ObserveSection(**{name: True}))
+    if name == "wandb":
+        with pytest.raises(UserError, match=r"observe\.wandb: the package is not installed"):
+            check_trackers(ObserveSection(wandb={"project": "mine"}))
     check_trackers(ObserveSection())

@@ -64,9 +64,64 @@ def test_the_command_that_is_printed_runs_the_plan(tmp_path: Path) -> None:
     assert (recipe.parallel.tensor, recipe.parallel.replicate) == (2, 1)
     assert recipe.parallel.recompute == "full" and recipe.seed == 3
     assert isinstance(recipe.train.micro_batch_samples, int)
-    assert "shoal starts no workers on other machines yet" in run(
-        "plan", "quickstart", "--cluster", "2x8xA100"
+
+
+def test_an_override_with_spaces_is_quoted() -> None:
+    muon = "train.optimizer={kind: muon, learning_rate: 0.02}"
+    (line,) = (
+        each
+        for each in run("plan", "quickstart", muon, "--cluster", "2xA100").splitlines()
+        if "shoal train" in each
     )
+    assert muon in shlex.split(line)
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_several_machines_are_not_recommended(command: str, tmp_path: Path) -> None:
+    """What would be, that it cannot run yet, and what runs on one of them today."""
+    said = run(command, "quickstart", "--cluster", "2x8xA100")
+    assert "Not in shoal yet: workers on other machines\nIt would be: " in said
+    assert "Plan: " not in said
+    today = said[said.index("Today, on one of them: ") :].splitlines()[1]
+    degrees = load_recipe(*_recipe_and_overrides(today)).parallel
+    assert (degrees.replicas or 1) * degrees.sharding.degree * (degrees.tensor or 1) == 8
+    data = json.loads(run(command, "quickstart", "--cluster", "2x8xA100", "--json"))
+    assert data["command"] is None and data["not_yet"] == ["workers on other machines"]
+    large = large_model(tmp_path)
+    assert "does not fit on one of these" in run(command, *large, "--cluster", "8x8xA100")
+
+
+def test_a_whole_run_on_several_machines(tmp_path: Path) -> None:
+    words = ["quickstart", "--cluster", "2xA100", "--tokens", "2B"]
+    assert "\nPlan: " in run("plan", *words)
+    large = run("plan", *large_model(tmp_path), "--cluster", "8x8xA100", "--tokens", "2B")
+    assert "Not in shoal yet: workers on other machines\nIt would be: " in large
+    assert "Plan: " not in large and "shoal train" not in large
+
+
+def large_model(folder: Path) -> list[str]:
+    """Arguments for a llama of 70B parameters, which no single node holds."""
+    config = {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 28672}
+    path = folder / "config.json"
+    path.write_text(json.dumps(config | {"vocab_size": 128256}))
+    return ["--model", str(path), "--sequence", "4096", "--batch", "64"]
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_a_plan_says_how_to_run_it_and_how_far_to_trust_it(command: str) -> None:
+    said = run(command, "quickstart", "seed=3", "--cluster", "8xA100")
+    assert "half of 1,206 published runs lie within 13 %" in said
+    assert "One device is enough: it takes" in said
+    line = next(line for line in said.splitlines() if "shoal train" in line)
+    assert load_recipe(*_recipe_and_overrides(line)).seed == 3
+    data = json.loads(run(command, "quickstart", "seed=3", "--cluster", "8xA100", "--json"))
+    assert data["command"] == line.strip()
+
+
+def _recipe_and_overrides(line: str) -> tuple[str, list[str]]:
+    name, *overrides = shlex.split(line)[2:]
+    return name, overrides
 
 
 def test_a_recipe_that_no_axis_may_cut_is_replicated() -> None:
@@ -106,15 +161,19 @@ def test_a_model_without_recipe(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object"):
         run("plan", *words)
-    path.write_text("{")
-    with pytest.raises(UserError, match=r"cannot be read as a config\.json"):
-        run("plan", *words)
+    for text in ("{", "[" * 100_000, "\x00"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"cannot be read as a config\.json"):
+            run("plan", *words)
 
 
 def test_a_whole_run() -> None:
     words = ["quickstart", "--cluster", "2x8xA100", "--tokens", "2B", "--goal", "devices"]
     text = run("plan", *words, "--deadline", "8h", "--budget", "200")
     assert "A run over 2B tokens (predicted):" in text and "->" in text and "$" in text
+    assert "One device is enough" not in text, "it is what was chosen"
+    fastest = run("plan", "quickstart", "--cluster", "8xA100", "--tokens", "2B")
+    assert "One device is enough: the plan is 1 x as fast as it" in fastest
     data = json.loads(run("plan", *words, "--json"))
     assert [offer["workers"] for offer in data["offers"]] == [1, 2, 4, 8, 16]
     assert sum(offer["chosen"] for offer in data["offers"]) == 1

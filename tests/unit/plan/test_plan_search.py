@@ -202,7 +202,7 @@ def test_experts_are_spread() -> None:
 def test_the_reason_is_a_number() -> None:
     estimator = estimator_of(EIGHT, "4x8xH100", row=8192, batch=256)
     found = find(estimator)
-    text = explain.text(found, estimator=estimator, space=Space())
+    text = explain.text(found, estimator=estimator)
     assert "shard + tensor: +" in text
     assert "exposed tensor communication (+" in text
     data = explain.report_json(found, cluster=estimator.cluster)

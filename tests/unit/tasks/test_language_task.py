@@ -1,4 +1,5 @@
 import math
+import shlex
 
 import pytest
 import torch
@@ -115,8 +116,17 @@ def test_the_last_words_have_the_unigram_baseline_beside() -> None:
     after = {"evaluation_loss": 4.0, "perplexity": math.exp(4.0), "unigram_loss": 5.0}
     (words,) = CausalLM().words({"perplexity": 310.4}, after)
     assert words == (
-        "perplexity: 310 before, 54.6 now; guessing by word frequency: 148 (loss 4.000 against "
-        "5.000 nats, ratio 0.800)"
+        "perplexity: 310 before, 54.6 now; unigram baseline: 148 (loss 4.000 against "
+        "5.000 nats per token, ratio 0.800)"
     )
+    lost = CausalLM().words(None, {**after, "unigram_loss": 3.0})[0]
+    assert lost.endswith("ratio 1.333); the model is still no better than it")
     assert CausalLM().words(None, after)[0].startswith("perplexity: 54.6 now;")
+
+
+def test_what_to_type_next_is_in_the_recipes_own_words() -> None:
+    asked = CausalLM(options={"prompts": ("It's said:\nwell",)})
+    line = asked.next_command(run="runs/a", recipe="x")
+    assert shlex.split(line) == ["shoal", "generate", "runs/a/model", "It's said:"]
+    assert CausalLM().next_command(run="a", recipe="x").endswith("'YOUR PROMPT'")
     assert math.isnan(unigram_nats(torch.zeros(3).numpy(), train=torch.ones(3).numpy()))

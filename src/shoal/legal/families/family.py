@@ -59,8 +59,8 @@ class ConfigReader:
 
     def labels(self) -> int:
         """Number of classes of a classification head (two when the file does not say)."""
-        names = self.config.get("id2label")
-        return len(names) if names else self.integer("num_labels", default=2)
+        names = self.config.get("id2label") or ()
+        return len(names) if isinstance(names, Mapping) else self.integer("num_labels", default=2)
 
     def block(
         self,
@@ -102,8 +102,8 @@ class ConfigReader:
 
     def head_kind(self, *, default: str) -> str:
         """The class named in `architectures`, or `default`."""
-        named = self.config.get("architectures") or [default]
-        return str(named[0])
+        named = self.config.get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else default
 
 
 @dataclass(frozen=True, kw_only=True)

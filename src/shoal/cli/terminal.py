@@ -1,0 +1,20 @@
+"""What the commands write: the one place, so that no text of others moves a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from shoal.observe.visible import visible
+
+
+def say(text: str) -> None:
+    """Print to standard output; a terminal gets control characters spelt out, a file as they are.
+
+    A name, a completion or a recipe may hold escape sequences.
+    """
+    print(visible(text) if sys.stdout.isatty() else text, flush=True)
+
+
+def tell(text: str) -> None:
+    """Print to standard error, control characters spelt out."""
+    print(visible(text), file=sys.stderr, flush=True)

@@ -1,0 +1,38 @@
+"""A model folder read for use, by the reader that training has: the same folders are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import ModelError, nearest
+
+
+def model_directory(path: Path) -> Path:
+    """The model folder that `path` is, or holds (a run). Raises ModelError."""
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+            return folder
+    names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, names) if not path.exists() else "a run gets one at its end"
+    raise ModelError(f"{path}: expected a model folder (config.json and safetensors); {hint}")
+
+
+def read_model(folder: Path, *, auto_class: str) -> Any:
+    """The transformers model of a folder, in float32 on the CPU, ready to evaluate.
+
+    Its weights are read by `models/pretrained.py`, so code, pickles, links and names that lead out
+    of the folder are refused, and attention is transformers' own, whatever config.json asks for.
+    Raises ModelError; also for a folder that lacks a weight, which training would draw at random.
+    """
+    from shoal.models.huggingface import build_meta
+    from shoal.models.init import materialise, record
+    from shoal.models.pretrained import PretrainedWeights, folder_config
+
+    config = folder_config(folder, auto_class=auto_class)
+    model: Any = build_meta(config, auto_class=auto_class, kernel="eager")
+    weights = PretrainedWeights(folder, model=model)
+    weights.refuse_missing()
+    materialise(model, record=record(model), seed=0, source=weights).eval()
+    model.config.use_cache = True
+    return model

@@ -68,6 +68,8 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
         before = tree.get("model")
         kept = before.get("dropout") if isinstance(before, dict) else None
         tree["model"] = {} if kept is None else {"dropout": kept}
+    if path[:2] == ["data", "validation"] and isinstance(tree.get("data"), dict):
+        tree["data"].pop("validation", None)  # one way takes the place of another
     here = tree
     for depth, part in enumerate(path[:-1]):
         below = here.get(part)

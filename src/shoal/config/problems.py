@@ -16,6 +16,9 @@ _HINTS = {
     "sync.codec.kind": "codecs are not there yet",
     "task.kind": "other tasks are not there yet",
 }
+_MOVED = {"data.validation_fraction": "it is data.validation={fraction: ...} now"}
+"""Keys of older recipes, and what takes their place."""
+
 _EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -84,7 +87,7 @@ def _other(detail: ErrorDetails, *, where: str, models: list[Any]) -> Problem:
         case "extra_forbidden":
             known = [key for model in models for key in model.model_fields]
             word = where.rpartition(".")[2]
-            return Problem(where, "unknown key", nearest(word, known))
+            return Problem(where, "unknown key", _MOVED.get(where) or nearest(word, known))
         case "missing":
             return Problem(where, "required, and not given")
         case "union_tag_not_found":

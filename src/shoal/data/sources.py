@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -81,14 +82,16 @@ def _folder(
 ) -> tuple[Path, ...]:
     """Readable files directly in `folder`, by name, else those in its folders: classes of images.
 
+    Of several folders a file of each in turn, so that any beginning has all classes.
     A link that leads out of it is refused.
     """
     here = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     readable = [path for path in here if readers.can_read(path) and path.is_file()]
     # JSON beside files of other formats describes them (dataset_info.json, classes.json).
     found = [path for path in readable if path.suffix.lower() != ".json"]
-    found = found or sorted(path for path in folder.glob("*/*") if readers.can_read(path))
-    found = found or readable
+    below = sorted(path for path in folder.glob("*/*") if readers.can_read(path))
+    turns = zip_longest(*(list(each) for _, each in groupby(below, key=lambda path: path.parent)))
+    found = found or [path for turn in turns for path in turn if path is not None] or readable
     if not found:
         raise DataError(
             f"data.source: the folder {folder} holds no file to read; expected files ending in "

@@ -50,6 +50,14 @@ def test_packed_rows_document_by_document(bench: Bench, capsys: pytest.CaptureFi
     assert shown.startswith(expected[:-8]) and expected[:9] in shown
 
 
+def test_targets_are_coloured_on_a_terminal(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    said = "\n".join(ask(capsys, bench.recipe))
+    assert "\x1b[32m" in said and "\x1b[0m" in said and "«" not in said
+
+
 def test_as_many_as_asked_for_and_no_torch(bench: Bench) -> None:
     done = subprocess.run(
         shoal("data", "preview", bench.recipe, "--samples", "5"), capture_output=True, text=True

@@ -166,7 +166,7 @@ def open_prepared(directory: Path | str) -> Prepared:
     directory = Path(directory).resolve()  # workers may have another current folder
     description = _read_description(directory)
     sources, evaluated = (
-        tuple(_open(entry, of=directory) for entry in description[role])
+        tuple(_open(entry, of=directory) for entry in description.get(role, ()))
         for role in ("sources", "evaluated")
     )
     return Prepared(directory, sources, evaluated or sources, description)

@@ -109,7 +109,9 @@ def yaml_of(value: Any) -> str:
     """A default as a recipe has it."""
     if isinstance(value, BaseModel):
         kind = getattr(value, "kind", None)
-        return f"kind: {kind}" if kind else "its defaults"
+        given = {name: getattr(value, name) for name in value.model_fields_set}
+        text = ", ".join(f"{name}: {yaml_of(each)}" for name, each in sorted(given.items()))
+        return f"kind: {kind}" if kind else text or "its defaults"
     if isinstance(value, tuple):
         value = list(value)
     if isinstance(value, float):

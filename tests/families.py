@@ -112,7 +112,7 @@ def _task(family: str) -> str:
 def _data(family: str, folder: Path) -> dict[str, object]:
     """The section `data`, and what it names."""
     tokenizer = {"kind": "train", "vocabulary_size": 300}
-    common = {"sequence_tokens": TOKENS, "validation_fraction": 0.2, "evaluation_samples": 12}
+    common = {"sequence_tokens": TOKENS, "validation": {"fraction": 0.2}, "evaluation_samples": 12}
     match _task(family):
         case "causal-lm":
             source = write_corpus(folder / "tales.jsonl", documents=80)

@@ -65,7 +65,7 @@ model:
 data:
   source: {source}
   sequence_tokens: 32
-  validation_fraction: 0.1
+  validation: {{fraction: 0.1}}
   evaluation_samples: 24
   tokenizer: {{kind: train, vocabulary_size: 300}}
 train:

@@ -229,6 +229,11 @@ def workplace(
         (tmp_path / name).write_text(sentence.replace(" ", "\t") * 60, encoding="utf-8")
     stories = [f"Story {n}. " + "The lamp keeper counts apples. " * 8 for n in range(80)]
     (tmp_path / "YOUR.txt").write_text("\n\n\n".join(stories), encoding="utf-8")
+    (tmp_path / "HELD-OUT.txt").write_text("The tide is out.\n\n\nGulls wait.", encoding="utf-8")
+    for split in ("train", "validation"):
+        path = tmp_path / "YOUR-SPLITS" / f"{split}-0.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n\n\n".join(stories[: 60 if split == "train" else 5]), encoding="utf-8")
     rows = "".join(f'{{"title": "{n}", "body": "{story}"}}\n' for n, story in enumerate(stories))
     (tmp_path / "YOUR.jsonl").write_text(rows, encoding="utf-8")
     (recipe,) = blocks(START / "your-data.md", "yaml")
@@ -257,6 +262,8 @@ def small(words: list[str], bench: Bench) -> list[str]:
         return [each for each in SMALL if not each.startswith(sizes)] + steps + source
     if words[1:3] == ["train", "quickstart"] or words[1] in ("evaluate", "parity"):
         return SMALL + steps + source
+    if words[1:3] == ["data", "preview"]:
+        return [*SMALL, *source]
     if words[1] == "rehearse":
         return [*SMALL, *source, "train.steps=21", "train.evaluate_every_steps=0"]
     return []

@@ -6,6 +6,8 @@ docs/design/decisions.md why the curve moved.
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 from tiny import Bench, largest_difference
@@ -23,3 +25,16 @@ def test_curve_has_not_moved(bench: Bench) -> None:
     # Other processors sum in another order: 1e-5 of the loss over 30 steps is what layouts may
     # differ by as well (tests/parity); a change of the mathematics moves the curve by far more.
     assert largest_difference(losses, kept) < 1e-5
+
+
+def test_the_same_texts_in_another_file_are_the_same_run(bench: Bench, tmp_path: Path) -> None:
+    """Another name, format, column and line ends: every digit and every weight."""
+    rows = [json.loads(line) for line in bench.corpus.read_text().splitlines()]
+    with (tmp_path / "other.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.writer(file, lineterminator="\r\n")
+        table.writerow(["number", "story"])
+        table.writerows([n, row["text"]] for n, row in enumerate(rows))
+    source = (f"data.source={tmp_path / 'other.csv'}", "data.text_field=story")
+    one, other = bench.run("parallel.replicate=1"), bench.train("parallel.replicate=1", *source)
+    assert other.digits == one.digits and len(one.digits) > 30
+    assert other.weights == one.weights

@@ -34,7 +34,7 @@ model:
   num_channels: 1
   patch_size: 4
   hidden_dropout_prob: 0.1
-data: {{source: {source}, packing: false, validation_fraction: 0.2, evaluation_samples: null}}
+data: {{source: {source}, packing: false, validation: {{fraction: 0.2}}, evaluation_samples: null}}
 train:
   steps: 20
   global_batch_samples: 16

@@ -1,4 +1,4 @@
-"""`shoal data`: list and fetch registry entries, verify which samples a run read."""
+"""`shoal data`: list and fetch registry entries, preview samples, verify which a run read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from shoal.cli.terminal import say, tell
+from shoal.cli.train import Overrides
 
 app = typer.Typer(
-    help="List and fetch data, and verify which samples a run has read.", no_args_is_help=True
+    help="List and fetch data, show samples of a recipe, and verify which ones a run has read.",
+    no_args_is_help=True,
 )
 
 
@@ -35,6 +37,47 @@ def get_entry(name: Annotated[str, typer.Argument(help="A name from `shoal data 
 
     path = registry.get(name, announce=tell)
     say(str(path))
+
+
+@app.command("preview")
+def preview(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many to show.")] = 3,
+) -> None:
+    """Show the first samples of a run as its model will see them, token by token.
+
+    Targets, which the loss is computed on, are green on a terminal, else between « and ».
+    """
+    import sys
+
+    from shoal.config.load import load_recipe
+    from shoal.data.preview import previews
+    from shoal.data.tokenize import load_tokenizer
+    from shoal.launch.prepare import prepare_inputs
+    from shoal.observe.visible import visible
+    from shoal.tasks.kinds import create
+
+    resolved = load_recipe(recipe, overrides or [])
+    inputs = prepare_inputs(resolved, say=lambda line: print(line, file=sys.stderr, flush=True))
+    task = create(resolved.task.kind, settings=inputs.task_settings, options=resolved.task)
+    folder = inputs.tokenizer_directory
+    terminal = sys.stdout.isatty()
+
+    def mark(text: str) -> str:
+        text = visible(text)
+        return typer.style(text, fg=typer.colors.GREEN) if terminal else f"«{text}»"
+
+    for line in previews(
+        inputs.data_directory,
+        count=samples,
+        seed=resolved.seed,
+        tokenizer=None if folder is None else load_tokenizer(folder),
+        labels=task.model_settings().get("id2label", {}),
+        plain=visible,
+        mark=mark,
+    ):
+        print(line)
 
 
 @app.command("verify")

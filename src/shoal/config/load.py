@@ -106,6 +106,8 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
         kept = before if isinstance(before, dict) else {}
         fields = PretrainedModel.model_fields.keys() - {"kind"}
         tree["model"] = {key: kept[key] for key in kept if key in fields}
+    if path[:2] == ["data", "validation"] and isinstance(tree.get("data"), dict):
+        tree["data"].pop("validation", None)  # one way takes the place of another
     here = tree
     for depth, part in enumerate(path[:-1]):
         below = here.get(part)

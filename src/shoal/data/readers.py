@@ -4,74 +4,32 @@ A record is `{"text": str}` (plus the other columns of a table), `{"words": [...
 or `{"image": uint8 [C, H, W], "label": str}` (data/images.py). Documents without any text are left
 out.
 
-Formats: .txt .md (plain text), .jsonl (one object per line), .csv .tsv (first row names the
-columns), .parquet, .conll (a word and its tag per line, blank line between sentences). A .txt
-whose lines are all `word<TAB>tag` is read as .conll.
+Formats: .txt .md (plain text), .jsonl (one object per line), .json (a list of objects), .csv .tsv
+(first row names the columns), .parquet, .arrow, .conll (a word and its tag per line, blank line
+between sentences). A .txt whose lines are all `word<TAB>tag` is read as .conll. Each may be
+compressed, with .gz or .zst behind its ending.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from shoal.data.columns import Record, table_records
+from shoal.data.columns import Record
+from shoal.data.files import Report, ending_of, lines_of
 from shoal.data.images import read_image, read_pixels
+from shoal.data.tables import read_json, read_jsonl, read_parquet, read_table
 from shoal.errors import DataError
 
-Report = Callable[[float], None]
 Reader = Callable[..., Iterator[Record]]
-Errors = Literal["strict", "replace"]
 
 PIECE_CHARACTERS = 2000
 """A plain text file is cut at the first blank line after this many characters: about 500 tokens,
 so that a document fills some rows, and a single novel still has documents to hold out."""
 
 _REPORT_EVERY = 1000
-
-
-def lines_of(
-    path: Path, *, at: Report = lambda done: None, errors: Errors = "strict"
-) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a UTF-8 file.
-
-    Raises DataError for a file that is missing, empty, binary, or not UTF-8.
-    """
-    try:
-        size = path.stat().st_size
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {error.strerror}; check its permissions"
-        ) from error
-    with file:
-        if not size:
-            raise DataError(f"{path}: is empty; expected text")
-        head = file.read(4)
-        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(f"{path}: is UTF-16, expected UTF-8; convert it with `iconv -t utf-8`")
-        file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
-        done = 0
-        for number, raw in enumerate(file, start=1):
-            done += len(raw)
-            if number % _REPORT_EVERY == 0:
-                at(done / size)
-            if b"\0" in raw:
-                raise DataError(
-                    f"{path}: is a binary file (a zero byte in line {number}); expected UTF-8 "
-                    f"text, or a .parquet file"
-                )
-            try:
-                yield number, raw.decode("utf-8", errors).rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: line {number} is not UTF-8 (byte {error.start + 1} of the line is "
-                    f"0x{raw[error.start]:02x}); convert it, e.g. `iconv -f latin1 -t utf-8`"
-                ) from error
-    at(1.0)
 
 
 def read_plain(
@@ -135,85 +93,6 @@ def read_tagged(
         yield {"words": words, "tags": tags}
 
 
-def read_jsonl(
-    path: Path, *, text_field: str | None = None, at: Report = lambda done: None
-) -> Iterator[Record]:
-    """One JSON object per line, with text or with `words` and `tags`."""
-
-    def rows() -> Iterator[Record]:
-        for number, line in lines_of(path, at=at):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{path}: line {number} is not JSON: {error}; got {line[:60]!r}. Expected one "
-                    f"object per line"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}: line {number}: expected an object such as "
-                    f'{{"text": "..."}}, got {line[:60]!r}'
-                )
-            yield row
-
-    yield from table_records(rows(), where=str(path), text_field=text_field)
-
-
-def read_table(
-    path: Path,
-    *,
-    text_field: str | None = None,
-    at: Report = lambda done: None,
-    errors: Errors = "strict",
-) -> Iterator[Record]:
-    """Comma or tab separated values; the first row names the columns."""
-
-    def rows() -> Iterator[Record]:
-        lines = (line + "\n" for _, line in lines_of(path, at=at, errors=errors))
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        try:
-            for row in table:
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path}: line {table.line_num}: expected "
-                        f"{len(table.fieldnames or ())} columns as in the first row; quote "
-                        f"values that hold the separator"
-                    )
-                yield dict(row)
-        except csv.Error as error:
-            raise DataError(
-                f"{path}: after line {table.line_num}: {error}; fix its quotes"
-            ) from error
-
-    yield from table_records(rows(), where=str(path), text_field=text_field)
-
-
-def read_parquet(
-    path: Path, *, text_field: str | None = None, at: Report = lambda done: None
-) -> Iterator[Record]:
-    """A Parquet table, memory-mapped through `datasets`."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.Dataset.from_parquet(str(path))
-    except Exception as error:  # pyarrow and datasets raise many unrelated types
-        raise DataError(
-            f"{path}: is not a Parquet file that can be read: {error}; write it again"
-        ) from error
-
-    def rows() -> Iterator[Record]:
-        for number, row in enumerate(table):
-            if number % _REPORT_EVERY == 0:
-                at(number / max(len(table), 1))
-            yield dict(row)
-
-    yield from table_records(rows(), where=str(path), text_field=text_field)
-
-
 def read_chat(
     path: Path, *, text_field: str | None = None, at: Report = lambda done: None
 ) -> Iterator[Record]:
@@ -244,11 +123,13 @@ def read_chat(
 FORMATS: dict[str, Reader] = {
     ".txt": read_text_file,
     ".md": read_plain,
+    ".json": read_json,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".csv": read_table,
     ".tsv": read_table,
     ".parquet": read_parquet,
+    ".arrow": read_parquet,
     ".conll": read_tagged,
     ".png": read_image,
     ".jpg": read_image,
@@ -266,12 +147,16 @@ READERS: dict[str, Reader] = {
 """Reader by its name in the registry."""
 
 
+def can_read(path: Path) -> bool:
+    """Whether there is a reader for a file's ending."""
+    return ending_of(path) in FORMATS
+
+
 def reader_of(path: Path) -> Reader:
     """The reader for a file's ending. Raises DataError with the endings that are known."""
-    ending = path.suffix.lower()
-    if ending not in FORMATS:
+    if not can_read(path):
         raise DataError(
-            f"{path}: no reader for files ending in {ending or 'nothing'!r}; expected one of "
-            f"{', '.join(sorted(FORMATS))}"
+            f"{path}: no reader for files ending in {ending_of(path) or 'nothing'!r}; expected one "
+            f"of {', '.join(sorted(FORMATS))}, each also with .gz or .zst behind it"
         )
-    return FORMATS[ending]
+    return FORMATS[ending_of(path)]

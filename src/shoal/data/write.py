@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from shoal.data.batch import Array
 from shoal.data.counts import Counts
 from shoal.data.pack import DERIVED, ON_DISK, Shape, first_documents, open_values
-from shoal.data.permutation import key_of, permute
+from shoal.data.permutation import key_of, mix
+from shoal.data.storage import contents_of
 from shoal.errors import DataError
 from shoal.fields import Field, Fields
 
 Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 Sample = Mapping[str, Any]
 """Values of each stored field of one sample: lists, numbers or arrays."""
 
@@ -32,27 +35,36 @@ class EncodedSamples:
         self.scratch, self.fields, self.where = scratch, fields, where
         self.stored: tuple[str, ...] = ()
         self._lengths: dict[str, array[int]] = {}
-        self._count = 0
+        self._records, self._samples = array("Q"), array("Q")
 
-    def add(self, samples: Sequence[Sample]) -> None:
+    def add(self, samples: Sequence[Sample], *, hashes: Sequence[int]) -> None:
         """Append samples; those whose first field is empty are left out.
 
-        Raises DataError for values out of range, of another shape than their field, or for fields
-        of one sequence that differ in length.
+        `hashes`: of the record that each sample was made of (`columns.content_hash`).
+        Raises DataError for values out of range, of another shape than their field, for fields
+        of one sequence that differ in length, or when there is not a sample for each record.
         """
+        if len(samples) != len(hashes):
+            raise DataError(
+                f"{self.where}: expected a sample of each record, got {len(samples)} of "
+                f"{len(hashes)}; the task's encode gives an empty one for what is to be left out"
+            )
         if not samples:
             return
         self.stored = self.stored or self._fields_of(samples[0])
         first = self.stored[0]
-        held = [each for each in samples if np.size(each[first])]
+        held = [(each, key) for each, key in zip(samples, hashes) if np.size(each[first])]
         if not held:
             return
         for sequence in {self.fields[name].sequence for name in self.stored} - {None}:
-            self._note_lengths(sequence, held)
+            self._note_lengths(sequence, [each for each, _ in held])
+        keys = [0] * len(held)
         for name in self.stored:
-            values = [np.asarray(each[name]) for each in held]
+            values = [np.asarray(each[name]) for each, _ in held]
             self._append(name, values=values, field=self.fields[name])
-        self._count += len(held)
+            keys = [xxhash.xxh3_64_intdigest(v.tobytes(), seed=k) for v, k in zip(values, keys)]
+        self._records.extend(key for _, key in held)
+        self._samples.extend(keys)
 
     def _fields_of(self, sample: Sample) -> tuple[str, ...]:
         """Stored fields in the order of the fields. DataError when one is missing or unknown."""
@@ -104,7 +116,12 @@ class EncodedSamples:
             whole.astype(ON_DISK[field.dtype]).tofile(file)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._samples)
+
+    @property
+    def hashes(self) -> tuple[Hashes, Hashes]:
+        """Of the record that each sample was made of, and of the sample's values [samples]."""
+        return np.frombuffer(self._records, "u8"), np.frombuffer(self._samples, "u8")
 
     def lengths(self, sequence: str) -> Ints:
         """Positions of each sample along a sequence [samples]."""
@@ -142,45 +159,69 @@ def write_parts(
         fields=samples.fields,
         stored=samples.stored,
     )
-    train, validation = split(
-        len(samples), fraction=validation_fraction, seed=seed, where=samples.where
-    )
+    train, validation = split(samples, fraction=validation_fraction, seed=seed)
+    content = xxhash.xxh3_128_hexdigest(np.sort(samples.hashes[1]).tobytes())
     folder = samples.scratch
     about = {
-        "train": _write_part(samples, part="train", order=train, shape=shape),
-        "validation": _write_part(samples, part="validation", order=validation, shape=shape),
+        part: _write_part(samples, part=part, order=order, shape=shape)
+        for part, order in (("train", train), ("validation", validation))
+        if len(order)
     }
     samples.remove()
     counts = _target_counts(folder, shape=shape)
     if counts is not None:
         counts.write(folder)
-        about["train"]["targets"] = int(counts.train.sum())
-        about["validation"]["targets"] = int(counts.validation.sum())
+        for part in about:
+            about[part]["targets"] = int(getattr(counts, part).sum())
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     return {
         "shape": shape.to_json(),
+        "content": content,
         "parts": about,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        **contents_of(folder),
     }
 
 
-def split(count: int, *, fraction: float, seed: int, where: str) -> tuple[Ints, Ints]:
+def split(samples: EncodedSamples, *, fraction: float, seed: int) -> tuple[Ints, Ints]:
     """Samples of the training and the validation part, each in the order they are stored.
 
-    Held out: those that a keyed shuffle puts first, whatever the seed, so that every run of a
-    study is judged on the same text. The order of the rest is keyed by `seed`.
+    `fraction` 0 and 1: all in the one or the other. Both depend on what the samples hold, never on
+    the order in which they were read. Held out: those whose record has the smallest keyed hash,
+    whatever the seed and the tokenizer, so that every run of a study is judged on the same text,
+    and a text that is there twice is on one side. The order of the rest is keyed by `seed`.
     """
-    if count < 2:
+    count, least = len(samples), 2 if 0 < fraction < 1 else 1
+    if count < least:
         raise DataError(
-            f"{where}: holds {count} document(s); expected at least 2, one of them to evaluate on. "
-            f"Add text, or separate documents (two blank lines in a .txt, a line each in a .jsonl)"
+            f"{samples.where}: holds {count} document(s); expected at least {least}"
+            f"{', one of them to evaluate on' * (least - 1)}. Add text, or separate documents (two "
+            "blank lines in a .txt, a line each in a .jsonl)"
         )
-    held = min(count - 1, max(1, round(count * fraction)))
-    places = permute(np.arange(count), size=count, key=key_of("validation"))
-    order = permute(np.arange(count), size=count, key=key_of("documents", seed))
-    return order[places[order] >= held], order[places[order] < held]
+    records, values = samples.hashes
+    shuffled = mix(mix(values ^ np.uint64(key_of("documents", seed))) ^ _occurrences(values))
+    keys = mix(records ^ np.uint64(key_of("validation")))
+    ranked = np.lexsort((shuffled, keys))
+    held = round(count * fraction)
+    if 0 < fraction < 1:
+        held = min(count - 1, max(1, held))
+        # Up to where the text begins that the fraction would cut in two, unless it is the first.
+        held = int(np.searchsorted(keys[ranked], keys[ranked[held]])) or held
+    is_held = np.zeros(count, dtype=bool)
+    is_held[ranked[:held]] = True
+    order = np.argsort(shuffled, kind="stable")
+    return order[~is_held[order]], order[is_held[order]]
+
+
+def _occurrences(values: Hashes) -> Hashes:
+    """How many equal values stand before each, so that equal samples do not lie side by side."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    found = np.empty_like(values)
+    found[order] = np.arange(len(values)) - np.repeat(first, np.diff(np.append(first, len(values))))
+    return found
 
 
 def _write_part(samples: EncodedSamples, *, part: str, order: Ints, shape: Shape) -> dict[str, Any]:
@@ -230,11 +271,15 @@ def _target_counts(folder: Path, *, shape: Shape) -> Counts | None:
     name = "input_ids" if shape.predicts_next else "labels"
     if not shape.fields.get(name, Field("float32", ())).dtype.startswith("int"):
         return None
-    parts = [open_values(folder / f"{part}.{name}", field=shape.fields[name]).reshape(-1)
-             for part in ("train", "validation")]  # fmt: skip
-    size = max(1, *(1 + int(values.max(initial=0)) for values in parts))
-    found = []
-    for part, values in zip(("train", "validation"), parts):
+    paths = {part: folder / f"{part}.{name}" for part in ("train", "validation")}
+    parts = {
+        part: open_values(path, field=shape.fields[name]).reshape(-1)
+        for part, path in paths.items()
+        if path.exists()
+    }
+    size = 1 + max(int(values.max(initial=0)) for values in parts.values())
+    found = dict.fromkeys(paths, np.zeros(size, dtype=np.int64))
+    for part, values in parts.items():
         counts = np.zeros(size, dtype=np.int64)
         for start in range(0, len(values), _CHUNK_ELEMENTS):
             chunk = values[start : start + _CHUNK_ELEMENTS]
@@ -242,5 +287,5 @@ def _target_counts(folder: Path, *, shape: Shape) -> Counts | None:
         if shape.predicts_next:  # a document's first token is no target
             offsets = np.fromfile(folder / f"{part}.tokens.offsets", dtype="<i8")
             counts -= np.bincount(values[offsets[:-1]], minlength=size)
-        found.append(counts)
-    return Counts(*found)
+        found[part] = counts
+    return Counts(**found)

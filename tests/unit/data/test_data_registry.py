@@ -64,6 +64,42 @@ def test_fetch_unpacks_what_was_asked_for_and_only_once(tmp_path: Path, cache: P
     fetch.fetch(**asked, directory=target)
     assert (target / "tiny/data.txt").read_text() == "hello"
     assert [path.name for path in target.parent.iterdir()] == ["tiny"], "no scratch folder is left"
+    (target / "tiny/data.txt").write_text("hallo")
+    assert fetch.is_unpacked(target), "of the right size"
+    assert str(fetch.problem(target)).endswith(
+        "data.txt: its bytes are not those that were written"
+    )
+    fetch.fetch(**asked, directory=target)
+    assert fetch.problem(target) is None
+    notes = json.loads((target / "shoal-package.json").read_text())
+    (target / "shoal-package.json").write_text(json.dumps({"files": notes["files"]}))
+    assert fetch.problem(target) is None, "an inventory of an older version has no hashes"
+
+
+def test_a_damaged_package_is_fetched_again_and_that_is_said(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = build_wheel(tmp_path, files={"tiny/data.txt": "hello"})
+    entry = registry.Package(
+        name="tiny",
+        summary="a test",
+        requirement=str(wheel),
+        sha256=sha256(wheel),
+        download_bytes=1,
+        licence="none",
+        files=("tiny/*.txt",),
+        entry="tiny/data.txt",
+        reader="tagged",
+    )
+    monkeypatch.setitem(registry.PACKAGES, "tiny", entry)
+    said: list[str] = []
+    path = registry.get("tiny", announce=said.append)
+    assert not any("is damaged in" in line for line in said)
+    path.write_text("hallo")
+    said.clear()
+    assert registry.get("tiny", announce=said.append, hashed=False) == path and said == []
+    assert registry.get("tiny", announce=said.append).read_text() == "hello"
+    assert said[0].startswith(f"tiny is damaged in the cache and fetched again: {path}: its bytes")
 
 
 def test_another_hash_is_refused_and_nothing_is_kept(tmp_path: Path, cache: Path) -> None:
@@ -167,6 +203,13 @@ def test_a_gguf_model_becomes_a_folder_once(tmp_path: Path) -> None:
     assert np.allclose(stored, embedding, rtol=2**-8, atol=0)
     again = gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append)
     assert (again, len(lines)) == (folder, 2)
+    whole = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(whole.replace(b"llama", b"lamma"))
+    gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append, hashed=False)
+    assert len(lines) == 2
+    gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append)
+    assert lines[2].startswith("tiny.gguf: its conversion is damaged and made again: ")
+    assert (folder / "config.json").read_bytes() == whole
 
 
 def test_a_file_that_is_no_model_cannot_be_converted(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from math import log
 from pathlib import Path
 from typing import Any
@@ -219,13 +220,102 @@ def test_a_shortened_file_is_named_and_prepared_again(tmp_path: Path) -> None:
         open_prepared(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["train.input_ids", "train.tokens.offsets", "train.rows", "validation.input_ids",
+     "train.counts", "description.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["flip", "zeros", "gone"])
+def test_damaged_bytes_are_found_and_prepared_again(tmp_path: Path, name: str, how: str) -> None:
+    """Of the right size, so that only a hash can tell."""
+    texts = ["some text", "more text"] * 5
+    path = prepare_texts(tmp_path, texts).sources[0].directory / name
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(flipped if how == "flip" else bytes(len(whole)))
+    said: list[str] = []
+    prepare_texts(tmp_path, texts, progress=lambda phase, done: said.append(phase))
+    assert said[0].startswith(f"prepared data is damaged and made again: {path}: "), said
+    assert path.read_bytes() == whole
+    said.clear()
+    prepare_texts(tmp_path, texts, progress=lambda phase, done: said.append(phase))
+    assert said == []
+
+
+def test_a_damaged_mixture_is_described_again(tmp_path: Path) -> None:
+    texts = ["some text", "more text"] * 5
+    path = prepare_texts(tmp_path, texts).directory / "description.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"weight": 1.0', '"weight": 7.0'))
+    said: list[str] = []
+    prepare_texts(tmp_path, texts, progress=lambda phase, done: said.append(phase))
+    assert said == [f"prepared data is damaged and made again: {path}: is not what was written"]
+    assert path.read_text() == whole
+
+
+def test_equal_texts_are_on_one_side(tmp_path: Path) -> None:
+    texts = [f"text number {n % 50}" for n in range(200)]
+    for fraction in (0.02, 0.1, 0.5):
+        prepared = prepare_texts(tmp_path, texts, validation_fraction=fraction)
+        train, held = (
+            {tuple(each) for each in documents_of(prepared, part)}
+            for part in ("train", "validation")
+        )
+        assert len(train) + len(held) == 50 and not train & held
+        count = prepared.description["parts"]["validation"]["documents"]
+        assert 0 < count <= 200 * fraction and count % 4 == 0
+
+
+def test_equal_texts_do_not_lie_side_by_side(tmp_path: Path) -> None:
+    prepared = prepare_texts(tmp_path, [chr(97 + n % 8) for n in range(400)])
+    documents = documents_of(prepared, "train")
+    beside = sum(one == two for one, two in pairwise(documents))
+    # Of about 320 neighbours an eighth is equal by chance, with a deviation of 6.
+    assert 15 < beside < 70
+
+
+def test_validation_from_another_source(tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text('{"text": "held out"}\n{"text": "zebra {}"}')
+    prepared = prepare_texts(
+        tmp_path,
+        [f"trained on {n}" for n in range(20)],
+        validation_fraction=None,
+        evaluated=[SourceSpec(source=str(tmp_path / "held.jsonl"))],
+    )
+    parts = prepared.description["parts"]
+    assert parts["train"]["documents"] == 20 and parts["validation"]["documents"] == 2
+    held = {bytes(each[:-1]).decode() for each in documents_of(prepared, "validation")}
+    assert held == {"held out", "zebra {}"}
+    assert len(documents_of(prepared, "train")) == 20
+    assert Stream(prepared, seed=0, global_batch_samples=4).names == ["texts.jsonl"]
+    # z and the braces are targets that training has none of, and still have a finite loss.
+    scores = CausalLM().baseline(Evaluation(prepared, batch_samples=1))
+    assert 0 < scores["unigram_loss"] < 10
+
+
+def test_a_single_document_may_be_evaluated_on(tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("one")
+    held = [SourceSpec(source=str(tmp_path / "held.txt"))]
+    prepared = prepare_texts(tmp_path, ["one"], validation_fraction=None, evaluated=held)
+    assert prepared.description["parts"]["validation"]["documents"] == 1
+
+
+def test_every_record_has_a_sample(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected a sample of each record, got 1 of 3; the task"):
+        prepare_texts(tmp_path, ["a", "b", "c"], encode=lambda records: as_bytes(records[:1]))
+
+
 def test_data_of_another_version_is_refused_and_prepared_again(tmp_path: Path) -> None:
     texts = ["some text", "more text"] * 5
     prepared = prepare_texts(tmp_path, texts)
     path = prepared.sources[0].directory / "description.json"
     about = json.loads(path.read_text())
     path.write_text(json.dumps({**about, "format": 1}))
-    with pytest.raises(DataError, match=r"another version of shoal \(format 1, expected 2\)"):
+    with pytest.raises(DataError, match=r"another version of shoal \(format 1, expected 3\)"):
         open_prepared(prepared.directory)
     prepare_texts(tmp_path, texts)
     assert json.loads(path.read_text()) == about

@@ -70,7 +70,7 @@ def test_text_field_names_the_column(tmp_path: Path) -> None:
         DataError, match=r"single text column, got title, body; set data.text_field"
     ):
         texts(source)
-    with pytest.raises(DataError, match=r"record 1: expected text in 'boddy'.*mean 'body'"):
+    with pytest.raises(DataError, match=r"line 1: expected text in 'boddy'.*mean 'body'"):
         texts(source, "boddy")
 
 
@@ -117,7 +117,6 @@ def test_a_folder_is_read_in_name_order(tmp_path: Path) -> None:
     folder.mkdir()
     write(folder / "b.txt", "second")
     write(folder / "a.jsonl", '{"text": "first"}')
-    write(folder / "readme.pdf", "ignored")
     assert texts(str(folder)) == ["first", "second"]
     done: list[float] = []
     list(read_records(str(folder), at=done.append))
@@ -141,7 +140,7 @@ def test_missing_file_says_what_is_near(tmp_path: Path) -> None:
         texts(str(tmp_path / "storys.txt"))
     with pytest.raises(DataError, match=r"'chitchatt'; did you mean 'chitchat'"):
         texts("chitchatt")
-    with pytest.raises(DataError, match=r"holds no file to read; expected files ending in .conll"):
+    with pytest.raises(DataError, match=r"holds no file to read; expected files ending in .arrow"):
         (tmp_path / "empty").mkdir()
         texts(str(tmp_path / "empty"))
 
@@ -156,12 +155,12 @@ def test_missing_file_says_what_is_near(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfea\0", "is UTF-16, expected UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON.*Expected one object"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', "line 2: expected an object such as"),
-        ("a.jsonl", b'{"text": 3}\n', "record 1: expected text in 'text', got int"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: expected text in 'text', got int; set data.text_f"),
         ("a.csv", b"text,kind\na,b\nc\n", "line 3: expected 2 columns as in the first row"),
         ("a.csv", b'text\n"a\n', "after line 1: unexpected end of data; fix its quotes"),
         ("a.csv", b"text\ncaf\xe9\n", "line 2 is not UTF-8"),
         ("a.parquet", b"PAR1 no", "is not a Parquet file that can be read"),
-        ("a.pdf", b"%PDF", "no reader for files ending in '.pdf'; expected one of .conll"),
+        ("a.pdf", b"%PDF", "no reader for files ending in '.pdf'; expected one of .arrow"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -19,6 +19,7 @@ from shoal.data.tokenize import (
     PAD,
     check_vocabulary,
     load_tokenizer,
+    sampled,
     tokenizer_key,
     train_tokenizer,
 )
@@ -31,7 +32,7 @@ TEXTS = [f"The {n} fish swam past {n * 7} boats; nobody's net was there." for n 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return train_tokenizer(TEXTS, vocabulary_size=400, cache_key="fish")
+        return train_tokenizer([TEXTS], vocabulary_size=400, cache_key="fish")
 
 
 @given(text=st.text(max_size=80))
@@ -48,29 +49,53 @@ def test_special_tokens_come_first(trained: Path) -> None:
     assert tokenizer.get_vocab_size() == 400
 
 
-def test_only_as_much_is_read_as_the_vocabulary_needs() -> None:
-    read: list[str] = []
+@given(order=st.permutations(TEXTS[:40]), count=st.integers(1, 3000))
+@settings(deadline=None, max_examples=30)
+def test_a_sample_is_whole_texts_and_the_same_in_any_order(order: list[str], count: int) -> None:
+    picked = list(sampled(order, count=count))
+    assert picked == list(sampled(TEXTS[:40], count=count))
+    assert set(picked) <= set(TEXTS[:40]) and len(set(picked)) == len(picked)
+    size = sum(map(len, picked))
+    assert size - len(picked[-1]) < count and (size >= count or len(picked) == 40)
 
-    def texts() -> Iterator[str]:
-        for number in range(1000):
-            read.append(TEXTS[number % len(TEXTS)])
-            yield read[-1] * 20
 
-    train_tokenizer(texts(), vocabulary_size=300, cache_key="long")
-    characters = 20 * sum(map(len, read))
-    assert 300 * CHARACTERS_PER_TOKEN <= characters < 300 * CHARACTERS_PER_TOKEN + 2000
+def test_the_order_of_the_texts_changes_no_byte(trained: Path) -> None:
+    long = [f"{text} {'and more ' * (n % 7)}" * 40 for n, text in enumerate(TEXTS)]
+    assert sum(map(len, long)) > 2 * 300 * CHARACTERS_PER_TOKEN, "more than is sampled"
+    one = train_tokenizer([long], vocabulary_size=300, cache_key="one")
+    two = train_tokenizer([long[::-1]], vocabulary_size=300, cache_key="two")
+    assert one != two and tokenizer_key(one) == tokenizer_key(two)
+
+
+def test_a_damaged_tokenizer_is_trained_again_and_that_is_said() -> None:
+    said: list[str] = []
+
+    def train() -> Path:
+        return train_tokenizer([TEXTS], vocabulary_size=300, cache_key="k", announce=said.append)
+
+    path = train() / "tokenizer.json"
+    whole = path.read_bytes()
+    for damage in (whole.replace(b"a", b"b", 1), whole[:-9], None):
+        path.write_bytes(damage) if damage is not None else path.unlink()
+        said.clear()
+        assert train() / "tokenizer.json" == path and path.read_bytes() == whole
+        assert said[0].startswith(f"the cached tokenizer is damaged and trained again: {path}: ")
+        assert said[1:] == ["training a tokenizer of 300 tokens"]
+    said.clear()
+    train()
+    assert said == []
 
 
 def test_cached_texts_are_not_read_again() -> None:
-    folder = train_tokenizer(TEXTS, vocabulary_size=300, cache_key="k")
+    folder = train_tokenizer([TEXTS], vocabulary_size=300, cache_key="k")
 
     def never() -> Iterator[str]:
         raise AssertionError("the texts were read although a tokenizer is cached")
         yield ""
 
-    assert train_tokenizer(never(), vocabulary_size=300, cache_key="k") == folder
-    assert train_tokenizer(TEXTS, vocabulary_size=301, cache_key="k") != folder
-    assert train_tokenizer(TEXTS, vocabulary_size=300, cache_key="other") != folder
+    assert train_tokenizer([never()], vocabulary_size=300, cache_key="k") == folder
+    assert train_tokenizer([TEXTS], vocabulary_size=301, cache_key="k") != folder
+    assert train_tokenizer([TEXTS], vocabulary_size=300, cache_key="other") != folder
 
 
 def test_same_texts_give_the_same_bytes_in_another_process(trained: Path, tmp_path: Path) -> None:
@@ -78,7 +103,7 @@ def test_same_texts_give_the_same_bytes_in_another_process(trained: Path, tmp_pa
     program = (
         "from shoal.data.tokenize import train_tokenizer, tokenizer_key\n"
         f"texts = {TEXTS!r}\n"
-        "print(tokenizer_key(train_tokenizer(texts, vocabulary_size=400, cache_key='fish')))"
+        "print(tokenizer_key(train_tokenizer([texts], vocabulary_size=400, cache_key='fish')))"
     )
     environment = {**os.environ, "SHOAL_CACHE": str(tmp_path / "other"), "PYTHONHASHSEED": "5"}
     said = subprocess.run(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from shoal.data.tokenize import in_turns
 from shoal.engine.job import Inputs
-from shoal.launch.prepare import in_turns
 
 
 def test_any_beginning_has_texts_of_every_source() -> None:

@@ -1,9 +1,22 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoTokenizer, GPT2TokenizerFast
 
+from shoal.data.tokenize import load_tokenizer, train_tokenizer
 from shoal.errors import ConfigError, DataError
 from shoal.models.anatomy import anatomy_of
 from shoal.models.huggingface import build_meta, read_config
@@ -15,7 +28,8 @@ from shoal.tasks.token_classification import TokenClassification
 TAGS = ["O", "B-loc", "B-per", "I-loc", "I-per"]
 RECORDS = [
     {"words": ["Ada", "visits", "Bergen"], "tags": ["B-per", "O", "B-loc"]},
-    {"words": ["Lovelace", "!"], "tags": ["I-per", "I-loc"]},
+    {"words": ["Lovelace", "!"], "tags": ["B-loc", "I-loc"]},
+    {"words": ["Ada", "Lovelace"], "tags": ["B-per", "I-per"]},
 ]
 
 
@@ -50,7 +64,146 @@ def test_the_first_piece_of_a_word_carries_its_tag() -> None:
         "input_ids": [0, 3, 4, 5, 6, 1],
         "labels": [-100, 2, 0, 1, -100, -100],
     }
-    assert samples[1] == {"input_ids": [0, 7, 8, 2, 1], "labels": [-100, 4, -100, 3, -100]}
+    assert samples[1] == {"input_ids": [0, 7, 8, 2, 1], "labels": [-100, 1, -100, 3, -100]}
+
+
+def learned(*sentences: str) -> TokenClassification:
+    task = TokenClassification()
+    task.learn([{"words": tags.split(), "tags": tags.split()} for tags in sentences])
+    return task
+
+
+@pytest.mark.parametrize(
+    ("sentence", "tags", "note"),
+    [
+        ("B-per E-per O S-loc", ["O", "B-loc", "B-per", "I-per"],
+         "tags (BIOES) are read as BIO2: E-per as I-per, S-loc as B-loc"),
+        ("B-per L-per O U-loc", ["O", "B-loc", "B-per", "I-per"],
+         "tags (BILOU) are read as BIO2: L-per as I-per, U-loc as B-loc"),
+        ("I-per I-per O", ["O", "B-per", "I-per"],
+         "tags (IOB1) are read as BIO2: I-per as B-per"),
+        ("per-B per-I O loc-B", ["O", "B-loc", "B-per", "I-per"],
+         "tags (IOB1, prefixes behind) are read as BIO2: loc-B as B-loc, per-B as B-per, per-I as "
+         "I-per"),
+        ("3 7 3", ["3", "7"], "tags have no B- or I-: plain classes, scored word by word; the data "
+         "does not say what the numbers mean"),
+        ("NN VB", ["NN", "VB"], "tags have no B- or I-: plain classes, scored word by word"),
+        ("O O", ["O"], "all words are tagged O: there is nothing to find"),
+    ],
+)  # fmt: skip
+def test_other_schemes_are_translated_and_that_is_said(
+    sentence: str, tags: list[str], note: str
+) -> None:
+    task = learned(sentence)
+    assert task.settings["tags"] == tags and task.notes == [note]
+    again = create("token-classification", settings=task.settings)
+    record = {"words": ["ada"] * len(sentence.split()), "tags": sentence.split()}
+    (sample,) = again.encode([record], tools=Tools(_tokenizer()))
+    assert all(label == -100 or label < len(tags) for label in sample["labels"])
+
+
+def test_bio2_needs_no_word() -> None:
+    task = learned("B-per I-per O")
+    assert task.notes == [] and task.settings == {"tags": ["O", "B-per", "I-per"]}
+
+
+def test_a_sentence_is_encoded_in_bio2() -> None:
+    task = learned("B-per E-per S-loc", "O")
+    record = {"words": ["ada", "love", "berg"], "tags": ["B-per", "E-per", "S-loc"]}
+    (sample,) = task.encode([record], tools=Tools(_tokenizer()))
+    named = [task.settings["tags"][label] for label in sample["labels"] if label >= 0]
+    assert named == ["B-per", "I-per", "B-loc"]
+
+
+def test_plain_classes_are_scored_word_by_word() -> None:
+    """Macro F1 by its definition: the mean over classes of 2 right / (gold + said)."""
+    task = learned("NN VB NN DT")
+    labels = torch.tensor([[0, 1, -100, 2], [2, 2, -100, -100], [1, 1, 1, 1]])
+    found = torch.tensor([[0, 1, 1, 1], [2, 0, 0, 0], [0, 0, 0, 0]])
+    metrics = task.metrics()
+    batch = {"labels": labels, "sample_ids": torch.tensor([0, 1, -1])}
+    losses = torch.where(labels == -100, 0.0, 0.25)
+    metrics.add(batch=batch, scores=Scores(losses, found))
+    scores = metrics.result()
+    assert "entity_f1" not in scores
+    assert scores["accuracy"] == pytest.approx(3 / 5) and scores["evaluation_loss"] == 0.25
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 2) / 3)
+    assert scores["majority_tag_accuracy"] == pytest.approx(3 / 5)
+    assert task.words(scores, scores) == [
+        "accuracy: 0.600 before, 0.600 now; the most frequent tag for every word: 0.600"
+    ]
+
+
+def test_no_entity_found_is_said_beside_a_high_accuracy() -> None:
+    scores = _scores([["O"] * 30 + ["B-per"]], [["O"] * 31])
+    lines = _task().words(None, scores)
+    assert lines[1] == "no entity was found as a whole, though 96.8% of the tags are right"
+
+
+def byte_level(*, prefix: bool = False) -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    made.decoder = decoders.ByteLevel()
+    texts = ["Ada visits Bergen, Ada's friend visits Oslo.", "visit Bergen! (Bergen) isn't Oslo"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(texts * 20, trainer)
+    return made
+
+
+WORDS = ["Ada", "visits", "Bergen", "(", "Oslo", ")", "isn't", " Oslo", "Ærø", "!"]
+
+
+def encoded(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    task = learned(" ".join(f"B-x{n}" for n in range(len(WORDS))))
+    record = {"words": WORDS, "tags": [f"B-x{n}" for n in range(len(WORDS))]}
+    (sample,) = task.encode([record], tools=Tools(tokenizer))
+    return sample["input_ids"], [at for at, label in enumerate(sample["labels"]) if label >= 0]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_words_keep_their_space_as_transformers_has_it(prefix: bool) -> None:
+    tokenizer = byte_level(prefix=prefix)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    theirs = GPT2TokenizerFast(vocab=model["vocab"], merges=merges, add_prefix_space=True)
+    expected = theirs(WORDS, is_split_into_words=True)
+    ids, firsts = encoded(tokenizer)
+    assert ids == expected["input_ids"]
+    words = expected.word_ids()
+    assert firsts == [words.index(number) for number in range(len(WORDS))]
+    assert tokenizer.id_to_token(ids[1])[0] == "Ġ"
+
+
+def test_a_rule_in_front_of_the_bytes_splits_no_space_off() -> None:
+    """Llama 3 and Qwen split by a pattern first: a space then is put before the word, no more."""
+    tokenizer = byte_level()
+    plain = encoded(tokenizer)
+    pattern = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    assert encoded(tokenizer) == plain
+    assert tokenizer.decode(plain[0]) == "".join(
+        word if word[0] == " " else f" {word}" for word in WORDS
+    )
+
+
+def test_a_tokenizer_trained_for_words_gives_transformers_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    texts = ["Ada visits Bergen", "Oslo visits Ada"] * 30
+    folder = train_tokenizer([texts], vocabulary_size=300, cache_key="words", words=True)
+    theirs = AutoTokenizer.from_pretrained(folder)(WORDS, is_split_into_words=True)
+    ids, _ = encoded(load_tokenizer(folder))
+    assert theirs["input_ids"] == ids
+    assert "Ġvisits" in load_tokenizer(folder).encode(" visits").tokens
+    assert load_tokenizer(folder).id_to_token(ids[1]) == "Ġvisits"
 
 
 @pytest.mark.parametrize(

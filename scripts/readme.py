@@ -14,12 +14,15 @@ import importlib
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from pages import ROOT, write_or_check
+from shoal.errors import ModelError
 from shoal.layout import Layout
 from shoal.legal import (
     Combination,
     axes_of,
+    facts_from_config,
     family_of,
     not_yet,
     problems,
@@ -99,6 +102,7 @@ def file_map() -> str:
 
 def families_of(kind: str) -> list[str]:
     """Families with a known table whose models have the head of a task."""
+    transformers = importlib.import_module("transformers")
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     head = KINDS[kind].auto_class.removeprefix("AutoModelFor")
     heads = {
@@ -108,7 +112,15 @@ def families_of(kind: str) -> list[str]:
     }
     able = [name for name in known_families() if name in heads[head]]
     able = [name for name in able if not family_of(name).more_blocks]  # no task of two halves yet
-    return [name for name in able if family_of(name).causal or head != "CausalLM"]
+    sized = transformers.CONFIG_MAPPING
+    return [name for name in able if not KINDS[kind].causal or _is_causal(sized[name]())]
+
+
+def _is_causal(config: Any) -> bool:
+    try:
+        return facts_from_config(config.to_dict()).causal
+    except ModelError:  # defaults without sizes: an entry of a decoder
+        return True
 
 
 def task_table(words: dict[str, str]) -> str:

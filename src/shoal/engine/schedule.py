@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shoal.config.optimizers import (
+from shoal.config.recipe import (
     Constant,
     Cosine,
     Linear,

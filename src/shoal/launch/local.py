@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.anchor import anchored
-from shoal.config.load import load_recipe, override_texts, resolve, to_yaml
+from shoal.config.load import AnyRecipe, load_recipe, override_texts, resolve, to_yaml
 from shoal.config.locked import LOCKED, Difference, changed, differences
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
@@ -38,14 +39,16 @@ class Result:
     run: Path
     summary: dict[str, Any]
 
-
-AnyRecipe = str | Path | Mapping[str, Any] | Recipe
-Overrides = str | Mapping[str, Any] | Iterable[str]
+    @property
+    def loss(self) -> float:
+        """Loss of the last step; NaN where it was not finite."""
+        loss = self.summary["final_loss"]
+        return math.nan if loss is None else float(loss)
 
 
 def train(
     recipe: AnyRecipe,
-    overrides: Overrides = (),
+    overrides: Mapping[str, Any] | Iterable[str] = (),
     *,
     out: str | Path | None = None,
     console: bool | None = None,
@@ -60,13 +63,15 @@ def train(
     `story` collects every event with its time. Raises UserError for what is wrong with the recipe,
     Stopped after Ctrl-C or SIGTERM once everything is saved.
     """
+    if isinstance(recipe, Mapping):
+        recipe = resolve(recipe)
     resolved = _resolved(recipe, overrides)
-    run = claim(out, name=Path(recipe).stem if isinstance(recipe, str | Path) else "run")
+    run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
     show = _console(resolved, wanted=console)
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
         show.phase(f"run directory {run}; preparing the data")
         inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        await_imports(workers, console=show)
+        _await_imports(workers, console=show)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
         job = Job(
@@ -81,7 +86,7 @@ def train(
 
 def dry_run(
     recipe: AnyRecipe,
-    overrides: Overrides = (),
+    overrides: Mapping[str, Any] | Iterable[str] = (),
     *,
     pool: WorkerPool | None = None,
 ) -> Decision:
@@ -108,7 +113,7 @@ def plan_here(
     return choose(resolved, inputs=inputs, pool=pool, console=console)
 
 
-def _resolved(recipe: AnyRecipe, overrides: Overrides) -> Recipe:
+def _resolved(recipe: AnyRecipe, overrides: Mapping[str, Any] | Iterable[str]) -> Recipe:
     """The recipe with its overrides, refused here if it cannot run. Raises UserError."""
     resolved = anchored(resolve(recipe, overrides))
     check(resolved)
@@ -116,7 +121,7 @@ def _resolved(recipe: AnyRecipe, overrides: Overrides) -> Recipe:
     return resolved
 
 
-def await_imports(pool: WorkerPool, *, console: Console) -> None:
+def _await_imports(pool: WorkerPool, *, console: Console) -> None:
     """Wait until workers can be forked, under the name of what is waited for."""
     if pool.ready_seconds is None:
         console.phase("importing torch and transformers, for all workers")
@@ -138,7 +143,7 @@ def _console(recipe: Recipe, *, wanted: bool | None) -> Console:
 
 def resume(
     run: str | Path,
-    overrides: Overrides = (),
+    overrides: Mapping[str, Any] | Iterable[str] = (),
     *,
     console: bool | None = None,
     pool: WorkerPool | None = None,
@@ -155,7 +160,7 @@ def resume(
 
 def _resume(
     folder: Path,
-    overrides: Overrides,
+    overrides: Mapping[str, Any] | Iterable[str],
     *,
     console: bool | None,
     pool: WorkerPool | None,
@@ -169,7 +174,7 @@ def _resume(
         for key, before, after in new:
             show.line(f"changed: {key} {json.dumps(before)} -> {json.dumps(after)}")
         inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        await_imports(workers, console=show)
+        _await_imports(workers, console=show)
         decision = decision_before(folder, override_texts(overrides))
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
@@ -213,12 +218,7 @@ def decision_before(run: Path, overrides: list[str]) -> Decision | None:
         tree = json.loads(path.read_text(encoding="utf-8"))
         tree.pop("outcome", None)
         return Decision.from_json(tree)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ):  # written by hand, or by another version
+    except (ValueError, TypeError, KeyError):  # written by hand, or by another version
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.config.load import AnyRecipe, Overrides
 from shoal.errors import RunError, UserError
 from shoal.launch import local
 from shoal.launch.directory import open_run
+from shoal.launch.local import AnyRecipe, Overrides
 from shoal.observe.console import Console
 from shoal.observe.events import read_lines
 from shoal.units import parse_bytes
@@ -22,6 +23,12 @@ from shoal.units import parse_bytes
 @dataclass(repr=False)
 class Result(local.Result):
     """A run that ended: its directory, its summary, and what it left behind."""
+
+    @property
+    def loss(self) -> float:
+        """Loss of the last step; NaN where it was not finite."""
+        loss = self.summary["final_loss"]
+        return math.nan if loss is None else float(loss)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -19,9 +19,6 @@ from shoal.config.recipe import PretrainedModel, Recipe, has_tokens
 from shoal.config.yaml_text import dump, one_line, parse, read_mapping
 from shoal.errors import ConfigError, Problem, UserError, nearest
 
-AnyRecipe = str | os.PathLike[str] | Mapping[str, Any] | Recipe
-Overrides = str | Mapping[str, Any] | Iterable[str]
-
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with shoal."""
@@ -51,7 +48,7 @@ def recipe_text(name_or_path: str) -> tuple[str, str]:
     )
 
 
-def override_texts(overrides: Overrides) -> list[str]:
+def override_texts(overrides: str | Mapping[str, Any] | Iterable[str]) -> list[str]:
     """Overrides as KEY=VALUE, whichever way they were given. Raises UserError."""
     if isinstance(overrides, Mapping):
         return [f"{key}={one_line(_plain(value))}" for key, value in overrides.items()]
@@ -140,7 +137,10 @@ def recipe_from(tree: Mapping[str, Any], *, source: str) -> Recipe:
     return recipe
 
 
-def resolve(recipe: AnyRecipe, overrides: Overrides = ()) -> Recipe:
+def resolve(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    overrides: str | Mapping[str, Any] | Iterable[str] = (),
+) -> Recipe:
     """The recipe by name, path or content, with overrides applied. Raises as `load_recipe`."""
     texts = override_texts(overrides)
     if isinstance(recipe, str | os.PathLike):

@@ -109,3 +109,9 @@ class SGD(Section):
     """Of matrices and embeddings; norms and biases have none."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """0: none."""
+
+
+OptimizerSection = Annotated[AdamW | Muon | SGD, Field(discriminator="kind")]
+ScheduleSection = Annotated[
+    Constant | Linear | Cosine | WarmupStableDecay, Field(discriminator="kind")
+]

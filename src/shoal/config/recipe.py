@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from shoal.config.optimizers import SGD, AdamW, Constant, Cosine, Linear, Muon, WarmupStableDecay
+from shoal.config.optimizers import AdamW, Cosine, OptimizerSection, ScheduleSection
 from shoal.config.section import Auto, Count, Rate, Section
 
 # --- task ---------------------------------------------------------------------------------------
@@ -142,12 +142,6 @@ class DataSection(Section):
 
 
 # --- train --------------------------------------------------------------------------------------
-
-
-OptimizerSection = Annotated[AdamW | Muon | SGD, Field(discriminator="kind")]
-ScheduleSection = Annotated[
-    Constant | Linear | Cosine | WarmupStableDecay, Field(discriminator="kind")
-]
 
 
 class TrainSection(Section):

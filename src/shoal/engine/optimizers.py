@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm.flat import Span
-from shoal.config.recipe import SGD, AdamW, Muon, OptimizerSection
+from shoal.config.optimizers import SGD, AdamW, Muon, OptimizerSection
 from shoal.engine.state import FlatState
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shoal.config.recipe import (
+from shoal.config.optimizers import (
     Constant,
     Cosine,
     Linear,

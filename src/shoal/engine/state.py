@@ -17,7 +17,7 @@ from torch import Tensor
 from shoal.boxes import Piece, Slot
 from shoal.comm.flat import FlatLayout, Vector
 from shoal.comm.group import Group
-from shoal.config.recipe import Muon, OptimizerSection
+from shoal.config.optimizers import Muon, OptimizerSection
 from shoal.parallel import shard
 from shoal.parallel.local import Holdings
 from shoal.parallel.mesh import Mesh

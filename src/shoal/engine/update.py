@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.config.recipe import OptimizerSection, ScheduleSection
+from shoal.config.optimizers import OptimizerSection, ScheduleSection
 from shoal.engine.optimizers import build_optimizers
 from shoal.engine.schedule import rate_factor
 from shoal.engine.state import FlatState

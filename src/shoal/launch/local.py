@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.anchor import anchored
-from shoal.config.load import AnyRecipe, load_recipe, override_texts, resolve, to_yaml
+from shoal.config.load import load_recipe, override_texts, resolve, to_yaml
 from shoal.config.locked import LOCKED, Difference, changed, differences
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
@@ -39,16 +38,14 @@ class Result:
     run: Path
     summary: dict[str, Any]
 
-    @property
-    def loss(self) -> float:
-        """Loss of the last step; NaN where it was not finite."""
-        loss = self.summary["final_loss"]
-        return math.nan if loss is None else float(loss)
+
+AnyRecipe = str | Path | Mapping[str, Any] | Recipe
+Overrides = str | Mapping[str, Any] | Iterable[str]
 
 
 def train(
     recipe: AnyRecipe,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    overrides: Overrides = (),
     *,
     out: str | Path | None = None,
     console: bool | None = None,
@@ -63,15 +60,13 @@ def train(
     `story` collects every event with its time. Raises UserError for what is wrong with the recipe,
     Stopped after Ctrl-C or SIGTERM once everything is saved.
     """
-    if isinstance(recipe, Mapping):
-        recipe = resolve(recipe)
     resolved = _resolved(recipe, overrides)
-    run = claim(out, name="run" if isinstance(recipe, Recipe) else Path(str(recipe)).stem)
+    run = claim(out, name=Path(recipe).stem if isinstance(recipe, str | Path) else "run")
     show = _console(resolved, wanted=console)
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
         show.phase(f"run directory {run}; preparing the data")
         inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        _await_imports(workers, console=show)
+        await_imports(workers, console=show)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
         job = Job(
@@ -86,7 +81,7 @@ def train(
 
 def dry_run(
     recipe: AnyRecipe,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    overrides: Overrides = (),
     *,
     pool: WorkerPool | None = None,
 ) -> Decision:
@@ -113,7 +108,7 @@ def plan_here(
     return choose(resolved, inputs=inputs, pool=pool, console=console)
 
 
-def _resolved(recipe: AnyRecipe, overrides: Mapping[str, Any] | Iterable[str]) -> Recipe:
+def _resolved(recipe: AnyRecipe, overrides: Overrides) -> Recipe:
     """The recipe with its overrides, refused here if it cannot run. Raises UserError."""
     resolved = anchored(resolve(recipe, overrides))
     check(resolved)
@@ -121,7 +116,7 @@ def _resolved(recipe: AnyRecipe, overrides: Mapping[str, Any] | Iterable[str]) -
     return resolved
 
 
-def _await_imports(pool: WorkerPool, *, console: Console) -> None:
+def await_imports(pool: WorkerPool, *, console: Console) -> None:
     """Wait until workers can be forked, under the name of what is waited for."""
     if pool.ready_seconds is None:
         console.phase("importing torch and transformers, for all workers")
@@ -143,7 +138,7 @@ def _console(recipe: Recipe, *, wanted: bool | None) -> Console:
 
 def resume(
     run: str | Path,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
+    overrides: Overrides = (),
     *,
     console: bool | None = None,
     pool: WorkerPool | None = None,
@@ -160,7 +155,7 @@ def resume(
 
 def _resume(
     folder: Path,
-    overrides: Mapping[str, Any] | Iterable[str],
+    overrides: Overrides,
     *,
     console: bool | None,
     pool: WorkerPool | None,
@@ -174,7 +169,7 @@ def _resume(
         for key, before, after in new:
             show.line(f"changed: {key} {json.dumps(before)} -> {json.dumps(after)}")
         inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
-        _await_imports(workers, console=show)
+        await_imports(workers, console=show)
         decision = decision_before(folder, override_texts(overrides))
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
@@ -218,7 +213,12 @@ def decision_before(run: Path, overrides: list[str]) -> Decision | None:
         tree = json.loads(path.read_text(encoding="utf-8"))
         tree.pop("outcome", None)
         return Decision.from_json(tree)
-    except (ValueError, TypeError, KeyError):  # written by hand, or by another version
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # written by hand, or by another version
         return None
 
 

@@ -36,7 +36,6 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -
     lines = {
         "model": _model(recipe, inputs=inputs),
         "data": _data(recipe, inputs=inputs),
-        **{name: said[name] for name in ("tokenizer",) if name in said},
         "length": f"{said['length']} = {passes:.3g} epoch{'' if passes == 1 else 's'}",
         "batch": f"{said['global batch']}; micro batch {decision.micro_batch_samples}",
         "learning rate": said["learning rate"],
@@ -45,7 +44,7 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -
         "saves": said["saves"],
         "runs on": _where(recipe, decision),
     }
-    lines |= {name: said[name] for name in ("exact", "stops early") if name in said}
+    lines |= {name: said[name] for name in ("tokenizer", "exact", "stops early") if name in said}
     return [f"  {name:<14} {text}" for name, text in lines.items()]
 
 

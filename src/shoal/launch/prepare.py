@@ -16,6 +16,7 @@ from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key,
 from shoal.engine.job import Inputs
 from shoal.environment import cache_directory
 from shoal.errors import ConfigError, FetchError, ModelError, Problem
+from shoal.plan.from_recipe import read_config
 from shoal.tasks.kinds import create
 from shoal.tasks.task import Task, Tools
 
@@ -185,8 +186,6 @@ def _check_model_settings(recipe: Recipe, *, task: Task) -> None:
 
 def _check_model_vocabulary(recipe: Recipe, *, model: Path | None, tokenizer: Any) -> None:
     """The model must have an embedding for every id that the tokenizer can give."""
-    from shoal.plan.from_recipe import read_config
-
     size = None
     if isinstance(recipe.model, ConfiguredModel):
         size = recipe.model.settings.get("vocab_size")

@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shoal.config.load import AnyRecipe, Overrides, resolve
+from shoal.config.load import resolve
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
 from shoal.engine.job import Job
 from shoal.environment import usable_cores
 from shoal.errors import WorkerError
+from shoal.launch.local import AnyRecipe, Overrides, await_imports
 from shoal.launch.pool import WorkerPool
 from shoal.launch.prepare import prepare_inputs
 from shoal.launch.supervise import run_workers
@@ -35,7 +36,8 @@ def score(
     resolved = Recipe.model_validate(tree)
     with WorkerPool() as pool, tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
         inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
-        console.phase(f"importing torch and transformers, then scoring {folder}")
+        await_imports(pool, console=console)
+        console.phase(f"scoring {folder} on {inputs.validation_samples:,} samples at most")
         decision = Decision(
             Layout(),
             "processes",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.config.recipe import Constant, Cosine, Linear, ScheduleSection, WarmupStableDecay
+from shoal.config.optimizers import Constant, Cosine, Linear, ScheduleSection, WarmupStableDecay
 from shoal.engine.schedule import rate_factor
 
 SCHEDULES = [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shoal.comm.group import ProcessGroup
-from shoal.config.recipe import SGD, AdamW, Constant, Muon
+from shoal.config.optimizers import SGD, AdamW, Constant, Muon
 from shoal.engine import state as flat
 from shoal.engine.step import Counted, StepResult, Votes
 from shoal.engine.update import Update

@@ -12,6 +12,7 @@ import pytest
 
 from shoal.errors import RunError
 from shoal.launch.directory import claim, hold, open_run, write_whole
+from shoal.launch.local import decision_before
 
 
 def test_numbers_go_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +136,11 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"\.lock: cannot be written"), hold(tmp_path / "run"):
         pass
     assert (tmp_path / "other").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '"x"', "{}", '{"layout": []}', '{"layout": 3}']
+)
+def test_a_plan_that_was_edited_by_hand_is_made_anew(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    assert decision_before(tmp_path, []) is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from shoal.errors import ModelError, ShoalError, UserError
 from shoal.serve.generate import continue_prompt
 from shoal.serve.reading import read_model
+from tiny import Bench
 
 CAUSAL = "AutoModelForCausalLM"
 CONFIG: dict[str, Any] = {
@@ -174,3 +177,28 @@ def test_prompts_that_the_model_has_no_room_for(folder: Path) -> None:
 
 def test_it_is_the_model_of_the_other_tests() -> None:
     assert model_of(Path()).config.hidden_size == CONFIG["hidden_size"]
+
+
+def test_evaluate_reads_with_the_same_reader(bench: Bench, tmp_path: Path) -> None:
+    """In a worker, which has training's reader and would draw what is missing."""
+    folder = tmp_path / "model"
+    shutil.copytree(bench.run().path / "model", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    done = bench.command("evaluate", folder, bench.recipe)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{folder}: it lacks model.norm.weight, which only training may draw" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '"x"', "{", "[" * 100_000], ids=["list", "text", "cut", "deep"]
+)
+def test_train_refuses_such_a_folder_before_workers_start(
+    bench: Bench, tmp_path: Path, text: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(bench.run().path / "model", folder)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(folder / "config.json"))):
+        bench.train(f"model.path={folder}")

@@ -6,7 +6,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -86,6 +85,8 @@ for _name, _group in (("data", data.app), ("config", config.app)):
 
 def _version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version
+
         say(f"shoal {version('shoal')}")
         raise typer.Exit
 

@@ -7,12 +7,13 @@ import sys
 from shoal.observe.visible import visible
 
 
-def say(text: str) -> None:
+def say(text: str, *, styled: bool = False) -> None:
     """Print to standard output; a terminal gets control characters spelt out, a file as they are.
 
-    A name, a completion or a recipe may hold escape sequences.
+    A name, a completion or a recipe may hold escape sequences. `styled`: those in `text` are of
+    the command itself, which has spelt out the others.
     """
-    print(visible(text) if sys.stdout.isatty() else text, flush=True)
+    print(visible(text) if sys.stdout.isatty() and not styled else text, flush=True)
 
 
 def tell(text: str) -> None:

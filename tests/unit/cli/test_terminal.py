@@ -33,6 +33,12 @@ def test_a_terminal_gets_no_control_of_others() -> None:
     assert any(r"frozen: gone\u202eover" in line for line in screen.lines)
 
 
+def test_a_command_may_colour_what_it_has_spelt_out() -> None:
+    program = "from shoal.cli.terminal import say\nsay('\\x1b[32mgreen\\x1b[0m', styled=True)"
+    text, screen = on_a_terminal(program, columns=80)
+    assert "\x1b[32mgreen\x1b[0m" in text and screen.lines == ["green"]
+
+
 def test_a_file_gets_what_is_there() -> None:
     words = shoal("config", "show", "quickstart", "train.freeze=['gone\u202eover']")
     done = subprocess.run(words, capture_output=True, text=True, check=True)

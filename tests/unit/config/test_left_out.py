@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from shoal.config.left_out import FINE_TUNING, FINE_TUNING_WARMUP
-from shoal.config.load import load_recipe, resolve, shipped_recipes, to_yaml
+from shoal.config.load import load_recipe, recipe_text, resolve, shipped_recipes, to_yaml
 from shoal.config.optimizers import AdamW, Linear, Muon
 from shoal.config.recipe import DataSection, PretrainedModel, Recipe, TrainSection
 from shoal.config.schema import Choice, choices
 from shoal.config.statement import statements
+from shoal.config.yaml_text import read_mapping
 from shoal.errors import ConfigError
 
 MINIMAL = "model: {kind: config, architecture: llama}\ndata: {source: a.txt}\ntrain: {steps: 200}\n"
@@ -135,10 +136,18 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
     sgd = load_recipe(written(tmp_path), ["model.path=x", "train.optimizer={kind: sgd}"])
     assert sgd.train.optimizer.learning_rate == 0.1
     assert sgd.train.schedule.warmup_fraction == FINE_TUNING_WARMUP
-    ner = load_recipe("ner").train
-    assert (ner.optimizer.learning_rate, ner.optimizer.weight_decay) == (2e-4, 0.01)
-    assert (ner.schedule.warmup_steps, ner.schedule.warmup_fraction) == (20, 0)
-    assert shipped_recipes() == ["digits", "ner", "quickstart"], "are new ones stated in full?"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_trains_as_it_states(name: str) -> None:
+    """Also one with pretrained weights: its rate, weight decay and warm-up are its own."""
+    stated = read_mapping(recipe_text(name)[0], source=name)["train"]
+    train = load_recipe(name).train
+    keys = {"kind", "learning_rate", "weight_decay"}
+    assert keys <= stated["optimizer"].keys() and "warmup_steps" in stated["schedule"]
+    assert stated["optimizer"].items() <= train.optimizer.model_dump().items()
+    assert stated["schedule"].items() <= train.schedule.model_dump().items()
+    assert train.schedule.warmup_fraction == 0
 
 
 def test_a_rate_for_random_weights_is_called_high() -> None:

@@ -47,6 +47,11 @@ def recipe_text(name_or_path: str) -> tuple[str, str]:
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """`tree` with each `dotted.key=value` set; values are YAML. Raises ConfigError."""
     problems: list[Problem] = []
+    overrides = list(overrides)
+    if any(text.startswith("data.validation.") for text in overrides):
+        data = tree.get("data")  # a way that is given takes the place of the recipe's
+        kept = data.items() if isinstance(data, dict) else ()
+        tree["data"] = {key: value for key, value in kept if key != "validation"}
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
@@ -68,8 +73,6 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
         before = tree.get("model")
         kept = before.get("dropout") if isinstance(before, dict) else None
         tree["model"] = {} if kept is None else {"dropout": kept}
-    if path[:2] == ["data", "validation"] and isinstance(tree.get("data"), dict):
-        tree["data"].pop("validation", None)  # one way takes the place of another
     here = tree
     for depth, part in enumerate(path[:-1]):
         below = here.get(part)

@@ -59,7 +59,7 @@ def preview(
     from shoal.tasks.kinds import create
 
     resolved = load_recipe(recipe, overrides or [])
-    inputs = prepare_inputs(resolved, say=lambda line: print(line, file=sys.stderr, flush=True))
+    inputs = prepare_inputs(resolved, say=tell)
     task = create(resolved.task.kind, settings=inputs.task_settings, options=resolved.task)
     folder = inputs.tokenizer_directory
     terminal = sys.stdout.isatty()
@@ -77,7 +77,7 @@ def preview(
         plain=visible,
         mark=mark,
     ):
-        print(line)
+        say(line, styled=True)
 
 
 @app.command("verify")

@@ -73,6 +73,11 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     """
     problems: list[Problem] = []
     own_weights, named = not is_pretrained(tree), []
+    overrides = list(overrides)
+    if any(text.startswith("data.validation.") for text in overrides):
+        data = tree.get("data")  # a way that is given takes the place of the recipe's
+        kept = data.items() if isinstance(data, dict) else ()
+        tree["data"] = {key: value for key, value in kept if key != "validation"}
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
@@ -106,8 +111,6 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
         kept = before if isinstance(before, dict) else {}
         fields = PretrainedModel.model_fields.keys() - {"kind"}
         tree["model"] = {key: kept[key] for key in kept if key in fields}
-    if path[:2] == ["data", "validation"] and isinstance(tree.get("data"), dict):
-        tree["data"].pop("validation", None)  # one way takes the place of another
     here = tree
     for depth, part in enumerate(path[:-1]):
         below = here.get(part)

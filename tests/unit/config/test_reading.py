@@ -315,3 +315,5 @@ def test_a_way_to_validate_takes_the_place_of_another(tmp_path: Path) -> None:
     assert load_recipe(path).data.validation.fraction == 0.02
     held = load_recipe(path, ["data.validation.split=dev"]).data.validation
     assert (held.fraction, held.split) == (None, "dev")
+    both = problems("data.validation.split=dev", "data.validation.source=held.txt")
+    assert "data.validation: give exactly one of `fraction`, `source` and `split`" in both

@@ -173,7 +173,8 @@ def test_other_ways_to_ask_for_an_end(bench: Bench, how: str) -> None:
 @pytest.mark.slow
 def test_the_file_save_saves_and_goes_on(bench: Bench) -> None:
     run = Run(bench.new_path())
-    words = (*SLOW, *TWO, "checkpoint.every_steps=0", "train.stop_after_steps=12")
+    words = (*SLOW, *TWO, "checkpoint={every_steps: 0, keep_best: false}")
+    words = (*words, "train.stop_after_steps=12")
     with started("train", bench.recipe, *words, "--out", run.path) as process:
         wait_for_step(run, 3)
         (run.path / "SAVE").touch()

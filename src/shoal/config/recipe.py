@@ -348,7 +348,7 @@ class CheckpointSection(Section):
     """When state is saved, and how many saves are kept."""
 
     every_steps: Annotated[int, Field(ge=0)] = 100
-    """0: only at the end and when stopped."""
+    """0: only at the end, when stopped, and as `keep_best` says."""
     keep: Count = 2
     """Newest checkpoints that are kept; older ones are deleted."""
     keep_best: bool = True

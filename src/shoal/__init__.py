@@ -14,6 +14,7 @@ _PLACES = {
         "CheckpointError",
         "ConfigError",
         "DataError",
+        "Diverged",
         "FetchError",
         "Interrupted",
         "ModelError",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.config.load import load_recipe
 from shoal.errors import RunError
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.local import decision_before
@@ -143,4 +144,6 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 )
 def test_a_plan_that_was_edited_by_hand_is_made_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
-    assert decision_before(tmp_path, []) is None
+    said: list[str] = []
+    found = decision_before(tmp_path, load_recipe("quickstart"), new=[], say=said.append)
+    assert found is None and said[0].startswith(f"warning: {tmp_path / 'plan.json'} cannot be used")

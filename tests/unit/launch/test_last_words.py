@@ -14,7 +14,13 @@ def said(run: Path, *overrides: str, name: str) -> list[str]:
     """The lines after `next:` of a run of a shipped recipe that was never scored."""
     recipe = load_recipe(name, overrides)
     (run / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-    summary = {"task": recipe.task.kind, "evaluation": None, "baseline": {}, "measured": {}}
+    summary = {
+        "task": recipe.task.kind,
+        "evaluation": None,
+        "baseline": {},
+        "measured": {},
+        "ending": None,
+    }
     summary |= {"tokens_per_second": 7.0, "steps": 3, "of_steps": 3, "layout": {"replicate": 2}}
     lines = last_words(run, summary, recipe=name)
     return [line.strip() for line in lines[lines.index("next:") + 1 :]]

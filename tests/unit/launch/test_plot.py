@@ -39,7 +39,7 @@ def test_the_curve_of_a_run(bench: Bench, drawn: list[matplotlib.figure.Figure])
     assert list(raw.get_ydata()) == run.losses
     assert list(smooth.get_ydata()) == pytest.approx(smoothed(run.losses))
     assert list(checks.get_xdata()) == [row["step"] for row in run.evaluations] == [0, 15, 30]
-    assert list(saves.get_xdata()) == [10, 20, 30]
+    assert list(saves.get_xdata()) == [10, 15, 20, 30], "every 10, and at a best evaluation"
     assert axes.get_yscale() == "linear" and axes.get_ylim()[1] < 8, "the baseline sets no scale"
     assert texts(drawn[-1]) == ["unigram 50 (above)"]
 

@@ -161,7 +161,9 @@ def test_a_checkpoint_of_an_older_version_still_loads(
     assert run.losses == bench.train(*LENGTH, f"data.source={corpus}").losses
 
 
-@pytest.mark.parametrize("where", ["from the beginning", "from a save"])
+@pytest.mark.parametrize(
+    "where", ["from the beginning", pytest.param("from a save", marks=pytest.mark.slow)]
+)
 def test_the_same_line_starts_and_goes_on(bench: Bench, where: str) -> None:
     run, line = Run(bench.new_path()), ("train", bench.recipe, *LENGTH, "--go-on", "--out")
     stop = () if where == "from the beginning" else ("train.stop_after_steps=7",)

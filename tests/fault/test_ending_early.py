@@ -20,7 +20,7 @@ from tiny import Bench, Run
 # a rate at which nothing can be learned, from the first steps on
 WILD = (
     "train.steps=40",
-    "train.optimizer={kind: sgd, learning_rate: 300.0}",
+    "train.optimizer={kind: sgd, learning_rate: 10.0}",
     "train.schedule={kind: constant}",
     "train.max_gradient_norm=null",
     "train.evaluate_every_steps=4",

@@ -185,6 +185,7 @@ def test_the_file_save_saves_and_goes_on(bench: Bench) -> None:
     assert len(saved) == 2 and 3 <= saved[0] < 12 and saved[1] == 12
 
 
+@pytest.mark.slow
 def test_a_healthy_run_tells_where_everyone_is(bench: Bench) -> None:
     run = Run(bench.new_path())
     with started("train", bench.recipe, *SLOW, *TWO, "--out", run.path) as process:

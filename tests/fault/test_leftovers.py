@@ -239,6 +239,7 @@ def test_a_last_loss_that_was_not_finite_is_nan() -> None:
     assert math.isnan(Result(Path("run"), {"final_loss": None}).loss)
 
 
+@pytest.mark.slow
 def test_a_killed_merge_leaves_nothing_behind_the_next(bench: Bench, tmp_path: Path) -> None:
     run, out = bench.run(*LENGTH), tmp_path / "merged"
     code = (
@@ -262,6 +263,7 @@ def test_a_killed_merge_leaves_nothing_behind_the_next(bench: Bench, tmp_path: P
     assert all(path.stat().st_mode & 0o077 == 0 for path in out.iterdir())
 
 
+@pytest.mark.slow
 def test_what_is_written_now_is_no_leftover(bench: Bench, tmp_path: Path) -> None:
     """Two merges at once into one folder: one is there in the end, whole, and no error of ours."""
     run, out = bench.run(*LENGTH), tmp_path / "merged"
@@ -276,6 +278,7 @@ def test_what_is_written_now_is_no_leftover(bench: Bench, tmp_path: Path) -> Non
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_keys_of_a_killed_command_go_at_the_next_start(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,6 +310,7 @@ def test_a_run_resumes_from_a_background_save(bench: Bench) -> None:
     assert run.digits == straight.digits and run.weights == straight.weights
 
 
+@pytest.mark.slow
 def test_the_whole_job_killed_while_it_saves_all_the_time(bench: Bench) -> None:
     """Every step is saved, so that a save is under way whenever the kill comes."""
     every = ("checkpoint.every_steps=1", "checkpoint.background=true")

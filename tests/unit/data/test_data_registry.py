@@ -189,6 +189,7 @@ def write_tiny_gguf(path: Path, *, width: int = 32, vocabulary: int = 64) -> np.
     return values["token_embd.weight"]
 
 
+@pytest.mark.slow
 def test_a_gguf_model_becomes_a_folder_once(tmp_path: Path) -> None:
     embedding = write_tiny_gguf(tmp_path / "tiny.gguf")
     lines: list[str] = []

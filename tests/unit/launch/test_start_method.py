@@ -8,6 +8,7 @@ from shoal.launch.pool import WorkerPool
 from tiny import Bench
 
 
+@pytest.mark.slow
 def test_exec_equals_fork(bench: Bench, tmp_path: Path) -> None:
     wanted = bench.run("parallel.replicate=2", "train.steps=3", "train.evaluate_every_steps=0")
     with WorkerPool(start_method="exec") as pool:

@@ -63,6 +63,7 @@ def test_ranks_with_other_recipes_are_refused(bench: Bench, tmp_path: Path) -> N
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_the_workers_that_join(bench: Bench, tmp_path: Path) -> None:
     """Each would otherwise start a run of its own and be refused by the lock of the first."""
     run = bench.train(*SHORT, "parallel.replicate=1", "train.stop_after_steps=2")
@@ -134,6 +135,7 @@ def test_a_peer_lost_while_ranks_enter_ends_the_run_with_a_reason_on_each(
     assert "shoal: worker 0: PeersLost: " in found.stderr
 
 
+@pytest.mark.slow
 def test_a_warning_of_the_launcher_ends_no_worker(bench: Bench, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     shoal = Path(sys.executable).parent / "shoal"
@@ -151,6 +153,7 @@ def test_a_warning_of_the_launcher_ends_no_worker(bench: Bench, tmp_path: Path) 
     assert "most recent call first" in err and len(run.losses) == 30
 
 
+@pytest.mark.slow
 def test_the_same_line_starts_and_goes_on(bench: Bench, tmp_path: Path) -> None:
     """What an engine that runs the same line again needs."""
     run = Run(tmp_path / "run")
@@ -169,6 +172,7 @@ def test_the_same_line_starts_and_goes_on(bench: Bench, tmp_path: Path) -> None:
     assert "learning_rate: 0.002" in (run.path / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_other_data_is_refused_there_too(bench: Bench, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "own.jsonl")
     run = bench.train(*SHORT, f"data.source={corpus}", "train.stop_after_steps=2")
@@ -192,6 +196,7 @@ def test_a_run_that_diverges_says_so_there_too(bench: Bench, tmp_path: Path) -> 
     assert done.returncode == 1 and "above its start" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_host_with_fewest_cores_decides(bench: Bench, tmp_path: Path) -> None:
     """Two hosts of one worker each, as it were; the second lets it run on one core."""
     if usable_cores() < 2:

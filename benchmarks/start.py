@@ -161,7 +161,7 @@ def choices(*, fresh: int, busy: bool, goal: float) -> None:
             environment = {**ENVIRONMENT, "SHOAL_CACHE": str(cache)}
             out = folder / f"start-{number}"
             command = [str(SHOAL), "train", "quickstart", "--out", str(out)]
-            seconds = seconds_to_line(command, "loss", environment=environment)
+            seconds = seconds_to_line(command, "step 0: loss", environment=environment)
             plan = json.loads((out / "plan.json").read_text())
             rows = plan["measured"].get("candidates", [])
             setup = {

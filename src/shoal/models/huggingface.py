@@ -330,17 +330,25 @@ def _guarded(make: Callable[[], Any], *, where: str) -> Any:
         ) from error
 
 
+def setting_of(config: Any, key: str) -> Any:
+    """A value of a configuration; None where it has none, or another for each layer."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # its class refuses to name one value for all layers
+        return None
+
+
 def _check(config: Any) -> None:
     """Values that transformers accepts, but that cannot be run."""
     problems = []
     for key in _COUNTS:
-        value = getattr(config, key, None)
+        value = setting_of(config, key)
         if value is not None and (not isinstance(value, int) or value < 1):
             problems.append(f"{key}: expected a positive integer, got {value!r}")
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", 0)
-    key_heads = getattr(config, "num_key_value_heads", None)
+    hidden, heads = setting_of(config, "hidden_size"), setting_of(config, "num_attention_heads")
+    key_heads = setting_of(config, "num_key_value_heads")
     if not problems and hidden and heads:
-        if not getattr(config, "head_dim", None) and hidden % heads:
+        if not setting_of(config, "head_dim") and hidden % heads:
             problems.append(f"hidden_size {hidden} is not a multiple of {heads} attention heads")
         if key_heads and heads % key_heads:
             problems.append(

@@ -13,7 +13,7 @@ from shoal.errors import ModelError
 from shoal.legal import shrunk
 from shoal.models import init
 from shoal.models.dropout import apply_keyed
-from shoal.models.huggingface import build_meta, config_from
+from shoal.models.huggingface import build_meta, config_from, setting_of
 
 _SIZES = (
     *("hidden_size", "intermediate_size", "head_dim", "num_hidden_layers"),
@@ -83,7 +83,7 @@ def _config(config: Any, tree: Mapping[str, Any]) -> Any:
 
 def _by_common_names(config: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
     names = getattr(config, "attribute_map", {})
-    common = {key: value for key in _SIZES if (value := getattr(config, key, None)) is not None}
+    common = {key: value for key in _SIZES if (value := setting_of(config, key)) is not None}
     sizes: dict[str, Any] = {}
     with suppress(ModelError):
         sizes = {names.get(key, key): value for key, value in shrunk({**tree, **common}).items()}

@@ -92,6 +92,8 @@ def test_setups_in_words() -> None:
         ([0.5, 0.5, 2.0], THREADS),
         ([0.97, 0.97, 0.97], THREADS),  # within 5 %: no reason to leave cores idle
         ([0.5, 0.5, 0.5], ONE_CORE),
+        ([0.85, 0.85, 0.85], THREADS),
+        ([0.85, 0.85, 0.85, 0.85, 0.85], ONE_CORE),
         ([0.5, 0.5, 0.5, 2.0], ONE_CORE),
     ],
 )

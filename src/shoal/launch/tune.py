@@ -38,7 +38,7 @@ TUNE_SECONDS = 7.0
 
 _TARGET = "shoal.engine.timing:run"
 _TURN_SECONDS = 0.25  # shorter turns take several steps
-_LONGEST_SECONDS = 0.8  # of the passes of a turn: what decides the micro batch to begin with
+_LONGEST_SECONDS = 0.5  # of the passes of a turn: what decides the micro batch to begin with
 _SUSPICIOUS = 1.3  # times what a smaller micro batch lets expect: timed once more
 _MICRO_TOKENS = 1024  # of the micro batch to begin with
 _MOST_TURNS = 7

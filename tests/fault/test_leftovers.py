@@ -35,6 +35,7 @@ def test_workers_whose_command_was_killed_end_though_their_server_is_stopped(ben
         os.kill(server, signal.SIGSTOP)
         os.kill(process.pid, signal.SIGKILL)
         wait_until(lambda: not alive(workers), what=f"the end of {workers}", seconds=15)
+        assert alive([server]), "they ended by themselves, not with it"
         os.kill(server, signal.SIGKILL)
 
 

@@ -15,6 +15,7 @@ from shoal.engine.job import Inputs
 from shoal.fields import IGNORED
 from shoal.models.huggingface import open_folder
 from shoal.observe.events import read_lines
+from shoal.parallel.oracle import documents_of
 from shoal.tasks.kinds import create
 from shoal.tasks.task import Task
 
@@ -52,13 +53,12 @@ def _tensor(array: Any) -> torch.Tensor:
 
 def _documents(row: Mapping[str, torch.Tensor]) -> Iterable[dict[str, torch.Tensor]]:
     """Batches of one document each; of one sample, where it is no row of tokens."""
+    batch = {name: each[None] for name, each in row.items()}
     if "document_ids" not in row:
-        yield {name: each[None] for name, each in row.items()}
+        yield batch
         return
-    ids = row["document_ids"]
-    for number in ids[ids >= 0].unique():
-        one = {name: each[None, ids == number] for name, each in row.items() if each.dim()}
-        yield {**one, "document_ids": torch.zeros_like(one["document_ids"])}
+    for _, _, alone in documents_of(batch):
+        yield alone
 
 
 def logged_and_opened(

@@ -144,21 +144,21 @@ def _pair(settings: ModelSettings, *, task: Task) -> _Pair:
             continue
         try:
             return _Pair(theirs, _ours(settings, config, theirs), config)
-        except ModelError:
-            raise
         except Exception as error:  # it is called in a way that shoal does not know
-            said = (str(error).strip().splitlines() or [""])[0][:200]
-            raise ModelError(
-                f"{config.model_type} for the task {task.kind}: it is not called as shoal calls "
-                f"models ({type(error).__name__}: {said})\n    use another architecture"
-            ) from error
+            what = "it is not called as shoal calls models"
+            raise _refusal(config, task, what, error) from error
     assert failure is not None, "there is at least one configuration"
-    if isinstance(failure, ModelError):
-        raise failure
-    said = (str(failure).strip().splitlines() or [""])[0][:200]
-    raise ModelError(
-        f"{settings.config.model_type} for the task {task.kind}: transformers cannot run it on its "
-        f"rows ({type(failure).__name__}: {said})\n    use another architecture"
+    raise _refusal(settings.config, task, "transformers cannot run it on its rows", failure)
+
+
+def _refusal(config: Any, task: Task, what: str, error: Exception) -> ModelError:
+    """`error` as what a user is told of it; a ModelError says it already."""
+    if isinstance(error, ModelError):
+        return error
+    said = (str(error).strip().splitlines() or [""])[0][:200]
+    return ModelError(
+        f"{config.model_type} for the task {task.kind}: {what} ({type(error).__name__}: {said})\n"
+        "    use another architecture"
     )
 
 
@@ -269,11 +269,15 @@ def _padded(pair: _Pair, task: Task, rows: Batch) -> Iterator[tuple[float, str]]
     yield apart, f"its loss is {loss:.6g} where transformers' is {float(theirs.loss):.6g}"
 
 
-def _documents(rows: Batch) -> Iterator[tuple[int, Tensor]]:
-    """(row, its positions) of each document of a batch of tokens."""
+def documents_of(rows: Batch) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
+    """Of each document of a batch of tokens: its row, its positions there, and it alone [1, T]."""
+    tokens = {name: each for name, each in rows.items() if each.dim() == 2}
     for row, ids in enumerate(rows["document_ids"]):
-        for each in ids[ids >= 0].unique():
-            yield row, torch.nonzero(ids == each)[:, 0]
+        for number in ids[ids >= 0].unique():
+            places = torch.nonzero(ids == number)[:, 0]
+            alone = {name: each[row : row + 1, places] for name, each in tokens.items()}
+            alone["document_ids"] = torch.zeros_like(alone["document_ids"])
+            yield row, places, alone
 
 
 def _padding_seen(pair: _Pair, task: Task, rows: Batch) -> str | None:
@@ -281,8 +285,7 @@ def _padding_seen(pair: _Pair, task: Task, rows: Batch) -> str | None:
     if "document_ids" not in rows:
         return None
     together = pair.call(task, rows).logits
-    for row, places in _documents(rows):
-        one = {name: each[row : row + 1, places] for name, each in rows.items()}
+    for row, places, one in documents_of(rows):
         apart = _apart(pair.call(task, one).logits[0], together[row, places])
         if apart > pair.tolerance:
             return (
@@ -299,8 +302,7 @@ def _alone(pair: _Pair, task: Task, rows: Batch) -> list[str]:
         return []
     _, together = _run(ours, task, rows)
     problems = []
-    for row, places in _documents(rows):
-        one = {name: each[row : row + 1, places] for name, each in rows.items()}
+    for row, places, one in documents_of(rows):
         _, alone = _run(ours, task, one)
         if (apart := _apart(alone[0], together[row, places])) > pair.tolerance:
             problems.append(
@@ -332,9 +334,7 @@ def _packed(pair: _Pair, task: Task) -> float:
     except ModelError:
         return float("inf")
     apart = 0.0
-    for row, places in _documents(rows):
-        one = {name: each[row : row + 1, places] for name, each in rows.items()}
-        one["document_ids"] = torch.zeros_like(one["document_ids"])
+    for row, places, one in documents_of(rows):
         apart = max(apart, _apart(logits[row, places], pair.call(task, one).logits[0]))
     return apart
 

@@ -143,8 +143,6 @@ class Family:
     """The norm after the blocks."""
     head: str | None = None
     """Path from the model."""
-    packs: bool = True
-    """Whether documents may share a row."""
     logits: tuple[Literal["divide", "multiply", "cap"], str] | None = None
     """What happens to the head's output, and the configuration key of its number."""
     hidden: Literal["first_token_of_image", "hidden_of_decoder"] | None = None

@@ -146,7 +146,6 @@ FAMILIES: dict[str, Family] = {
         sizes=_vit,
         blocks="layers",
         norm="layernorm",
-        packs=False,
         hidden="first_token_of_image",
     ),
     "t5": Family(
@@ -162,7 +161,6 @@ FAMILIES: dict[str, Family] = {
         more_blocks=("decoder.block",),
         norm="decoder.final_layer_norm",
         head="lm_head",
-        packs=False,
         hidden="hidden_of_decoder",
     ),
 }

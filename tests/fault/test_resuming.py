@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from shoal.data.verify import verify_run
+from shoal.environment import cache_directory
 from shoal.errors import ConfigError, RunError
 from tiny import Bench, Run, largest_difference
 
@@ -63,6 +66,16 @@ def test_exact_mode_resumes_at_another_degree_with_the_same_bits(bench: Bench) -
     resumed = halves(bench, *exact, second=("parallel.replicate=4", "launch.workers=threads"))
     assert resumed.digits == straight.digits
     assert resumed.weights == straight.weights
+
+
+def test_a_resume_asks_whether_the_model_is_right_still(bench: Bench) -> None:
+    """Its decision is kept, but transformers may be another by now: what is known of it is gone."""
+    run = bench.train("train.steps=4", "train.stop_after_steps=2", "checkpoint.every_steps=2")
+    known = cache_directory() / "examined"
+    assert list(known.iterdir())
+    shutil.rmtree(known)
+    bench.resume(run)
+    assert len(list(known.iterdir())) == 1
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_noted(bench: Bench) -> None:

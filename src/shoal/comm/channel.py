@@ -305,7 +305,6 @@ class _Line:
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.receiver.secret)
         self._monitor = socket.get_monitor_socket()
         self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         self._decoder = msgspec.msgpack.Decoder(Answer)
 
@@ -338,7 +337,7 @@ class _Line:
                 if request is None:
                     more = False
                 else:
-                    self._socket.send(msgspec.msgpack.encode(request))
+                    self._send(msgspec.msgpack.encode(request))
                     under_way.append(request)
             if under_way:
                 answer, data = self._next()
@@ -347,12 +346,22 @@ class _Line:
                     raise ChannelError(f"{self.address}: answered something that was not asked")
                 take(expected, data)
 
+    def _send(self, request: bytes) -> None:
+        self._wait_for(zmq.POLLOUT)  # after a refusal there is nobody to send to: never just block
+        self._socket.send(request)
+
     def _next(self) -> tuple[Answer, memoryview]:
+        self._wait_for(zmq.POLLIN)
+        return self._read()
+
+    def _wait_for(self, what: int) -> None:
+        """Wait until the connection can take or has a message. Raises ChannelError if it is over."""
+        self._poller.register(self._socket, what)
         while True:
             left = self._deadline - time.monotonic()
             ready = dict(self._poller.poll(int(max(0.0, left) * 1000)))
             if self._socket in ready:
-                return self._read()
+                return
             if self._monitor in ready:
                 self._watch(zmq.utils.monitor.recv_monitor_message(self._monitor))
             elif left <= 0:

@@ -23,6 +23,7 @@ from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import check_decision, choose
 from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run, write_whole
+from shoal.launch.examined import refuse_wrong_model
 from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.opening import say_opening
@@ -185,6 +186,8 @@ def _resume(
         decision = decision_before(folder, resolved, new=new, say=show.line)
         if decision is None:
             decision = choose(resolved, inputs=inputs, pool=workers, console=show)
+        else:  # transformers may be another one by now
+            refuse_wrong_model(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
         resume = anything_to_resume(folder, say=show.line)
         job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=resume)

@@ -24,6 +24,7 @@ from shoal.launch.candidates import (
     CLOSE,
     ENOUGH_TURNS,
     Timed,
+    best_micro_batch,
     best_of,
     in_one_moment,
     micro_batches_of,
@@ -208,7 +209,7 @@ class Tuner:
             found = self._beside(best, micros=more)
             known |= set(more)
             rows += found
-            best, before = min([best, *found], key=lambda row: row.step_seconds), best
+            best, before = best_micro_batch([best, *found]), best
             if best is before:
                 return
 

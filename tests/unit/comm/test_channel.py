@@ -20,6 +20,7 @@ import msgspec
 import pytest
 import torch
 
+from shoal.comm import channel
 from shoal.comm.channel import CHUNK_BYTES, Donor, fetch
 from shoal.comm.keys import Keys
 from shoal.comm.wire import Answer, Header, Request, TensorHead
@@ -121,6 +122,22 @@ def test_a_receiver_with_other_keys_is_refused(donor: Donor, keys: Keys, tmp_pat
         assert time.monotonic() - began < 2, "refused, not waited for"
         wait_for_refusals(donor, count)
     assert_same(get(donor, keys), state())
+
+
+def test_a_receiver_refused_before_it_asks_is_told_so(
+    donor: Donor, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeroMQ takes a message for a peer that is gone by blocking, for ever."""
+    connect = channel._Line.connect
+
+    def connect_and_dawdle(line: channel._Line, address: str) -> None:
+        connect(line, address)
+        wait_for_refusals(donor, 1)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(channel._Line, "connect", connect_and_dawdle)
+    with pytest.raises(ChannelError, match="does not accept this worker's key"):
+        get(donor, Keys.make(tmp_path / "keys"))
 
 
 def test_a_receiver_of_another_generation_is_refused(donor: Donor, keys: Keys) -> None:

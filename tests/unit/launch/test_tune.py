@@ -111,7 +111,14 @@ def test_of_setups_that_tie_the_first_by_rule_is_taken(
 ) -> None:
     rows = [Timed(THREADS, 4, [1.0]), Timed(PROCESSES, 4, [processes]), Timed(THREADS, 2, [0.99])]
     best = best_of(rows)
-    assert (best.setup, best.micro) == (expected, 2 if expected == THREADS else 4)
+    assert (best.setup, best.micro) == (expected, 4)
+
+
+@pytest.mark.parametrize(("half", "expected"), [(0.96, 4), (0.94, 2)])
+def test_of_micro_batches_that_tie_the_largest_is_taken(half: float, expected: int) -> None:
+    """It has fewer passes for the same work: a smaller one was only lucky."""
+    rows = [Timed(THREADS, 2, [half]), Timed(THREADS, 4, [1.0]), Timed(THREADS, 1, [1.2])]
+    assert best_of(rows).micro == expected
 
 
 def test_what_was_timed_longer_saw_other_moments() -> None:

@@ -148,7 +148,9 @@ def walk(home: Path) -> None:
     runs = {}
     for name, path in files.items():
         runs[name] = home / f"run-{name}"
-        out = me.run("shoal", "train", "quickstart", f"data.source={path}", *TINY, "--out", runs[name])
+        named = ["data.text_field=story"] if name == "csv.gz" else []
+        source = [f"data.source={path}", *named]
+        out = me.run("shoal", "train", "quickstart", *source, *TINY, "--out", runs[name])
         expect("notes.pdf" in out or name != "folder", "a file that is not read is not named")
         first, *_, last = losses(runs[name])
         expect(last < first, f"{name}: the loss went from {first} to {last}")

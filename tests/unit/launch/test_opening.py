@@ -19,7 +19,7 @@ from shoal.launch.opening import num_steps, opening
 from shoal.launch.prepare import prepare_inputs
 from shoal.layout import Layout
 from shoal.observe.events import read_lines
-from tiny import Bench
+from tiny import Bench, write_corpus
 
 
 def prepared(bench: Bench, *overrides: str) -> tuple[Recipe, Inputs]:
@@ -63,6 +63,17 @@ def test_epochs_become_steps(bench: Bench) -> None:
     assert lines["length"].startswith(f"{steps} optimizer steps = {steps * 16:,} samples")
     assert lines["learning rate"].endswith(f"at step {steps}")
     assert "replicate 2" in lines["runs on"]
+
+
+def test_a_mixture_says_how_often_each_source_is_read(bench: Bench, tmp_path: Path) -> None:
+    small = write_corpus(tmp_path / "small.jsonl", seed=1, documents=60)
+    mixed = f"data.source=[{{source: {bench.corpus}, weight: 3}}, {{source: {small}, weight: 1}}]"
+    recipe, inputs = prepared(bench, mixed)
+    parts = open_prepared(inputs.data_directory).sources
+    epochs = [480 * share / part.num_samples("train") for share, part in zip((0.75, 0.25), parts)]
+    assert said(recipe, inputs)["length"].endswith(
+        f"= {epochs[0]:.3g} epochs of {parts[0].name}, {epochs[1]:.3g} epochs of {parts[1].name}"
+    )
 
 
 def test_images_have_no_tokens() -> None:

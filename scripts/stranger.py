@@ -93,7 +93,9 @@ class Stranger:
         pin = re.search(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
         torch = pin[1] if pin else ""
         wheel = f"{self.home}/shoal-*.whl"
-        cpu = f"{add} torch=={torch}+cpu {wheel} || {add} --torch-backend cpu torch=={torch} {wheel}"
+        cpu = (
+            f"{add} torch=={torch}+cpu {wheel} || {add} --torch-backend cpu torch=={torch} {wheel}"
+        )
         script = f"set -e\n{places}\n{build}\n{make}\n{cpu}\n"
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
         if done.returncode:
@@ -163,7 +165,9 @@ def walk(home: Path) -> None:
         "shoal", "train", "quickstart", f"data.source={files['json']}", *TINY,
         "train.stop_after_steps=6", "--out", run,
     )  # fmt: skip
-    out = me.run("shoal", "resume", run, "train.optimizer.learning_rate=3e-3", "train.stop_after_steps=null")
+    out = me.run(
+        "shoal", "resume", run, "train.optimizer.learning_rate=3e-3", "train.stop_after_steps=null"
+    )
     changed = "changed: train.optimizer.learning_rate 0.0015 -> 0.003"
     expect(changed in out, f"expected the line {changed!r} in:\n{out}")
     whole = losses(runs["json"])
@@ -177,7 +181,9 @@ def walk(home: Path) -> None:
     opened = me.run("python", "-c", OPENED, run / "model", PROMPT, given=json.dumps(HELD_OUT))
     found, logged = json.loads(opened), losses(run, "evaluation_loss")[-1]
     expect(abs(found["loss"] - logged) < 1e-5, f"transformers {found['loss']}, logged {logged}")
-    expect(found["text"].strip() in written, f"transformers writes {found['text']!r}, not {written!r}")
+    expect(
+        found["text"].strip() in written, f"transformers writes {found['text']!r}, not {written!r}"
+    )
     me.say(f"transformers opens it: loss {found['loss']:.6f} (logged {logged:.6f}), the same text")
 
 

@@ -73,6 +73,7 @@ def preview(
         count=samples,
         seed=resolved.seed,
         tokenizer=None if folder is None else load_tokenizer(folder),
+        shifted=task.causal,
         labels=task.model_settings().get("id2label", {}),
         plain=visible,
         mark=mark,

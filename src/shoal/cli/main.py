@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import (
+    chat,
     config,
     data,
     doctor,
@@ -61,6 +62,7 @@ _add(
 _add("resume", resume.resume, "shoal resume runs/quickstart-001 parallel.replicate=4")
 _add("merge", merge.merge, "shoal merge runs/quickstart-001 --out model")
 _add("generate", generate.generate, 'shoal generate runs/quickstart-001 "A: Hello"')
+_add("chat", chat.chat, "shoal chat runs/quickstart-001")
 _add("evaluate", evaluate.evaluate, "shoal evaluate runs/quickstart-001 quickstart")
 _add("parity", parity.parity, "shoal parity quickstart parallel.replicate=2")
 _add("rehearse", rehearse.rehearse, "shoal rehearse quickstart --fault kill:1@20")

@@ -26,6 +26,18 @@ class CausalLM(Section):
     """Tokens generated for each prompt."""
 
 
+class Chat(Section):
+    """Learn the answers of conversations, in the words of the model's chat template."""
+
+    kind: Literal["chat"] = "chat"
+    train_on: Literal["answers", "all", "last"] = "answers"
+    """Where the loss is: all answers of the assistant, every token, or the last answer."""
+    prompts: tuple[str, ...] = ()
+    """What a user says first; answered at every evaluation, so that progress can be read."""
+    sample_tokens: Count = 48
+    """Tokens generated for each answer."""
+
+
 class TokenClassification(Section):
     """Give every word a tag, such as a named entity."""
 
@@ -43,7 +55,7 @@ class ImageClassification(Section):
 
 
 TaskSection = Annotated[
-    CausalLM | TokenClassification | ImageClassification, Field(discriminator="kind")
+    CausalLM | Chat | TokenClassification | ImageClassification, Field(discriminator="kind")
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from shoal.data.conversations import content_of_messages, conversation_of, plain_ends
 from shoal.errors import DataError, nearest
 
 Record = dict[str, Any]
@@ -28,6 +29,8 @@ def content_hash(record: Record) -> int:
     match record:
         case {"text": str(text)}:
             content = text.encode("utf-8", "surrogatepass")
+        case {"messages": [*_]}:
+            content = content_of_messages(record)
         case {"words": [*words]}:
             content = "\x1f".join(words).encode("utf-8", "surrogatepass")
         case {"image": image}:
@@ -50,17 +53,15 @@ def table_records(
         if pair is not None and text_field is None:
             yield _tagged(row, pair=pair, where=where)
             continue
+        if text_field is None and (conversation := conversation_of(row, where=where)):
+            yield conversation
+            continue
         text_field = text_field or _text_column(row, where=where)
         text = row.get(text_field)
         if not isinstance(text, str):
             raise DataError(f"{where}: {_no_text(row, text_field=text_field)}")
         if text.strip():
             yield {**row, "text": plain_ends(text)}
-
-
-def plain_ends(text: str) -> str:
-    """The text with the line ends of Windows and old Macs as those of everybody else."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def named_classes(features: Mapping[str, Any]) -> Callable[[Record], Record]:

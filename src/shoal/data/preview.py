@@ -24,13 +24,15 @@ def previews(
     count: int,
     seed: int,
     tokenizer: Any,
+    shifted: bool,
     labels: Mapping[int, str],
     plain: Style,
     mark: Style,
 ) -> Iterator[str]:
     """Lines on the first `count` samples that a run with this seed reads of prepared data.
 
-    `tokenizer` turns ids into text (None: the data has none), `labels` names classes. Tokens are
+    `tokenizer` turns ids into text (None: the data has none), `shifted`: the label of a token
+    is the token after it, `labels` names classes. Tokens are
     parted by `|`; a run of targets is passed through `mark`, all else through `plain`.
     """
     prepared = open_prepared(directory)
@@ -40,10 +42,9 @@ def previews(
         source = prepared.sources[int(batch["source_ids"][number])].name
         yield plain(f"sample {number + 1} of {source}")
         if tokenizer is not None:
-            shift = prepared.shape.predicts_next
-            names = {} if shift else labels
+            names = {} if shifted else labels
             yield from _row(
-                sample, shift=shift, tokenizer=tokenizer, labels=names, styles=(plain, mark)
+                sample, shift=shifted, tokenizer=tokenizer, labels=names, styles=(plain, mark)
             )
         for name, value in sample.items():
             if np.ndim(value) == 0 or tokenizer is None:

@@ -79,10 +79,13 @@ def complete(
     """
     generator = torch.Generator().manual_seed(training.job.recipe.seed)
     longest = int(getattr(training.model.config, "max_position_embeddings", 0) or 1 << 30)
-    ends = training.job.inputs.special_tokens.get("end", ())
+    special = training.job.inputs.special_tokens
+    ends, begin = special.get("end", ()), special.get("begin")
     results = []
     for prompt in prompts:
         ids = list(tokenizer.encode(prompt).ids)[-longest:]
+        if begin is not None and ids[:2] == [begin, begin]:  # the template has written it too
+            del ids[0]
         start = len(ids)
         while len(ids) < min(start + tokens, longest):
             row = torch.tensor([ids])

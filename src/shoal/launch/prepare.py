@@ -12,6 +12,7 @@ from typing import Any
 from shoal.config.locked import Difference
 from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe
 from shoal.data import registry
+from shoal.data.conversations import chat_template_of, special_texts
 from shoal.data.prepare import SourceSpec, prepare
 from shoal.data.special import GENERATION, SpecialTokens, read_object, special_tokens
 from shoal.data.tokenize import check_vocabulary, load_tokenizer, tokenizer_key, train_tokenizer
@@ -113,14 +114,16 @@ def specs_of(recipe: Recipe) -> tuple[list[SourceSpec], list[SourceSpec]]:
 
 def _texts(spec: SourceSpec) -> Iterator[str]:
     for record in spec.records():
-        yield record.get("text") or " ".join(record.get("words", []))
+        said = (str(message.get("content", "")) for message in record.get("messages", ()))
+        yield record.get("text") or " ".join([*record.get("words", ()), *said])
 
 
-def _learned(task: Task, recipe: Recipe) -> dict[str, Any]:
+def _learned(task: Task, recipe: Recipe, *, tools: Tools) -> dict[str, Any]:
     """What the task learns from all parts of the data (token classification: its tags)."""
     trained, evaluated = specs_of(recipe)
     return task.learn(
-        itertools.chain.from_iterable(spec.records() for spec in (*trained, *evaluated))
+        itertools.chain.from_iterable(spec.records() for spec in (*trained, *evaluated)),
+        tools=tools,
     )
 
 
@@ -158,10 +161,11 @@ def prepare_inputs(
         )
         loaded = load_tokenizer(folder)
         special = special_tokens(loaded, folder)
-        key, tools = tokenizer_key(folder), Tools(loaded, special.closing)
+        key = tokenizer_key(folder)
+        tools = Tools(loaded, special.closing, chat_template_of(folder), special_texts(folder))
         vocabulary = loaded.get_vocab_size(with_added_tokens=True)
         _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
-    learned = _learned(task, recipe)
+    learned = _learned(task, recipe, tools=tools)
     for note in task.notes:
         say(note)
     _check_model_settings(recipe, task=task)

@@ -32,33 +32,49 @@ def continue_prompt(
             "    give the folder of a language model"
         )
     say("importing torch and transformers")
-    import torch
-
     from shoal.data.tokenize import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     say(f"reading {folder}")
     model = read_model(folder, auto_class="AutoModelForCausalLM")
     ids = tokenizer.encode(prompt).ids
-    room = _room(model.config, taken=len(ids))
-    ends = _end_tokens(folder, model.config)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 40}
+    tokens = min(tokens, room(model.config, taken=len(ids)))
+    ends = end_tokens(folder, model.config)
     say("generating")
+    made = generated(model, ids=ids, tokens=tokens, temperature=temperature, seed=seed, ends=ends)
+    return str(tokenizer.decode(made, skip_special_tokens=True))
+
+
+def generated(
+    model: Any,
+    *,
+    ids: list[int],
+    tokens: int,
+    temperature: float,
+    seed: int,
+    ends: list[int],
+    streamer: Any = None,
+) -> list[int]:
+    """Ids after `ids`: sampled of the 40 likeliest, or the likeliest at temperature 0."""
+    import torch
+
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 40}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = model.generate(
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=min(tokens, room),
+            max_new_tokens=tokens,
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else None,
             use_cache=True,
+            streamer=streamer,
             **(sampling if temperature > 0 else {"do_sample": False}),
         )
-    return str(tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True))
+    return [int(each) for each in output[0, len(ids) :]]
 
 
-def _room(config: Any, *, taken: int) -> int:
+def room(config: Any, *, taken: int) -> int:
     """Tokens that a prompt leaves of the model's positions. Raises UserError for none."""
     if not taken:
         raise UserError("the prompt is empty: give some text to go on from")
@@ -71,7 +87,7 @@ def _room(config: Any, *, taken: int) -> int:
     return positions - taken if isinstance(positions, int) else 1 << 30
 
 
-def _end_tokens(folder: Path, config: Any) -> list[int]:
+def end_tokens(folder: Path, config: Any) -> list[int]:
     """Ids at which an answer ends: as generation_config.json says, else config.json."""
     found = getattr(config, "eos_token_id", None)
     file = folder / "generation_config.json"

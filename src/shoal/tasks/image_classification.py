@@ -14,6 +14,7 @@ from shoal.fields import IGNORED, Field, Fields
 from shoal.tasks.baselines import Labelled, logistic_regression
 from shoal.tasks.scores import ClassMetrics
 from shoal.tasks.task import (
+    NO_TOOLS,
     Batch,
     Curve,
     Evaluated,
@@ -66,7 +67,7 @@ class ImageClassification(Task):
             "labels": Field("int64", (), fill=IGNORED),
         }
 
-    def learn(self, records: Iterable[Record]) -> dict[str, Any]:
+    def learn(self, records: Iterable[Record], *, tools: Tools = NO_TOOLS) -> dict[str, Any]:
         """`{"classes": [...], "shape": [C, H, W]}`. Raises DataError for images of two sizes."""
         classes: set[str] = set()
         shape: tuple[int, ...] | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -39,6 +39,13 @@ class Tools:
     tokenizer: Any = None
     end_token_id: int | None = None
     """What closes a document; None: nothing does."""
+    chat_template: tuple[str, str] | None = None
+    """The tokenizer's, and the file that has it."""
+    special_texts: dict[str, str] = field(default_factory=dict)
+    """Special tokens by name (eos_token), as chat templates read them."""
+
+
+NO_TOOLS = Tools()
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ class Task(ABC):
         """What a batch has, beside sample_ids and source_ids; what was learned may shape it."""
         return TOKENS
 
-    def learn(self, records: Iterable[Record]) -> dict[str, Any]:
+    def learn(self, records: Iterable[Record], *, tools: Tools = NO_TOOLS) -> dict[str, Any]:
         """What the task learns from all records once, remembered; JSON-able; `create` takes it."""
         return self.settings
 

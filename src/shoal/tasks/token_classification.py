@@ -15,6 +15,7 @@ from shoal.tasks.causal_lm import classify_tokens
 from shoal.tasks.scores import ClassMetrics
 from shoal.tasks.spans import as_bio2, is_reversed, precision_recall_f1, scheme_of, spans_of
 from shoal.tasks.task import (
+    NO_TOOLS,
     Batch,
     Curve,
     Named,
@@ -56,7 +57,7 @@ class TokenClassification(Task):
         self._tags: list[str] = list(self.settings.get("tags", []))
         self._reversed = bool(self.settings.get("reversed", False))
 
-    def learn(self, records: Iterable[Record]) -> dict[str, Any]:
+    def learn(self, records: Iterable[Record], *, tools: Tools = NO_TOOLS) -> dict[str, Any]:
         """`{"tags": [...]}`: every tag of the data in BIO2, sorted, O first. Remembered as well.
 
         `reversed` is among them where prefixes stand behind. `notes` say what was translated.

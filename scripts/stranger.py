@@ -25,13 +25,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 UV = Path(sys.executable).parent / "uv"
-TINY = """
-    model.hidden_size=32 model.intermediate_size=64 model.num_hidden_layers=2
-    model.max_position_embeddings=64 data.sequence_tokens=32 data.tokenizer.vocabulary_size=300
-    train.steps=12 train.evaluate_every_steps=6 checkpoint.every_steps=6 task.prompts=[]
-    train.schedule.warmup_steps=2 parallel.replicate=2 launch.tune=false precision.compute=float32
-    data.validation.source=held-out.json
-""".split()
+TINY = [
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_hidden_layers=2",
+    "model.max_position_embeddings=64",
+    "data.sequence_tokens=32",
+    "data.tokenizer.vocabulary_size=300",
+    "train.steps=12",
+    "train.evaluate_every_steps=6",
+    "checkpoint.every_steps=6",
+    "task.prompts=[]",
+    "train.schedule.warmup_steps=2",
+    "parallel.replicate=2",
+    "launch.tune=false",
+    "precision.compute=float32",
+    "data.validation.source=held-out.json",
+]
 PROMPT = "the red fox"
 # What a user of transformers would write; nothing of shoal is imported.
 OPENED = """
@@ -105,7 +115,7 @@ class Stranger:
 def texts(count: int, *, seed: int) -> list[str]:
     """Made-up sentences, each short enough for one row."""
     draw = random.Random(seed)
-    words = "the a red old quick fox boat river clock child finds paints follows hides".split()
+    words = ["the", "a", "red", "old", "quick", "fox", "boat", "river", "child", "finds", "hides"]
     return [" ".join(draw.choices(words, k=draw.randint(4, 14))) for _ in range(count)]
 
 
@@ -113,7 +123,7 @@ HELD_OUT = texts(20, seed=8)
 
 
 def write_files(home: Path) -> dict[str, Path]:
-    """The same texts as a list in JSON, a compressed table, and a folder of two files and a note."""
+    """The same texts as a list in JSON, a compressed table, and a folder of two files."""
     whole = texts(200, seed=7)
     (home / "held-out.json").write_text(json.dumps([{"text": text} for text in HELD_OUT]))
     (home / "tales.json").write_text(json.dumps([{"text": text} for text in whole]))

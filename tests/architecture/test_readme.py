@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import itertools
 import re
 import shlex
@@ -236,6 +237,9 @@ def workplace(
         path.write_text("\n\n\n".join(stories[: 60 if split == "train" else 5]), encoding="utf-8")
     rows = "".join(f'{{"title": "{n}", "body": "{story}"}}\n' for n, story in enumerate(stories))
     (tmp_path / "YOUR.jsonl").write_text(rows, encoding="utf-8")
+    (chat,) = blocks(START / "your-data.md", "json")
+    (tmp_path / "YOUR-CHATS.jsonl").write_text(chat * 60, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 and 3?\n"))
     (recipe,) = blocks(START / "your-data.md", "yaml")
     (tmp_path / "MINE.yaml").write_text(recipe, encoding="utf-8")
     random = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli.terminal import say
+from shoal.cli.terminal import say, show
 
 
 def chat(
@@ -24,16 +24,12 @@ def chat(
     the end of the input ends.
     """
     from shoal.observe.console import Console
-    from shoal.observe.visible import visible
     from shoal.serve.chat import Conversation
 
     with Console(out=sys.stderr) as console:
         console.phase("importing torch and transformers")
         talk = Conversation(model, system=system, seed=seed, say=console.phase)
     terminal = sys.stdin.isatty()
-
-    def show(piece: str) -> None:
-        print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
     while True:
         try:

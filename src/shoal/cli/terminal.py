@@ -16,6 +16,11 @@ def say(text: str, *, styled: bool = False) -> None:
     print(visible(text) if sys.stdout.isatty() and not styled else text, flush=True)
 
 
+def show(piece: str) -> None:
+    """A piece of a line that is still being written."""
+    print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+
+
 def tell(text: str) -> None:
     """Print to standard error, control characters spelt out."""
     print(visible(text), file=sys.stderr, flush=True)

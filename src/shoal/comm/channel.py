@@ -355,7 +355,7 @@ class _Line:
         return self._read()
 
     def _wait_for(self, what: int) -> None:
-        """Wait until the connection can take or has a message. Raises ChannelError if it is over."""
+        """Until the connection can take or has a message. Raises ChannelError if it is over."""
         self._poller.register(self._socket, what)
         while True:
             left = self._deadline - time.monotonic()

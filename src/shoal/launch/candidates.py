@@ -131,7 +131,7 @@ def best_of(rows: Sequence[Timed]) -> Timed:
 
 
 def best_micro_batch(rows: Sequence[Timed]) -> Timed:
-    """Of one setup's: the largest of those that are not told apart (fewer passes, the same work)."""
+    """Of one setup's: the largest of those that are not told apart: it has fewer passes."""
     limit = CLOSE * min(row.step_seconds for row in rows)
     return max((row for row in rows if row.step_seconds <= limit), key=lambda row: row.micro)
 

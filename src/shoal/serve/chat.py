@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import ModelError, UserError
+from shoal.errors import ModelError
 from shoal.serve.generate import end_tokens, generated, room
 from shoal.serve.reading import model_directory, read_model
 

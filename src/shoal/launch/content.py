@@ -82,7 +82,7 @@ def compare(
         )
         return []
     keys = [key for key, value in saved.content.items() if inputs.content.get(key) != value]
-    if json.dumps(saved.task_settings) != json.dumps(inputs.task_settings):
+    if saved.task_settings != json.loads(json.dumps(inputs.task_settings)):
         keys.append("classes")
     own = {"model": "model folder", "tokenizer": "tokenizer", "classes": "set of classes"}
     for key, name in own.items():

@@ -162,7 +162,13 @@ def prepare_inputs(
         loaded = load_tokenizer(folder)
         special = special_tokens(loaded, folder)
         key = tokenizer_key(folder)
-        tools = Tools(loaded, special.closing, chat_template_of(folder), special_texts(folder))
+        tools = Tools(
+            tokenizer=loaded,
+            end_token_id=special.closing,
+            chat_template=chat_template_of(folder),
+            special_texts=special_texts(folder),
+            sequence_tokens=recipe.data.sequence_tokens,
+        )
         vocabulary = loaded.get_vocab_size(with_added_tokens=True)
         _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
     learned = _learned(task, recipe, tools=tools)

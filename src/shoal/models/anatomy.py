@@ -273,11 +273,13 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
     # the same modules run in the same order: any difference beyond rounding is a missed transform
     if own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-4, atol=1e-5):
         return anatomy
-    warnings.warn(
-        f"{type(model).__name__}: its logits are more than head(hidden); shoal uses the model's "
-        "own logits, which takes more memory (the loss is not chunked)",
-        stacklevel=2,
-    )
+    pooled = "input_ids" in batch and own.dim() == 2  # one row of logits for a text is the plan
+    if not pooled:
+        warnings.warn(
+            f"{type(model).__name__}: its logits are more than head(hidden); shoal uses the "
+            "model's own logits, which takes more memory (the loss is not chunked)",
+            stacklevel=2,
+        )
     model.shoal_whole_logits = True  # type: ignore[assignment]
     return replace(anatomy, whole_logits=True)
 

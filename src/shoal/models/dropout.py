@@ -36,8 +36,8 @@ _GAMMA, _MIX_1, _MIX_2 = (
 class KeyedDropout(nn.Module):
     """Dropout with probability `p` (rounded to 1/65536) whose mask is a function of position.
 
-    Takes [B, T, D] and needs the forward's context (models/forward_context.py) to know which tokens
-    these are. Raises ModelError when it does not. `own_tokens`: where a strategy cuts hidden states
+    Takes [B, T, D], or [B, D] of pooled states, and needs the forward's context
+    (models/forward_context.py) to know which tokens these are. Raises ModelError when it does not. `own_tokens`: where a strategy cuts hidden states
     along the sequence inside a forward, what cuts their token indices [B, T] likewise.
     """
 
@@ -52,16 +52,18 @@ class KeyedDropout(nn.Module):
 
     @torch.compiler.disable  # the context changes from call to call; compiled code would keep one
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] -> the same shape, scaled by 1 / (1 - p) where kept. Raises ModelError."""
+        """[B, T, D] or [B, D] -> the same shape, kept ones / (1 - p). Raises ModelError."""
         if not self.training or not self._threshold:
             return hidden
         if self._threshold >= 65536:
             return hidden * 0.0
         context = get_forward_context()
         indices = context.token_indices
-        if self.own_tokens is not None and indices is not None:
+        if indices is not None and hidden.dim() == 2:  # one state of each row: its first token's
+            indices = indices[:, 0]
+        elif self.own_tokens is not None and indices is not None:
             indices = self.own_tokens(indices)
-        if indices is None or hidden.shape[:2] != indices.shape:
+        if indices is None or hidden.shape[:-1] != indices.shape:
             known = "unknown" if indices is None else f"of shape {tuple(indices.shape)}"
             raise ModelError(
                 f"{self.layer}: keyed dropout sees a tensor of shape {tuple(hidden.shape)}, but "
@@ -79,7 +81,7 @@ class KeyedDropout(nn.Module):
 
 @torch.no_grad()
 def keep_mask(indices: Tensor, *, num_features: int, key: int, threshold: int) -> Tensor:
-    """Which features of which tokens stay: bool [B, T, num_features] for `indices` int64 [B, T].
+    """Which features of which tokens stay: bool [..., num_features] for `indices` int64 [...].
 
     A feature is dropped when its 16 random bits, read as an unsigned number, are below `threshold`.
     """

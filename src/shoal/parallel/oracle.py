@@ -242,8 +242,8 @@ def _run(model: nn.Module, task: Task, batch: Batch) -> tuple[Output, Tensor]:
 
 
 def _real(batch: Batch, logits: Tensor) -> Tensor:
-    """Logits [N, V] of what is no padding."""
-    if "document_ids" not in batch:
+    """Logits [N, V] of what is no padding; [B, V] where a text has one row of them."""
+    if "document_ids" not in batch or logits.dim() == 2:
         return logits
     return logits[batch["document_ids"] >= 0]
 
@@ -271,13 +271,20 @@ def _padded(pair: _Pair, task: Task, rows: Batch) -> Iterator[tuple[float, str]]
 
 def documents_of(rows: Batch) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
     """Of each document of a batch of tokens: its row, its positions there, and it alone [1, T]."""
-    tokens = {name: each for name, each in rows.items() if each.dim() == 2}
     for row, ids in enumerate(rows["document_ids"]):
         for number in ids[ids >= 0].unique():
             places = torch.nonzero(ids == number)[:, 0]
-            alone = {name: each[row : row + 1, places] for name, each in tokens.items()}
+            alone = {
+                name: each[row : row + 1, places] if each.dim() == 2 else each[row : row + 1]
+                for name, each in rows.items()
+            }
             alone["document_ids"] = torch.zeros_like(alone["document_ids"])
             yield row, places, alone
+
+
+def _at(logits: Tensor, row: int, places: Tensor) -> Tensor:
+    """Logits of the document at `places` of a row; a text's only ones where they are pooled."""
+    return logits[row] if logits.dim() == 2 else logits[row, places]
 
 
 def _padding_seen(pair: _Pair, task: Task, rows: Batch) -> str | None:
@@ -286,7 +293,7 @@ def _padding_seen(pair: _Pair, task: Task, rows: Batch) -> str | None:
         return None
     together = pair.call(task, rows).logits
     for row, places, one in documents_of(rows):
-        apart = _apart(pair.call(task, one).logits[0], together[row, places])
+        apart = _apart(pair.call(task, one).logits[0], _at(together, row, places))
         if apart > pair.tolerance:
             return (
                 f"its own code sees padding ({apart:.1e} in transformers), so its loss depends on "
@@ -304,7 +311,7 @@ def _alone(pair: _Pair, task: Task, rows: Batch) -> list[str]:
     problems = []
     for row, places, one in documents_of(rows):
         _, alone = _run(ours, task, one)
-        if (apart := _apart(alone[0], together[row, places])) > pair.tolerance:
+        if (apart := _apart(alone[0], _at(together, row, places))) > pair.tolerance:
             problems.append(
                 f"a row gives other logits beside a longer one ({apart:.1e}): it sees padding"
             )
@@ -335,7 +342,7 @@ def _packed(pair: _Pair, task: Task) -> float:
         return float("inf")
     apart = 0.0
     for row, places, one in documents_of(rows):
-        apart = max(apart, _apart(logits[row, places], pair.call(task, one).logits[0]))
+        apart = max(apart, _apart(_at(logits, row, places), pair.call(task, one).logits[0]))
     return apart
 
 

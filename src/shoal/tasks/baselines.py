@@ -27,8 +27,8 @@ class Labelled:
 
 def logistic_regression(
     train: Labelled, *, scored: Labelled, num_classes: int, steps: int = 100
-) -> tuple[float, float]:
-    """(accuracy, mean loss in nats) of a linear classifier on `scored`, fitted on `train`.
+) -> tuple[float, float, float]:
+    """(accuracy, loss in nats, macro F1) of a linear classifier on `scored`, fitted on `train`.
 
     What scikit-learn's LogisticRegression does as it comes: the summed cross entropy and half the
     squared weights (not the biases), by at most `steps` steps of L-BFGS, from zero.
@@ -56,8 +56,27 @@ def logistic_regression(
     with torch.no_grad():
         logits = torch.from_numpy(scored.inputs) @ weight.T + bias
         answers = torch.from_numpy(scored.labels)
-        accuracy = (logits.argmax(dim=1) == answers).double().mean()
-        return float(accuracy), float(cross_entropy(logits, answers))
+        guesses = logits.argmax(dim=1)
+        accuracy = (guesses == answers).double().mean()
+        loss = float(cross_entropy(logits, answers))
+    return (
+        float(accuracy),
+        loss,
+        macro_f1(confusion_of(answers.numpy(), guesses.numpy(), num_classes)),
+    )
+
+
+def confusion_of(labels: NDArray[Any], guesses: NDArray[Any], size: int) -> NDArray[np.float64]:
+    """How often class i was taken for class j [size, size]."""
+    confusion = np.zeros((size, size))
+    np.add.at(confusion, (labels.astype(np.int64), guesses), 1)
+    return confusion
+
+
+def macro_f1(confusion: NDArray[np.float64]) -> float:
+    """F1 averaged over the classes that are anywhere."""
+    right, both = np.diag(confusion), confusion.sum(axis=0) + confusion.sum(axis=1)
+    return float((2 * right[both > 0] / both[both > 0]).mean())
 
 
 def unigram_nats(targets: NDArray[np.int64], *, train: NDArray[np.int64]) -> float:

@@ -162,7 +162,9 @@ class ImageClassification(Task):
             Labelled.of([(row["pixel_values"], int(row["labels"])) for row in rows], scale=255)
             for rows in (itertools.islice(data.training_rows(), _FITTED_ON), data.rows())
         )
-        accuracy, loss = logistic_regression(train, scored=scored, num_classes=len(self._classes))
+        accuracy, loss, _ = logistic_regression(
+            train, scored=scored, num_classes=len(self._classes)
+        )
         return {"logistic_regression_accuracy": accuracy, "logistic_regression_loss": loss}
 
     def words(self, before: Named | None, after: Named) -> list[str]:

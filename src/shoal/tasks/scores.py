@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from shoal.fields import IGNORED
+from shoal.tasks.baselines import confusion_of, macro_f1
 from shoal.tasks.task import Batch, Named, Scores, Vector, real_rows
 
 
@@ -54,7 +55,8 @@ class ClassMetrics:
         labels = np.asarray(batch["labels"])
         kept = real_rows(batch) & (labels != IGNORED)
         self._loss += float(np.asarray(scores.losses.double())[kept].sum())
-        np.add.at(self._confusion, (labels[kept], np.asarray(scores.predictions)[kept]), 1)
+        guesses = np.asarray(scores.predictions)[kept]
+        self._confusion += confusion_of(labels[kept], guesses, len(self._confusion))
 
     def vector(self) -> Vector:
         """[loss, confusion row by row]."""
@@ -67,11 +69,9 @@ class ClassMetrics:
         samples, right = confusion.sum(), np.diag(confusion)
         if not samples:
             return {"evaluation_loss": math.nan, "accuracy": math.nan, "evaluation_targets": 0.0}
-        both = confusion.sum(axis=0) + confusion.sum(axis=1)
-        f1 = 2 * right[both > 0] / both[both > 0]  # a class that is nowhere has no F1
         return {
             "evaluation_loss": float(sums[0] / samples),
             "accuracy": float(right.sum() / samples),
-            "macro_f1": float(f1.mean()),
+            "macro_f1": macro_f1(confusion),
             "evaluation_targets": float(samples),
         }

@@ -43,6 +43,8 @@ class Tools:
     """The tokenizer's, and the file that has it."""
     special_texts: dict[str, str] = field(default_factory=dict)
     """Special tokens by name (eos_token), as chat templates read them."""
+    sequence_tokens: int | None = None
+    """What a row of tokens is cut to."""
 
 
 NO_TOOLS = Tools()

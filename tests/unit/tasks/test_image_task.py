@@ -167,7 +167,7 @@ def test_the_baseline_is_at_the_optimum_of_scikit_learns_objective() -> None:
     inputs = random.normal(size=(200, 5)).astype(np.float32)
     labels = (inputs @ random.normal(size=(5, 3)) + 0.3).argmax(axis=1)
     train = Labelled(inputs, labels)
-    accuracy, loss = logistic_regression(train, scored=train, num_classes=3, steps=500)
+    accuracy, loss, _ = logistic_regression(train, scored=train, num_classes=3, steps=500)
     weight = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], lr=0.05)

@@ -107,6 +107,7 @@ def families_of(kind: str) -> list[str]:
     head = KINDS[kind].auto_class.removeprefix("AutoModelFor")
     heads = {
         "CausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "SequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "TokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         "ImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     }

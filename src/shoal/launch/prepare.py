@@ -91,6 +91,16 @@ def _tokenizer_folder(recipe: Recipe, *, model: Path | None, words: bool, say: S
     )
 
 
+def _tools(recipe: Recipe, tokenizer: Any, folder: Path, *, end: int | None) -> Tools:
+    return Tools(
+        tokenizer=tokenizer,
+        end_token_id=end,
+        chat_template=chat_template_of(folder),
+        special_texts=special_texts(folder),
+        sequence_tokens=recipe.data.sequence_tokens,
+    )
+
+
 def specs_of(recipe: Recipe) -> tuple[list[SourceSpec], list[SourceSpec]]:
     """What is trained on, and what is evaluated on where that is not a fraction of the same."""
     data = recipe.data
@@ -161,14 +171,7 @@ def prepare_inputs(
         )
         loaded = load_tokenizer(folder)
         special = special_tokens(loaded, folder)
-        key = tokenizer_key(folder)
-        tools = Tools(
-            tokenizer=loaded,
-            end_token_id=special.closing,
-            chat_template=chat_template_of(folder),
-            special_texts=special_texts(folder),
-            sequence_tokens=recipe.data.sequence_tokens,
-        )
+        key, tools = tokenizer_key(folder), _tools(recipe, loaded, folder, end=special.closing)
         vocabulary = loaded.get_vocab_size(with_added_tokens=True)
         _check_model_vocabulary(recipe, model=model, tokenizer=tools.tokenizer)
     learned = _learned(task, recipe, tools=tools)

@@ -37,8 +37,9 @@ class KeyedDropout(nn.Module):
     """Dropout with probability `p` (rounded to 1/65536) whose mask is a function of position.
 
     Takes [B, T, D], or [B, D] of pooled states, and needs the forward's context
-    (models/forward_context.py) to know which tokens these are. Raises ModelError when it does not. `own_tokens`: where a strategy cuts hidden states
-    along the sequence inside a forward, what cuts their token indices [B, T] likewise.
+    (models/forward_context.py) to know which tokens these are. Raises ModelError when it does not.
+    `own_tokens`: where a strategy cuts hidden states along the sequence inside a forward, what cuts
+    their token indices [B, T] likewise.
     """
 
     own_tokens: Callable[[Tensor], Tensor] | None = None
@@ -52,7 +53,7 @@ class KeyedDropout(nn.Module):
 
     @torch.compiler.disable  # the context changes from call to call; compiled code would keep one
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] or [B, D] -> the same shape, kept ones / (1 - p). Raises ModelError."""
+        """[B, T, D] or [B, D] -> the same shape, scaled by 1 / (1 - p) where kept; ModelError."""
         if not self.training or not self._threshold:
             return hidden
         if self._threshold >= 65536:

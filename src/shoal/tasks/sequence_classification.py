@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,8 +72,11 @@ class SequenceClassification(Task):
         """A row of tokens, and one label for it: a class, or a float32 for one output."""
         one = self._objective != "classes"
         label = Field("float32" if one else "int64", (), fill=IGNORED)
+        # a decoder's head reads the last token that is not the padding token
+        ids = replace(TOKENS["input_ids"], fill=self.settings.get("pad", 0))
         return {
             **{name: field for name, field in TOKENS.items() if name != "labels"},
+            "input_ids": ids,
             "labels": label,
         }
 
@@ -97,6 +101,7 @@ class SequenceClassification(Task):
             "objective": self._objective,
             "classes": self._classes,
             "label_field": self._field,
+            **_padding(tools),
         }
         said = f"{len(found)} classes: {', '.join(self._classes[:10])}" if found else "numbers"
         self.notes = [f"labels from the column {self._field!r}, {said}"]
@@ -271,6 +276,13 @@ class NumberMetrics:
             "r2": 1 - squares / variance if variance > 0 else math.nan,
             "evaluation_targets": count,
         }
+
+
+def _padding(tools: Tools) -> dict[str, int]:
+    """The id of the padding token, where the tokenizer has one."""
+    text = tools.special_texts.get("pad_token")
+    found = None if text is None else tools.tokenizer.token_to_id(text)
+    return {} if found is None else {"pad": found}
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from shoal.observe.events import read_lines
 
 SHOAL = Path(sys.executable).parent / "shoal"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
-ROUNDS, STEPS = 3, 6
+ROUNDS, STEPS = 5, 6
 WITHIN = 1.05
 SHORT = ["train.evaluate_every_steps=0", "checkpoint.every_steps=0", "task.prompts=[]"]
 

@@ -34,7 +34,8 @@ Written by `scripts/recipe_reference.py` from the schema. A recipe is a YAML fil
 below; what is left out has its default. Any key can be set on the command line with dots between
 sections (`train.optimizer.learning_rate=3e-4`), where `null` takes a value away. An unknown key is
 an error. Where a section has a `kind`, the other keys depend on it, and a section without one keeps
-the kind in force. `shoal config show RECIPE` prints a recipe with every default filled in,
+the kind in force; an override of a `kind` keeps the keys that the recipe writes beside it.
+`shoal config show RECIPE` prints a recipe with every default filled in,
 `shoal config schema` the JSON schema for editors.
 """
 

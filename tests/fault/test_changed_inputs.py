@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from shoal.checkpoint.manifest import Manifest
+from shoal.cli import api
 from shoal.cli.main import main
 from shoal.errors import ConfigError, RunError
 from shoal.launch import local
@@ -69,15 +70,21 @@ def test_the_way_that_begins_a_new_run_is_one(
         main(shlex.split(merge)[1:])
     assert ended.value.code == 0
     _, _, recipe, *overrides = shlex.split(train)
+    kept = {"temperature": 0.6, "top_p": 0.9, "do_sample": True}  # as published models have them
+    (tmp_path / "MODEL" / "generation_config.json").write_text(json.dumps(kept))
     new = local.train(
         recipe,
-        [*overrides, "train.stop_after_steps=2"],
+        [*overrides, "train.steps=2", "train.stop_after_steps=null"],
         out=tmp_path / "new",
         pool=bench.pool,
         console=False,
     )
     # it begins where the other was: far below the 5.7 of random weights
     assert Run(new.run).losses[0] < run.losses[0] - 0.2
+    api.merge(new.run, tmp_path / "again")
+    for folder in (new.run / "model", tmp_path / "again"):
+        written = json.loads((folder / "generation_config.json").read_text())
+        assert written.items() >= kept.items()
 
 
 def test_data_that_has_changed_keeps_tokenizer_and_model(

@@ -133,6 +133,7 @@ TAILS = [
     b'{"step": 8, "lo',
     b"\x00\x00\x00\x00",
     b"[" * 100_000 + b"\n",
+    b'{}\n{"loss": 1.0}\n{"step": 3, "loss": "x"}\n{"step": 3, "evaluation_loss": []}\n',
 ]
 
 

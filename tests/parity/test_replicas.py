@@ -26,7 +26,7 @@ class Replicas(NamedTuple):
 TWO_PROCESSES, TWO_THREADS = Replicas(2, "processes"), Replicas(2, "threads")
 FOUR_PROCESSES, FOUR_THREADS = Replicas(4, "processes"), Replicas(4, "threads")
 ALL = (TWO_PROCESSES, TWO_THREADS, FOUR_PROCESSES, FOUR_THREADS)
-MUON = ("train.optimizer={kind: muon, learning_rate: 0.02, adamw_learning_rate: 3.0e-3}",)
+MUON = ("train.optimizer={kind: muon}",)
 PADDED = ("data.packing=false",)
 GPT2 = (
     "model={kind: config, architecture: gpt2, n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64,"
@@ -62,11 +62,11 @@ def test_accumulation_inside_replicas_does_not_move_the_curve(bench: Bench, size
 
 @pytest.mark.parametrize("replicas", [TWO_PROCESSES, FOUR_THREADS], ids=str)
 def test_muon_in_any_layout(bench: Bench, replicas: Replicas) -> None:
-    """torch.optim.Muon orthogonalises in bfloat16: a last-place difference of a gradient can turn
-    over a rounding of 2^-9, a thousand times larger than float32's. Hence ten times the promise
-    (measured: 2e-5); exact mode gives the same bits for it (test_exact)."""
+    """By its defaults. Orthogonalised in bfloat16, as by torch.optim.Muon, a last-place difference
+    of a gradient turns over roundings of 2^-9, which gives 1e-5 here and up to 5e-5 elsewhere;
+    in float32 it is 2e-7."""
     change = (*SHORT, *MUON)
-    assert_same_curve(bench.run(*replicas.overrides, *change), bench.run(*change), curve=10 * CURVE)
+    assert_same_curve(bench.run(*replicas.overrides, *change), bench.run(*change), curve=1e-6)
 
 
 @pytest.mark.parametrize("replicas", [TWO_PROCESSES, FOUR_THREADS], ids=str)

@@ -38,17 +38,21 @@ def with_kinds(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def with_fine_tuning(tree: dict[str, Any]) -> dict[str, Any]:
-    """`tree` with the defaults of fine-tuning where it begins with weights; changed in place."""
+def with_fine_tuning(tree: dict[str, Any]) -> list[tuple[str, str]]:
+    """Fill in the defaults of fine-tuning where `tree` begins with weights.
+
+    Returns what was filled in: (section of train, key).
+    """
     train = tree.get("train")
     if not is_pretrained(tree) or not isinstance(train, dict):
-        return tree
+        return []
+    filled = []
     optimizer = train.setdefault("optimizer", {"kind": "adamw"})
     if isinstance(optimizer, dict) and optimizer.get("kind") == "adamw":
-        train["optimizer"] = optimizer | {
-            k: v for k, v in FINE_TUNING.items() if k not in optimizer
-        }
+        filled = [("optimizer", key) for key in FINE_TUNING if key not in optimizer]
+        train["optimizer"] = FINE_TUNING | optimizer
     schedule = train.setdefault("schedule", {"kind": "cosine"})
     if isinstance(schedule, dict) and not {"warmup_steps", "warmup_fraction"} & schedule.keys():
         schedule["warmup_fraction"] = FINE_TUNING_WARMUP
-    return tree
+        filled.append(("schedule", "warmup_fraction"))
+    return filled

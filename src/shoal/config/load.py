@@ -127,13 +127,16 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 def recipe_from(tree: Mapping[str, Any], *, source: str) -> Recipe:
     """The recipe that `tree` describes. Raises ConfigError with every problem found."""
-    tree = with_fine_tuning(with_kinds(copy.deepcopy(dict(tree))))
+    tree = with_kinds(copy.deepcopy(dict(tree)))
+    filled = with_fine_tuning(tree)
     if tree.get("parallel") == "auto":
         tree["parallel"] = {"auto": True}
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(problems_of(error), source=source) from None
+    for section, key in filled:  # nobody wrote it: with another kind or model it is another
+        getattr(recipe.train, section).model_fields_set.discard(key)
     pretrained = isinstance(recipe.model, PretrainedModel)
     if pretrained and recipe.data.tokenizer.kind == "train" and has_tokens(recipe.task):
         what = "a tokenizer of its own does not fit the embeddings of a pretrained model"

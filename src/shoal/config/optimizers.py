@@ -17,7 +17,7 @@ class AdamW(Section):
     learning_rate: Rate = 1e-3
     """At the schedule's peak; with pretrained weights the default is 2e-5."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Of matrices and embeddings; norms and biases have none. With pretrained weights 0.01."""
+    """Of matrices; norms, biases and embeddings have none. With pretrained weights 0.01."""
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.95
@@ -27,13 +27,14 @@ class AdamW(Section):
 
 
 class Muon(Section):
-    """Orthogonalised momentum for matrices; AdamW for the rest (torch.optim.Muon)."""
+    """Orthogonalised momentum for matrices, AdamW for the rest
+    (https://kellerjordan.github.io/posts/muon/)."""
 
     kind: Literal["muon"] = "muon"
     learning_rate: Rate = 0.02
     """For matrices of the blocks."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Of matrices and embeddings; norms and biases have none."""
+    """Of matrices; norms, biases and embeddings have none."""
     momentum: Fraction = 0.95
     """Of the matrices."""
     adamw_learning_rate: Rate = 1e-3
@@ -106,7 +107,7 @@ class SGD(Section):
     learning_rate: Rate = 1.0e-1
     """At the schedule's peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Of matrices and embeddings; norms and biases have none."""
+    """Of matrices; norms, biases and embeddings have none."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """0: none."""
 

@@ -87,13 +87,17 @@ def _schedule(recipe: Recipe) -> str:
 
 _HIGH = 25
 """Times the default of fine-tuning: from here a rate looks like one for random weights."""
+_FAR = 5
+"""Times a kind's default, or a fraction: such a rate may have been written for another kind."""
 
 
 def _usual(recipe: Recipe) -> str:
-    """With weights that exist: whether the rate is the default, or high for them."""
+    """Whether the rate is usual for weights that exist, or looks like one of another kind."""
     optimizer, usual = recipe.train.optimizer, FINE_TUNING["learning_rate"]
     if not isinstance(recipe.model, PretrainedModel) or not isinstance(optimizer, AdamW):
-        return ""
+        default = type(optimizer).model_fields["learning_rate"].default
+        near = default / _FAR < optimizer.learning_rate < default * _FAR
+        return "" if near else f" ({optimizer.kind}'s default is {default:g})"
     if optimizer.learning_rate == usual:
         return " (the default with pretrained weights)"
     high = optimizer.learning_rate >= _HIGH * usual
@@ -111,7 +115,7 @@ def _tokenizer(recipe: Recipe) -> str:
 
 def _optimizer(recipe: Recipe) -> str:
     optimizer, limit = recipe.train.optimizer, recipe.train.max_gradient_norm
-    kind = "adamw"
+    kind: str = optimizer.kind
     if isinstance(optimizer, Muon):
         kind = (
             f"muon for matrices of the blocks, adamw (peak {optimizer.adamw_learning_rate:g}) else"

@@ -18,7 +18,7 @@ import xxhash
 from shoal.data import sources as origin
 from shoal.data.columns import content_hash
 from shoal.data.pack import Part, Shape
-from shoal.data.storage import appearing, damage
+from shoal.data.storage import UNREADABLE, appearing, damage
 from shoal.data.write import EncodedSamples, Sample, write_parts
 from shoal.errors import DataError
 from shoal.fields import TOKENS, Fields
@@ -297,7 +297,7 @@ def _damage(folder: Path, *, progress: Progress = lambda phase, done: None) -> s
         if size > _TOLD_BYTES:
             progress(f"checking {format_bytes(size)} of prepared data", 0.0)
         return damage(folder, about, hashed=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return f"{folder / _DESCRIPTION}: cannot be read: {error!r}"
 
 
@@ -305,7 +305,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         wrong = damage(folder, about, hashed=False)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{folder}: expected prepared data with a {_DESCRIPTION}, got {error!r}; prepare it "
             f"again by running the recipe"

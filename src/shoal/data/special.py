@@ -80,7 +80,8 @@ def _named(tokenizer: Tokenizer, folder: Path) -> Iterator[tuple[str, list[int],
         yield kind, [token], "tokenizer_config.json"
     for file in (GENERATION, "config.json"):
         content = read_object(folder / file)
-        content = {**content, **(content.get("text_config") or {})}
+        text = content.get("text_config")
+        content = {**content, **(text if isinstance(text, dict) else {})}
         for kind in _KINDS:
             value = content.get(f"{kind}_token_id")
             ids = value if isinstance(value, list) else [value]

@@ -18,6 +18,8 @@ from shoal.errors import UserError
 from shoal.untrusted import is_plain_name
 
 _ABANDONED_SECONDS = 6 * 3600.0
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading damaged JSON, and looking into it, raises."""
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def noted_damage(folder: Path, *, notes: str, hashed: bool = True) -> str | None
     try:
         about = json.loads((folder / notes).read_text(encoding="utf-8"))
         return damage(folder, about, hashed=hashed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return f"{folder / notes}: cannot be read ({error!r})"
 
 

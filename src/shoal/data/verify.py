@@ -14,8 +14,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +26,27 @@ from shoal.errors import RunError
 
 Ints = npt.NDArray[np.int64]
 FILE = "samples.jsonl"
+_MOST_MISSING = 1_000_000
+"""Steps in a row without a row of theirs; beyond, it is the row that is wrong."""
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+
+
+@dataclass
+class _Header:
+    sources: dict[str, Annotated[int, msgspec.Meta(ge=1)]]
+
+
+@dataclass
+class _Read:
+    samples: _Count
+    hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+
+
+@dataclass
+class _Step:
+    step: _Count
+    ids: dict[str, list[_Count]]
+    read: _Read | None
 
 
 def digest(*, source_ids: npt.ArrayLike, sample_ids: npt.ArrayLike) -> Ints:
@@ -118,8 +140,11 @@ def _committed(path: Path, *, report: Report) -> tuple[dict[str, int], list[dict
     for line in lines:
         try:
             row = json.loads(line)
-            known = "sources" in row or {"step", "ids", "read"} <= row.keys()
-        except (ValueError, AttributeError, TypeError):
+            msgspec.convert(row, type=_Header if "sources" in row else _Step)
+            known = "sources" in row or (
+                row["ids"].keys() <= sources.keys() and row["step"] - len(rows) <= _MOST_MISSING
+            )
+        except (ValueError, TypeError, RecursionError):
             known = False
         if not known:
             report.num_unreadable_rows += 1

@@ -83,7 +83,9 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
             policy=policy,
             scale=loss_scale,
         ),
-        update=_update(job, replica, state=state, policy=policy, steps=steps, scale=loss_scale),
+        update=_update(
+            job, replica, state=state, policy=policy, steps=steps, scale=loss_scale, dtype=dtype
+        ),
         store=Store(job.run / "checkpoints"),
         watch=Watch(recipe.train, keep_best=recipe.checkpoint.keep_best, alone=policy.alone),
         stream=stream,
@@ -146,6 +148,7 @@ def _update(
     policy: Policy,
     steps: int,
     scale: LossScale | None,
+    dtype: torch.dtype,
 ) -> Update:
     train = job.recipe.train
     return Update(
@@ -157,6 +160,7 @@ def _update(
         steps=steps,
         max_gradient_norm=train.max_gradient_norm,
         loss_scale=scale,
+        compute=dtype,
     )
 
 

@@ -1,4 +1,4 @@
-"""A lone worker that holds a recipe's model against transformers (parallel/oracle.py)."""
+"""A lone worker that knows transformers: a recipe's keys, and its model (parallel/oracle.py)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from shoal.config.recipe import Recipe
+from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.build import model_settings
 from shoal.engine.job import Inputs
 from shoal.engine.worker import report_failure
+from shoal.models.huggingface import refuse_unknown
 from shoal.observe.events import Report
 from shoal.parallel.oracle import Verdict, examine
 from shoal.runtime import WorkerInfo, start_worker
@@ -19,16 +20,24 @@ from shoal.tasks.kinds import create
 
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
-    """Entry point of a worker that reports what `verdict_of` finds."""
+    """Entry point of a worker that reports what `check_keys` and `verdict_of` (with inputs) say."""
     report = Report(descriptor)
     try:
         start_worker(WorkerInfo(0, 1, torch.device("cpu"), payload["threads"]), seed=0)
         recipe = Recipe.model_validate(payload["recipe"])
-        verdict = verdict_of(recipe, inputs=Inputs.from_json(payload["inputs"]))
-        report.say("measured", **verdict.to_json())
+        check_keys(recipe)
+        inputs = payload["inputs"]
+        found = verdict_of(recipe, inputs=Inputs.from_json(inputs)).to_json() if inputs else {}
+        report.say("measured", **found)
     except BaseException as error:
         return report_failure(error, report=report, rank=0)
     return 0
+
+
+def check_keys(recipe: Recipe) -> None:
+    """Raise ModelError for an architecture, or keys of it, that transformers does not know."""
+    if isinstance(recipe.model, ConfiguredModel):
+        refuse_unknown(recipe.model.architecture, recipe.model.settings)
 
 
 def verdict_of(recipe: Recipe, *, inputs: Inputs) -> Verdict:

@@ -41,7 +41,7 @@ class RunLog:
         step = last["progress"]["step"] if step is None else step
         self.close()
         anew = step == 0 and not last  # else the evaluation before the first step stands
-        dropped = cut_after(run / "metrics.jsonl", step=-1 if anew else step)
+        dropped = cut_after(run / "metrics.jsonl", step=-1 if anew else step, metrics=True)
         cut_after(run / FILE, step=step - 1)  # counts from 0
         first = self._trackers is None
         self._trackers = _trackers(self._job) if self._trackers is None else self._trackers

@@ -1,4 +1,4 @@
-"""torch's optimizers over what a rank owns of the flat state; their states are views of it."""
+"""Optimizers over what a rank owns of the flat state; their states are views of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shoal.comm.flat import Span
 from shoal.config.optimizers import SGD, AdamW, Muon, OptimizerSection
+from shoal.engine import muon
 from shoal.engine.state import FlatState
 
 
@@ -23,9 +24,12 @@ class Owned:
 
 
 def build_optimizers(
-    state: FlatState, owned: Span, settings: OptimizerSection
+    state: FlatState, owned: Span, settings: OptimizerSection, *, compute: torch.dtype
 ) -> tuple[list[Owned], list[torch.optim.Optimizer]]:
-    """The optimizers over `owned`, and what they step: one parameter per region, or per matrix."""
+    """The optimizers over `owned`, and what they step: one parameter per region, or per matrix.
+
+    `compute`: of the run's matrix products.
+    """
     groups: list[dict[str, Any]] = []
     flat: list[Owned] = []
     rate = settings.adamw_learning_rate if isinstance(settings, Muon) else settings.learning_rate
@@ -45,7 +49,7 @@ def build_optimizers(
     matrices = _matrices(state, owned) if isinstance(settings, Muon) else []
     if matrices:
         assert isinstance(settings, Muon), "only Muon has matrices of its own"
-        optimizers.append(_muon(state, matrices, settings))
+        optimizers.append(_muon(state, matrices, settings, compute=compute))
     return [*flat, *matrices], optimizers
 
 
@@ -94,13 +98,16 @@ def _matrices(state: FlatState, owned: Span) -> list[Owned]:
     return found
 
 
-def _muon(state: FlatState, matrices: list[Owned], settings: Muon) -> torch.optim.Optimizer:
-    muon = torch.optim.Muon(
+def _muon(
+    state: FlatState, matrices: list[Owned], settings: Muon, *, compute: torch.dtype
+) -> torch.optim.Optimizer:
+    made = muon.Muon(
         [{"params": [each.parameter for each in matrices], "peak_rate": settings.learning_rate}],
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
+        dtype=compute if compute == torch.bfloat16 else state.values.dtype,
     )
     for each in matrices:
-        muon.state[each.parameter] = {"momentum_buffer": _part(state, "momentum_buffer", each)}
-    return muon
+        made.state[each.parameter] = {"momentum_buffer": _part(state, "momentum_buffer", each)}
+    return made

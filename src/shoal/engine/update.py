@@ -47,10 +47,12 @@ class Update:
         max_gradient_norm: float | None,
         cut_norm: Callable[[Mapping[str, Tensor]], float] | None = None,
         loss_scale: LossScale | None = None,
+        compute: torch.dtype = torch.float32,
     ) -> None:
         """`cut_norm`: gives the norm of gradients by name where each rank has a part of a replica.
 
-        `loss_scale`: by what the gradients were multiplied; changed after each step.
+        `loss_scale`: by what the gradients were multiplied; changed after each step. `compute`: of
+        the run's matrix products.
         """
         self._loss_scale = loss_scale
         self._state, self._policy, self._cut_norm = state, policy, cut_norm
@@ -58,7 +60,7 @@ class Update:
         self._limit = max_gradient_norm
         self._settings = optimizer
         owned = policy.owned(state.layout, numel=state.trainable_numel)
-        self._owned, self._optimizers = build_optimizers(state, owned, optimizer)
+        self._owned, self._optimizers = build_optimizers(state, owned, optimizer, compute=compute)
         self.on_reduced: Callable[[int, Reduced, float], None] = lambda step, reduced, norm: None
         """Called with the number of the step, the summed gradients before clipping, their norm."""
         self.step = 0

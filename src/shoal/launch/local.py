@@ -23,7 +23,7 @@ from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.choose import check_decision, choose
 from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run, write_whole
-from shoal.launch.examined import refuse_wrong_model
+from shoal.launch.examined import keys_are_known, refuse_wrong_model
 from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.opening import say_opening
@@ -83,7 +83,7 @@ def train(
     show = _console(resolved, wanted=console)
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
         show.phase(f"run directory {run}; preparing the data")
-        inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
+        inputs = _prepared(resolved, pool=workers, console=show)
         wait_for_imports(workers, console=show)
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
@@ -110,7 +110,7 @@ def dry_run(
     resolved = _resolved(recipe, overrides)
     with pool_or_own(pool) as workers, Console() as show:
         show.phase("preparing the data")
-        inputs = prepare_inputs(resolved, say=show.phase, progress=show.progress)
+        inputs = _prepared(resolved, pool=workers, console=show)
         show.phase("choosing workers and micro batch")
         decision = choose(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show)
@@ -122,7 +122,7 @@ def plan_here(
 ) -> Decision:
     """What a start on this machine would choose; nothing is trained or written but the cache."""
     resolved = _resolved(recipe, overrides)
-    inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
+    inputs = _prepared(resolved, pool=pool, console=console)
     return choose(resolved, inputs=inputs, pool=pool, console=console)
 
 
@@ -132,6 +132,18 @@ def _resolved(recipe: AnyRecipe, overrides: Overrides) -> Recipe:
     check(resolved)
     check_trackers(resolved.observe)
     return resolved
+
+
+def _prepared(recipe: Recipe, *, pool: WorkerPool, console: Console) -> Inputs:
+    """The inputs; a misspelt key of the model ends their preparation as soon as it can be told."""
+    known = False
+
+    def progress(phase: str, done: float) -> None:
+        nonlocal known
+        known = known or keys_are_known(recipe, pool=pool, console=console)
+        console.progress(phase, done)
+
+    return prepare_inputs(recipe, say=console.phase, progress=progress)
 
 
 def _open(recipe: Recipe, inputs: Inputs, decision: Decision, *, console: Console) -> None:

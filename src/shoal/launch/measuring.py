@@ -15,9 +15,16 @@ def wait_for_imports(pool: WorkerPool, *, console: Console) -> None:
     """Until the fork server can start workers at once; says so where that is still to come."""
     if pool.ready_seconds is None:
         console.phase("importing torch and transformers, for all workers")
-    while pool.ready_seconds is None:
-        for _ in pool.events(timeout_seconds=1.0):
+    while not is_ready(pool, wait_seconds=1.0):
+        pass
+
+
+def is_ready(pool: WorkerPool, *, wait_seconds: float = 0.0) -> bool:
+    """Whether the fork server can start workers, after at most `wait_seconds`. No worker runs."""
+    if pool.ready_seconds is None:
+        for _ in pool.events(timeout_seconds=wait_seconds):
             pass
+    return pool.ready_seconds is not None
 
 
 def measuring_job(

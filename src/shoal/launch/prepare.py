@@ -143,11 +143,12 @@ def prepare_inputs(
     say: Say,
     progress: Progress = lambda phase, done: None,
     tokenizer: Path | None = None,
+    scored: bool = False,
 ) -> Inputs:
     """Fetch, tokenize and pack; everything is cached, so a second call only looks.
 
     `say` hears of each phase once, `progress` how far it is, 0 to 1. `tokenizer`: a folder to take
-    instead of what the recipe says.
+    instead of what the recipe says. `scored`: the model is not trained, so its labels stand.
     Raises ConfigError, DataError, ModelError and FetchError.
     """
     task = create(recipe.task.kind, options=recipe.task)
@@ -177,6 +178,9 @@ def prepare_inputs(
     learned = _learned(task, recipe, tools=tools)
     for note in task.notes:
         say(note)
+    if model is not None:
+        learned = task.named_by(read_object(model / "config.json"), scored=scored)
+        task = create(recipe.task.kind, settings=learned, options=recipe.task)
     _check_model_settings(recipe, task=task)
     phases: set[str] = set()
 

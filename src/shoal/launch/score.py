@@ -13,9 +13,9 @@ from shoal.engine.decision import Decision
 from shoal.engine.job import Job
 from shoal.environment import usable_cores
 from shoal.errors import WorkerError
+from shoal.launch.examined import refuse_wrong_model
 from shoal.launch.local import AnyRecipe, Overrides
-from shoal.launch.measuring import wait_for_imports
-from shoal.launch.pool import WorkerPool
+from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.launch.prepare import prepare_inputs
 from shoal.launch.supervise import run_workers
 from shoal.layout import Layout
@@ -24,10 +24,16 @@ from shoal.serve.reading import model_directory
 
 
 def score(
-    model: Path, *, recipe: AnyRecipe, overrides: Overrides, console: Console
+    model: Path,
+    *,
+    recipe: AnyRecipe,
+    overrides: Overrides,
+    console: Console,
+    pool: WorkerPool | None = None,
 ) -> dict[str, Any]:
     """The task's metrics of `model` (a run or a model folder) on the recipe's validation part.
 
+    By the ids that the model gives its labels: raises DataError for one that it does not know.
     Raises the errors of reading the model, the recipe and its data.
     """
     folder = model_directory(model)
@@ -35,9 +41,10 @@ def score(
     tree["model"] = {"kind": "pretrained", "path": str(folder), "dropout": "off"}
     tree["data"]["tokenizer"] = {"kind": "model"}
     resolved = Recipe.model_validate(tree)
-    with WorkerPool() as pool, tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
-        inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
-        wait_for_imports(pool, console=console)
+    with pool_or_own(pool) as workers, tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
+        say, progress = console.phase, console.progress
+        inputs = prepare_inputs(resolved, say=say, progress=progress, scored=True)
+        refuse_wrong_model(resolved, inputs=inputs, pool=workers, console=console)
         console.phase(f"scoring {folder} on {inputs.validation_samples:,} samples at most")
         decision = Decision(
             Layout(),
@@ -49,7 +56,7 @@ def score(
         )
         out = Path(scratch) / "scores.json"
         job = Job(resolved, Path(scratch), inputs, decision, score=str(out))
-        run_workers(job, pool=pool, console=console)
+        run_workers(job, pool=workers, console=console)
         if not out.is_file():
             raise WorkerError("the scoring worker ended without scores")
         scores: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from shoal.config.load import load_recipe
 from shoal.config.locked import Difference
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
-from shoal.engine.examine import verdict_of
+from shoal.engine.examine import check_keys, verdict_of
 from shoal.engine.job import Inputs, Job
 from shoal.engine.measure import measured_formats
 from shoal.engine.membership.agree import check_same_program
@@ -79,6 +79,7 @@ def join(
     name = Path(recipe).stem
 
     def prepare(console: Console, cores: int) -> _Prepared:
+        check_keys(resolved)
         run = claim(out, name=name)
         console.phase(f"run directory {run}")
         inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)

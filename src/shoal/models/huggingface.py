@@ -7,7 +7,7 @@ import copy
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
         raise ModelError(f"{file}: expected a JSON object of settings\n    fetch the model again")
     if not isinstance(content.get("model_type"), str):
         raise ModelError(f"{file}: it names no model_type\n    add it, for example llama")
-    _refuse_unknown(content["model_type"], settings)
+    refuse_unknown(content["model_type"], settings)
     config = _guarded(
         lambda: AutoConfig.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True, **settings
@@ -277,7 +277,7 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
 def _from_settings(architecture: str, settings: dict[str, Any], vocabulary: int | None) -> Any:
     from transformers import CONFIG_MAPPING
 
-    _refuse_unknown(architecture, settings)
+    refuse_unknown(architecture, settings)
     if vocabulary is not None:
         settings.setdefault("vocab_size", vocabulary)
     # the default special tokens are those of the published model, whose vocabulary is not this one
@@ -290,7 +290,8 @@ def _from_settings(architecture: str, settings: dict[str, Any], vocabulary: int 
     return _guarded(lambda: CONFIG_MAPPING[architecture](**settings), where="model")
 
 
-def _refuse_unknown(architecture: str, settings: Mapping[str, Any]) -> None:
+def refuse_unknown(architecture: str, settings: Iterable[str]) -> None:
+    """Raise ModelError for a model type, or keys of its configuration, that nobody knows."""
     from transformers import CONFIG_MAPPING
 
     if architecture not in CONFIG_MAPPING:

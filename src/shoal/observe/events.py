@@ -121,6 +121,12 @@ class Tee(Sink):
             sink.close()
 
 
+def _is_metrics(row: Row) -> bool:
+    """Of a step, its losses numbers or None."""
+    losses = (row.get("loss"), row.get("evaluation_loss"))
+    return "step" in row and all(isinstance(each, int | float | None) for each in losses)
+
+
 def read_lines(path: Path) -> list[Row]:
     """The objects of a JSON-lines file; lines that are none are left out, as a crash leaves them.
 
@@ -137,10 +143,15 @@ def read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def cut_after(path: Path, *, step: int) -> int:
-    """Drop the rows of steps after `step` (they are about to be done again); returns how many."""
+def cut_after(path: Path, *, step: int, metrics: bool = False) -> int:
+    """Drop the rows of steps after `step` (they are about to be done again); returns how many.
+
+    `metrics`: what can be no row of metrics.jsonl goes as well.
+    """
     rows = read_lines(path)
     kept = [row for row in rows if row.get("step", -1) <= step]
+    if metrics:
+        kept = [row for row in kept if _is_metrics(row)]
     text = "".join(json.dumps(row) + "\n" for row in kept)
     if not path.is_file() or path.read_bytes() != text.encode():
         beside = path.with_suffix(f".cut-{time.monotonic_ns()}")

@@ -6,6 +6,7 @@ Whether they can be written to is checked before workers start (launch/refuse.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ _COMPARED = ("train/loss", "eval/loss")
 """What runs are compared by beside their hyperparameters."""
 _ID = "wandb-id"
 """File of a run directory with the id that W&B knows the run by."""
+_IDS = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def scalars(row: Row) -> dict[str, float]:
@@ -85,7 +87,8 @@ class WandB(Sink):
 
         chosen = settings if isinstance(settings, Settings) else Settings()
         kept = run / _ID
-        known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
+        known = kept.read_text(encoding="utf-8", errors="replace") if kept.is_file() else ""
+        known = known.strip() if _IDS.fullmatch(known.strip()) else ""  # damaged: a new one
         try:
             self._run = wandb.init(
                 project=chosen.project,

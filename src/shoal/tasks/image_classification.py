@@ -46,6 +46,7 @@ class ImageClassification(Task):
     kind = "image-classification"
     auto_class = "AutoModelForImageClassification"
     needs_tokenizer = False
+    labels = "classes"
     target_name = "images"
     own_data = "YOUR-FOLDER model.image_size=null model.num_channels=null"
     curve = Curve(

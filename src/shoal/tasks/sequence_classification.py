@@ -53,6 +53,7 @@ class SequenceClassification(Task):
     """
 
     kind = "sequence-classification"
+    labels = "classes"
     auto_class = "AutoModelForSequenceClassification"
     target_name = "texts"
     curve = Curve("loss per text", baseline="bag_of_words_loss", baseline_name="bag of words")
@@ -106,6 +107,12 @@ class SequenceClassification(Task):
         said = f"{len(found)} classes: {', '.join(self._classes[:10])}" if found else "numbers"
         self.notes = [f"labels from the column {self._field!r}, {said}"]
         return self.settings
+
+    def named_by(self, config: Mapping[str, Any], *, scored: bool) -> dict[str, Any]:
+        """As every task; one output has no classes of its own to name."""
+        if self._objective != "classes":
+            return self.settings
+        return super().named_by(config, scored=scored)
 
     def model_settings(self) -> dict[str, Any]:
         """num_labels, what kind of problem it is, and the names of the classes."""

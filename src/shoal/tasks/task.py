@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.errors import DataError
 from shoal.fields import IGNORED, TOKENS, Fields
 
 if TYPE_CHECKING:
@@ -164,6 +165,8 @@ class Task(ABC):
     needs_tokenizer: ClassVar[bool] = True
     reads_words: ClassVar[bool] = False
     """Whether texts come as single words, so that a tokenizer puts the space before each itself."""
+    labels: ClassVar[str | None] = None
+    """The setting that lists the names of its labels, by id; None: it has none."""
     target_name: ClassVar[str] = "targets"
     """What is counted, in the plural."""
     curve: ClassVar[Curve] = Curve("nats per target")
@@ -189,6 +192,27 @@ class Task(ABC):
 
     def learn(self, records: Iterable[Record], *, tools: Tools = NO_TOOLS) -> dict[str, Any]:
         """What the task learns from all records once, remembered; JSON-able; `create` takes it."""
+        return self.settings
+
+    def named_by(self, config: Mapping[str, Any], *, scored: bool) -> dict[str, Any]:
+        """What was learned, with the ids that a model gives the same labels (its config.json).
+
+        A model that is trained and has other labels gets those of the data. One that is `scored`
+        keeps its own: raises DataError for a label of the data that it does not know.
+        """
+        if self.labels is None:
+            return self.settings
+        theirs, named = self.settings[self.labels], labels_of(config)
+        unknown = [each for each in theirs if each not in named]
+        if scored and unknown:
+            listed = ", ".join(named[:20]) + (", ..." if len(named) > 20 else "")
+            raise DataError(
+                f"{self.kind}: the model does not know the label {unknown[0]!r} of the data; its "
+                f"config.json names {listed or 'no labels'}\n    score it on data that is labelled "
+                "as what it was trained on, or train it on this"
+            )
+        if scored or sorted(theirs) == sorted(named):
+            return {**self.settings, self.labels: named}
         return self.settings
 
     def model_settings(self) -> dict[str, Any]:
@@ -279,6 +303,15 @@ def token_specimens(config: Any, *, num_labels: int | None = None) -> list[Sampl
             sample["labels"] = draw.integers(num_labels, size=length)
         samples.append(sample)
     return samples
+
+
+def labels_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of a model's labels by id, as its config.json says; empty where it does not."""
+    given = config.get("id2label")
+    by_id = {str(key): name for key, name in given.items()} if isinstance(given, dict) else {}
+    named = [by_id.get(str(number)) for number in range(len(by_id))]
+    found = [name for name in dict.fromkeys(named) if isinstance(name, str)]
+    return found if len(found) == len(by_id) else []
 
 
 def counted(labels: Any) -> int:

@@ -13,7 +13,14 @@ from shoal.errors import DataError
 from shoal.fields import IGNORED
 from shoal.tasks.causal_lm import classify_tokens
 from shoal.tasks.scores import ClassMetrics
-from shoal.tasks.spans import as_bio2, is_reversed, precision_recall_f1, scheme_of, spans_of
+from shoal.tasks.spans import (
+    as_bio2,
+    is_reversed,
+    precision_recall_f1,
+    scheme_of,
+    spans_of,
+    split_tag,
+)
 from shoal.tasks.task import (
     NO_TOOLS,
     Batch,
@@ -26,6 +33,7 @@ from shoal.tasks.task import (
     Task,
     Tools,
     Vector,
+    labels_of,
     real_rows,
     was,
 )
@@ -45,6 +53,7 @@ class TokenClassification(Task):
 
     kind = "token-classification"
     reads_words = True
+    labels = "tags"
     auto_class = "AutoModelForTokenClassification"
     target_name = "target words"
     curve = Curve("nats per word")
@@ -91,6 +100,17 @@ class TokenClassification(Task):
             hint = "; the data does not say what the numbers mean" if numbers else ""
             return [f"tags have no B- or I-: plain classes, scored word by word{hint}"]
         return [] if len(self._tags) > 1 else ["all words are tagged O: there is nothing to find"]
+
+    def named_by(self, config: Mapping[str, Any], *, scored: bool) -> dict[str, Any]:
+        """As every task; raises DataError too for a scored model of BIOES or BILOU tags."""
+        other = [tag for tag in labels_of(config) if split_tag(tag)[0] not in ("", "B", "I")]
+        if scored and other and not self.is_plain:
+            raise DataError(
+                f"token-classification: the model gives tags of {scheme_of(other, reversed_=False)}"
+                f", such as {other[0]!r}; expected BIO2 (B-X, I-X, O), as data is read\n"
+                "    train it on this data first, which gives it tags of BIO2"
+            )
+        return super().named_by(config, scored=scored)
 
     @property
     def is_plain(self) -> bool:

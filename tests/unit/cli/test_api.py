@@ -94,6 +94,9 @@ def test_what_a_result_offers(result: shoal.Result) -> None:
 def test_its_model_is_the_one_that_transformers_reads(result: shoal.Result) -> None:
     folder = str(result.run / "model")
     theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ends = (theirs.config.eos_token_id, theirs.generation_config.eos_token_id)
+    assert ends == (tokenizer.eos_token_id,) * 2 == (1, 1), "llama's own default is 2"
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         torch.testing.assert_close(

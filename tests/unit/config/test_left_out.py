@@ -8,7 +8,7 @@ import pytest
 
 from shoal.config.left_out import FINE_TUNING, FINE_TUNING_WARMUP
 from shoal.config.load import load_recipe, recipe_text, resolve, shipped_recipes, to_yaml
-from shoal.config.optimizers import AdamW, Linear, Muon
+from shoal.config.optimizers import SGD, AdamW, Linear, Muon
 from shoal.config.recipe import DataSection, PretrainedModel, Recipe, TrainSection
 from shoal.config.schema import Choice, choices
 from shoal.config.statement import statements
@@ -119,6 +119,35 @@ def test_a_recipe_made_in_python_gets_them_too() -> None:
     assert recipe.train.schedule == Linear(warmup_steps=1)
     muon = TrainSection(steps=3, optimizer=Muon(learning_rate=0.01))
     assert resolve(Recipe(model=model, data=data, train=muon)).train.optimizer == muon.optimizer
+
+
+def test_another_optimizer_has_its_own_rate_unless_one_is_written(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    changed = load_recipe(path, ["train.optimizer.kind=muon"]).train.optimizer
+    assert changed == Muon(learning_rate=0.02)
+    weights = load_recipe(path, ["model.path=some/folder"])
+    assert weights.train.optimizer.learning_rate == 2e-5
+    for made in (Muon(), SGD()):  # nobody wrote the 2e-5, nor the warm-up
+        of_kind = resolve(weights, {"train.optimizer.kind": made.kind})
+        assert of_kind.train.optimizer == made
+    random = resolve(weights, {"model": {"kind": "config", "architecture": "llama"}})
+    assert random == load_recipe(path)
+    rate = "train.optimizer.learning_rate=3e-4"
+    kept = load_recipe(path, [rate, "train.optimizer.kind=muon"])
+    assert kept.train.optimizer == Muon(learning_rate=3e-4)
+    said = statements(kept)["learning rate"]
+    assert said.startswith("begins at 0.0003 (muon's default is 0.02) and falls")
+    back = resolve(changed_to(Muon(learning_rate=0.02)), {"train.optimizer.kind": "adamw"})
+    assert "0.02 (adamw's default is 0.001)" in statements(back)["learning rate"]
+    assert "default" not in statements(load_recipe(path, [rate]))["learning rate"]
+
+
+def changed_to(optimizer: Muon) -> Recipe:
+    """A recipe in which a rate is written."""
+    train = TrainSection(steps=3, optimizer=optimizer)
+    return Recipe(
+        model={"kind": "config", "architecture": "llama"}, data={"source": "a.txt"}, train=train
+    )
 
 
 def test_what_is_given_stays(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,17 @@ def test_the_rest_in_words() -> None:
     assert re.search(r"muon.*not clipped; frozen: \*norm\*", lines["optimizer"])
     assert "the same bits" in lines["exact"]
     assert "after step 10" in lines["stops early"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "sgd"])
+def test_the_optimizer_by_its_name_and_what_decays(kind: str) -> None:
+    """test_anatomy.py holds that embeddings are spared; every text says the same."""
+    text = said(f"train.optimizer={{kind: {kind}}}")["optimizer"]
+    assert text.startswith(kind) and "(not on norms, biases, embeddings)" in text
+    page = (Path(__file__).parents[3] / "docs/guide/recipe.md").read_text(encoding="utf-8")
+    section = page.partition(f"**`kind: {kind}`**")[2].partition("**`kind")[0]
+    (row,) = [line for line in section.splitlines() if line.startswith("| `weight_decay`")]
+    assert "Of matrices; norms, biases and embeddings have none." in row
 
 
 def test_epochs() -> None:

@@ -215,6 +215,8 @@ def test_text_and_tagged_words_beside_each_other(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "Ada!", "tokens": ["Ada", "!"], "ner_tags": ["B-PER", "O"]}')
     assert records(path) == [{"text": "Ada!", "words": ["Ada", "!"], "tags": ["B-PER", "O"]}]
+    path.write_text('{"text": "Ada!", "tokens": ["Ada", "!"]}')
+    assert records(path) == [{"text": "Ada!", "tokens": ["Ada", "!"]}]
 
 
 def test_numbers_of_classes_become_names_as_datasets_has_them(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_shortened_file_is_named_and_prepared_again(tmp_path: Path) -> None:
     ["train.input_ids", "train.tokens.offsets", "train.rows", "validation.input_ids",
      "train.counts", "description.json"],
 )  # fmt: skip
-@pytest.mark.parametrize("how", ["flip", "zeros", "gone"])
+@pytest.mark.parametrize("how", ["flip", "zeros", "gone", "deep"])
 def test_damaged_bytes_are_found_and_prepared_again(tmp_path: Path, name: str, how: str) -> None:
     """Of the right size, so that only a hash can tell."""
     texts = ["some text", "more text"] * 5
@@ -236,7 +236,7 @@ def test_damaged_bytes_are_found_and_prepared_again(tmp_path: Path, name: str, h
     if how == "gone":
         path.unlink()
     else:
-        path.write_bytes(flipped if how == "flip" else bytes(len(whole)))
+        path.write_bytes({"flip": flipped, "deep": b"[" * 100_000}.get(how, bytes(len(whole))))
     said: list[str] = []
     prepare_texts(tmp_path, texts, progress=lambda phase, done: said.append(phase))
     assert said[0].startswith(f"prepared data is damaged and made again: {path}: "), said

@@ -84,6 +84,25 @@ def test_a_clean_run_over_restarts_at_other_degrees(stream: Stream, tmp_path: Pa
     assert "no sample was lost, none was read twice" in str(report)
 
 
+ODD = [
+    *("", "null", "3", "[]", "{}", "[" * 100_000, '{"sources": []}', '{"sources": {"a.jsonl": 0}}'),
+    '{"step": -1, "ids": {}, "read": null}',
+    '{"step": 1000000000000, "ids": {}, "read": null}',
+    '{"step": 2, "ids": {"c.jsonl": [1]}, "read": null}',
+    '{"step": 2, "ids": {"a.jsonl": ["x"]}, "read": null}',
+    '{"step": 2, "ids": {"a.jsonl": [9999999999999999999999]}, "read": null}',
+    '{"step": 2, "ids": {}, "read": {"samples": 3, "hash": "zz"}}',
+    '{"step": 2, "ids": {}, "read": []}',
+]
+
+
+def test_rows_that_cannot_be_are_counted_and_not_used(stream: Stream, tmp_path: Path) -> None:
+    rows = [row(stream, step) for step in range(4)]
+    report = verify_run(log(tmp_path, [sample_header(stream), *rows[:2], *ODD, *rows[2:]]))
+    assert report.problems == [] and report.num_steps == 4
+    assert report.num_unreadable_rows == len(ODD)
+
+
 def test_a_run_shorter_than_an_epoch_is_clean(stream: Stream, tmp_path: Path) -> None:
     rows = [sample_header(stream), row(stream, 0), row(stream, 1)]
     assert verify_run(log(tmp_path, rows)).problems == []

@@ -57,6 +57,8 @@ def test_the_tokenizers_own_file_comes_first_and_all_end_tokens_are_kept(tmp_pat
         ({"config": {"eos_token_id": 2}}, 2, "config.json"),
         ({"config": {"text_config": {"eos_token_id": [3, 2]}}}, 3, "config.json"),
         ({"config": {"eos_token_id": 999}}, None, None),
+        ({"config": {"text_config": [], "eos_token_id": 2}}, 2, "config.json"),
+        ({"config": {"text_config": [1], "eos_token_id": [None, "x", True, {}]}}, None, None),
         ({"tokenizer_config": {"eos_token": None}, "config": {"eos_token_id": None}}, None, None),
     ],
 )  # fmt: skip

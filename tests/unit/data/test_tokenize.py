@@ -84,6 +84,11 @@ def test_a_damaged_tokenizer_is_trained_again_and_that_is_said() -> None:
     said.clear()
     train()
     assert said == []
+    for notes in ("", "[" * 100_000, '{"files": 3}'):
+        (path.parent / "shoal-files.json").write_text(notes)
+        said.clear()
+        assert train() / "tokenizer.json" == path and path.read_bytes() == whole
+        assert "shoal-files.json: cannot be read" in said[0]
 
 
 def test_cached_texts_are_not_read_again() -> None:

@@ -45,6 +45,7 @@ def build(optimizer: AdamW | Muon | SGD, *, limit: float | None) -> tuple[flat.F
         schedule=Constant(),
         steps=9,
         max_gradient_norm=limit,
+        compute=torch.bfloat16,  # as torch's Muon does; float32's is in test_muon.py
     )
     return state, update
 

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,16 @@ def test_the_tokenizer_travels_along(tmp_path: Path) -> None:
     (source / "private.txt").write_text("no")
     out = _export(real_model("llama"), "llama", tmp_path / "a", tokenizer_directory=source)
     assert (out / "tokenizer.json").read_text() == "{}" and not (out / "private.txt").exists()
+
+
+def test_the_folder_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        out = _export(real_model("llama"), "llama", tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o077 == 0 for path in out.iterdir())
 
 
 def test_nothing_is_written_over_unless_asked(tmp_path: Path) -> None:

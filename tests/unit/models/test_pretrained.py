@@ -13,6 +13,7 @@ from shoal.boxes import Box
 from shoal.config.recipe import PretrainedModel
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_parameters, hidden_of, logits_of
+from shoal.models.export import export
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
 from shoal.models.pretrained import PretrainedWeights, has_own_head
@@ -188,6 +189,12 @@ def test_a_head_of_its_own_is_loaded_untied_as_transformers_does(tmp_path: Path)
     expected = theirs(input_ids=ids).logits
     found = logits_of(model)(hidden_of(model, {"input_ids": ids}))
     assert torch.allclose(found, expected, atol=1e-5)
+    tensors = {name: each.detach() for name, each in canonical_parameters(model).items()}
+    out = export(
+        tensors=tensors, config=config, auto_class="AutoModelForCausalLM", out=tmp_path / "written"
+    )
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(again(input_ids=ids).logits, expected), "written as it was trained"
     assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
 
 

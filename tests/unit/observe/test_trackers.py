@@ -119,6 +119,27 @@ def test_a_resumed_run_goes_on_under_its_id(
     assert asked[2]["id"] == "abc123", "and still the same run"
 
 
+@pytest.mark.parametrize("damage", [b"\xff\x00", b"", b"two words", b"a/b" * 99])
+def test_a_damaged_id_is_a_new_one(
+    damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    asked: list[object] = []
+
+    class Fake:
+        id, url = "abc123", None
+
+    def init(**settings: object) -> Fake:
+        asked.append(settings["id"])
+        return Fake()
+
+    monkeypatch.setattr(wandb, "init", init)
+    (tmp_path / "wandb-id").write_bytes(damage)
+    WandB(tmp_path, config={})
+    assert asked == [None] and (tmp_path / "wandb-id").read_text() == "abc123\n"
+
+
 def test_wandb_without_a_key_is_refused_before_a_run_begins(bench: Bench, tmp_path: Path) -> None:
     run = tmp_path / "run"
     environment = {name: text for name, text in os.environ.items() if "WANDB" not in name}

@@ -67,7 +67,7 @@ def test_decoders_agree_with_transformers_padded_and_packed(family: str) -> None
     assert 0.0 < found.difference <= ROUNDING
 
 
-@pytest.mark.parametrize("family", ["falcon", "gptj", "codegen", "bloom"])
+@pytest.mark.parametrize("family", ["falcon", "gptj", "codegen", "bloom", "mpt"])
 def test_decoders_with_attention_of_their_own_are_right_unless_packed(family: str) -> None:
     found = verdict(family)
     assert found.problems == () and found.notes == ("attention of its own",)
@@ -151,9 +151,19 @@ def test_keyed_dropout_that_cannot_be_keyed_is_refused() -> None:
     assert "drops values in its own code, which has no key" in problem
 
 
-def test_an_architecture_that_transformers_cannot_run_so_is_refused_with_its_words() -> None:
-    with pytest.raises(ModelError, match=r"(?s)xmod for the task token-classification: transf.*"):
-        verdict("xmod", task="token-classification", **ENCODER)
+@pytest.mark.parametrize(
+    ("family", "task", "said"),
+    [
+        ("xmod", "token-classification", "transformers cannot run it on its rows"),
+        ("hunyuan_v1_dense", "causal-lm", "transformers cannot run it on its rows"),
+        ("electra", "causal-lm", "it is not called as shoal calls models"),
+    ],
+)
+def test_an_architecture_that_cannot_be_run_so_is_refused_with_the_reason(
+    family: str, task: str, said: str
+) -> None:
+    with pytest.raises(ModelError, match=f"{family} for the task {task}: {said}"):
+        verdict(family, task=task, **ENCODER)
 
 
 def forgetful(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any):

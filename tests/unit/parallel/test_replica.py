@@ -32,6 +32,21 @@ def test_the_plan_chooses_what_the_recipe_leaves_open() -> None:
     assert by_recipe.offload and by_plan.offload
 
 
+@pytest.mark.parametrize("family", ["cohere", "llama", "gpt2"])
+def test_muon_gets_the_projections_of_blocks_alone(family: str) -> None:
+    """By dims alone it would take cohere's norm of each head, which has two."""
+    more = {"use_qk_norm": True} if family == "cohere" else {"tie_word_embeddings": False}
+    settings = {**SETTINGS[family], **more}
+    config = read_config(architecture=family, settings=settings, vocabulary_size=64)
+    found = build_replica(ModelSettings(config, "AutoModelForCausalLM", seed=0, dropout="off"))
+    inside = {n for n in found.shapes if n.startswith(found.anatomy.blocks + ".")}
+    expected = {n for n in inside if n.endswith("weight") and "norm" not in n and ".ln_" not in n}
+    assert found.matrices == expected and len(expected) == 2 * (4 if family == "gpt2" else 7)
+    flat = [n for n in inside - expected if len(found.shapes[n]) == 2]
+    assert bool(flat) == (family == "cohere")
+    assert found.decayed - found.matrices <= {"lm_head.weight"}
+
+
 @pytest.mark.parametrize("recompute", [None, "full"])
 def test_blocks_compute_again_when_the_plan_says_so(recompute: str | None) -> None:
     recipe = load_recipe("quickstart")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import sys
 import threading
@@ -24,7 +25,10 @@ from shoal.models.dropout import (
     mute_dropout,
 )
 
-_ALSO_KNOWN = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"}
+_ALSO_KNOWN = {
+    *("num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"),
+    "decoder_start_token_id",
+}
 """Keys that configurations take besides their fields."""
 
 _REMOTE_CODE = "auto_map"
@@ -283,10 +287,12 @@ def _from_settings(architecture: str, settings: dict[str, Any], vocabulary: int 
     # the default special tokens are those of the published model, whose vocabulary is not this one
     default = CONFIG_MAPPING[architecture]()
     size = settings.get("vocab_size")
+    types = {each.name: str(each.type) for each in dataclasses.fields(default)}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(default, key, None)
         if isinstance(size, int) and isinstance(value, int) and value >= size:
-            settings.setdefault(key, None)
+            # a few classes want a number: the first, which tokenizers give a special token
+            settings.setdefault(key, None if "None" in types.get(key, "None") else 0)
     return _guarded(lambda: CONFIG_MAPPING[architecture](**settings), where="model")
 
 

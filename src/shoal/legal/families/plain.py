@@ -160,7 +160,5 @@ FAMILIES: dict[str, Family] = {
         blocks="encoder.block",
         more_blocks=("decoder.block",),
         norm="decoder.final_layer_norm",
-        head="lm_head",
-        hidden="hidden_of_decoder",
     ),
 }

@@ -72,8 +72,13 @@ class Family:
     @property
     def layouts(self) -> list[str]:
         """Those that are legal."""
-        cuts = family_of(self.name).tensor is not None
-        return [each for each in LAYOUTS if each != "tensor 2" or cuts]
+        family = family_of(self.name)
+        able = {"tensor"} if family.tensor is not None else set()
+        return [
+            name
+            for name, degrees in LAYOUTS.items()
+            if set(degrees) <= {"replicate"} | (family.axes - {"tensor"}) | able
+        ]
 
 
 def families(names: list[str]) -> list[Family]:
@@ -209,7 +214,7 @@ def astray(found: dict[str, Any]) -> str | None:
     """How one worker's first loss differs from transformers' in float64; None: it does not."""
     if "error" in found:
         return str(found["error"])
-    apart = abs(found["first_loss"] - found["reference"]) / abs(found["reference"])
+    apart = _apart(found["first_loss"], found["reference"])
     return None if apart <= REFERENCE else f"transformers: {apart:.1e}"
 
 
@@ -218,10 +223,15 @@ def wrong(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     for row in (wanted, found):
         if "error" in row:
             return str(row["error"])
-    pairs = [(a, b) for name in ("losses", "norms") for a, b in zip(found[name], wanted[name])]
-    apart = max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs[: len(MICROS)])
-    norms = max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs[len(MICROS) :])
+    apart, norms = (max(map(_apart, found[name], wanted[name])) for name in ("losses", "norms"))
     return None if apart <= LOSS and norms <= 1e-3 else f"loss {apart:.1e}, norm {norms:.1e}"
+
+
+def _apart(found: float | None, wanted: float | None) -> float:
+    """Relative; infinite where either is no number, which JSON has none for."""
+    if found is None or wanted is None:
+        return float("inf")
+    return abs(found - wanted) / max(abs(wanted), 1e-6)
 
 
 def main() -> int:
@@ -238,7 +248,9 @@ def main() -> int:
             if reason is not None:
                 print(f"{case}: {reason}", flush=True)
         rows += found
-        print(f"... {min(start + AT_ONCE, len(chosen))} of {len(chosen)}", file=sys.stderr, flush=True)
+        print(
+            f"... {min(start + AT_ONCE, len(chosen))} of {len(chosen)}", file=sys.stderr, flush=True
+        )
     bad = [(case, reason) for case, reason in rows if reason is not None]
     print(
         f"{len(rows) - len(bad)} of {len(rows)} combinations (micro batches of "

@@ -132,7 +132,10 @@ def settings_of(
 
 def is_for(family: str, kind: str) -> bool:
     """Not one of several modalities, which has no text of its own; two halves where asked."""
-    default = transformers.CONFIG_MAPPING[family]()
+    try:
+        default = transformers.CONFIG_MAPPING[family]()
+    except Exception:  # it is told so
+        return True
     if kind == Seq2Seq.kind and not default.is_encoder_decoder:
         return False
     return kind == "image-classification" or hasattr(default, "vocab_size")

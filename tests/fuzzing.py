@@ -7,11 +7,13 @@ the loss that transformers gives in float64 for the first batch. A case that can
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import seq2seq
@@ -29,7 +31,7 @@ from shoal.parallel.oracle import documents_of
 from shoal.parallel.ranks import meet
 from shoal.runtime import WorkerInfo, start_process_group, start_worker, stop_process_group
 from shoal.tasks.kinds import create
-from shoal.tasks.task import Batch
+from shoal.tasks.task import Batch, Task
 
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
@@ -110,9 +112,26 @@ def references_of(training: Training, *, micro: int) -> dict[str, float]:
     ours = canonical_parameters(model)
     for name, weight in canonical_parameters(theirs).items():
         weight.copy_(ours[name])
-    call = task.user_call(alone(batch) if training.job.recipe.data.packing else batch)
-    wanted = float(theirs.double()(**call).loss)
+    if training.job.recipe.data.packing:
+        batch = alone(batch)
+    try:
+        wanted = users_loss(theirs.double(), task=task, batch=batch)
+    except RuntimeError:  # masks that know float32 only
+        wanted = users_loss(theirs.float(), task=task, batch=batch)
     return {"first_loss": total / task.count(batch), "reference": wanted}
+
+
+def users_loss(model: nn.Module, *, task: Task, batch: Batch) -> float:
+    """Mean over targets, as transformers gives it; row by row where it has no number for all.
+
+    That is where padding is longer than a window.
+    """
+    loss = float(model(**task.user_call(batch)).loss)
+    if math.isfinite(loss) or "document_ids" not in batch:
+        return loss
+    rows = [one for _, _, one in documents_of(dict(batch)) if task.count(one)]
+    losses = [float(model(**task.user_call(one)).loss) * task.count(one) for one in rows]
+    return sum(losses) / task.count(batch)
 
 
 def alone(batch: Batch) -> Batch:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shoal.config.recipe import Recipe
+from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.build import model_settings
 from shoal.engine.job import Inputs
 from shoal.engine.worker import report_failure
@@ -42,4 +42,5 @@ def verdict_of(recipe: Recipe, *, inputs: Inputs) -> Verdict:
             task=task,
             packing=recipe.data.packing,
             sequence_tokens=recipe.data.sequence_tokens,
+            is_drawn=isinstance(recipe.model, ConfiguredModel),
         )

@@ -313,8 +313,12 @@ def _blocks_path(base: nn.Module, corrected: str | None, model: nn.Module) -> st
         return corrected
     config: Any = model.config
     depth = getattr(config, "num_hidden_layers", None)
-    for path, module in base.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+    lists = [(path, each) for path, each in base.named_modules() if type(each) is nn.ModuleList]
+    for path, module in lists:
+        if len(module) == depth:
+            return path
+    for path, module in lists:  # blocks that are shared, or counted in another way
+        if len(module) and not any(isinstance(each, nn.ModuleList) for each in module):
             return path
     raise ModelError(
         f"{type(model).__name__}: found no list of {depth} blocks in its base model\n"

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from shoal.errors import ModelError
 from shoal.legal import shrunk
 from shoal.models import init
+from shoal.models.anatomy import example_of, hidden_of
 from shoal.models.dropout import apply_keyed
 from shoal.models.huggingface import build_meta, config_from, setting_of
 
@@ -29,7 +31,7 @@ _COUNTS = (
     (re.compile(r"(.*_)?(experts?_per_tok(en)?|moe_k|moe_topk|moe_top_k|num_selected_experts)"), 2),
     (re.compile(r"(.*_)?experts?(_num)?"), 4),
     (re.compile(r"n_group|topk_group|num_expert_group|first_k_dense_replace|num_dense_layers"), 1),
-    (re.compile(r".+_vocab(_size)?"), 512),
+    (re.compile(r".+_vocab(_size)?|vocab_size_per.*"), 512),
     (re.compile(r"index_topk"), 8),
     (re.compile(r"(mamba_)?chunk_size"), 8),
     (re.compile(r"sliding_window_size|local_attention"), 16),
@@ -74,19 +76,21 @@ def small_configs(config: Any) -> Iterator[Any]:
 def small_model(config: Any, *, auto_class: str, dropout: str = "off", seed: int = 0) -> nn.Module:
     """A real model of the same kind, of few layers and little width, for probes.
 
-    The configuration's own sizes where nothing smaller can be built.
+    The configuration's own sizes where nothing smaller can be built and run.
     """
     for small in small_configs(config):
         try:
             model = build_meta(small, auto_class=auto_class, dropout=dropout)
             init.materialise(model, record=init.record(model), seed=seed)
+            with torch.no_grad():
+                hidden_of(model.eval(), example_of(model))
         except Exception:  # its class has relations of sizes that nobody knows
             if small is config:
                 raise
             continue
         if dropout == "keyed":
             apply_keyed(model, seed=seed, asked=small)
-        return model
+        return model.train()
     raise AssertionError("the last configuration is tried too")
 
 
@@ -102,11 +106,11 @@ def _config(config: Any, tree: Mapping[str, Any]) -> Any:
 
 def _small_tree(config: Any, rule: Rule) -> dict[str, Any] | None:
     """Keys of `config` and of the configurations in it, sized by a rule; None: it has no answer."""
-    derived = _derived_keys(type(config))
+    derived = _derived_sizes(type(config))
     tree = {key: value for key, value in config.to_dict().items() if key not in derived}
     try:
-        sizes = rule(config, tree)
-    except ModelError:
+        sizes = {key: size for key, size in rule(config, tree).items() if key not in derived}
+    except (ModelError, TypeError):  # sizes that are lists, one of each layer
         return None
     parts = {key: getattr(config, key) for key, value in tree.items() if isinstance(value, dict)}
     for key, part in parts.items():
@@ -115,12 +119,13 @@ def _small_tree(config: Any, rule: Rule) -> dict[str, Any] | None:
     return {**tree, **sizes, **_fewer_layers(config, tree)}
 
 
-def _derived_keys(kind: Any) -> set[str]:
-    """Keys of a configuration that its class computes of others: it must compute them anew."""
+def _derived_sizes(kind: Any) -> set[str]:
+    """Sizes of a configuration that its class computes of others: it must compute them anew."""
     names = set(kind.attribute_map) | set(kind.attribute_map.values())
     names |= {each.name for each in dataclasses.fields(kind)} | set(PreTrainedConfig().to_dict())
     with suppress(Exception):  # a class that refuses its own defaults
-        return set(kind().to_dict()) - names
+        sizes = {key for key, value in kind().to_dict().items() if type(value) in (int, list)}
+        return sizes - names
     return set()
 
 
@@ -197,4 +202,7 @@ def _fewer_layers(config: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
     sizes: dict[str, Any] = {key: min(value, count) for key, value in depths.items()}
     if "attention_types" in tree:  # GPT-Neo: the kinds of layers in turn, and how often
         sizes["attention_types"] = [[["global", "local"], 1]]
+    for key, each in tree.items():
+        if isinstance(each, dict) and all(str(layer).isdigit() for layer in each):
+            sizes[key] = {layer: own for layer, own in each.items() if int(layer) < count}
     return sizes | {key: kinds[:count] for key, kinds in lists.items()}

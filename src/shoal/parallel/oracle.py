@@ -87,13 +87,23 @@ class Pair:
             return self.theirs(**inputs)
 
 
-def examine(settings: ModelSettings, *, task: Task, packing: bool, sequence_tokens: int) -> Verdict:
+def examine(
+    settings: ModelSettings,
+    *,
+    task: Task,
+    packing: bool,
+    sequence_tokens: int,
+    is_drawn: bool = True,
+) -> Verdict:
     """Hold a small model of the same kind against transformers. Computes for about half a second.
 
-    `sequence_tokens`: of a row of the run, for the probe of rotary positions. Raises ModelError
-    for a model that cannot be built or run at all.
+    `sequence_tokens`: of a row of the run, for the probe of rotary positions. `is_drawn`: its first
+    weights are those of its own initialisation. Raises ModelError for a model that cannot be built
+    or run at all.
     """
     pair = pair_of(settings, task=task)
+    if is_drawn:
+        _check_drawn(pair.ours, settings, config=pair.config)
     ours = pair.ours
     notes, problems, differences = [], [], [0.0]
     if getattr(ours, "shoal_own_attention", False):
@@ -207,6 +217,13 @@ def _stir(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def _check_drawn(model: nn.Module, settings: ModelSettings, *, config: Any) -> None:
+    """Raise ModelError, naming the parameter, where nothing initialises one."""
+    record = init.record(build_meta(config, auto_class=settings.auto_class, dropout="off"))
+    for name in canonical_parameters(model):
+        record.program(name)
 
 
 def _ours(settings: ModelSettings, config: Any, theirs: nn.Module) -> nn.Module:

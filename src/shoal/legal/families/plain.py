@@ -142,6 +142,8 @@ FAMILIES: dict[str, Family] = {
         tensor=_BERT,
         blocks="encoder.layer",
     ),
+    # it calls forward of its blocks by name, so that nothing gathers what shard cut
+    "squeezebert": Family(axes=frozenset({"replicate"})),
     "vit": Family(
         sizes=_vit,
         blocks="layers",

@@ -40,8 +40,7 @@ def first_token_of_image(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """`input_ids` and `decoder_input_ids` [B, T] (masks optional) -> [B, T, D] before the head.
 
-    T5 scales what its tied head reads (config.scale_decoder_outputs; its relatives do where head
-    and embedding are tied): that scale is in here.
+    T5 scales what its tied head reads (config.scale_decoder_outputs): that scale is in here.
     """
     parts: Any = model
     mask, ids = batch.get("attention_mask"), batch["decoder_input_ids"]
@@ -56,9 +55,8 @@ def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
-    config = parts.config
-    if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
-        hidden = hidden * config.d_model**-0.5
+    if getattr(parts.config, "scale_decoder_outputs", False):
+        hidden = hidden * parts.config.d_model**-0.5
     return hidden
 
 

@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from pages import ROOT, write_or_check
 sys.path.insert(0, str(ROOT / "tests"))
 
 from seq2seq import Seq2Seq
+from shoal.environment import usable_cores
 from shoal.errors import ShoalError
 from shoal.models.huggingface import read_config, setting_of
 from shoal.parallel.model import ModelSettings
@@ -159,15 +161,31 @@ def examined(family: str, kind: str) -> Row:
 
 
 def rows(names: list[str]) -> Iterator[Row]:
-    """Of all families, or of those named."""
-    for kind, table in TASKS.items():
-        for family in sorted(table):
-            if names and family not in names:
-                continue
-            if is_for(family, kind):
-                row = examined(family, kind)
+    """Of all families, or of those named; by as many processes as there are cores."""
+    pairs = [
+        (family, kind)
+        for kind, table in TASKS.items()
+        for family in sorted(table)
+        if not names or family in names
+    ]
+    with ProcessPoolExecutor(usable_cores(), initializer=quietly) as processes:
+        for row in processes.map(row_of, pairs):
+            if row is not None:
                 print(row, flush=True)
                 yield row
+
+
+def row_of(pair: tuple[str, str]) -> Row | None:
+    """Of a family and a kind of task; None where they have nothing to do with each other."""
+    return examined(*pair) if is_for(*pair) else None
+
+
+def quietly() -> None:
+    """What each process does first."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
 
 
 def page(found: list[Row]) -> str:
@@ -189,10 +207,6 @@ def page(found: list[Row]) -> str:
 
 def main() -> int:
     """Examine; write the page when nothing was left out."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     found = list(rows(names))
     return 0 if names else write_or_check({PAGE: page(found)}, script="models")

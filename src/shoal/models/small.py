@@ -202,7 +202,6 @@ def _fewer_layers(config: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
     sizes: dict[str, Any] = {key: min(value, count) for key, value in depths.items()}
     if "attention_types" in tree:  # GPT-Neo: the kinds of layers in turn, and how often
         sizes["attention_types"] = [[["global", "local"], 1]]
-    for key, each in tree.items():
-        if isinstance(each, dict) and all(str(layer).isdigit() for layer in each):
-            sizes[key] = {layer: own for layer, own in each.items() if int(layer) < count}
+    if own := tree.get("per_layer_config"):  # what differs from layer to layer, by number
+        sizes["per_layer_config"] = {key: each for key, each in own.items() if int(key) < count}
     return sizes | {key: kinds[:count] for key, kinds in lists.items()}

@@ -37,6 +37,14 @@ def test_lists_of_layers_show_every_kind() -> None:
     assert small.mlp_layer_types == ["dense", "dense", "dense", "sparse"]
 
 
+def test_classes_are_kept_and_what_single_layers_have() -> None:
+    """Both are dictionaries by number."""
+    settings = {"vocab_size": 64, "id2label": {0: "a", 1: "b", 2: "c"}}
+    small = next(small_configs(read_config(architecture="gemma4_text", settings=settings)))
+    assert (small.num_hidden_layers, small.num_labels) == (6, 3)
+    assert small.to_dict()["per_layer_config"] == {"5": {"head_dim": 512}}
+
+
 def test_what_a_class_computes_of_its_sizes_is_computed_anew() -> None:
     """`head_dim` of DeepSeek is the rotary part's, whatever the whole model's dictionary says."""
     config = read_config(architecture="deepseek_v3", settings={"vocab_size": 64})

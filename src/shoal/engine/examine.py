@@ -51,4 +51,5 @@ def verdict_of(recipe: Recipe, *, inputs: Inputs) -> Verdict:
             task=task,
             packing=recipe.data.packing,
             sequence_tokens=recipe.data.sequence_tokens,
+            is_drawn=isinstance(recipe.model, ConfiguredModel),
         )

@@ -23,7 +23,7 @@ from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import trained_config
 from shoal.observe.console import Console
 
-_FORMAT = 1
+_FORMAT = 2
 """Counts up when what is examined changes."""
 
 

@@ -144,7 +144,9 @@ def _axes_of_model(combination: Combination) -> Iterator[Problem]:
     family, facts = combination.family, combination.facts
     for axis in combination.cut_axes if family is not None else ():
         degree, able = combination.layout.degree(axis), axes_of(str(family))
-        instead = f"set it to 1 and use shard={degree} instead"
+        instead = (
+            f"set it to 1 and use {'replicate' if axis == 'shard' else 'shard'}={degree} instead"
+        )
         if facts is None and axis != "shard":
             what = f"shoal has no table for the family {family}, so such a model cannot be cut "
             what += f"along {axis}, got {degree}"

@@ -112,7 +112,8 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         base_path, base = "", model
     blocks = _blocks_path(base, family.blocks, model)
     dotted = f"{base_path}." if base_path else ""
-    lists = (dotted + blocks, *(dotted + each for each in family.more_blocks))
+    more = _more_blocks(base, blocks) if config.is_encoder_decoder else ()
+    lists = (dotted + blocks, *(dotted + each for each in more))
     parts = Parts(
         base=base_path,
         blocks=lists[0],
@@ -158,12 +159,13 @@ def hidden_of(
     if num_tokens % multiple:
         batch = _padded(batch, fields, more=-num_tokens % multiple)
     with set_forward_context(forward_context_of(batch, step=step, kernel=kernel)):
-        if family.hidden is not None:
-            return HIDDEN[family.hidden](model, batch)
         inputs = _inputs(model, batch)
         if getattr(model, "shoal_whole_logits", False):
             logits: Tensor = model(**inputs, use_cache=False).logits
             return logits
+        named = "hidden_of_decoder" if _is_two_halves(model) else family.hidden
+        if named is not None:
+            return HIDDEN[named](model, {**batch, **inputs})
         base = _called(model)
         hidden: Tensor = base(**inputs, use_cache=False).last_hidden_state
         for path in _dropouts_after(model, str(getattr(model, "base_model_prefix", ""))):
@@ -193,6 +195,12 @@ def _called(model: nn.Module) -> nn.Module:
     if inner is not None and "input_ids" not in _arguments(type(base).forward):
         return inner  # type: ignore[no-any-return]
     return base
+
+
+def _is_two_halves(model: nn.Module) -> bool:
+    """Whether an encoder and a decoder hang on the model itself, without a base model (T5)."""
+    base = str(getattr(model, "base_model_prefix", ""))
+    return not hasattr(model, base) and all(hasattr(model, half) for half in ("encoder", "decoder"))
 
 
 def _first_position(base: nn.Module) -> int:
@@ -307,12 +315,28 @@ def _blocks_path(base: nn.Module, corrected: str | None, model: nn.Module) -> st
         return corrected
     config: Any = model.config
     depth = getattr(config, "num_hidden_layers", None)
-    for path, module in base.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+    lists = [(path, each) for path, each in base.named_modules() if type(each) is nn.ModuleList]
+    for path, module in lists:
+        if len(module) == depth:
+            return path
+    for path, module in lists:  # blocks that are shared, or counted in another way
+        if len(module) and not any(isinstance(each, nn.ModuleList) for each in module):
             return path
     raise ModelError(
         f"{type(model).__name__}: found no list of {depth} blocks in its base model\n"
         f"    the family {config.model_type!r} needs an entry in legal/families"
+    )
+
+
+def _more_blocks(base: nn.Module, blocks: str) -> tuple[str, ...]:
+    """Further lists of the name that the first has: a decoder's blocks after an encoder's."""
+    leaf = blocks.rpartition(".")[2]
+    return tuple(
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and path.rpartition(".")[2] == leaf
+        and not f"{path}.".startswith(blocks + ".")
     )
 
 
@@ -351,10 +375,10 @@ def _head_path(model: nn.Module, base: str) -> str | None:
     corrected = family_of(_config(model).model_type).head
     if corrected is not None:
         return corrected if hasattr(model, corrected) else None
-    if not base or not hasattr(model, base):
-        return None
     wrapped: Any = model
     output = wrapped.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not base or not hasattr(model, base):
+        return next((path for path, each in model.named_modules() if each is output), None)
     last = None
     for path, module in model.named_modules():
         outside = path and path != base and not path.startswith(base + ".")

@@ -9,6 +9,7 @@ Hash: SplitMix64 (doi 10.1145/2660193.2660195), one 64-bit word for four feature
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ KINDS = ("off", "keyed", "framework")
 
 _ATTENTION = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 """Configuration keys under which families keep the dropout of attention probabilities."""
+
+_DROPS = re.compile("dropout|pdrop|layerdrop|drop_path")
+"""Of every probability of dropping values or whole layers."""
 
 _LANES = 4
 """Features that share one 64-bit word, 16 bits each."""
@@ -124,15 +128,14 @@ def mute_attention_modules(model: nn.Module) -> None:
 def mute_dropout(config: Any) -> None:
     """Set every dropout probability of a configuration to 0."""
     for key, value in list(vars(config).items()):
-        named = "dropout" in key or "pdrop" in key
-        if named and isinstance(value, float) and not isinstance(value, bool):
+        if _DROPS.search(key) and isinstance(value, float):
             setattr(config, key, 0.0)
 
 
 def wants_dropout(config: Any) -> bool:
     """Whether a configuration asks for any dropout (`keyed` is the default then)."""
     return any(
-        ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0
+        bool(_DROPS.search(key)) and isinstance(value, float) and value > 0
         for key, value in vars(config).items()
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +26,10 @@ from shoal.models.dropout import (
     mute_dropout,
 )
 
-_ALSO_KNOWN = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"}
+_ALSO_KNOWN = {
+    *("num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"),
+    "decoder_start_token_id",
+}
 """Keys that configurations take besides their fields."""
 
 _REMOTE_CODE = "auto_map"
@@ -199,9 +204,15 @@ def _built(config: Any, *, auto_class: str, attention_name: str) -> nn.Module:
 
 
 def _takes_kernels(model: nn.Module) -> bool:
-    """Whether the attention of any of its modules is looked up by name, and so can be shoal's."""
+    """Whether attention and masks of its modules are looked up by name, and so can be shoal's.
+
+    A file that looks up attention alone makes masks of its own of the mask that users give.
+    """
     files = {sys.modules[type(module).__module__] for module in model.modules()}
-    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+    named = {name for file in files for name in vars(file)}
+    masks = any(re.fullmatch("create_.*mask", name) for name in named)
+    has_none = getattr(model, "main_input_name", "") == "pixel_values"
+    return "ALL_ATTENTION_FUNCTIONS" in named and (masks or has_none)
 
 
 @torch.no_grad()
@@ -283,10 +294,12 @@ def _from_settings(architecture: str, settings: dict[str, Any], vocabulary: int 
     # the default special tokens are those of the published model, whose vocabulary is not this one
     default = CONFIG_MAPPING[architecture]()
     size = settings.get("vocab_size")
+    types = {each.name: str(each.type) for each in dataclasses.fields(default)}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(default, key, None)
         if isinstance(size, int) and isinstance(value, int) and value >= size:
-            settings.setdefault(key, None)
+            # a few classes want a number: the first, which tokenizers give a special token
+            settings.setdefault(key, None if "None" in types.get(key, "None") else 0)
     return _guarded(lambda: CONFIG_MAPPING[architecture](**settings), where="model")
 
 
@@ -344,11 +357,13 @@ def _check(config: Any) -> None:
     problems = []
     for key in _COUNTS:
         value = setting_of(config, key)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        each = value if isinstance(value, (list, tuple)) else [value]  # some have one per layer
+        if value is not None and any(type(size) is not int or size < 1 for size in each):
             problems.append(f"{key}: expected a positive integer, got {value!r}")
     hidden, heads = setting_of(config, "hidden_size"), setting_of(config, "num_attention_heads")
     key_heads = setting_of(config, "num_key_value_heads")
-    if not problems and hidden and heads:
+    sizes = (hidden, heads, key_heads or 1)
+    if not problems and all(isinstance(size, int) for size in sizes):
         if not setting_of(config, "head_dim") and hidden % heads:
             problems.append(f"hidden_size {hidden} is not a multiple of {heads} attention heads")
         if key_heads and heads % key_heads:

@@ -177,7 +177,7 @@ class _Recorder(TorchDispatchMode):
         else:
             raise ModelError(
                 f"{name}: its initialisation uses {operation!r}, which has no form by position\n"
-                "    start from pretrained weights, or use another family"
+                "    use another family"
             )
         program = self.programs.setdefault(name, [])
         if region is None and step.kind not in _REWORK:
@@ -211,7 +211,7 @@ def _known(name: str, source: Tensor) -> Tensor:
     if source.is_meta:
         raise ModelError(
             f"{name}: its initial values are computed on the model's device, out of sight\n"
-            "    start from pretrained weights, or use another family"
+            "    use another family"
         )
     return source.detach().clone()
 

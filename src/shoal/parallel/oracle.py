@@ -66,7 +66,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """The same weights in both; eval mode, float64 where transformers runs the family in it."""
 
     theirs: nn.Module
@@ -87,13 +87,23 @@ class _Pair:
             return self.theirs(**inputs)
 
 
-def examine(settings: ModelSettings, *, task: Task, packing: bool, sequence_tokens: int) -> Verdict:
+def examine(
+    settings: ModelSettings,
+    *,
+    task: Task,
+    packing: bool,
+    sequence_tokens: int,
+    is_drawn: bool = True,
+) -> Verdict:
     """Hold a small model of the same kind against transformers. Computes for about half a second.
 
-    `sequence_tokens`: of a row of the run, for the probe of rotary positions. Raises ModelError
-    for a model that cannot be built or run at all.
+    `sequence_tokens`: of a row of the run, for the probe of rotary positions. `is_drawn`: its first
+    weights are those of its own initialisation. Raises ModelError for a model that cannot be built
+    or run at all.
     """
-    pair = _pair(settings, task=task)
+    pair = pair_of(settings, task=task)
+    if is_drawn:
+        _check_drawn(pair.ours, settings, config=pair.config)
     ours = pair.ours
     notes, problems, differences = [], [], [0.0]
     if getattr(ours, "shoal_own_attention", False):
@@ -133,7 +143,7 @@ def examine(settings: ModelSettings, *, task: Task, packing: bool, sequence_toke
     )
 
 
-def _pair(settings: ModelSettings, *, task: Task) -> _Pair:
+def pair_of(settings: ModelSettings, *, task: Task) -> Pair:
     """The smallest model of the kind that transformers can run. Raises ModelError."""
     failure: Exception | None = None
     for config in small_configs(settings.config):
@@ -143,7 +153,7 @@ def _pair(settings: ModelSettings, *, task: Task) -> _Pair:
             failure = failure or error
             continue
         try:
-            return _Pair(theirs, _ours(settings, config, theirs), config)
+            return Pair(theirs, _ours(settings, config, theirs), config)
         except Exception as error:  # it is called in a way that shoal does not know
             what = "it is not called as shoal calls models"
             raise _refusal(config, task, what, error) from error
@@ -166,7 +176,9 @@ def _theirs(settings: ModelSettings, config: Any, task: Task) -> nn.Module:
     """transformers' model, in float64 where it runs in that. Raises what it raises."""
     _check_size(config, auto_class=settings.auto_class)
     config._experts_implementation = "eager"  # the others have no float64
-    model = build_reference(config, auto_class=settings.auto_class)
+    with torch.random.fork_rng(devices=[]):  # the same verdict at every call
+        torch.manual_seed(0)
+        model = build_reference(config, auto_class=settings.auto_class)
     _stir(model)
     rows = _rows(task, config, packing=False)
     call = task.user_call(rows)
@@ -205,6 +217,13 @@ def _stir(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def _check_drawn(model: nn.Module, settings: ModelSettings, *, config: Any) -> None:
+    """Raise ModelError, naming the parameter, where nothing initialises one."""
+    record = init.record(build_meta(config, auto_class=settings.auto_class, dropout="off"))
+    for name in canonical_parameters(model):
+        record.program(name)
 
 
 def _ours(settings: ModelSettings, config: Any, theirs: nn.Module) -> nn.Module:
@@ -257,7 +276,7 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _padded(pair: _Pair, task: Task, rows: Batch) -> Iterator[tuple[float, str]]:
+def _padded(pair: Pair, task: Task, rows: Batch) -> Iterator[tuple[float, str]]:
     """(difference, what it would mean) of logits and loss on padded rows."""
     theirs = pair.call(task, rows)
     output, logits = _run(pair.ours, task, rows)
@@ -287,7 +306,7 @@ def _at(logits: Tensor, row: int, places: Tensor) -> Tensor:
     return logits[row] if logits.dim() == 2 else logits[row, places]
 
 
-def _padding_seen(pair: _Pair, task: Task, rows: Batch) -> str | None:
+def _padding_seen(pair: Pair, task: Task, rows: Batch) -> str | None:
     """Whether transformers itself gives a row other logits beside a longer one."""
     if "document_ids" not in rows:
         return None
@@ -302,7 +321,7 @@ def _padding_seen(pair: _Pair, task: Task, rows: Batch) -> str | None:
     return None
 
 
-def _alone(pair: _Pair, task: Task, rows: Batch) -> list[str]:
+def _alone(pair: Pair, task: Task, rows: Batch) -> list[str]:
     """Causality, and each row by itself without its padding."""
     ours = pair.ours
     if "document_ids" not in rows:
@@ -333,7 +352,7 @@ def _alone(pair: _Pair, task: Task, rows: Batch) -> list[str]:
     return problems
 
 
-def _packed(pair: _Pair, task: Task) -> float:
+def _packed(pair: Pair, task: Task) -> float:
     """Largest difference between documents in a packed row and transformers on each alone."""
     rows = _rows(task, pair.config, packing=True)
     try:
@@ -346,7 +365,7 @@ def _packed(pair: _Pair, task: Task) -> float:
     return apart
 
 
-def _at_far_positions(pair: _Pair, task: Task, *, sequence_tokens: int, rows: Batch) -> list[str]:
+def _at_far_positions(pair: Pair, task: Task, *, sequence_tokens: int, rows: Batch) -> list[str]:
     """Whether a row is computed alike after and beside one that ends a longest row of the run."""
     if "position_ids" not in rows:
         return []
@@ -375,15 +394,12 @@ def _at_far_positions(pair: _Pair, task: Task, *, sequence_tokens: int, rows: Ba
     ]
 
 
-def _when_training(settings: ModelSettings, pair: _Pair, *, task: Task, rows: Batch) -> list[str]:
+def _when_training(settings: ModelSettings, pair: Pair, *, task: Task, rows: Batch) -> list[str]:
     """Training mode without dropout is eval mode; keyed dropout is the same at every call."""
     ours = pair.ours
     if settings.dropout == "keyed" and wants_dropout(settings.config):
-        model = build_meta(pair.config, auto_class=settings.auto_class, dropout="keyed")
-        init.materialise(model, record=init.record(model), seed=settings.seed)
-        apply_keyed(model, seed=settings.seed, asked=settings.config)
         try:
-            probe_keyed_dropout(model)
+            check_keyed_dropout(settings, pair)
         except ModelError as error:
             return [str(error)]
     if settings.dropout == "framework":
@@ -400,3 +416,11 @@ def _when_training(settings: ModelSettings, pair: _Pair, *, task: Task, rows: Ba
             "its own, which have no key\n    use another architecture, or model.dropout=framework"
         ]
     return []
+
+
+def check_keyed_dropout(settings: ModelSettings, pair: Pair) -> None:
+    """Raise ModelError where the small model drops values in ways that have no key."""
+    model = build_meta(pair.config, auto_class=settings.auto_class, dropout="keyed")
+    init.materialise(model, record=init.record(model), seed=settings.seed)
+    apply_keyed(model, seed=settings.seed, asked=settings.config)
+    probe_keyed_dropout(model)

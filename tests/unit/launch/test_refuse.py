@@ -66,6 +66,11 @@ def test_whatever_the_model(overrides: list[str], words: str) -> None:
         (LLAMA, ["parallel.tensor=3"], "3 does not divide 8 query heads.*1, 2, 4.*nearest is 2"),
         (LLAMA, ["parallel.tensor=8"], "degrees that do: 1, 2, 4"),
         (VIT, ["parallel.tensor=2"], "vit model cannot be cut along tensor.*shard=2 instead"),
+        (
+            {"model_type": "squeezebert"},
+            ["parallel.shard=2"],
+            "squeezebert model cannot be cut along shard.*replicate=2 instead",
+        ),
         (UNKNOWN, ["parallel.tensor=2"], "no table for the family a-new-one.*takes any family"),
     ],
 )

@@ -32,6 +32,37 @@ def test_special_tokens_outside_the_vocabulary_are_dropped() -> None:
     assert kept.eos_token_id == 2
 
 
+def test_a_class_that_wants_special_tokens_gets_the_first() -> None:
+    """CWM has no configuration without a token that begins a text."""
+    settings = {**SETTINGS["llama"], "vocab_size": 61}
+    assert read_config(architecture="cwm", settings=settings).bos_token_id == 0
+
+
+def test_sizes_may_differ_from_layer_to_layer() -> None:
+    widths = [[64, 128], [64, -1]]
+    small = {
+        "num_hidden_layers": 2,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["full_attention"] * 2,
+    }
+    config = read_config(
+        architecture="gemma3n_text", settings={**small, "intermediate_size": widths[0]}
+    )
+    assert config.intermediate_size == [64, 128]
+    with pytest.raises(ModelError, match=r"intermediate_size: expected a positive integer"):
+        read_config(architecture="gemma3n_text", settings={**small, "intermediate_size": widths[1]})
+
+
+def test_layers_that_drop_out_are_dropout_too() -> None:
+    """M2M-100 leaves out one layer in twenty by default."""
+    config = read_config(
+        architecture="m2m_100", settings={"encoder_layers": 1, "decoder_layers": 1}
+    )
+    assert config.encoder_layerdrop > 0
+    model = build_meta(config, auto_class="AutoModelForSeq2SeqLM", dropout="off")
+    assert model.config.encoder_layerdrop == model.config.decoder_layerdrop == 0.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -8,6 +8,8 @@ import pytest
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+import seq2seq
+from seq2seq import Seq2Seq
 from shoal.errors import ModelError
 from shoal.models import anatomy, attention
 from shoal.models.huggingface import read_config
@@ -38,13 +40,15 @@ def verdict(
     dropout: str = "off",
     packing: bool = False,
     sequence_tokens: int = 32,
+    is_drawn: bool = True,
     **settings: Any,
 ) -> Verdict:
     """Of a small configuration of `family`."""
-    chosen = create(task, settings=TAGS if task == "token-classification" else {})
+    chosen = Seq2Seq() if task == Seq2Seq.kind else create(task, settings=TAGS)
+    special = chosen.model_settings() if task == Seq2Seq.kind else {}
     config = read_config(
         architecture=family,
-        settings={"vocab_size": 61, **SETTINGS.get(family, {}), **settings},
+        settings={"vocab_size": 61, **special, **SETTINGS.get(family, {}), **settings},
         vocabulary_size=61,
     )
     return examine(
@@ -52,6 +56,7 @@ def verdict(
         task=chosen,
         packing=packing,
         sequence_tokens=sequence_tokens,
+        is_drawn=is_drawn,
     )
 
 
@@ -106,6 +111,33 @@ def test_an_encoder_as_a_causal_language_model_sees_its_targets(family: str) -> 
 def test_a_family_that_mixes_padding_in_is_refused_by_that_name(family: str) -> None:
     (problem,) = verdict(family, task="token-classification", **ENCODER).problems
     assert "its own code sees padding" in problem and "in transformers" in problem
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bart", "mbart", "marian", "m2m_100"])
+def test_encoder_decoders_agree_with_transformers_called_with_labels(family: str) -> None:
+    """T5's two halves without a base model, BART's with one; mBART's own way to shift labels."""
+    found = verdict(family, task=Seq2Seq.kind)
+    assert found.problems == () and found.difference <= ROUNDING
+
+
+def test_another_first_token_of_a_decoder_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seq2seq, "decoder_inputs", lambda model, labels: labels.clamp(min=0))
+    (problem, _) = verdict("bart", task=Seq2Seq.kind).problems
+    assert problem.startswith("its logits differ from transformers' by")
+
+
+def test_attention_to_chosen_tokens_is_refused_where_they_are_fewer_than_a_row() -> None:
+    """DeepSeek 3.2 attends to the `index_topk` tokens that an indexer of its own chooses."""
+    (problem,) = verdict("deepseek_v32").problems
+    assert "its own code sees padding" in problem
+
+
+def test_a_model_whose_first_weights_nothing_draws_needs_pretrained_ones() -> None:
+    """transformers leaves the projections of OpenAI GPT as they happen to lie in memory."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+    with pytest.raises(ModelError, match="_init_weights does not initialise it"):
+        verdict("openai-gpt", **sizes)
+    assert verdict("openai-gpt", is_drawn=False, **sizes).problems == ()
 
 
 def test_a_family_whose_own_loss_is_another_one_is_refused() -> None:

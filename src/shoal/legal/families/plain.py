@@ -142,6 +142,8 @@ FAMILIES: dict[str, Family] = {
         tensor=_BERT,
         blocks="encoder.layer",
     ),
+    # it calls forward of its blocks by name, so that nothing gathers what shard cut
+    "squeezebert": Family(axes=frozenset({"replicate"})),
     "vit": Family(
         sizes=_vit,
         blocks="layers",
@@ -160,7 +162,5 @@ FAMILIES: dict[str, Family] = {
         blocks="encoder.block",
         more_blocks=("decoder.block",),
         norm="decoder.final_layer_norm",
-        head="lm_head",
-        hidden="hidden_of_decoder",
     ),
 }

@@ -55,7 +55,7 @@ def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
-    if parts.config.scale_decoder_outputs:
+    if getattr(parts.config, "scale_decoder_outputs", False):
         hidden = hidden * parts.config.d_model**-0.5
     return hidden
 

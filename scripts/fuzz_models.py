@@ -45,8 +45,13 @@ from tiny import write_corpus  # noqa: E402
 
 PAGE = ROOT / "docs" / "guide" / "models.md"
 LOSS = 1e-5
+NORM = 1e-3  # as tests/families.py: what is missing or doubled gives 0.4
 REFERENCE = 1e-6
 MICROS = (1, 2, 8)
+EPSILON = 1e-2
+"""So large that a step goes by the size of a gradient. Adam's first step is its sign, which is
+rounding's where it is zero in truth: 7e-6 of the loss and 9e-3 of the norm after two (gemma4)."""
+
 VOCABULARY = 300
 AT_ONCE = 24
 LAYOUTS = {
@@ -141,7 +146,11 @@ class Cases:
                 **small_settings(family.name, family.task),
             },
             "data": data,
-            "train": {"steps": len(MICROS), "global_batch_samples": 16},
+            "train": {
+                "steps": len(MICROS),
+                "global_batch_samples": 16,
+                "optimizer": {"kind": "adamw", "epsilon": EPSILON},
+            },
         }
 
 
@@ -224,7 +233,7 @@ def wrong(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
         if "error" in row:
             return str(row["error"])
     apart, norms = (max(map(_apart, found[name], wanted[name])) for name in ("losses", "norms"))
-    return None if apart <= LOSS and norms <= 1e-3 else f"loss {apart:.1e}, norm {norms:.1e}"
+    return None if apart <= LOSS and norms <= NORM else f"loss {apart:.1e}, norm {norms:.1e}"
 
 
 def _apart(found: float | None, wanted: float | None) -> float:

@@ -40,9 +40,11 @@ _COUNTS = (
 
 _HEADS = re.compile(r"(?!.*d_head)(.*_)?heads?")
 
+_INNER = (re.compile(r".*(ffn_dim|ffn_hidden_size|d_ff|d_inner|n_inner|intermediate_size)"), 64)
+
 _WIDTHS = (
     (_HEADS, 2),
-    (re.compile(r".*(ffn_dim|ffn_hidden_size|d_ff|d_inner|n_inner|intermediate_size)"), 64),
+    _INNER,
     (re.compile(r"rotary_dim|qk_rope_head_dim"), 8),
     (re.compile(r".*_rank|qk_nope_head_dim|v_head_dim"), 16),
 )
@@ -130,7 +132,7 @@ def _derived_sizes(kind: Any) -> set[str]:
 
 
 def _by_family(config: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_limited(tree, _COUNTS), **shrunk(tree)}
+    return {**_limited(tree, (*_COUNTS, _INNER)), **shrunk(tree)}
 
 
 def _by_common_names(config: Any, tree: Mapping[str, Any]) -> dict[str, Any]:

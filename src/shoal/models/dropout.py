@@ -111,10 +111,18 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def mute_attention_dropout(config: Any) -> None:
-    """Set the dropout of attention probabilities to 0 in a configuration."""
-    for key in _ATTENTION:
-        if isinstance(getattr(config, key, None), (int, float)):
-            setattr(config, key, 0.0)
+    """Set what has no key to 0 in a configuration: attention probabilities, and whole layers."""
+    for key in _without_key(config):
+        setattr(config, key, 0.0)
+
+
+def _without_key(config: Any) -> list[str]:
+    layers = [key for key in vars(config) if re.search("layerdrop|drop_path", key)]
+    return [
+        key
+        for key in (*_ATTENTION, *layers)
+        if isinstance(getattr(config, key, None), (int, float))
+    ]
 
 
 def mute_attention_modules(model: nn.Module) -> None:
@@ -150,9 +158,11 @@ def apply_keyed(model: nn.Module, *, seed: int, asked: Any = None) -> list[str]:
             if type(child) is nn.Dropout:
                 layer = f"{path}.{name}" if path else name
                 setattr(module, name, KeyedDropout(child.p, seed=seed, layer=layer))
-    muted = {key: getattr(asked, key, 0.0) for key in _ATTENTION} if asked is not None else {}
+    muted = {key: getattr(asked, key) for key in _without_key(asked)} if asked is not None else {}
     return [
         f"model.{key} {value} is set to 0: dropout inside attention kernels has no key"
+        if key in _ATTENTION
+        else f"model.{key} {value} is set to 0: dropping whole layers has no key"
         for key, value in muted.items()
-        if isinstance(value, (int, float)) and value > 0
+        if value > 0
     ]

@@ -407,13 +407,24 @@ def _when_training(settings: ModelSettings, pair: Pair, *, task: Task, rows: Bat
     _, wanted = _run(ours, task, rows)
     ours.train()
     try:
-        _, found = _run(ours, task, rows)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            # BART draws one number for each layer, whether or not it could be left out
+            harmless = [float(torch.rand([])) for _ in range(1 + anatomy_of(ours).num_blocks)]
+            torch.manual_seed(0)
+            _, found = _run(ours, task, rows)
+            draws = float(torch.rand([])) not in harmless
     finally:
         ours.eval()
     if (apart := _apart(_real(rows, found), _real(rows, wanted))) > pair.tolerance:
         return [
             f"training changes its logits ({apart:.1e}) though dropout is off: it draws numbers of "
             "its own, which have no key\n    use another architecture, or model.dropout=framework"
+        ]
+    if draws:  # that matter now and then only, such as where two experts are nearly even (PhiMoE)
+        return [
+            "in training it draws numbers of its own, which have no key\n    use another "
+            "architecture, or model.dropout=framework"
         ]
     return []
 

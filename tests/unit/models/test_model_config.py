@@ -6,6 +6,7 @@ import torch
 from tiny_models import SETTINGS, config_of
 
 from shoal.errors import ModelError
+from shoal.models.dropout import apply_keyed
 from shoal.models.huggingface import build_meta, read_config
 
 
@@ -59,8 +60,11 @@ def test_layers_that_drop_out_are_dropout_too() -> None:
         architecture="m2m_100", settings={"encoder_layers": 1, "decoder_layers": 1}
     )
     assert config.encoder_layerdrop > 0
-    model = build_meta(config, auto_class="AutoModelForSeq2SeqLM", dropout="off")
-    assert model.config.encoder_layerdrop == model.config.decoder_layerdrop == 0.0
+    for dropout in ("off", "keyed"):
+        model = build_meta(config, auto_class="AutoModelForSeq2SeqLM", dropout=dropout)
+        assert model.config.encoder_layerdrop == model.config.decoder_layerdrop == 0.0
+    notes = apply_keyed(model, seed=0, asked=config)
+    assert "model.encoder_layerdrop 0.05 is set to 0: dropping whole layers has no key" in notes
 
 
 @pytest.mark.parametrize(

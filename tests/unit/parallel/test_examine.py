@@ -178,6 +178,12 @@ def test_noise_of_a_models_own_is_found_in_training_mode() -> None:
     assert "training changes its logits" in problem and "model.dropout=framework" in problem
 
 
+def test_numbers_that_matter_now_and_then_only_are_noticed() -> None:
+    """PhiMoE chooses between experts by chance, but only where two are nearly even."""
+    (problem,) = verdict("phimoe", **SETTINGS["llama"]).problems
+    assert "numbers of its own, which have no key" in problem
+
+
 def test_keyed_dropout_that_cannot_be_keyed_is_refused() -> None:
     (problem,) = verdict("opt", dropout="keyed").problems
     assert "drops values in its own code, which has no key" in problem

@@ -32,6 +32,8 @@ _COUNTS = (
     (re.compile(r"(.*_)?experts?(_num)?"), 4),
     (re.compile(r"n_group|topk_group|num_expert_group|first_k_dense_replace|num_dense_layers"), 1),
     (re.compile(r".+_vocab(_size)?|vocab_size_per.*"), 512),
+    (re.compile(r"attn_layer_period|block_size"), 2),
+    (re.compile(r"attn_layer_offset|num_random_blocks"), 1),
     (re.compile(r"index_topk"), 8),
     (re.compile(r"(mamba_)?chunk_size"), 8),
     (re.compile(r"sliding_window_size|local_attention"), 16),

@@ -19,7 +19,8 @@ def kinds(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "family", ["deepseek_v3", "cohere2_moe", "bamba", "granitemoehybrid", "gpt_neo", "lfm2"]
+    "family",
+    ["deepseek_v3", "cohere2_moe", "bamba", "granitemoehybrid", "gpt_neo", "lfm2", "jamba"],
 )
 def test_every_kind_of_module_is_left_in_a_small_model(family: str) -> None:
     """Dense layers and experts, attention of both kinds, state spaces: of the default sizes."""

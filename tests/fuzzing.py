@@ -139,10 +139,12 @@ def alone(batch: Batch) -> Batch:
     documents = [one for _, _, one in documents_of(dict(batch))]
     fills = {"labels": IGNORED, "document_ids": -1}
     return {
-        name: pad_sequence(
+        name: torch.cat([each[name] for each in documents])
+        if value.dim() == 1
+        else pad_sequence(
             [each[name][0] for each in documents],
             batch_first=True,
             padding_value=fills.get(name, 0),
         )
-        for name in documents[0]
+        for name, value in documents[0].items()
     }

@@ -91,6 +91,7 @@ def _workers(command: int) -> list[int]:
         return []
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_save_it_begins_anew(bench: Bench) -> None:
     """`train` sends to `resume`, which can: one does not send back to the other."""
     run = Run(bench.new_path())

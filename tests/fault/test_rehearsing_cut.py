@@ -89,8 +89,9 @@ def test_without_another_replica_the_save_is_what_is_left(
     assert "from the last checkpoint" in restarted["text"]
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
-@pytest.mark.parametrize("kind", ["stop", pytest.param("spin", marks=slow)])
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["stop", "spin"])
 def test_the_stopped_one_of_a_pair_is_named(bench: Bench, kind: str, rank: int) -> None:
     """Its partner waits inside forward, where no collective of ours says so."""
     found = rehearsed(bench, f"{kind}:{rank}@12", overrides=PAIR)

@@ -51,6 +51,7 @@ def checkpoint(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store.publish(10, parts=parts, state=state, keep=1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_merge_keeps_to_its_limit(bench: Bench, checkpoint: Path, tmp_path: Path) -> None:
     script = Path(__file__).with_name("merging.py")

@@ -41,6 +41,7 @@ TINY = [
     "launch.tune=false",
     "precision.compute=float32",
     "data.validation.source=held-out.json",
+    "data.packing=false",
 ]
 PROMPT = "the red fox"
 # What a user of transformers would write; nothing of shoal is imported.
@@ -129,7 +130,7 @@ def write_files(home: Path) -> dict[str, Path]:
     (home / "tales.json").write_text(json.dumps([{"text": text} for text in whole]))
     with gzip.open(home / "tales.csv.gz", "wt", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerows([["id", "story"], *([str(n), text] for n, text in enumerate(whole))])
+        table.writerows([["id", "text"], *([str(n), text] for n, text in enumerate(whole))])
     folder = home / "tales"
     folder.mkdir()
     halves = {"one.jsonl": whole[:100], "two.jsonl": whole[100:]}
@@ -160,9 +161,8 @@ def walk(home: Path) -> None:
     runs = {}
     for name, path in files.items():
         runs[name] = home / f"run-{name}"
-        named = ["data.text_field=story"] if name == "csv.gz" else []
-        source = [f"data.source={path}", *named]
-        out = me.run("shoal", "train", "quickstart", *source, *TINY, "--out", runs[name])
+        source = f"data.source={path}"
+        out = me.run("shoal", "train", "quickstart", source, *TINY, "--out", runs[name])
         expect("notes.pdf" in out or name != "folder", "a file that is not read is not named")
         first, *_, last = losses(runs[name])
         expect(last < first, f"{name}: the loss went from {first} to {last}")

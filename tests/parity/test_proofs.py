@@ -42,8 +42,12 @@ def test_a_right_layout_is_proven(bench: Bench, layout: tuple[str, ...]) -> None
     assert found.proven, str(found)
     assert found.cause is None
     assert found.largest["loss"][0] < 1e-6
-    assert set(found.largest) == {"loss", "gradient", "norm", "parameter", "round trip", "opened"}
-    assert found.largest["opened"][0] < 1e-6
+    compared = {"loss", "gradient", "norm", "parameter", "round trip"}
+    if any("pdrop" in each for each in layout):  # transformers drops nothing where it is opened
+        assert set(found.largest) == compared
+    else:
+        assert set(found.largest) == {*compared, "opened"}
+        assert found.largest["opened"][0] < 1e-6
     # the tolerance says what rounding does, not what a mistake does
     assert max(found.tolerance.gradients.values()) < 1e-3
     assert found.tolerance.rounding is not None

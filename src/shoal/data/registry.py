@@ -29,7 +29,6 @@ class Package:
     """The file or folder that the reader opens, below the unpacked folder."""
     reader: str
     """How it is read: chat, tagged, opinions, pixels; or what it is: model, gguf."""
-    text_field: str | None = None
 
     @property
     def is_model(self) -> bool:

@@ -174,7 +174,7 @@ def _records(
     if located.kind == "registry":
         package = registry.package(located.source)
         read = readers.READERS[package.reader]
-        yield from read(located.paths[0], text_field=text_field or package.text_field, at=at)
+        yield from read(located.paths[0], text_field=text_field, at=at)
         return
     for number, path in enumerate(located.paths):
         read = readers.reader_of(path)

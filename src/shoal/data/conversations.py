@@ -167,7 +167,9 @@ def chat_template_of(folder: Path) -> tuple[str, str] | None:
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_object(folder / name).get("chat_template")
         if isinstance(found, list):  # several by name
-            named = {each.get("name"): each.get("template") for each in found}
+            named = {
+                each.get("name"): each.get("template") for each in found if isinstance(each, dict)
+            }
             found = named.get("default")
         if isinstance(found, str):
             return found, name

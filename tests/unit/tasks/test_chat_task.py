@@ -286,6 +286,8 @@ def test_templates_of_a_folder(tmp_path: Path, folder: Path) -> None:
     several = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
     assert chat_template_of(tmp_path) == ("d", "tokenizer_config.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ["damaged"]}))
+    assert chat_template_of(tmp_path) is None
     made = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(folder))
     made.chat_template = "as transformers saves it"
     made.save_pretrained(tmp_path / "saved")

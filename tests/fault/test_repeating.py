@@ -11,7 +11,12 @@ from shoal.errors import UserError, WorkerError
 from shoal.launch import local
 from tiny import Bench, Run
 
-SHORT = ("train.steps=10", "train.evaluate_every_steps=0", "checkpoint.every_steps=4")
+SHORT = (
+    "train.steps=10",
+    "train.evaluate_every_steps=0",
+    "checkpoint.every_steps=4",
+    "checkpoint.background=false",  # the save of step 4 is done before the error of step 6
+)
 TWO = ("parallel.replicate=2", "launch.workers=processes", "train.micro_batch_samples=2")
 THREADS = ("parallel.replicate=2", "launch.workers=threads")
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from shoal.config.left_out import is_pretrained, with_fine_tuning, with_kinds
 from shoal.config.problems import problems_of, short
-from shoal.config.recipe import PretrainedModel, Recipe, has_tokens
+from shoal.config.recipe import PretrainedModel, Recipe
+from shoal.config.tasks import has_tokens
 from shoal.config.yaml_text import dump, one_line, parse, read_mapping
 from shoal.errors import ConfigError, Problem, UserError, nearest
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from shoal.config.left_out import FINE_TUNING
 from shoal.config.optimizers import AdamW, Constant, Cosine, Muon, WarmupStableDecay
-from shoal.config.recipe import PretrainedModel, Recipe, Until, has_tokens
+from shoal.config.recipe import PretrainedModel, Recipe, Until
+from shoal.config.tasks import has_tokens
 from shoal.units import format_count
 
 _OPEN = "decided at start"

@@ -9,6 +9,9 @@ from shoal.config.schema import choices
 FINE_TUNING = {"learning_rate": 2.0e-5, "weight_decay": 0.01}
 """Of AdamW with pretrained weights: BERT's grid has 2e-5 to 5e-5 (https://arxiv.org/abs/1810.04805,
 A.3); 1e-3, right for random weights, destroys what they know."""
+ADAPTER_RATE = 2.0e-4
+"""Of adapters, whose matrices begin anew: QLoRA's for small models (https://arxiv.org/abs/2305.14314,
+table 9)."""
 FINE_TUNING_WARMUP = 0.03
 """Share of the steps, as in Alpaca's and most recipes since."""
 
@@ -21,6 +24,11 @@ def is_pretrained(tree: dict[str, Any]) -> bool:
         and model.get("kind", "pretrained") == "pretrained"
         and ("path" in model)
     )
+
+
+def usual_rate(*, adapted: bool) -> float:
+    """Of AdamW with pretrained weights: for all of them, or for adapters beside them."""
+    return ADAPTER_RATE if adapted else FINE_TUNING["learning_rate"]
 
 
 def with_kinds(tree: dict[str, Any]) -> dict[str, Any]:
@@ -49,8 +57,10 @@ def with_fine_tuning(tree: dict[str, Any]) -> list[tuple[str, str]]:
     filled = []
     optimizer = train.setdefault("optimizer", {"kind": "adamw"})
     if isinstance(optimizer, dict) and optimizer.get("kind") == "adamw":
-        filled = [("optimizer", key) for key in FINE_TUNING if key not in optimizer]
-        train["optimizer"] = FINE_TUNING | optimizer
+        adapted = tree["model"].get("adapter") is not None
+        usual = FINE_TUNING | {"learning_rate": usual_rate(adapted=adapted)}
+        filled = [("optimizer", key) for key in usual if key not in optimizer]
+        train["optimizer"] = usual | optimizer
     schedule = train.setdefault("schedule", {"kind": "cosine"})
     if isinstance(schedule, dict) and not {"warmup_steps", "warmup_fraction"} & schedule.keys():
         schedule["warmup_fraction"] = FINE_TUNING_WARMUP

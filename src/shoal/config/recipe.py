@@ -17,6 +17,28 @@ from shoal.config.tasks import CausalLM, TaskSection
 # --- model --------------------------------------------------------------------------------------
 
 
+class Adapter(Section):
+    """Train small matrices beside frozen weights: of LoRA (https://arxiv.org/abs/2106.09685), or of
+    DoRA, which trains each row's length too (https://arxiv.org/abs/2402.09353)."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: Count = 8
+    """Of the product B x A that is added to each matrix."""
+    alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """The product is multiplied by alpha / rank; None: twice the rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Layers by the end of their name or by pattern, such as q_proj; all-linear: all in blocks."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Of what goes into A."""
+    path: str | None = None
+    """A folder in peft's format to begin with: its rank, alpha, targets and kind are taken."""
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
 class ConfiguredModel(BaseModel):
     """A model from a configuration: `architecture` and the keys of its transformers config."""
 
@@ -27,6 +49,8 @@ class ConfiguredModel(BaseModel):
     """A model_type of transformers, such as llama, gpt2, bert or vit."""
     dropout: Literal["off", "keyed", "framework"] = "keyed"
     """keyed: the same in every layout; framework: torch's own; off: none."""
+    adapter: Adapter | None = None
+    """Trained instead of the weights, which stay as they were drawn; None: the weights."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -42,6 +66,8 @@ class PretrainedModel(Section):
     """A folder, a name of `shoal data list`, or owner/name of the hub."""
     dropout: Literal["off", "keyed", "framework"] = "keyed"
     """keyed: the same in every layout; framework: torch's own; off: none."""
+    adapter: Adapter | None = None
+    """Trained instead of the weights; None: the weights."""
 
 
 ModelSection = Annotated[ConfiguredModel | PretrainedModel, Field(discriminator="kind")]

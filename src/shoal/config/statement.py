@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.config.left_out import FINE_TUNING
+from shoal.config.left_out import usual_rate
 from shoal.config.optimizers import AdamW, Constant, Cosine, Muon, WarmupStableDecay
 from shoal.config.recipe import PretrainedModel, Recipe, Until
 from shoal.config.tasks import has_tokens
@@ -94,15 +94,20 @@ _FAR = 5
 
 def _usual(recipe: Recipe) -> str:
     """Whether the rate is usual for weights that exist, or looks like one of another kind."""
-    optimizer, usual = recipe.train.optimizer, FINE_TUNING["learning_rate"]
+    optimizer, adapted = recipe.train.optimizer, recipe.model.adapter is not None
+    usual, what = usual_rate(adapted=adapted), "adapters" if adapted else "pretrained weights"
     if not isinstance(recipe.model, PretrainedModel) or not isinstance(optimizer, AdamW):
         default = type(optimizer).model_fields["learning_rate"].default
         near = default / _FAR < optimizer.learning_rate < default * _FAR
         return "" if near else f" ({optimizer.kind}'s default is {default:g})"
     if optimizer.learning_rate == usual:
-        return " (the default with pretrained weights)"
+        return f" (the default with {what})"
     high = optimizer.learning_rate >= _HIGH * usual
-    return f" (high for pretrained weights, where {usual:g} is usual)" if high else ""
+    return (
+        f" (high for {what}, where {usual:g} is usual)"
+        if high
+        else ""
+    )
 
 
 def _tokenizer(recipe: Recipe) -> str:
@@ -126,7 +131,11 @@ def _optimizer(recipe: Recipe) -> str:
         f"{kind}; weight decay {optimizer.weight_decay:g} (not on norms, biases, embeddings); "
         f"global gradient norm {clipped}"
     )
-    frozen = recipe.train.freeze
+    frozen, adapter = recipe.train.freeze, recipe.model.adapter
+    if adapter is not None:
+        about = f"from {adapter.path}" if adapter.path else f"rank {adapter.rank}, scale "
+        about += "" if adapter.path else f"{adapter.scale:g}, beside {', '.join(adapter.targets)}"
+        text += f"; trained: {adapter.kind} adapters ({about}) and a new head, else frozen"
     return text + (f"; frozen: {', '.join(frozen)}" if frozen else "")
 
 

@@ -20,6 +20,9 @@ from shoal.engine.state import FlatState, allocate_for
 from shoal.engine.step import Step, StepSettings
 from shoal.engine.training import Training
 from shoal.engine.update import Update
+from shoal.models.adapter import AdapterSettings
+from shoal.models.adapter_files import AdapterFolder
+from shoal.models.init import Source
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
 from shoal.parallel.model import ModelSettings, model_config
@@ -42,14 +45,14 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     recipe, decision = job.recipe, job.decision
     task = create_task(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
     replica = build_replica(model_settings(recipe, inputs=job.inputs, task=task))
-    source = _pretrained(job, model=replica.model)
+    base = _pretrained(job, model=replica.model)
     settings = strategy_settings(recipe, decision)
     cut(replica, mesh=ranks.mesh, settings=settings)
-    state = _state(job, replica=replica, source=source, group=ranks.world)
+    state = _state(job, replica=replica, base=base, group=ranks.world)
     mark_logits(replica, compiled=recipe.parallel.compile)
     ranks.attach(replica.model)
     if worker.rank == 0:
-        _report_notes(report, source=source, replica=replica)
+        _report_notes(report, source=None if job.joining else base, replica=replica)
     data = Path(job.inputs.data_directory)
     stream = Stream(data, seed=recipe.seed, global_batch_samples=recipe.train.global_batch_samples)
     steps = recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
@@ -106,7 +109,9 @@ def _policy(job: Job, *, ranks: Ranks, state: FlatState, steps: int) -> Policy:
     division = Division(
         recipe.train.global_batch_samples, job.decision.micro_batch_samples, ranks.layout.shard
     )
-    policy = create(recipe.sync, division=division, values=state.values, steps=steps)
+    policy = create(
+        recipe.sync, division=division, values=state.values[: state.trainable_numel], steps=steps
+    )
     policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
     state.add(policy.vectors())
     return policy
@@ -184,21 +189,46 @@ def model_settings(recipe: Recipe, *, inputs: Inputs, task: Task) -> ModelSettin
         auto_class=task.auto_class,
     )
     return ModelSettings(
-        config, task.auto_class, recipe.seed, recipe.model.dropout, recipe.train.freeze
+        config,
+        task.auto_class,
+        recipe.seed,
+        recipe.model.dropout,
+        recipe.train.freeze,
+        adapter_settings(recipe, inputs=inputs),
+    )
+
+
+def adapter_settings(recipe: Recipe, *, inputs: Inputs) -> AdapterSettings | None:
+    """The adapter that is trained, if any, as the recipe or its own folder says. ModelError."""
+    section = recipe.model.adapter
+    if section is None:
+        return None
+    if inputs.adapter_directory is not None:
+        return AdapterFolder(inputs.adapter_directory).settings
+    return AdapterSettings(
+        section.kind, section.rank, section.scale, section.targets, section.dropout
     )
 
 
 def _state(
-    job: Job, *, replica: Replica, source: PretrainedWeights | None, group: Group
+    job: Job, *, replica: Replica, base: PretrainedWeights | None, group: Group
 ) -> FlatState:
-    """The state, and the model over it; where ranks share memory, rank 0 fills it for all."""
-    recipe = job.recipe
+    """The state, and the model over it; where ranks share memory, rank 0 fills it for all.
+
+    What lies in the folder of `base` and is frozen under an adapter is in no checkpoint.
+    """
+    recipe, adapted = job.recipe, replica.settings.adapter is not None
+    source: Source | None = None if job.joining else base
+    if source is not None and job.inputs.adapter_directory is not None:
+        source = AdapterFolder(job.inputs.adapter_directory).over(source, model=replica.model)
+    kept = replica.frozen.difference(base.missing) if adapted and base is not None else frozenset()
     state = allocate_for(
         replica,
         group=group,
         optimizer=recipe.train.optimizer,
         dtype=torch.float64 if job.double else torch.float32,
         equal=recipe.sync.kind in KEEPS_EQUAL_STATE,
+        unsaved=frozenset(kept),
     )
     fill(
         replica,
@@ -213,9 +243,9 @@ def _state(
 
 
 def _pretrained(job: Job, *, model: nn.Module) -> PretrainedWeights | None:
-    """Weights to begin with; a rank that joins gets its state from another."""
+    """The weights that the recipe names; a rank that joins gets its state from another."""
     folder = job.inputs.model_directory
-    if folder is None or job.joining:
+    if folder is None or (job.joining and job.recipe.model.adapter is None):
         return None
     weights = PretrainedWeights(folder, model=model)
     if job.score is not None:

@@ -12,9 +12,12 @@ from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.build import model_settings
 from shoal.engine.job import Inputs
 from shoal.engine.worker import report_failure
+from shoal.models.adapter_files import AdapterFolder
 from shoal.models.huggingface import refuse_unknown
 from shoal.observe.events import Report
+from shoal.parallel.model import ModelSettings
 from shoal.parallel.oracle import Verdict, examine
+from shoal.parallel.replica import build_replica
 from shoal.runtime import WorkerInfo, start_worker
 from shoal.tasks.kinds import create
 
@@ -46,6 +49,7 @@ def verdict_of(recipe: Recipe, *, inputs: Inputs) -> Verdict:
     settings = model_settings(recipe, inputs=inputs, task=task)
     with warnings.catch_warnings():  # of the small model; a run says them of its own
         warnings.simplefilter("ignore")
+        _check_adapter(settings, inputs=inputs)
         return examine(
             replace(settings, freeze=()),
             task=task,
@@ -53,3 +57,12 @@ def verdict_of(recipe: Recipe, *, inputs: Inputs) -> Verdict:
             sequence_tokens=recipe.data.sequence_tokens,
             is_drawn=isinstance(recipe.model, ConfiguredModel),
         )
+
+
+def _check_adapter(settings: ModelSettings, *, inputs: Inputs) -> None:
+    """Raise ConfigError or ModelError for targets that are no layers of the model."""
+    if settings.adapter is None:
+        return
+    model = build_replica(replace(settings, freeze=())).model
+    if inputs.adapter_directory is not None:
+        AdapterFolder(inputs.adapter_directory).check(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,15 @@ from shoal.boxes import Box
 from shoal.checkpoint.store import Reader
 from shoal.config.recipe import Recipe
 from shoal.data.special import SpecialTokens
+from shoal.engine.build import adapter_settings
 from shoal.engine.job import Inputs
 from shoal.engine.opened import logged_and_opened
 from shoal.engine.saving.parts import SavedKind
 from shoal.engine.training import Training
 from shoal.errors import RunError
 from shoal.models import init
+from shoal.models.adapter import Folded
+from shoal.models.adapter_files import write_adapter
 from shoal.models.export import export
 from shoal.models.huggingface import (
     build_meta,
@@ -28,8 +30,10 @@ from shoal.models.huggingface import (
     fingerprint_sample,
     fingerprint_values,
 )
-from shoal.models.stored import Weights
+from shoal.models.pretrained import PretrainedWeights
+from shoal.models.stored import InMemory, Weights
 from shoal.tasks.kinds import create
+from shoal.tasks.task import Task
 
 _SAME_LOSS = 1e-5
 """Relative, in float32; measured below 1e-6."""
@@ -44,13 +48,26 @@ def fingerprint_of(training: Training) -> list[float]:
 
 
 def write_model(training: Training, *, step: int, out: Path) -> None:
-    """Export the weights of `step`: as they are now, or those of a save, as when they are cut."""
-    tensors: Mapping[str, Tensor] | Weights = training.state.named("parameter")
+    """Export the weights of `step`: as they are now, or those of a save, as when they are cut.
+
+    Adapters are folded in; beside `out`, `adapter` has them apart.
+    """
+    trained: Weights = InMemory(training.state.named("parameter"))
     if training.replica.is_cut or step != training.progress.step:
         training.store.verify(step)
-        tensors = SavedWeights(training.store.open(step))
+        trained = SavedWeights(training.store.open(step))
+    task, config = training.task, training.model.config
+    inputs = training.job.inputs
+    folded = _folded(training.job.recipe, inputs, trained, task=task, config=config)
+    if folded is not None:
+        write_adapter(
+            out.parent / "adapter",
+            folded,
+            base_name=inputs.model_directory or "",
+            auto_class=task.auto_class,
+        )
     export(
-        tensors=tensors,
+        tensors=folded or trained,
         config=training.model.config,
         auto_class=training.task.auto_class,
         tokenizer_directory=training.job.inputs.tokenizer_directory,
@@ -82,6 +99,19 @@ class SavedWeights:
         return self._saved.read(name, box=box) if name in self.shapes else None
 
 
+def _folded(
+    recipe: Recipe, inputs: Inputs, trained: Weights, *, task: Task, config: Any
+) -> Folded | None:
+    """The whole model that adapters come to; None without. ModelError for another base folder."""
+    settings = adapter_settings(recipe, inputs=inputs)
+    if settings is None:
+        return None
+    model = build_meta(config, auto_class=task.auto_class, dropout="off")
+    folder = inputs.model_directory
+    base = None if folder is None else PretrainedWeights(folder, model=model)
+    return Folded(trained, base=base, model=model, settings=settings)
+
+
 def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float | None:
     """Write the one full model that a checkpoint holds; returns the largest fingerprint difference.
 
@@ -96,12 +126,13 @@ def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float
     task = create(recipe.task.kind, settings=inputs.task_settings)
     config = config_from(reader.state["model_config"])
     model = build_meta(config, auto_class=task.auto_class, dropout="off")
-    weights = SavedWeights(reader)
+    saved = SavedWeights(reader)
+    weights = _folded(recipe, inputs, saved, task=task, config=config) or saved
     difference = None
-    saved, where = reader.state["fingerprint"], str(reader.folder)
-    if limit_bytes is None and saved:
+    logits, where = reader.state["fingerprint"], str(reader.folder)
+    if limit_bytes is None and logits:
         init.materialise(model, record=init.record(model), seed=0, source=weights)
-        difference = check_fingerprint(model, saved, where=where)
+        difference = check_fingerprint(model, logits, where=where)
     export(
         tensors=weights,
         config=model.config,
@@ -122,14 +153,15 @@ def opened_by_transformers(reader: Reader, *, out: Path) -> str | None:
     In words; None where the run logged nothing to compare with. Raises RunError when they differ.
     """
     inputs = Inputs.from_json(reader.state["inputs"])
-    weights, step = SavedWeights(reader), int(reader.state["progress"]["step"])
+    step = int(reader.state["progress"]["step"])
+    shapes = SavedWeights(reader).shapes
     found = logged_and_opened(
         out,
         run=reader.folder.parent.parent,
         step=step,
         recipe=Recipe.model_validate(reader.state["recipe"]),
         inputs=inputs,
-        num_parameters=sum(math.prod(shape) for shape in weights.shapes.values()),
+        num_parameters=sum(math.prod(shape) for shape in shapes.values()),
     )
     if found is None:
         return None

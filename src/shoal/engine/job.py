@@ -30,6 +30,8 @@ class Inputs:
     """The generation_config.json that a pretrained model came with."""
     content: dict[str, str] = field(default_factory=dict)
     """Hashes of data, tokenizer and model folder, which a resume compares. Empty in older runs."""
+    adapter_directory: str | None = None
+    """Where the adapter lies that a run begins with."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

@@ -71,6 +71,8 @@ class FlatState:
     gradients: Tensor
     vectors: dict[str, Vector]
     holdings: Holdings
+    unsaved: frozenset[str] = frozenset()
+    """Parameters that a checkpoint leaves out: frozen under adapters, they lie in their folder."""
     slots: dict[str, list[Slot]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,9 +110,13 @@ class FlatState:
         known = frozenset[str]().union(*members)
         return {n: self.layout.view(vector.tensor, n) for n in self.layout.shapes if n in known}
 
+    def saved(self, vector: Vector) -> dict[str, Tensor]:
+        """The views of `vector` that a checkpoint holds."""
+        return {n: each for n, each in self.views(vector).items() if n not in self.unsaved}
+
     def pieces(self, vector: Vector) -> Iterator[Piece]:
-        """The boxes of `vector` that this rank has, as views."""
-        for name, storage in self.views(vector).items():
+        """The boxes of `vector` that this rank has and a checkpoint holds, as views."""
+        for name, storage in self.saved(vector).items():
             shape = self.holdings[name].shape
             for slot in self.slots[name]:
                 yield Piece(name, vector.kind, shape, slot.box, slot.of(storage))
@@ -129,12 +135,13 @@ def allocate(
     holdings: Holdings | None = None,
     dtype: torch.dtype = torch.float32,
     equal: bool = True,
+    unsaved: frozenset[str] = frozenset(),
 ) -> FlatState:
     """Zeroed vectors for `regions`. Threads share parameters and states; gradients are each rank's.
 
     `holdings`: of a model that was cut, whose storage the regions describe; without it every tensor
     is whole. `dtype`: float64 for proofs, which want to know what rounding does. `equal`: whether
-    all replicas keep the same optimizer states.
+    all replicas keep the same optimizer states. `unsaved`: what a checkpoint leaves out.
     """
     layout = FlatLayout.of(regions, whole=["matrices"] if isinstance(optimizer, Muon) else [])
     trainable = layout.regions["frozen"].start
@@ -153,6 +160,7 @@ def allocate(
         torch.zeros(trainable, dtype=dtype, device=device),
         {each.kind: each for each in vectors},
         holdings or Holdings.whole(Mesh.alone(device), layout.shapes),
+        unsaved,
     )
 
 
@@ -163,6 +171,7 @@ def allocate_for(
     optimizer: OptimizerSection,
     dtype: torch.dtype,
     equal: bool = True,
+    unsaved: frozenset[str] = frozenset(),
 ) -> FlatState:
     """The zeroed state of a model that was cut."""
     regions = regions_of(
@@ -179,6 +188,7 @@ def allocate_for(
         holdings=replica.holdings,
         dtype=dtype,
         equal=equal,
+        unsaved=unsaved,
     )
 
 

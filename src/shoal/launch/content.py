@@ -21,19 +21,23 @@ _BLOCKS = 64
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
 
 
-def content_of(prepared: Prepared, *, tokenizer: Path | None, model: Path | None) -> dict[str, str]:
-    """Hashes of the prepared data, the tokenizer and the model folder, as far as there are any."""
+def content_of(
+    prepared: Prepared, *, tokenizer: Path | None, model: Path | None, adapter: Path | None = None
+) -> dict[str, str]:
+    """Hashes of the prepared data, the tokenizer and the folders, as far as there are any."""
     used = (*prepared.sources, *prepared.evaluated)
     data = json.dumps([[each.about["content"], each.weight] for each in used])
     found = {"data": xxhash.xxh3_128_hexdigest(data.encode())}
     if tokenizer is not None:
         found["tokenizer"] = tokenizer_key(tokenizer)
     if model is not None:
-        found["model"] = _folder_hash(model)
+        found["model"] = folder_hash(model)
+    if adapter is not None:
+        found["adapter"] = folder_hash(adapter)
     return found
 
 
-def _folder_hash(folder: Path) -> str:
+def folder_hash(folder: Path) -> str:
     """Of a model folder's files. Of a large one: its size and blocks spread over it.
 
     Training changes every block of the weights, and a start must not read all of them twice.
@@ -84,7 +88,12 @@ def compare(
     keys = [key for key, value in saved.content.items() if inputs.content.get(key) != value]
     if saved.task_settings != json.loads(json.dumps(inputs.task_settings)):
         keys.append("classes")
-    own = {"model": "model folder", "tokenizer": "tokenizer", "classes": "set of classes"}
+    own = {
+        "model": "model folder",
+        "adapter": "adapter folder",
+        "tokenizer": "tokenizer",
+        "classes": "set of classes",
+    }
     for key, name in own.items():
         if key in keys and not (key == "tokenizer" and trained and not data_changed):
             raise RunError(_refusal(run, inputs, what=name, step=step))

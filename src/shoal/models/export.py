@@ -73,7 +73,7 @@ def export(
     check_names(model, weights)
     model.to(dtype)
     _prepare(model, config, special_tokens or {})
-    with _beside(out) as partial:
+    with beside(out) as partial:
         write_tensors(partial, Form(model), weights, limit_bytes=limit_bytes, shard_size=SHARD_SIZE)
         with quietly():
             model.save_pretrained(partial / "empty", state_dict={})  # type: ignore[operator]
@@ -95,7 +95,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def beside(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, to be renamed; what killed exports to `out` have left goes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{glob.escape(out.name)}-*.partial"):

@@ -55,6 +55,8 @@ class Parts:
 
 UNPLACED = Placement("unplaced")
 _LOCAL, _PARTIAL = Placement("whole"), Placement("whole", gradient="partial")
+_OF_OUTPUTS = ("lora_b", "lora_magnitude")
+"""Of an adapter (models/adapter.py): a row for each output of the layer."""
 
 
 def placements_of(model: nn.Module, parts: Parts) -> Mapping[str, Placement]:
@@ -128,14 +130,24 @@ class _Placer:
         parts = self.parts
         module = self.model.get_submodule(path)
         if path in self.vocabulary:
-            return Placement("vocabulary", 0)
+            return _PARTIAL if leaf == "lora_a" else Placement("vocabulary", 0)
         pattern = _matches(path, self.table.columns, base=parts.base)
         if pattern is not None:
+            if leaf == "lora_a":  # each rank's outputs give a part of its gradient
+                return _PARTIAL
             pieces = self.table.pieces.get(pattern, ())
-            dim = 0 if leaf == "bias" or not _is_transposed(module) else 1
+            if leaf in _OF_OUTPUTS:
+                return Placement("column", 0, pieces=pieces)
+            dim = 0 if leaf == "bias" or not is_transposed(module) else 1
             return Placement("column", dim, pieces=pieces)
         if _matches(path, self.table.rows, base=parts.base) is not None:
-            return _PARTIAL if leaf == "bias" else Placement("row", int(not _is_transposed(module)))
+            if leaf == "lora_a":
+                return Placement("row", 1)
+            return (
+                _PARTIAL
+                if leaf in ("bias", *_OF_OUTPUTS)
+                else Placement("row", int(not is_transposed(module)))
+            )
         if path.startswith(parts.blocks + "."):
             # one that is neither cut nor a norm may mix tokens or heads: nobody has checked it
             return _PARTIAL if "Norm" in type(module).__name__ else UNPLACED
@@ -156,7 +168,7 @@ def _matches(path: str, patterns: Sequence[str], *, base: str) -> str | None:
     return None
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Whether a layer's weight is [inputs, outputs], as GPT-2's Conv1D has it."""
     return type(module).__name__ == "Conv1D"
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shoal.boxes import Box
 from shoal.errors import ModelError
+from shoal.models.adapter import is_adapter
 from shoal.models.anatomy import canonical_parameters, ties_of
 from shoal.models.huggingface import UNQUANTISED, build_meta, read_config
 from shoal.models.stored import Form
@@ -57,7 +58,7 @@ class PretrainedWeights:
         self._folder = Path(path)
         self._files = _files_of(self._folder)
         self._shapes = _shapes_of(self._files)
-        parameters = canonical_parameters(model)
+        parameters = {n: p for n, p in canonical_parameters(model).items() if not is_adapter(n)}
         groups = {group[0]: group for group in ties_of(model)}
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self._is_untied = not groups and head is not None

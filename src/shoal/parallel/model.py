@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.config.recipe import ConfiguredModel, ModelSection
+from shoal.models.adapter import AdapterSettings
 from shoal.models.huggingface import read_config
 from shoal.models.pretrained import folder_config
 
@@ -22,6 +23,8 @@ class ModelSettings:
     dropout: str
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that have no gradient."""
+    adapter: AdapterSettings | None = None
+    """Trained instead of the weights."""
 
 
 def model_config(

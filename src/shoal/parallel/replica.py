@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shoal.comm.group import watched
 from shoal.errors import ConfigError, Problem, nearest
 from shoal.models import init
+from shoal.models.adapter import attach, new_head
 from shoal.models.anatomy import (
     Anatomy,
     anatomy_of,
@@ -106,9 +107,10 @@ def build_replica(settings: ModelSettings) -> Replica:
     model = build_meta(config, auto_class=settings.auto_class, dropout=settings.dropout)
     keyed = settings.dropout == "keyed"
     notes = apply_keyed(model, seed=settings.seed, asked=config) if keyed else []
+    record, trained = _with_adapter(model, settings)
     anatomy = anatomy_of(model)
     named = canonical_parameters(model)
-    frozen = frozen_names(named, patterns=settings.freeze)
+    frozen = frozen_names(named, patterns=settings.freeze, trained=trained)
     for name in frozen:
         named[name].requires_grad_(False)
     inside = anatomy.blocks + "."
@@ -118,7 +120,7 @@ def build_replica(settings: ModelSettings) -> Replica:
         settings,
         model,
         anatomy=anatomy,
-        record=init.record(model),
+        record=record,
         shapes={name: tuple(each.shape) for name, each in named.items()},
         decayed=decayed,
         frozen=frozenset(frozen),
@@ -127,10 +129,34 @@ def build_replica(settings: ModelSettings) -> Replica:
     )
 
 
-def frozen_names(names: Iterable[str], *, patterns: Iterable[str]) -> set[str]:
-    """Names matched by the recipe's `train.freeze`. Raises ConfigError for an idle pattern."""
+def _with_adapter(
+    model: nn.Module, settings: ModelSettings
+) -> tuple[InitRecord, frozenset[str] | None]:
+    """How a meta model begins, with its adapters if any; what is trained then, None without."""
+    record, adapter = init.record(model), settings.adapter
+    if adapter is None:
+        return record, None
+    anatomy = anatomy_of(model)
+    names, record = attach(
+        model,
+        settings=adapter,
+        blocks=(anatomy.blocks, *anatomy.more_blocks),
+        seed=settings.seed,
+        dropout=settings.dropout,
+        record=record,
+    )
+    return record, frozenset([*names, *new_head(model)])
+
+
+def frozen_names(
+    names: Iterable[str], *, patterns: Iterable[str], trained: frozenset[str] | None = None
+) -> set[str]:
+    """Names matched by the recipe's `train.freeze`, and all but `trained` where an adapter is.
+
+    Raises ConfigError for an idle pattern.
+    """
     known = list(names)
-    frozen: set[str] = set()
+    frozen = set() if trained is None else set(known) - trained
     problems: list[Problem] = []
     for pattern in patterns:
         hits = set(fnmatch.filter(known, pattern))

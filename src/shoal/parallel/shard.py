@@ -142,7 +142,7 @@ def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
     root, others = sharded.root, sharded.mesh.degree("shard") - 1
     if not isinstance(root, _Root):
         return {}
-    blocks = rest = 0
+    blocks = rest = reduced = 0
     units = [each for each in root.model.modules() if isinstance(each, FSDPModule)]
     inside = {id(parameter) for each in units for parameter in each.parameters()}
     for _, each in _fsdp_parameters(model, root):
@@ -151,11 +151,13 @@ def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
             blocks += num_bytes
         else:
             rest += num_bytes
+        if each.sharded_param.requires_grad:
+            reduced += num_bytes
     times = 1 if root.holds_gradients else micro_batches
     gathered = (2 * blocks if root.gathers_twice else blocks) + rest
     return {
         "all_gather": others * times * gathered,
-        "reduce_scatter": others * times * (blocks + rest),
+        "reduce_scatter": others * times * reduced,
     }
 
 

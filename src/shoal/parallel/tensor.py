@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, problems
+from shoal.models.adapter import adaptation_of, product
 from shoal.models.anatomy import Anatomy, canonical_name, ties_of
 from shoal.models.dropout import KeyedDropout
 from shoal.models.families.tensor import tensor_table
@@ -148,11 +148,12 @@ def _exchange_in_regions(model: nn.Module, anatomy: Anatomy, exchange: Exchange)
 
 def _row_forward(layer: Any, exchange: Exchange) -> Callable[[Tensor], Tensor]:
     """A row-wise layer: the sum of all ranks' products, split; the bias once, after the sum."""
-    transposed = not isinstance(layer, nn.Linear)  # Conv1D
+    adaptation = adaptation_of(layer)
+    if adaptation is not None:
+        adaptation.total = exchange.sum
 
     def forward(hidden: Tensor) -> Tensor:
-        weight = layer.weight.t() if transposed else layer.weight
-        output = exchange.scatter(functional.linear(hidden, weight))
+        output = exchange.scatter(product(layer, hidden))
         return output if layer.bias is None else output + layer.bias.to(output.dtype)
 
     return forward

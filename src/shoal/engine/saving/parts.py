@@ -79,17 +79,18 @@ def load(
 ) -> None:
     """Fill parameters and states from a checkpoint written in any layout.
 
-    `shapes`: of all parameters of the whole model. Raises RunError when the checkpoint is of
+    `shapes`: of all parameters of the whole model; what a checkpoint leaves out is there already.
+    Raises RunError when the checkpoint is of
     another model or optimizer.
     """
     if not group.computes_in_place or group.rank == 0:
         replica = layout.replica_of(group.rank)
         for vector in state.vectors.values():
-            wanted = {name: state.holdings[name].shape for name in state.views(vector)}
+            wanted = {name: state.holdings[name].shape for name in state.saved(vector)}
             source = SavedKind(
                 reader, vector.kind, sums=vector.sums, replica=replica, replicas=layout.replicate
             )
-            _check_names(source, wanted, whole=shapes)
+            _check_names(source, wanted, whole=shapes.keys() - state.unsaved)
             for piece in state.pieces(vector) if source.names else ():
                 with torch.no_grad():
                     piece.tensor.copy_(source.read(piece.name, box=piece.box))
@@ -147,9 +148,7 @@ def saved_kinds(reader: Reader, kind: str) -> list[str]:
     return [f"{kind}@{number}" for number in range(found)]
 
 
-def _check_names(
-    source: SavedKind, wanted: dict[str, tuple[int, ...]], *, whole: dict[str, tuple[int, ...]]
-) -> None:
+def _check_names(source: SavedKind, wanted: dict[str, tuple[int, ...]], *, whole: set[str]) -> None:
     saved, kind = set(source.names), source.kind
     if kind != "parameter":  # a frozen set may differ; states that are missing start at zero
         if saved and not set(wanted) <= saved:
@@ -163,8 +162,8 @@ def _check_names(
                 f"{source.folder}: has no optimizer state {kind!r}; expected a checkpoint of the "
                 "same train.optimizer.kind"
             )
-    elif saved != set(whole):
-        other = sorted(saved ^ set(whole))[0]
+    elif saved != whole:
+        other = sorted(saved ^ whole)[0]
         raise RunError(
             f"{source.folder}: a checkpoint of another model: {other} is only in "
             f"{'the checkpoint' if other in saved else 'the recipe'}; resume with the model it "

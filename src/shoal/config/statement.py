@@ -103,11 +103,7 @@ def _usual(recipe: Recipe) -> str:
     if optimizer.learning_rate == usual:
         return f" (the default with {what})"
     high = optimizer.learning_rate >= _HIGH * usual
-    return (
-        f" (high for {what}, where {usual:g} is usual)"
-        if high
-        else ""
-    )
+    return f" (high for {what}, where {usual:g} is usual)" if high else ""
 
 
 def _tokenizer(recipe: Recipe) -> str:

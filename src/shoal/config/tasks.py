@@ -31,6 +31,24 @@ class Chat(Section):
     """Tokens generated for each answer."""
 
 
+class Preference(Section):
+    """Prefer one answer to another (DPO): the model without its adapter is the reference."""
+
+    kind: Literal["preference"] = "preference"
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """How strongly it is held to the reference."""
+    reference: Literal["adapter-off", "none"] = "adapter-off"
+    """none: the model's own likelihoods alone, as SimPO has it (with length_normalised)."""
+    length_normalised: bool = False
+    """Likelihoods per token of the answer, not of all of it."""
+    margin: Annotated[float, Field(ge=0.0)] = 0.0
+    """By how much the preferred answer is to win (SimPO's gamma)."""
+    sft_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the cross entropy of the preferred answer, per token, that is added."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of pairs that may be labelled the wrong way round (conservative DPO)."""
+
+
 class TokenClassification(Section):
     """Give every word a tag, such as a named entity."""
 
@@ -59,7 +77,12 @@ class ImageClassification(Section):
 
 
 TaskSection = Annotated[
-    CausalLM | Chat | SequenceClassification | TokenClassification | ImageClassification,
+    CausalLM
+    | Chat
+    | Preference
+    | SequenceClassification
+    | TokenClassification
+    | ImageClassification,
     Field(discriminator="kind"),
 ]
 

@@ -4,7 +4,8 @@ A record of one has `messages` (each a role and its content, and what a template
 `tools` where there are any, `shape` (the columns it came in) and `where` it stands.
 
 Shapes: `messages` (roles and contents), ShareGPT's `conversations` (from and value), alpaca's
-`instruction`, `input` and `output`, and `prompt` with `completion` (texts, or lists of messages).
+`instruction`, `input` and `output`, and `prompt` with `completion` (texts, or lists of messages). Of preferences:
+`chosen` and `rejected`, with or without `prompt`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ ROLES = {
 }
 """Role of each name for one; ShareGPT's beside those of everybody else."""
 
+_CHOICE = {"chosen", "rejected"}
 _ALPACA = {"instruction", "output"}
 _PAIR = {"prompt", "completion"}
 _LARGEST_TEMPLATE = 1 << 20
@@ -43,6 +45,8 @@ _LARGEST_TEMPLATE = 1 << 20
 
 def conversation_of(row: Record, *, where: str) -> Record | None:
     """The record of a conversation, or None for a row that is none. Raises DataError."""
+    if row.keys() >= _CHOICE:
+        return _choice(row, where=where)
     for column in ("messages", "conversations"):
         if column in row:
             return _record(row, _listed(row, column, where=where), shape=column, where=where)
@@ -60,6 +64,34 @@ def conversation_of(row: Record, *, where: str) -> Record | None:
             said += [_said(role, row[column])] if one else _listed(row, column, where=where)
         return _record(row, said, shape="prompt, completion", where=where)
     return None
+
+
+def _choice(row: Record, *, where: str) -> Record:
+    """Two answers to the same, of which one was preferred: `chosen` and `rejected` conversations.
+
+    As TRL keeps them: texts or lists of messages, the prompt apart or at the beginning of both.
+    """
+    prompt: list[Message] = []
+    if row.get("prompt") is not None:
+        one = isinstance(row["prompt"], str)
+        prompt = [_said("user", row["prompt"])] if one else _listed(row, "prompt", where=where)
+    found = {}
+    for column in ("chosen", "rejected"):
+        one = isinstance(row[column], str) and not row[column].lstrip().startswith("[{")
+        said = [_said("assistant", row[column])] if one else _listed(row, column, where=where)
+        record = _record(row, [*prompt, *said], shape="", where=f"{where}: {column}")
+        found[column] = record["messages"]
+    if found["chosen"] == found["rejected"]:
+        raise DataError(f"{where}: `chosen` and `rejected` are the same; remove the line")
+    if found["chosen"][:-1] != found["rejected"][:-1]:
+        raise DataError(
+            f"{where}: `chosen` and `rejected` differ before their last message, expected two "
+            "answers to the same prompt"
+        )
+    shape = "prompt, chosen, rejected" if prompt else "chosen, rejected"
+    tools = _record(row, found["chosen"], shape="", where=where).get("tools")
+    named = {"tools": tools} if tools else {}
+    return {**found, "messages": found["chosen"], **named, "shape": shape, "where": where}
 
 
 def _said(role: str, content: Any) -> Message:
@@ -149,6 +181,8 @@ def plain_ends(text: str) -> str:
 def content_of_messages(record: Record) -> bytes:
     """What is said in a conversation, and nothing of how or where it was kept."""
     held = [record["messages"], record.get("tools")]
+    if "rejected" in record:
+        held.append(record["rejected"])
     return json.dumps(held, sort_keys=True, default=str).encode()
 
 

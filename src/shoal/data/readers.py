@@ -96,7 +96,8 @@ def read_tagged(
 def read_chat(
     path: Path, *, text_field: str | None = None, at: Report = lambda done: None
 ) -> Iterator[Record]:
-    """Conversations of the chitchat package: a turn per line, speakers A and B.
+    """Conversations of the chitchat package: a turn per line, speakers A and B; and as messages,
+    in which B is the assistant.
 
     The first conversation begins `A: Hello How are you doing today?` and `B: whats up MD ...`.
     Conversations that nobody answered (3,150 of 7,168) are left out: a model would learn to stop
@@ -113,11 +114,17 @@ def read_chat(
         if len({turn[0]["sender"] for turn in turns}) < 2:
             continue
         first = turns[0][0]["sender"]
-        lines = []
+        lines: list[str] = []
+        messages: list[Record] = []
         for turn in turns:
             said = " ".join(" ".join(message["text"].split()) for message in turn)
-            lines.append(f"{'A' if turn[0]['sender'] == first else 'B'}: {said}")
-        yield {"text": "\n".join(lines)}
+            begins = turn[0]["sender"] == first
+            lines.append(f"{'A' if begins else 'B'}: {said}")
+            messages.append({"role": "user" if begins else "assistant", "content": said})
+        while messages[-1]["role"] == "user":
+            messages.pop()
+        about = {"shape": "dialogues", "where": f"{path.name}: conversation {number + 1}"}
+        yield {"text": "\n".join(lines), "messages": messages, **about}
 
 
 _LINKS_AND_HANDLES = re.compile(r"https?://\S+|@\w+")

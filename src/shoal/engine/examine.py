@@ -52,7 +52,7 @@ def verdict_of(recipe: Recipe, *, inputs: Inputs) -> Verdict:
         _check_adapter(settings, inputs=inputs)
         return examine(
             replace(settings, freeze=()),
-            task=task,
+            task=task.examined(),
             packing=recipe.data.packing,
             sequence_tokens=recipe.data.sequence_tokens,
             is_drawn=isinstance(recipe.model, ConfiguredModel),

@@ -66,8 +66,8 @@ def logged_and_opened(
 ) -> tuple[float, float] | None:
     """(evaluation loss that `run` logged at `step`, what transformers gives for `folder`).
 
-    None where nothing was evaluated at that step in float32, where the data is gone, or where it
-    would take too long.
+    None where nothing was evaluated at that step in float32, where the data is gone, where
+    transformers has no such loss, or where it would take too long.
     """
     logged = None
     for row in read_lines(run / "metrics.jsonl"):
@@ -77,6 +77,8 @@ def logged_and_opened(
     if logged is None or recipe.precision.compute not in ("auto", "float32") or not data.is_dir():
         return None
     task = create(recipe.task.kind, settings=inputs.task_settings, options=recipe.task)
+    if task.examined() is not task:
+        return None
     scored = Evaluation(data, batch_samples=1, samples=recipe.data.evaluation_samples)
     tokens = len(scored) * recipe.data.sequence_tokens
     if 2.0 * num_parameters * tokens > MOST_FLOPS:

@@ -9,6 +9,7 @@ pass, and multiplies it by a trained one (Liu et al., arXiv 2402.09353, equation
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ class Adaptation:
 
     def __init__(self, settings: AdapterSettings, dropout: nn.Module | None) -> None:
         self.scale, self.dropout = settings.scale, dropout
-        self.has_magnitude = settings.has_magnitude
+        self.has_magnitude, self.is_on = settings.has_magnitude, True
         self.total: Callable[[Tensor], Tensor] = lambda squares: squares
         """Sums squares of parts of rows, where a strategy has cut them (parallel/tensor.py)."""
 
@@ -99,7 +100,29 @@ def product(layer: nn.Module, hidden: Tensor) -> Tensor:
     """x W^T with the adapter's part, without a bias."""
     base = functional.linear(hidden, matrix_of(layer))
     adaptation = adaptation_of(layer)
-    return base if adaptation is None else base + adaptation.delta(layer, hidden, base)
+    if adaptation is None or not adaptation.is_on:
+        return base
+    return base + adaptation.delta(layer, hidden, base)
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Run the model as it was before its adapters: a reference that needs no copy.
+
+    Raises ModelError for a model without any.
+    """
+    every = [found for each in model.modules() if (found := adaptation_of(each)) is not None]
+    if not every:
+        raise ModelError(
+            f"{type(model).__name__}: it has no adapters to switch off\n    set model.adapter"
+        )
+    for each in every:
+        each.is_on = False
+    try:
+        yield
+    finally:
+        for each in every:
+            each.is_on = True
 
 
 def targets_of(

@@ -1,6 +1,6 @@
 """Adapters as peft keeps them in a folder: adapter_config.json and adapter_model.safetensors.
 
-The names and the meaning of each key are those of peft 0.18 (peft/utils/save_and_load.py and
+The names and the meaning of each key are those of peft 0.21 (peft/utils/save_and_load.py and
 peft/tuners/lora/config.py): `base_model.model.PATH.lora_A.weight` [r, in], `.lora_B.weight`
 [out, r], `.lora_magnitude_vector` [out], and parts trained whole under their own names.
 """
@@ -44,20 +44,17 @@ _TASKS = {
     "AutoModelForQuestionAnswering": "QUESTION_ANS",
 }
 _MOST_CONFIG_BYTES = 1 << 20
-_NEUTRAL: dict[str, Any] = {
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_rslora": False,
-    "lora_bias": False,
-    "layers_to_transform": None,
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "loftq_config": {},
-}
-"""Keys of peft that change what is computed, and the values with which they do not."""
-_MOVED = ("pissa", "olora", "corda", "loftq")
+_SAID = frozenset(
+    (
+        *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "auto_mapping"),
+        *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
+        *("exclude_modules", "modules_to_save", "fan_in_fan_out", "use_dora", "init_lora_weights"),
+        *("layers_pattern", "megatron_config", "megatron_core", "qalora_group_size"),
+        *("eva_config", "runtime_config", "ensure_weight_tying"),
+    )
+)
+"""Keys of peft that are read here, or that change nothing of what an adapter computes."""
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways of peft to begin that change the frozen weights too."""
 
 
@@ -79,13 +76,14 @@ def write_adapter(folder: Path, folded: Folded, *, base_name: str, auto_class: s
             whole.append(path.split(".")[0])
             tensors[_PREFIX + name] = value.contiguous()
     paths = sorted(set(modules))
+    alpha = settings.scale * settings.rank
     about = {
         "peft_type": "LORA",
         "task_type": _TASKS.get(auto_class),
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": settings.rank,
-        "lora_alpha": settings.scale * settings.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": settings.dropout,
         "target_modules": _short(paths, model),
         "modules_to_save": sorted(set(whole)) or None,
@@ -205,12 +203,10 @@ def _config_of(path: Path) -> Mapping[str, Any]:
     rank = about.get("r")
     if not isinstance(rank, int) or rank < 1:
         raise ModelError(f"{path}: r is {rank!r}, expected a whole number of at least 1")
-    begun = str(about.get("init_lora_weights"))
-    odd = {
-        key: about[key] for key, plain in _NEUTRAL.items() if about.get(key) not in (plain, None)
-    }
-    if begun.startswith(_MOVED):
-        odd["init_lora_weights"] = begun
+    # every other key says how it computes otherwise: rank_pattern, use_rslora, ...
+    odd = {k: v for k, v in about.items() if k not in _SAID and v and v != "none"}
+    if str(about.get("init_lora_weights")).startswith(_MOVED):
+        odd["init_lora_weights"] = about["init_lora_weights"]
     for key, value in odd.items():
         raise ModelError(
             f"{path}: {key} is {value!r}, which shoal does not compute\n"

@@ -120,6 +120,7 @@ def chunked_loss(
     chunk_tokens: int | None = None,
     vocabulary: Vocabulary | None = None,
     expected_scale: float = 1.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """SUM over targets of the cross entropy, a float32 scalar (float64 for float64 hidden states).
 
@@ -130,20 +131,24 @@ def chunked_loss(
     same loss, and a part of the gradient of `hidden` (its sum over the group is the gradient).
     `expected_scale`: what the loss will be multiplied by before backward. Right without it; with
     it, gradients are made at that scale, which float16 needs (its smallest number is 6e-8).
+    `weights` [...] like the labels: each target's cross entropy is multiplied by its own, which is
+    held fixed; None: all 1.
     """
     flat, targets = _targets(hidden, labels)
     if not torch.is_grad_enabled():
-        return chunked_losses(
+        losses = chunked_losses(
             hidden,
             labels,
             logits_of,
             head_parameters=head_parameters,
             chunk_tokens=chunk_tokens,
             vocabulary=vocabulary,
-        ).losses.sum()
+        ).losses
+        return (losses if weights is None else losses * weights).sum()
     wanted = [each for each in head_parameters if each.requires_grad]
     chunk = chunk_tokens or chunk_tokens_for(_num_labels(flat, logits_of, head_parameters))
-    how = _How(logits_of, chunk, vocabulary, expected_scale)
+    each = None if weights is None else weights.detach().reshape(-1)
+    how = _How(logits_of, chunk, vocabulary, expected_scale, each)
     result: Tensor = _ChunkedLoss.apply(flat, targets, how, *wanted)  # type: ignore[no-untyped-call]
     return result
 
@@ -189,6 +194,7 @@ class _How:
     chunk: int
     vocabulary: Vocabulary | None
     scale: float
+    weights: Tensor | None = None
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -205,7 +211,10 @@ class _ChunkedLoss(torch.autograd.Function):
         head_gradients: list[Tensor | None] = [None] * len(head)
         needs_hidden = ctx.needs_input_grad[0]
         for part in _parts(len(targets) if rows is None else len(rows), how.chunk, rows):
-            loss, gradients = _chunk(hidden[part].detach(), targets[part], how, head, needs_hidden)
+            weights = None if how.weights is None else how.weights[part]
+            loss, gradients = _chunk(
+                hidden[part].detach(), targets[part], how, head, needs_hidden, weights
+            )
             total += loss
             if needs_hidden:
                 hidden_gradient[part] = gradients[0]
@@ -237,6 +246,7 @@ def _chunk(
     how: _How,
     head: Sequence[nn.Parameter],
     needs_hidden: bool,
+    weights: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss of one chunk [N, D] and its scaled gradients by (hidden if needed, *head)."""
     with torch.enable_grad():
@@ -244,12 +254,15 @@ def _chunk(
         logits = how.logits_of(hidden)
     with torch.no_grad():
         scores = _scored(logits, targets, how.vocabulary)
-        loss = (scores.normaliser - scores.at_target).sum()
+        losses = scores.normaliser - scores.at_target
+        loss = (losses if weights is None else losses * weights).sum()
         gradient = scores.probabilities
         if how.vocabulary is None:
             gradient[torch.arange(len(targets), device=targets.device), targets] -= 1.0
         else:
             gradient.scatter_add_(1, scores.own[:, None], -scores.has[:, None].to(gradient.dtype))
+        if weights is not None:
+            gradient *= weights[:, None]
         if how.scale != 1.0:
             gradient *= how.scale
         gradient = gradient.to(logits.dtype)

@@ -58,6 +58,7 @@ def workload_of(recipe: Recipe, *, config: Mapping[str, Any], precision: str) ->
         sequence_tokens=facts.fixed_tokens or recipe.data.sequence_tokens,
         global_batch_samples=recipe.train.global_batch_samples,
         precision=precision,
+        trainable="all" if recipe.model.adapter is None else "adapters",
     )
 
 

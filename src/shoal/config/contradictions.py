@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shoal.config.recipe import Recipe
+from shoal.config.recipe import PretrainedModel, Recipe
+from shoal.config.tasks import Preference
 from shoal.errors import Problem
 
 
@@ -21,3 +22,11 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("checkpoint.model", "best is judged at evaluations, and there are none", hint)
     if checkpoint.model == "best" and not checkpoint.keep_best:
         yield Problem("checkpoint.model", "best needs its save", "set checkpoint.keep_best=true")
+    adapter = recipe.model.adapter
+    if isinstance(recipe.task, Preference) and recipe.task.reference != "none" and adapter is None:
+        what = "adapter-off is the model without its adapter, and there is none"
+        hint = "set model.adapter={kind: lora}, or task.reference=none"
+        yield Problem("task.reference", what, hint)
+    if adapter is not None and adapter.path and not isinstance(recipe.model, PretrainedModel):
+        what = "an adapter belongs to the weights that it was trained beside"
+        yield Problem("model.adapter.path", what, "set model.path to their folder")

@@ -4,8 +4,8 @@ A record of one has `messages` (each a role and its content, and what a template
 `tools` where there are any, `shape` (the columns it came in) and `where` it stands.
 
 Shapes: `messages` (roles and contents), ShareGPT's `conversations` (from and value), alpaca's
-`instruction`, `input` and `output`, and `prompt` with `completion` (texts, or lists of messages). Of preferences:
-`chosen` and `rejected`, with or without `prompt`.
+`instruction`, `input` and `output`, and `prompt` with `completion` (texts, or lists of messages).
+Of preferences: `chosen` and `rejected`, with or without `prompt`.
 """
 
 from __future__ import annotations

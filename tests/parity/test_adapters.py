@@ -149,6 +149,19 @@ def test_merge_folds_it_in(bench: Bench, base: Path, tmp_path: Path) -> None:
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
+def test_merge_writes_it_apart(bench: Bench, base: Path, tmp_path: Path) -> None:
+    run = bench.run(*adapted(base, "{rank: 4}"))
+    for source, status in ((run.path, 0), (base.parent, 2)):
+        with pytest.raises(SystemExit) as left:
+            main(["merge", str(source), "--out", str(tmp_path / f"apart-{status}"), "--adapter"])
+        assert left.value.code == status
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path / "apart-0", run.path / "adapter")
+    )
+    assert ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours)
+
+
 def test_another_base_is_no_resume(bench: Bench, tmp_path: Path) -> None:
     import shutil
 

@@ -100,13 +100,20 @@ def generate(
     )
 
 
-def merge(source: str | Path, out: str | Path, *, memory_limit: str | None = None) -> Path:
+def merge(
+    source: str | Path,
+    out: str | Path,
+    *,
+    memory_limit: str | None = None,
+    adapter: bool = False,
+) -> Path:
     """Write the newest good checkpoint of a run, or the one named, as one Hugging Face folder.
 
-    `memory_limit`: most tensor bytes in memory at once, such as "2GB". Returns `out`. Raises
-    RunError, CheckpointError, UserError.
+    An adapter is folded in; `adapter`: it alone is written, in peft's format. `memory_limit`: most
+    tensor bytes in memory at once, such as "2GB". Returns `out`. Raises RunError, CheckpointError,
+    UserError.
     """
-    merged(Path(source), out=Path(out), memory_limit=memory_limit)
+    merged(Path(source), out=Path(out), memory_limit=memory_limit, adapter=adapter)
     return Path(out)
 
 
@@ -115,6 +122,7 @@ def merged(
     *,
     out: Path,
     memory_limit: str | None,
+    adapter: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, float | None, str | None]:
     """Merge as `merge`: the step, the difference of logits (None: only hashes compared), and how
@@ -122,7 +130,7 @@ def merged(
     """
     from shoal.checkpoint.store import Store
     from shoal.engine.export import merge as write
-    from shoal.engine.export import opened_by_transformers
+    from shoal.engine.export import merge_adapter, opened_by_transformers
 
     try:
         limit = None if memory_limit is None else parse_bytes(memory_limit)
@@ -138,5 +146,8 @@ def merged(
         store = Store(open_run(source) / "checkpoints")
         step = store.newest_good(on_bad=lambda at, why: say(f"passing over step {at}: {why}"))
     reader = store.open(step)
+    if adapter:
+        merge_adapter(reader, out=out)
+        return step, None, None
     difference = write(reader, out=out, limit_bytes=limit)
     return step, difference, None if limit else opened_by_transformers(reader, out=out)

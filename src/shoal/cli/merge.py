@@ -19,11 +19,19 @@ def merge(
         str | None,
         typer.Option(metavar="BYTES", help="Most tensor bytes in memory at once, such as 2GB."),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The adapter alone, in peft's format.")
+    ] = False,
 ) -> None:
     """Merge the newest good checkpoint of a run, or the one named, into one Hugging Face model."""
     from shoal.cli.api import merged
 
-    step, difference, opened = merged(source, out=out, memory_limit=memory_limit, say=tell)
+    step, difference, opened = merged(
+        source, out=out, memory_limit=memory_limit, adapter=adapter, say=tell
+    )
+    if adapter:
+        say(f"{out}: the adapter of step {step}, in peft's format")
+        return
     if difference is None:
         checked = "every byte read is the one saved (hashes); logits not compared: --memory-limit"
     else:

@@ -60,12 +60,7 @@ def write_model(training: Training, *, step: int, out: Path) -> None:
     inputs = training.job.inputs
     folded = _folded(training.job.recipe, inputs, trained, task=task, config=config)
     if folded is not None:
-        write_adapter(
-            out.parent / "adapter",
-            folded,
-            base_name=inputs.model_directory or "",
-            auto_class=task.auto_class,
-        )
+        _write_apart(folded, inputs, task=task, out=out.parent / "adapter")
     export(
         tensors=folded or trained,
         config=training.model.config,
@@ -110,6 +105,23 @@ def _folded(
     folder = inputs.model_directory
     base = None if folder is None else PretrainedWeights(folder, model=model)
     return Folded(trained, base=base, model=model, settings=settings)
+
+
+def _write_apart(folded: Folded, inputs: Inputs, *, task: Task, out: Path) -> None:
+    name = inputs.model_directory or ""
+    write_adapter(out, folded, base_name=name, auto_class=task.auto_class)
+
+
+def merge_adapter(reader: Reader, *, out: Path) -> None:
+    """Write the adapter of a checkpoint in peft's format. Raises RunError where it has none."""
+    inputs = Inputs.from_json(reader.state["inputs"])
+    recipe = Recipe.model_validate(reader.state["recipe"])
+    task = create(recipe.task.kind, settings=inputs.task_settings)
+    config = config_from(reader.state["model_config"])
+    folded = _folded(recipe, inputs, SavedWeights(reader), task=task, config=config)
+    if folded is None:
+        raise RunError(f"{reader.folder}: it was trained without an adapter; leave out --adapter")
+    _write_apart(folded, inputs, task=task, out=out)
 
 
 def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float | None:

@@ -49,6 +49,22 @@ class Preference(Section):
     """Share of pairs that may be labelled the wrong way round (conservative DPO)."""
 
 
+class Distillation(Section):
+    """Predict the next token as a larger model does."""
+
+    kind: Literal["distillation"] = "distillation"
+    teacher: str
+    """A folder, a name of `shoal data list`, or owner/name of the hub; of the same tokenizer."""
+    teacher_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the teacher's probabilities in the loss; the rest is the tokens'."""
+    temperature: Annotated[float, Field(gt=0.0)] = 2.0
+    """What both models' logits are divided by before they are compared."""
+    prompts: tuple[str, ...] = ()
+    """Completed at every evaluation, so that progress can be read."""
+    sample_tokens: Count = 48
+    """Tokens generated for each prompt."""
+
+
 class TokenClassification(Section):
     """Give every word a tag, such as a named entity."""
 
@@ -80,6 +96,7 @@ TaskSection = Annotated[
     CausalLM
     | Chat
     | Preference
+    | Distillation
     | SequenceClassification
     | TokenClassification
     | ImageClassification,

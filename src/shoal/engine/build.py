@@ -28,7 +28,7 @@ from shoal.observe.events import Report
 from shoal.parallel.model import ModelSettings, model_config
 from shoal.parallel.precision import LossScale, check_compute
 from shoal.parallel.ranks import Ranks
-from shoal.parallel.replica import Replica, build_replica, cut, fill, mark_logits
+from shoal.parallel.replica import Replica, build_replica, cut, fill, frozen_model, mark_logits
 from shoal.parallel.settings import Settings
 from shoal.runtime import WorkerInfo
 from shoal.sync.kinds import KEEPS_EQUAL_STATE, create
@@ -45,6 +45,10 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     recipe, decision = job.recipe, job.decision
     task = create_task(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
     replica = build_replica(model_settings(recipe, inputs=job.inputs, task=task))
+    if job.inputs.companion_directory is not None:
+        task.companion = frozen_model(
+            job.inputs.companion_directory, like=replica.settings, device=worker.device
+        )
     base = _pretrained(job, model=replica.model)
     settings = strategy_settings(recipe, decision)
     cut(replica, mesh=ranks.mesh, settings=settings)

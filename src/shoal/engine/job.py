@@ -32,6 +32,8 @@ class Inputs:
     """Hashes of data, tokenizer and model folder, which a resume compares. Empty in older runs."""
     adapter_directory: str | None = None
     """Where the adapter lies that a run begins with."""
+    companion_directory: str | None = None
+    """Where the frozen model lies that the task's loss needs."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

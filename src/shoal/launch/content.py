@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,7 @@ _MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
 
 
 def content_of(
-    prepared: Prepared, *, tokenizer: Path | None, model: Path | None, adapter: Path | None = None
+    prepared: Prepared, *, tokenizer: Path | None, folders: Mapping[str, Path | None]
 ) -> dict[str, str]:
     """Hashes of the prepared data, the tokenizer and the folders, as far as there are any."""
     used = (*prepared.sources, *prepared.evaluated)
@@ -30,14 +30,10 @@ def content_of(
     found = {"data": xxhash.xxh3_128_hexdigest(data.encode())}
     if tokenizer is not None:
         found["tokenizer"] = tokenizer_key(tokenizer)
-    if model is not None:
-        found["model"] = folder_hash(model)
-    if adapter is not None:
-        found["adapter"] = folder_hash(adapter)
-    return found
+    return found | {name: _folder_hash(path) for name, path in folders.items() if path is not None}
 
 
-def folder_hash(folder: Path) -> str:
+def _folder_hash(folder: Path) -> str:
     """Of a model folder's files. Of a large one: its size and blocks spread over it.
 
     Training changes every block of the weights, and a start must not read all of them twice.
@@ -91,6 +87,7 @@ def compare(
     own = {
         "model": "model folder",
         "adapter": "adapter folder",
+        "companion": "teacher",
         "tokenizer": "tokenizer",
         "classes": "set of classes",
     }

@@ -178,6 +178,9 @@ def prepare_inputs(
         model = model_folder(recipe.model.path, say=say)
     if recipe.model.adapter is not None and recipe.model.adapter.path is not None:
         adapter = _adapter_folder(recipe.model.adapter.path)
+    beside = None
+    if task.companion_path is not None:
+        beside = model_folder(task.companion_path, say=say)
     folder, key, tools, vocabulary, special = None, None, Tools(), None, SpecialTokens()
     if task.needs_tokenizer:
         folder = tokenizer or _tokenizer_folder(
@@ -226,8 +229,13 @@ def prepare_inputs(
         counts=dict(prepared.description["parts"]["train"]),
         special_tokens={} if folder is None else asdict(special),
         generation=read_object(model / GENERATION) or None if model is not None else None,
-        content=content_of(prepared, tokenizer=folder, model=model, adapter=adapter),
+        content=content_of(
+            prepared,
+            tokenizer=folder,
+            folders={"model": model, "adapter": adapter, "companion": beside},
+        ),
         adapter_directory=None if adapter is None else str(adapter.resolve()),
+        companion_directory=None if beside is None else str(beside.resolve()),
     )
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shoal.comm.group import watched
-from shoal.errors import ConfigError, Problem, nearest
+from shoal.errors import ConfigError, ModelError, Problem, nearest
 from shoal.models import init
 from shoal.models.adapter import attach, new_head
 from shoal.models.anatomy import (
@@ -25,6 +26,7 @@ from shoal.models.draw import InitRecord
 from shoal.models.dropout import apply_keyed
 from shoal.models.huggingface import build_meta
 from shoal.models.init import Source
+from shoal.models.pretrained import PretrainedWeights, folder_config
 from shoal.models.small import small_model
 from shoal.parallel import shard
 from shoal.parallel.apply import apply
@@ -213,6 +215,26 @@ def fill(
         fill=draws,
     )
     replica.model.train()
+
+
+def frozen_model(folder: str, *, like: ModelSettings, device: torch.device) -> nn.Module:
+    """The model of a folder, whole, ready to evaluate and without gradients: a teacher.
+
+    Raises ModelError for a folder that lacks a weight, and for one of another vocabulary.
+    """
+    config = folder_config(folder, auto_class=like.auto_class, settings={})
+    own, theirs = (getattr(each, "vocab_size", None) for each in (like.config, config))
+    if own != theirs:
+        raise ModelError(
+            f"{folder}: its vocabulary has {theirs} tokens, that of the model which learns {own}\n"
+            "    use a teacher with the same tokenizer"
+        )
+    model = build_meta(config, auto_class=like.auto_class)
+    weights = PretrainedWeights(folder, model=model)
+    weights.refuse_missing()
+    init.materialise(model, record=init.record(model), seed=0, source=weights)
+    check_logits(model, anatomy_of(model))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def mark_logits(replica: Replica, *, compiled: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from shoal.errors import ConfigError, Problem, nearest
 from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
+from shoal.tasks.distillation import Distillation
 from shoal.tasks.image_classification import ImageClassification
 from shoal.tasks.preference import Preference
 from shoal.tasks.sequence_classification import SequenceClassification
@@ -20,6 +21,7 @@ KINDS: dict[str, type[Task]] = {
         CausalLM,
         Chat,
         Preference,
+        Distillation,
         SequenceClassification,
         TokenClassification,
         ImageClassification,

@@ -184,6 +184,13 @@ class Task(ABC):
         self.options = dict(options or {})
         self.notes: list[str] = []
         """What `learn` has to say about the data, for people."""
+        self.companion: nn.Module | None = None
+        """The frozen model of `companion_path`, where this is a worker that trains."""
+
+    @property
+    def companion_path(self) -> str | None:
+        """A second, frozen model that the loss needs: a folder, registry name or hub id."""
+        return None
 
     @property
     def fields(self) -> Fields:

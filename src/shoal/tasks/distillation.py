@@ -60,7 +60,7 @@ class Distillation(CausalLM):
         return Output(hidden, fields, loss)
 
     def baseline(self, data: Evaluated) -> Named:
-        """The unigram's, and `teacher_loss`: the teacher's own cross entropy on the same samples."""
+        """The unigram's, and `teacher_loss`: the teacher's own cross entropy on the same."""
         found = super().baseline(data)
         if self.companion is None:
             return found

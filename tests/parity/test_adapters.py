@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from shoal.cli.main import main
 from shoal.config.load import load_recipe
 from shoal.data.stream import Stream
-from shoal.errors import ConfigError, ModelError, RunError
+from shoal.errors import ModelError, RunError, UserError
 from shoal.launch.prepare import prepare_inputs
 from shoal.layout import Share
 from tiny import Bench, largest_difference
@@ -59,7 +60,8 @@ def test_peft_opens_what_was_trained(bench: Bench, base: Path, kind: str, layout
     theirs = logits(opened(base, run.path / "adapter"))
     assert torch.allclose(logits(opened(run.path / "model")), theirs, rtol=1e-5, atol=2e-6)
     assert (theirs - logits(opened(base))).abs().max() > 1e-2
-    assert run.losses[-1] < run.losses[0]
+    before, *_, after = run.evaluations
+    assert after["evaluation_loss"] < before["evaluation_loss"]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -77,7 +79,9 @@ def drawn_by_peft(base: Path, out: Path, **more: object) -> Path:
     """An adapter of peft with nothing at zero."""
     modules = ["c_attn", "c_proj"] if "gpt2" in (base / "config.json").read_text() else ["q_proj"]
     modules += [] if modules[0] == "c_attn" else ["down_proj"]
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules, **more)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=modules, fan_in_fan_out=modules[0] == "c_attn", **more
+    )
     torch.manual_seed(5)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for name, parameter in model.named_parameters():
@@ -99,7 +103,7 @@ def test_steps_are_those_of_peft_and_torch(
         *adapted(base, f"{{path: {folder}}}"),
         "data.packing=false",
         "train.optimizer={kind: adamw, learning_rate: 0.01, weight_decay: 0.0}",
-        "train.schedule={kind: constant}",
+        "train.schedule={kind: constant, warmup_steps: 0}",
     )
     run = bench.train(*words)
     inputs = prepare_inputs(load_recipe(str(bench.recipe), words), say=lambda text: None)
@@ -112,10 +116,8 @@ def test_steps_are_those_of_peft_and_torch(
     for step in range(8):
         batch = {k: torch.from_numpy(v) for k, v in stream.at(step, Share(0, 16)).items()}
         seen = batch["document_ids"] >= 0
-        labels = batch["input_ids"].long().masked_fill(~seen, -100)
-        loss = model(
-            input_ids=batch["input_ids"].long(), attention_mask=seen.long(), labels=labels
-        ).loss
+        scores = model(input_ids=batch["input_ids"].long(), attention_mask=seen.long()).logits
+        loss = cross_entropy(scores.flatten(0, 1), batch["labels"].long().flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -197,7 +199,7 @@ def test_a_classifier_is_trained_beside(bench: Bench, tmp_path: Path) -> None:
 )
 def test_targets_that_match_nothing(bench: Bench, targets: str, said: str) -> None:
     base, out = bench.run("train.steps=4").path / "model", bench.new_path()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         bench.train(*adapted(base, f"{{targets: [{targets}]}}"), out=out)
     assert not out.exists()
 
@@ -228,7 +230,7 @@ def test_folders_that_are_refused(
 def test_an_adapter_of_another_model(bench: Bench, tmp_path: Path) -> None:
     base = bench.run("train.steps=4").path / "model"
     folder = drawn_by_peft(bench.run("train.steps=4", GPT2).path / "model", tmp_path / "drawn")
-    with pytest.raises((ConfigError, ModelError), match=r"matches no linear layer|the model has"):
+    with pytest.raises(UserError, match=r"matches no linear layer"):
         bench.train(*adapted(base, f"{{path: {folder}}}"))
 
 

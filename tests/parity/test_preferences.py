@@ -30,7 +30,7 @@ RECIPE = (
     "train.evaluate_every_steps=4",
     "train.global_batch_samples=4",
     "train.optimizer={kind: adamw, learning_rate: 0.01, weight_decay: 0.0}",
-    "train.schedule={kind: constant}",
+    "train.schedule={kind: constant, warmup_steps: 0}",
     "checkpoint.every_steps=4",
 )
 KINDS = {

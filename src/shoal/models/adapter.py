@@ -31,6 +31,8 @@ from shoal.models.stored import Weights
 
 ALL_LINEAR = "all-linear"
 NAMES = ("lora_a", "lora_b", "lora_magnitude")
+ADAPTER_DROPOUT = "lora_dropout"
+"""The module of a layer that drops what goes into A."""
 _MARK = "shoal_adaptation"
 
 
@@ -59,19 +61,22 @@ class Adaptation:
         self.total: Callable[[Tensor], Tensor] = lambda squares: squares
         """Sums squares of parts of rows, where a strategy has cut them (parallel/tensor.py)."""
 
-    def delta(self, layer: nn.Module, hidden: Tensor, base: Tensor) -> Tensor:
-        """What to add to `base` = x W^T, without a bias: [..., in], [..., out] -> [..., out]."""
+    def added(self, layer: nn.Module, hidden: Tensor, base: Tensor) -> Tensor:
+        """`base` = x W^T, without a bias, and its part: [..., in], [..., out] -> [..., out]."""
         module: Any = layer
         if self.dropout is not None:
             hidden = self.dropout(hidden)
         low = functional.linear(hidden, module.lora_a) * self.scale
-        product = functional.linear(low, module.lora_b)
         if not self.has_magnitude:
-            return product
+            # one pass over the outputs less than a product and a sum
+            up, flat = module.lora_b.to(base.dtype).t(), low.flatten(0, -2).to(base.dtype)
+            return torch.addmm(base.flatten(0, -2), flat, up).view(base.shape)
+        product = functional.linear(low, module.lora_b)
+        plain = base
         if self.dropout is not None and layer.training:
-            base = functional.linear(hidden, matrix_of(layer))
+            plain = functional.linear(hidden, matrix_of(layer))
         factor = self._factor(layer).to(base.dtype)
-        return (factor - 1) * base + factor * product
+        return base + (factor - 1) * plain + factor * product
 
     def _factor(self, layer: nn.Module) -> Tensor:
         """Trained over present length of each row [out]; the present one is held fixed."""
@@ -102,7 +107,7 @@ def product(layer: nn.Module, hidden: Tensor) -> Tensor:
     adaptation = adaptation_of(layer)
     if adaptation is None or not adaptation.is_on:
         return base
-    return base + adaptation.delta(layer, hidden, base)
+    return adaptation.added(layer, hidden, base)
 
 
 @contextlib.contextmanager

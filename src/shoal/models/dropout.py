@@ -43,10 +43,12 @@ class KeyedDropout(nn.Module):
     Takes [B, T, D], or [B, D] of pooled states, and needs the forward's context
     (models/forward_context.py) to know which tokens these are. Raises ModelError when it does not.
     `own_tokens`: where a strategy cuts hidden states along the sequence inside a forward, what cuts
-    their token indices [B, T] likewise.
+    their token indices [B, T] likewise. `own_features`: where features are cut, the first one and
+    how many the whole has.
     """
 
     own_tokens: Callable[[Tensor], Tensor] | None = None
+    own_features: tuple[int, int] | None = None
 
     def __init__(self, p: float, *, seed: int, layer: str) -> None:
         super().__init__()
@@ -76,7 +78,9 @@ class KeyedDropout(nn.Module):
                 "    the batch needs sample_ids [B]; or set model.dropout to off"
             )
         key = mix64(self._key + mix64(context.step + 1))
-        keep = keep_mask(indices, num_features=hidden.shape[-1], key=key, threshold=self._threshold)
+        start, whole = self.own_features or (0, hidden.shape[-1])
+        keep = keep_mask(indices, num_features=whole, key=key, threshold=self._threshold)
+        keep = keep[..., start : start + hidden.shape[-1]]
         return (hidden * keep) * (65536 / (65536 - self._threshold))
 
     def extra_repr(self) -> str:

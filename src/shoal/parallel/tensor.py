@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shoal.errors import ModelError
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, problems
-from shoal.models.adapter import adaptation_of, product
+from shoal.models.adapter import ADAPTER_DROPOUT, adaptation_of, product
 from shoal.models.anatomy import Anatomy, canonical_name, ties_of
 from shoal.models.dropout import KeyedDropout
 from shoal.models.families.tensor import tensor_table
@@ -69,7 +69,7 @@ def apply_tensor(
     _exchange_in_regions(model, anatomy, exchange)
     _exchange_at_ends(model, anatomy, exchange)
     _part_the_vocabulary(model, anatomy, exchange, cuts)
-    _localise(model, anatomy, exchange)
+    _localise(model, anatomy, exchange, cuts)
     model.shoal_sequence_multiple = degree  # type: ignore[assignment]
     sharded = sharded_of(model)
     sharded.exchange, sharded.vocabulary = exchange, _vocabulary(model, cuts, exchange)
@@ -215,12 +215,19 @@ def _vocabulary(model: nn.Module, cuts: Holdings, exchange: Exchange) -> Vocabul
     return Vocabulary(rows.start, rows.size, holding.shape[0], exchange.group)
 
 
-def _localise(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
+def _localise(model: nn.Module, anatomy: Anatomy, exchange: Exchange, cuts: Holdings) -> None:
     """Correct counts of heads, and tell dropout in blocks which tokens it sees."""
     table = tensor_table(model.config)
     assert table is not None, "check_placed has passed"
     for path in regions_of(model, base=anatomy.base):
         table.localise(model.get_submodule(path), exchange.size)
-    for module in model.get_submodule(anatomy.blocks).modules():
-        if isinstance(module, KeyedDropout):
+    rows = row_layers_of(model, base=anatomy.base)
+    for path, module in model.get_submodule(anatomy.blocks).named_modules(prefix=anatomy.blocks):
+        if not isinstance(module, KeyedDropout):
+            continue
+        layer, _, name = path.rpartition(".")
+        if name != ADAPTER_DROPOUT:
             module.own_tokens = exchange.split  # as hidden states are
+        elif layer in rows:  # inside a region tokens are whole, and the features a rank's own
+            holding = cuts[f"{layer}.lora_a"]
+            module.own_features = (holding.segments[0].start, holding.shape[1])

@@ -56,6 +56,7 @@ TAGGING = [
     "launch.tune=false",
     "observe.console=false",
 ]
+FINETUNING = ["train.steps=2", "train.schedule.warmup_steps=1", "observe.console=false"]
 IMAGES = [
     *("model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=1"),
     *("train.steps=2", "train.global_batch_samples=4", "train.schedule.warmup_steps=1"),
@@ -263,6 +264,12 @@ def small(words: list[str], bench: Bench) -> list[str]:
         return TAGGING
     if words[1:3] == ["train", "digits"]:
         return IMAGES
+    if "finetune" in words[2:4]:
+        model = f"model.path={bench.run('train.steps=2').path / 'model'}"
+        return [
+            model,
+            *(["data.sequence_tokens=32", *FINETUNING])[: None if words[1] == "train" else 1],
+        ]
     if words[1:3] == ["train", "MINE.yaml"]:
         return SMALL
     source = [] if own else [f"data.source={bench.corpus}"]

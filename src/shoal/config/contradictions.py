@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shoal.config.recipe import PretrainedModel, Recipe
-from shoal.config.tasks import Distillation, Preference
+from shoal.config.tasks import Preference
 from shoal.errors import Problem
 
 
@@ -27,9 +27,6 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         what = "adapter-off is the model without its adapter, and there is none"
         hint = "set model.adapter={kind: lora}, or task.reference=none"
         yield Problem("task.reference", what, hint)
-    if isinstance(recipe.task, Distillation) and (recipe.parallel.tensor or 1) > 1:
-        what = "distillation compares whole logits, and tensor cuts them by vocabulary"
-        yield Problem("parallel.tensor", what, "set it to 1, and parallel.shard instead")
     if adapter is not None and adapter.path and not isinstance(recipe.model, PretrainedModel):
         what = "an adapter belongs to the weights that it was trained beside"
         yield Problem("model.adapter.path", what, "set model.path to their folder")

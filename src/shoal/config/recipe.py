@@ -22,6 +22,7 @@ class Adapter(Section):
     DoRA, which trains each row's length too (https://arxiv.org/abs/2402.09353)."""
 
     kind: Literal["lora", "dora"] = "lora"
+    """dora: each row's length is trained too."""
     rank: Count = 8
     """Of the product B x A that is added to each matrix."""
     alpha: Annotated[float, Field(gt=0.0)] | None = None

@@ -30,6 +30,7 @@ class Distillation(CausalLM):
     """Next-token prediction by the tokens and by the teacher's probabilities for them."""
 
     kind = "distillation"
+    whole_logits = True
 
     @property
     def companion_path(self) -> str | None:

@@ -165,6 +165,8 @@ class Task(ABC):
     needs_tokenizer: ClassVar[bool] = True
     reads_words: ClassVar[bool] = False
     """Whether texts come as single words, so that a tokenizer puts the space before each itself."""
+    whole_logits: ClassVar[bool] = False
+    """Whether the loss reads whole rows of a vocabulary's logits: no axis then cuts the head."""
     labels: ClassVar[str | None] = None
     """The setting that lists the names of its labels, by id; None: it has none."""
     target_name: ClassVar[str] = "targets"

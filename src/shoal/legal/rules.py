@@ -258,7 +258,7 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
         hint = "set model.dropout to keyed or off, or parallel.tensor to 1"
         yield Problem("model.dropout", what + "tokens", hint)
     if layout.tensor > 1 and combination.whole_logits:
-        what = "the model or the task needs whole rows of logits, so the head cannot be cut by "
+        what = "the model or the task needs whole rows of logits, so its head cannot be cut by "
         yield Problem("parallel.tensor", what + "vocabulary", "set it to 1")
 
 

@@ -33,9 +33,10 @@ from shoal.engine.membership.digest import (
 from shoal.engine.saving.parts import choose_checkpoint, load, random_state
 from shoal.engine.saving.saver import Saver
 from shoal.engine.state import ALL, FlatState, regions_of
-from shoal.errors import ModelError, RunError, UserError, WorkerError
+from shoal.errors import RunError, UserError, WorkerError
 from shoal.fleet import moments
 from shoal.fleet.batches import Batches, Part, part_of
+from shoal.fleet.checks import marks, refuse_changed, refuse_model
 from shoal.layout import Layout, Share
 from shoal.models.anatomy import canonical_name, canonical_parameters
 from shoal.observe.events import Tee
@@ -130,7 +131,7 @@ class Fleet:
         if self._model is not None:
             raise UserError("fleet.parallelize: one model and one optimizer; call it once")
         named = canonical_parameters(model)
-        _check(model, named, optimizer)
+        refuse_model(model, named, optimizer)
         kinds = {name: f"{[*each.shape]} {each.dtype}" for name, each in named.items()}
         check_same_program(self.world, recipe={"model": kinds}, parameters=len(named))
         model.to(self.device)
@@ -221,7 +222,7 @@ class Fleet:
         self._targets += weight
         self._loss += loss.item() * weight if weight else 0.0
         self._digest = (self._digest * 31 + (part.digest if part else 0)) % _HALF
-        self._seen = _marks(parameters)
+        self._seen = marks(parameters)
 
     def _weight(self, targets: int | None) -> int:
         """Targets that count: none of a row that another worker computes as well."""
@@ -243,7 +244,7 @@ class Fleet:
         workers read different batches or hold different weights; PeersLost.
         """
         parameters, policy, state = self._parameters, self._policy, self._state
-        self._check_gradients(parameters)
+        refuse_changed(self._seen, parameters)
         policy.before_step(self.steps)
         has = self._collect(parameters)
         targets, loss, some = self._meet(has)
@@ -291,21 +292,6 @@ class Fleet:
 
     def _norm(self, values: Tensor) -> float:
         return float(watched(lambda: self._state.holdings.norm(self._state.trainable(values))))
-
-    def _check_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        if self._seen is None:
-            raise UserError(
-                "fleet.step: no fleet.backward(loss) since the last step; loss.backward() alone "
-                "does not weight the gradients by their targets"
-            )
-        now = _marks(parameters)
-        changed = [name for name in now if now[name] != self._seen[name] and now[name] == now[name]]
-        if changed:
-            raise UserError(
-                f"fleet.step: the gradient of {changed[0]} was changed since fleet.backward, but "
-                "it is this worker's part of a sum until the step\n    clip by "
-                "fleet.step(max_gradient_norm=1.0), and zero gradients before backward"
-            )
 
     @torch.no_grad()
     def _collect(self, parameters: Mapping[str, nn.Parameter]) -> list[bool]:
@@ -382,8 +368,7 @@ class Fleet:
         vectors, facts = moments.taken(
             self._optimizer, parameters, state, equal=self._sync.kind in KEEPS_EQUAL_STATE
         )
-        own = {each.kind: each for each in vectors}
-        saved = FlatState(state.layout, state.gradients, {**state.vectors, **own}, state.holdings)
+        saved = state.beside(vectors)
         Saver(store, keep=keep).save(
             saved,
             group=self.world,
@@ -412,8 +397,7 @@ class Fleet:
             raise RunError(f"{reader.folder}: was saved by shoal train; go on by shoal resume")
         equal = self._sync.kind in KEEPS_EQUAL_STATE
         vectors = moments.room_for(facts["optimizer"], state, equal=equal)
-        own = {each.kind: each for each in vectors}
-        whole = FlatState(state.layout, state.gradients, {**state.vectors, **own}, state.holdings)
+        whole = state.beside(vectors)
         shapes = {name: holding.shape for name, holding in state.holdings.items()}
         load(reader, whole, shapes=shapes, group=self.world, layout=self.layout)
         moments.give(self._optimizer, parameters, state, vectors=vectors, facts=facts["optimizer"])
@@ -453,55 +437,3 @@ class Fleet:
         }
         known = {canonical_name(name): each for name, each in model.state_dict().items()}
         return {name: found.get(name, known[name].cpu()) for name in known}
-
-
-def _marks(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
-    """What tells whether a gradient was written to since; -1 where there is none.
-
-    The count of writes that torch keeps; it keeps none of a DTensor, so of a shard its norm.
-    """
-    found = {}
-    for name, each in parameters.items():
-        gradient, own = each.grad, None if each.grad is None else local(each.grad)
-        if own is None:
-            found[name] = -1.0
-        elif type(gradient) is Tensor:
-            found[name] = float(gradient._version)
-        else:
-            found[name] = float(torch.linalg.vector_norm(own))
-    return found
-
-
-def _check(
-    model: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Raises ModelError, UserError for what a fleet cannot divide."""
-    if not any(each.requires_grad for each in named.values()):
-        raise ModelError("fleet.parallelize: the model has no parameter to train")
-    meta = [name for name, each in named.items() if each.is_meta]
-    if meta:
-        raise ModelError(f"fleet.parallelize: {meta[0]} has no values (it is on the meta device)")
-    dtypes = sorted({str(each.dtype) for each in named.values()})
-    if len(dtypes) > 1:
-        raise ModelError(
-            f"fleet.parallelize: expected parameters of one dtype, got {' and '.join(dtypes)}; "
-            "call model.float(), and compute in another by torch.autocast"
-        )
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ModelError(
-                f"fleet.parallelize: {path} normalises over the rows of a batch, of which a worker "
-                "has a part: a layout would change the numbers\n    use GroupNorm or LayerNorm"
-            )
-    known = {id(each) for each in named.values()}
-    listed = [each for group in optimizer.param_groups for each in group["params"]]
-    if any(id(each) not in known for each in listed):
-        raise UserError(
-            "fleet.parallelize: the optimizer has parameters that the model has not; make it from "
-            "model.parameters()"
-        )
-    if optimizer.state:
-        raise UserError(
-            "fleet.parallelize: the optimizer has stepped already; give a new one, and let "
-            "fleet.load bring its state back"
-        )

@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from shoal.comm.group import Group
 from shoal.errors import DataError
 from shoal.fields import IGNORED
 from shoal.layout import Share, split_evenly
-
-if TYPE_CHECKING:
-    from shoal.fleet.fleet import Fleet
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,26 @@ class Part:
     """32 bits of the whole batch: its indices, or its content."""
 
 
+class Worker(Protocol):
+    """Who reads: a fleet, as batches know it."""
+
+    @property
+    def world(self) -> Group: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def share_of(self, rows: int) -> Share:
+        """Its rows of a global batch."""
+
+    def reads(self, part: Part | None, *, labels: int | None = None) -> None:
+        """A batch is handed out; None: it was the last."""
+
+
 class Batches:
     """Batches of a loader, each of which is this worker's part of a global batch."""
 
-    def __init__(self, loader: Iterable[Any], fleet: Fleet) -> None:
+    def __init__(self, loader: Iterable[Any], fleet: Worker) -> None:
         """Raises DataError for what gives no batches."""
         if isinstance(loader, Dataset) or not hasattr(loader, "__iter__"):
             raise DataError(
@@ -83,7 +97,7 @@ class Batches:
 class _Indices:
     """A batch sampler that gives this worker's part of each batch of another."""
 
-    def __init__(self, sampler: Iterable[Any], fleet: Fleet, parts: deque[Part]) -> None:
+    def __init__(self, sampler: Iterable[Any], fleet: Worker, parts: deque[Part]) -> None:
         self._sampler, self._fleet, self._parts = sampler, fleet, parts
 
     def __len__(self) -> int:

@@ -41,7 +41,12 @@ def run_script(
         raise RunError(f"{path}: no such script; expected a file of Python")
     with tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
         meeting = (Path(scratch) / "meeting").as_uri()
-        payload = {"script": str(path.resolve()), "arguments": list(arguments), "size": workers}
+        payload = {
+            "script": str(path.resolve()),
+            "arguments": list(arguments),
+            "size": workers,
+            "folder": os.getcwd(),  # the fork server may have been started in another
+        }
         started = [
             pool.start(_TARGET, {**payload, "rank": rank, "meeting": meeting})
             for rank in range(workers)
@@ -94,6 +99,7 @@ def work(payload: dict[str, Any], report: int) -> int:
     if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.chdir(payload["folder"])
     sys.argv = [script, *payload["arguments"]]
     sys.path[0:0] = [str(Path(script).parent)]
     try:

@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 from pages import ROOT, write_or_check
 from shoal.config import recipe as schema
+from shoal.config.tasks import OWN
 
 PAGE = ROOT / "docs" / "guide" / "recipe.md"
 
@@ -161,6 +162,7 @@ def section(name: str, models: list[type[BaseModel]], *, level: str = "##") -> l
     for owner in models:
         if len(models) > 1:
             kind = owner.model_fields["kind"].default
+            kind = OWN if kind is PydanticUndefined else kind
             lines += [f"**`kind: {kind}`**: {about(owner)}", ""]
         else:
             lines += [about(owner), ""]

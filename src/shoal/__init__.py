@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 _PLACES = {
     "shoal.cli.api": ("Result", "evaluate", "generate", "merge", "resume", "train"),
     "shoal.config.recipe": ("Recipe",),
+    "shoal.fleet.fleet": ("Fleet",),
+    "shoal.fleet.join": ("join",),
     "shoal.errors": (
         "CheckpointError",
         "ConfigError",

@@ -18,6 +18,12 @@ def cache_directory() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "shoal"
 
 
+def python_path() -> list[str]:
+    """Folders that the user has told Python to import from, as PYTHONPATH has them."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [os.path.abspath(each) for each in given if each]
+
+
 def hub_is_offline() -> bool:
     """Whether the user has forbidden hub access (`HF_HUB_OFFLINE=1`)."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
@@ -25,12 +31,14 @@ def hub_is_offline() -> bool:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What torchrun tells a worker it has started."""
+    """What torchrun, or `shoal run`, tells a worker it has started."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
+    meeting: str | None = None
+    """Where the workers of `shoal run` meet: a URL; None: at torchrun's addresses."""
 
 
 def torchrun_rendezvous() -> Rendezvous | None:
@@ -43,7 +51,15 @@ def torchrun_rendezvous() -> Rendezvous | None:
         world_size=size,
         local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        meeting=os.environ.get("SHOAL_MEETING"),
     )
+
+
+def become_worker(rank: int, *, size: int, meeting: str) -> None:
+    """Stand where `torchrun_rendezvous` finds it: one of `size` workers on this host."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+        os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)
+    os.environ["SHOAL_MEETING"] = meeting
 
 
 def worker_environment(*, threads: int) -> dict[str, str]:

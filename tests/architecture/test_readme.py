@@ -8,6 +8,7 @@ import io
 import itertools
 import re
 import shlex
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -226,6 +227,7 @@ def workplace(
     """A folder with a user's data, where commands take workers from the shared server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pools, "WorkerPool", lambda: nullcontext(pool))
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     sentence = "Ada B-person\nlives O\nin O\nParis B-place\n. O\n\n"
     for name in ("tags.conll", "YOUR.conll"):
         (tmp_path / name).write_text(sentence.replace(" ", "\t") * 60, encoding="utf-8")

@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import RunError, UserError
 from shoal.launch import local
+from shoal.launch.callbacks import Callbacks
 from shoal.launch.directory import open_run
 from shoal.launch.local import AnyRecipe, Overrides
 from shoal.observe.console import Console
 from shoal.observe.events import read_lines
 from shoal.units import parse_bytes
+
+Listeners = Mapping[str, Callable[[dict[str, Any]], object]]
 
 
 @dataclass(repr=False)
@@ -54,23 +57,36 @@ def train(
     *,
     out: str | Path | None = None,
     console: bool | None = None,
+    callbacks: Listeners | None = None,
 ) -> Result:
     """Train `recipe`: a shipped name, a YAML file, a dict or a Recipe.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
     by default a new one below runs/. `console`: show progress, as the recipe says by default.
+    `callbacks`: functions by name, called in this process with plain data: `on_step` and
+    `on_evaluation` with a row of metrics.jsonl, `on_save` with the step that was saved; an error in
+    one stops the run, and is raised once everything is saved.
     Raises UserError for what is wrong with the recipe, Stopped after Ctrl-C or SIGTERM once
     everything is saved.
     """
-    return Result(**vars(local.train(recipe, overrides, out=out, console=console)))
+    heard = Callbacks(callbacks)
+    done = local.train(recipe, overrides, out=out, console=console, callbacks=heard)
+    return Result(**vars(done))
 
 
-def resume(run: str | Path, overrides: Overrides = (), *, console: bool | None = None) -> Result:
+def resume(
+    run: str | Path,
+    overrides: Overrides = (),
+    *,
+    console: bool | None = None,
+    callbacks: Listeners | None = None,
+) -> Result:
     """Go on with a run from its newest good checkpoint, in the same or any other layout.
 
     Raises ConfigError for overrides that would make it another run, and what `train` raises.
     """
-    return Result(**vars(local.resume(run, overrides, console=console)))
+    heard = Callbacks(callbacks)
+    return Result(**vars(local.resume(run, overrides, console=console, callbacks=heard)))
 
 
 def evaluate(

@@ -22,6 +22,7 @@ from shoal.cli import (
     plan,
     rehearse,
     resume,
+    run,
     simulate,
     train,
 )
@@ -60,6 +61,12 @@ _add(
     "shoal train MINE.yaml model.path=FOLDER --dry-run",
 )
 _add("resume", resume.resume, "shoal resume runs/quickstart-001 parallel.replicate=4")
+_add(
+    "run",
+    run.run,
+    "shoal run examples/own_loop.py --workers 2",
+    context_settings={"ignore_unknown_options": True},
+)
 _add("merge", merge.merge, "shoal merge runs/quickstart-001 --out model")
 _add("generate", generate.generate, 'shoal generate runs/quickstart-001 "A: Hello"')
 _add("chat", chat.chat, "shoal chat runs/quickstart-001")

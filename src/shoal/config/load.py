@@ -146,6 +146,18 @@ def recipe_from(tree: Mapping[str, Any], *, source: str) -> Recipe:
     return recipe
 
 
+def own_sections(parallel: Any, sync: Any) -> Recipe:
+    """A recipe of which only `parallel` and `sync` mean anything: for a loop that is not shoal's.
+
+    None leaves a section out; a policy may be given by its kind alone. Raises ConfigError.
+    """
+    sync = {"kind": sync} if isinstance(sync, str) else sync
+    given = {"parallel": parallel, "sync": sync}
+    rest = {"model": {"architecture": "any"}, "data": {"source": "any"}, "train": {"steps": 1}}
+    tree = {**rest, **{key: value for key, value in given.items() if value is not None}}
+    return recipe_from(_plain(tree), source="shoal.join")
+
+
 def resolve(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
     overrides: str | Mapping[str, Any] | Iterable[str] = (),

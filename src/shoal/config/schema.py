@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Discriminator
 
 from shoal.config.recipe import Recipe
 
@@ -75,7 +75,7 @@ def _sections(
 def _choices(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[Choice]:
     for name, field in model.model_fields.items():
         inside, where = models_in(field.annotation), (*path, name)
-        if field.discriminator is not None:
+        if field.discriminator or any(isinstance(m, Discriminator) for m in field.metadata):
             kinds = {kind: each for each in inside for kind in kinds_of(each)}
             yield Choice(where, kinds, getattr(field.default, "kind", None))
         for each in inside:

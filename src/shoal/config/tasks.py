@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from shoal.config.section import Count, Section
 
@@ -92,15 +92,34 @@ class ImageClassification(Section):
     time they are read by other ones."""
 
 
+class OwnTask(Section):
+    """A task of your own, by the path of its class; other keys are its options."""
+
+    model_config = ConfigDict(extra="allow")
+    kind: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """my_module:MyTask; the module is installed, or in a folder that PYTHONPATH names."""
+
+
+OWN = "my_module:MyTask"
+"""How the kinds of tasks of one's own are shown among the others."""
+
+
+def _kind_of(section: Any) -> Any:
+    """The kind of a section, those of one's own taken together."""
+    kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
+    return OWN if isinstance(kind, str) and ":" in kind else kind
+
+
 TaskSection = Annotated[
-    CausalLM
-    | Chat
-    | Preference
-    | Distillation
-    | SequenceClassification
-    | TokenClassification
-    | ImageClassification,
-    Field(discriminator="kind"),
+    Annotated[CausalLM, Tag("causal-lm")]
+    | Annotated[Chat, Tag("chat")]
+    | Annotated[Preference, Tag("preference")]
+    | Annotated[Distillation, Tag("distillation")]
+    | Annotated[SequenceClassification, Tag("sequence-classification")]
+    | Annotated[TokenClassification, Tag("token-classification")]
+    | Annotated[ImageClassification, Tag("image-classification")]
+    | Annotated[OwnTask, Tag(OWN)],
+    Discriminator(_kind_of),
 ]
 
 

@@ -133,6 +133,11 @@ def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float
     Raises RunError when the merged model does not give the logits noted when it was saved,
     ModelError when it cannot be merged within the limit.
     """
+    if "own_loop" in reader.state:
+        raise RunError(
+            f"{reader.folder}: was saved by a loop of your own, of a model that only your script "
+            "can build; fleet.load reads it there, and fleet.state_dict() gives it whole"
+        )
     inputs = Inputs.from_json(reader.state["inputs"])
     recipe = Recipe.model_validate(reader.state["recipe"])
     task = create(recipe.task.kind, settings=inputs.task_settings)

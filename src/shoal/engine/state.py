@@ -92,6 +92,12 @@ class FlatState:
         """More state to keep with the parameters, such as a policy's."""
         self.vectors |= {vector.kind: vector for vector in vectors}
 
+    def beside(self, vectors: Iterable[Vector]) -> FlatState:
+        """The same state with more that is kept for the moment, such as for a save."""
+        more = {vector.kind: vector for vector in vectors}
+        vectors = {**self.vectors, **more}
+        return FlatState(self.layout, self.gradients, vectors, self.holdings, self.unsaved)
+
     def trainable(self, flat: Tensor) -> dict[str, Tensor]:
         """Name -> view of `flat`, a vector of the trainable regions such as the gradients."""
         return self.views(Vector("gradient", flat, TRAINABLE))

@@ -22,6 +22,7 @@ from shoal.errors import (
     UserError,
     WorkerError,
 )
+from shoal.launch.callbacks import Callbacks
 from shoal.launch.deaths import Death
 from shoal.observe.console import Console
 
@@ -40,6 +41,7 @@ class Attempt:
     stopped: str | None = None
     story: list[dict[str, Any]] = field(default_factory=list)
     """Every event, with the monotonic time at which it was heard of."""
+    callbacks: Callbacks = field(default_factory=lambda: Callbacks(None))
 
     def hear(self, message: dict[str, Any]) -> None:
         """Show or keep one message."""
@@ -62,6 +64,7 @@ class Attempt:
             self.stopped = message["text"]
         elif kind == "done":
             self.done = message
+        self.callbacks.hear(message)
 
     def user_error(self) -> ShoalError | None:
         """The mistake of the user that a worker reported, if any."""

@@ -22,6 +22,7 @@ from shoal.launch.measuring import is_ready, measuring_job, wait_for_imports
 from shoal.launch.pool import WorkerPool
 from shoal.launch.refuse import trained_config
 from shoal.observe.console import Console
+from shoal.tasks.kinds import code_of
 
 _FORMAT = 2
 """Counts up when what is examined changes."""
@@ -85,7 +86,7 @@ def refuse_by(ask: Callable[[], dict[str, Any]], recipe: Recipe, *, inputs: Inpu
         "versions": [version("torch"), version("transformers")],
         "config": config,
         "model": inputs.content.get("model"),
-        "task": recipe.task.kind,
+        "task": code_of(recipe.task.kind),
         "dropout": recipe.model.dropout,
         "adapter": None if adapter is None else [adapter.targets, inputs.content.get("adapter")],
         "packing": recipe.data.packing,

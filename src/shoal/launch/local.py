@@ -21,6 +21,7 @@ from shoal.engine.decision import Decision
 from shoal.engine.job import Inputs, Instruments, Job
 from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
+from shoal.launch.callbacks import Callbacks
 from shoal.launch.choose import check_decision, choose
 from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run, write_whole
 from shoal.launch.examined import keys_are_known, refuse_wrong_model
@@ -64,13 +65,15 @@ def train(
     go_on: bool = False,
     instruments: Instruments | None = None,
     story: list[dict[str, Any]] | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Result:
     """Train `recipe` (a shipped name, a YAML file, a dict or a Recipe) and return its result.
 
     `overrides`: {"parallel.replicate": 2} or ["parallel.replicate=2"]. `out`: the run directory,
     by default a new one below runs/. `go_on`: if `out` holds a run of this recipe, go on with it.
     `instruments`: what a rehearsal or a test attaches to the run;
-    `story` collects every event with its time. Raises UserError for what is wrong with the recipe,
+    `story` collects every event with its time. `callbacks` hear of the run; an error in one is
+    raised once everything is saved. Raises UserError for what is wrong with the recipe,
     Stopped after Ctrl-C or SIGTERM once everything is saved.
     """
     resolved = _resolved(recipe, overrides)
@@ -78,7 +81,7 @@ def train(
         folder = open_run(out)
         with hold(folder):
             wanted = of_same_run(folder, resolved)
-            return _resume(folder, wanted, console=console, pool=pool)
+            return _resume(folder, wanted, console=console, pool=pool, callbacks=callbacks)
     run = claim(out, name=Path(recipe).stem if isinstance(recipe, str | Path) else "run")
     show = _console(resolved, wanted=console)
     with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
@@ -94,7 +97,7 @@ def train(
             run=run,
             instruments=instruments or Instruments(),
         )
-        return _run(job, pool=workers, console=show, story=story)
+        return _run(job, pool=workers, console=show, story=story, callbacks=callbacks)
 
 
 def dry_run(
@@ -164,6 +167,7 @@ def resume(
     console: bool | None = None,
     pool: WorkerPool | None = None,
     data_changed: bool = False,
+    callbacks: Callbacks | None = None,
 ) -> Result:
     """Go on with a run from its newest good checkpoint, at any degree and kind of worker.
 
@@ -175,7 +179,14 @@ def resume(
     folder = open_run(run)
     with hold(folder):
         resolved = resumed_recipe(folder, override_texts(overrides))
-        return _resume(folder, resolved, console=console, pool=pool, data_changed=data_changed)
+        return _resume(
+            folder,
+            resolved,
+            console=console,
+            pool=pool,
+            data_changed=data_changed,
+            callbacks=callbacks,
+        )
 
 
 def _resume(
@@ -185,6 +196,7 @@ def _resume(
     console: bool | None,
     pool: WorkerPool | None,
     data_changed: bool = False,
+    callbacks: Callbacks | None = None,
 ) -> Result:
     check(resolved)
     check_trackers(resolved.observe)
@@ -203,7 +215,7 @@ def _resume(
         _open(resolved, inputs, decision, console=show)
         resume = anything_to_resume(folder, say=show.line)
         job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=resume)
-        return _run(job, pool=workers, console=show, new=[*new, *other])
+        return _run(job, pool=workers, console=show, new=[*new, *other], callbacks=callbacks)
 
 
 def announced(run: Path, wanted: Recipe, *, console: Console) -> list[Difference]:
@@ -286,6 +298,7 @@ def _run(
     console: Console,
     story: list[dict[str, Any]] | None = None,
     new: list[Difference] | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Result:
     """Train to the end; `new`: keys that changed since the run was last begun."""
     run, decision, new = job.run, job.decision, list(new or ())
@@ -294,7 +307,10 @@ def _run(
         """Only now are the words of an earlier start out of date."""
         write_beginning(job, new)
 
-    attempt = run_workers(job, pool=pool, console=console, begun=begun, story=story)
+    attempt = run_workers(
+        job, pool=pool, console=console, begun=begun, story=story, callbacks=callbacks
+    )
+    attempt.callbacks.check(advice=f"the run was saved; go on with: shoal resume {run}")
     if attempt.stopped is not None:
         raise Stopped(attempt.stopped)
     if attempt.done is None:

@@ -14,7 +14,7 @@ from shoal.errors import ModelError
 from shoal.launch.refuse import trained_config
 from shoal.legal import facts_from_config
 from shoal.observe.console import Console
-from shoal.tasks.kinds import KINDS
+from shoal.tasks.kinds import kind_of
 from shoal.units import format_count
 
 
@@ -107,7 +107,7 @@ def _data(recipe: Recipe, *, inputs: Inputs) -> str:
 
 def _end(recipe: Recipe, inputs: Inputs) -> str:
     """What closes documents; nothing for tasks that close none."""
-    if not KINDS[recipe.task.kind].closes_documents or not inputs.special_tokens:
+    if not kind_of(recipe.task.kind).closes_documents or not inputs.special_tokens:
         return ""
     special = SpecialTokens(**inputs.special_tokens)
     if special.closing is None:

@@ -21,7 +21,7 @@ from shoal.environment import cache_directory
 from shoal.errors import ConfigError, FetchError, ModelError, Problem, RunError
 from shoal.launch.content import compare, content_of, saved_inputs
 from shoal.plan.from_recipe import read_config
-from shoal.tasks.kinds import create
+from shoal.tasks.kinds import code_of, create
 from shoal.tasks.task import Task, Tools
 
 Say = Callable[[str], None]
@@ -215,7 +215,7 @@ def prepare_inputs(
         sources=sources,
         evaluated=evaluated,
         encode=lambda records: task.encode(records, tools=tools),
-        encode_key=json.dumps([task.kind, key, special.closing, learned], sort_keys=True),
+        encode_key=json.dumps([code_of(task.kind), key, special.closing, learned], sort_keys=True),
         sequence_tokens=recipe.data.sequence_tokens,
         packing=packing,
         validation_fraction=recipe.data.validation.fraction,

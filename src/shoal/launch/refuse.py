@@ -16,7 +16,7 @@ from shoal.errors import ConfigError, ModelError, UserError
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, problems
 from shoal.plan.from_recipe import config_of
-from shoal.tasks.kinds import KINDS, create
+from shoal.tasks.kinds import create, kind_of
 
 
 def combination_of(recipe: Recipe, layout: Layout) -> Combination:
@@ -36,7 +36,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         exact=recipe.train.exact,
         optimizer=recipe.train.optimizer.kind,
         dropout=recipe.model.dropout,
-        whole_logits=KINDS[recipe.task.kind].whole_logits,
+        whole_logits=kind_of(recipe.task.kind).whole_logits,
     )
 
 

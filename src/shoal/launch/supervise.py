@@ -20,6 +20,7 @@ from typing import Any
 
 from shoal.engine.job import Job
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
+from shoal.launch.callbacks import Callbacks
 from shoal.launch.cluster import Cluster, ThisHost, host_of_rank
 from shoal.launch.deaths import Death, death_of
 from shoal.launch.directory import has_checkpoint, is_run, requests_in
@@ -65,22 +66,27 @@ def run_workers(
     console: Console,
     begun: Callable[[], None] = lambda: None,
     story: list[dict[str, Any]] | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Attempt:
     """Start the workers of `job` and see them to their end. Raises the error that ended them.
 
     SIGINT and SIGTERM ask the workers to save and stop; a second one ends them at once (Stopped
     when there is a checkpoint to resume from, else Interrupted), of SIGTERM only where somebody
     sits at a terminal. SIGUSR1 prints where each is.
-    `story` collects every event, also of a run that ends with an error.
+    `story` collects every event, also of a run that ends with an error. An error in `callbacks`
+    asks the workers to save and stop.
     """
+    heard = callbacks or Callbacks(None)
     num_ranks = job.decision.layout.workers
     with LocalSite(pool, num_ranks=num_ranks) as site, signals_asked() as asked:
         console.steps = job.recipe.train.steps or console.steps  # of epochs: as the start said
+        heard.stop = lambda: asked.append(signal.SIGTERM)
+        attempt = Attempt(console, begun, story=[] if story is None else story, callbacks=heard)
         supervisor = Supervisor(
             job,
             sites=[site],
             cluster=ThisHost(site.folder),
-            attempt=Attempt(console, begun, story=[] if story is None else story),
+            attempt=attempt,
             asked=asked,
         )
         return supervisor.run()

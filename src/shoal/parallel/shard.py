@@ -57,11 +57,60 @@ def apply_shard(
 
     Raises ValueError for a level that is none.
     """
-    level, offload = settings.shard_level, settings.offload
+    level = settings.shard_level
     if level not in LEVELS:
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}; got {level!r}")
     if mesh.degree("shard") == 1:
         return holdings
+    lists = (anatomy.blocks, *anatomy.more_blocks)
+    blocks = [block for path in lists for block in model.get_submodule(path).children()]
+    return _cut(model, blocks, _Root(model, level=level), mesh, holdings, settings)
+
+
+def apply_shard_called(
+    model: nn.Module, mesh: Mesh, holdings: Holdings, settings: Settings
+) -> Holdings:
+    """Shard a model that its owner calls himself: it is FSDP2's root, and needs no anatomy.
+
+    The level `optimizer` is not for it: nobody says which backward is the step's last. Raises
+    ValueError.
+    """
+    if settings.shard_level not in ("parameters", "gradients"):
+        raise ValueError(f"level: expected parameters or gradients; got {settings.shard_level!r}")
+    if mesh.degree("shard") == 1:
+        return holdings
+    return _cut(model, units_of(model), model, mesh, holdings, settings)
+
+
+def units_of(model: nn.Module) -> list[nn.Module]:
+    """What of any model is gathered together: members of its lists of modules, else its children.
+
+    Only those with parameters, which no other part of the model shares.
+    """
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList | nn.Sequential)]
+    inner = {id(part) for each in lists for part in each.modules() if part is not each}
+    outer = [each for each in lists if id(each) not in inner]
+    shared = {name for names in ties_of(model) for name in names}
+    owners = {id(p) for n, p in model.named_parameters() if canonical_name(n) in shared}
+    chosen = []
+    holders: list[nn.Module] = [*outer] or [model]
+    for unit in (part for each in holders for part in each.children()):
+        own = list(unit.parameters())
+        if own and not any(id(parameter) in owners for parameter in own):
+            chosen.append(unit)
+    return chosen
+
+
+def _cut(
+    model: nn.Module,
+    units: list[nn.Module],
+    root: nn.Module,
+    mesh: Mesh,
+    holdings: Holdings,
+    settings: Settings,
+) -> Holdings:
+    """Shard `units` of `model` one by one, and under `root` what is left."""
+    level, offload, ties = settings.shard_level, settings.offload, ties_of(model)
     pinned = mesh.device.type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     fully: dict[str, Any] = {
@@ -69,18 +118,16 @@ def apply_shard(
         "reshard_after_forward": level == "parameters",
         "offload_policy": policy,
     }
-    for path in (anatomy.blocks, *anatomy.more_blocks):
-        for block in model.get_submodule(path).children():
-            block.register_forward_hook(_own_outputs)
-            fully_shard(block, **fully)
-    root = _Root(model, level=level)
+    for unit in units:
+        unit.register_forward_hook(_own_outputs)
+        fully_shard(unit, **fully)
     fully_shard(root, **{**fully, "reshard_after_forward": False})
     sharded = sharded_of(model)
     sharded.root, sharded.offloaded = root, offload
     for module in _sharded(root):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    assert ties_of(model) == anatomy.ties, "shard: the tied parameters changed"
+    assert ties_of(model) == ties, "shard: the tied parameters changed"
     return holdings.changed({n: {"rows": _rows(p)} for n, p in canonical_parameters(model).items()})
 
 
@@ -113,9 +160,14 @@ def forward(model: nn.Module, function: Callable[..., Tensor], *arguments: Any) 
     result: Tensor = root(function, *arguments)
     if not torch.is_grad_enabled():
         # no backward follows that would give the whole parameters up; the next step changes them
-        for module in _sharded(root):
-            module.reshard()
+        give_up(model)
     return result
+
+
+def give_up(model: nn.Module) -> None:
+    """Free whatever of `model` is whole; what uses it next gathers it again, as it is then."""
+    for module in _sharded(sharded_of(model).root or nn.Module()):
+        module.reshard()
 
 
 def micro_batch(model: nn.Module, *, last: bool) -> None:
@@ -220,6 +272,13 @@ def _over(old: nn.Parameter, values: Tensor, gradient: Tensor | None, fsdp: Any)
     fsdp.sharded_param = new
     fsdp._sharded_param_data = values.view(-1)
     return new
+
+
+def over(parameter: Tensor, storage: Tensor) -> Tensor:
+    """`storage`, of the shape `storage_shapes` gives, as a tensor like `parameter`; a view."""
+    if isinstance(parameter, DTensor):
+        return _sharded_view(parameter, storage)
+    return storage.view(parameter.shape)
 
 
 def _sharded_view(like: DTensor, storage: Tensor) -> DTensor:

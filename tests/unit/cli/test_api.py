@@ -70,9 +70,11 @@ def test_importing_costs_nothing() -> None:
 
 def test_no_hook_of_tests_is_in_a_signature() -> None:
     assert list(inspect.signature(shoal.train).parameters) == [
-        *("recipe", "overrides", "out", "console")
+        *("recipe", "overrides", "out", "console", "callbacks")
     ]
-    assert list(inspect.signature(shoal.resume).parameters) == ["run", "overrides", "console"]
+    assert list(inspect.signature(shoal.resume).parameters) == [
+        *("run", "overrides", "console", "callbacks")
+    ]
 
 
 def test_overrides_apply_to_a_recipe_and_a_run_starts_in_a_thread(result: shoal.Result) -> None:

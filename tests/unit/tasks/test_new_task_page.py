@@ -15,7 +15,7 @@ from shoal.data.batch import micro_batches
 from shoal.data.prepare import SourceSpec, prepare
 from shoal.data.stream import Evaluation, Stream
 from shoal.layout import Share
-from shoal.models.anatomy import anatomy_of
+from shoal.models.anatomy import anatomy_of, check_logits
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
 from shoal.tasks import kinds
@@ -39,6 +39,11 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Task:
     return kinds.create("text-score")
 
 
+def test_the_example_is_the_page() -> None:
+    text = (PAGE.parents[2] / "examples" / "own_task.py").read_text(encoding="utf-8")
+    assert text.partition('"""\n\n')[2] == code_of_page()
+
+
 def test_the_page_holds_its_promise_of_length() -> None:
     lines = [line for line in code_of_page().splitlines() if line.strip()]
     imports = [line for line in lines if line.startswith(("import", "from"))]
@@ -51,7 +56,9 @@ def test_it_learns_with_the_loss_of_transformers(task: Task, tmp_path: Path) -> 
     ]
     path = tmp_path / "reviews.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="bad"))
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(WORDS, start=1)}, unk_token="bad")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     prepared = prepare(
         sources=[SourceSpec(source=str(path))],
@@ -67,11 +74,12 @@ def test_it_learns_with_the_loss_of_transformers(task: Task, tmp_path: Path) -> 
         architecture="llama",
         settings={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                   "intermediate_size": 16, **task.model_settings()},
-        vocabulary_size=5,
+        vocabulary_size=6,
     )  # fmt: skip
     model = build_meta(config, auto_class=task.auto_class)
     materialise(model, record=record(model), seed=0)
     anatomy = anatomy_of(model)
+    assert check_logits(model, anatomy).whole_logits, "pooled by its own code"
     stream = Stream(prepared, seed=0, global_batch_samples=16)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     losses = []

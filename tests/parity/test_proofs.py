@@ -34,8 +34,9 @@ def proof(bench: Bench, *overrides: str, mistake: str | None = None) -> Certific
         pytest.param(
             ("parallel.tensor=2", "parallel.recompute=full", *GPT2), marks=pytest.mark.slow
         ),
+        ("parallel.replicate=2", "parallel.tensor=2", "model.adapter={kind: dora, rank: 3}"),
     ],
-    ids=["shard x tensor", "threads", "gpt2"],
+    ids=["shard x tensor", "threads", "gpt2", "adapters"],
 )
 def test_a_right_layout_is_proven(bench: Bench, layout: tuple[str, ...]) -> None:
     found = proof(bench, *layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,6 +100,18 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
     return Recipe.model_validate(tree)
 
 
+def _adapter(recipe: Recipe, *, inputs: Inputs) -> dict[str, Any] | None:
+    """The adapter of a small model: beside the same layers, of whatever blocks there are."""
+    from shoal.engine.build import adapter_settings
+
+    found = adapter_settings(recipe, inputs=inputs)
+    if found is None:
+        return None
+    targets = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", each) for each in found.targets)
+    about = {"kind": found.kind, "rank": found.rank, "alpha": found.scale * found.rank}
+    return {**about, "targets": list(targets), "dropout": found.dropout}
+
+
 def _small(
     recipe: Recipe, config: Mapping[str, Any], *, inputs: Inputs, layout: Layout
 ) -> dict[str, Any]:
@@ -127,5 +140,6 @@ def _small(
         "kind": "config",
         "architecture": architecture,
         "dropout": model.dropout,
+        "adapter": _adapter(recipe, inputs=inputs),
         **{key: value for key, value in settings.items() if key not in ("kind", "architecture")},
     }

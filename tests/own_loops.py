@@ -180,7 +180,7 @@ def with_shoal(
             stepper.zero_grad()
             for part in range(parts):
                 own = slice(len(ids) * part // parts, len(ids) * (part + 1) // parts)
-                if len(ids[own]):
+                if len(ids[own]):  # workers may differ in how many they have
                     targets = int((labels[own] != IGNORED).sum())
                     fleet.backward(loss_of(model, ids[own], labels[own]), targets=targets)
             steps.append(fleet.step(max_gradient_norm=clip))

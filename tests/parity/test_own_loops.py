@@ -82,7 +82,7 @@ def test_whatever_gives_the_batches(fleet: Any, reader: str) -> None:
 
 def test_several_backwards_make_one_step(fleet: Any) -> None:
     losses, norms, _ = own_loops.plain()
-    for each in fleet(2, "with_shoal", parts=3):
+    for each in fleet(2, "with_shoal", parts=7):  # 6 rows have 6 of them, 7 rows 7
         assert largest_difference(each["losses"], losses) < SAME
         assert largest_difference(each["norms"], norms) < SAME
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import shoal
 from shoal.environment import become_worker
@@ -69,11 +69,15 @@ def made(name: str) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
 
 
 def plain(
-    optimizer: str = "adamw", *, epochs: int = 3, clip: float | None = None
+    optimizer: str = "adamw",
+    *,
+    epochs: int = 3,
+    clip: float | None = None,
+    reader: str = "loader",
 ) -> tuple[list[float], list[float], nn.Module]:
     """Without shoal: the losses, the norms of gradients, and the model at the end."""
     model, stepper, loader = made(optimizer)
-    losses, norms = [], []
+    loader, losses, norms = READERS[reader](loader), [], []
     for _ in range(epochs):
         for ids, labels in loader:
             stepper.zero_grad()
@@ -132,6 +136,24 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     return 0
 
 
+READERS: dict[str, Any] = {
+    "loader": lambda loader: loader,
+    "workers": lambda loader: DataLoader(
+        loader.dataset, batch_size=13, shuffle=True, num_workers=2, prefetch_factor=3
+    ),
+    "iterable": lambda loader: DataLoader(Streamed(), batch_size=13),
+    "list": lambda loader: [*DataLoader(Streamed(), batch_size=13)],
+}
+"""What gives batches: the first two shuffle, the others have one order."""
+
+
+class Streamed(IterableDataset[Any]):
+    """The rows in their order, without indices."""
+
+    def __iter__(self) -> Any:
+        return iter(rows())
+
+
 def with_shoal(
     parallel: dict[str, Any] | None = None,
     sync: Any = None,
@@ -140,11 +162,13 @@ def with_shoal(
     epochs: int = 3,
     clip: float | None = None,
     parts: int = 1,
+    reader: str = "loader",
     save: str | None = None,
     load: str | None = None,
 ) -> dict[str, Any]:
     """The loop of `plain`; each batch in `parts` backward passes. Saves at the end, loads first."""
     model, stepper, loader = made(optimizer)
+    loader = READERS[reader](loader)
     fleet = shoal.join(parallel, sync)
     model, stepper = fleet.parallelize(model, stepper)
     steps, weights, begun = [], {}, {}
@@ -156,7 +180,7 @@ def with_shoal(
             stepper.zero_grad()
             for part in range(parts):
                 own = slice(len(ids) * part // parts, len(ids) * (part + 1) // parts)
-                if len(ids[own]):
+                if len(ids[own]):  # workers may differ in how many they have
                     targets = int((labels[own] != IGNORED).sum())
                     fleet.backward(loss_of(model, ids[own], labels[own]), targets=targets)
             steps.append(fleet.step(max_gradient_norm=clip))
@@ -241,9 +265,10 @@ def _error(call: Any) -> str:
     return "none"
 
 
-def example(path: str, script: str) -> dict[str, Any]:
-    """`main` of an example: the mean loss of each epoch."""
+def example(path: str, script: str, joined: str = "join()") -> dict[str, Any]:
+    """`main` of an example: the mean loss of each epoch. `joined`: how it joins."""
     code: dict[str, Any] = {"__name__": "example"}
-    exec(compile(Path(script).read_text("utf-8"), script, "exec"), code)
+    text = Path(script).read_text("utf-8").replace("shoal.join()", f"shoal.{joined}")
+    exec(compile(text, script, "exec"), code)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return {"means": code["main"](path)}

@@ -72,9 +72,17 @@ def test_a_plain_module_has_the_losses_of_one_process(
     assert found[0]["storage"] <= elements / degree + 200, "each has its part only"
 
 
+@pytest.mark.parametrize("reader", ["workers", "iterable", "list"])
+def test_whatever_gives_the_batches(fleet: Any, reader: str) -> None:
+    """Loaders with processes of their own, or without indices: each reads its rows."""
+    losses, _, _ = own_loops.plain(reader=reader, epochs=1)
+    for each in fleet(2, "with_shoal", reader=reader, epochs=1):
+        assert largest_difference(each["losses"], losses) < SAME
+
+
 def test_several_backwards_make_one_step(fleet: Any) -> None:
     losses, norms, _ = own_loops.plain()
-    for each in fleet(2, "with_shoal", parts=3):
+    for each in fleet(2, "with_shoal", parts=7):  # 6 rows have 6 of them, 7 rows 7
         assert largest_difference(each["losses"], losses) < SAME
         assert largest_difference(each["norms"], norms) < SAME
 
@@ -162,5 +170,6 @@ def test_the_textbooks_loop_changes_six_lines_and_no_loss(fleet: Any, tmp_path: 
     plain.write_text(text, encoding="utf-8")
     wanted = fleet(1, "example", path=str(data), script=str(plain))[0]["means"]
     assert wanted[-1] < wanted[0]
-    for each in fleet(2, "example", path=str(data), script=str(EXAMPLE)):
-        assert largest_difference(each["means"], wanted) < SAME
+    for joined in ("join()", "join({'shard': 2})"):
+        for each in fleet(2, "example", path=str(data), script=str(EXAMPLE), joined=joined):
+            assert largest_difference(each["means"], wanted) < SAME

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 from shoal.config.recipe import Recipe
 from shoal.config.schema import choices, kinds_of, models_in
 from shoal.config.suggest import suggestion
+from shoal.config.tasks import OWN, SHIPPED
 from shoal.errors import Problem, nearest
 
 _HINTS = {
@@ -124,6 +125,8 @@ def _place(path: list[str]) -> tuple[str, list[Any]]:
     models: list[Any] = [Recipe]
     shown: list[str] = []
     for part in path:
+        if part in (OWN, SHIPPED):
+            continue
         chosen = [model for model in models if part in kinds_of(model)]
         if chosen and shown and not any(part in model.model_fields for model in models):
             models = chosen

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shoal.config.optimizers import AdamW, Cosine, OptimizerSection, ScheduleSection
 from shoal.config.section import Auto, Count, Rate, Section
-from shoal.config.tasks import CausalLM, TaskSection
+from shoal.config.tasks import AnyTask, CausalLM
 
 # --- model --------------------------------------------------------------------------------------
 
@@ -403,7 +403,7 @@ class Recipe(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides weights, order of the data and dropout."""
-    task: TaskSection = CausalLM()
+    task: AnyTask = CausalLM()
     """What is learned."""
     model: ModelSection
     """What learns."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
 from shoal.config.section import Count, Section
 
@@ -92,34 +93,43 @@ class ImageClassification(Section):
     time they are read by other ones."""
 
 
+TaskSection = Annotated[
+    CausalLM
+    | Chat
+    | Preference
+    | Distillation
+    | SequenceClassification
+    | TokenClassification
+    | ImageClassification,
+    Field(discriminator="kind"),
+]
+
+
+def _import_path(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+        raise ValueError(f"expected how Python imports a class, my_module:MyTask; got {text!r}")
+    return text
+
+
 class OwnTask(Section):
     """A task of your own, by the path of its class; other keys are its options."""
 
     model_config = ConfigDict(extra="allow")
-    kind: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    kind: Annotated[str, AfterValidator(_import_path)]
     """my_module:MyTask; the module is installed, or in a folder that PYTHONPATH names."""
 
 
-OWN = "my_module:MyTask"
-"""How the kinds of tasks of one's own are shown among the others."""
+OWN, SHIPPED = "my_module:MyTask", "a kind of shoal"
+"""Whose task it is; pydantic puts it into the place of an error, where it is left out again."""
 
 
-def _kind_of(section: Any) -> Any:
-    """The kind of a section, those of one's own taken together."""
+def _whose(section: Any) -> str:
     kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
-    return OWN if isinstance(kind, str) and ":" in kind else kind
+    return OWN if isinstance(kind, str) and ":" in kind else SHIPPED
 
 
-TaskSection = Annotated[
-    Annotated[CausalLM, Tag("causal-lm")]
-    | Annotated[Chat, Tag("chat")]
-    | Annotated[Preference, Tag("preference")]
-    | Annotated[Distillation, Tag("distillation")]
-    | Annotated[SequenceClassification, Tag("sequence-classification")]
-    | Annotated[TokenClassification, Tag("token-classification")]
-    | Annotated[ImageClassification, Tag("image-classification")]
-    | Annotated[OwnTask, Tag(OWN)],
-    Discriminator(_kind_of),
+AnyTask = Annotated[
+    Annotated[TaskSection, Tag(SHIPPED)] | Annotated[OwnTask, Tag(OWN)], Discriminator(_whose)
 ]
 
 

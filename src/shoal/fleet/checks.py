@@ -35,15 +35,15 @@ def marks(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
 
     The count of writes that torch keeps; it keeps none of a DTensor, so of a shard its norm.
     """
-    found = {}
+    found = dict.fromkeys(parameters, -1.0)
+    cut: dict[str, Tensor] = {}
     for name, each in parameters.items():
-        gradient, own = each.grad, None if each.grad is None else local(each.grad)
-        if own is None:
-            found[name] = -1.0
-        elif type(gradient) is Tensor:
-            found[name] = float(gradient._version)
-        else:
-            found[name] = float(torch.linalg.vector_norm(own))
+        if type(each.grad) is Tensor:
+            found[name] = float(each.grad._version)
+        elif each.grad is not None:
+            cut[name] = torch.linalg.vector_norm(local(each.grad))
+    if cut:  # brought over at once
+        found |= dict(zip(cut, torch.stack([*cut.values()]).tolist()))
     return found
 
 

@@ -203,6 +203,8 @@ class Fleet:
     def reads(self, part: Part | None, *, labels: int | None = None) -> None:
         """A batch is handed out (batches.py); None: it was the last."""
         self._part, self._labels = part, labels
+        if part is not None:
+            self._digest = (self._digest * 31 + part.digest) % _HALF
 
     def backward(self, loss: Tensor, *, targets: int | None = None) -> None:
         """The backward of a mean loss; several before a step add up.
@@ -216,11 +218,9 @@ class Fleet:
                 f"fleet.backward: expected one number, the mean over targets; got {[*loss.shape]}"
             )
         weight = self._weight(targets)
-        part = self._part
         self._watched(lambda: loss.backward(torch.full_like(loss, weight)))
         self._targets += weight
         self._loss += loss.item() * weight if weight else 0.0
-        self._digest = (self._digest * 31 + (part.digest if part else 0)) % _HALF
         self._seen = marks(parameters)
 
     def _weight(self, targets: int | None) -> int:

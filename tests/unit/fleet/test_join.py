@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import own_loops
 import shoal
+from shoal.cli.main import main
 from shoal.errors import ConfigError, DataError, ModelError, RunError, UserError
 from shoal.fleet.batches import _rows
 from shoal.fleet.join import _layout, own_sections
 from shoal.fleet.script import run_script
+from shoal.launch import pool as pools
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout, Share
 
@@ -254,6 +257,23 @@ def script(tmp_path: Path) -> Iterator[Path]:
 def test_a_script_runs_to_its_end(script: Path, pool: WorkerPool) -> None:
     assert run_script(script, workers=2, pool=pool) == 0
     assert run_script(script, ["exit"], workers=2, pool=pool) == 7
+
+
+def test_the_command_gives_options_on_to_the_script(
+    tmp_path: Path, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that it does not know itself; in the folder that one is in."""
+    monkeypatch.setattr(pools, "WorkerPool", lambda: nullcontext(pool))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "said.py").write_text(
+        "import sys, shoal\nfleet = shoal.join()\n"
+        "open(f'said-{fleet.rank}', 'w').write(f'{fleet.size} {sys.argv[1:]}')\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "said.py", "--rate", "3", "data", "--workers", "3"])
+    assert not ended.value.code
+    found = [(tmp_path / f"said-{rank}").read_text() for rank in range(3)]
+    assert found == ["3 ['--rate', '3', 'data']"] * 3
 
 
 def test_the_first_to_fail_is_named_with_its_own_lines(script: Path, pool: WorkerPool) -> None:

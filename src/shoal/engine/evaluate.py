@@ -27,7 +27,7 @@ def evaluate(
     Raises PeersLost.
     """
     ranks, evaluation, passes = training.ranks, training.evaluation, training.passes
-    metrics = training.task.metrics()
+    metrics = training.task.metrics_on(evaluation)
     by_source = torch.zeros(len(evaluation.names), 2, dtype=torch.float64)
     count = evaluation.num_batches(ranks.num_parts)
     for number in range(count):

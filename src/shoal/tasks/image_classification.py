@@ -188,15 +188,12 @@ class ImageClassification(Task):
         """The confusion matrix, and beside it images that were taken for something else."""
         names, wrong = shown["names"], shown["misread"]
         figure = new_figure(9 if wrong else 5, 4.6)
-        left, *right = figure.subfigures(1, 2, width_ratios=(1, 0.9)) if wrong else [figure]
-        confusion_matrix(left.add_subplot(), np.array(shown["confusion"]), names)
-        for axes, (image, label, guess) in zip(
-            right[0].subplots(3, 4).flat if wrong else (), wrong
-        ):
+        grid = figure.add_gridspec(3, 9 if wrong else 5)
+        confusion_matrix(figure.add_subplot(grid[:, :5]), np.array(shown["confusion"]), names)
+        for number, (image, label, guess) in enumerate(wrong):
+            axes = figure.add_subplot(grid[number // 4, 5 + number % 4])
             show_image(axes, image)
             axes.set_title(f"{names[label]}, not {names[guess]}", fontsize=8)
-        for axes in right[0].axes[len(wrong) :] if wrong else ():
-            axes.set_axis_off()
         save(figure, path)
 
     def files(self) -> dict[str, str]:

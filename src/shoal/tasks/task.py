@@ -72,6 +72,9 @@ class Vocabulary(Protocol):
     def exchange(self, mine: Tensor) -> Tensor:
         """`mine` [K, N] of every rank that has a part: [ranks, K, N], in rank order."""
 
+    def gather(self, part: Tensor) -> Tensor:
+        """This rank's part of the outputs [..., size]: all of them, on every rank."""
+
 
 class Loss(Protocol):
     """A loss that is a sum over targets."""
@@ -276,6 +279,17 @@ class Task(ABC):
         ids = batch["input_ids"]
         return {"input_ids": ids, "attention_mask": seen, "labels": batch["labels"]}
 
+    def user_losses(self, made: Any, batch: Batch, *, evaluated: bool = False) -> tuple[float, int]:
+        """(sum of losses, targets) of what transformers made of `user_call`, in plain torch.
+
+        `evaluated`: of what an evaluation counts, where that is not what is learned.
+        """
+        from torch.nn.functional import cross_entropy
+
+        logits, labels = made.logits.double().flatten(0, -2), batch["labels"].flatten()
+        total = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return float(total), counted(labels)
+
     @abstractmethod
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
         """Run the model on a batch. `step` keys the dropout."""
@@ -283,6 +297,10 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> Metrics:
         """A fresh accumulator for one evaluation."""
+
+    def metrics_on(self, data: Evaluated) -> Metrics:
+        """The same, where scores need something of the training part too."""
+        return self.metrics()
 
     def baseline(self, data: Evaluated) -> Named:
         """Scores of the simplest thing one would do instead, on the same samples."""

@@ -139,12 +139,14 @@ class Family:
     blocks: str | None = None
     more_blocks: tuple[str, ...] = ()
     """Further lists of blocks (T5's decoder)."""
+    zeros: tuple[str, ...] = ()
+    """Parameters that its class leaves at zero, by pattern: they are drawn as its others are."""
     norm: str | None = None
     """The norm after the blocks."""
     head: str | None = None
     """Path from the model."""
     logits: tuple[Literal["divide", "multiply", "cap"], str] | None = None
     """What happens to the head's output, and the configuration key of its number."""
-    hidden: Literal["first_token_of_image"] | None = None
+    hidden: Literal["first_token_of_image", "detection_tokens_of_image"] | None = None
     """The function of models/families/hidden.py that runs a base model which is not one call on a
     row of tokens."""

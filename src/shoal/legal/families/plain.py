@@ -150,6 +150,13 @@ FAMILIES: dict[str, Family] = {
         norm="layernorm",
         hidden="first_token_of_image",
     ),
+    "yolos": Family(
+        blocks="encoder.layer",
+        norm="layernorm",
+        zeros=("embeddings.*_token*", "embeddings.position_embeddings"),
+        head="class_labels_classifier",
+        hidden="detection_tokens_of_image",
+    ),
     "t5": Family(
         sizes=_t5,
         size_keys=SizeKeys(

@@ -110,6 +110,7 @@ def families_of(kind: str) -> list[str]:
         "SequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "TokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         "ImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "ObjectDetection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     }
     able = [name for name in known_families() if name in heads[head]]
     able = [name for name in able if not family_of(name).more_blocks]  # no task of two halves yet

@@ -12,7 +12,6 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatch
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.boxes import Box
 from shoal.errors import ModelError
-from shoal.legal import family_of
 from shoal.models.anatomy import canonical_name, ties_of
 from shoal.models.draw import InitRecord, Operation
+from shoal.models.families.first import FIRST
 
 _FRESH = {"normal_": "normal", "uniform_": "uniform", "zero_": "fill", "fill_": "fill"}
 _REWORK = {"mul_", "div_", "add_", "sub_", "clamp_", "erfinv_"}
@@ -53,20 +52,11 @@ def record(model: nn.Module) -> InitRecord:
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
     found = recorder.result()
-    return replace(found, programs={**found.programs, **_of_zeros(model, found)})
-
-
-def _of_zeros(model: nn.Module, found: InitRecord) -> dict[str, tuple[Operation, ...]]:
-    """How parameters begin that a class makes as zeros, which a run would begin alike with."""
-    config: Any = model.config
-    base = str(getattr(model, "base_model_prefix", ""))
-    patterns = [f"{base}.{each}" for each in family_of(config.model_type).zeros]
-    normal = (Operation("normal", (0.0, float(config.initializer_range))),) if patterns else ()
-    return {
-        name: normal
-        for name in found.shapes
-        if not found.programs.get(name) and any(fnmatch(name, each) for each in patterns)
-    }
+    first = FIRST.get(str(getattr(model.config, "model_type", "")))
+    if first is None:
+        return found
+    unset = {name: (step,) for name, step in first(model.config).items() if name in found.shapes}
+    return replace(found, programs={**unset, **{n: p for n, p in found.programs.items() if p}})
 
 
 _patching = threading.Lock()

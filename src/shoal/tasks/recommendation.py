@@ -91,11 +91,13 @@ class Recommendation(Task):
 
     @property
     def fields(self) -> Fields:
-        """A history but for its last item, what follows each item, and the two held out last.
+        """The end of a history but for its last item, what follows each item, and the two held out.
 
-        The last two labels are ignored: what follows there is held out.
+        The last two labels are ignored: what follows there is held out. `history` is all of it,
+        for scores: what was seen, and what neighbours say.
         """
-        return {**TOKENS, "held_out": Field("int64", (2,), fill=IGNORED)}
+        held_out = Field("int64", (2,), fill=IGNORED)
+        return {**TOKENS, "held_out": held_out, "history": Field("int64", (None,), -1, "history")}
 
     def learn(self, records: Iterable[Record], *, tools: Tools = NO_TOOLS) -> dict[str, Any]:
         """`{"items": [ids], "texts": [what each is]}`, by id. Raises DataError: nothing to learn.
@@ -129,7 +131,7 @@ class Recommendation(Task):
         return {"vocab_size": max(1, len(self._items)), **none}
 
     def encode(self, records: Sequence[Record], *, tools: Tools) -> list[Sample]:
-        """`{"user", "items": [oldest first]}` -> `input_ids`, `labels` and `held_out`.
+        """`{"user", "items": [oldest first]}` -> `input_ids`, `labels`, `held_out` and `history`.
 
         Of a longer history than `tools.sequence_tokens` the last items; of a user with too few
         items an empty sample. Raises DataError for an item that `learn` has not seen.
@@ -138,11 +140,14 @@ class Recommendation(Task):
         for record in records:
             numbers = [self._number(item, record) for item in _items(record)]
             if len(numbers) < FEWEST:
-                samples.append({"input_ids": [], "labels": [], "held_out": [0, 0]})
+                none: list[int] = []
+                samples.append({"input_ids": none, "labels": none, "held_out": [0, 0]})
+                samples[-1]["history"] = none
                 continue
             shown = numbers[:-1][-(tools.sequence_tokens or len(numbers)) :]
             labels = [*shown[1:-1], IGNORED, IGNORED]
             samples.append({"input_ids": shown, "labels": labels, "held_out": numbers[-2:]})
+            samples[-1]["history"] = numbers
         return samples
 
     def _number(self, item: str, record: Record) -> int:
@@ -162,6 +167,7 @@ class Recommendation(Task):
             ids = sample["input_ids"]
             sample["labels"] = np.append(ids[1:-1], [IGNORED, IGNORED])
             sample["held_out"] = ids[-1:].repeat(2)
+            sample["history"] = np.append(ids, ids[-1])
         return samples
 
     def user_call(self, batch: Batch) -> dict[str, Tensor]:
@@ -351,7 +357,7 @@ class RankingMetrics:
         shares = (listed > 0).mean(axis=1)
         whole = range(len(WEIGHTS))
         way, alone = self._chosen(places, weights=whole), self._chosen(places, weights=whole[-1:])
-        low, high = _bootstrap(places[1, way])
+        low, high = bootstrap(places[1, way])
         found = {
             "evaluation_loss": float(loss / users),
             "ndcg": float(gains[1, way]),
@@ -389,11 +395,9 @@ class RankingMetrics:
 
 
 def history_of(row: Mapping[str, Any]) -> History:
-    """The history of a stored row: its items, and the last one, which no input has."""
-    ids = np.asarray(row["input_ids"], dtype=np.int64)
-    if "document_ids" in row:
-        ids = ids[np.asarray(row["document_ids"]) >= 0]
-    return History(np.append(ids, np.int64(row["held_out"][1])))
+    """The history of a stored row."""
+    items = np.asarray(row["history"], dtype=np.int64)
+    return History(items[items >= 0])
 
 
 def _standard(scores: Floats) -> Floats:
@@ -403,7 +407,7 @@ def _standard(scores: Floats) -> Floats:
     return found
 
 
-def _bootstrap(places: Vector) -> tuple[float, float]:
+def bootstrap(places: Vector) -> tuple[float, float]:
     """95 % interval of NDCG@10 over users drawn anew, of how many had each place [11].
 
     A user's score depends on the place alone, so drawing users is drawing places.

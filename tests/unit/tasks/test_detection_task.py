@@ -51,8 +51,8 @@ def task_of(data: list[dict[str, Any]] | None = None, *, grid: int = 2) -> Objec
     return task
 
 
-def model_of(task: ObjectDetection) -> torch.nn.Module:
-    settings = {**SMALL, **task.model_settings()}
+def model_of(task: ObjectDetection, **more: Any) -> torch.nn.Module:
+    settings = {**SMALL, **task.model_settings(), **more}
     model = build_meta(
         read_config(architecture="yolos", settings=settings), auto_class=task.auto_class
     )
@@ -118,6 +118,19 @@ def generalised(one: np.ndarray, other: np.ndarray) -> float:
     union = float(np.prod(b - a) + np.prod(d - c)) - shared
     around = float(np.prod(np.maximum(b, d) - np.minimum(a, c)))
     return shared / union - (around - union) / around
+
+
+def test_a_model_from_nothing_tells_its_places_apart() -> None:
+    """transformers' class begins with zeros; a token begins nearest to what is around its cell."""
+    task = task_of(records(side=32), grid=2)
+    model = model_of(task, hidden_size=64)
+    places = model.get_parameter("vit.embeddings.position_embeddings")[0].detach()
+    patches, cells = places[1:65], places[65:]
+    nearest = torch.cdist(cells, patches).topk(4, largest=False).indices
+    around = {0: 9, 1: 13, 2: 41, 3: 45}
+    for cell, corner in around.items():
+        assert set(nearest[cell].tolist()) == {corner + near for near in (0, 1, 8, 9)}
+    assert float(model.get_parameter("vit.embeddings.detection_tokens").detach().std()) > 0.01
 
 
 def test_rows_that_only_fill_a_batch_count_for_nothing() -> None:

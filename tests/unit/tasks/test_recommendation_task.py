@@ -22,7 +22,7 @@ from shoal.models.init import materialise, record
 from shoal.tasks import neighbours
 from shoal.tasks.kinds import create
 from shoal.tasks.neighbours import History, Neighbours, ease, gain_of, rank_of
-from shoal.tasks.recommendation import Recommendation, history_of
+from shoal.tasks.recommendation import Recommendation, bootstrap, history_of
 from shoal.tasks.task import Scores, Tools
 
 SMALL = {
@@ -91,12 +91,14 @@ def test_a_history_becomes_what_follows_each_item_but_the_two_held_out() -> None
             "input_ids": [number(i) for i in ("i03", "i01", "i02", "i07")],
             "labels": [number("i01"), number("i02"), -100, -100],
             "held_out": [number("i07"), number("i05")],
+            "history": [number(i) for i in ("i03", "i01", "i02", "i07", "i05")],
         }
     ]
     (cut,) = task.encode(records[:1], tools=Tools(sequence_tokens=3))
     (whole,) = task.encode(records[:1], tools=Tools())
     assert cut["input_ids"] == whole["input_ids"][-3:] and cut["labels"] == whole["labels"][-3:]
     assert cut["held_out"] == whole["held_out"], "of a long history the last items"
+    assert cut["history"] == whole["history"], "what was seen is known all the same"
 
 
 def test_the_loss_is_transformers_own_on_each_history_alone() -> None:
@@ -248,9 +250,12 @@ def test_scores_of_two_workers_add_up_and_the_way_is_chosen_on_the_validation_it
         for row in range(30)
     ]
     assert found["transformer_ndcg"] == pytest.approx(np.mean(gains))
-    # the interval against the normal one of the same mean
-    spread = 1.96 * np.std(gains) / math.sqrt(30)
-    assert found["ndcg_high"] - found["ndcg_low"] == pytest.approx(2 * spread, rel=0.15)
+    # the interval of any ranks against the normal one of the same mean
+    places = np.bincount(draw.integers(0, 14, size=500).clip(max=10), minlength=11)
+    each = np.repeat(gain_of(np.arange(11)), places)
+    low, high = bootstrap(places.astype(float))
+    assert high - low == pytest.approx(2 * 1.96 * each.std() / math.sqrt(500), rel=0.05)
+    assert low < each.mean() < high
     assert sorted(parts[0].examples + parts[1].examples)[:4] == list(whole.examples)
 
 

@@ -139,8 +139,6 @@ class Family:
     blocks: str | None = None
     more_blocks: tuple[str, ...] = ()
     """Further lists of blocks (T5's decoder)."""
-    zeros: tuple[str, ...] = ()
-    """Parameters that its class leaves at zero, by pattern: they are drawn as its others are."""
     norm: str | None = None
     """The norm after the blocks."""
     head: str | None = None

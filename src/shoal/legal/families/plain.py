@@ -153,7 +153,6 @@ FAMILIES: dict[str, Family] = {
     "yolos": Family(
         blocks="encoder.layer",
         norm="layernorm",
-        zeros=("embeddings.*_token*", "embeddings.position_embeddings"),
         head="class_labels_classifier",
         hidden="detection_tokens_of_image",
     ),

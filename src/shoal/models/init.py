@@ -52,10 +52,11 @@ def record(model: nn.Module) -> InitRecord:
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
     found = recorder.result()
-    first = FIRST.get(str(getattr(model.config, "model_type", "")))
+    config: Any = getattr(model, "config", None)
+    first = FIRST.get(str(getattr(config, "model_type", "")))
     if first is None:
         return found
-    unset = {name: (step,) for name, step in first(model.config).items() if name in found.shapes}
+    unset = {name: (step,) for name, step in first(config).items() if name in found.shapes}
     return replace(found, programs={**unset, **{n: p for n, p in found.programs.items() if p}})
 
 

@@ -27,7 +27,7 @@ from shoal.legal import (
     not_yet,
     problems,
 )
-from shoal.legal.families.table import known_families
+from shoal.legal.families.table import FAMILIES, known_families
 from shoal.legal.rules import IMPLEMENTED_AXES, IMPLEMENTED_POLICIES, POLICIES
 from shoal.tasks.kinds import KINDS
 
@@ -110,8 +110,10 @@ def families_of(kind: str) -> list[str]:
         "SequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "TokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         "ImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "ObjectDetection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     }
     able = [name for name in known_families() if name in heads[head]]
+    able = able or [name for name in FAMILIES if name in heads[head]]  # known, without its sizes
     able = [name for name in able if not family_of(name).more_blocks]  # no task of two halves yet
     sized = transformers.CONFIG_MAPPING
     return [name for name in able if not KINDS[kind].causal or _is_causal(sized[name]())]

@@ -93,6 +93,22 @@ class ImageClassification(Section):
     time they are read by other ones."""
 
 
+class ObjectDetection(Section):
+    """Find objects in images: a box and a class for each."""
+
+    has_tokens: ClassVar[bool] = False
+    kind: Literal["object-detection"] = "object-detection"
+    grid: Annotated[int, Field(ge=1, le=32)] = 6
+    """Cells along a side of an image; each finds at most one object, whose middle is in it."""
+
+
+class Recommendation(Section):
+    """Tell what each user takes next, of all items."""
+
+    has_tokens: ClassVar[bool] = False
+    kind: Literal["recommendation"] = "recommendation"
+
+
 TaskSection = Annotated[
     CausalLM
     | Chat
@@ -100,7 +116,9 @@ TaskSection = Annotated[
     | Distillation
     | SequenceClassification
     | TokenClassification
-    | ImageClassification,
+    | ImageClassification
+    | ObjectDetection
+    | Recommendation,
     Field(discriminator="kind"),
 ]
 

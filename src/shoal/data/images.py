@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable, Iterator
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shoal.errors import DataError
 
@@ -67,6 +69,13 @@ def read_image(
 
     Raises DataError for a file that is no image.
     """
+    pixels = _pixels(path)
+    at(1.0)
+    yield {"image": pixels, "label": path.parent.name}
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    """An image file [C, H, W]. Raises DataError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -77,6 +86,41 @@ def read_image(
         raise DataError(
             f"{path}: is not an image that can be read: {error}; remove it, or save it again"
         ) from error
-    at(1.0)
-    pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
-    yield {"image": np.ascontiguousarray(pixels), "label": path.parent.name}
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0))
+
+
+def read_coco(
+    path: Path, *, text_field: str | None = None, at: Report = lambda done: None
+) -> Iterator[Record]:
+    """`NAME.coco.json`: COCO's annotations of images that lie beside it or below its folder.
+
+    `{"name", "image": uint8 [C, H, W], "boxes": [[left, top, right, bottom], ...], "labels"}` for
+    each image, boxes in pixels. Raises DataError for a file of another form, or an image outside of
+    its folder.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        names = {each["id"]: str(each["name"]) for each in tree["categories"]}
+        found: dict[Any, list[tuple[list[float], str]]] = {
+            each["id"]: [] for each in tree["images"]
+        }
+        for each in tree["annotations"]:
+            left, top, width, height = each["bbox"]
+            box = [left, top, left + width, top + height]
+            found[each["image_id"]].append((box, names[each["category_id"]]))
+        images = [(each["id"], str(each["file_name"])) for each in tree["images"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: expected annotations as COCO has them (images with id and file_name, "
+            "annotations with image_id, category_id and bbox, categories with id and name), got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for number, (key, name) in enumerate(images):
+        file = path.parent / name
+        if not file.resolve().is_relative_to(path.parent.resolve()):
+            raise DataError(
+                f"{path}: the image {name[:80]!r} is outside of its folder; move it there"
+            )
+        boxes, labels = [box for box, _ in found[key]], [label for _, label in found[key]]
+        yield {"name": name, "image": _pixels(file), "boxes": boxes, "labels": labels}
+        at((number + 1) / len(images))

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from shoal.data.columns import Record
 from shoal.data.files import Report, ending_of, lines_of
-from shoal.data.images import read_image, read_pixels
+from shoal.data.images import read_coco, read_image, read_pixels
+from shoal.data.interactions import read_interactions
+from shoal.data.scenes import SCENES, SCENES_HELD_OUT
 from shoal.data.tables import read_json, read_jsonl, read_parquet, read_table
 from shoal.errors import DataError
 
@@ -163,6 +165,7 @@ FORMATS: dict[str, Reader] = {
     ".png": read_image,
     ".jpg": read_image,
     ".jpeg": read_image,
+    ".inter": read_interactions,
 }
 """Reader by file ending."""
 
@@ -171,6 +174,9 @@ READERS: dict[str, Reader] = {
     "tagged": read_tagged,
     "opinions": read_opinions,
     "pixels": read_pixels,
+    "interactions": read_interactions,
+    "scenes": SCENES,
+    "scenes-held-out": SCENES_HELD_OUT,
 }
 """Reader by its name in the registry."""
 
@@ -187,4 +193,4 @@ def reader_of(path: Path) -> Reader:
             f"{path}: no reader for files ending in {ending_of(path) or 'nothing'!r}; expected one "
             f"of {', '.join(sorted(FORMATS))}, each also with .gz or .zst behind it"
         )
-    return FORMATS[ending_of(path)]
+    return read_coco if path.name.endswith(".coco.json") else FORMATS[ending_of(path)]

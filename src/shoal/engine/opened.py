@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from shoal.config.recipe import Recipe
 from shoal.data.stream import Evaluation
 from shoal.engine.job import Inputs
-from shoal.fields import IGNORED
 from shoal.models.huggingface import open_folder
 from shoal.observe.events import read_lines
 from shoal.parallel.oracle import documents_of
@@ -24,8 +22,12 @@ MOST_FLOPS = 3e12
 
 
 @torch.no_grad()
-def loss_of_rows(folder: Path, *, task: Task, rows: Iterable[Mapping[str, Any]]) -> float:
+def loss_of_rows(
+    folder: Path, *, task: Task, rows: Iterable[Mapping[str, Any]], evaluated: bool = False
+) -> float:
     """Mean loss over the targets of `rows` (as the data gives them), in float32.
+
+    `evaluated`: over what an evaluation counts.
 
     transformers' own model with eager attention, called with input_ids, attention_mask and labels
     of one document at a time: no packing, no padding, none of shoal's code in the forward.
@@ -34,14 +36,10 @@ def loss_of_rows(folder: Path, *, task: Task, rows: Iterable[Mapping[str, Any]])
     total, targets = 0.0, 0
     for row in rows:
         for sample in _documents({name: _tensor(each) for name, each in row.items()}):
-            labels = sample["labels"].flatten()
             call = {n: e for n, e in task.user_call(sample).items() if n != "labels"}
             call = {n: e.float() if e.is_floating_point() else e for n, e in call.items()}
-            logits = model(**call).logits.double()
-            total += float(
-                cross_entropy(logits.flatten(0, -2), labels, ignore_index=IGNORED, reduction="sum")
-            )
-            targets += int((labels != IGNORED).sum())
+            loss, count = task.user_losses(model(**call), sample, evaluated=evaluated)
+            total, targets = total + loss, targets + count
     return total / max(1, targets)
 
 
@@ -83,4 +81,4 @@ def logged_and_opened(
     tokens = len(scored) * recipe.data.sequence_tokens
     if 2.0 * num_parameters * tokens > MOST_FLOPS:
         return None
-    return logged, loss_of_rows(folder, task=task, rows=scored.rows())
+    return logged, loss_of_rows(folder, task=task, rows=scored.rows(), evaluated=True)

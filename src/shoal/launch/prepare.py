@@ -186,7 +186,8 @@ def prepare_inputs(
             registry.get(spec.source, announce=say)
     folders = _folders(recipe, task=task, say=say)
     model = folders["model"]
-    folder, key, tools, vocabulary, special = None, None, Tools(), None, SpecialTokens()
+    tools = Tools(sequence_tokens=recipe.data.sequence_tokens)
+    folder, key, vocabulary, special = None, None, None, SpecialTokens()
     if task.needs_tokenizer:
         folder = tokenizer or _tokenizer_folder(
             recipe, model=model, words=task.reads_words, say=say
@@ -228,7 +229,7 @@ def prepare_inputs(
         tokenizer_directory=None if folder is None else str(folder.resolve()),
         **{f"{name}_directory": path and str(path.resolve()) for name, path in folders.items()},
         task_settings=learned,
-        vocabulary_size=vocabulary,
+        vocabulary_size=vocabulary or task.model_settings().get("vocab_size"),
         train_samples=sum(s.num_samples("train") for s in prepared.sources),
         validation_samples=sum(s.num_samples("validation") for s in prepared.evaluated),
         counts=dict(prepared.description["parts"]["train"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -296,9 +297,12 @@ def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
     """One small sample that the model takes: tokens, tokens of both sides, or an image."""
     device, config = next(model.parameters()).device, _config(model)
     if getattr(model, "main_input_name", "") == "pixel_values":
-        shape = (1, config.num_channels, config.image_size, config.image_size)
-        numel = config.num_channels * config.image_size**2
-        return {"pixel_values": torch.linspace(-1, 1, numel, device=device).view(shape)}
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (1, config.num_channels, height, width)
+        dtype = next(model.parameters()).dtype
+        pixels = torch.linspace(-1, 1, math.prod(shape), device=device, dtype=dtype)
+        return {"pixel_values": pixels.view(shape)}
     positions = torch.arange(num_tokens, device=device)[None]
     ids = positions % config.vocab_size
     if config.is_encoder_decoder:

@@ -11,6 +11,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.anatomy import canonical_name, ties_of
 from shoal.models.draw import InitRecord, Operation
+from shoal.models.families.first import FIRST
 
 _FRESH = {"normal_": "normal", "uniform_": "uniform", "zero_": "fill", "fill_": "fill"}
 _REWORK = {"mul_", "div_", "add_", "sub_", "clamp_", "erfinv_"}
@@ -49,7 +51,13 @@ def record(model: nn.Module) -> InitRecord:
         model.initialize_weights()  # type: ignore[operator]
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
-    return recorder.result()
+    found = recorder.result()
+    config: Any = getattr(model, "config", None)
+    first = FIRST.get(str(getattr(config, "model_type", "")))
+    if first is None:
+        return found
+    unset = {name: (step,) for name, step in first(config).items() if name in found.shapes}
+    return replace(found, programs={**unset, **{n: p for n, p in found.programs.items() if p}})
 
 
 _patching = threading.Lock()

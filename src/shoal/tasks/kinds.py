@@ -19,7 +19,9 @@ from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
 from shoal.tasks.distillation import Distillation
 from shoal.tasks.image_classification import ImageClassification
+from shoal.tasks.object_detection import ObjectDetection
 from shoal.tasks.preference import Preference
+from shoal.tasks.recommendation import Recommendation
 from shoal.tasks.sequence_classification import SequenceClassification
 from shoal.tasks.task import Task
 from shoal.tasks.token_classification import TokenClassification
@@ -34,6 +36,8 @@ KINDS: dict[str, type[Task]] = {
         SequenceClassification,
         TokenClassification,
         ImageClassification,
+        ObjectDetection,
+        Recommendation,
     )
 }
 

@@ -69,6 +69,36 @@ class TokenCrossEntropy:
 
 
 @dataclass(frozen=True)
+class AtPlaces(TokenCrossEntropy):
+    """As its parent while training; evaluated are other targets, at some places of each row.
+
+    The fields `asked` [B, K] (targets, -100 is none) and `places` [B, K] say which; predictions are
+    all logits there [B, K, V].
+    """
+
+    def each(
+        self, output: Output, *, vocabulary: Vocabulary | None = None, predict: bool = False
+    ) -> Scores:
+        """The loss of each target that is asked for [B, K], and the logits when asked for."""
+        places = output.fields["places"]
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        hidden = output.hidden[rows, places]
+        found = chunked_losses(
+            hidden,
+            output.fields["asked"],
+            self.logits_of,
+            head_parameters=self.head,
+            vocabulary=vocabulary,
+        )
+        if not predict:
+            return found
+        with torch.no_grad():
+            logits = self.logits_of(hidden)
+            whole = logits if vocabulary is None else vocabulary.gather(logits)
+        return Scores(found.losses, whole)
+
+
+@dataclass(frozen=True)
 class Summed:
     """The sum over targets of any function: regression, several labels, boxes, policy gradients.
 

@@ -193,6 +193,11 @@ class SequenceClassification(Task):
             labels = labels.to(batch["input_ids"].new_zeros(()).double().dtype)
         return {**call, "labels": labels[:, None] if self._objective == "binary" else labels}
 
+    def user_losses(self, made: Any, batch: Batch, *, evaluated: bool = False) -> tuple[float, int]:
+        """By the objective."""
+        losses = _LOSSES[self._objective](made.logits.double(), batch["labels"])
+        return float(losses.sum()), self.count(batch)
+
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
         """The logits [B, C], which are the model's own, and the label of each text [B]."""
         from shoal.models.anatomy import hidden_of, logits_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,21 @@ def test_losses_are_torchs_and_nothing_where_there_is_no_label(objective: str) -
     }[objective]()
     assert found[3] == 0
     assert float(found.sum() / 3) == pytest.approx(float(oracle), rel=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["classes", "binary", "number"])
+def test_an_exported_model_is_judged_by_its_own_objective(objective: str) -> None:
+    """As `merge` judges it: of what transformers gives for one text, in plain torch."""
+    logits = torch.tensor([[0.3, -1.0, 2.0]] if objective == "classes" else [[0.7]])
+    labels = torch.tensor([{"classes": 2, "binary": 1.0, "number": 2.5}[objective]])
+    task = SequenceClassification(options={"objective": objective})
+    found = task.user_losses(SimpleNamespace(logits=logits), {"labels": labels})
+    wanted = {
+        "classes": -math.log(math.exp(2) / (math.exp(0.3) + math.exp(-1) + math.exp(2))),
+        "binary": math.log(1 + math.exp(-0.7)),
+        "number": (2.5 - 0.7) ** 2,
+    }[objective]
+    assert found == (pytest.approx(wanted, rel=1e-6), 1)
 
 
 def test_scores_of_numbers() -> None:

@@ -145,6 +145,6 @@ class Family:
     """Path from the model."""
     logits: tuple[Literal["divide", "multiply", "cap"], str] | None = None
     """What happens to the head's output, and the configuration key of its number."""
-    hidden: Literal["first_token_of_image"] | None = None
+    hidden: Literal["first_token_of_image", "detection_tokens_of_image"] | None = None
     """The function of models/families/hidden.py that runs a base model which is not one call on a
     row of tokens."""

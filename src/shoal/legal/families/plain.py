@@ -150,6 +150,12 @@ FAMILIES: dict[str, Family] = {
         norm="layernorm",
         hidden="first_token_of_image",
     ),
+    "yolos": Family(
+        blocks="encoder.layer",
+        norm="layernorm",
+        head="class_labels_classifier",
+        hidden="detection_tokens_of_image",
+    ),
     "t5": Family(
         sizes=_t5,
         size_keys=SizeKeys(

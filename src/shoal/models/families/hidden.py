@@ -37,6 +37,23 @@ def first_token_of_image(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return hidden
 
 
+def detection_tokens_of_image(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """`pixel_values` [B, channels, height, width] -> [B, Q, D]: what YOLOS' two heads read."""
+    config: Any = model.config
+    base: Any = model.get_submodule(str(model.base_model_prefix))
+    pixels, size, tokens = batch["pixel_values"], config.patch_size, config.num_detection_tokens
+    if any(side % size for side in pixels.shape[-2:]):
+        raise ModelError(
+            f"model: images of {tuple(pixels.shape[-2:])} pixels are no multiple of patch_size "
+            f"{size}, so some pixels would never be read\n    choose another model.patch_size"
+        )
+    patches = (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
+    indices = _indices(batch, num_tokens=1 + patches + tokens)
+    with set_forward_context(replace(get_forward_context(), token_indices=indices)):
+        hidden: Tensor = base(pixel_values=pixels).last_hidden_state[:, -tokens:]
+    return hidden
+
+
 def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """`input_ids` and `decoder_input_ids` [B, T] (masks optional) -> [B, T, D] before the head.
 
@@ -62,6 +79,7 @@ def hidden_of_decoder(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 HIDDEN: dict[str, Hidden] = {
     "first_token_of_image": first_token_of_image,
+    "detection_tokens_of_image": detection_tokens_of_image,
     "hidden_of_decoder": hidden_of_decoder,
 }
 """By the name that a family's entry gives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -12,6 +13,7 @@ import numpy as np
 from shoal.errors import DataError
 from shoal.fields import IGNORED
 from shoal.tasks.causal_lm import classify_tokens
+from shoal.tasks.lookup import Dictionary
 from shoal.tasks.scores import ClassMetrics
 from shoal.tasks.spans import (
     as_bio2,
@@ -25,6 +27,7 @@ from shoal.tasks.task import (
     NO_TOOLS,
     Batch,
     Curve,
+    Evaluated,
     Named,
     Output,
     Record,
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shoal.models.anatomy import Anatomy
+
+_READ_FOR_NAMES = 50_000  # sentences of the training part that the baseline looks for names in
 
 
 class TokenClassification(Task):
@@ -163,12 +168,22 @@ class TokenClassification(Task):
         """A fresh accumulator for the tags learned."""
         return WordMetrics(len(self._tags)) if self.is_plain else TagMetrics(self._tags)
 
+    def baseline(self, data: Evaluated) -> Named:
+        """`dictionary_f1`: of looking up the names of the training part (tasks/lookup.py)."""
+        if self.is_plain:
+            return {}
+        rows = list(itertools.islice(data.training_rows(), _READ_FOR_NAMES))
+        return {"dictionary_f1": Dictionary(rows, tags=self._tags).f1(data.rows())}
+
     def words(self, before: Named | None, after: Named) -> list[str]:
-        """Entity F1 (accuracy of plain classes) before and after, beside the majority tag's."""
+        """Entity F1 (accuracy of plain classes) before and after, beside that of the names of the
+        training part looked up, and the majority tag's."""
         name, text = ("accuracy", "accuracy") if self.is_plain else ("entity_f1", "entity F1")
         guess = after["majority_tag_accuracy" if self.is_plain else "majority_tag_f1"]
+        known = after.get("dictionary_f1")
+        known = "" if known is None else f"names of the training part looked up: {known:.3f}; "
         lines = [
-            f"{text}: {was(before, name, 3)}{after[name]:.3f} now; the most "
+            f"{text}: {was(before, name, 3)}{after[name]:.3f} now; {known}the most "
             f"frequent tag for every word: {guess:.3f}"
         ]
         if after.get("entity_f1") == 0:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.data.readers import read_opinions
+from shoal.data.corpora import read_opinions
 from shoal.data.tokenize import load_tokenizer, train_tokenizer
 from shoal.errors import DataError
 from shoal.fields import IGNORED

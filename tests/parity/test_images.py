@@ -135,6 +135,29 @@ def test_the_run_ends_with_its_accuracy_and_the_baseline(images: Bench) -> None:
     assert not (run.path / "model/tokenizer.json").exists()
 
 
+def test_the_picture_is_of_the_same_images_in_any_layout(images: Bench) -> None:
+    """Confusion and misread images, against what transformers takes each image for."""
+    import transformers
+
+    one, other = images.run("train.steps=2"), images.run("train.steps=2", "parallel.replicate=2")
+    shown = [json.loads((run.path / "shown.json").read_text()) for run in (one, other)]
+    assert shown[0] == shown[1]
+    model = transformers.AutoModelForImageClassification.from_pretrained(one.path / "model")
+    confusion, misread = np.zeros((2, 2)), []
+    for row in _evaluated(images):
+        pixels = torch.from_numpy(row["pixel_values"]).float() / 127.5 - 1
+        guess, label = int(model(pixels[None]).logits.argmax()), int(row["labels"])
+        confusion[label, guess] += 1
+        misread += [[row["pixel_values"].tolist(), label, guess]] if guess != label else []
+    assert misread, "after two steps some are"
+    assert shown[0]["confusion"] == confusion.tolist()
+    assert shown[0]["misread"] == misread[:12]
+    with Image.open(one.path / "confusion.png") as picture:
+        assert picture.size[0] > 900
+    summary = json.loads((one.path / "summary.json").read_text())
+    assert f"picture: {one.path / 'confusion.png'}" in last_words(one.path, summary, recipe="a")
+
+
 def test_what_the_recipe_says_of_the_images_must_be_so(images: Bench) -> None:
     with pytest.raises(ConfigError, match=r"(?s)image_size.*says 16, but the data has 8.*=null"):
         images.train("model.image_size=16")

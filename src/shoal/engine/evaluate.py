@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.comm.messages import gather_json
 from shoal.data.tokenize import load_tokenizer
 from shoal.engine.passes import Batch, Micro
 from shoal.engine.training import Training
-from shoal.tasks.task import Task
+from shoal.tasks.task import Metrics, Pictured, Task, Vector
 
 
 @torch.no_grad()
@@ -22,7 +23,8 @@ def evaluate(
     """The task's metrics over all validation samples, each counted once, whatever the layout.
 
     `progress` hears how much is done, 0 to 1. The same on every rank. A mixture
-    also gets `evaluation_loss/SOURCE`. Raises PeersLost.
+    also gets `evaluation_loss/SOURCE`. What the task's picture needs is in `training.shown`.
+    Raises PeersLost.
     """
     ranks, evaluation, passes = training.ranks, training.evaluation, training.passes
     metrics = training.task.metrics()
@@ -44,11 +46,21 @@ def evaluate(
     vector = torch.from_numpy(metrics.vector())
     ranks.world.sum_(vector)
     result = metrics.result(vector.numpy())
+    if training.task.picture is not None:
+        training.shown = _shown(training, metrics, vector.numpy())
     if len(evaluation.names) > 1:
         ranks.world.sum_(by_source)
         for name, (loss, targets) in zip(evaluation.names, by_source.tolist()):
             result[f"evaluation_loss/{name}"] = loss / targets if targets else math.nan
     return result
+
+
+def _shown(training: Training, metrics: Metrics, vector: Vector) -> dict[str, Any]:
+    """What a picture is drawn of, the same on every rank and in any layout."""
+    assert isinstance(metrics, Pictured), "a task with a picture has such metrics"
+    parts = gather_json(training.ranks.world, list(metrics.examples))
+    examples = sorted((each for part in parts for each in part), key=lambda each: each[:2])
+    return metrics.shown(vector, examples)
 
 
 def _count(by_source: Tensor, *, batch: Batch, losses: Tensor, task: Task) -> None:

@@ -9,7 +9,16 @@ from shoal.data.verify import FILE, sample_header, sample_row
 from shoal.engine.job import Job
 from shoal.engine.training import Training
 from shoal.engine.update import Outcome
-from shoal.observe.events import JsonLines, Report, RunFiles, Sink, Tee, cut_after, read_lines
+from shoal.observe.events import (
+    JsonLines,
+    Report,
+    RunFiles,
+    Sink,
+    Tee,
+    cut_after,
+    read_lines,
+    write_shown,
+)
 from shoal.observe.memory import private_bytes
 from shoal.observe.outliers import Outliers
 from shoal.observe.trackers import TensorBoard, WandB
@@ -124,6 +133,11 @@ class RunLog:
         known = read_lines(self._job.run / "metrics.jsonl")[-3:]
         if not any(r["step"] == row["step"] and "evaluation_loss" in r for r in known):
             self.sink.row(row)
+
+    def shown(self, shown: dict[str, Any] | None) -> None:
+        """Write what the task's picture is drawn of, if it has one."""
+        if shown is not None:
+            write_shown(self._job.run, shown)
 
     def close(self) -> None:
         """Nothing follows, or another rank writes from now on."""

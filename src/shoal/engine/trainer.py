@@ -418,6 +418,7 @@ class Trainer:
         if self._first:
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
             self.files.evaluated({**row, "completions": completions} if completions else row)
+            self.files.shown(training.shown)
 
     def _evaluating(self, done: float) -> None:
         self._tell_progress("evaluating", done)

@@ -48,6 +48,8 @@ class Training:
     loss_scale: LossScale | None = None
     progress: Progress = field(default_factory=Progress)
     peak_memory_bytes: int | None = None
+    shown: dict[str, Any] | None = None
+    """What the task's picture is drawn of, as the last evaluation has it."""
 
     @property
     def model(self) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from shoal.engine.decision import Decision
 from shoal.errors import Diverged
 from shoal.launch.directory import write_whole
 from shoal.launch.plot import plot_run
-from shoal.observe.events import read_lines
+from shoal.observe.events import SHOWN, read_lines
 from shoal.tasks.kinds import create
 
 
@@ -52,17 +53,29 @@ def write_summary(
         "prediction_error": _error(decision.predicted, measured),
     }
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
-    curve = create(done["task"]).curve
-    try:
+    task = create(done["task"])
+    curve = task.curve
+    with _drawing(run / "loss.png", say=say):
         plot_run(
             run,
             unit=curve.unit,
             baseline=done["baseline"].get(curve.baseline),
             baseline_name=curve.baseline_name,
         )
-    except Exception as error:  # a font, a disk, matplotlib: the run is whole without a picture
-        say(f"warning: {run / 'loss.png'} could not be drawn: {type(error).__name__}: {error}")
+    shown = run / SHOWN
+    if task.picture is not None and shown.is_file():
+        with _drawing(run / task.picture, say=say):
+            task.draw(json.loads(shown.read_text(encoding="utf-8")), run / task.picture)
     return summary
+
+
+@contextmanager
+def _drawing(path: Path, *, say: Callable[[str], None]) -> Iterator[None]:
+    """A font, a disk, matplotlib may fail: the run is whole without a picture."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {path} could not be drawn: {type(error).__name__}: {error}")
 
 
 def check_ending(run: Path, summary: dict[str, Any]) -> None:
@@ -114,8 +127,9 @@ def last_words(run: Path, summary: dict[str, Any], *, recipe: str) -> list[str]:
     if ending:
         lines.append(f"ended at step {summary['steps']} of {summary['of_steps']}: {ending['text']}")
     lines.append(_speed(summary, of=task.target_name))
-    if (run / "loss.png").is_file():
-        lines.append(f"picture: {run / 'loss.png'}")
+    for name in ("loss.png", task.picture):
+        if name is not None and (run / name).is_file():
+            lines.append(f"picture: {run / name}")
     if (run / "model").is_dir():
         lines.append(f"model:   {run / 'model'}")
     if summary["steps"] < summary["of_steps"] and not ending:

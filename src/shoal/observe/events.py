@@ -16,6 +16,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
+SHOWN = "shown.json"
+"""In a run directory: what the last evaluation has for the task's picture."""
+
 
 def plain(row: Row) -> Row:
     """`row` with numbers that JSON has no word for (NaN, infinities) as null."""
@@ -76,6 +79,13 @@ class RunFiles(Sink):
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
+
+
+def write_shown(run: Path, shown: Row) -> None:
+    """Write what the task's picture is drawn of: whole, or not at all."""
+    beside = run / f".{SHOWN}"
+    beside.write_text(json.dumps(shown) + "\n", encoding="utf-8")
+    os.replace(beside, run / SHOWN)
 
 
 class Report(Sink):

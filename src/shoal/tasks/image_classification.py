@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from shoal.errors import DataError
 from shoal.fields import IGNORED, Field, Fields
 from shoal.tasks.baselines import Labelled, logistic_regression
-from shoal.tasks.scores import ClassMetrics
+from shoal.tasks.pictures import confusion_matrix, new_figure, save, show_image, small_image
+from shoal.tasks.scores import ClassMetrics, Examples
 from shoal.tasks.task import (
     NO_TOOLS,
     Batch,
@@ -22,8 +24,10 @@ from shoal.tasks.task import (
     Output,
     Record,
     Sample,
+    Scores,
     Task,
     Tools,
+    Vector,
     was,
 )
 
@@ -40,6 +44,10 @@ _FITTED_ON = 10_000
 """Training images that the baseline is fitted on at most: more take long, and change little."""
 
 
+_MISREAD = 12
+"""Images in the picture, beside the confusion matrix."""
+
+
 class ImageClassification(Task):
     """One label per image. Images are stored as they are (uint8) and normalised on the device."""
 
@@ -48,6 +56,7 @@ class ImageClassification(Task):
     needs_tokenizer = False
     labels = "classes"
     target_name = "images"
+    picture = "confusion.png"
     own_data = "YOUR-FOLDER model.image_size=null model.num_channels=null"
     curve = Curve(
         "nats per image", baseline="logistic_regression_loss", baseline_name="logistic regression"
@@ -153,9 +162,9 @@ class ImageClassification(Task):
             loss=Summed(losses, guess=lambda hidden, fields: head(hidden).argmax(dim=-1)),
         )
 
-    def metrics(self) -> ClassMetrics:
+    def metrics(self) -> ImageMetrics:
         """A fresh accumulator for the classes learned."""
-        return ClassMetrics(len(self._classes))
+        return ImageMetrics(self._classes)
 
     def baseline(self, data: Evaluated) -> Named:
         """Accuracy and loss of logistic regression on the pixels, fitted on training images."""
@@ -175,6 +184,21 @@ class ImageClassification(Task):
             f"regression on the pixels: {after['logistic_regression_accuracy']:.3f}"
         ]
 
+    def draw(self, shown: Mapping[str, Any], path: Path) -> None:
+        """The confusion matrix, and beside it images that were taken for something else."""
+        names, wrong = shown["names"], shown["misread"]
+        figure = new_figure(9 if wrong else 5, 4.6)
+        left, *right = figure.subfigures(1, 2, width_ratios=(1, 0.9)) if wrong else [figure]
+        confusion_matrix(left.add_subplot(), np.array(shown["confusion"]), names)
+        for axes, (image, label, guess) in zip(
+            right[0].subplots(3, 4).flat if wrong else (), wrong
+        ):
+            show_image(axes, image)
+            axes.set_title(f"{names[label]}, not {names[guess]}", fontsize=8)
+        for axes in right[0].axes[len(wrong) :] if wrong else ():
+            axes.set_axis_off()
+        save(figure, path)
+
     def files(self) -> dict[str, str]:
         """preprocessor_config.json: how transformers makes pixel values of an image."""
         channels, height, width = self._shape
@@ -189,6 +213,37 @@ class ImageClassification(Task):
             "image_std": [_MIDDLE] * channels,
         }
         return {"preprocessor_config.json": json.dumps(settings, indent=1) + "\n"}
+
+
+class ImageMetrics(ClassMetrics):
+    """Sums of classes, and the first images that were taken for something else."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(len(names))
+        self._names, self._misread = list(names), Examples(_MISREAD)
+
+    def add(self, *, batch: Batch, scores: Scores) -> None:
+        """Count as every class, and keep what was misread of `pixel_values` [B, C, H, W]."""
+        super().add(batch=batch, scores=scores)
+        labels, guesses = np.asarray(batch["labels"]), np.asarray(scores.predictions)
+        for row in np.flatnonzero((labels != guesses) & (labels != IGNORED)):
+            if self._misread.wants(batch, int(row)):
+                image = small_image(np.asarray(batch["pixel_values"][row]))
+                example = [image, int(labels[row]), int(guesses[row])]
+                self._misread.keep(batch, int(row), example)
+
+    @property
+    def examples(self) -> Sequence[Sequence[Any]]:
+        """The first misread ones: image, label, guess."""
+        return self._misread.found
+
+    def shown(self, vector: Vector, examples: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """The confusion matrix, and misread images."""
+        return {
+            "names": self._names,
+            "confusion": vector[1:].reshape(self._confusion.shape).tolist(),
+            "misread": [example for _, _, example in examples[:_MISREAD]],
+        }
 
 
 def shifted(images: Tensor, sample_ids: Tensor, *, most: int) -> Tensor:

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import bisect
 import math
+from typing import Any
 
 import numpy as np
 
 from shoal.fields import IGNORED
 from shoal.tasks.baselines import confusion_of, macro_f1
 from shoal.tasks.task import Batch, Named, Scores, Vector, real_rows
+
+
+class Examples:
+    """The first examples of an evaluation, by the ids of their source and sample."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.found: list[tuple[int, int, Any]] = []
+        """At most `most` of them, in the order of their ids."""
+
+    def wants(self, batch: Batch, row: int) -> bool:
+        """Whether this row of a batch would be kept: it has a place, and is no filling."""
+        at = _ids(batch, row)
+        return at[1] >= 0 and (len(self.found) < self.most or at < self.found[-1][:2])
+
+    def keep(self, batch: Batch, row: int, example: Any) -> None:
+        """Keep an example that is wanted, JSON-able; the last one makes room for it."""
+        bisect.insort(self.found, (*_ids(batch, row), example), key=lambda each: each[:2])
+        del self.found[self.most :]
+
+
+def _ids(batch: Batch, row: int) -> tuple[int, int]:
+    return int(batch["source_ids"][row]), int(batch["sample_ids"][row])
 
 
 class MeanLoss:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,6 +126,25 @@ class Metrics(Protocol):
         """Named scores of a (summed) vector, `evaluation_loss` among them; None: of this one."""
 
 
+@runtime_checkable
+class Pictured(Metrics, Protocol):
+    """Scores that a picture can be drawn of, from the sums and a few examples beside them."""
+
+    @property
+    def examples(self) -> Sequence[Sequence[Any]]:
+        """`[source id, sample id, JSON-able example]` of some samples of those that were added.
+
+        Those with the smallest ids, at most as many as the picture has: then the first ones of
+        all ranks together do not depend on the layout.
+        """
+
+    def shown(self, vector: Vector, examples: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """What `Task.draw` needs, JSON-able: of the summed vector, and the examples of all ranks.
+
+        `examples` are in the order of their ids.
+        """
+
+
 class Evaluated(Protocol):
     """The samples that a run is scored on, with those that it learns from: a baseline's material.
 
@@ -172,6 +192,11 @@ class Task(ABC):
     curve: ClassVar[Curve] = Curve("nats per target")
     own_data: ClassVar[str] = "YOUR.jsonl"
     """A source of one's own, in the example that ends a run."""
+    picture: ClassVar[str | None] = None
+    """Name of the picture that is drawn at the end of a run (`confusion.png`), if there is one.
+
+    Then the task's metrics are `Pictured`, and it has `draw`.
+    """
 
     def __init__(
         self, settings: Mapping[str, Any] | None = None, *, options: Mapping[str, Any] | None = None
@@ -269,6 +294,13 @@ class Task(ABC):
 
         `after` has the baseline's scores too; `before` is None where nothing was scored before.
         """
+
+    def draw(self, shown: Mapping[str, Any], path: Path) -> None:
+        """Draw what the last evaluation came to (`Pictured.shown`) into `path`, with matplotlib.
+
+        Called in the process that starts the run, which has no torch.
+        """
+        raise NotImplementedError(f"{self.kind}: has no picture")
 
     def prompts(self) -> tuple[Sequence[str], int]:
         """Texts to complete at every evaluation, and how many tokens for each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from shoal.tasks.baselines import Labelled, logistic_regression
 from shoal.tasks.image_classification import ImageClassification, shifted
 from shoal.tasks.kinds import create
 from shoal.tasks.losses import Summed
-from shoal.tasks.scores import ClassMetrics
+from shoal.tasks.scores import ClassMetrics, Examples
 from shoal.tasks.task import Scores, Tools
 
 SMALL = {
@@ -58,6 +59,7 @@ def batch_of(task: ImageClassification) -> dict[str, torch.Tensor]:
         "pixel_values": torch.from_numpy(np.stack([each["pixel_values"] for each in samples])),
         "labels": torch.tensor([each["labels"] for each in samples]),
         "sample_ids": torch.arange(len(samples)),
+        "source_ids": torch.zeros(len(samples), dtype=torch.long),
     }
 
 
@@ -226,3 +228,27 @@ def test_the_last_words_have_the_baseline_beside() -> None:
     assert task_of().words({"accuracy": 0.1}, after) == [
         "accuracy: 0.100 before, 0.960 now; logistic regression on the pixels: 0.900"
     ]
+
+
+def test_examples_are_those_with_the_smallest_ids() -> None:
+    """Whatever the order they come in; rows that only fill a batch are none."""
+    draw = np.random.default_rng(0)
+    ids = draw.permutation(np.r_[np.arange(20), [-1, -1]])
+    kept = Examples(5)
+    for part in np.split(ids, 2):
+        batch = {"sample_ids": part, "source_ids": np.zeros_like(part)}
+        for row, sample in enumerate(part):
+            if kept.wants(batch, row):
+                kept.keep(batch, row, f"image {sample}")
+    assert kept.found == [(0, n, f"image {n}") for n in range(5)]
+
+
+def test_all_images_read_right_are_a_picture_too(tmp_path: Path) -> None:
+    task = task_of()
+    names = ["a long name", "b", "c"]
+    task.draw({"names": names, "confusion": np.eye(3).tolist(), "misread": []}, tmp_path / "x.png")
+    wrong = [[np.zeros((3, 4, 4)).tolist(), 0, 1]]
+    task.draw(
+        {"names": names, "confusion": np.eye(3).tolist(), "misread": wrong}, tmp_path / "y.png"
+    )
+    assert (tmp_path / "x.png").stat().st_size > 1000 < (tmp_path / "y.png").stat().st_size

@@ -31,6 +31,21 @@ class Chat(Section):
     """Tokens generated for each answer."""
 
 
+class MaskedLM(Section):
+    """Predict hidden tokens from those on both sides, as BERT is pretrained."""
+
+    kind: Literal["masked-lm"] = "masked-lm"
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are targets. Of them 80 % are hidden, 10 % replaced by any other,
+    10 % left as they are."""
+
+
+class SpanAnswering(Section):
+    """Find the answer to a question in a text."""
+
+    kind: Literal["span-answering"] = "span-answering"
+
+
 class TokenClassification(Section):
     """Give every word a tag, such as a named entity."""
 
@@ -59,7 +74,13 @@ class ImageClassification(Section):
 
 
 TaskSection = Annotated[
-    CausalLM | Chat | SequenceClassification | TokenClassification | ImageClassification,
+    CausalLM
+    | Chat
+    | MaskedLM
+    | SpanAnswering
+    | SequenceClassification
+    | TokenClassification
+    | ImageClassification,
     Field(discriminator="kind"),
 ]
 

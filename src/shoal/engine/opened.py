@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -13,6 +14,7 @@ from shoal.config.recipe import Recipe
 from shoal.data.stream import Evaluation
 from shoal.engine.job import Inputs
 from shoal.fields import IGNORED
+from shoal.models.anatomy import logits_in
 from shoal.models.huggingface import open_folder
 from shoal.observe.events import read_lines
 from shoal.parallel.oracle import documents_of
@@ -35,13 +37,17 @@ def loss_of_rows(folder: Path, *, task: Task, rows: Iterable[Mapping[str, Any]])
     for row in rows:
         for sample in _documents({name: _tensor(each) for name, each in row.items()}):
             labels = sample["labels"].flatten()
-            call = {n: e for n, e in task.user_call(sample).items() if n != "labels"}
+            call = task.user_call(sample)
             call = {n: e.float() if e.is_floating_point() else e for n, e in call.items()}
-            logits = model(**call).logits.double()
-            total += float(
-                cross_entropy(logits.flatten(0, -2), labels, ignore_index=IGNORED, reduction="sum")
-            )
-            targets += int((labels != IGNORED).sum())
+            found, number = model(**call), int((labels != IGNORED).sum())
+            logits = logits_in(found).double().flatten(0, -2)
+            if len(logits) == len(labels) and not labels.is_floating_point():
+                # not transformers' own sum: of a row that was cut the last label is not in it
+                loss = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+                total += float(loss)
+            elif number:
+                total += float(found.loss.double()) * number
+            targets += number
     return total / max(1, targets)
 
 
@@ -81,4 +87,11 @@ def logged_and_opened(
     tokens = len(scored) * recipe.data.sequence_tokens
     if 2.0 * num_parameters * tokens > MOST_FLOPS:
         return None
-    return logged, loss_of_rows(folder, task=task, rows=scored.rows())
+    rows = (_drawn(row, task=task) for row in scored.rows())
+    return logged, loss_of_rows(folder, task=task, rows=rows)
+
+
+def _drawn(row: Mapping[str, Any], *, task: Task) -> dict[str, Any]:
+    """A sample as it was scored."""
+    batch = task.drawn({name: np.asarray(each)[None] for name, each in row.items()}, seed=0)
+    return {name: each[0] for name, each in batch.items()}

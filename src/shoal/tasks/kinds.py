@@ -9,13 +9,23 @@ from shoal.errors import ConfigError, Problem, nearest
 from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
 from shoal.tasks.image_classification import ImageClassification
+from shoal.tasks.masked_lm import MaskedLM
 from shoal.tasks.sequence_classification import SequenceClassification
+from shoal.tasks.span_answering import SpanAnswering
 from shoal.tasks.task import Task
 from shoal.tasks.token_classification import TokenClassification
 
 KINDS: dict[str, type[Task]] = {
     task.kind: task
-    for task in (CausalLM, Chat, SequenceClassification, TokenClassification, ImageClassification)
+    for task in (
+        CausalLM,
+        Chat,
+        MaskedLM,
+        SpanAnswering,
+        SequenceClassification,
+        TokenClassification,
+        ImageClassification,
+    )
 }
 
 

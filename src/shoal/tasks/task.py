@@ -185,6 +185,8 @@ class Task(ABC):
     needs_tokenizer: ClassVar[bool] = True
     reads_words: ClassVar[bool] = False
     """Whether texts come as single words, so that a tokenizer puts the space before each itself."""
+    masks: ClassVar[bool] = False
+    """Whether the tokenizer needs a token that stands for a hidden one."""
     labels: ClassVar[str | None] = None
     """The setting that lists the names of its labels, by id; None: it has none."""
     target_name: ClassVar[str] = "targets"
@@ -255,6 +257,14 @@ class Task(ABC):
 
         A sample whose first field is empty is left out of the data.
         """
+
+    def drawn(self, batch: Batch, *, seed: int) -> Batch:
+        """A batch as the data gives it, with what the task draws for its samples, such as masks.
+
+        Arrays of numpy, with sample_ids and source_ids: they and `seed` key all that is drawn, so
+        that a layout changes nothing. Samples that are scored are asked for with seed 0.
+        """
+        return batch
 
     def count(self, batch: Batch) -> int:
         """Targets of a batch (before it is computed): what the loss is divided by."""

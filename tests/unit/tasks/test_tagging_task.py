@@ -2,6 +2,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import (
@@ -326,3 +327,16 @@ def test_a_dictionary_of_the_training_part() -> None:
     # found: two places, one of them right; wanted: two places and a person
     assert known.f1(scored) == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
     assert Dictionary([row([5], [0])], tags=tags).f1(scored) == 0
+
+
+def test_a_picture_of_what_was_taken_for_what(tmp_path: Path) -> None:
+    """Types without their prefixes: an I-LOC taken for a B-LOC is a LOC."""
+    task = TokenClassification({"tags": ["O", "B-LOC", "I-LOC", "B-PER"]})
+    metrics = task.metrics()
+    batch = {"labels": np.array([[1, 2, 0, 3, IGNORED]]), "sample_ids": np.array([0])}
+    metrics.add(batch=batch, scores=Scores(torch.zeros(1, 5), torch.tensor([[1, 1, 0, 2, 3]])))
+    shown = metrics.shown(metrics.vector(), [])
+    assert shown["names"] == ["O", "LOC", "PER"]
+    assert shown["confusion"] == [[1, 0, 0], [0, 2, 0], [0, 1, 0]]
+    task.draw(shown, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000

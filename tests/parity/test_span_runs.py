@@ -48,6 +48,7 @@ def one(bench: Bench, given: tuple[str, ...]) -> Run:
     [
         ("parallel={replicate: 2}", "launch.workers=threads", "train.micro_batch_samples=2"),
         ("parallel={replicate: 1, shard: 2}",),
+        ("parallel={replicate: 1, tensor: 2}",),
     ],
     ids=" ".join,
 )

@@ -92,7 +92,7 @@ def read_json(
         got = f"an object with {', '.join(tree)}" if isinstance(tree, dict) else repr(tree)
         raise DataError(f"{path}: expected {expected}; got {got[:100]}")
     places = ((f"{path}: entry {number}", row) for number, row in enumerate(lists[0], start=1))
-    rows = ((where, _object(row, where=where)) for where, row in places)
+    rows: Rows = ((where, _object(row, where=where)) for where, row in places)
     if lists[0] and isinstance(lists[0][0], dict) and "paragraphs" in lists[0][0]:
         rows = _questions(rows)
     yield from table_records(rows, text_field=text_field)

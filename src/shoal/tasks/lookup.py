@@ -24,14 +24,14 @@ class Dictionary:
         self._tags = tags
         self._closing = _closing(rows)
         found: dict[Key, Counter[str]] = {}
+        lengths: dict[Key, set[int]] = {}
         sentences = [self._sentence(row) for row in rows]
         for words, spans in sentences:
             for kind, start, stop in spans:
                 found.setdefault(_key(words[start:stop]), Counter())[kind] += 1
+                lengths.setdefault(words[start], set()).add(stop - start)
         self._types = {key: kinds.most_common(1)[0][0] for key, kinds in found.items()}
-        self._longest = max(
-            (stop - start for _, spans in sentences for _, start, stop in spans), default=0
-        )
+        self._lengths = {word: sorted(some, reverse=True) for word, some in lengths.items()}
         seen = Counter(
             _key(words[start:stop]) for words, _ in sentences for _, start, stop in self._in(words)
         )
@@ -62,11 +62,11 @@ class Dictionary:
     def _in(self, words: Sequence[Key]) -> list[tuple[str, int, int]]:
         found, at = [], 0
         while at < len(words):
-            for stop in range(min(len(words), at + self._longest), at, -1):
-                kind = self._types.get(_key(words[at:stop]))
-                if kind is not None:
-                    found.append((kind, at, stop))
-                    at = stop - 1
+            for length in self._lengths.get(words[at], ()):
+                kind = self._types.get(_key(words[at : at + length]))
+                if kind is not None and at + length <= len(words):
+                    found.append((kind, at, at + length))
+                    at += length - 1
                     break
             at += 1
         return found

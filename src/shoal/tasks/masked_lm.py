@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from shoal.errors import DataError
 from shoal.fields import IGNORED
-from shoal.tasks.causal_lm import CausalLM, classify_tokens
-from shoal.tasks.scores import MeanLoss
+from shoal.tasks.causal_lm import CausalLM, CausalLMMetrics, classify_tokens
 from shoal.tasks.task import (
     NO_TOOLS,
     Batch,
@@ -147,7 +146,7 @@ class MaskedLM(CausalLM):
         return f"shoal evaluate {run} {recipe}"
 
 
-class MaskedMetrics(MeanLoss):
+class MaskedMetrics(CausalLMMetrics):
     """Sums over hidden tokens: [loss, tokens, tokens found]."""
 
     needs_predictions = True
@@ -173,13 +172,9 @@ class MaskedMetrics(MeanLoss):
         """Mean loss, its perplexity, and the share of hidden tokens that were found."""
         sums = self.vector() if vector is None else vector
         scores = super().result(sums[:2])
-        loss, targets = scores["evaluation_loss"], scores.pop("evaluation_targets")
-        return {
-            "evaluation_loss": loss,
-            "perplexity": math.inf if loss >= 700 else math.exp(loss),
-            "accuracy": float(sums[2]) / targets if targets else math.nan,
-            "evaluation_targets": targets,
-        }
+        targets = scores.pop("evaluation_targets")
+        found = float(sums[2]) / targets if targets else math.nan
+        return {**scores, "accuracy": found, "evaluation_targets": targets}
 
 
 def mixed(words: Words | np.uint64) -> Words:

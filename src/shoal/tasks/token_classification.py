@@ -189,9 +189,9 @@ class TokenClassification(Task):
         name, text = ("accuracy", "accuracy") if self.is_plain else ("entity_f1", "entity F1")
         guess = after["majority_tag_accuracy" if self.is_plain else "majority_tag_f1"]
         known = after.get("dictionary_f1")
-        known = "" if known is None else f"names of the training part looked up: {known:.3f}; "
+        beside = "" if known is None else f"names of the training part looked up: {known:.3f}; "
         lines = [
-            f"{text}: {was(before, name, 3)}{after[name]:.3f} now; {known}the most "
+            f"{text}: {was(before, name, 3)}{after[name]:.3f} now; {beside}the most "
             f"frequent tag for every word: {guess:.3f}"
         ]
         if after.get("entity_f1") == 0:
@@ -260,8 +260,8 @@ class TagMetrics:
         found = spans_of([self._tags[int(each)] for each in guess])
         correct = len(set(wanted) & set(found))
         right = float((gold == guess).sum())
-        types = (self._type_of[each.astype(np.int64)] for each in (gold, guess))
-        self._confusion += confusion_of(*types, len(self._types))
+        is_, said = (self._type_of[each.astype(np.int64)] for each in (gold, guess))
+        self._confusion += confusion_of(is_, said, len(self._types))
         self._sums += [loss, len(gold), right, correct, len(found), len(wanted)]
         self._words += np.bincount(gold.astype(np.int64), minlength=len(self._tags))
         for index, tag in enumerate(self._tags):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -105,15 +106,10 @@ def families_of(kind: str) -> list[str]:
     transformers = importlib.import_module("transformers")
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     head = KINDS[kind].auto_class.removeprefix("AutoModelFor")
-    heads = {
-        "CausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "SequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "TokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        "ImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        "ObjectDetection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
-    }
-    able = [name for name in known_families() if name in heads[head]]
-    able = able or [name for name in FAMILIES if name in heads[head]]  # known, without its sizes
+    table = re.sub("(?<=[a-z])(?=[A-Z])", "_", head).upper()  # CausalLM: CAUSAL_LM
+    heads = getattr(auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+    able = [name for name in known_families() if name in heads]
+    able = able or [name for name in FAMILIES if name in heads]  # known, without its sizes
     able = [name for name in able if not family_of(name).more_blocks]  # no task of two halves yet
     sized = transformers.CONFIG_MAPPING
     return [name for name in able if not KINDS[kind].causal or _is_causal(sized[name]())]

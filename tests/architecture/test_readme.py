@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import io
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -244,6 +245,15 @@ def workplace(
         f"{word} day {number},{word}\n" for number in range(30) for word in ("fine", "grim")
     )
     (tmp_path / "YOUR.csv").write_text(f"text,label\n{rows}", encoding="utf-8")
+    questions = [
+        {
+            "question": "What comes?",
+            "context": f"Day {number} brings rain.",
+            "answers": {"text": ["rain"], "answer_start": [len(f"Day {number} brings ")]},
+        }
+        for number in range(60)
+    ]
+    (tmp_path / "YOUR.json").write_text(json.dumps(questions), encoding="utf-8")
     (chat,) = blocks(START / "your-data.md", "json")
     (tmp_path / "YOUR-CHATS.jsonl").write_text(chat * 60, encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 and 3?\n"))
@@ -262,7 +272,7 @@ def small(words: list[str], bench: Bench) -> list[str]:
     own = any(word.startswith("data.source=") for word in words)
     if words[1:3] == ["train", "ner"]:
         return TAGGING + ([] if own else ["data.source=tags.conll"])
-    if words[1:3] == ["train", "sentiment"]:
+    if words[1:3] in (["train", "sentiment"], ["train", "answers"]):
         return TAGGING
     if words[1:3] == ["train", "digits"]:
         return IMAGES

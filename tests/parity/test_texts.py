@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from shoal.prove.parity import prove
 from tiny import Bench, Run, largest_difference
 
 WORDS = {"good": ("fine", "lovely"), "bad": ("awful", "grim"), "plain": ("grey", "usual")}
@@ -76,3 +77,12 @@ def test_the_end_has_the_baseline_beside(run: Run) -> None:
     summary = json.loads((run.path / "summary.json").read_text())
     assert 0 <= summary["evaluation"]["macro_f1"] <= 1
     assert summary["baseline"]["bag_of_words_f1"] > 0.9, "the words say it all"
+
+
+@pytest.mark.parametrize("objective", ["binary", "number"])
+def test_transformers_own_loss_of_one_output(bench: Bench, reviews: Path, objective: str) -> None:
+    """The folder of a save, opened and called with labels a row at a time, as `merge` does."""
+    given = [*arguments(reviews, objective), "parallel.replicate=2", "model.dropout=off"]
+    found = prove(bench.recipe, given, out=bench.new_path(), pool=bench.pool, steps=2)
+    assert found.proven, str(found)
+    assert found.largest["opened"][0] < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,7 @@ def preview(
         labels=task.model_settings().get("id2label", {}),
         plain=visible,
         mark=mark,
+        drawn=partial(task.drawn, seed=resolved.seed),
     ):
         say(line, styled=True)
 

@@ -66,6 +66,21 @@ class Distillation(Section):
     """Tokens generated for each prompt."""
 
 
+class MaskedLM(Section):
+    """Predict hidden tokens from those on both sides, as BERT is pretrained."""
+
+    kind: Literal["masked-lm"] = "masked-lm"
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are targets. Of them 80 % are hidden, 10 % replaced by any other,
+    10 % left as they are."""
+
+
+class SpanAnswering(Section):
+    """Find the answer to a question in a text."""
+
+    kind: Literal["span-answering"] = "span-answering"
+
+
 class TokenClassification(Section):
     """Give every word a tag, such as a named entity."""
 
@@ -112,10 +127,12 @@ class Recommendation(Section):
 TaskSection = Annotated[
     CausalLM
     | Chat
+    | MaskedLM
     | Preference
     | Distillation
     | SequenceClassification
     | TokenClassification
+    | SpanAnswering
     | ImageClassification
     | ObjectDetection
     | Recommendation,

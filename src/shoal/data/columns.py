@@ -20,6 +20,9 @@ Rows = Iterator[tuple[str, Record]]
 
 _PAIRS = (("words", "tags"), ("tokens", "tags"), ("tokens", "ner_tags"), ("words", "ner_tags"))
 
+_QUESTION = {"question", "context", "answers"}
+"""Columns of questions on a text, as SQuAD has them."""
+
 
 def content_hash(record: Record) -> int:
     """64-bit hash of the text of a record, its words or its image; of all of it where it has none.
@@ -52,6 +55,12 @@ def table_records(
         pair = next((p for p in _PAIRS if p[0] in row and p[1] in row), None)
         if pair is not None and text_field is None:
             yield _tagged(row, pair=pair, where=where)
+            continue
+        if text_field is None and row.keys() >= _QUESTION:
+            if not isinstance(row["context"], str):
+                raise DataError(f"{where}: {_no_text(row, text_field='context')}")
+            # as it is: answers are found by counting its characters
+            yield {**{k: v for k, v in row.items() if k != "context"}, "text": row["context"]}
             continue
         if text_field is None and (conversation := conversation_of(row, where=where)):
             yield conversation

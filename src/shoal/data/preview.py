@@ -28,15 +28,16 @@ def previews(
     labels: Mapping[int, str],
     plain: Style,
     mark: Style,
+    drawn: Callable[[Any], Any] = lambda batch: batch,
 ) -> Iterator[str]:
     """Lines on the first `count` samples that a run with this seed reads of prepared data.
 
     `tokenizer` turns ids into text (None: the data has none), `shifted`: the label of a token
-    is the token after it, `labels` names classes. Tokens are
+    is the token after it, `labels` names classes, `drawn`: the task's, for a batch. Tokens are
     parted by `|`; a run of targets is passed through `mark`, all else through `plain`.
     """
     prepared = open_prepared(directory)
-    batch = Stream(prepared, seed=seed, global_batch_samples=count).at(0, Share(0, count))
+    batch = drawn(Stream(prepared, seed=seed, global_batch_samples=count).at(0, Share(0, count)))
     for number in range(count):
         sample = {name: array[number] for name, array in batch.items() if name not in INDEX}
         source = prepared.sources[int(batch["source_ids"][number])].name

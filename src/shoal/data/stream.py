@@ -135,9 +135,10 @@ class Evaluation:
         return len(self._list)
 
     def rows(self) -> Iterator[dict[str, Array]]:
-        """The samples of this list one by one, in its order."""
+        """The samples of this list one by one, in its order, with sample_ids and source_ids."""
         for source, sample in self._list:
-            yield self._parts[source].row(int(sample))
+            row = self._parts[source].row(int(sample))
+            yield {**row, "sample_ids": sample, "source_ids": source}
 
     def training_rows(self) -> Iterator[dict[str, Array]]:
         """All samples of the training part one by one, as they are stored."""

@@ -92,8 +92,30 @@ def read_json(
         got = f"an object with {', '.join(tree)}" if isinstance(tree, dict) else repr(tree)
         raise DataError(f"{path}: expected {expected}; got {got[:100]}")
     places = ((f"{path}: entry {number}", row) for number, row in enumerate(lists[0], start=1))
-    rows = ((where, _object(row, where=where)) for where, row in places)
+    rows: Rows = ((where, _object(row, where=where)) for where, row in places)
+    if lists[0] and isinstance(lists[0][0], dict) and "paragraphs" in lists[0][0]:
+        rows = _questions(rows)
     yield from table_records(rows, text_field=text_field)
+
+
+def _questions(articles: Rows) -> Rows:
+    """A row of each question in articles of SQuAD's format. DataError for another shape."""
+    for where, article in articles:
+        for number, paragraph in enumerate(_list(article, "paragraphs", where=where), start=1):
+            here = f"{where}, paragraph {number}"
+            for question in _list(_object(paragraph, where=here), "qas", where=here):
+                row = {"answers": [], **_object(question, where=here)}
+                yield here, {**row, "context": paragraph.get("context")}
+
+
+def _list(row: Record, name: str, *, where: str) -> list[Any]:
+    found = row.get(name)
+    if not isinstance(found, list):
+        raise DataError(
+            f"{where}: expected a list under {name!r}, got {type(found).__name__}; articles have "
+            "`paragraphs`, and these a `context` and `qas`"
+        )
+    return found
 
 
 def _is_object(line: str) -> bool:

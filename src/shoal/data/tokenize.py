@@ -15,7 +15,7 @@ from shoal.data.storage import appearing, note_contents, noted_damage
 from shoal.environment import cache_directory
 from shoal.errors import DataError
 
-PAD, END = "<|pad|>", "<|end|>"
+PAD, END, MASK = "<|pad|>", "<|end|>", "<|mask|>"
 _FORMAT = 3
 _NOTES = "shoal-files.json"
 CHARACTERS_PER_TOKEN = 1000
@@ -33,13 +33,15 @@ def train_tokenizer(
     vocabulary_size: int,
     cache_key: str,
     words: bool = False,
+    masks: bool = False,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Folder with a byte-level BPE tokenizer trained on the texts of sources (Sennrich et al.,
     https://arxiv.org/abs/1508.07909). The same texts give the same bytes, in any order.
 
     `cache_key` stands for the texts: they are only read when no whole tokenizer is cached for it.
-    `words`: it is given single words, and puts a space before each as a text has it.
+    `words`: it is given single words, and puts a space before each as a text has it. `masks`: it
+    gets a token that stands for a hidden one.
     Of each source as much is sampled as a vocabulary of this size needs (`CHARACTERS_PER_TOKEN`).
     Text round-trips exactly. Raises DataError when the vocabulary is too small.
     """
@@ -48,7 +50,8 @@ def train_tokenizer(
             f"data.tokenizer.vocabulary_size: expected at least {SMALLEST_VOCABULARY} (256 bytes "
             f"and 2 special tokens), got {vocabulary_size}; 4096 suits a small corpus"
         )
-    key = xxhash.xxh3_64_hexdigest(f"{_FORMAT}|{vocabulary_size}|{words}|{cache_key}".encode())
+    kind = f"{_FORMAT}|{vocabulary_size}|{words}{'|masks' if masks else ''}|{cache_key}"
+    key = xxhash.xxh3_64_hexdigest(kind.encode())
     folder = cache_directory() / "tokenizers" / f"bpe-{vocabulary_size}-{key}"
     wrong = noted_damage(folder, notes=_NOTES)
     if wrong is None:
@@ -62,7 +65,7 @@ def train_tokenizer(
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[PAD, END],
+        special_tokens=[PAD, END, *([MASK] if masks else [])],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -75,6 +78,7 @@ def train_tokenizer(
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
         **({"add_prefix_space": True} if words else {}),
+        **({"mask_token": MASK} if masks else {}),
     }
     with appearing(folder, is_whole=_is_whole, error=DataError) as scratch:
         (scratch / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")

@@ -32,7 +32,8 @@ def evaluate(
     count = evaluation.num_batches(ranks.num_parts)
     for number in range(count):
         progress(number / count)
-        arrays = evaluation.at(number, part=ranks.part, parts=ranks.num_parts)
+        read = evaluation.at(number, part=ranks.part, parts=ranks.num_parts)
+        arrays = training.task.drawn(read, seed=0)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         empty = int(batch["sample_ids"].max()) < 0
         if empty and not training.replica.is_cut:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shoal.config.recipe import Recipe
@@ -36,7 +37,7 @@ def loss_of_rows(
     total, targets = 0.0, 0
     for row in rows:
         for sample in _documents({name: _tensor(each) for name, each in row.items()}):
-            call = {n: e for n, e in task.user_call(sample).items() if n != "labels"}
+            call = task.user_call(sample)
             call = {n: e.float() if e.is_floating_point() else e for n, e in call.items()}
             loss, count = task.user_losses(model(**call), sample, evaluated=evaluated)
             total, targets = total + loss, targets + count
@@ -81,4 +82,11 @@ def logged_and_opened(
     tokens = len(scored) * recipe.data.sequence_tokens
     if 2.0 * num_parameters * tokens > MOST_FLOPS:
         return None
-    return logged, loss_of_rows(folder, task=task, rows=scored.rows(), evaluated=True)
+    rows = (_drawn(row, task=task) for row in scored.rows())
+    return logged, loss_of_rows(folder, task=task, rows=rows, evaluated=True)
+
+
+def _drawn(row: Mapping[str, Any], *, task: Task) -> dict[str, Any]:
+    """A sample as it was scored."""
+    batch = task.drawn({name: np.asarray(each)[None] for name, each in row.items()}, seed=0)
+    return {name: each[0] for name, each in batch.items()}

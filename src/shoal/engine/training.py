@@ -80,7 +80,8 @@ class Training:
 
     def batches(self, step: int, share: Share) -> Batch:
         """A part of the global batch of `step`; reads nothing else."""
-        return {name: torch.from_numpy(a) for name, a in self.stream.at(step, share).items()}
+        read = self.task.drawn(self.stream.at(step, share), seed=self.job.recipe.seed)
+        return {name: torch.from_numpy(array) for name, array in read.items()}
 
     def is_hash_due(self, step: int) -> bool:
         """Whether replicas must be equal after `step` steps, and are to show it."""

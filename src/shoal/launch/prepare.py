@@ -92,7 +92,7 @@ def tokenizer_kind(recipe: Recipe) -> str:
     return "model" if isinstance(recipe.model, PretrainedModel) else "train"
 
 
-def _tokenizer_folder(recipe: Recipe, *, model: Path | None, words: bool, say: Say) -> Path:
+def _tokenizer_folder(recipe: Recipe, *, model: Path | None, task: Task, say: Say) -> Path:
     chosen, kind = recipe.data.tokenizer, tokenizer_kind(recipe)
     if kind == "folder":
         assert chosen.path is not None, "checked when the recipe was read"
@@ -108,7 +108,8 @@ def _tokenizer_folder(recipe: Recipe, *, model: Path | None, words: bool, say: S
         [_texts(spec) for spec in specs],  # read only where none is in the cache
         vocabulary_size=chosen.vocabulary_size,
         cache_key=key,
-        words=words,
+        words=task.reads_words,
+        masks=task.masks,
         announce=say,
     )
 
@@ -189,9 +190,7 @@ def prepare_inputs(
     tools = Tools(sequence_tokens=recipe.data.sequence_tokens)
     folder, key, vocabulary, special = None, None, None, SpecialTokens()
     if task.needs_tokenizer:
-        folder = tokenizer or _tokenizer_folder(
-            recipe, model=model, words=task.reads_words, say=say
-        )
+        folder = tokenizer or _tokenizer_folder(recipe, model=model, task=task, say=say)
         loaded = load_tokenizer(folder)
         special = special_tokens(loaded, folder)
         key, tools = tokenizer_key(folder), _tools(recipe, loaded, folder, end=special.closing)

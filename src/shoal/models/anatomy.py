@@ -162,8 +162,7 @@ def hidden_of(
     with set_forward_context(forward_context_of(batch, step=step, kernel=kernel)):
         inputs = _inputs(model, batch)
         if getattr(model, "shoal_whole_logits", False):
-            logits: Tensor = model(**inputs, use_cache=False).logits
-            return logits
+            return logits_in(model(**inputs, use_cache=False))
         named = "hidden_of_decoder" if _is_two_halves(model) else family.hidden
         if named is not None:
             return HIDDEN[named](model, {**batch, **inputs})
@@ -252,6 +251,14 @@ def logits_of(model: nn.Module) -> Logits:
     return lambda hidden: transform(head(hidden))
 
 
+def logits_in(output: Any) -> Tensor:
+    """The logits of what a model of transformers gives; of the ends of answers both [B, T, 2]."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    logits: Tensor = output.logits
+    return logits
+
+
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that `logits_of` uses, a tied embedding among them; chunked loss wants them."""
     if getattr(model, "shoal_whole_logits", False):
@@ -275,7 +282,7 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
     model.eval()
     try:
         with set_forward_context(forward_context_of(batch)):
-            own = model(**{**batch, **inputs}).logits.float()
+            own = logits_in(model(**{**batch, **inputs})).float()
         ours = logits_of(model)(hidden_of(model, batch)).float()
     finally:
         model.train(training)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shoal.errors import ModelError, nearest
 from shoal.models import attention
-from shoal.models.anatomy import example_of
+from shoal.models.anatomy import example_of, logits_in
 from shoal.models.dropout import KINDS as DROPOUT_KINDS
 from shoal.models.dropout import (
     mute_attention_dropout,
@@ -225,7 +225,7 @@ def fingerprint(model: nn.Module, *, num_values: int = 32) -> list[float]:
     training = model.training
     model.eval()
     try:
-        whole: Tensor = model(**sample).logits[0].float()
+        whole = logits_in(model(**sample))[0].float()
         logits = whole if whole.dim() == 1 else whole[-1]
     finally:
         model.train(training)

@@ -27,7 +27,13 @@ from shoal.data.pack import Part, Shape
 from shoal.data.write import EncodedSamples, write_parts
 from shoal.errors import ModelError
 from shoal.models import init
-from shoal.models.anatomy import anatomy_of, canonical_parameters, check_logits, logits_of
+from shoal.models.anatomy import (
+    anatomy_of,
+    canonical_parameters,
+    check_logits,
+    logits_in,
+    logits_of,
+)
 from shoal.models.dropout import apply_keyed, wants_dropout
 from shoal.models.huggingface import build_meta, build_reference
 from shoal.models.probe import probe_keyed_dropout
@@ -184,7 +190,7 @@ def _theirs(settings: ModelSettings, config: Any, task: Task) -> nn.Module:
     call = task.user_call(rows)
     try:
         with torch.no_grad():
-            logits = model.double()(**call).logits
+            logits = logits_in(model.double()(**call))
         is_finite = bool(_real(rows, logits).isfinite().all())
     except Exception:
         is_finite = False
@@ -280,17 +286,17 @@ def _padded(pair: Pair, task: Task, rows: Batch) -> Iterator[tuple[float, str]]:
     """(difference, what it would mean) of logits and loss on padded rows."""
     theirs = pair.call(task, rows)
     output, logits = _run(pair.ours, task, rows)
-    apart = _apart(_real(rows, logits), _real(rows, theirs.logits))
+    apart = _apart(_real(rows, logits), _real(rows, logits_in(theirs)))
     yield apart, f"its logits differ from transformers' by {apart:.1e} on padded rows"
-    if theirs.loss is None:  # the task has a loss of its own, and `user_call` gives no labels
-        return
     with torch.no_grad():
         loss = float(output.total()) / task.count(rows)
-    if getattr(theirs, "loss", None) is None:  # transformers has none, or another
+    if getattr(theirs, "loss", None) is not None:
+        wanted = float(theirs.loss)
+    elif type(task).user_losses is not Task.user_losses:  # transformers has none, or another
         total, count = task.user_losses(theirs, rows)
         wanted = total / count
-    else:
-        wanted = float(theirs.loss)
+    else:  # the task has a loss of its own, and `user_call` gives no labels
+        return
     apart = abs(loss - wanted) / max(abs(wanted), 1e-6)
     yield apart, f"its loss is {loss:.6g} where transformers' is {wanted:.6g}"
 
@@ -301,10 +307,11 @@ def documents_of(rows: Batch) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]
     for row, ids in enumerate(rows["document_ids"]):
         for number in ids[ids >= 0].unique():
             places = torch.nonzero(ids == number)[:, 0]
-            alone = {
-                name: each[row : row + 1, places] if each.shape == shape else each[row : row + 1]
-                for name, each in rows.items()
-            }
+            alone = {}
+            for name, each in rows.items():
+                alone[name] = each[row : row + 1]
+                if shape in (each.shape, each.shape[::2]):  # [B, T] or [B, N, T]
+                    alone[name] = alone[name][..., places]
             alone["document_ids"] = torch.zeros_like(alone["document_ids"])
             yield row, places, alone
 
@@ -318,9 +325,9 @@ def _padding_seen(pair: Pair, task: Task, rows: Batch) -> str | None:
     """Whether transformers itself gives a row other logits beside a longer one."""
     if "document_ids" not in rows:
         return None
-    together = pair.call(task, rows).logits
+    together = logits_in(pair.call(task, rows))
     for row, places, one in documents_of(rows):
-        apart = _apart(pair.call(task, one).logits[0], _at(together, row, places))
+        apart = _apart(logits_in(pair.call(task, one))[0], _at(together, row, places))
         if apart > pair.tolerance:
             return (
                 f"its own code sees padding ({apart:.1e} in transformers), so its loss depends on "
@@ -369,7 +376,7 @@ def _packed(pair: Pair, task: Task) -> float:
         return float("inf")
     apart = 0.0
     for row, places, one in documents_of(rows):
-        apart = max(apart, _apart(_at(logits, row, places), pair.call(task, one).logits[0]))
+        apart = max(apart, _apart(_at(logits, row, places), logits_in(pair.call(task, one))[0]))
     return apart
 
 

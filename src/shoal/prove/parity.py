@@ -133,11 +133,11 @@ def _open(certificate: Certificate, runs: Runs, recipe: Recipe, cut: Recording, 
     samples = recipe.train.global_batch_samples
     data = Path(runs.inputs.data_directory)
     stream = Stream(data, seed=recipe.seed, global_batch_samples=samples)
-    batch = stream.at(at, Share(0, samples))
+    task = create(recipe.task.kind, settings=runs.inputs.task_settings, options=recipe.task)
+    batch = task.drawn(stream.at(at, Share(0, samples)), seed=recipe.seed)
     rows = [{name: each[row] for name, each in batch.items()} for row in range(samples)]
     folder = runs.out / "opened"
     merge(reader, out=folder)
-    task = create(recipe.task.kind, settings=runs.inputs.task_settings, options=recipe.task)
     apart = relative(loss_of_rows(folder, task=task, rows=rows), cut.losses[at])
     certificate.largest["opened"] = (apart, "transformers, with the merged folder of a save")
     if not apart <= OPENED:

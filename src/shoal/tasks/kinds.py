@@ -19,10 +19,12 @@ from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
 from shoal.tasks.distillation import Distillation
 from shoal.tasks.image_classification import ImageClassification
+from shoal.tasks.masked_lm import MaskedLM
 from shoal.tasks.object_detection import ObjectDetection
 from shoal.tasks.preference import Preference
 from shoal.tasks.recommendation import Recommendation
 from shoal.tasks.sequence_classification import SequenceClassification
+from shoal.tasks.span_answering import SpanAnswering
 from shoal.tasks.task import Task
 from shoal.tasks.token_classification import TokenClassification
 
@@ -31,10 +33,12 @@ KINDS: dict[str, type[Task]] = {
     for task in (
         CausalLM,
         Chat,
+        MaskedLM,
         Preference,
         Distillation,
         SequenceClassification,
         TokenClassification,
+        SpanAnswering,
         ImageClassification,
         ObjectDetection,
         Recommendation,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,25 @@ def confusion_matrix(axes: Axes, counts: NDArray[np.float64], names: Sequence[st
     axes.tick_params(labelsize=8)
     axes.set_xlabel("taken for")
     axes.set_ylabel("is")
+
+
+def draw_confusion(shown: Mapping[str, Any], path: Path) -> None:
+    """The picture of a confusion matrix alone, of `{"names": [...], "confusion": [[...], ...]}`."""
+    figure = new_figure(5.2, 4.6)
+    confusion_matrix(figure.add_subplot(), np.array(shown["confusion"]), shown["names"])
+    save(figure, path)
+
+
+def draw_numbers(shown: Mapping[str, Any], path: Path) -> None:
+    """The picture of guesses against numbers, of `{"pairs": [[number, guess], ...]}`."""
+    figure = new_figure(5.2, 4.6)
+    axes = figure.add_subplot()
+    numbers, guesses = np.array(shown["pairs"], dtype=np.float64).reshape(-1, 2).T
+    axes.plot(numbers, guesses, "o", color=STRONG, markersize=3, alpha=0.5)
+    axes.axline((float(numbers.mean()), float(numbers.mean())), slope=1, color=QUIET, linewidth=0.8)
+    axes.set_xlabel("is")
+    axes.set_ylabel("said")
+    save(figure, path)
 
 
 def small_image(pixels: NDArray[Any]) -> list[Any]:

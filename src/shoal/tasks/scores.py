@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,3 +101,18 @@ class ClassMetrics:
             "macro_f1": macro_f1(confusion),
             "evaluation_targets": float(samples),
         }
+
+
+class NamedClassMetrics(ClassMetrics):
+    """Sums of classes that have names, and their confusion matrix for a picture."""
+
+    examples: Sequence[Sequence[Any]] = ()
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(len(names))
+        self._names = list(names)
+
+    def shown(self, vector: Vector, examples: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """What `pictures.draw_confusion` draws."""
+        confusion = vector[1:].reshape(self._confusion.shape).tolist()
+        return {"names": self._names, "confusion": confusion}

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import numpy as np
 from shoal.errors import DataError, nearest
 from shoal.fields import IGNORED, TOKENS, Field, Fields
 from shoal.tasks.baselines import Labelled, logistic_regression
-from shoal.tasks.scores import ClassMetrics
+from shoal.tasks.pictures import draw_confusion, draw_numbers
+from shoal.tasks.scores import Examples, NamedClassMetrics
 from shoal.tasks.task import (
     NO_TOOLS,
     Batch,
@@ -43,6 +45,7 @@ LABEL_FIELDS = ("label", "labels", "class", "sentiment", "category", "target", "
 
 _FITTED_ON = 10_000  # texts that the baseline is fitted on at most
 _WORDS = 4096  # tokens that it counts: the most frequent ones
+_SHOWN = 500  # numbers in the picture
 
 
 class SequenceClassification(Task):
@@ -56,6 +59,7 @@ class SequenceClassification(Task):
     labels = "classes"
     auto_class = "AutoModelForSequenceClassification"
     target_name = "texts"
+    picture = "labels.png"
     curve = Curve("loss per text", baseline="bag_of_words_loss", baseline_name="bag of words")
     own_data = "YOUR.csv"
 
@@ -217,7 +221,11 @@ class SequenceClassification(Task):
         """A fresh accumulator."""
         if self._objective == "number":
             return NumberMetrics()
-        return ClassMetrics(len(self._classes))
+        return NamedClassMetrics(self._classes)
+
+    def draw(self, shown: Mapping[str, Any], path: Path) -> None:
+        """The confusion matrix; of numbers, what was said against what is."""
+        (draw_numbers if "pairs" in shown else draw_confusion)(shown, path)
 
     def baseline(self, data: Evaluated) -> Named:
         """Macro F1 and loss of logistic regression on which tokens a text has; of numbers, the
@@ -259,6 +267,7 @@ class NumberMetrics:
 
     def __init__(self) -> None:
         self._sums = np.zeros(5)
+        self._kept = Examples(_SHOWN)
 
     def add(self, *, batch: Batch, scores: Scores) -> None:
         """Count the squared errors and predictions [B] of the batch's `labels` [B]."""
@@ -267,12 +276,25 @@ class NumberMetrics:
         labels = np.asarray(batch["labels"], dtype=np.float64)[kept]
         guesses = np.asarray(scores.predictions.double())[kept]
         squares = np.asarray(scores.losses.double())[kept].sum()
+        for row in np.flatnonzero(kept):
+            if self._kept.wants(batch, int(row)):
+                pair = [float(batch["labels"][row]), float(scores.predictions[row])]
+                self._kept.keep(batch, int(row), pair)
         sums = [squares, np.abs(guesses - labels).sum(), len(labels)]
         self._sums += [*sums, labels.sum(), np.square(labels).sum()]
 
     def vector(self) -> Vector:
         """All sums in one vector (see the class)."""
         return self._sums.copy()
+
+    @property
+    def examples(self) -> Sequence[Sequence[Any]]:
+        """The first texts: number, guess."""
+        return self._kept.found
+
+    def shown(self, vector: Vector, examples: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Pairs of a number and the guess."""
+        return {"pairs": [example for _, _, example in examples[:_SHOWN]]}
 
     def result(self, vector: Vector | None = None) -> Named:
         """The mean squared and absolute error, and R2: the share of the variance explained."""

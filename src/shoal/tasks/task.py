@@ -190,6 +190,8 @@ class Task(ABC):
     """Whether texts come as single words, so that a tokenizer puts the space before each itself."""
     whole_logits: ClassVar[bool] = False
     """Whether the loss reads whole rows of a vocabulary's logits: no axis then cuts the head."""
+    masks: ClassVar[bool] = False
+    """Whether the tokenizer needs a token that stands for a hidden one."""
     labels: ClassVar[str | None] = None
     """The setting that lists the names of its labels, by id; None: it has none."""
     target_name: ClassVar[str] = "targets"
@@ -268,6 +270,14 @@ class Task(ABC):
         A sample whose first field is empty is left out of the data.
         """
 
+    def drawn(self, batch: Batch, *, seed: int) -> Batch:
+        """A batch as the data gives it, with what the task draws for its samples, such as masks.
+
+        Arrays of numpy, with sample_ids and source_ids: they and `seed` key all that is drawn, so
+        that a layout changes nothing. Samples that are scored are asked for with seed 0.
+        """
+        return batch
+
     def count(self, batch: Batch) -> int:
         """Targets of a batch (before it is computed): what the loss is divided by."""
         return counted(batch["labels"])
@@ -299,9 +309,15 @@ class Task(ABC):
         """
         from torch.nn.functional import cross_entropy
 
-        logits, labels = made.logits.double().flatten(0, -2), batch["labels"].flatten()
-        total = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        return float(total), counted(labels)
+        from shoal.models.anatomy import logits_in
+
+        labels = batch["labels"].flatten()
+        logits, number = logits_in(made).double().flatten(0, -2), counted(labels)
+        if len(logits) == len(labels) and not labels.is_floating_point():
+            # not transformers' own sum: of a row that was cut the last label is not in it
+            total = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            return float(total), number
+        return (float(made.loss.double()) * number if number else 0.0), number
 
     @abstractmethod
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:

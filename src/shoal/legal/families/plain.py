@@ -57,7 +57,7 @@ def _bert(read: ConfigReader) -> ModelFacts:
     kind, dense = read.head_kind(default="ForMaskedLM"), hidden * hidden + hidden
     if "MaskedLM" in kind or "CausalLM" in kind or "LMHead" in kind:
         ends["head_parameters"] += dense + 2 * hidden + ends["vocabulary"]
-    elif "Classification" in kind:
+    elif "Classification" in kind or "QuestionAnswering" in kind:
         labels, pooled = read.labels(), dense if "Sequence" in kind else 0
         head = pooled + hidden * labels + labels
         ends |= {"vocabulary": labels, "tied": False, "head_parameters": head}

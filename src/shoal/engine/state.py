@@ -95,8 +95,8 @@ class FlatState:
     def beside(self, vectors: Iterable[Vector]) -> FlatState:
         """The same state with more that is kept for the moment, such as for a save."""
         more = {vector.kind: vector for vector in vectors}
-        vectors = {**self.vectors, **more}
-        return FlatState(self.layout, self.gradients, vectors, self.holdings, self.unsaved)
+        every = {**self.vectors, **more}
+        return FlatState(self.layout, self.gradients, every, self.holdings, self.unsaved)
 
     def trainable(self, flat: Tensor) -> dict[str, Tensor]:
         """Name -> view of `flat`, a vector of the trainable regions such as the gradients."""

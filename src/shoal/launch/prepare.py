@@ -74,6 +74,10 @@ def _folders(recipe: Recipe, *, task: Task, say: Say) -> dict[str, Path | None]:
     }
 
 
+def _whole(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
+
+
 def _adapter_folder(path: str) -> Path:
     """A folder in peft's format. Raises ModelError."""
     folder = Path(path).expanduser()
@@ -225,8 +229,10 @@ def prepare_inputs(
     )
     return Inputs(
         data_directory=str(prepared.directory.resolve()),
-        tokenizer_directory=None if folder is None else str(folder.resolve()),
-        **{f"{name}_directory": path and str(path.resolve()) for name, path in folders.items()},
+        tokenizer_directory=_whole(folder),
+        model_directory=_whole(model),
+        adapter_directory=_whole(folders["adapter"]),
+        companion_directory=_whole(folders["companion"]),
         task_settings=learned,
         vocabulary_size=vocabulary or task.model_settings().get("vocab_size"),
         train_samples=sum(s.num_samples("train") for s in prepared.sources),

@@ -196,7 +196,7 @@ def attach(
     for path, layer in targets.items():
         outputs, inputs = matrix_of(layer).shape
         bound = 1 / math.sqrt(inputs)  # torch's own of a linear layer, which peft draws A by
-        begins = {
+        begins: dict[str, tuple[tuple[int, ...], Operation]] = {
             "lora_a": ((settings.rank, inputs), Operation("uniform", (-bound, bound))),
             "lora_b": ((outputs, settings.rank), Operation("fill", (0.0,))),
         }

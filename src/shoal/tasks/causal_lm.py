@@ -17,6 +17,7 @@ from shoal.tasks.task import (
     Batch,
     Curve,
     Evaluated,
+    Metrics,
     Named,
     Output,
     Record,
@@ -76,7 +77,7 @@ class CausalLM(Task):
         """Hidden states [B, T, D] and shifted labels [B, T]."""
         return classify_tokens(model, batch, step=step)
 
-    def metrics(self) -> CausalLMMetrics:
+    def metrics(self) -> Metrics:
         """A fresh accumulator."""
         return CausalLMMetrics()
 

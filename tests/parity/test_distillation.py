@@ -101,5 +101,5 @@ def test_a_teacher_of_another_vocabulary(bench: Bench, base: Path, tmp_path: Pat
 
 
 def test_a_head_that_is_cut_is_refused(bench: Bench, base: Path, teacher: Path) -> None:
-    with pytest.raises(ConfigError, match="distillation compares whole logits"):
+    with pytest.raises(ConfigError, match="the model or the task needs whole rows of logits"):
         bench.train(*words(base, teacher), "parallel={tensor: 2}")

@@ -13,6 +13,7 @@ def script() -> Any:
     return importlib.import_module("fuzz_models")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_layouts_and_micro_batches_equal_one_worker(script: Any) -> None:
     """Attention by interface and of its own, experts, positions after padding, tags, two halves."""

@@ -36,17 +36,12 @@ def compare(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Compa
 
 CHOICE = [
     Case("llama", Layout(shard=2, tensor=2)),
-    Case("qwen2", Layout(tensor=2), more=("parallel.recompute=full",)),
     Case("qwen3", Layout(tensor=4)),
     Case("mistral", Layout(shard=2), "gradients", ("parallel.shard.offload=true",)),
-    Case("gemma2", Layout(tensor=2)),
     Case("gemma3_text", Layout(tensor=2)),
     Case("phi3", Layout(shard=2, tensor=2), "gradients", ("parallel.recompute=selective",)),
-    Case("granite", Layout(tensor=2)),
     Case("gpt2", Layout(replicate=2, shard=2, tensor=2)),
-    Case("gpt_neox", Layout(tensor=2)),
     Case("bert", Layout(tensor=2)),
-    Case("roberta", Layout(tensor=2)),
     Case("vit", Layout(shard=2)),
 ]
 

@@ -150,6 +150,7 @@ nbformat.write(book, sys.argv[1])
 """
 
 
+@pytest.mark.slow  # tests/parity/test_notebook.py runs one with two workers
 @pytest.mark.timeout(200)
 def test_a_notebook_trains(bench: Bench, tmp_path: Path) -> None:
     """Cells run in an event loop, beside threads of the kernel; progress comes into the cell."""

@@ -109,7 +109,12 @@ def test_chat_becomes_a_turn_per_line(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"1": {"messages": answered}, "2": {"messages": [turn("x", "anyone?")]}})
     )
-    assert list(read_chat(path)) == [{"text": "A: Hello How are you?\nB: fine\nA: ok"}]
+    (record,) = read_chat(path)
+    assert record["text"] == "A: Hello How are you?\nB: fine\nA: ok"
+    assert record["messages"] == [
+        {"role": "user", "content": "Hello How are you?"},
+        {"role": "assistant", "content": "fine"},
+    ], "it ends with an answer"
 
 
 def test_a_folder_is_read_in_name_order(tmp_path: Path) -> None:

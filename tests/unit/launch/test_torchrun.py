@@ -118,7 +118,11 @@ main()
 """
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["cannot read the data", "killed"])
+@pytest.mark.parametrize(
+    "killed",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["cannot read the data", "killed"],
+)
 def test_a_peer_lost_while_ranks_enter_ends_the_run_with_a_reason_on_each(
     bench: Bench, tmp_path: Path, killed: bool
 ) -> None:

@@ -60,8 +60,7 @@ def conversation_of(row: Record, *, where: str) -> Record | None:
     if row.keys() >= _PAIR:
         said = []
         for column, role in (("prompt", "user"), ("completion", "assistant")):
-            one = isinstance(row[column], str)
-            said += [_said(role, row[column])] if one else _listed(row, column, where=where)
+            said += _turns(row, column, role, where=where)
         return _record(row, said, shape="prompt, completion", where=where)
     return None
 
@@ -73,13 +72,14 @@ def _choice(row: Record, *, where: str) -> Record:
     """
     prompt: list[Message] = []
     if row.get("prompt") is not None:
-        one = isinstance(row["prompt"], str)
-        prompt = [_said("user", row["prompt"])] if one else _listed(row, "prompt", where=where)
-    found = {}
+        prompt = _turns(row, "prompt", "user", where=where)
+    shape = "prompt, chosen, rejected" if prompt else "chosen, rejected"
+    found, record = {}, Record()
     for column in ("chosen", "rejected"):
-        one = isinstance(row[column], str) and not row[column].lstrip().startswith("[{")
-        said = [_said("assistant", row[column])] if one else _listed(row, column, where=where)
-        record = _record(row, [*prompt, *said], shape="", where=f"{where}: {column}")
+        in_json = isinstance(row[column], str) and row[column].lstrip().startswith("[{")
+        read = _listed(row, column, where=where) if in_json else None
+        said = read or _turns(row, column, "assistant", where=where)
+        record = _record(row, [*prompt, *said], shape=shape, where=f"{where}: {column}")
         found[column] = record["messages"]
     if found["chosen"] == found["rejected"]:
         raise DataError(f"{where}: `chosen` and `rejected` are the same; remove the line")
@@ -88,10 +88,15 @@ def _choice(row: Record, *, where: str) -> Record:
             f"{where}: `chosen` and `rejected` differ before their last message, expected two "
             "answers to the same prompt"
         )
-    shape = "prompt, chosen, rejected" if prompt else "chosen, rejected"
-    tools = _record(row, found["chosen"], shape="", where=where).get("tools")
-    named = {"tools": tools} if tools else {}
-    return {**found, "messages": found["chosen"], **named, "shape": shape, "where": where}
+    record.pop("text", None)
+    return {**record, **found, "messages": found["chosen"], "where": where}
+
+
+def _turns(row: Record, column: str, role: str, *, where: str) -> list[Message]:
+    """The messages in a column, which a text is one of."""
+    if isinstance(row[column], str):
+        return [_said(role, row[column])]
+    return _listed(row, column, where=where)
 
 
 def _said(role: str, content: Any) -> Message:

@@ -222,7 +222,7 @@ class PairLoss:
 
         labels = output.fields["labels"]
         with torch.no_grad():
-            losses, slopes = self._pairs(output, vocabulary)
+            losses, slopes, _ = self._pairs(output, vocabulary)
         weighted = chunked_loss(
             output.hidden,
             labels,
@@ -239,12 +239,13 @@ class PairLoss:
         import torch
 
         with torch.no_grad():
-            losses, _ = self._pairs(output, vocabulary)
-            margins = self._margins(output, vocabulary)[0]
+            losses, _, margins = self._pairs(output, vocabulary)
         return Scores(losses, (margins > 0).long() if predict else None)
 
-    def _pairs(self, output: Output, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
-        """Loss of each pair [B], and its derivative by each token's cross entropy [B, T]."""
+    def _pairs(
+        self, output: Output, vocabulary: Vocabulary | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each pair its loss [B], the derivative by each token's cross entropy [B, T], m [B]."""
         import torch
         from torch.nn.functional import logsigmoid
 
@@ -260,7 +261,7 @@ class PairLoss:
             weights = share[:, CHOSEN].bool().to(own.dtype)
             weights = how.sft * weights / weights.sum(1, keepdim=True).clamp(min=1)
             losses, slopes = losses + (own * weights).sum(1), slopes + weights
-        return losses * real, slopes * real[:, None]
+        return losses * real, slopes * real[:, None], margins
 
     def _margins(
         self, output: Output, vocabulary: Vocabulary | None

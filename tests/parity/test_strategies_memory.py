@@ -137,13 +137,13 @@ def test_state_falls_with_the_degrees(
 
 @pytest.mark.parametrize(
     ("level", "blocks_in_forward", "held_between"),
-    [("parameters", 0, 0.0), ("gradients", 6, 0.0), ("optimizer", 6, 2.0)],
+    [("parameters", 1, 0.0), ("gradients", 6, 0.0), ("optimizer", 6, 2.0)],
 )
 def test_levels_gather_what_they_say(
     level: str, blocks_in_forward: int, held_between: float, pool: WorkerPool, tmp_path: Path
 ) -> None:
-    """At the end of forward: what lies outside blocks, all blocks or none, and FSDP2's buffer of
-    one block. After a micro batch: nothing, or (`optimizer`) parameters and gradients whole."""
+    """At the end of forward: what lies outside blocks, all blocks or the last, and FSDP2's buffer
+    of one block. After a micro batch: nothing, or (`optimizer`) parameters and gradients whole."""
     found = measured(pool, tmp_path, Layout(shard=2), level)
     outside, block = found["whole"] - found["blocks"], found["blocks"] / 6
     gathered = outside + block * (blocks_in_forward + 1)

@@ -2,7 +2,8 @@
 
 Three levels (docs/guide/layouts.md has their memory):
 
-- `parameters`: a block's parameters are gathered before its forward and again before its backward;
+- `parameters`: a block's parameters are gathered before its forward and again before its backward,
+  which for the last block follows at once: it keeps them;
 - `gradients`: gathered once per micro batch and kept from forward to backward;
 - `optimizer`: gathered once per step; gradients are held whole and scattered by one reduction after
   the last micro batch.
@@ -118,10 +119,12 @@ def _cut(
         "reshard_after_forward": level == "parameters",
         "offload_policy": policy,
     }
-    for unit in units:
+    kept = {**fully, "reshard_after_forward": False}
+    ordered = [each for each in model.modules() if any(each is unit for unit in units)]
+    for unit in ordered:
         unit.register_forward_hook(_own_outputs)
-        fully_shard(unit, **fully)
-    fully_shard(root, **{**fully, "reshard_after_forward": False})
+        fully_shard(unit, **(kept if unit is ordered[-1] else fully))
+    fully_shard(root, **kept)
     sharded = sharded_of(model)
     sharded.root, sharded.offloaded = root, offload
     for module in _sharded(root):
@@ -187,8 +190,8 @@ def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
     """Bytes that this rank sends along shard in one step, by collective; FSDP2 counts none itself.
 
     Each gather and each reduction sends a rank's own part to, or from, each of the others. Blocks
-    of level `parameters` are gathered twice a micro batch, all else once; with the level
-    `optimizer` gathers and reductions are once a step.
+    of level `parameters`, but for the last, are gathered twice a micro batch, all else once; with
+    the level `optimizer` gathers and reductions are once a step.
     """
     sharded = sharded_of(model)
     root, others = sharded.root, sharded.mesh.degree("shard") - 1
@@ -196,7 +199,7 @@ def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
         return {}
     blocks = rest = reduced = 0
     units = [each for each in root.model.modules() if isinstance(each, FSDPModule)]
-    inside = {id(parameter) for each in units for parameter in each.parameters()}
+    inside = {id(parameter) for each in units[:-1] for parameter in each.parameters()}
     for _, each in _fsdp_parameters(model, root):
         num_bytes = math.prod(each.padded_sharded_param_size) * each.sharded_param.element_size()
         if id(each.sharded_param) in inside:

@@ -67,7 +67,9 @@ def test_sent_bytes_of_sharding_are_the_formula_s(bench: Bench) -> None:
     numbers = {name.split(".layers.")[1].split(".")[0] for name in weights if ".layers." in name}
     again = blocks * (len(numbers) - 1) // len(numbers)
     own = 4 // 2  # bytes of an element of which this rank has every second
-    wanted = 2 * own * (blocks + again + rest + blocks + rest)  # two micro batches of 4 in a share of 8
+    wanted = (
+        2 * own * (blocks + again + rest + blocks + rest)
+    )  # two micro batches of 4 in a share of 8
     sent = {row["sent_bytes"] for row in run.rows if "loss" in row}
     assert len(sent) == 1
     # beside it: counts, the norm and the losses of the micro batches, a few numbers each

@@ -124,6 +124,31 @@ class Recommendation(Section):
     kind: Literal["recommendation"] = "recommendation"
 
 
+class Reinforcement(Section):
+    """Learn to act in an environment by trying (PPO)."""
+
+    has_tokens: ClassVar[bool] = False
+    kind: Literal["reinforcement"] = "reinforcement"
+    environment: str
+    """A name of gymnasium's, such as CartPole-v1; my_module:Mine-v0 imports the module first."""
+    actors: Count = 8
+    """Environments that are played beside one another; workers share them."""
+    rollout_steps: Count = 256
+    """Steps of each actor between two times of learning."""
+    epochs: Count = 10
+    """How often what was played is learned from; train.global_batch_samples of it in a step."""
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    """What a reward is worth one step later."""
+    gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    """Of generalised advantage estimation: 0 trusts the values, 1 the rewards."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """How far an action's probability may move, relative to what it was, before it is let be."""
+    value_coefficient: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the squared error of the values."""
+    entropy_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the entropy of the actions, which is to be high."""
+
+
 TaskSection = Annotated[
     CausalLM
     | Chat
@@ -135,7 +160,8 @@ TaskSection = Annotated[
     | SpanAnswering
     | ImageClassification
     | ObjectDetection
-    | Recommendation,
+    | Recommendation
+    | Reinforcement,
     Field(discriminator="kind"),
 ]
 

@@ -10,6 +10,12 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from shoal.config.section import Count, Section
 
 
+def _import_path(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+        raise ValueError(f"expected how Python imports it, my_module:MyTask; got {text!r}")
+    return text
+
+
 class CausalLM(Section):
     """Predict the next token."""
 
@@ -149,6 +155,30 @@ class Reinforcement(Section):
     """Weight of the entropy of the actions, which is to be high."""
 
 
+class GRPO(Section):
+    """Answer prompts so that a reward rises (group relative policy optimisation)."""
+
+    kind: Literal["grpo"] = "grpo"
+    reward: Annotated[str, AfterValidator(_import_path)]
+    """my_module:my_reward, a function of a completion and its record that gives a number."""
+    group: Annotated[int, Field(ge=2)] = 8
+    """Completions of each prompt, which are compared with one another."""
+    completion_tokens: Count = 64
+    """Tokens of a completion at most."""
+    epochs: Count = 1
+    """Steps that learn from the same completions."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """How far a token's probability may move, relative to what it was, before it is let be."""
+    clip_above: Annotated[float, Field(gt=0.0)] | None = None
+    """The same upwards; None: as `clip`."""
+    kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the divergence from the model without its adapter."""
+    prompts: tuple[str, ...] = ()
+    """Completed at every evaluation, so that progress can be read."""
+    sample_tokens: Count = 48
+    """Tokens generated for each prompt."""
+
+
 TaskSection = Annotated[
     CausalLM
     | Chat
@@ -161,15 +191,10 @@ TaskSection = Annotated[
     | ImageClassification
     | ObjectDetection
     | Recommendation
-    | Reinforcement,
+    | Reinforcement
+    | GRPO,
     Field(discriminator="kind"),
 ]
-
-
-def _import_path(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
-        raise ValueError(f"expected how Python imports a class, my_module:MyTask; got {text!r}")
-    return text
 
 
 class OwnTask(Section):

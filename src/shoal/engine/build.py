@@ -69,7 +69,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         pulse=ranks.world.pulse,
         scales_loss=loss_scale is not None,
     )
-    play = Player(passes.logits, ranks, replica.is_cut)
+    play = Player(passes.logits, ranks, replica.is_cut, job.inputs.tokenizer_directory)
     stream = batches_of(recipe, job.inputs, task=task, play=play)
     steps = recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
     policy = _policy(job, ranks=ranks, state=state, steps=steps)

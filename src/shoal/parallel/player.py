@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shoal.data.tokenize import load_tokenizer
 from shoal.parallel.ranks import Ranks
 
 Floats = NDArray[np.float64]
@@ -29,6 +32,7 @@ class Player:
     ranks: Ranks
     is_cut: bool
     """Whether ranks of a replica exchange within a forward."""
+    tokenizer_directory: str | None = None
     check: Callable[[], None] = _nothing
     """Called before each forward: raises PeersLost where the next exchange cannot complete."""
     tell: Callable[[str, float | None], None] = _nothing
@@ -50,6 +54,15 @@ class Player:
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         found: NDArray[np.float32] = self.forward(tensors).cpu().numpy()
         return found
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        assert self.tokenizer_directory is not None, "a task of texts has one"
+        return load_tokenizer(Path(self.tokenizer_directory))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """What token ids say, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids)))
 
     def together(self, mine: Mapping[str, Floats]) -> dict[str, Floats]:
         """The sums over all parts; of the ranks that play one part, the first one's counts."""

@@ -13,6 +13,7 @@ from shoal.errors import ConfigError, Problem, nearest
 from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
 from shoal.tasks.distillation import Distillation
+from shoal.tasks.grpo import GRPO
 from shoal.tasks.image_classification import ImageClassification
 from shoal.tasks.imports import imported
 from shoal.tasks.masked_lm import MaskedLM
@@ -40,6 +41,7 @@ KINDS: dict[str, type[Task]] = {
         ObjectDetection,
         Recommendation,
         Reinforcement,
+        GRPO,
     )
 }
 

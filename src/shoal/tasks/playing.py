@@ -5,12 +5,14 @@ Shapes: B rows of a batch, V logits of one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.errors import RunError
 from shoal.layout import Share
 
 Array = NDArray[Any]
@@ -82,6 +84,9 @@ class Play(Protocol):
         """Logits of the last position [B, V], without dropout. Ranks of one replica call it
         together. Rows are independent, but their last bits may depend on B: keep it the same."""
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """What token ids say, special tokens left out."""
+
     def together(self, mine: Mapping[str, Floats]) -> dict[str, Floats]:
         """The sums over all parts, exact where each place is zero in all parts but one."""
 
@@ -90,3 +95,38 @@ class Play(Protocol):
 
     def tell(self, what: str, done: float | None) -> None:
         """How far it is, 0 to 1, for people."""
+
+
+def log_softmax(logits: Array) -> Floats:
+    """Logarithms of the probabilities that logits [..., V] stand for, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    found: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return found
+
+
+def choose(logs: Floats, at: float) -> int:
+    """Which of the choices with these log-probabilities [V] a number from 0 to 1 falls on."""
+    sums = np.exp(logs).cumsum()
+    return min(int(np.searchsorted(sums, at * sums[-1], "right")), len(sums) - 1)
+
+
+def packed(arrays: Arrays) -> dict[str, list[Any]]:
+    """Arrays as JSON has them: each its type, its shape, its bytes in base64."""
+    return {
+        name: [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]
+        for name, array in arrays.items()
+    }
+
+
+def unpacked(tree: Mapping[str, Sequence[Any]]) -> dict[str, Array]:
+    """The inverse of `packed`. Raises RunError for what is none."""
+    found = {}
+    for name, (dtype, shape, text) in tree.items():
+        try:
+            if dtype not in ("<f4", "<i8"):
+                raise ValueError(f"type {dtype!r}")
+            raw = base64.b64decode(text, validate=True)
+            found[name] = np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
+        except (ValueError, TypeError) as error:
+            raise RunError(f"what was played, as the save has it, is damaged: {error}") from None
+    return found

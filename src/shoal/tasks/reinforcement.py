@@ -24,7 +24,7 @@ from shoal.fields import Field, Fields
 from shoal.observe.events import read_lines
 from shoal.tasks.image_classification import ImageClassification
 from shoal.tasks.pictures import OTHER, QUIET, STRONG, new_figure, save
-from shoal.tasks.playing import Batches, Floats, Play, Stored
+from shoal.tasks.playing import Batches, Floats, Play, Stored, log_softmax
 from shoal.tasks.reinforcement_actors import Environment, Rollouts, Settings, returns_of
 from shoal.tasks.task import (
     NO_TOOLS,
@@ -53,7 +53,7 @@ _WIDTH = 16
 
 
 class Reinforcement(Task):
-    """Policy and values in one model; actions are drawn in training, and the likeliest in scores."""
+    """Policy and values in one model. Actions are drawn in training; the likeliest are scored."""
 
     kind = "reinforcement"
     auto_class = "AutoModelForImageClassification"
@@ -138,8 +138,8 @@ class Reinforcement(Task):
 
         def policy(seen: NDArray[np.float32]) -> tuple[Floats, Floats]:
             assert play is not None, "who asks for batches plays"
-            logits = play.logits(_pixels(seen)).astype(np.float64)
-            return _log_softmax(logits[:, :-1]), logits[:, -1] * self._unit
+            logits = play.logits(_pixels(seen))
+            return log_softmax(logits[:, :-1]), logits[:, -1].astype(np.float64) * self._unit
 
         self._rollouts = Rollouts(stored, settings, policy=policy, play=play)
         return self._rollouts
@@ -308,9 +308,3 @@ def ppo_losses(
 def _pixels(seen: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
     """Observations [B, N] as images of one pixel [B, N, 1, 1]."""
     return {"pixel_values": seen[:, :, None, None]}
-
-
-def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max(-1, keepdims=True)
-    found: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return found

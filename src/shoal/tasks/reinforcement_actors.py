@@ -10,7 +10,6 @@ Shapes: A actors, T steps of a rollout, N numbers of an observation, B rows.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from shoal.errors import ConfigError, Problem, RunError, nearest
 from shoal.layout import Share
 from shoal.tasks.imports import imported
-from shoal.tasks.playing import Array, Floats, Play, Stored
+from shoal.tasks.playing import Array, Floats, Play, Stored, choose, packed, unpacked
 
 Policy = Callable[[NDArray[np.float32]], tuple[Floats, Floats]]
 """Observations [B, N] -> log-probabilities of the actions [B, actions] and values [B]."""
@@ -193,7 +192,7 @@ class Rollouts:
         self.actors = [Actor(**each) for each in kept.get("actors", [{}] * count)]
         self.history: list[list[float]] = [list(each) for each in kept.get("history", [])]
         """Of each rollout in which episodes ended: steps played so far, and their mean return."""
-        self.played = {name: unpacked(*each) for name, each in kept.get("played", {}).items()}
+        self.played = unpacked(kept.get("played", {}))
         sizes = {len(array) for array in self.played.values()} - {self._settings.transitions}
         if len(self.actors) != count or sizes:
             raise RunError(
@@ -236,7 +235,7 @@ class Rollouts:
             "rollout": self.rollout,
             "actors": [asdict(each) for each in self.actors],
             "history": self.history,
-            "played": {name: packed(array) for name, array in self.played.items()},
+            "played": packed(self.played),
         }
 
     def _rollout(self, number: int) -> dict[str, Floats]:
@@ -262,9 +261,7 @@ class Rollouts:
             logs, values = self._policy(seen)
             for actor in mine:
                 environment, at = here[actor][0], (actor, step)
-                chances = np.exp(logs[actor]).cumsum()
-                action = int(np.searchsorted(chances, draws[actor][step] * chances[-1], "right"))
-                action = min(action, len(chances) - 1)
+                action = choose(logs[actor], draws[actor][step])
                 after, reward, terminated, truncated = environment.step(action)
                 row = (action, logs[actor, action], values[actor], reward, terminated, truncated)
                 for name, value in zip(names, row):
@@ -373,19 +370,3 @@ def returns_of(
             if terminated or truncated:
                 playing.remove(number)
     return totals
-
-
-def packed(array: Array) -> list[Any]:
-    """An array as JSON has it: its type, its shape, its bytes in base64."""
-    return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]
-
-
-def unpacked(dtype: str, shape: Sequence[int], text: str) -> Array:
-    """The inverse of `packed`. Raises RunError for what is none."""
-    try:
-        if dtype not in ("<f4", "<i8"):
-            raise ValueError(f"type {dtype!r}")
-        raw = base64.b64decode(text, validate=True)
-        return np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
-    except (ValueError, TypeError) as error:
-        raise RunError(f"what was played, as the save has it, is damaged: {error}") from None

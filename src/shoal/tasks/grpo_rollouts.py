@@ -88,7 +88,7 @@ class Sampler:
             ids = np.concatenate([np.tile(start, (self.rows, 1)), said], axis=1)
             positions = np.tile(np.arange(ids.shape[1]), (self.rows, 1))
             logits = self.play.logits({"input_ids": ids, "position_ids": positions})
-            for row in np.flatnonzero(~done) if place < self.tokens else ():
+            for row in np.flatnonzero(~done).tolist() if place < self.tokens else ():
                 chances = log_softmax(logits[row])
                 greedy = row >= self.rows - likeliest
                 token = int(chances.argmax()) if greedy else choose(chances, draws[row, place])

@@ -80,10 +80,10 @@ def test_one_loss_curve_in_any_layout(sums: Bench, overrides: tuple[str, ...]) -
     one, other = sums.run(), sums.run(*overrides)
     assert len(one.losses) == 10 and len(history(one)) == 5
     assert history(other) == history(one)
-    # a loss near 0 is a difference of large parts: the advantages of a group add up to nothing
-    assert max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True)) < 1e-5
+    # advantages of a group add up to 0, so a loss is what is left of parts of about 1
+    assert max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True)) < 1e-6
     norms = [[row["gradient_norm"] for row in run.rows if "loss" in row] for run in (one, other)]
-    assert largest_difference(*norms) < 1e-4
+    assert largest_difference(*norms) < 1e-5
     rewards = [[row["mean_reward"] for row in run.evaluations] for run in (one, other)]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-9)
 
@@ -125,4 +125,4 @@ def test_a_reference_beside_an_adapter(sums: Bench) -> None:
     two = sums.run(
         "model.adapter={kind: lora, rank: 4}", "task.kl_coefficient=5.0", "parallel.replicate=2"
     )
-    assert max(abs(a - b) for a, b in zip(held.losses, two.losses, strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(held.losses, two.losses, strict=True)) < 1e-6

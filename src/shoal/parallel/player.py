@@ -61,7 +61,8 @@ class Player:
         return load_tokenizer(Path(self.tokenizer_directory))
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """What token ids say, special tokens left out."""
+        """What token ids say, special tokens left out; what is made of it may take a while."""
+        self.ranks.world.pulse.mark("reward")
         return str(self._tokenizer.decode(list(ids)))
 
     def together(self, mine: Mapping[str, Floats]) -> dict[str, Floats]:

@@ -11,7 +11,9 @@ from PIL import Image
 
 from shoal.checkpoint.manifest import Manifest
 from shoal.data.verify import verify_run
+from shoal.engine.job import Instruments
 from shoal.errors import ConfigError
+from shoal.launch import local
 from shoal.launch.pool import WorkerPool
 from shoal.launch.summary import last_words
 from shoal.prove.parity import prove
@@ -145,3 +147,34 @@ def test_a_layout_is_proven(poles: Bench) -> None:
         poles.recipe, ["parallel.shard=2"], out=poles.new_path(), pool=poles.pool, steps=2
     )
     assert found.proven, str(found)
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_in_short(poles: Bench) -> None:
+    """Two rollouts of its nineteen: far from what it comes to, and well above acting at random."""
+    out = poles.new_path()
+    overrides = ["train.steps=160", "train.evaluate_every_steps=80", "parallel.replicate=1"]
+    result = local.train("cartpole", overrides, out=out, console=False, pool=poles.pool)
+    scores = result.summary["evaluation"]
+    assert scores["mean_return"] > 2 * result.summary["baseline"]["random_return"]
+    assert scores["environment_steps"] == 4096 and scores["evaluation_targets"] == 20
+
+
+@pytest.mark.slow
+def test_a_lost_worker_is_replaced_within_a_rollout(poles: Bench) -> None:
+    """Its actors are played on by whoever comes: no digit of the losses moves."""
+    out = poles.new_path()
+    fault = {"kind": "kill", "rank": 1, "step": 9, "phase": "play", "number": 0}
+    overrides = ["parallel.replicate=2"]
+    local.train(
+        poles.recipe,
+        overrides,
+        out=out,
+        console=False,
+        pool=poles.pool,
+        instruments=Instruments(planned_faults=(fault,)),
+    )
+    run = Run(out)
+    assert "recovered" in run.events
+    assert run.losses == poles.run("parallel.replicate=2").losses
+    assert returns(run)[-1] == returns(poles.run())[-1]

@@ -68,10 +68,10 @@ def history(run: Run) -> list[list[float]]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("parallel.replicate=2", "launch.workers=threads"),
+        pytest.param(("parallel.replicate=2", "launch.workers=threads"), marks=pytest.mark.slow),
         ("parallel.replicate=2",),
         pytest.param(("parallel.shard=2",), marks=pytest.mark.slow),
-        ("parallel.tensor=2",),
+        pytest.param(("parallel.tensor=2",), marks=pytest.mark.slow),
         pytest.param(("train.micro_batch_samples=2",), marks=pytest.mark.slow),
     ],
     ids=" ".join,

@@ -58,9 +58,9 @@ def returns(run: Run) -> list[float]:
     "overrides",
     [
         ("parallel.replicate=2", "launch.workers=threads"),
-        ("parallel.replicate=2",),
-        ("parallel.shard=2",),
-        ("train.micro_batch_samples=4",),
+        pytest.param(("parallel.replicate=2",), marks=pytest.mark.slow),
+        pytest.param(("parallel.shard=2",), marks=pytest.mark.slow),
+        pytest.param(("train.micro_batch_samples=4",), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

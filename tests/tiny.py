@@ -8,7 +8,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,11 @@ def write_corpus(path: Path, *, seed: int = 0, documents: int = 400) -> Path:
     lines = [json.dumps({"text": text}) + "\n" for text in tales(seed=seed, documents=documents)]
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def share_of_letters(completion: str, record: Mapping[str, Any]) -> float:
+    """A reward that any text has some of (`task.reward: tiny:share_of_letters`)."""
+    return sum(each.isalpha() for each in completion) / (1 + len(completion))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ app = typer.Typer(
 def list_entries() -> None:
     """Show the registry: name, size, licence, and whether it is in the cache."""
     from shoal.data import fetch, registry
+    from shoal.data.made import MADE
     from shoal.units import format_bytes
 
     for entry in registry.PACKAGES.values():
@@ -29,6 +30,8 @@ def list_entries() -> None:
         size = format_bytes(entry.download_bytes)
         say(f"{entry.name:22} {kind:6} {size:>9}  {here:13} {entry.summary}")
         say(f"{'':22} {entry.requirement}, licence: {entry.licence}")
+    for name, made in MADE.items():
+        say(f"{name:22} data   {'':>9}  {'made here':13} {made.summary}")
 
 
 @app.command("get")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shoal.config.recipe import PretrainedModel, Recipe
-from shoal.config.tasks import Preference
+from shoal.config.tasks import GRPO, Preference
 from shoal.errors import Problem
 
 
@@ -27,6 +27,14 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         what = "adapter-off is the model without its adapter, and there is none"
         hint = "set model.adapter={kind: lora}, or task.reference=none"
         yield Problem("task.reference", what, hint)
+    task = recipe.task
+    if isinstance(task, GRPO) and task.kl_coefficient and adapter is None:
+        what = "the divergence is from the model without its adapter, and there is none"
+        hint = "set model.adapter={kind: lora}, or task.kl_coefficient=0"
+        yield Problem("task.kl_coefficient", what, hint)
+    if isinstance(task, GRPO) and recipe.train.global_batch_samples % task.group:
+        what = f"{recipe.train.global_batch_samples} completions are no groups of {task.group}"
+        yield Problem("train.global_batch_samples", what, "make it a multiple of task.group")
     if adapter is not None and adapter.path and not isinstance(recipe.model, PretrainedModel):
         what = "an adapter belongs to the weights that it was trained beside"
         yield Problem("model.adapter.path", what, "set model.path to their folder")

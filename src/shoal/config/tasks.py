@@ -10,6 +10,12 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from shoal.config.section import Count, Section
 
 
+def _import_path(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+        raise ValueError(f"expected how Python imports it, my_module:MyTask; got {text!r}")
+    return text
+
+
 class CausalLM(Section):
     """Predict the next token."""
 
@@ -124,6 +130,55 @@ class Recommendation(Section):
     kind: Literal["recommendation"] = "recommendation"
 
 
+class Reinforcement(Section):
+    """Learn to act in an environment by trying (PPO)."""
+
+    has_tokens: ClassVar[bool] = False
+    kind: Literal["reinforcement"] = "reinforcement"
+    environment: str
+    """A name of gymnasium's, such as CartPole-v1; my_module:Mine-v0 imports the module first."""
+    actors: Count = 8
+    """Environments that are played beside one another; workers share them."""
+    rollout_steps: Count = 256
+    """Steps of each actor between two times of learning."""
+    epochs: Count = 10
+    """How often what was played is learned from; train.global_batch_samples of it in a step."""
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    """What a reward is worth one step later."""
+    gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    """Of generalised advantage estimation: 0 trusts the values, 1 the rewards."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """How far an action's probability may move, relative to what it was, before it is let be."""
+    value_coefficient: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the squared error of the values."""
+    entropy_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the entropy of the actions, which is to be high."""
+
+
+class GRPO(Section):
+    """Answer prompts so that a reward rises (group relative policy optimisation)."""
+
+    kind: Literal["grpo"] = "grpo"
+    reward: Annotated[str, AfterValidator(_import_path)]
+    """my_module:my_reward, a function of a completion and its record that gives a number."""
+    group: Annotated[int, Field(ge=2)] = 8
+    """Completions of each prompt, which are compared with one another."""
+    completion_tokens: Count = 64
+    """Tokens of a completion at most."""
+    epochs: Count = 1
+    """Steps that learn from the same completions."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """How far a token's probability may move, relative to what it was, before it is let be."""
+    clip_above: Annotated[float, Field(gt=0.0)] | None = None
+    """The same upwards; None: as `clip`."""
+    kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the divergence from the model without its adapter."""
+    prompts: tuple[str, ...] = ()
+    """Completed at every evaluation, so that progress can be read."""
+    sample_tokens: Count = 48
+    """Tokens generated for each prompt."""
+
+
 TaskSection = Annotated[
     CausalLM
     | Chat
@@ -135,15 +190,11 @@ TaskSection = Annotated[
     | SpanAnswering
     | ImageClassification
     | ObjectDetection
-    | Recommendation,
+    | Recommendation
+    | Reinforcement
+    | GRPO,
     Field(discriminator="kind"),
 ]
-
-
-def _import_path(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
-        raise ValueError(f"expected how Python imports a class, my_module:MyTask; got {text!r}")
-    return text
 
 
 class OwnTask(Section):

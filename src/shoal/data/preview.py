@@ -42,13 +42,14 @@ def previews(
         sample = {name: array[number] for name, array in batch.items() if name not in INDEX}
         source = prepared.sources[int(batch["source_ids"][number])].name
         yield plain(f"sample {number + 1} of {source}")
-        if tokenizer is not None:
+        is_row = tokenizer is not None and "input_ids" in sample
+        if is_row:
             names = {} if shifted else labels
             yield from _row(
                 sample, shift=shifted, tokenizer=tokenizer, labels=names, styles=(plain, mark)
             )
         for name, value in sample.items():
-            if np.ndim(value) == 0 or tokenizer is None:
+            if np.ndim(value) == 0 or not is_row:
                 yield plain(f"  {name}: {_value(value, labels if name == 'labels' else {})}")
 
 

@@ -13,6 +13,7 @@ import xxhash
 
 from shoal.data import readers, registry
 from shoal.data.columns import Record, named_classes, table_records
+from shoal.data.made import MADE
 from shoal.data.storage import hash_of
 from shoal.environment import hub_is_offline
 from shoal.errors import DataError, FetchError, nearest
@@ -25,7 +26,7 @@ class Located:
     """A source that was found: what it is and where its bytes lie."""
 
     source: str
-    kind: Literal["registry", "local", "hub"]
+    kind: Literal["made", "registry", "local", "hub"]
     paths: tuple[Path, ...] = ()
 
     @property
@@ -44,11 +45,13 @@ def locate(
     Raises DataError (no such source or split, a model, an empty folder) or FetchError.
     """
     path = Path(source).expanduser()
-    if split is not None and (source in registry.PACKAGES or path.is_file()):
+    if split is not None and (source in {*MADE, *registry.PACKAGES} or path.is_file()):
         raise DataError(
             f"data.validation.split: {source} is a single file; expected a folder or a data set of "
             "the hub, which have splits. Name a file to evaluate on: data.validation.source=FILE"
         )
+    if source in MADE:
+        return Located(source, "made")
     if source in registry.PACKAGES:
         if registry.PACKAGES[source].is_model:
             data = ", ".join(name for name, p in registry.PACKAGES.items() if not p.is_model)
@@ -73,7 +76,7 @@ def _missing(source: str, *, path: Path) -> str:
     if path.parent.is_dir():
         beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()]
         beside = [name for name in beside if readers.can_read(Path(name))]
-    close = nearest(str(path), [*beside, *registry.PACKAGES])
+    close = nearest(str(path), [*beside, *MADE, *registry.PACKAGES])
     return f"there is no file, folder or registry entry {source!r}; {close}"
 
 
@@ -168,6 +171,9 @@ def read_records(
 def _records(
     located: Located, *, text_field: str | None, split: str | None, at: Callable[[float], None]
 ) -> Iterator[Record]:
+    if located.kind == "made":
+        yield from MADE[located.source].records()
+        return
     if located.kind == "hub":
         yield from _hub_records(located.source, text_field=text_field, split=split or "train")
         return
@@ -193,6 +199,8 @@ def content_key(source: str, *, split: str | None = None) -> str:
     Local files: their bytes. Registry: the pinned hash. Hub: the commit that the hub names.
     """
     located = locate(source, split=split)
+    if located.kind == "made":
+        return f"{source} {MADE[source].version}"
     if located.kind == "registry":
         package = registry.package(source)
         return f"{package.sha256} {package.reader}"  # several entries read one file

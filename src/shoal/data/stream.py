@@ -7,8 +7,9 @@ batch, B in the share that is asked for, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,25 +25,23 @@ from shoal.layout import Share
 Ints = npt.NDArray[np.int64]
 
 
-class Stream:
-    """Training batches. `at(step, share)` reads only the share; nothing is remembered.
-
-    Each worker (each thread too) opens its own. A sample's id is epoch x samples of its source +
-    its index there: unique over the whole run.
-    """
+class Order:
+    """Which samples each step reads, of sources of known sizes, by a seed; no data is needed."""
 
     def __init__(
-        self, prepared: Prepared | Path | str, *, seed: int, global_batch_samples: int
+        self,
+        names: Sequence[str],
+        num_samples: Sequence[int],
+        *,
+        seed: int,
+        global_batch_samples: int,
+        weights: Sequence[float] = (1.0,),
     ) -> None:
-        prepared = prepared if isinstance(prepared, Prepared) else open_prepared(prepared)
-        self.prepared = prepared
-        self.global_batch_samples = global_batch_samples
-        self.names = [source.name for source in prepared.sources]
-        self.num_samples = [source.num_samples("train") for source in prepared.sources]
-        self._mixture = Mixture([source.weight for source in prepared.sources])
+        self.names, self.num_samples = list(names), list(num_samples)
+        self.seed, self.global_batch_samples = seed, global_batch_samples
+        self._mixture = Mixture(weights)
         # By its number, never its name: a file may be called anything and is the same data.
         self._keys = [key_of("order", seed, number) for number in range(len(self.names))]
-        self._parts = [source.part("train") for source in prepared.sources]
 
     def ids(self, step: int) -> Ints:
         """(source, sample id) of every sample of the global batch of `step`: int64 [G, 2]."""
@@ -60,6 +59,52 @@ class Stream:
             ids[mine] = epoch * size + permute(position, size=size, key=keys)
         return np.stack([source, ids], axis=1)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every sample of every source was read at least once (rounded up).
+
+        With one source: its samples / global batch. In a mixture the source with the most
+        samples for its weight decides.
+        """
+        shares = np.asarray(self._mixture.per_period) / self._mixture.period
+        slots = max(size / share for size, share in zip(self.num_samples, shares))
+        return max(1, -(-int(np.ceil(slots)) // self.global_batch_samples))
+
+    def state(self, step: int) -> dict[str, int]:
+        """Samples read from each source before `step`: the whole position of a run."""
+        counts = self._mixture.before(step * self.global_batch_samples)
+        return dict(zip(self.names, counts))
+
+    def length(self, steps: int) -> str:
+        """What `steps` come to, for people: how often all samples are read, of each source."""
+        read = self.state(steps)
+        passes = [read[name] / size for name, size in zip(self.names, self.num_samples)]
+        said = [f"{each:.3g} epoch{'' if each == 1 else 's'}" for each in passes]
+        many = [f"{each} of {name}" for each, name in zip(said, self.names)]
+        return said[0] if len(said) == 1 else ", ".join(many)
+
+
+class Stream(Order):
+    """Training batches. `at(step, share)` reads only the share; nothing is remembered.
+
+    Each worker (each thread too) opens its own. A sample's id is epoch x samples of its source +
+    its index there: unique over the whole run.
+    """
+
+    def __init__(
+        self, prepared: Prepared | Path | str, *, seed: int, global_batch_samples: int
+    ) -> None:
+        prepared = prepared if isinstance(prepared, Prepared) else open_prepared(prepared)
+        self.prepared = prepared
+        super().__init__(
+            [source.name for source in prepared.sources],
+            [source.num_samples("train") for source in prepared.sources],
+            seed=seed,
+            global_batch_samples=global_batch_samples,
+            weights=[source.weight for source in prepared.sources],
+        )
+        self._parts = [source.part("train") for source in prepared.sources]
+
     def at(self, step: int, share: Share) -> Batch:
         """Samples `share.start` to `share.stop` of the global batch of `step`.
 
@@ -76,26 +121,26 @@ class Stream:
         index = [int(sample) % self.num_samples[source] for source, sample in ids]
         return _read(self._parts, source=ids[:, 0], index=index, ids=ids[:, 1])
 
+    def in_batches_of(self, samples: int) -> Stream:
+        """The same samples, so many in a global batch."""
+        return Stream(self.prepared, seed=self.seed, global_batch_samples=samples)
+
+    def order_of(self, name: str, num_samples: int) -> Order:
+        """An order of other samples, by the same seed in the same global batches."""
+        batch = self.global_batch_samples
+        return Order([name], [num_samples], seed=self.seed, global_batch_samples=batch)
+
+    def kept(self) -> dict[str, Any]:
+        """What is to be kept beside the step, to ask for its batch again: nothing."""
+        return {}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Stand where `kept` says."""
+
     @property
     def bytes_read(self) -> int:
         """Bytes of prepared data that this stream has read."""
         return sum(part.bytes_read for part in self._parts)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every sample of every source was read at least once (rounded up).
-
-        With one source: its samples / global batch. In a mixture the source with the most
-        samples for its weight decides.
-        """
-        shares = np.asarray(self._mixture.per_period) / self._mixture.period
-        slots = max(size / share for size, share in zip(self.num_samples, shares))
-        return max(1, -(-int(np.ceil(slots)) // self.global_batch_samples))
-
-    def state(self, step: int) -> dict[str, int]:
-        """Samples read from each source before `step`: the whole position of a run."""
-        counts = self._mixture.before(step * self.global_batch_samples)
-        return dict(zip(self.names, counts))
 
 
 class Evaluation:

@@ -14,14 +14,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from shoal.data.permutation import mix
-from shoal.data.stream import Stream
 from shoal.errors import RunError
 
 Ints = npt.NDArray[np.int64]
@@ -49,6 +48,16 @@ class _Step:
     read: _Read | None
 
 
+class Ordered(Protocol):
+    """Batches whose samples are known: how many each source has, and those of a step."""
+
+    names: list[str]
+    num_samples: list[int]
+
+    def ids(self, step: int) -> Ints:
+        """(source, sample id) of each sample of `step` [G, 2]."""
+
+
 def digest(*, source_ids: npt.ArrayLike, sample_ids: npt.ArrayLike) -> Ints:
     """What a worker read, as int64 [2]: a hash per sample summed modulo 2**64, and the count.
 
@@ -62,12 +71,12 @@ def digest(*, source_ids: npt.ArrayLike, sample_ids: npt.ArrayLike) -> Ints:
     return np.array([hashes.sum(dtype=np.uint64).astype(np.int64), len(sample)], dtype=np.int64)
 
 
-def sample_header(stream: Stream) -> dict[str, Any]:
+def sample_header(stream: Ordered) -> dict[str, Any]:
     """The object to log when a run starts or resumes."""
     return {"sources": dict(zip(stream.names, stream.num_samples))}
 
 
-def sample_row(step: int, *, stream: Stream, read: npt.ArrayLike) -> dict[str, Any]:
+def sample_row(step: int, *, stream: Ordered, read: npt.ArrayLike) -> dict[str, Any]:
     """The object to log for a committed step (as in `stream.at(step, ...)`, from 0).
 
     `read` is `digest` summed over the workers [2].

@@ -10,7 +10,8 @@ from torch import nn
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
 from shoal.config.recipe import Recipe
-from shoal.data.stream import Evaluation, Stream
+from shoal.data.stream import Evaluation
+from shoal.engine.batches import batches_of
 from shoal.engine.decision import Decision
 from shoal.engine.ending import Watch
 from shoal.engine.instruments import faults, mistakes, recorder
@@ -26,6 +27,7 @@ from shoal.models.init import Source
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
 from shoal.parallel.model import ModelSettings, model_config
+from shoal.parallel.player import Player
 from shoal.parallel.precision import LossScale, check_compute
 from shoal.parallel.ranks import Ranks
 from shoal.parallel.replica import Replica, build_replica, cut, fill, frozen_model, mark_logits
@@ -57,10 +59,6 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     ranks.attach(replica.model)
     if worker.rank == 0:
         _report_notes(report, source=None if job.joining else base, replica=replica)
-    data = Path(job.inputs.data_directory)
-    stream = Stream(data, seed=recipe.seed, global_batch_samples=recipe.train.global_batch_samples)
-    steps = recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
-    policy = _policy(job, ranks=ranks, state=state, steps=steps)
     dtype = check_compute(decision.compute, device=worker.device)
     loss_scale = LossScale.of(dtype)
     passes = OneByOne(
@@ -71,6 +69,10 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         pulse=ranks.world.pulse,
         scales_loss=loss_scale is not None,
     )
+    play = Player(passes.logits, ranks, replica.is_cut, job.inputs.tokenizer_directory)
+    stream = batches_of(recipe, job.inputs, task=task, play=play)
+    steps = recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
+    policy = _policy(job, ranks=ranks, state=state, steps=steps)
     training = Training(
         job=job,
         ranks=ranks,
@@ -94,10 +96,16 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
             job, replica, state=state, policy=policy, steps=steps, scale=loss_scale, dtype=dtype
         ),
         store=Store(job.run / "checkpoints"),
-        watch=Watch(recipe.train, keep_best=recipe.checkpoint.keep_best, alone=policy.alone),
+        watch=Watch(
+            recipe.train,
+            keep_best=recipe.checkpoint.keep_best,
+            alone=policy.alone,
+            falls=task.loss_falls,
+        ),
         stream=stream,
+        play=play,
         evaluation=Evaluation(
-            data,
+            Path(job.inputs.data_directory),
             batch_samples=decision.micro_batch_samples,
             samples=recipe.data.evaluation_samples,
         ),

@@ -53,8 +53,12 @@ class _Seen:
 class Watch:
     """Looks at every loss and evaluation. `alone`: replicas see losses of their own."""
 
-    def __init__(self, train: TrainSection, *, keep_best: bool, alone: bool) -> None:
+    def __init__(
+        self, train: TrainSection, *, keep_best: bool, alone: bool, falls: bool = True
+    ) -> None:
+        """`falls`: a loss that stays above its start diverges, not only one that is not finite."""
         self._train, self._keep_best, self._alone = train, keep_best, alone
+        self._falls = falls
         self._seen = _Seen()
 
     def stepped(self, step: int, loss: float, *, applied: bool) -> None:
@@ -62,7 +66,8 @@ class Watch:
         seen, finite = self._seen, applied and math.isfinite(loss)
         if len(seen.first) < _BEGINNING and finite:
             seen.first.append(loss)
-        seen.above = 0 if finite and loss <= self.start else seen.above + 1
+        low = not self._falls or loss <= self.start
+        seen.above = 0 if finite and low else seen.above + 1
         seen.step, seen.loss = step, loss
         if not self._alone:
             self.agree(self.diverges)

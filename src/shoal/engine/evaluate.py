@@ -38,7 +38,8 @@ def evaluate(
         empty = int(batch["sample_ids"].max()) < 0
         if empty and not training.replica.is_cut:
             continue
-        found = passes.score([Micro(batch, number)], predict=metrics.needs_predictions)
+        micro, predict = Micro(batch, number), metrics.needs_predictions
+        found = training.task.scored(batch, training.play) or passes.score([micro], predict=predict)
         if empty or not ranks.speaks:
             continue  # what was computed only gave the other ranks of the replica their part
         for scores in found:

@@ -100,7 +100,8 @@ class Trainer:
         """Build the model and all around it. A replica of several workers must have met before."""
         job, report = self.job, self._report
         self.training = build(job, ranks=ranks, worker=self.worker, report=report)
-        self.training.passes.check = self.members.check
+        self.training.passes.check = self.training.play.check = self.members.check
+        self.training.play.tell = self._tell_progress
         self.files = RunLog(job, report=report, training=self.training)
         settings = job.recipe.checkpoint
         self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shoal.checkpoint.store import Store
-from shoal.data.stream import Evaluation, Stream
+from shoal.data.stream import Evaluation
 from shoal.engine.ending import Watch
 from shoal.engine.job import Job
 from shoal.engine.passes import Batch, Passes
@@ -18,11 +18,13 @@ from shoal.engine.step import Step
 from shoal.engine.update import Update
 from shoal.layout import Share
 from shoal.models.anatomy import Anatomy
+from shoal.parallel.player import Player
 from shoal.parallel.precision import LossScale
 from shoal.parallel.ranks import Ranks
 from shoal.parallel.replica import Replica, cut_anew, fill
 from shoal.parallel.settings import Settings
 from shoal.sync.policy import Policy
+from shoal.tasks.playing import Batches
 from shoal.tasks.task import Task
 
 
@@ -42,8 +44,9 @@ class Training:
     update: Update
     store: Store
     watch: Watch
-    stream: Stream
+    stream: Batches
     evaluation: Evaluation
+    play: Player
     steps: int
     loss_scale: LossScale | None = None
     progress: Progress = field(default_factory=Progress)
@@ -70,7 +73,7 @@ class Training:
             fill(self.replica, storage=storage, gradients=gradients, draws=False)
             self.state.holdings = self.replica.holdings
         ranks.attach(self.model)
-        self.ranks = self.step.ranks = ranks
+        self.ranks = self.step.ranks = self.play.ranks = ranks
         self.policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
 
     def share(self) -> Share:
@@ -98,6 +101,7 @@ class Training:
             "peak_memory_bytes": self.peak_memory_bytes,
             "watch": self.watch.state(),
             "policy": self.policy.facts(),
+            "batches": self.stream.kept(),
         }
         return facts | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
 
@@ -118,6 +122,7 @@ class Training:
         self.peak_memory_bytes = facts.get("peak_memory_bytes") or self.peak_memory_bytes
         if self.loss_scale is not None and "loss_scale" in facts:
             self.loss_scale.restore(facts["loss_scale"])
+        self.stream.restore(facts.get("batches", {}))
         if facts.get("policy"):
             self.policy.restore(facts["policy"])
         self.update.restore(self.progress.step, applied_steps=self.progress.applied_steps)

@@ -34,6 +34,7 @@ from shoal.observe.console import Console
 from shoal.plan.devices import device_named
 from shoal.plan.from_recipe import workload_of
 from shoal.plan.workload import DEGREES, FORMATS, Workload, flops_per_token
+from shoal.tasks.kinds import kind_of
 
 _MICRO_TOKENS = 2048
 """Tokens of a micro batch when none is timed: enough to fill matrix products, small in cache."""
@@ -65,7 +66,7 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
     refuse_wrong_model(recipe, inputs=inputs, pool=pool, console=console)
     formats = _formats(recipe, pool=pool, console=console)
     inside = layout.replica_workers
-    is_open = auto and not recipe.train.exact
+    is_open = auto and not recipe.train.exact and not kind_of(recipe.task.kind).plays
     if auto and not given and (formats["devices"] or is_open or inside > 1):
         room = max(1, (formats["devices"] or cores) // inside)
         layout = replace(layout, replicate=most_replicas(recipe, at_most=room, shards=layout.shard))

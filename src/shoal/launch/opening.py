@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from shoal.config.recipe import PretrainedModel, Recipe
 from shoal.config.statement import statements
 from shoal.data.special import SpecialTokens
-from shoal.data.stream import Stream
+from shoal.engine.batches import batches_of
 from shoal.engine.decision import Decision
 from shoal.engine.job import Inputs
 from shoal.errors import ModelError
@@ -38,7 +36,7 @@ def opening(recipe: Recipe, *, inputs: Inputs, decision: Decision, steps: int) -
         "model": _model(recipe, inputs=inputs),
         "data": _data(recipe, inputs=inputs),
         "end token": _end(recipe, inputs),
-        "length": f"{said['length']} = {_epochs(recipe, inputs=inputs, steps=steps)}",
+        "length": f"{said['length']} = {batches_of(recipe, inputs).length(steps)}",
         "batch": f"{said['global batch']}; micro batch {decision.micro_batch_samples}",
         "learning rate": said["learning rate"],
         "optimizer": said["optimizer"],
@@ -55,30 +53,7 @@ def num_steps(recipe: Recipe, *, inputs: Inputs) -> int:
     """Optimizer steps of the whole run; the data is read only where the recipe gives epochs."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return recipe.train.num_steps(steps_per_epoch=_stream(recipe, inputs).steps_per_epoch)
-
-
-def _stream(recipe: Recipe, inputs: Inputs) -> Stream:
-    batch = recipe.train.global_batch_samples
-    return Stream(Path(inputs.data_directory), seed=recipe.seed, global_batch_samples=batch)
-
-
-def _epochs(recipe: Recipe, *, inputs: Inputs, steps: int) -> str:
-    """How often all samples are read; of a mixture, those of each source."""
-    if len(recipe.data.sources) == 1:
-        passes = steps * recipe.train.global_batch_samples / max(1, inputs.train_samples)
-        return _counted(passes)
-    stream = _stream(recipe, inputs)
-    read = stream.state(steps)
-    each = [
-        f"{_counted(read[name] / size)} of {name}"
-        for name, size in zip(stream.names, stream.num_samples)
-    ]
-    return ", ".join(each)
-
-
-def _counted(passes: float) -> str:
-    return f"{passes:.3g} epoch{'' if passes == 1 else 's'}"
+    return recipe.train.num_steps(steps_per_epoch=batches_of(recipe, inputs).steps_per_epoch)
 
 
 def _model(recipe: Recipe, *, inputs: Inputs) -> str:

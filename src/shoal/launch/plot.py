@@ -22,18 +22,24 @@ _MARKS = {
 
 
 def plot_run(
-    run: Path, *, unit: str = "nats", baseline: float | None = None, baseline_name: str = ""
+    run: Path,
+    *,
+    unit: str = "nats",
+    baseline: float | None = None,
+    baseline_name: str = "",
+    is_scored: bool = True,
 ) -> Path:
     """Draw RUN/metrics.jsonl and events.jsonl into RUN/loss.png and return its path.
 
     `baseline`: a loss that is drawn as a thin line called `baseline_name`; it does not set the
-    scale: where it lies outside, words say so. None: no such line.
+    scale: where it lies outside, words say so. None: no such line. `is_scored`: evaluations
+    have the same loss.
     """
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     rows = read_lines(run / "metrics.jsonl")
     steps = [row for row in rows if row.get("loss") is not None]
-    checks = [row for row in rows if row.get("evaluation_loss") is not None]
+    checks = [row for row in rows if is_scored and row.get("evaluation_loss") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     if steps:

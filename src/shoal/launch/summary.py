@@ -61,6 +61,7 @@ def write_summary(
             unit=curve.unit,
             baseline=done["baseline"].get(curve.baseline),
             baseline_name=curve.baseline_name,
+            is_scored=curve.is_scored,
         )
     shown = run / SHOWN
     if task.picture is not None and shown.is_file():

@@ -20,7 +20,7 @@ from shoal.checkpoint.store import Store
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe
 from shoal.config.recipe import ConfiguredModel, Recipe
-from shoal.data.stream import Stream
+from shoal.engine.batches import batches_of
 from shoal.engine.export import merge
 from shoal.engine.instruments.mistakes import MISTAKES
 from shoal.engine.opened import loss_of_rows
@@ -131,9 +131,10 @@ def _open(certificate: Certificate, runs: Runs, recipe: Recipe, cut: Recording, 
     if drops and recipe.model.dropout != "off":
         return  # transformers drops nothing where it is opened
     samples = recipe.train.global_batch_samples
-    data = Path(runs.inputs.data_directory)
-    stream = Stream(data, seed=recipe.seed, global_batch_samples=samples)
     task = create(recipe.task.kind, settings=runs.inputs.task_settings, options=recipe.task)
+    if task.plays:
+        return  # what it learned from is known to the run alone
+    stream = batches_of(recipe, runs.inputs, task=task)
     batch = task.drawn(stream.at(at, Share(0, samples)), seed=recipe.seed)
     rows = [{name: each[row] for name, each in batch.items()} for row in range(samples)]
     folder = runs.out / "opened"

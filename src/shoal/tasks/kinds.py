@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import xxhash
 
-from shoal.environment import python_path
 from shoal.errors import ConfigError, Problem, nearest
 from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
 from shoal.tasks.distillation import Distillation
+from shoal.tasks.grpo import GRPO
 from shoal.tasks.image_classification import ImageClassification
+from shoal.tasks.imports import imported
 from shoal.tasks.masked_lm import MaskedLM
 from shoal.tasks.object_detection import ObjectDetection
 from shoal.tasks.preference import Preference
 from shoal.tasks.recommendation import Recommendation
+from shoal.tasks.reinforcement import Reinforcement
 from shoal.tasks.sequence_classification import SequenceClassification
 from shoal.tasks.span_answering import SpanAnswering
 from shoal.tasks.task import Task
@@ -42,6 +40,8 @@ KINDS: dict[str, type[Task]] = {
         ImageClassification,
         ObjectDetection,
         Recommendation,
+        Reinforcement,
+        GRPO,
     )
 }
 
@@ -58,29 +58,12 @@ def kind_of(kind: str) -> type[Task]:
         raise ConfigError(
             [Problem("task.kind", f"expected a kind of task, got {kind!r}", nearest(kind, KINDS))]
         )
-    found = getattr(_imported(module, kind), name, None)
+    found = getattr(imported(module, named=kind, key="task.kind"), name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
         what = f"{module} has no class {name}" if found is None else f"{kind} is no shoal Task"
         raise ConfigError([Problem("task.kind", what, "derive it from shoal.tasks.task.Task")])
     found.kind = kind  # a run says by it where its task comes from
     return found
-
-
-def _imported(module: str, kind: str) -> ModuleType:
-    """A module, from where the user lets Python look; never from the folder that one is in.
-
-    A recipe from elsewhere may come with a file beside it. Raises ConfigError.
-    """
-    before, here = list(sys.path), {"", os.getcwd()} - set(python_path())
-    sys.path[:] = [each for each in before if each not in here]
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        hint = "install it, or let PYTHONPATH name its folder; shoal looks nowhere else"
-        raise ConfigError([Problem("task.kind", f"{kind!r}: {said}", hint)]) from error
-    finally:
-        sys.path[:] = before
 
 
 def code_of(kind: str) -> str:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shoal.errors import DataError
 from shoal.fields import IGNORED, TOKENS, Fields
+from shoal.tasks.playing import Batches, Play, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -171,6 +172,8 @@ class Curve:
     unit: str
     baseline: str | None = None
     baseline_name: str = ""
+    is_scored: bool = True
+    """Whether `evaluation_loss` is the same loss, and drawn beside it."""
 
 
 class Task(ABC):
@@ -194,6 +197,11 @@ class Task(ABC):
     """Whether the tokenizer needs a token that stands for a hidden one."""
     labels: ClassVar[str | None] = None
     """The setting that lists the names of its labels, by id; None: it has none."""
+    plays: ClassVar[bool] = False
+    """Whether it makes its batches of what the model does (`batches`), so that no step can be timed
+    before a run."""
+    loss_falls: ClassVar[bool] = True
+    """Whether a loss that stays above its start is a sign that the run diverges."""
     target_name: ClassVar[str] = "targets"
     """What is counted, in the plural."""
     curve: ClassVar[Curve] = Curve("nats per target")
@@ -269,6 +277,22 @@ class Task(ABC):
 
         A sample whose first field is empty is left out of the data.
         """
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of a batch that are made of one stored sample."""
+        return 1
+
+    def batches(self, stored: Stored, *, play: Play | None) -> Batches:
+        """Where batches come from: what is stored, or what the task makes of it by `play`.
+
+        Without `play` only their order is asked for.
+        """
+        return stored
+
+    def scored(self, batch: Batch, play: Play) -> list[Scores]:
+        """Scores of an evaluation's batch that are played for; none: its losses are the scores."""
+        return []
 
     def drawn(self, batch: Batch, *, seed: int) -> Batch:
         """A batch as the data gives it, with what the task draws for its samples, such as masks.

@@ -1,0 +1,248 @@
+"""Completions of prompts by the model as it is, their rewards and advantages.
+
+A forward has one prompt's group of rows, whatever the layout, and what is drawn is keyed by (seed,
+rollout, sample): whoever completes which prompts, the same is said. As in an evaluation's
+completions the whole row is computed again for each token: short, exact, and no cache to keep.
+
+Shapes: P prompts, G completions of each, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.errors import RunError
+from shoal.fields import IGNORED
+from shoal.layout import Share
+from shoal.tasks.playing import (
+    Array,
+    Floats,
+    Play,
+    Stored,
+    choose,
+    log_softmax,
+    packed,
+    unpacked,
+)
+
+_MULTIPLE = 8  # of the positions of a batch
+_DEVIATION = 1e-4  # added to a group's, as TRL does
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How often prompts are completed, and learned from."""
+
+    group: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A prompt's completions: tokens and their log-probabilities [G, T]; lengths, rewards [G]."""
+
+    tokens: Ints
+    logs: Floats
+    lengths: Ints
+    rewards: Floats
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Completes one prompt at a time, `rows` times, with at most `tokens` tokens."""
+
+    play: Play
+    reward: Callable[[str, Mapping[str, Any]], float]
+    rows: int
+    tokens: int
+    end: int | None
+    """The token that ends a completion; it belongs to it."""
+
+    def complete(
+        self,
+        prompt: Ints | None,
+        record: Mapping[str, Any],
+        *,
+        key: tuple[int, int, int],
+        likeliest: int = 0,
+    ) -> Made:
+        """Completions drawn from the model's own distribution, the last `likeliest` rows not drawn.
+
+        `prompt` None: nothing is to be said here, but other ranks of the replica do.
+        """
+        tokens = np.zeros((self.rows, self.tokens), dtype=np.int64)
+        logs, lengths = np.zeros(tokens.shape), np.zeros(self.rows, dtype=np.int64)
+        draws = np.random.default_rng(key).random(tokens.shape)
+        done = np.full(self.rows, prompt is None)
+        start = np.zeros(1, dtype=np.int64) if prompt is None else prompt
+        place = 0
+        while self.play.still(place < self.tokens and not done.all()):
+            said = tokens[:, : min(place, self.tokens)]
+            ids = np.concatenate([np.tile(start, (self.rows, 1)), said], axis=1)
+            positions = np.tile(np.arange(ids.shape[1]), (self.rows, 1))
+            logits = self.play.logits({"input_ids": ids, "position_ids": positions})
+            for row in np.flatnonzero(~done).tolist() if place < self.tokens else ():
+                chances = log_softmax(logits[row])
+                greedy = row >= self.rows - likeliest
+                token = int(chances.argmax()) if greedy else choose(chances, draws[row, place])
+                tokens[row, place], logs[row, place] = token, chances[token]
+                lengths[row] = place + 1
+                done[row] = token == self.end
+            place += 1
+        rewards = np.zeros(self.rows)
+        for row in range(self.rows) if prompt is not None else ():
+            said = tokens[row, : lengths[row]]
+            rewards[row] = self.reward(self.play.text_of(said[said != self.end].tolist()), record)
+        return Made(tokens, logs, lengths, rewards)
+
+
+class Completions:
+    """Batches of completions; a step's prompts are the stored ones in their order.
+
+    What one rollout says is learned from in `epochs` steps. A sample is a completion in one of
+    them; its id is unique over the run.
+    """
+
+    def __init__(
+        self, stored: Stored, settings: Settings, *, sampler: Sampler | None, play: Play | None
+    ) -> None:
+        self._stored, self._settings, self._sampler, self._play = stored, settings, sampler, play
+        self._times = settings.group * settings.epochs
+        self.names = stored.names
+        self.num_samples = [size * self._times for size in stored.num_samples]
+        self.global_batch_samples = stored.global_batch_samples * settings.group
+        self.restore({})
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which all prompts were completed, and learned from."""
+        return self._stored.steps_per_epoch * self._settings.epochs
+
+    def ids(self, step: int) -> Ints:
+        """(source, sample id) of each completion of `step` [P x G, 2]."""
+        rollout, again = divmod(step, self._settings.epochs)
+        prompts = np.repeat(self._stored.ids(rollout), self._settings.group, axis=0)
+        which = np.tile(np.arange(self._settings.group), len(prompts) // self._settings.group)
+        own = prompts[:, 1] * self._times + which * self._settings.epochs + again
+        return np.stack([prompts[:, 0], own], axis=1)
+
+    def state(self, step: int) -> dict[str, int]:
+        """Prompts completed of each source before `step`."""
+        return self._stored.state(step // self._settings.epochs)
+
+    def length(self, steps: int) -> str:
+        """How many prompts are completed, and how often all of them."""
+        rollouts = -(-steps // self._settings.epochs)
+        prompts = rollouts * self._stored.global_batch_samples
+        return (
+            f"{prompts:,} prompts x {self._settings.group} completions = "
+            f"{self._stored.length(rollouts)} of the prompts"
+        )
+
+    def at(self, step: int, share: Share) -> dict[str, Array]:
+        """Rows of tokens [B, T] with labels at completions, log_probabilities and advantages."""
+        rollout, again = divmod(step, self._settings.epochs)
+        if rollout != self.rollout or not self.played:
+            if again:
+                raise ValueError(f"step {step} was played by other weights, or is not yet")
+            self._next(rollout)
+        ids, played = self.ids(step), self.played
+        rows = slice(share.start, share.stop)
+        longest = int(played["ends"][rows].max(initial=1)) - 1
+        length = -(-longest // _MULTIPLE) * _MULTIPLE
+        batch = {name: played[name][rows, :length] for name in _ROW}
+        return {**batch, "sample_ids": ids[rows, 1].copy(), "source_ids": ids[rows, 0].copy()}
+
+    def kept(self) -> dict[str, Any]:
+        """The mean rewards so far; and what was said last, where it is learned from again."""
+        return self._kept
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Stand where `kept` says. Raises RunError for what is damaged, or of another batch."""
+        self.rollout = int(kept.get("rollout", -1))
+        self.history: list[list[float]] = [list(each) for each in kept.get("history", [])]
+        """Of each rollout: the step that it is for, and the mean reward."""
+        self.played = unpacked(kept.get("played", {}))
+        if any(len(each) != self.global_batch_samples for each in self.played.values()):
+            raise RunError(
+                "the save has completions of another batch than the recipe's\n"
+                "    go on with its own train.global_batch_samples"
+            )
+        self._kept = dict(kept)
+
+    def _next(self, rollout: int) -> None:
+        """Complete the prompts of a rollout, each by the ranks of one part."""
+        assert self._play is not None and self._sampler is not None, "who asks for batches plays"
+        play, stored, group = self._play, self._stored, self._settings.group
+        count, ids = stored.global_batch_samples, stored.ids(rollout)
+        prompts = stored.at(rollout, Share(0, count))
+        width = prompts["prompt_ids"].shape[1] + self._sampler.tokens
+        width = -(-width // _MULTIPLE) * _MULTIPLE
+        found = {name: np.zeros((count * group, width)) for name in (*_ROW, "ends")}
+        found["ends"], rewards = np.zeros(count * group), np.zeros((count, group))
+        for turn in range(-(-count // play.num_parts)):
+            number = turn * play.num_parts + play.part
+            play.tell(f"completing the prompts of step {rollout + 1}", number / count)
+            row = prompts["prompt_ids"][number] if number < count else None
+            prompt = None if row is None else row[row >= 0]
+            record = {} if row is None else records_of(prompts["records"][number])
+            # a sample's id may be drawn again in a later pass, never in the same rollout
+            key = (stored.seed, rollout, 0 if row is None else int(ids[number, 1]))
+            made = self._sampler.complete(prompt, record, key=key)
+            if prompt is not None:
+                rewards[number] = made.rewards
+                for which in range(group):
+                    _write(found, number * group + which, prompt, made, which)
+        found["rewards"] = rewards
+        whole = play.together(found)
+        rewards = whole.pop("rewards")
+        gains = advantages_of(rewards).ravel()
+        self.rollout = rollout
+        self.history.append([rollout * self._settings.epochs + 1, float(rewards.mean())])
+        self.played = {
+            name: array.astype(np.float32 if name == "log_probabilities" else np.int64)
+            for name, array in whole.items()
+        }
+        self.played["document_ids"] -= 1
+        self.played["labels"][self.played["labels"] == 0] = IGNORED + 1
+        self.played["labels"] -= 1
+        self.played["advantages"] = np.repeat(gains[:, None], width, axis=1).astype(np.float32)
+        self._kept = {"rollout": rollout, "history": self.history}
+        if self._settings.epochs > 1:
+            self._kept["played"] = packed(self.played)
+
+
+_ROW = ("input_ids", "position_ids", "document_ids", "labels", "log_probabilities", "advantages")
+"""What a row of a batch has at each of its tokens."""
+
+
+def _write(found: Mapping[str, Floats], at: int, prompt: Ints, made: Made, which: int) -> None:
+    """A prompt with one completion as a row; labels and documents one higher, for 0 is none."""
+    said = made.tokens[which, : made.lengths[which]]
+    ids = np.concatenate([prompt, said])
+    length, first = len(ids) - 1, len(prompt) - 1
+    found["input_ids"][at, :length] = ids[:-1]
+    found["position_ids"][at, :length] = np.arange(length)
+    found["document_ids"][at, :length] = 1
+    found["labels"][at, first:length] = said + 1
+    found["log_probabilities"][at, first:length] = made.logs[which, : len(said)]
+    found["ends"][at] = len(ids)
+
+
+def advantages_of(rewards: Floats) -> Floats:
+    """Rewards [P, G] less their group's mean, over its deviation (of a sample, as TRL has it)."""
+    apart: Floats = rewards - rewards.mean(1, keepdims=True)
+    return apart / (rewards.std(1, ddof=1, keepdims=True) + _DEVIATION)
+
+
+def records_of(row: Array) -> dict[str, Any]:
+    """A record from its bytes; zeros behind them are padding."""
+    found: dict[str, Any] = json.loads(bytes(row).rstrip(b"\0") or b"{}")
+    return found

@@ -17,9 +17,10 @@ from shoal.data.batch import Array, Batch, fill_rows, stack
 from shoal.data.counts import Counts, training_counts
 from shoal.data.mixture import Mixture
 from shoal.data.pack import Part
-from shoal.data.permutation import key_of, mix, permute
+from shoal.data.permutation import key_of, permute
 from shoal.data.prepare import Prepared, open_prepared
 from shoal.layout import Share
+from shoal.splitmix import mixed
 
 Ints = npt.NDArray[np.int64]
 
@@ -56,7 +57,7 @@ class Stream:
         for number, (size, key) in enumerate(zip(self.num_samples, self._keys)):
             mine = source == number
             epoch, position = np.divmod(running[mine], size)
-            keys = mix(epoch.astype(np.uint64) ^ np.uint64(key))
+            keys = mixed(epoch.astype(np.uint64) ^ np.uint64(key))
             ids[mine] = epoch * size + permute(position, size=size, key=keys)
         return np.stack([source, ids], axis=1)
 

@@ -124,6 +124,22 @@ class Recommendation(Section):
     kind: Literal["recommendation"] = "recommendation"
 
 
+class Embedding(Section):
+    """Vectors of texts, in which questions lie near the texts that answer them."""
+
+    kind: Literal["embedding"] = "embedding"
+    temperature: Annotated[float, Field(gt=0.0)] = 0.05
+    """What cosines are divided by before they are compared."""
+    symmetric: bool = True
+    """Also tell the question of each text, not only the text of each question."""
+    query_tokens: Annotated[int, Field(ge=4)] = 32
+    """Tokens that a question is cut to; its text has the rest of the row."""
+    query_prefix: str = ""
+    """What the model reads before each question, such as `query: `."""
+    text_prefix: str = ""
+    """What it reads before each text, such as `passage: `."""
+
+
 TaskSection = Annotated[
     CausalLM
     | Chat
@@ -135,7 +151,8 @@ TaskSection = Annotated[
     | SpanAnswering
     | ImageClassification
     | ObjectDetection
-    | Recommendation,
+    | Recommendation
+    | Embedding,
     Field(discriminator="kind"),
 ]
 

@@ -119,7 +119,7 @@ class Evaluation:
         self.prepared = prepared
         self.batch_samples = batch_samples
         sources = prepared.evaluated if part == "validation" else prepared.sources
-        self.names = [source.name for source in sources]
+        self._names = [source.name for source in sources]
         self._parts = [source.part(part) for source in sources]
         self._list = self._choose(samples, weights=[source.weight for source in sources])
 
@@ -134,6 +134,11 @@ class Evaluation:
 
     def __len__(self) -> int:
         return len(self._list)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources, by their number."""
+        return self._names
 
     def rows(self) -> Iterator[dict[str, Array]]:
         """The samples of this list one by one, in its order, with sample_ids and source_ids."""

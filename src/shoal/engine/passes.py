@@ -45,6 +45,10 @@ class Passes(ABC):
         """
 
     @abstractmethod
+    def look(self, micros: Sequence[Micro], *, step: int) -> list[Batch]:
+        """What the task sees of each micro batch (`Task.seen`), without gradients, on the CPU."""
+
+    @abstractmethod
     def score(self, micros: Sequence[Micro], *, predict: bool) -> list[Scores]:
         """The losses of batches, without gradients; empty on ranks that see no loss."""
 
@@ -87,6 +91,21 @@ class OneByOne(Passes):
             sums.append(loss.item())
             done(micro.number)
         return sums
+
+    @torch.no_grad()
+    def look(self, micros: Sequence[Micro], *, step: int) -> list[Batch]:
+        found: list[Batch] = []
+        for micro in micros:
+            self._begin("forward")
+            with compute_context(self._dtype, device=self._device):
+                self._replica.run(self._seen, self._moved(micro.batch), step, found)
+        return found
+
+    def _seen(self, model: nn.Module, batch: Batch, step: int, found: list[Batch]) -> Tensor:
+        """What is seen goes to `found`; a root wants a tensor."""
+        seen = self._task.seen(model, batch, step=step)
+        found.append({name: each.cpu() for name, each in seen.items()})
+        return next(iter(seen.values()))
 
     def _begin(self, phase: str) -> None:
         self.check()

@@ -140,6 +140,8 @@ class Step:
             Micro(micro, (share.start + start) // size)
             for micro, start in micro_batches(batch, self._task.fields, rows=size)
         ]
+        if targets and self._task.compares:
+            micros = self._compared(micros, share=share, step=step)
         self._state.zero_gradients()
         tree, losses = TreeSum(), [0.0] * len(micros)
         if targets:
@@ -166,6 +168,28 @@ class Step:
             gradients=gradients,
             norms=[norm / factor for norm in norms],
         )
+
+    def _compared(self, micros: Sequence[Micro], *, share: Share, step: int) -> list[Micro]:
+        """Micro batches with what the task makes of all samples that are stepped together."""
+        rows, size = self._settings.global_batch_samples, self._settings.micro_batch_samples
+        mine, whole = self.passes.look(micros, step=step), {}
+        for name in mine[0]:
+            part = torch.cat([each[name] for each in mine])
+            whole[name] = part.new_zeros(rows, *part.shape[1:])
+            if self.ranks.reads:  # else another rank of this replica has the same
+                whole[name][share.start : share.stop] = part
+            self._policy.together.sum_(whole[name])
+        fields = self._task.compared(whole)
+        return [
+            replace(
+                micro,
+                batch={
+                    **micro.batch,
+                    **{n: each[first : first + size] for n, each in fields.items()},
+                },
+            )
+            for micro, first in zip(micros, range(share.start, share.stop, size))
+        ]
 
     def _finish(self, *, num_micro_batches: int) -> None:
         """After the last backward: the sums that axes inside the replica still lack."""

@@ -18,6 +18,7 @@ from shoal.errors import ConfigError, Problem, nearest
 from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
 from shoal.tasks.distillation import Distillation
+from shoal.tasks.embedding import Embedding
 from shoal.tasks.image_classification import ImageClassification
 from shoal.tasks.masked_lm import MaskedLM
 from shoal.tasks.object_detection import ObjectDetection
@@ -42,6 +43,7 @@ KINDS: dict[str, type[Task]] = {
         ImageClassification,
         ObjectDetection,
         Recommendation,
+        Embedding,
     )
 }
 

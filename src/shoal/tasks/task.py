@@ -154,6 +154,10 @@ class Evaluated(Protocol):
     The data's `Evaluation` is one.
     """
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The sources of the samples that are scored, by their number in `source_ids`."""
+
     def rows(self) -> Iterator[Sample]:
         """The samples that are scored, one by one."""
 
@@ -194,6 +198,9 @@ class Task(ABC):
     """Whether the tokenizer needs a token that stands for a hidden one."""
     labels: ClassVar[str | None] = None
     """The setting that lists the names of its labels, by id; None: it has none."""
+    compares: ClassVar[bool] = False
+    """Whether the loss of a sample reads the others of its step: then `seen` and `compared` say
+    what of them."""
     target_name: ClassVar[str] = "targets"
     """What is counted, in the plural."""
     curve: ClassVar[Curve] = Curve("nats per target")
@@ -216,6 +223,8 @@ class Task(ABC):
         self.options = dict(options or {})
         self.notes: list[str] = []
         """What `learn` has to say about the data, for people."""
+        self.model_config: Any = None
+        """transformers' configuration of the model, where this is a worker."""
         self.companion: nn.Module | None = None
         """The frozen model of `companion_path`, where this is a worker that trains."""
 
@@ -318,6 +327,20 @@ class Task(ABC):
             total = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             return float(total), number
         return (float(made.loss.double()) * number if number else 0.0), number
+
+    def seen(self, model: nn.Module, batch: Batch, *, step: int) -> dict[str, Tensor]:
+        """Of a task that `compares`: what the losses of other samples read of these, [B, ...] each.
+
+        Called once a step before `output`, without gradients, in training mode.
+        """
+        raise NotImplementedError(f"{self.kind}: compares no samples")
+
+    def compared(self, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fields of batches of the step [G, ...], from what was seen of its G samples [G, ...].
+
+        The same on every rank that steps together; rows that nobody computed are 0.
+        """
+        raise NotImplementedError(f"{self.kind}: compares no samples")
 
     @abstractmethod
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:

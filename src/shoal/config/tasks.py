@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated, Any, ClassVar, Literal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
 from shoal.config.section import Count, Section
+from shoal.environment import python_path
+
+ENTRY_POINTS = "shoal.tasks"
+"""Group in which an installed package lists its tasks: `NAME = my_module:MyTask`."""
 
 
 class CausalLM(Section):
@@ -157,27 +166,61 @@ TaskSection = Annotated[
 ]
 
 
+@contextmanager
+def not_from_here() -> Iterator[None]:
+    """Python finds what is installed or what PYTHONPATH names, not what the current folder has.
+
+    A recipe from elsewhere may come with a file beside it.
+    """
+    before, here = list(sys.path), {"", os.getcwd()} - set(python_path())
+    sys.path[:] = [each for each in before if each not in here]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def installed_tasks() -> dict[str, list[str]]:
+    """Tasks of installed packages: by short name the paths of their classes, one if all is well."""
+    found: dict[str, list[str]] = {}
+    with not_from_here():
+        for each in entry_points(group=ENTRY_POINTS):
+            if each.value not in found.setdefault(each.name, []):
+                found[each.name].append(each.value)
+    return found
+
+
 def _import_path(text: str) -> str:
+    if ":" not in text and text in installed_tasks():
+        return text
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
         raise ValueError(f"expected how Python imports a class, my_module:MyTask; got {text!r}")
     return text
 
 
 class OwnTask(Section):
-    """A task of your own, by the path of its class; other keys are its options."""
+    """A task of your own, by its name or the path of its class; other keys are its options."""
 
     model_config = ConfigDict(extra="allow")
     kind: Annotated[str, AfterValidator(_import_path)]
-    """my_module:MyTask; the module is installed, or in a folder that PYTHONPATH names."""
+    """The name under which an installed package lists it; or my_module:MyTask, where the module is
+    installed or in a folder that PYTHONPATH names."""
 
 
 OWN, SHIPPED = "my_module:MyTask", "a kind of shoal"
 """Whose task it is; pydantic puts it into the place of an error, where it is left out again."""
 
 
+SHIPPED_KINDS = frozenset(
+    section.model_fields["kind"].default for section in get_args(get_args(TaskSection)[0])
+)
+
+
 def _whose(section: Any) -> str:
     kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
-    return OWN if isinstance(kind, str) and ":" in kind else SHIPPED
+    if not isinstance(kind, str) or kind in SHIPPED_KINDS:
+        return SHIPPED
+    return OWN if ":" in kind or kind in installed_tasks() else SHIPPED
 
 
 AnyTask = Annotated[

@@ -75,6 +75,16 @@ _HELP: dict[str, Any] = {
     "origin": "debian",
 }
 
+_FAQ: dict[str, Any] = {
+    "requirement": "zaragoza-construction-faq==1.2.1",
+    "sha256": "716a1999dd5ad8494c6a4e47d3510f017aa767ea9e55d3b348b0ad70b0e8d3d7",
+    "download_bytes": 566_661,
+    "licence": "CC-BY-4.0 (Zaragoza AB, doi 10.5281/zenodo.19630803)",
+    "files": ("zaragoza_construction_faq/data/faq*.jsonl", "*/METADATA"),
+    "folder": "construction-faq",
+    "entry": "zaragoza_construction_faq/data/faq-en.jsonl",
+}
+
 _ENTRIES = (
     Package(
         name="chitchat",
@@ -204,6 +214,32 @@ _ENTRIES = (
         entry="usr/share/libreoffice/help/es",
         reader="translated-help",
         **_HELP,
+    ),
+    *(
+        Package(
+            name=f"libreoffice-questions-{short}{end}",
+            summary=f"{what} the help of LibreOffice 7.4 in {language}, by its index",
+            entry=f"usr/share/libreoffice/help/{folder}",
+            reader=f"help-questions{end}",
+            **_HELP,
+        )
+        for short, language, folder in (("en", "English", "en-US"), ("zh", "Chinese", "zh-CN"))
+        for end, what in (
+            ("", "5,300 terms and the pages that explain them, of"),
+            ("-held-out", "1,300 terms of other pages, and all pages to search in, of"),
+        )
+    ),
+    Package(
+        name="construction-faq",
+        summary="half of 503 questions on building in Sweden with their answers, in English",
+        reader="faq",
+        **_FAQ,
+    ),
+    Package(
+        name="construction-faq-held-out",
+        summary="the other half, and all answers to search in",
+        reader="faq-held-out",
+        **_FAQ,
     ),
     Package(
         name="asterisk-core-sounds-en",

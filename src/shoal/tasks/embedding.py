@@ -58,6 +58,7 @@ QUERY_FIELDS = ("query", "question", "anchor")
 
 _TEXTS = 3
 _HALF = 31  # bits of an id in each of its two numbers: files hold 32, with a sign
+_CHARACTERS = 16  # of a token at most, but for few texts
 _TITLE_COUNTS = 3  # times that BM25 counts a title's words
 
 
@@ -135,21 +136,20 @@ class Embedding(Task):
             {"input_ids": [], "position_ids": [], "document_ids": [], "ids": []} for _ in records
         ]
         for number, (before, limit, texts) in enumerate(columns):
-            tools.tokenizer.no_padding()
-            tools.tokenizer.enable_truncation(limit)
-            encoded = tools.tokenizer.encode_batch([before + (text or "") for text in texts])
-            for sample, text, one in zip(samples, texts, encoded):
-                ids = list(one.ids) if text is not None else []
+            rows = _tokens(tools.tokenizer, texts, before=before, limit=limit)
+            for sample, text in zip(samples, texts):
+                ids = rows[text]
                 sample["input_ids"] += ids
                 sample["position_ids"] += range(len(ids))
                 sample["document_ids"] += [number] * len(ids)
                 whole = 0 if text is None else _id(text)
                 sample["ids"].append([whole >> _HALF, whole % (1 << _HALF)])
-        tools.tokenizer.no_truncation()
+        known: dict[tuple[str, str], list[int]] = {}
         for sample, record in zip(samples, records):
-            again = str(record.get("title") or "") + "\n"
-            sample["words"] = words_of(again * (_TITLE_COUNTS - 1) + _text(record))
-            sample["asked"] = words_of(_query(record) or "")
+            key = _text(record), str(record.get("title") or "")
+            if key not in known:
+                known[key] = words_of(key[0]) + words_of(key[1]) * (_TITLE_COUNTS - 1)
+            sample["words"], sample["asked"] = known[key], words_of(_query(record) or "")
         return samples
 
     def count(self, batch: Batch) -> int:
@@ -356,6 +356,23 @@ class Contrast:
         return Scores(output.hidden.new_zeros(len(output.hidden)), output.hidden)
 
 
+def _tokens(
+    tokenizer: Any, texts: Iterable[str | None], *, before: str, limit: int
+) -> dict[str | None, list[int]]:
+    """Ids of each distinct text, cut to `limit` and with its special tokens; of none none."""
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(limit)
+    distinct = list(dict.fromkeys(text for text in texts if text is not None))
+    most = limit * _CHARACTERS  # a text may be much longer than what is read of it
+    found = tokenizer.encode_batch([(before + text)[:most] for text in distinct])
+    ids: dict[str | None, list[int]] = {None: []}
+    for text, one in zip(distinct, found):
+        short = len(one.ids) < limit and len(before + text) > most
+        ids[text] = list((tokenizer.encode(before + text) if short else one).ids)
+    tokenizer.no_truncation()
+    return ids
+
+
 def words_of(text: str) -> list[int]:
     """Words without regard to case as numbers of 31 bits; of Chinese each two characters."""
     found: list[str] = []
@@ -390,8 +407,8 @@ def _text(record: Record) -> str:
             f"embedding: expected a text under 'text', {got}\n    name the column that holds the "
             "texts to be found (data.text_field), and remove lines without one"
         )
-    title = record.get("title")
-    return f"{title}\n{text}" if title else text
+    title = str(record.get("title") or "")
+    return text if text.startswith(title) else f"{title}\n{text}"
 
 
 def _query(record: Record) -> str | None:

@@ -22,6 +22,7 @@ from shoal.tasks.task import Batch, Evaluated, Named, Scores, Vector
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Answered = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 RANKS = (1, 5, 10)
 """Recall is told at these places."""
@@ -32,7 +33,6 @@ PRECISION = 0.9
 _MISSING = 5  # every fifth text that is asked for is taken out
 _SATURATION, _LENGTH = 1.2, 0.75  # k1 and b of BM25, as Lucene has them
 _PLACES = 20  # in the picture
-_WAYS = ("recall", "encoder_recall", "bm25_recall")
 
 
 def bm25(texts: Sequence[Ints], questions: Sequence[Ints]) -> Floats:
@@ -100,9 +100,9 @@ class Index:
 
     def found_by_words(self) -> Named:
         """Scores of BM25 alone."""
-        return self._named([_Found(each, each.by_words) for each in self.sources], "bm25_")
+        return self.named([_Found(each, each.by_words) for each in self.sources], "bm25_")
 
-    def _named(self, found: Sequence[_Found], prefix: str) -> Named:
+    def named(self, found: Sequence[_Found], prefix: str) -> Named:
         """Recall and coverage of all questions, and of each source where there are several."""
         parts = [("", list(found))]
         parts += [(f"/{each.source.name}", [each]) for each in found if len(found) > 1]
@@ -157,7 +157,7 @@ class _Found:
         return found
 
     @property
-    def answered(self) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]:
+    def answered(self) -> Answered:
         """Where texts are missing: how sure the best answer is, whether it is right, can be [Q]."""
         kept = ~self.source.missing
         scores, right = self.scores[:, kept], self.source.right[:, kept]
@@ -166,7 +166,7 @@ class _Found:
         return scores[lines, best], right[lines, best], right.any(axis=1)
 
 
-def coverage(parts: Sequence[tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]]) -> float:
+def coverage(parts: Sequence[Answered]) -> float:
     """Share of the questions with an answer that get one, when answers are given from that score on
     at which `PRECISION` of all that are given are right."""
     sure, right, possible = (np.concatenate(each) for each in zip(*parts))
@@ -237,9 +237,9 @@ class RetrievalMetrics:
             losses.append(_log_sum(logits) - _log_sum(right))
             if len(cosines) > 1:
                 named[f"evaluation_loss/{each.name}"] = float(losses[-1].mean())
-        for prefix, found in self._ways(cosines).items():
+        for prefix, ways in self._ways(cosines).items():
             if prefix != "bm25_":
-                named |= self._index._named(found, prefix)
+                named |= self._index.named(ways, prefix)
         whole = np.concatenate(losses)
         named["evaluation_loss"] = float(whole.mean())
         return {**named, "evaluation_targets": float(len(whole))}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from shoal.environment import python_path
+from shoal.config.tasks import installed_tasks, not_from_here
 from shoal.errors import ConfigError, Problem, nearest
 from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
@@ -49,40 +47,48 @@ KINDS: dict[str, type[Task]] = {
 
 
 def kind_of(kind: str) -> type[Task]:
-    """The task of a kind, which is shoal's own, or the path of a class: `my_module:MyTask`.
+    """The task of a kind: shoal's own, an installed package's by the name it is listed under (entry
+    points of the group `shoal.tasks`), or the path of a class, `my_module:MyTask`.
 
     Raises ConfigError for an unknown kind, and for a path that leads to no task.
     """
     if kind in KINDS:
         return KINDS[kind]
-    module, colon, name = kind.partition(":")
-    if not colon:
-        raise ConfigError(
-            [Problem("task.kind", f"expected a kind of task, got {kind!r}", nearest(kind, KINDS))]
-        )
-    found = getattr(_imported(module, kind), name, None)
+    module, colon, name = _path_of(kind).partition(":")
+    found = getattr(_imported(module, kind), name, None) if colon else None
     if not (isinstance(found, type) and issubclass(found, Task)):
-        what = f"{module} has no class {name}" if found is None else f"{kind} is no shoal Task"
+        what = f"{kind} is no shoal Task"
+        if found is None:
+            what = f"{module} has no class {name}"
         raise ConfigError([Problem("task.kind", what, "derive it from shoal.tasks.task.Task")])
     found.kind = kind  # a run says by it where its task comes from
     return found
 
 
-def _imported(module: str, kind: str) -> ModuleType:
-    """A module, from where the user lets Python look; never from the folder that one is in.
+def _path_of(kind: str) -> str:
+    """The import path of a task that is not shoal's. Raises ConfigError."""
+    if ":" in kind:
+        return kind
+    installed = installed_tasks()
+    paths = installed.get(kind, [])
+    if len(paths) == 1:
+        return paths[0]
+    what, hint = f"expected a kind of task, got {kind!r}", nearest(kind, [*KINDS, *installed])
+    if paths:
+        what = f"{len(paths)} installed packages list a task {kind!r}: {', '.join(paths)}"
+        hint = "name the one that is meant by its path, or uninstall the other"
+    raise ConfigError([Problem("task.kind", what, hint)])
 
-    A recipe from elsewhere may come with a file beside it. Raises ConfigError.
-    """
-    before, here = list(sys.path), {"", os.getcwd()} - set(python_path())
-    sys.path[:] = [each for each in before if each not in here]
+
+def _imported(module: str, kind: str) -> ModuleType:
+    """A module, from where the user lets Python look. Raises ConfigError."""
     try:
-        return importlib.import_module(module)
+        with not_from_here():
+            return importlib.import_module(module)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         hint = "install it, or let PYTHONPATH name its folder; shoal looks nowhere else"
         raise ConfigError([Problem("task.kind", f"{kind!r}: {said}", hint)]) from error
-    finally:
-        sys.path[:] = before
 
 
 def code_of(kind: str) -> str:

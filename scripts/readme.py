@@ -39,7 +39,7 @@ ORDER = (
     *("cli", "prove", "fleet", "launch", "engine", "serve", "parallel", "sync"),
     *("models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
     *("legal", "config", "recipes", "layout.py", "boxes.py", "fields.py", "units.py"),
-    *("environment.py", "untrusted.py", "errors.py"),
+    *("environment.py", "untrusted.py", "splitmix.py", "errors.py"),
 )
 MAP_HEAD = """\
 # Map: every file and what it is for

@@ -215,9 +215,9 @@ class Embedding(Task):
                 f"{after[f'bm25_recall_5{end}']:.3f}"
             )
         lines.append(
-            "where the text of every fifth question is missing, and 9 of 10 answers are to be "
-            f"right: {was(before, 'coverage', 3)}{after['coverage']:.3f} of the others are "
-            f"answered now, BM25 alone {after['bm25_coverage']:.3f}"
+            "with every fifth of the right texts missing, and 9 of 10 answers to be right: "
+            f"{was(before, 'coverage', 3)}{after['coverage']:.3f} of the questions that have one "
+            f"are answered now, BM25 alone {after['bm25_coverage']:.3f}"
         )
         return lines
 

@@ -158,12 +158,15 @@ class _Found:
 
     @property
     def answered(self) -> Answered:
-        """Where texts are missing: how sure the best answer is, whether it is right, can be [Q]."""
+        """Where texts are missing: how sure the best answer is, whether it is right, can be [Q].
+
+        Sure is what stands out: by how much the best score is above the second.
+        """
         kept = ~self.source.missing
         scores, right = self.scores[:, kept], self.source.right[:, kept]
-        best = scores.argmax(axis=1)
-        lines = np.arange(len(best))
-        return scores[lines, best], right[lines, best], right.any(axis=1)
+        best, lines = scores.argmax(axis=1), np.arange(len(scores))
+        most = np.sort(scores, axis=1)[:, -2:]
+        return most[:, -1] - most[:, 0], right[lines, best], right.any(axis=1)
 
 
 def coverage(parts: Sequence[Answered]) -> float:

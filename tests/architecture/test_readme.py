@@ -279,7 +279,14 @@ def small(words: list[str], bench: Bench) -> list[str]:
         return TAGGING
     if words[1:3] == ["train", "support"]:
         source = [] if own else ["data.source=YOUR-FAQ.jsonl", "data.validation={fraction: 0.2}"]
-        return [*TAGGING[:1], "data.sequence_tokens=48", *TAGGING[2:3], *TAGGING[4:], *SEARCH, *source]
+        return [
+            *TAGGING[:1],
+            "data.sequence_tokens=48",
+            *TAGGING[2:3],
+            *TAGGING[4:],
+            *SEARCH,
+            *source,
+        ]
     if words[1:3] == ["train", "digits"]:
         return IMAGES
     if "finetune" in words[2:4]:

@@ -112,8 +112,11 @@ def test_a_change_of_its_code_prepares_the_data_anew(
     assert kinds.code_of("causal-lm") == "causal-lm"
 
 
-def install(folder: Path, name: str, *, listed: str) -> Path:
-    """A package of one module, with a task that it lists by a short name, installed by pip."""
+def install(folder: Path, name: str, *, listed: str, by_pip: bool = False) -> Path:
+    """A package of one module, with a task that it lists by a short name, installed.
+
+    A wheel of pure Python is installed by unpacking it, which is what pip does, in a second.
+    """
     about = f"{name}-1.0.dist-info"
     wheel = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -126,8 +129,11 @@ def install(folder: Path, name: str, *, listed: str) -> Path:
         archive.writestr(f"{about}/entry_points.txt", points)
         archive.writestr(f"{about}/RECORD", "")
     target = folder / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=100)
+    if by_pip:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=100)
+    else:
+        zipfile.ZipFile(wheel).extractall(target)
     return target
 
 
@@ -139,9 +145,13 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_task_of_an_installed_package_is_known_by_its_name(
-    tmp_path: Path, installed: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = install(tmp_path, "stars_of_mine", listed="text-score", by_pip=True)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     rows = [{"text": "good " * (1 + n % 6), "score": n % 5} for n in range(60)]
     data = tmp_path / "stars.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -166,7 +166,8 @@ class _Found:
         scores, right = self.scores[:, kept], self.source.right[:, kept]
         best, lines = scores.argmax(axis=1), np.arange(len(scores))
         most = np.sort(scores, axis=1)[:, -2:]
-        return most[:, -1] - most[:, 0], right[lines, best], right.any(axis=1)
+        found: Answered = (most[:, -1] - most[:, 0], right[lines, best], np.any(right, axis=1))
+        return found
 
 
 def coverage(parts: Sequence[Answered]) -> float:

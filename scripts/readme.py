@@ -39,7 +39,7 @@ ORDER = (
     *("cli", "prove", "fleet", "launch", "engine", "serve", "parallel", "sync"),
     *("models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
     *("legal", "config", "recipes", "layout.py", "boxes.py", "fields.py", "units.py"),
-    *("environment.py", "untrusted.py", "errors.py"),
+    *("environment.py", "untrusted.py", "splitmix.py", "errors.py"),
 )
 MAP_HEAD = """\
 # Map: every file and what it is for
@@ -107,7 +107,8 @@ def families_of(kind: str) -> list[str]:
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     head = KINDS[kind].auto_class.removeprefix("AutoModelFor")
     table = re.sub("(?<=[a-z])(?=[A-Z])", "_", head).upper()  # CausalLM: CAUSAL_LM
-    heads = getattr(auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+    table = f"MODEL_FOR_{table}_MAPPING_NAMES" if head != "AutoModel" else "MODEL_MAPPING_NAMES"
+    heads = getattr(auto, table)
     able = [name for name in known_families() if name in heads]
     able = able or [name for name in FAMILIES if name in heads]  # known, without its sizes
     able = [name for name in able if not family_of(name).more_blocks]  # no task of two halves yet

@@ -58,6 +58,7 @@ TAGGING = [
     "launch.tune=false",
     "observe.console=false",
 ]
+SEARCH = ["train.steps=2", "checkpoint.every_steps=2"]
 FINETUNING = ["train.steps=2", "train.schedule.warmup_steps=1", "observe.console=false"]
 IMAGES = [
     *("model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=1"),
@@ -254,6 +255,8 @@ def workplace(
         for number in range(60)
     ]
     (tmp_path / "YOUR.json").write_text(json.dumps(questions), encoding="utf-8")
+    asked = [{"query": f"what is {n}", "text": f"it is a number, {n}"} for n in range(30)]
+    (tmp_path / "YOUR-FAQ.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
     (chat,) = blocks(START / "your-data.md", "json")
     (tmp_path / "YOUR-CHATS.jsonl").write_text(chat * 60, encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 and 3?\n"))
@@ -274,6 +277,16 @@ def small(words: list[str], bench: Bench) -> list[str]:
         return TAGGING + ([] if own else ["data.source=tags.conll"])
     if words[1:3] in (["train", "sentiment"], ["train", "answers"]):
         return TAGGING
+    if words[1:3] == ["train", "support"]:
+        source = [] if own else ["data.source=YOUR-FAQ.jsonl", "data.validation={fraction: 0.2}"]
+        return [
+            *TAGGING[:1],
+            "data.sequence_tokens=48",
+            *TAGGING[2:3],
+            *TAGGING[4:],
+            *SEARCH,
+            *source,
+        ]
     if words[1:3] == ["train", "digits"]:
         return IMAGES
     if "finetune" in words[2:4]:

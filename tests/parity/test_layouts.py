@@ -58,7 +58,7 @@ def test_other_recipes_when_cut(bench: Bench, change: tuple[str, ...]) -> None:
 
 
 def test_sent_bytes_of_sharding_are_the_formula_s(bench: Bench) -> None:
-    """Per micro batch blocks but the last are gathered twice, the rest once; gradients scattered."""
+    """Per micro batch: blocks but the last gathered twice, the rest once; gradients scattered."""
     layout = ("parallel.shard=2", "train.micro_batch_samples=4")
     run = bench.run(*layout, *SHORT)
     weights = load_file(run.path / "model/model.safetensors")

@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from shoal.config.load import load_recipe
 from shoal.errors import ConfigError
 from shoal.launch import local
 from shoal.launch.pool import WorkerPool
@@ -108,3 +110,83 @@ def test_a_change_of_its_code_prepares_the_data_anew(
     module.write_text(base + "    # another\n")
     assert kinds.code_of("changing_task:Mine") != before
     assert kinds.code_of("causal-lm") == "causal-lm"
+
+
+def install(folder: Path, name: str, *, listed: str, by_pip: bool = False) -> Path:
+    """A package of one module, with a task that it lists by a short name, installed.
+
+    A wheel of pure Python is installed by unpacking it, which is what pip does, in a second.
+    """
+    about = f"{name}-1.0.dist-info"
+    wheel = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(ROOT / "examples" / "own_task.py", f"{name}.py")
+        archive.writestr(
+            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        )
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        points = f"[shoal.tasks]\n{listed} = {name}:TextScore\n"
+        archive.writestr(f"{about}/entry_points.txt", points)
+        archive.writestr(f"{about}/RECORD", "")
+    target = folder / "installed"
+    if by_pip:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=100)
+    else:
+        zipfile.ZipFile(wheel).extractall(target)
+    return target
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = install(tmp_path, "stars_of_mine", listed="text-score")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_task_of_an_installed_package_is_known_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install(tmp_path, "stars_of_mine", listed="text-score", by_pip=True)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+    rows = [{"text": "good " * (1 + n % 6), "score": n % 5} for n in range(60)]
+    data = tmp_path / "stars.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    asked = ["task.kind=text-score", f"data.source={data}", "train.steps=2"]
+    with WorkerPool() as pool:
+        overrides = [*OVERRIDES[1:], *asked, "parallel.replicate=1"]
+        result = local.train(
+            "quickstart", overrides, out=tmp_path / "run", console=False, pool=pool
+        )
+    assert result.summary["task"] == "text-score"
+    assert kinds.code_of("text-score") != kinds.code_of("stars_of_mine:TextScore")
+
+
+def test_a_name_that_nobody_lists_is_told_the_nearest(installed: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'text-score'"):
+        load_recipe("quickstart", ["task={kind: text-scor}"])
+    with pytest.raises(ConfigError, match="recommendation, embedding, text-score"):
+        load_recipe("quickstart", ["task={kind: nothing-like-it}"])
+    with pytest.raises(ConfigError, match="did you mean 'text-score'"):
+        kinds.create("text-scor")
+
+
+def test_two_packages_that_list_one_name(tmp_path: Path, installed: Path) -> None:
+    install(tmp_path, "stars_of_another", listed="text-score")
+    with pytest.raises(ConfigError, match="2 installed packages list a task 'text-score'"):
+        kinds.create("text-score")
+    install(tmp_path, "an_impostor", listed="chat")
+    assert kinds.kind_of("chat").__module__ == "shoal.tasks.chat"
+
+
+def test_what_lies_in_the_folder_that_one_is_in_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install(tmp_path, "evil_stars", listed="evil-score")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend("")
+    with pytest.raises(ConfigError, match="expected one of"):
+        load_recipe("quickstart", ["task={kind: evil-score}"])

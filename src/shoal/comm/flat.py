@@ -16,6 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from shoal.comm.group import Group
+
 CHUNK = 16384
 """Elements per chunk: 64 KiB of float32, small against a model, large against call overhead."""
 _ALIGN = 16
@@ -140,3 +142,20 @@ def ordered_sum(values: Iterable[float]) -> float:
     for value in values:
         total += value
     return total
+
+
+def sum_rows(
+    parts: Sequence[Mapping[str, Tensor]], *, group: Group, count: int, start: int | None
+) -> dict[str, Tensor]:
+    """Rows that ranks have in `parts`, as [count, ...] on every rank, in CPU memory.
+
+    They are those from `start` on; None: another rank has the same. What nobody has is 0.
+    """
+    whole = {}
+    for name, first in parts[0].items():
+        rows = torch.cat([part[name] for part in parts]).cpu()
+        whole[name] = rows.new_zeros(count, *first.shape[1:])
+        if start is not None:
+            whole[name][start : start + len(rows)] = rows
+        group.sum_(whole[name])
+    return whole

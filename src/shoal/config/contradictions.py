@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shoal.config.recipe import PretrainedModel, Recipe
-from shoal.config.tasks import GRPO, Preference
+from shoal.config.tasks import GRPO, Embedding, Preference
 from shoal.errors import Problem
 
 
@@ -35,6 +35,13 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if isinstance(task, GRPO) and recipe.train.global_batch_samples % task.group:
         what = f"{recipe.train.global_batch_samples} completions are no groups of {task.group}"
         yield Problem("train.global_batch_samples", what, "make it a multiple of task.group")
+    if isinstance(task, Embedding):
+        if recipe.train.global_batch_samples == 1:
+            what = "a pair is learned by telling it from the others of its step, and there are none"
+            yield Problem("train.global_batch_samples", what, "set it to 2 at least, better to 64")
+        if recipe.model.dropout == "framework":
+            what = "texts are computed twice a step, and torch's dropout would draw anew"
+            yield Problem("model.dropout", what, "set model.dropout=keyed, or off")
     if adapter is not None and adapter.path and not isinstance(recipe.model, PretrainedModel):
         what = "an adapter belongs to the weights that it was trained beside"
         yield Problem("model.adapter.path", what, "set model.path to their folder")

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from shoal.config.recipe import Recipe
 from shoal.config.schema import choices, kinds_of, models_in
 from shoal.config.suggest import suggestion
-from shoal.config.tasks import OWN, SHIPPED
+from shoal.config.tasks import OWN, SHIPPED, installed_tasks
 from shoal.errors import Problem, nearest
 
 _HINTS = {
@@ -106,8 +106,10 @@ def _other(detail: ErrorDetails, *, where: str, models: list[Any]) -> Problem:
             return Problem(f"{where}.kind", "required, and not given", f"one of: {tags}")
         case "union_tag_invalid":
             tags = str(context.get("expected_tags", "")).replace("'", "")
+            tags = ", ".join([tags, *(installed_tasks() if where == "task" else ())])
             got = str(context.get("tag"))[:60]
-            hint = _HINTS.get(f"{where}.kind", "") or nearest(got, tags.split(", "))
+            near = nearest(got, tags.split(", "))
+            hint = near if near.startswith("did") else _HINTS.get(f"{where}.kind", near)
             return Problem(f"{where}.kind", f"expected one of {tags}; got {got!r}", hint)
     text = detail["msg"].removeprefix("Value error, ")
     return Problem(where, text)

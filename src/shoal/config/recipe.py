@@ -109,8 +109,8 @@ class Validation(Section):
 
     fraction: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
     """Of the documents of every source, chosen by what they hold."""
-    source: str | None = None
-    """All of another source, as `data.source` names one."""
+    source: str | tuple[str, ...] | None = None
+    """All of another source, as `data.source` names one, or of several."""
     split: str | None = None
     """A split of every source that is a folder or a data set of the hub, such as `validation`;
     trained on is then the split `train`."""
@@ -120,6 +120,11 @@ class Validation(Section):
         if (self.fraction, self.source, self.split).count(None) != 2:
             raise ValueError("give exactly one of `fraction`, `source` and `split`")
         return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Other sources, also when one is given by name."""
+        return (self.source,) if isinstance(self.source, str) else self.source or ()
 
 
 class DataSection(Section):

@@ -196,7 +196,9 @@ def _evaluation(recipe: Recipe) -> str:
     which = "all" if samples is None else f"at most {samples}"
     held = recipe.data.validation
     share = f"{held.fraction:.0%} of the data is kept apart" if held.fraction else ""
-    share = share or (f"all of {held.source}" if held.source else f"the split {held.split}")
+    share = share or (
+        f"all of {', '.join(held.sources)}" if held.source else f"the split {held.split}"
+    )
     return (
         f"before the first step and {_every(recipe.train.evaluate_every_steps)}, on {which} "
         f"validation samples ({share})"

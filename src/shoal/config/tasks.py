@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated, Any, ClassVar, Literal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
 from shoal.config.section import Count, Section
+from shoal.environment import python_path
+
+ENTRY_POINTS = "shoal.tasks"
+"""Group in which an installed package lists its tasks: `NAME = my_module:MyTask`."""
+
+
+_ONE = threading.RLock()
+"""Workers may be threads, and share the path."""
 
 
 def _import_path(text: str) -> str:
@@ -179,6 +193,22 @@ class GRPO(Section):
     """Tokens generated for each prompt."""
 
 
+class Embedding(Section):
+    """Vectors of texts, in which questions lie near the texts that answer them."""
+
+    kind: Literal["embedding"] = "embedding"
+    temperature: Annotated[float, Field(gt=0.0)] = 0.05
+    """What cosines are divided by before they are compared."""
+    symmetric: bool = True
+    """Also tell the question of each text, not only the text of each question."""
+    query_tokens: Annotated[int, Field(ge=4)] = 32
+    """Tokens that a question is cut to; its text has the rest of the row."""
+    query_prefix: str = ""
+    """What the model reads before each question, such as `query: `."""
+    text_prefix: str = ""
+    """What it reads before each text, such as `passage: `."""
+
+
 TaskSection = Annotated[
     CausalLM
     | Chat
@@ -192,26 +222,64 @@ TaskSection = Annotated[
     | ObjectDetection
     | Recommendation
     | Reinforcement
-    | GRPO,
+    | GRPO
+    | Embedding,
     Field(discriminator="kind"),
 ]
 
 
+@contextmanager
+def not_from_here() -> Iterator[None]:
+    """Python finds what is installed or what PYTHONPATH names, not what the current folder has.
+
+    A recipe from elsewhere may come with a file beside it.
+    """
+    with _ONE:
+        before, here = list(sys.path), {"", os.getcwd()} - set(python_path())
+        sys.path[:] = [each for each in before if each not in here]
+        try:
+            yield
+        finally:
+            sys.path[:] = before
+
+
+def installed_tasks() -> dict[str, list[str]]:
+    """Tasks of installed packages: by short name the paths of their classes, one if all is well."""
+    found: dict[str, list[str]] = {}
+    with not_from_here():
+        for each in entry_points(group=ENTRY_POINTS):
+            if each.value not in found.setdefault(each.name, []):
+                found[each.name].append(each.value)
+    return found
+
+
+def _task_path(text: str) -> str:
+    return text if ":" not in text and text in installed_tasks() else _import_path(text)
+
+
 class OwnTask(Section):
-    """A task of your own, by the path of its class; other keys are its options."""
+    """A task of your own, by its name or the path of its class; other keys are its options."""
 
     model_config = ConfigDict(extra="allow")
-    kind: Annotated[str, AfterValidator(_import_path)]
-    """my_module:MyTask; the module is installed, or in a folder that PYTHONPATH names."""
+    kind: Annotated[str, AfterValidator(_task_path)]
+    """The name under which an installed package lists it; or my_module:MyTask, where the module is
+    installed or in a folder that PYTHONPATH names."""
 
 
 OWN, SHIPPED = "my_module:MyTask", "a kind of shoal"
 """Whose task it is; pydantic puts it into the place of an error, where it is left out again."""
 
 
+SHIPPED_KINDS = frozenset(
+    section.model_fields["kind"].default for section in get_args(get_args(TaskSection)[0])
+)
+
+
 def _whose(section: Any) -> str:
     kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
-    return OWN if isinstance(kind, str) and ":" in kind else SHIPPED
+    if not isinstance(kind, str) or kind in SHIPPED_KINDS:
+        return SHIPPED
+    return OWN if ":" in kind or kind in installed_tasks() else SHIPPED
 
 
 AnyTask = Annotated[

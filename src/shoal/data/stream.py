@@ -18,9 +18,10 @@ from shoal.data.batch import Array, Batch, fill_rows, stack
 from shoal.data.counts import Counts, training_counts
 from shoal.data.mixture import Mixture
 from shoal.data.pack import Part
-from shoal.data.permutation import key_of, mix, permute
+from shoal.data.permutation import key_of, permute
 from shoal.data.prepare import Prepared, open_prepared
 from shoal.layout import Share
+from shoal.splitmix import mixed
 
 Ints = npt.NDArray[np.int64]
 
@@ -55,7 +56,7 @@ class Order:
         for number, (size, key) in enumerate(zip(self.num_samples, self._keys)):
             mine = source == number
             epoch, position = np.divmod(running[mine], size)
-            keys = mix(epoch.astype(np.uint64) ^ np.uint64(key))
+            keys = mixed(epoch.astype(np.uint64) ^ np.uint64(key))
             ids[mine] = epoch * size + permute(position, size=size, key=keys)
         return np.stack([source, ids], axis=1)
 
@@ -163,7 +164,7 @@ class Evaluation:
         self.prepared = prepared
         self.batch_samples = batch_samples
         sources = prepared.evaluated if part == "validation" else prepared.sources
-        self.names = [source.name for source in sources]
+        self._names = [source.name for source in sources]
         self._parts = [source.part(part) for source in sources]
         self._list = self._choose(samples, weights=[source.weight for source in sources])
 
@@ -178,6 +179,11 @@ class Evaluation:
 
     def __len__(self) -> int:
         return len(self._list)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources, by their number."""
+        return self._names
 
     def rows(self) -> Iterator[dict[str, Array]]:
         """The samples of this list one by one, in its order, with sample_ids and source_ids."""

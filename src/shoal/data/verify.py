@@ -20,8 +20,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.permutation import mix
 from shoal.errors import RunError
+from shoal.splitmix import mixed
 
 Ints = npt.NDArray[np.int64]
 FILE = "samples.jsonl"
@@ -67,7 +67,7 @@ def digest(*, source_ids: npt.ArrayLike, sample_ids: npt.ArrayLike) -> Ints:
     """
     source = np.asarray(source_ids, dtype=np.int64).astype(np.uint64)
     sample = np.asarray(sample_ids, dtype=np.int64).astype(np.uint64)
-    hashes = mix(mix(source) ^ sample)
+    hashes = mixed(mixed(source) ^ sample)
     return np.array([hashes.sum(dtype=np.uint64).astype(np.int64), len(sample)], dtype=np.int64)
 
 

@@ -15,10 +15,11 @@ import xxhash
 from shoal.data.batch import Array
 from shoal.data.counts import Counts
 from shoal.data.pack import DERIVED, ON_DISK, Shape, first_documents, open_values
-from shoal.data.permutation import key_of, mix
+from shoal.data.permutation import key_of
 from shoal.data.storage import contents_of
 from shoal.errors import DataError
 from shoal.fields import Field, Fields
+from shoal.splitmix import mixed
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -200,8 +201,8 @@ def split(samples: EncodedSamples, *, fraction: float, seed: int) -> tuple[Ints,
             "blank lines in a .txt, a line each in a .jsonl)"
         )
     records, values = samples.hashes
-    shuffled = mix(mix(values ^ np.uint64(key_of("documents", seed))) ^ _occurrences(values))
-    keys = mix(records ^ np.uint64(key_of("validation")))
+    shuffled = mixed(mixed(values ^ np.uint64(key_of("documents", seed))) ^ _occurrences(values))
+    keys = mixed(records ^ np.uint64(key_of("validation")))
     ranked = np.lexsort((shuffled, keys))
     held = round(count * fraction)
     if 0 < fraction < 1:

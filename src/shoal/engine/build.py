@@ -47,6 +47,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     recipe, decision = job.recipe, job.decision
     task = create_task(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
     replica = build_replica(model_settings(recipe, inputs=job.inputs, task=task))
+    task.model_config = replica.model.config
     if job.inputs.companion_directory is not None:
         task.companion = frozen_model(
             job.inputs.companion_directory, like=replica.settings, device=worker.device

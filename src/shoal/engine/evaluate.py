@@ -53,7 +53,7 @@ def evaluate(
     if len(evaluation.names) > 1:
         ranks.world.sum_(by_source)
         for name, (loss, targets) in zip(evaluation.names, by_source.tolist()):
-            result[f"evaluation_loss/{name}"] = loss / targets if targets else math.nan
+            result.setdefault(f"evaluation_loss/{name}", loss / targets if targets else math.nan)
     return result
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,10 @@ class Passes(ABC):
         """
 
     @abstractmethod
+    def look(self, micros: Sequence[Micro], *, step: int) -> list[Batch]:
+        """What the task sees of each micro batch (`Task.seen`), without gradients."""
+
+    @abstractmethod
     def score(self, micros: Sequence[Micro], *, predict: bool) -> list[Scores]:
         """The losses of batches, without gradients; empty on ranks that see no loss."""
 
@@ -79,14 +84,30 @@ class OneByOne(Passes):
         for position, micro in enumerate(micros):
             shard.micro_batch(self._replica.model, last=position == len(micros) - 1)
             self._begin("forward")
-            batch = self._moved(micro.batch)
-            with compute_context(self._dtype, device=self._device):
-                loss = self._replica.run(self._loss, batch, step, scale)
+            loss = self._run(self._loss, micro.batch, step, scale)
             self._begin("backward")
             self._replica.backward(loss * scale)
             sums.append(loss.item())
             done(micro.number)
         return sums
+
+    @torch.no_grad()
+    def look(self, micros: Sequence[Micro], *, step: int) -> list[Batch]:
+        found: list[Batch] = []
+
+        def seen(model: nn.Module, batch: Batch) -> Tensor:
+            found.append(self._task.seen(model, batch, step=step))
+            return next(iter(found[-1].values()))  # a root wants a tensor
+
+        for micro in micros:
+            self._begin("forward")
+            self._run(seen, micro.batch)
+        return found
+
+    def _run(self, function: Callable[..., Tensor], batch: Batch, *rest: Any) -> Tensor:
+        moved = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        with compute_context(self._dtype, device=self._device):
+            return self._replica.run(function, moved, *rest)
 
     def _begin(self, phase: str) -> None:
         self.check()
@@ -100,18 +121,14 @@ class OneByOne(Passes):
 
     @torch.no_grad()
     def score(self, micros: Sequence[Micro], *, predict: bool) -> list[Scores]:
-        model, found = self._replica.model, []
-        model.eval()
+        kept: list[Scores] = []
+        self._replica.model.eval()
         try:
             for micro in micros:
-                kept: list[Scores] = []
-                with compute_context(self._dtype, device=self._device):
-                    scores = partial(self._scores, predict=predict, kept=kept)
-                    self._replica.run(scores, self._moved(micro.batch))
-                found += kept
+                self._run(partial(self._scores, predict=predict, kept=kept), micro.batch)
         finally:
-            model.train()
-        return found
+            self._replica.model.train()
+        return kept
 
     def _scores(
         self, model: nn.Module, batch: Batch, *, predict: bool, kept: list[Scores]
@@ -128,7 +145,8 @@ class OneByOne(Passes):
         model = self._replica.model
         model.eval()
         try:
-            return self._replica.run(self._last_logits, self._moved(batch)).float()
+            moved = {name: tensor.to(self._device) for name, tensor in batch.items()}
+            return self._replica.run(self._last_logits, moved).float()
         finally:
             model.train()
 
@@ -138,6 +156,3 @@ class OneByOne(Passes):
         vocabulary = self._replica.vocabulary
         logits = part if vocabulary is None else vocabulary.gather(part)
         return logits[:, -1] if logits.dim() == 3 else logits
-
-    def _moved(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self._device) for name, tensor in batch.items()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from shoal.comm.flat import ordered_sum
+from shoal.comm.flat import ordered_sum, sum_rows
 from shoal.comm.tree import Node, TreeSum
 from shoal.data.batch import micro_batches
 from shoal.data.verify import digest as samples_digest
@@ -95,15 +96,9 @@ class Step:
 
     def in_micro_batches_of(self, samples: int) -> Step:
         """The same step, in micro batches of `samples`."""
-        return Step(
-            self._replica,
-            task=self._task,
-            passes=self.passes,
-            state=self._state,
-            ranks=self.ranks,
-            policy=self._policy,
-            settings=replace(self._settings, micro_batch_samples=samples),
-        )
+        other = copy(self)
+        other._settings = replace(self._settings, micro_batch_samples=samples)
+        return other
 
     def count(self, batch: Batch, *, votes: Votes, digest: int | None = None) -> Counted:
         """Targets of those who step together, what anybody wants, the digest of all samples read.
@@ -134,12 +129,18 @@ class Step:
         batch: the samples of `share`, this rank's part of the global batch, as the task has them.
         """
         settings, targets, policy = self._settings, counted.targets, self._policy
-        size = settings.micro_batch_samples
         factor = settings.loss_scale.value if settings.loss_scale else 1.0
-        micros = [
-            Micro(micro, (share.start + start) // size)
-            for micro, start in micro_batches(batch, self._task.fields, rows=size)
-        ]
+        micros = self._micros(batch, share=share)
+        if targets and self._task.compares:
+            seen = sum_rows(
+                self.passes.look(micros, step=step),
+                group=policy.together,
+                count=settings.global_batch_samples,
+                start=share.start if self.ranks.reads else None,
+            )
+            for name, rows in self._task.compared(seen).items():
+                batch = {**batch, name: rows[share.start : share.stop]}
+            micros = self._micros(batch, share=share)
         self._state.zero_gradients()
         tree, losses = TreeSum(), [0.0] * len(micros)
         if targets:
@@ -166,6 +167,11 @@ class Step:
             gradients=gradients,
             norms=[norm / factor for norm in norms],
         )
+
+    def _micros(self, batch: Batch, *, share: Share) -> list[Micro]:
+        size = self._settings.micro_batch_samples
+        parts = micro_batches(batch, self._task.fields, rows=size)
+        return [Micro(micro, (share.start + start) // size) for micro, start in parts]
 
     def _finish(self, *, num_micro_batches: int) -> None:
         """After the last backward: the sums that axes inside the replica still lack."""

@@ -143,7 +143,7 @@ def specs_of(recipe: Recipe) -> tuple[list[SourceSpec], list[SourceSpec]]:
         for each in data.sources
     ]
     if held.source is not None:
-        return specs, [SourceSpec(source=held.source, text_field=data.text_field)]
+        return specs, [SourceSpec(source=s, text_field=data.text_field) for s in held.sources]
     if held.split is not None:
         return specs, [replace(each, split=held.split, max_samples=None) for each in specs]
     return specs, []

@@ -42,6 +42,7 @@ _TASKS = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForTokenClassification": "TOKEN_CLS",
     "AutoModelForQuestionAnswering": "QUESTION_ANS",
+    "AutoModel": "FEATURE_EXTRACTION",
 }
 _MOST_CONFIG_BYTES = 1 << 20
 _SAID = frozenset(

@@ -234,11 +234,14 @@ def _padded(batch: dict[str, Tensor], fields: Fields, *, more: int) -> dict[str,
 def logits_of(model: nn.Module) -> Logits:
     """What turns hidden states [..., D] into logits [..., V]: the head and the family's transform.
 
-    Raises ModelError for a model without a head.
+    A bare base model (AutoModel) has no head: its states are what it gives. Raises ModelError for
+    a model around one that has none either.
     """
-    if getattr(model, "shoal_whole_logits", False):
+    base = str(getattr(model, "base_model_prefix", ""))
+    path = _head_path(model, base)
+    bare = path is None and not hasattr(model, base)
+    if bare or getattr(model, "shoal_whole_logits", False):
         return lambda hidden: hidden
-    path = _head_path(model, str(getattr(model, "base_model_prefix", "")))
     if path is None:
         raise ModelError(
             f"{type(model).__name__}: it has no head, so it gives no logits\n"
@@ -252,10 +255,13 @@ def logits_of(model: nn.Module) -> Logits:
 
 
 def logits_in(output: Any) -> Tensor:
-    """The logits of what a model of transformers gives; of the ends of answers both [B, T, 2]."""
+    """The logits of what a model of transformers gives; of the ends of answers both [B, T, 2].
+
+    Of a bare base model the states of its last layer.
+    """
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    logits: Tensor = output.logits
+    logits: Tensor = output["logits" if "logits" in output else "last_hidden_state"]
     return logits
 
 

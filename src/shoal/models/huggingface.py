@@ -200,6 +200,8 @@ def _built(config: Any, *, auto_class: str, attention_name: str) -> nn.Module:
             f"model: transformers cannot build a {config.model_type!r} as {auto_class}: {error}\n"
             "    use an architecture that has this task, or another task.kind"
         ) from error
+    if auto_class == "AutoModel" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # type: ignore[assignment]  # it makes no states, so nothing would train it
     return model
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import xxhash
 
+from shoal.config.tasks import installed_tasks
 from shoal.errors import ConfigError, Problem, nearest
 from shoal.tasks.causal_lm import CausalLM
 from shoal.tasks.chat import Chat
 from shoal.tasks.distillation import Distillation
+from shoal.tasks.embedding import Embedding
 from shoal.tasks.grpo import GRPO
 from shoal.tasks.image_classification import ImageClassification
 from shoal.tasks.imports import imported
@@ -42,28 +44,45 @@ KINDS: dict[str, type[Task]] = {
         Recommendation,
         Reinforcement,
         GRPO,
+        Embedding,
     )
 }
 
 
 def kind_of(kind: str) -> type[Task]:
-    """The task of a kind, which is shoal's own, or the path of a class: `my_module:MyTask`.
+    """The task of a kind: shoal's own, an installed package's by the name it is listed under (entry
+    points of the group `shoal.tasks`), or the path of a class, `my_module:MyTask`.
 
     Raises ConfigError for an unknown kind, and for a path that leads to no task.
     """
     if kind in KINDS:
         return KINDS[kind]
-    module, colon, name = kind.partition(":")
-    if not colon:
-        raise ConfigError(
-            [Problem("task.kind", f"expected a kind of task, got {kind!r}", nearest(kind, KINDS))]
-        )
-    found = getattr(imported(module, named=kind, key="task.kind"), name, None)
+    module, colon, name = _path_of(kind).partition(":")
+    found = None
+    if colon:
+        found = getattr(imported(module, named=kind, key="task.kind"), name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
-        what = f"{module} has no class {name}" if found is None else f"{kind} is no shoal Task"
+        what = f"{kind} is no shoal Task"
+        if found is None:
+            what = f"{module} has no class {name}"
         raise ConfigError([Problem("task.kind", what, "derive it from shoal.tasks.task.Task")])
     found.kind = kind  # a run says by it where its task comes from
     return found
+
+
+def _path_of(kind: str) -> str:
+    """The import path of a task that is not shoal's. Raises ConfigError."""
+    if ":" in kind:
+        return kind
+    installed = installed_tasks()
+    paths = installed.get(kind, [])
+    if len(paths) == 1:
+        return paths[0]
+    what, hint = f"expected a kind of task, got {kind!r}", nearest(kind, [*KINDS, *installed])
+    if paths:
+        what = f"{len(paths)} installed packages list a task {kind!r}: {', '.join(paths)}"
+        hint = "name the one that is meant by its path, or uninstall the other"
+    raise ConfigError([Problem("task.kind", what, hint)])
 
 
 def code_of(kind: str) -> str:

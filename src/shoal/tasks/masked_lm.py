@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shoal.errors import DataError
 from shoal.fields import IGNORED
+from shoal.splitmix import Words, mixed
 from shoal.tasks.causal_lm import CausalLM, CausalLMMetrics, classify_tokens
 from shoal.tasks.task import (
     NO_TOOLS,
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 _HIDDEN, _REPLACED = 0.8, 0.1
 """Of the targets; the rest stay as they are. Section 3.1 of the paper."""
-
-Words = NDArray[np.uint64]
 
 
 class MaskedLM(CausalLM):
@@ -175,14 +174,6 @@ class MaskedMetrics(CausalLMMetrics):
         targets = scores.pop("evaluation_targets")
         found = float(sums[2]) / targets if targets else math.nan
         return {**scores, "accuracy": found, "evaluation_targets": targets}
-
-
-def mixed(words: Words | np.uint64) -> Words:
-    """Well mixed bits of each word: a step of SplitMix64 (doi 10.1145/2660193.2660195)."""
-    bits: Words = np.atleast_1d(words) + np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
 
 
 def uniform(words: Words) -> NDArray[np.float64]:

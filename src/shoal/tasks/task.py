@@ -155,6 +155,10 @@ class Evaluated(Protocol):
     The data's `Evaluation` is one.
     """
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The sources of the samples that are scored, by their number in `source_ids`."""
+
     def rows(self) -> Iterator[Sample]:
         """The samples that are scored, one by one."""
 
@@ -202,6 +206,9 @@ class Task(ABC):
     before a run."""
     loss_falls: ClassVar[bool] = True
     """Whether a loss that stays above its start is a sign that the run diverges."""
+    compares: ClassVar[bool] = False
+    """Whether the loss of a sample reads the others of its step: then `seen` and `compared` say
+    what of them."""
     target_name: ClassVar[str] = "targets"
     """What is counted, in the plural."""
     curve: ClassVar[Curve] = Curve("nats per target")
@@ -224,6 +231,8 @@ class Task(ABC):
         self.options = dict(options or {})
         self.notes: list[str] = []
         """What `learn` has to say about the data, for people."""
+        self.model_config: Any = None
+        """transformers' configuration of the model, where this is a worker."""
         self.companion: nn.Module | None = None
         """The frozen model of `companion_path`, where this is a worker that trains."""
 
@@ -342,6 +351,20 @@ class Task(ABC):
             total = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             return float(total), number
         return (float(made.loss.double()) * number if number else 0.0), number
+
+    def seen(self, model: nn.Module, batch: Batch, *, step: int) -> dict[str, Tensor]:
+        """Of a task that `compares`: what the losses of other samples read of these, [B, ...] each.
+
+        Called once a step before `output`, without gradients, in training mode.
+        """
+        raise NotImplementedError(f"{self.kind}: compares no samples")
+
+    def compared(self, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fields of batches of the step [G, ...], from what was seen of its G samples [G, ...].
+
+        The same on every rank that steps together; rows that nobody computed are 0.
+        """
+        raise NotImplementedError(f"{self.kind}: compares no samples")
 
     @abstractmethod
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:

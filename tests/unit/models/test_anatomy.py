@@ -129,11 +129,13 @@ def test_a_class_with_logits_of_its_own_keeps_them_and_warns() -> None:
     assert head_parameters(model) == []
 
 
-def test_a_base_model_has_no_logits() -> None:
+def test_a_base_model_gives_its_states() -> None:
+    """And has no pooler: it makes none of them, so that nothing would train it."""
     model = build_meta(config_of("bert"), auto_class="AutoModel")
-    assert anatomy_of(model).head is None
-    with pytest.raises(ModelError, match="BertModel: it has no head"):
-        logits_of(model)
+    assert anatomy_of(model).head is None and head_parameters(model) == []
+    hidden = torch.zeros(1, 2, 8)
+    assert logits_of(model)(hidden) is hidden
+    assert not [name for name, _ in model.named_parameters() if "pooler" in name]
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -124,6 +124,23 @@ class Recommendation(Section):
     kind: Literal["recommendation"] = "recommendation"
 
 
+class Translation(Section):
+    """Translate: an encoder reads a text, a decoder writes it in another language."""
+
+    kind: Literal["translation"] = "translation"
+    prefix: str = ""
+    """Stands before every source, as T5 was trained: `translate English to German: `."""
+
+
+class SpeechRecognition(Section):
+    """Write down what is said in recordings, with a Whisper model."""
+
+    kind: Literal["speech-recognition"] = "speech-recognition"
+    longest_seconds: Annotated[int, Field(ge=1, le=30)] = 30
+    """Sound that the model reads, silence behind what is shorter; longer recordings are left out.
+    Below 30 it costs less, and the exported model reads no more."""
+
+
 TaskSection = Annotated[
     CausalLM
     | Chat
@@ -135,7 +152,9 @@ TaskSection = Annotated[
     | SpanAnswering
     | ImageClassification
     | ObjectDetection
-    | Recommendation,
+    | Recommendation
+    | Translation
+    | SpeechRecognition,
     Field(discriminator="kind"),
 ]
 

@@ -42,7 +42,12 @@ def previews(
         sample = {name: array[number] for name, array in batch.items() if name not in INDEX}
         source = prepared.sources[int(batch["source_ids"][number])].name
         yield plain(f"sample {number + 1} of {source}")
-        if tokenizer is not None:
+        if tokenizer is not None and "document_ids" not in sample:
+            for name in {"input_ids", "labels"} & sample.keys():
+                ids = [int(each) for each in sample[name] if each >= 0]
+                text = plain if name == "input_ids" else mark
+                yield text(f"{name}: {tokenizer.decode(ids, skip_special_tokens=False)}")
+        elif tokenizer is not None:
             names = {} if shifted else labels
             yield from _row(
                 sample, shift=shifted, tokenizer=tokenizer, labels=names, styles=(plain, mark)

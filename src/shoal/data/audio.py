@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal.data.columns import Record
-from shoal.data.files import Report, lines_of
+from shoal.data.files import Report, ending_of, lines_of
 from shoal.errors import DataError
 
 Floats = NDArray[np.float32]
 
 _PROMPT = re.compile(r"([^;:\s][^:]*):\s*([^\[<\s][^\[]*)(\[.*)?")
 """A line `digits/7: seven` of the list; what stands in brackets tells of tones or a sign."""
+_TABLES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson"}
 _REPORT_EVERY = 50
 
 
@@ -65,3 +66,31 @@ def read_prompts(
             audio, rate = read_wave(file)
             yield {"audio": audio, "rate": rate, "text": text}
     at(1.0)
+
+
+def recordings_beside(tables: Iterable[Path]) -> list[Path]:
+    """The .wav files in the folders of tables, and in those just below."""
+    folders = sorted({table.parent for table in tables if ending_of(table) in _TABLES})
+    found = (folder.glob(form) for folder in folders for form in ("*.wav", "*/*.wav"))
+    return sorted(path for paths in found for path in paths)
+
+
+def with_sound(records: Iterable[Record], *, table: Path) -> Iterator[Record]:
+    """Records of a table; the name of a .wav file under `audio` becomes its sound and `rate`.
+
+    Names are read from the table's folder. Raises DataError for a file that is not below it, and
+    what `read_wave` raises.
+    """
+    home = table.parent.resolve()
+    for record in records:
+        name = record.get("audio")
+        if isinstance(name, str):
+            path = home / name
+            if not path.resolve().is_relative_to(home):
+                raise DataError(
+                    f"{table}: expected the name of a .wav file in its folder or below, got "
+                    f"{name[:80]!r}; move the recording there"
+                )
+            audio, rate = read_wave(path)
+            record = {**record, "audio": audio, "rate": rate}
+        yield record

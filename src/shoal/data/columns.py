@@ -66,6 +66,9 @@ def table_records(
             # as it is: answers are found by counting its characters
             yield {**{k: v for k, v in row.items() if k != "context"}, "text": row["context"]}
             continue
+        if text_field is None and "text" not in row and row.keys() >= {"source", "target"}:
+            yield row
+            continue
         if text_field is None and (conversation := conversation_of(row, where=where)):
             yield conversation
             continue

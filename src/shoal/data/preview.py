@@ -42,8 +42,13 @@ def previews(
         sample = {name: array[number] for name, array in batch.items() if name not in INDEX}
         source = prepared.sources[int(batch["source_ids"][number])].name
         yield plain(f"sample {number + 1} of {source}")
-        is_row = tokenizer is not None and "input_ids" in sample
-        if is_row:
+        is_row = tokenizer is not None and "document_ids" in sample
+        if not is_row and tokenizer is not None:
+            for name in (each for each in ("input_ids", "labels") if each in sample):
+                ids = [int(each) for each in sample[name] if each >= 0]
+                text = plain if name == "input_ids" else mark
+                yield text(f"{name}: {tokenizer.decode(ids, skip_special_tokens=False)}")
+        elif is_row:
             names = {} if shifted else labels
             yield from _row(
                 sample, shift=shifted, tokenizer=tokenizer, labels=names, styles=(plain, mark)

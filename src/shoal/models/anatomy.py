@@ -192,7 +192,9 @@ def _called(model: nn.Module) -> nn.Module:
     """The base model; a decoder that transformers wraps for names alone (BART's) is what is in."""
     base: nn.Module = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
     inner = getattr(base, "decoder", None)
-    if inner is not None and "input_ids" not in _arguments(type(base).forward):
+    if inner is not None and not {"input_ids", "input_features"} & {
+        *_arguments(type(base).forward)
+    }:
         return inner  # type: ignore[no-any-return]
     return base
 
@@ -317,6 +319,11 @@ def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
         pixels = torch.linspace(-1, 1, math.prod(shape), device=device, dtype=dtype)
         return {"pixel_values": pixels.view(shape)}
     positions = torch.arange(num_tokens, device=device)[None]
+    if getattr(model, "main_input_name", "") == "input_features":  # a spectrogram (Whisper)
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        frames = torch.linspace(-1, 1, math.prod(shape), device=device).view(shape)
+        features = frames.to(next(model.parameters()).dtype)
+        return {"input_features": features, "decoder_input_ids": positions % config.vocab_size}
     ids = positions % config.vocab_size
     if config.is_encoder_decoder:
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}

@@ -75,6 +75,8 @@ class PretrainedWeights:
         base = str(getattr(model, "base_model_prefix", ""))
         by_model_name = _renamed(self._shapes, names, base)
         self._stored: dict[str, str] = {}
+        self._shortened: dict[str, tuple[int, int]] = {}
+        """Positions that the model has, and that the folder has, of tables of which it has less."""
         for name, parameter in parameters.items():
             found = next(
                 (
@@ -113,6 +115,8 @@ class PretrainedWeights:
                 f"{self._folder}: {key} holds {part.dtype} numbers, which are no weights to train: "
                 f"the folder is quantised\n    {UNQUANTISED}"
             )
+        if name in self._shortened and not cut:
+            part = part[: self._shortened[name][0]]
         result: Tensor = part.to(torch.float32)
         if not bool(result.isfinite().all()):
             raise ModelError(
@@ -138,6 +142,8 @@ class PretrainedWeights:
                 f"{self._folder.name}: embeddings and head are tied in config.json, but the file "
                 "has other values for each: trained and written untied, as transformers loads it"
             )
+        for name, (used, stored) in self._shortened.items():
+            lines.append(f"{name}: the first {used:,} of {stored:,} positions are used")
         if self.missing:
             lines.append(f"not in {self._folder.name}, drawn afresh: {_listed(self.missing)}")
         if self.unused:
@@ -147,6 +153,9 @@ class PretrainedWeights:
     def _fits(self, name: str, key: str, shape: tuple[int, ...], base: str) -> bool:
         stored = self._shapes[key]
         if stored == shape:
+            return True
+        if "position" in name and stored[0] > shape[0] and stored[1:] == shape[1:]:
+            self._shortened[name] = shape[0], stored[0]
             return True
         if base and not name.startswith(base + "."):
             return False

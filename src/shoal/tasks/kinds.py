@@ -25,8 +25,10 @@ from shoal.tasks.recommendation import Recommendation
 from shoal.tasks.reinforcement import Reinforcement
 from shoal.tasks.sequence_classification import SequenceClassification
 from shoal.tasks.span_answering import SpanAnswering
+from shoal.tasks.speech_recognition import SpeechRecognition
 from shoal.tasks.task import Task
 from shoal.tasks.token_classification import TokenClassification
+from shoal.tasks.translation import Translation
 
 KINDS: dict[str, type[Task]] = {
     task.kind: task
@@ -45,6 +47,8 @@ KINDS: dict[str, type[Task]] = {
         Reinforcement,
         GRPO,
         Embedding,
+        Translation,
+        SpeechRecognition,
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,16 @@ def draw_numbers(shown: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("is")
     axes.set_ylabel("said")
     save(figure, path)
+
+
+def write_table(rows: Sequence[Sequence[str]], *, path: Path) -> None:
+    """A page with a table of texts, the first row its head: a browser has letters for all."""
+    lines = ["".join(f"<td>{html.escape(each)}</td>" for each in row) for row in rows]
+    style = "table {border-collapse: collapse} td {border: 1px solid; padding: 6px}"
+    style += " tr:first-child {font-weight: bold}"
+    table = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    head = f'<!doctype html><meta charset="utf-8"><style>{style}</style>'
+    path.write_text(f"{head}\n<table>\n{table}\n</table>\n", encoding="utf-8")
 
 
 def small_image(pixels: NDArray[Any]) -> list[Any]:

@@ -193,6 +193,8 @@ class Task(ABC):
     causal: ClassVar[bool] = False
     """Whether a position is to be predicted from those before it alone."""
     needs_tokenizer: ClassVar[bool] = True
+    writes_text: ClassVar[bool] = False
+    """Whether its scores read what the model writes: workers then have the `tokenizer`."""
     reads_words: ClassVar[bool] = False
     """Whether texts come as single words, so that a tokenizer puts the space before each itself."""
     whole_logits: ClassVar[bool] = False
@@ -233,6 +235,8 @@ class Task(ABC):
         """What `learn` has to say about the data, for people."""
         self.model_config: Any = None
         """transformers' configuration of the model, where this is a worker."""
+        self.tokenizer: Any = None
+        """Where this is a worker of a task that writes text."""
         self.companion: nn.Module | None = None
         """The frozen model of `companion_path`, where this is a worker that trains."""
 

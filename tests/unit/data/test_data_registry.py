@@ -17,7 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from shoal.data import fetch, registry
-from shoal.data.convert import gguf_to_folder
+from shoal.data.convert import to_folder
 from shoal.data.tokenize import load_tokenizer
 from shoal.errors import FetchError
 
@@ -238,7 +238,7 @@ def write_tiny_gguf(path: Path, *, width: int = 32, vocabulary: int = 64) -> np.
 def test_a_gguf_model_becomes_a_folder_once(tmp_path: Path) -> None:
     embedding = write_tiny_gguf(tmp_path / "tiny.gguf")
     lines: list[str] = []
-    folder = gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append)
+    folder = to_folder(tmp_path / "tiny.gguf", announce=lines.append)
     assert lines[-1] == f"converted into {folder}"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert load_tokenizer(folder).token_to_id("AB") == 2
@@ -247,13 +247,13 @@ def test_a_gguf_model_becomes_a_folder_once(tmp_path: Path) -> None:
         assert "lm_head.weight" not in weights.keys(), "tied, so stored once"  # noqa: SIM118
     # bfloat16 has 8 significant bits: rounding is off by at most 2**-8 of the value.
     assert np.allclose(stored, embedding, rtol=2**-8, atol=0)
-    again = gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append)
+    again = to_folder(tmp_path / "tiny.gguf", announce=lines.append)
     assert (again, len(lines)) == (folder, 2)
     whole = (folder / "config.json").read_bytes()
     (folder / "config.json").write_bytes(whole.replace(b"llama", b"lamma"))
-    gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append, hashed=False)
+    to_folder(tmp_path / "tiny.gguf", announce=lines.append, hashed=False)
     assert len(lines) == 2
-    gguf_to_folder(tmp_path / "tiny.gguf", announce=lines.append)
+    to_folder(tmp_path / "tiny.gguf", announce=lines.append)
     assert lines[2].startswith("tiny.gguf: its conversion is damaged and made again: ")
     assert (folder / "config.json").read_bytes() == whole
 
@@ -264,6 +264,6 @@ def test_a_file_that_is_no_model_cannot_be_converted(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF but not really")
     lines: list[str] = []
     with pytest.raises(FetchError, match=r"model.gguf: the conversion failed: .*fetch the package"):
-        gguf_to_folder(path, announce=lines.append)
+        to_folder(path, announce=lines.append)
     assert lines == ["converting model.gguf to a Hugging Face folder, once (about a minute)"]
     assert [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]

@@ -8,7 +8,6 @@ import hashlib
 import re
 import shutil
 import subprocess
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from shoal.data.audio import read_prompts, read_wave
 from shoal.data.columns import content_hash
 from shoal.data.help_pages import read_help_pages, read_translated_help
 from shoal.errors import DataError, FetchError
+from sounds import write_wave
 
 needs_apt = pytest.mark.skipif(
     shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None,
@@ -172,16 +172,6 @@ def test_help_pages_are_read_and_paired(tmp_path: Path) -> None:
     assert content_hash(pairs[0]) != content_hash(pairs[1]), "of other pages"
     again = {**pairs[0], "source": "another"}
     assert content_hash(again) == content_hash(pairs[0]), "of one page"
-
-
-def write_wave(path: Path, whole: np.ndarray, *, rate: int, width: int, channels: int = 1) -> None:
-    """`whole` in the numbers that a file of `width` bytes holds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as file:
-        file.setparams((channels, width, rate, 0, "NONE", ""))
-        unsigned = whole + (128 if width == 1 else 0)
-        raw = unsigned.astype("<i4").view("u1").reshape(-1, 4)[:, :width]
-        file.writeframes(raw.tobytes())
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])

@@ -156,6 +156,7 @@ FAMILIES: dict[str, Family] = {
         head="class_labels_classifier",
         hidden="detection_tokens_of_image",
     ),
+    "whisper": Family(blocks="encoder.layers", more_blocks=("decoder.layers",)),
     "t5": Family(
         sizes=_t5,
         size_keys=SizeKeys(

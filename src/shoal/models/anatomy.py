@@ -311,6 +311,7 @@ def check_logits(model: nn.Module, anatomy: Anatomy, *, num_tokens: int = 8) -> 
 def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
     """One small sample that the model takes: tokens, tokens of both sides, or an image."""
     device, config = next(model.parameters()).device, _config(model)
+    shape: tuple[int, ...]
     if getattr(model, "main_input_name", "") == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size

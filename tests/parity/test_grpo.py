@@ -41,7 +41,7 @@ data:
   tokenizer: {kind: train, vocabulary_size: 260}
 train:
   steps: 10
-  global_batch_samples: 16
+  global_batch_samples: 96
   evaluate_every_steps: 5
   optimizer: {kind: adamw, learning_rate: 1.0e-2}
   schedule: {kind: constant}
@@ -86,6 +86,16 @@ def test_one_loss_curve_in_any_layout(sums: Bench, overrides: tuple[str, ...]) -
     assert largest_difference(*norms) < 1e-5
     rewards = [[row["mean_reward"] for row in run.evaluations] for run in (one, other)]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-9)
+
+
+def test_what_is_learned_from_is_as_likely_as_when_it_was_said(sums: Bench) -> None:
+    """Prompts that are aligned for sampling, and rows of a batch: no bound, however narrow, cuts
+    the first step after a rollout."""
+    wide, narrow = (
+        run.rows[1] for run in (sums.run(), sums.run("task.clip=1e-5", "train.steps=1"))
+    )
+    assert narrow["loss"] == pytest.approx(wide["loss"], abs=1e-7)
+    assert narrow["gradient_norm"] == pytest.approx(wide["gradient_norm"], rel=1e-5)
 
 
 def test_a_run_that_was_stopped_within_a_rollout_goes_on_as_if_it_had_not(sums: Bench) -> None:

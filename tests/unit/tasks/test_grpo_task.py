@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shoal.config.load import load_recipe
 from shoal.data.prepare import SourceSpec, prepare
+from shoal.data.sources import locate, read_records
 from shoal.data.stream import Stream
 from shoal.errors import ConfigError, DataError, RunError
 from shoal.fields import IGNORED
@@ -277,6 +278,21 @@ def test_a_save_of_another_batch(stored: Stream) -> None:
     found.at(0, Share(0, 12))
     with pytest.raises(RunError, match="completions of another batch"):
         completions(stored.in_batches_of(6), epochs=2).restore(found.kept())
+
+
+def test_sums_are_held_out_for_good() -> None:
+    """What a model has read of, and what it is scored on, are other sums; their results are right."""
+    asked, held, read = (
+        list(read_records(name)) for name in ("sum-questions", "sum-questions-held-out", "sums")
+    )
+    assert {each["text"] for each in read} == {each["text"] + each["answer"] for each in asked}
+    questions = {each["text"]: each["answer"] for each in (*asked, *held)}
+    assert len(questions) == len(asked) + len(held) == 10_000 and 900 < len(held) < 1100
+    for text, answer in questions.items():
+        one, other = text.rstrip("=").split("+")
+        assert int(one) + int(other) == int(answer)
+    with pytest.raises(DataError, match="did you mean 'sum-questions'"):
+        locate("sum-question")
 
 
 def test_rewards_that_come_with_shoal() -> None:

@@ -281,7 +281,7 @@ def test_a_save_of_another_batch(stored: Stream) -> None:
 
 
 def test_sums_are_held_out_for_good() -> None:
-    """What a model has read of, and what it is scored on, are other sums; their results are right."""
+    """A model has read other sums than it is scored on, and their results are right."""
     asked, held, read = (
         list(read_records(name)) for name in ("sum-questions", "sum-questions-held-out", "sums")
     )

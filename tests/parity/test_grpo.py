@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from shoal.data.verify import verify_run
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, ModelError
+from shoal.launch import local
 from shoal.launch.pool import WorkerPool
 from shoal.launch.summary import last_words
 from tiny import Bench, Run, largest_difference
@@ -41,7 +42,7 @@ data:
   tokenizer: {kind: train, vocabulary_size: 260}
 train:
   steps: 10
-  global_batch_samples: 16
+  global_batch_samples: 96
   evaluate_every_steps: 5
   optimizer: {kind: adamw, learning_rate: 1.0e-2}
   schedule: {kind: constant}
@@ -88,6 +89,16 @@ def test_one_loss_curve_in_any_layout(sums: Bench, overrides: tuple[str, ...]) -
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-9)
 
 
+def test_what_is_learned_from_is_as_likely_as_when_it_was_said(sums: Bench) -> None:
+    """Prompts that are aligned for sampling, and rows of a batch: no bound, however narrow, cuts
+    the first step after a rollout."""
+    wide, narrow = (
+        run.rows[1] for run in (sums.run(), sums.run("task.clip=1e-5", "train.steps=1"))
+    )
+    assert narrow["loss"] == pytest.approx(wide["loss"], abs=1e-7)
+    assert narrow["gradient_norm"] == pytest.approx(wide["gradient_norm"], rel=1e-5)
+
+
 def test_a_run_that_was_stopped_within_a_rollout_goes_on_as_if_it_had_not(sums: Bench) -> None:
     straight = sums.run()
     stopped = sums.train("train.stop_after_steps=5")
@@ -126,3 +137,24 @@ def test_a_reference_beside_an_adapter(sums: Bench) -> None:
         "model.adapter={kind: lora, rank: 4}", "task.kl_coefficient=5.0", "parallel.replicate=2"
     )
     assert max(abs(a - b) for a, b in zip(held.losses, two.losses, strict=True)) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_shipped_recipes_in_short(sums: Bench) -> None:
+    """A model that has hardly read sums goes on from its folder, and what it says is counted."""
+    first, out = sums.new_path(), sums.new_path()
+    small = ["train.global_batch_samples=32", "parallel.replicate=1"]
+    read = local.train("sums", ["train.steps=40", *small], out=first, console=False, pool=sums.pool)
+    assert (
+        read.summary["evaluation"]["perplexity"] < read.summary["evaluation_before"]["perplexity"]
+    )
+    with pytest.raises(ModelError, match="'runs/sums/model' is no folder"):
+        local.train("arithmetic-grpo", small, out=sums.new_path(), console=False, pool=sums.pool)
+    overrides = [f"model.path={first}/model", "train.steps=3", "data.evaluation_samples=20"]
+    more = ["task.reward=shoal.tasks.rewards:answer_digits", "train.evaluate_every_steps=3"]
+    made = local.train(
+        "arithmetic-grpo", [*overrides, *more, *small], out=out, console=False, pool=sums.pool
+    )
+    assert len(history(Run(out))) == 3 and 0 < made.summary["evaluation"]["mean_reward"] < 1
+    completed = [row["completions"] for row in Run(out).evaluations]
+    assert [len(each) for each in completed] == [2, 2]

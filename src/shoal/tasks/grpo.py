@@ -25,7 +25,7 @@ from shoal.errors import ConfigError, DataError, Problem
 from shoal.fields import IGNORED, Field, Fields
 from shoal.observe.events import read_lines
 from shoal.tasks.causal_lm import CausalLM
-from shoal.tasks.grpo_rollouts import Completions, Sampler, Settings, records_of
+from shoal.tasks.grpo_rollouts import Completions, Sampler, Settings, asked_of, records_of
 from shoal.tasks.imports import imported
 from shoal.tasks.pictures import OTHER, QUIET, STRONG, new_figure, save
 from shoal.tasks.playing import Batches, Play, Stored
@@ -150,7 +150,7 @@ class GRPO(Task):
         return Sampler(
             play,
             self._reward(),
-            rows=self.rows_per_sample,
+            group=self.rows_per_sample,
             tokens=int(self.options["completion_tokens"]),
             end=self.settings.get("end"),
         )
@@ -190,17 +190,13 @@ class GRPO(Task):
         """Of each prompt the mean reward of drawn completions, and that of the likeliest one."""
         import torch
 
-        real, found = real_rows(batch), np.zeros((len(batch["sample_ids"]), 2))
-        sampler, ids = self._sampler(play), np.asarray(batch["sample_ids"])
-        for row, prompt in enumerate(np.asarray(batch["prompt_ids"])):
-            record = records_of(np.asarray(batch["records"][row]))
-            made = sampler.complete(
-                prompt[prompt >= 0] if real[row] else None,
-                record,
-                key=(0, 0, int(ids[row]) + 1),
-                likeliest=1,
-            )
-            found[row] = [made.rewards[:-1].mean(), made.rewards[-1]]
+        real, sampler = real_rows(batch), self._sampler(play)
+        found = np.zeros((len(real), 2))
+        for first in range(0, len(real), sampler.at_once):
+            rows = (first + np.flatnonzero(real[first : first + sampler.at_once])).tolist()
+            asked = [asked_of(batch, n, key=(0, 0, int(batch["sample_ids"][n]))) for n in rows]
+            for row, made in zip(rows, sampler.complete(asked, likeliest=1)):
+                found[row] = [made.rewards[:-1].mean(), made.rewards[-1]]
         scores = torch.from_numpy(found)
         return [Scores(-scores[:, 0], scores[:, 1])]
 

@@ -1,8 +1,9 @@
 """Completions of prompts by the model as it is, their rewards and advantages.
 
-A forward has one prompt's group of rows, whatever the layout, and what is drawn is keyed by (seed,
-rollout, sample): whoever completes which prompts, the same is said. As in an evaluation's
-completions the whole row is computed again for each token: short, exact, and no cache to keep.
+The prompts of a forward are neighbours in the global batch, so many whatever the layout, and what
+is drawn is keyed by (seed, rollout, sample): whoever completes which, the same is said. As in an
+evaluation's completions the whole row is computed again for each token: short, exact, and no cache
+to keep.
 
 Shapes: P prompts, G completions of each, B rows, T tokens.
 """
@@ -10,7 +11,7 @@ Shapes: P prompts, G completions of each, B rows, T tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from shoal.tasks.playing import (
 )
 
 _MULTIPLE = 8  # of the positions of a batch
+_ROWS = 32  # of a forward, about
 _DEVIATION = 1e-4  # added to a group's, as TRL does
 Ints = NDArray[np.int64]
 
@@ -42,6 +44,15 @@ class Settings:
 
     group: int
     epochs: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt's tokens [T] and record; `key` is what is drawn by."""
+
+    prompt: Ints
+    record: Mapping[str, Any]
+    key: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -56,51 +67,76 @@ class Made:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Completes one prompt at a time, `rows` times, with at most `tokens` tokens."""
+    """Completes prompts, each `group` times, with at most `tokens` tokens."""
 
     play: Play
     reward: Callable[[str, Mapping[str, Any]], float]
-    rows: int
+    group: int
     tokens: int
     end: int | None
     """The token that ends a completion; it belongs to it."""
 
-    def complete(
-        self,
-        prompt: Ints | None,
-        record: Mapping[str, Any],
-        *,
-        key: tuple[int, int, int],
-        likeliest: int = 0,
-    ) -> Made:
-        """Completions drawn from the model's own distribution, the last `likeliest` rows not drawn.
+    @property
+    def at_once(self) -> int:
+        """Prompts of one forward."""
+        return max(1, _ROWS // self.group)
 
-        `prompt` None: nothing is to be said here, but other ranks of the replica do.
+    def complete(self, asked: Sequence[Asked], *, likeliest: int = 0) -> list[Made]:
+        """Completions of at most `at_once` prompts, drawn from the model's own distribution.
+
+        The last `likeliest` of each group are not drawn. Of none, where other ranks of the replica
+        have some.
         """
-        tokens = np.zeros((self.rows, self.tokens), dtype=np.int64)
-        logs, lengths = np.zeros(tokens.shape), np.zeros(self.rows, dtype=np.int64)
-        draws = np.random.default_rng(key).random(tokens.shape)
-        done = np.full(self.rows, prompt is None)
-        start = np.zeros(1, dtype=np.int64) if prompt is None else prompt
-        place = 0
+        count = self.at_once * self.group
+        tokens = np.zeros((count, self.tokens), dtype=np.int64)
+        logs, lengths = np.zeros(tokens.shape), np.zeros(count, dtype=np.int64)
+        draws = np.zeros(tokens.shape)
+        rows = [slice(n * self.group, (n + 1) * self.group) for n in range(len(asked))]
+        for one, some in zip(asked, rows):
+            draws[some] = np.random.default_rng(one.key).random((self.group, self.tokens))
+        ids, before = self._aligned(asked)
+        done, place = np.arange(count) >= len(asked) * self.group, 0
         while self.play.still(place < self.tokens and not done.all()):
-            said = tokens[:, : min(place, self.tokens)]
-            ids = np.concatenate([np.tile(start, (self.rows, 1)), said], axis=1)
-            positions = np.tile(np.arange(ids.shape[1]), (self.rows, 1))
-            logits = self.play.logits({"input_ids": ids, "position_ids": positions})
+            chances = log_softmax(self._logits(ids, before))
+            said = np.zeros(count, dtype=np.int64)
             for row in np.flatnonzero(~done).tolist() if place < self.tokens else ():
-                chances = log_softmax(logits[row])
-                greedy = row >= self.rows - likeliest
-                token = int(chances.argmax()) if greedy else choose(chances, draws[row, place])
-                tokens[row, place], logs[row, place] = token, chances[token]
-                lengths[row] = place + 1
+                greedy = row % self.group >= self.group - likeliest
+                token = int(chances[row].argmax()) if greedy else -1
+                token = choose(chances[row], draws[row, place]) if token < 0 else token
+                said[row] = tokens[row, place] = token
+                logs[row, place], lengths[row] = chances[row, token], place + 1
                 done[row] = token == self.end
-            place += 1
-        rewards = np.zeros(self.rows)
-        for row in range(self.rows) if prompt is not None else ():
-            said = tokens[row, : lengths[row]]
-            rewards[row] = self.reward(self.play.text_of(said[said != self.end].tolist()), record)
-        return Made(tokens, logs, lengths, rewards)
+            ids, place = np.concatenate([ids, said[:, None]], axis=1), place + 1
+        return [
+            Made(
+                tokens[some],
+                logs[some],
+                lengths[some],
+                self._rewards(one, tokens[some], lengths[some]),
+            )
+            for one, some in zip(asked, rows)
+        ]
+
+    def _aligned(self, asked: Sequence[Asked]) -> tuple[Ints, Ints]:
+        """Prompts that end alike, each as often as it is completed; what lies before them [B]."""
+        longest = max((len(one.prompt) for one in asked), default=1)
+        ids = np.zeros((self.at_once, longest), dtype=np.int64)
+        before = np.zeros(self.at_once, dtype=np.int64)
+        for number, one in enumerate(asked):
+            before[number] = longest - len(one.prompt)
+            ids[number, before[number] :] = one.prompt
+        return ids.repeat(self.group, axis=0), before.repeat(self.group)
+
+    def _logits(self, ids: Ints, before: Ints) -> NDArray[np.float32]:
+        positions = np.arange(ids.shape[1])[None] - before[:, None]
+        documents = np.where(positions < 0, -1, 0).astype(np.int32)
+        row = {"input_ids": ids, "position_ids": positions.clip(0), "document_ids": documents}
+        return self.play.logits(row)
+
+    def _rewards(self, one: Asked, tokens: Ints, lengths: Ints) -> Floats:
+        said = [row[:length] for row, length in zip(tokens, lengths)]
+        texts = [self.play.text_of(row[row != self.end].tolist()) for row in said]
+        return np.array([self.reward(text, one.record) for text in texts])
 
 
 class Completions:
@@ -187,19 +223,19 @@ class Completions:
         width = -(-width // _MULTIPLE) * _MULTIPLE
         found = {name: np.zeros((count * group, width)) for name in (*_ROW, "ends")}
         found["ends"], rewards = np.zeros(count * group), np.zeros((count, group))
-        for turn in range(-(-count // play.num_parts)):
-            number = turn * play.num_parts + play.part
-            play.tell(f"completing the prompts of step {rollout + 1}", number / count)
-            row = prompts["prompt_ids"][number] if number < count else None
-            prompt = None if row is None else row[row >= 0]
-            record = {} if row is None else records_of(prompts["records"][number])
-            # a sample's id may be drawn again in a later pass, never in the same rollout
-            key = (stored.seed, rollout, 0 if row is None else int(ids[number, 1]))
-            made = self._sampler.complete(prompt, record, key=key)
-            if prompt is not None:
+        step = self._sampler.at_once * play.num_parts
+        for first in range(0, count, step):
+            play.tell(f"completing the prompts of step {rollout + 1}", first / count)
+            start = first + play.part * self._sampler.at_once
+            numbers = range(start, min(start + self._sampler.at_once, count))
+            asked = [
+                asked_of(prompts, number, key=(stored.seed, rollout, int(ids[number, 1])))
+                for number in numbers
+            ]
+            for number, one, made in zip(numbers, asked, self._sampler.complete(asked)):
                 rewards[number] = made.rewards
                 for which in range(group):
-                    _write(found, number * group + which, prompt, made, which)
+                    _write(found, number * group + which, one.prompt, made, which)
         found["rewards"] = rewards
         whole = play.together(found)
         rewards = whole.pop("rewards")
@@ -240,6 +276,12 @@ def advantages_of(rewards: Floats) -> Floats:
     """Rewards [P, G] less their group's mean, over its deviation (of a sample, as TRL has it)."""
     apart: Floats = rewards - rewards.mean(1, keepdims=True)
     return apart / (rewards.std(1, ddof=1, keepdims=True) + _DEVIATION)
+
+
+def asked_of(batch: Mapping[str, Array], row: int, *, key: tuple[int, int, int]) -> Asked:
+    """One of the prompts of a batch."""
+    prompt = np.asarray(batch["prompt_ids"][row])
+    return Asked(prompt[prompt >= 0], records_of(np.asarray(batch["records"][row])), key)
 
 
 def records_of(row: Array) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shoal.config.load import load_recipe
 from shoal.data.prepare import SourceSpec, prepare
+from shoal.data.sources import locate, read_records
 from shoal.data.stream import Stream
 from shoal.errors import ConfigError, DataError, RunError
 from shoal.fields import IGNORED
@@ -51,9 +52,9 @@ class Alone:
     part, num_parts = 0, 1
 
     def logits(self, batch: Any) -> Any:
-        ids = batch["input_ids"]
-        place = np.arange(len(LETTERS))
-        logits = np.sin(1.7 * place[None] + ids[:, -1:] + ids.shape[1])
+        ids, place = batch["input_ids"], np.arange(len(LETTERS))
+        seen = (ids * (batch["document_ids"] == 0)).sum(1, keepdims=True)
+        logits = np.sin(1.7 * place[None] + seen + batch["position_ids"][:, -1:])
         logits[:, LETTERS.index("+") : END] = -9.0
         return logits.astype(np.float32)
 
@@ -134,7 +135,7 @@ def test_the_loss_and_its_gradients_are_those_of_plain_torch(kl: float) -> None:
         head(each).log_softmax(-1).gather(-1, chosen)[..., 0] for each in (hidden, other)
     )
     wanted = plain_loss(logs, reference.detach(), fields, 0.28, kl)
-    loss = TokenPolicyLoss(head, [head.weight], other if kl else None, Bounds(0.2, 0.28, kl))
+    loss = TokenPolicyLoss(head, [*head.parameters()], other if kl else None, Bounds(0.2, 0.28, kl))
     found = loss.total(Output(hidden, fields, loss))
     assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
     grads = [torch.autograd.grad(each, [hidden, head.weight]) for each in (found, wanted)]
@@ -183,8 +184,10 @@ def test_the_loss_and_its_gradients_are_those_of_trl(kl: float, above: float) ->
         "old_per_token_logps": fields["log_probabilities"],
         "ref_per_token_logps": logs_of(other).detach(),
     }
-    wanted = GRPOTrainer._compute_loss(trainer, None, inputs) * mask.sum()
-    loss = TokenPolicyLoss(head, [head.weight], other if kl else None, Bounds(0.2, above, kl))
+    wanted = GRPOTrainer._compute_loss(cast(Any, trainer), None, inputs) * mask.sum()
+    loss = TokenPolicyLoss(
+        head, [*head.parameters()], other if kl else None, Bounds(0.2, above, kl)
+    )
     found = loss.total(Output(hidden, fields, loss), scale=0.25)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
     grads = [torch.autograd.grad(each, [hidden, head.weight]) for each in (found, wanted)]
@@ -220,7 +223,9 @@ def test_rows_are_prompts_with_what_was_said(stored: Stream) -> None:
         assert np.array_equal(batch["input_ids"][row, :length], ids[:-1])
         assert np.array_equal(batch["position_ids"][row, :length], np.arange(length))
         for place in targets:
-            logits = play.logits({"input_ids": ids[None, : place + 1]})[0].astype(np.float64)
+            seen = ids[None, : place + 1]
+            last = {"position_ids": np.array([[place]]), "document_ids": 0 * seen}
+            logits = play.logits({"input_ids": seen, **last})[0].astype(np.float64)
             log = logits[ids[place + 1]] - np.log(np.exp(logits).sum())
             assert batch["log_probabilities"][row, place] == pytest.approx(log, abs=1e-6)
         assert END not in said[:-1] and (said[-1] == END or len(said) == 5)
@@ -273,6 +278,21 @@ def test_a_save_of_another_batch(stored: Stream) -> None:
     found.at(0, Share(0, 12))
     with pytest.raises(RunError, match="completions of another batch"):
         completions(stored.in_batches_of(6), epochs=2).restore(found.kept())
+
+
+def test_sums_are_held_out_for_good() -> None:
+    """A model has read other sums than it is scored on, and their results are right."""
+    asked, held, read = (
+        list(read_records(name)) for name in ("sum-questions", "sum-questions-held-out", "sums")
+    )
+    assert {each["text"] for each in read} == {each["text"] + each["answer"] for each in asked}
+    questions = {each["text"]: each["answer"] for each in (*asked, *held)}
+    assert len(questions) == len(asked) + len(held) == 10_000 and 900 < len(held) < 1100
+    for text, answer in questions.items():
+        one, other = text.rstrip("=").split("+")
+        assert int(one) + int(other) == int(answer)
+    with pytest.raises(DataError, match="did you mean 'sum-questions'"):
+        locate("sum-question")
 
 
 def test_rewards_that_come_with_shoal() -> None:

@@ -69,8 +69,9 @@ def _row(
 ) -> Iterator[str]:
     """A line on each document of a row, and its tokens; `shift`: a label is the next token."""
     ids, documents = sample["input_ids"], sample["document_ids"]
-    targets = sample.get("labels", np.int64(IGNORED))
-    targets = targets if np.ndim(targets) else np.full_like(ids, IGNORED)
+    none = np.full_like(ids, IGNORED)
+    targets = sample.get("labels", none)
+    targets = targets if np.ndim(targets) else none
     if shift:  # the last label is the token that the next row begins with
         ids, documents = np.append(ids, targets[-1]), np.append(documents, documents[-1])
         targets = np.append(IGNORED, targets)

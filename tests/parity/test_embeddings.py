@@ -14,7 +14,9 @@ from transformers import AutoModel
 
 from contrasted import plain
 from shoal.config.load import load_recipe
+from shoal.data.preview import previews
 from shoal.data.stream import Stream
+from shoal.data.tokenize import load_tokenizer
 from shoal.launch.prepare import prepare_inputs
 from shoal.layout import Share
 from tiny import Bench, Run, largest_difference
@@ -151,3 +153,22 @@ def test_it_learns_and_is_opened_by_transformers(bench: Bench, pairs: Path) -> N
     assert 0 < summary["baseline"]["bm25_recall_1"] <= 1 and (run.path / "retrieval.png").is_file()
     model = AutoModel.from_pretrained(run.path / "model", add_pooling_layer=False)
     assert model.config.architectures == ["BertModel"]
+
+
+def test_a_preview_shows_the_texts_of_a_row(bench: Bench, pairs: Path) -> None:
+    inputs = prepare_inputs(load_recipe(str(bench.recipe), words(pairs)), say=lambda text: None)
+    assert inputs.tokenizer_directory is not None
+    lines = list(
+        previews(
+            inputs.data_directory,
+            count=8,
+            seed=3,
+            tokenizer=load_tokenizer(Path(inputs.tokenizer_directory)),
+            shifted=False,
+            labels={},
+            plain=str,
+            mark=str,
+        )
+    )
+    text = "\n".join(line.replace("|", "") for line in lines)
+    assert "document 1" in text and "where is the " in text and " are near the " in text

@@ -61,7 +61,8 @@ def previews(
 def _value(value: Array, labels: Mapping[int, str]) -> str:
     if np.ndim(value) == 0:
         return str(labels.get(int(value), value))
-    return f"{value.dtype} {list(value.shape)}, from {value.min()} to {value.max()}"
+    ends = f", from {value.min()} to {value.max()}" if value.size else ""
+    return f"{value.dtype} {list(value.shape)}{ends}"
 
 
 def _row(
@@ -74,7 +75,9 @@ def _row(
 ) -> Iterator[str]:
     """A line on each document of a row, and its tokens; `shift`: a label is the next token."""
     ids, documents = sample["input_ids"], sample["document_ids"]
-    targets = sample["labels"] if np.ndim(sample["labels"]) else np.full_like(ids, IGNORED)
+    none = np.full_like(ids, IGNORED)
+    targets = sample.get("labels", none)
+    targets = targets if np.ndim(targets) else none
     if shift:  # the last label is the token that the next row begins with
         ids, documents = np.append(ids, targets[-1]), np.append(documents, documents[-1])
         targets = np.append(IGNORED, targets)

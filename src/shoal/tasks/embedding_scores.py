@@ -290,7 +290,8 @@ def draw_retrieval(shown: Mapping[str, Any], path: Path) -> None:
             f"{source['name']}: {source['questions']:,} questions, {source['texts']:,} texts",
             fontsize=9,
         )
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.set_xticks([1, *range(5, _PLACES + 1, 5)])
         axes.set_xlabel("first k texts")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("questions with the right text")

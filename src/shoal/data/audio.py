@@ -78,19 +78,15 @@ def recordings_beside(tables: Iterable[Path]) -> list[Path]:
 def with_sound(records: Iterable[Record], *, table: Path) -> Iterator[Record]:
     """Records of a table; the name of a .wav file under `audio` becomes its sound and `rate`.
 
-    Names are read from the table's folder. Raises DataError for a file that is not below it, and
+    Files are looked for in the table's folder and below; any other name stays as it is. Raises
     what `read_wave` raises.
     """
     home = table.parent.resolve()
     for record in records:
-        name = record.get("audio")
-        if isinstance(name, str):
-            path = home / name
-            if not path.resolve().is_relative_to(home):
-                raise DataError(
-                    f"{table}: expected the name of a .wav file in its folder or below, got "
-                    f"{name[:80]!r}; move the recording there"
-                )
+        name = str(record.get("audio"))
+        is_name = name.isprintable() and name.lower().endswith(".wav")
+        path = (home / name).resolve() if is_name else home
+        if path.is_relative_to(home) and path.is_file():
             audio, rate = read_wave(path)
             record = {**record, "audio": audio, "rate": rate}
         yield record

@@ -321,9 +321,9 @@ def example_of(model: nn.Module, *, num_tokens: int = 8) -> dict[str, Tensor]:
         return {"pixel_values": pixels.view(shape)}
     positions = torch.arange(num_tokens, device=device)[None]
     if getattr(model, "main_input_name", "") == "input_features":  # a spectrogram (Whisper)
-        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
-        frames = torch.linspace(-1, 1, math.prod(shape), device=device).view(shape)
-        features = frames.to(next(model.parameters()).dtype)
+        bands, frames = config.num_mel_bins, 2 * config.max_source_positions
+        features = torch.linspace(-1, 1, bands * frames, device=device).view(1, bands, frames)
+        features = features.to(next(model.parameters()).dtype)
         return {"input_features": features, "decoder_input_ids": positions % config.vocab_size}
     ids = positions % config.vocab_size
     if config.is_encoder_decoder:

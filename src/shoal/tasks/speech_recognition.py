@@ -143,12 +143,13 @@ class SpeechRecognition(Task):
         """
         mels, frames = int(self.settings["mels"]), 2 * int(self.settings["positions"])
         most = min(int(self.settings["most"]), tools.sequence_tokens or 1 << 30)
-        start = len(self.settings["begin"]) - 1
         samples = []
         for record in records:
             audio, rate, text = _parts(record)
             # Whisper has learned words with a space before each
             ids = tools.tokenizer.encode(f" {text.strip()}").ids[1:]
+            if len(ids) > most:
+                ids = [*ids[: most - 1], ids[-1]]
             too_long = len(audio) * FRAMES > frames * rate
             features = np.empty((mels, 0), dtype=np.float32)
             if not too_long:
@@ -156,7 +157,7 @@ class SpeechRecognition(Task):
             samples.append(
                 {
                     "input_features": features,
-                    "labels": [*ids[: most - 1], ids[-1]] if len(ids) > max(most, start) else ids,
+                    "labels": ids,
                     "reference": text_to_bytes(text),
                 }
             )
@@ -313,9 +314,10 @@ def heard(features: Tensor, frames: int) -> Tensor:
 def _parts(record: Record) -> tuple[Any, int, str]:
     audio, rate, text = record.get("audio"), record.get("rate"), record.get("text")
     if not isinstance(audio, np.ndarray) or not isinstance(rate, int):
+        got = f"keys {sorted(record)}" if audio is None else repr(audio)[:80]
         raise DataError(
-            f"speech-recognition: expected sound under 'audio', got keys {sorted(record)}\n"
-            "    name a table with the columns audio (a .wav file beside it) and text"
+            f"speech-recognition: expected sound under 'audio', got {got}\n"
+            "    name a table with the columns audio, a .wav file in its folder or below, and text"
         )
     if not isinstance(text, str) or not plain_words(text):
         raise DataError(

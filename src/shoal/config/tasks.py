@@ -213,7 +213,7 @@ class Translation(Section):
     """Translate: an encoder reads a text, a decoder writes it in another language."""
 
     kind: Literal["translation"] = "translation"
-    prefix: str = ""
+    prefix: str | None = None
     """Stands before every source, as T5 was trained: `translate English to German: `."""
 
 

@@ -115,7 +115,7 @@ class Translation(Task):
         Raises DataError for a record without them, or with an empty one.
         """
         pairs = [_pair(record) for record in records]
-        prefix = self.options.get("prefix", "")
+        prefix = self.options.get("prefix") or ""
         tools.tokenizer.no_padding()
         tools.tokenizer.no_truncation()
         most, end = tools.sequence_tokens, self.settings["end"]

@@ -22,16 +22,18 @@ from shoal.data.tokenize import load_tokenizer
 from shoal.errors import FetchError
 
 
-def build_wheel(folder: Path, *, files: dict[str, str]) -> Path:
+def build_wheel(folder: Path, *, files: dict[str, str], platform: str = "any") -> Path:
     """A wheel called tiny-0.1 that pip accepts."""
-    path = folder / "tiny-0.1-py3-none-any.whl"
+    path = folder / f"tiny-0.1-py3-none-{platform}.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         for name, text in files.items():
             wheel.writestr(name, text)
         wheel.writestr(
             "tiny-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 0.1\n"
         )
-        wheel.writestr("tiny-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(
+            "tiny-0.1.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: py3-none-{platform}\n"
+        )
         wheel.writestr("tiny-0.1.dist-info/RECORD", "")
     return path
 
@@ -79,6 +81,20 @@ def test_fetch_unpacks_what_was_asked_for_and_only_once(tmp_path: Path, cache: P
     notes = json.loads((target / "shoal-package.json").read_text())
     (target / "shoal-package.json").write_text(json.dumps({"files": notes["files"]}))
     assert fetch.problem(target) is None, "an inventory of an older version has no hashes"
+
+
+def test_the_files_of_another_platform_s_wheel(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = build_wheel(tmp_path, files={"tiny/data.txt": "hello"}, platform="win_amd64")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    target = cache / "packages" / "tiny"
+    asked = {"requirement": "tiny==0.1", "sha256": sha256(wheel), "members": ["tiny/*.txt"]}
+    with pytest.raises(FetchError, match=r"tiny==0.1: expected it from the package index"):
+        fetch.fetch(**asked, directory=target)
+    fetch.fetch(**asked, directory=target, platform="win_amd64")
+    assert (target / "tiny/data.txt").read_text() == "hello"
 
 
 def test_a_damaged_package_is_fetched_again_and_that_is_said(

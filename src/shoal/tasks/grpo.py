@@ -25,7 +25,7 @@ from shoal.errors import ConfigError, DataError, Problem
 from shoal.fields import IGNORED, Field, Fields
 from shoal.observe.events import read_lines
 from shoal.tasks.causal_lm import CausalLM
-from shoal.tasks.grpo_rollouts import Completions, Sampler, Settings, asked_of, records_of
+from shoal.tasks.grpo_rollouts import Completions, Sampler, asked_of, records_of
 from shoal.tasks.imports import imported
 from shoal.tasks.pictures import OTHER, QUIET, STRONG, new_figure, save
 from shoal.tasks.playing import Batches, Play, Stored
@@ -141,9 +141,9 @@ class GRPO(Task):
 
     def batches(self, stored: Stored, *, play: Play | None) -> Batches:
         """Completions of the prompts that are stored, rewarded. Raises ConfigError."""
-        settings = Settings(self.rows_per_sample, int(self.options["epochs"]))
         sampler = None if play is None else self._sampler(play)
-        self._rollouts = Completions(stored, settings, sampler=sampler, play=play)
+        group, epochs = self.rows_per_sample, int(self.options["epochs"])
+        self._rollouts = Completions(stored, group=group, epochs=epochs, sampler=sampler)
         return self._rollouts
 
     def _sampler(self, play: Play) -> Sampler:

@@ -39,14 +39,6 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How often prompts are completed, and learned from."""
-
-    group: int
-    epochs: int
-
-
-@dataclass(frozen=True)
 class Asked:
     """A prompt's tokens [T] and record; `key` is what is drawn by."""
 
@@ -146,45 +138,44 @@ class Completions:
     them; its id is unique over the run.
     """
 
-    def __init__(
-        self, stored: Stored, settings: Settings, *, sampler: Sampler | None, play: Play | None
-    ) -> None:
-        self._stored, self._settings, self._sampler, self._play = stored, settings, sampler, play
-        self._times = settings.group * settings.epochs
+    def __init__(self, stored: Stored, *, group: int, epochs: int, sampler: Sampler | None) -> None:
+        """`group`: completions of a prompt. `sampler`: None where only the order is asked for."""
+        self._stored, self._group, self._epochs = stored, group, epochs
+        self._sampler, self._times = sampler, group * epochs
         self.names = stored.names
         self.num_samples = [size * self._times for size in stored.num_samples]
-        self.global_batch_samples = stored.global_batch_samples * settings.group
+        self.global_batch_samples = stored.global_batch_samples * group
         self.restore({})
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in which all prompts were completed, and learned from."""
-        return self._stored.steps_per_epoch * self._settings.epochs
+        return self._stored.steps_per_epoch * self._epochs
 
     def ids(self, step: int) -> Ints:
         """(source, sample id) of each completion of `step` [P x G, 2]."""
-        rollout, again = divmod(step, self._settings.epochs)
-        prompts = np.repeat(self._stored.ids(rollout), self._settings.group, axis=0)
-        which = np.tile(np.arange(self._settings.group), len(prompts) // self._settings.group)
-        own = prompts[:, 1] * self._times + which * self._settings.epochs + again
+        rollout, again = divmod(step, self._epochs)
+        prompts = np.repeat(self._stored.ids(rollout), self._group, axis=0)
+        which = np.tile(np.arange(self._group), len(prompts) // self._group)
+        own = prompts[:, 1] * self._times + which * self._epochs + again
         return np.stack([prompts[:, 0], own], axis=1)
 
     def state(self, step: int) -> dict[str, int]:
         """Prompts completed of each source before `step`."""
-        return self._stored.state(step // self._settings.epochs)
+        return self._stored.state(step // self._epochs)
 
     def length(self, steps: int) -> str:
         """How many prompts are completed, and how often all of them."""
-        rollouts = -(-steps // self._settings.epochs)
+        rollouts = -(-steps // self._epochs)
         prompts = rollouts * self._stored.global_batch_samples
         return (
-            f"{prompts:,} prompts x {self._settings.group} completions = "
+            f"{prompts:,} prompts x {self._group} completions = "
             f"{self._stored.length(rollouts)} of the prompts"
         )
 
     def at(self, step: int, share: Share) -> dict[str, Array]:
         """Rows of tokens [B, T] with labels at completions, log_probabilities and advantages."""
-        rollout, again = divmod(step, self._settings.epochs)
+        rollout, again = divmod(step, self._epochs)
         if rollout != self.rollout or not self.played:
             if again:
                 raise ValueError(f"step {step} was played by other weights, or is not yet")
@@ -215,8 +206,8 @@ class Completions:
 
     def _next(self, rollout: int) -> None:
         """Complete the prompts of a rollout, each by the ranks of one part."""
-        assert self._play is not None and self._sampler is not None, "who asks for batches plays"
-        play, stored, group = self._play, self._stored, self._settings.group
+        assert self._sampler is not None, "who asks for batches plays"
+        play, stored, group = self._sampler.play, self._stored, self._group
         count, ids = stored.global_batch_samples, stored.ids(rollout)
         prompts = stored.at(rollout, Share(0, count))
         width = prompts["prompt_ids"].shape[1] + self._sampler.tokens
@@ -241,7 +232,7 @@ class Completions:
         rewards = whole.pop("rewards")
         gains = advantages_of(rewards).ravel()
         self.rollout = rollout
-        self.history.append([rollout * self._settings.epochs + 1, float(rewards.mean())])
+        self.history.append([rollout * self._epochs + 1, float(rewards.mean())])
         self.played = {
             name: array.astype(np.float32 if name == "log_probabilities" else np.int64)
             for name, array in whole.items()
@@ -251,7 +242,7 @@ class Completions:
         self.played["labels"] -= 1
         self.played["advantages"] = np.repeat(gains[:, None], width, axis=1).astype(np.float32)
         self._kept = {"rollout": rollout, "history": self.history}
-        if self._settings.epochs > 1:
+        if self._epochs > 1:
             self._kept["played"] = packed(self.played)
 
 

@@ -46,7 +46,7 @@ def test_two_workers_are_one(bench: Bench, given: tuple[str, ...], one: Run) -> 
 def test_the_end_says_what_was_heard(one: Run) -> None:
     summary = json.loads((one.path / "summary.json").read_text())
     words = "\n".join(last_words(one.path, summary, recipe="mine.yaml"))
-    assert "word error rate: " in words and " % before, " in words
+    assert "word error rate: " in words and " % before (in windows of 1 s" in words
     assert "<td>said</td>" in (one.path / "misheard.html").read_text(encoding="utf-8")
     config = json.loads((one.path / "model/config.json").read_text())
     about = json.loads((one.path / "model/preprocessor_config.json").read_text())

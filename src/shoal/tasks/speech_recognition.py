@@ -224,10 +224,10 @@ class SpeechRecognition(Task):
     def words(self, before: Named | None, after: Named) -> list[str]:
         """Word error rate before and after."""
         earlier = f"{100 * before['word_error_rate']:.1f} % before, " if before else ""
-        seconds = int(self.settings["positions"]) * 2 // FRAMES
+        seconds = after["window_seconds"]
         if before and seconds < _WHOLE:
             earlier = (
-                f"{earlier[:-2]} (in windows of {seconds} s, new to a model that has read 30), "
+                f"{earlier[:-2]} (in windows of {seconds:.0f} s, new to a model that has read 30), "
             )
         return [
             f"word error rate: {earlier}{100 * after['word_error_rate']:.1f} % now, in "
@@ -291,6 +291,7 @@ class SpeechMetrics:
             "evaluation_loss": loss / (targets or math.nan),
             "word_error_rate": wrong / (words or math.nan),
             "sentence_error_rate": misheard / (recordings or math.nan),
+            "window_seconds": int(self._task.settings["positions"]) * 2 / FRAMES,
             "evaluation_words": words,
             "evaluation_targets": targets,
         }

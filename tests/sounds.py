@@ -44,7 +44,7 @@ def write_recordings(folder: Path, *, count: int = 60) -> Path:
 
 
 def write_whisper(folder: Path, *, seed: int = 0) -> Path:
-    """A Whisper of two layers, for 2 s of sound in 16 bands, with a tokenizer of its form."""
+    """A Whisper of two layers, for 2 s of sound, with a tokenizer of its form."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,9 +68,9 @@ def write_whisper(folder: Path, *, seed: int = 0) -> Path:
     config = WhisperConfig(
         vocab_size=quiet + 1,
         d_model=32,
-        num_mel_bins=16,
+        num_mel_bins=80,
         max_source_positions=100,
-        max_target_positions=32,
+        max_target_positions=448,
         decoder_start_token_id=start,
         **{f"{side}_layers": 2 for side in sides},
         **{f"{side}_attention_heads": 2 for side in sides},

@@ -55,7 +55,7 @@ def test_two_workers_are_one(bench: Bench, given: tuple[str, ...], one: Run) -> 
 def test_the_end_has_the_baselines_beside(one: Run) -> None:
     summary = json.loads((one.path / "summary.json").read_text())
     assert set(summary["baseline"]) == {"copy_chrf", "memory_chrf"}
-    assert summary["baseline"]["copy_chrf"] > 30, "the same letters in another order"
+    assert 5 < summary["baseline"]["memory_chrf"] < 100
     words = "\n".join(last_words(one.path, summary, recipe="mine.yaml"))
     assert "with sources of other samples" in words and "translation memory is better" in words
     table = (one.path / "translations.html").read_text(encoding="utf-8")

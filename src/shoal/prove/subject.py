@@ -10,7 +10,7 @@ from shoal.config.anchor import anchored
 from shoal.config.recipe import ConfiguredModel, Recipe
 from shoal.engine.decision import Decision, format_of, given_layout
 from shoal.engine.job import Inputs
-from shoal.errors import ConfigError, Problem
+from shoal.errors import ConfigError, ModelError, Problem
 from shoal.launch.refuse import check, refuse_illegal, trained_config
 from shoal.layout import Layout
 from shoal.legal import shrunk
@@ -117,6 +117,7 @@ def _small(
 ) -> dict[str, Any]:
     """The model section of a small model of the same kind."""
     from shoal.models.huggingface import known_settings, read_config
+    from shoal.models.small import small_configs
 
     model = recipe.model
     if isinstance(model, ConfiguredModel):
@@ -131,15 +132,20 @@ def _small(
         dropped = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version"}
         kept = {k: v for k, v in kept.items() if k in known and k not in dropped and k[0] != "_"}
         kept = {k: v for k, v in kept.items() if k not in ("num_labels", "id2label", "label2id")}
-    small = shrunk(full.to_dict(), tensor=layout.tensor, pipeline=layout.pipeline)
+    tree = full.to_dict()
+    try:
+        small = shrunk(tree, tensor=layout.tensor, pipeline=layout.pipeline)
+    except ModelError:  # sizes of other names, an encoder's and a decoder's
+        found, known = next(small_configs(full)).to_dict(), known_settings(full.model_type)
+        small = {key: found[key] for key in known & found.keys() if found[key] != tree.get(key)}
     architecture = full.model_type
     settings = {**kept, **small}
     if getattr(full, "vocab_size", None):
         settings["vocab_size"] = full.vocab_size
     return {
+        **settings,  # a configuration may have keys of these names too, such as Whisper's dropout
         "kind": "config",
         "architecture": architecture,
         "dropout": model.dropout,
         "adapter": _adapter(recipe, inputs=inputs),
-        **{key: value for key, value in settings.items() if key not in ("kind", "architecture")},
     }

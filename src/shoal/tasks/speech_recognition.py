@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from shoal.tasks.task import Vocabulary
 
 _SHOWN = 12  # misheard recordings in the picture
+_WHOLE = 30  # seconds that Whisper has learned to read
 _TOKENS_A_SECOND = 8  # written at most
 
 
@@ -223,6 +224,11 @@ class SpeechRecognition(Task):
     def words(self, before: Named | None, after: Named) -> list[str]:
         """Word error rate before and after."""
         earlier = f"{100 * before['word_error_rate']:.1f} % before, " if before else ""
+        seconds = after["window_seconds"]
+        if before and seconds < _WHOLE:
+            earlier = (
+                f"{earlier[:-2]} (in windows of {seconds:.0f} s, new to a model that has read 30), "
+            )
         return [
             f"word error rate: {earlier}{100 * after['word_error_rate']:.1f} % now, in "
             f"{after['evaluation_words']:,.0f} words (lower case, without punctuation)",
@@ -285,6 +291,7 @@ class SpeechMetrics:
             "evaluation_loss": loss / (targets or math.nan),
             "word_error_rate": wrong / (words or math.nan),
             "sentence_error_rate": misheard / (recordings or math.nan),
+            "window_seconds": int(self._task.settings["positions"]) * 2 / FRAMES,
             "evaluation_words": words,
             "evaluation_targets": targets,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 # Before anything imports torch: a test run shares few cores with others, and must not spin.
@@ -35,6 +36,20 @@ sys.path.append(os.path.join(os.path.dirname(os.path.dirname(__file__)), "script
 # A busy machine is no reason to fail: tests have a timeout of their own.
 hypothesis.settings.register_profile("shoal", deadline=None)
 hypothesis.settings.load_profile("shoal")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`quick(n)`: of a test's cases those behind the first n are slow."""
+    seen = Counter[str]()
+    for item in items:
+        mark = item.get_closest_marker("quick")
+        if mark is None:
+            continue
+        name = item.nodeid.partition("[")[0]
+        seen[name] += item.get_closest_marker("slow") is None
+        if seen[name] > mark.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

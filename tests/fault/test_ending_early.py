@@ -55,6 +55,7 @@ def diverged(bench: Bench, *overrides: str, **keywords: Any) -> Run:
     return run
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -148,6 +149,7 @@ def test_early_stopping_when_enough_is_learned(bench: Bench) -> None:
     assert Run(out).losses == whole.losses[:10]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_exits_with_one(bench: Bench) -> None:
     out = bench.new_path()
     done = bench.command("train", bench.recipe, *WILD, "--out", out)

@@ -39,6 +39,7 @@ def test_workers_whose_command_was_killed_end_though_their_server_is_stopped(ben
         os.kill(server, signal.SIGKILL)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_only_ctrl_c_or_a_terminal_ends_at_once_when_asked_twice(
     bench: Bench, number: signal.Signals

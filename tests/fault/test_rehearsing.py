@@ -35,6 +35,7 @@ def assert_as_if_nothing(found: Rehearsal) -> None:
     assert Run(found.run).digits == Run(found.clean).digits, "every row, evaluations too"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "fault",
     [
@@ -64,6 +65,7 @@ def test_a_dead_worker_is_replaced_within_the_step(bench: Bench, fault: str) -> 
         assert seen.recovery_seconds is not None and seen.recovery_seconds < 10
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("fault", ["stop:1@12", "spin:0@12", pytest.param("stop:0@12", marks=slow)])
 def test_a_stuck_worker_is_named_and_replaced(bench: Bench, fault: str) -> None:
     found = rehearsed(bench, fault)

@@ -101,6 +101,7 @@ def test_the_stopped_one_of_a_pair_is_named(bench: Bench, kind: str, rank: int) 
     assert stuck["rank"] == rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flip-parameter", pytest.param("flip-optimizer", marks=slow)])
 def test_a_flipped_bit_in_one_shard_is_found(bench: Bench, kind: str) -> None:
     """Of two that differ none is known to be right: both are named, and the save decides."""
@@ -126,6 +127,7 @@ def test_of_three_shards_the_minority_is_repaired(bench: Bench, kind: str) -> No
     assert found.steps_redone == 0
 
 
+@pytest.mark.slow
 def test_an_elastic_degree_goes_on_with_one_cut_replica(bench: Bench) -> None:
     elastic = (
         *(*LENGTH, "parallel={replicate: {min: 1, max: 2}, shard: 2}"),

@@ -28,6 +28,7 @@ def halves(bench: Bench, *change: str, second: tuple[str, ...] = ()) -> Run:
     return bench.resume(run, *second)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "change",
     [(), THREADS, PROCESSES, MUON, GPT2],
@@ -42,6 +43,7 @@ def test_ten_and_ten_is_twenty(bench: Bench, change: tuple[str, ...]) -> None:
     assert (report.problems, report.num_steps, report.num_restarts) == ([], 20, 1)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("first", "second"),
     [

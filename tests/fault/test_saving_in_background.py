@@ -55,6 +55,7 @@ def test_what_is_published_is_what_was_there_at_the_call(tmp_path: Path, size: i
     assert files == ["manifest.json", *(f"rank-{rank:05d}.safetensors" for rank in range(size))]
 
 
+@pytest.mark.slow
 def test_each_rank_killed_at_every_operation(tmp_path: Path) -> None:
     script = [sys.executable, background.__file__, str(tmp_path)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=100)

@@ -52,6 +52,7 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("layout", [pytest.param("shard: 2", marks=pytest.mark.slow), "tensor: 2"])
 def test_peft_opens_what_was_trained(bench: Bench, base: Path, kind: str, layout: str) -> None:
@@ -101,6 +102,7 @@ def drawn_by_peft(base: Path, out: Path, **more: object) -> Path:
     return out
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("dora", [False, True])
 def test_steps_are_those_of_peft_and_torch(
     bench: Bench, base: Path, tmp_path: Path, dora: bool

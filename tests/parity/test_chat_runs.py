@@ -41,6 +41,7 @@ def run(bench: Bench, talks: Path) -> Run:
     return bench.run(*CHAT, f"data.source={talks}")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("change", ["data.packing=true", "data.packing=false"])
 def test_two_workers_learn_what_one_does(bench: Bench, talks: Path, change: str) -> None:
     one, two = (

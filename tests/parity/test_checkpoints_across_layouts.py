@@ -72,6 +72,7 @@ def files_of(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("family", "names"),
     [
@@ -133,6 +134,7 @@ def assert_goes_on(found: Run, straight: Run) -> None:
     assert (report.problems, report.num_steps, report.num_restarts) == ([], 20, 1)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_resumed_in_another_layout(bench: Bench, first: str, second: str) -> None:
     assert_goes_on(resumed(bench, first, second), bench.run(*LENGTH))

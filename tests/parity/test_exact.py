@@ -34,6 +34,7 @@ def assert_same_bits(bench: Bench, *change: str, degree: int, kind: str) -> None
     assert many.weights == one.weights
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("degree", "kind", "compute", "optimizer"), FEW)
 def test_the_same_bits_in_any_layout(
     bench: Bench, degree: int, kind: str, compute: str, optimizer: str
@@ -51,6 +52,7 @@ def test_the_same_bits_in_every_layout(
     assert_same_bits(bench, *change, degree=degree, kind=kind)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("samples", [12, 20])
 def test_a_number_of_micro_batches_that_is_no_power_of_two(bench: Bench, samples: int) -> None:
     change = (*EXACT, f"train.global_batch_samples={samples}", "train.steps=4")

@@ -68,6 +68,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, pool: WorkerPool) -> Iterat
     yield bench
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -25,6 +25,7 @@ MORE = {"gradients", "offload", "selective", "replicate 2 x shard 2"}
 """Left to `make test-all`."""
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "layout",
     [

@@ -23,6 +23,7 @@ def one(bench: Bench) -> Run:
     return bench.run(*GIVEN)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "layout",
     [

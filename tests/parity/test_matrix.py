@@ -52,11 +52,13 @@ def assert_equal(found: Apart) -> None:
     assert found.gradient < GRADIENT, found
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("case", CHOICE, ids=lambda case: f"{case.family}-{case.layout}")
 def test_a_layout_is_one_workers_run(case: Case, compare: Compare) -> None:
     assert_equal(compare(case))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mistake", ["no-reduction", "double-reduction", "missing-partial"])
 def test_a_planted_mistake_is_seen(mistake: str, compare: Compare) -> None:
     """The sum of partial gradients left out, made twice, or left out for the norms only."""

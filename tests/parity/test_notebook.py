@@ -13,6 +13,7 @@ from tiny import write_corpus
 NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "two_workers.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_notebook_runs(tmp_path: Path) -> None:
     """On a small corpus instead of the registry's; every cell as it stands."""

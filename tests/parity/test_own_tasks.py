@@ -168,7 +168,7 @@ def test_a_task_of_an_installed_package_is_known_by_its_name(
 def test_a_name_that_nobody_lists_is_told_the_nearest(installed: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'text-score'"):
         load_recipe("quickstart", ["task={kind: text-scor}"])
-    with pytest.raises(ConfigError, match="recommendation, embedding, text-score"):
+    with pytest.raises(ConfigError, match="speech-recognition, text-score"):
         load_recipe("quickstart", ["task={kind: nothing-like-it}"])
     with pytest.raises(ConfigError, match="did you mean 'text-score'"):
         kinds.create("text-scor")

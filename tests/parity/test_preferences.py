@@ -105,6 +105,7 @@ def loss_of(model: Any, batch: dict[str, Tensor], kind: str) -> Tensor:
     return (smooth - 0.5 * own[::2] / lengths[::2]).mean()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_those_of_the_papers(bench: Bench, base: Path, choices: Path, kind: str) -> None:
     given = words(base, choices, KINDS[kind])
@@ -131,6 +132,7 @@ def test_steps_are_those_of_the_papers(bench: Bench, base: Path, choices: Path, 
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("layout", ["replicate: 2", "shard: 2", "tensor: 2"])
 def test_a_layout_changes_nothing(bench: Bench, base: Path, choices: Path, layout: str) -> None:
     one = bench.run(*words(base, choices))

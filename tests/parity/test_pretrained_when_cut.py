@@ -13,6 +13,7 @@ from unit.models.tiny_models import real_model
 from workers import run_workers
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "vit"])
 def test_a_rank_reads_its_own_bytes_only(family: str, pool: WorkerPool, tmp_path: Path) -> None:
     """llama and gpt2 are tied; gpt2 has columns, phi3 pieces of unequal size to cut.

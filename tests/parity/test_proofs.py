@@ -26,6 +26,7 @@ def proof(bench: Bench, *overrides: str, mistake: str | None = None) -> Certific
     return found
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -84,6 +85,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("mistake", "layout", "cause"), MISTAKES)
 def test_a_planted_mistake_is_caught_and_named(
     bench: Bench, mistake: str, layout: str, cause: str

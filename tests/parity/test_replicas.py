@@ -44,11 +44,13 @@ def assert_same_curve(found: Run, wanted: Run, *, curve: float = CURVE) -> None:
         assert largest_difference(*pair) < curve
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("replicas", ALL, ids=str)
 def test_replicas_follow_one_worker(bench: Bench, replicas: Replicas) -> None:
     assert_same_curve(bench.run(*replicas.overrides), bench.run())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_micro_batch_does_not_move_the_curve(bench: Bench, size: int) -> None:
     assert_same_curve(bench.run(f"train.micro_batch_samples={size}"), bench.run())
@@ -60,6 +62,7 @@ def test_accumulation_inside_replicas_does_not_move_the_curve(bench: Bench, size
     assert_same_curve(found, bench.run())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("replicas", [TWO_PROCESSES, FOUR_THREADS], ids=str)
 def test_muon_in_any_layout(bench: Bench, replicas: Replicas) -> None:
     """By its defaults. Orthogonalised in bfloat16, as by torch.optim.Muon, a last-place difference
@@ -69,6 +72,7 @@ def test_muon_in_any_layout(bench: Bench, replicas: Replicas) -> None:
     assert_same_curve(bench.run(*replicas.overrides, *change), bench.run(*change), curve=1e-6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("replicas", [TWO_PROCESSES, FOUR_THREADS], ids=str)
 @pytest.mark.parametrize("change", [PADDED, GPT2, FROZEN], ids=["padded", "gpt2-dropout", "frozen"])
 def test_other_recipes_in_any_layout(
@@ -78,6 +82,7 @@ def test_other_recipes_in_any_layout(
     assert_same_curve(bench.run(*replicas.overrides, *change), bench.run(*change))
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_in_the_band_of_one_worker(bench: Bench) -> None:
     """bfloat16 keeps 8 bits, so any other order of sums moves the curve. The band is what other
     micro batches do to one worker; replicas must not leave it by more than chance (a factor 3)."""
@@ -111,6 +116,7 @@ def test_frozen_parameters_stay(bench: Bench) -> None:
     assert states == {name.partition("/")[2] for name in moved}, "no state for what stays"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "replicas", [Replicas(1, "processes"), TWO_PROCESSES, FOUR_THREADS], ids=str
 )
@@ -120,6 +126,7 @@ def test_the_same_run_twice_gives_the_same_digits(bench: Bench, replicas: Replic
     assert again.weights == first.weights
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "change",
     [("train.micro_batch_samples=1",), ("train.micro_batch_samples=4", *SHORT, *PADDED)],

@@ -43,6 +43,7 @@ def one(bench: Bench, given: tuple[str, ...]) -> Run:
     return bench.run(*given)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "layout",
     [

@@ -42,6 +42,7 @@ def arguments(reviews: Path, objective: str) -> list[str]:
     return [task, f"data.source={reviews}", "data.text_field=text", BERT, *SHORT]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("objective", ["classes", "binary", "number"])
 @pytest.mark.parametrize("layout", ["{replicate: 2}", "{replicate: 1, shard: 2}"])
 def test_two_workers_learn_what_one_does(

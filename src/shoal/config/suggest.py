@@ -24,6 +24,7 @@ def suggestion(where: str, *, known: Iterable[str]) -> str:
     if where in keys():
         return f"only with {section}.kind={' or '.join(keys()[where])}"
     elsewhere = [key for key in keys() if key.rpartition(".")[2] == word and word != "kind"]
+    elsewhere = [key for key in elsewhere if not keys()[key]] or elsewhere  # of no kind first
     ours = other_names().get(word.lower().replace("-", "_"))
     if ours is not None:
         elsewhere = [ours]

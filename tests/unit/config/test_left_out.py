@@ -56,7 +56,7 @@ def test_an_override_inside_keeps_the_kind_that_is_stated(
     """In a file with the section, in one without it, and in one that names no kind."""
     path, (key, value) = ".".join(choice.path), own_keys(choice, kind)[0]
     needed = [n for n, field in choice.kinds[kind].model_fields.items() if field.is_required()]
-    stated = f"{{{', '.join([f'kind: {kind}', *(f'{name}: x' for name in needed)])}}}"
+    stated = f"{{{', '.join([f'kind: {kind}', *(f'{name}: x:y' for name in needed)])}}}"
     recipe = load_recipe(written(tmp_path), [f"{path}={stated}", f"{path}.{key}={value}"])
     section = recipe
     for part in choice.path:

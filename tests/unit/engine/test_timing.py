@@ -29,6 +29,7 @@ def heard(bench: Bench, workers: list[Worker], kind: str) -> dict[str, Any]:
     raise AssertionError(f"no {kind} within a minute")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("kind", "count"), [("threads", 2), ("processes", 2), ("processes", 1)])
 def test_steps_in_any_micro_batch_are_timed(
     bench: Bench, tmp_path: Path, kind: Any, count: int

@@ -118,6 +118,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "killed",
     [pytest.param(False, marks=pytest.mark.slow), True],
@@ -191,6 +192,7 @@ def test_other_data_is_refused_there_too(bench: Bench, tmp_path: Path) -> None:
     assert len(run.losses) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_so_there_too(bench: Bench, tmp_path: Path) -> None:
     shoal = Path(sys.executable).parent / "shoal"
     wild = ("train.optimizer={kind: sgd, learning_rate: 10.0}", "train.max_gradient_norm=null")

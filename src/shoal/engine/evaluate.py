@@ -104,6 +104,7 @@ def complete(
         while len(ids) < min(start + tokens, longest):
             row = torch.tensor([ids])
             batch = {"input_ids": row, "position_ids": torch.arange(len(ids))[None]}
+            training.ranks.world.pulse.mark("complete")  # a text may take longer than the scores
             logits = training.passes.logits(batch)[0].cpu()
             values, indices = torch.topk(logits / 0.8, min(40, logits.numel()))
             pick = torch.multinomial(values.softmax(-1), 1, generator=generator)

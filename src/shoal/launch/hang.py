@@ -20,6 +20,7 @@ LONG = (
     "restore",
     "repair",
     "evaluate",
+    "complete",
     "save",
     "finish",
 )

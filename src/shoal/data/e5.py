@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.data.binary import Reader
 from shoal.errors import FetchError
 
 MAGIC = b"E5S1"
@@ -40,27 +41,6 @@ _TILDE, _UNUSED = "\uff5e", "\ue000"
 Floats = NDArray[np.float32]
 
 
-class _Reader:
-    """Numbers, one after the other."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content, self.at = content, 0
-
-    def number(self, form: str) -> Any:
-        (value,) = struct.unpack_from(f"<{form}", self.content, self.at)
-        self.at += struct.calcsize(form)
-        return value
-
-    def array(self, kind: str, size: int) -> NDArray[Any]:
-        found = np.frombuffer(self.content, kind, size, self.at)
-        self.at += found.nbytes
-        return found
-
-    def raw(self, size: int) -> bytes:
-        self.at += size
-        return self.content[self.at - size : self.at]
-
-
 def convert(path: Path, *, into: Path) -> None:
     """Write config, weights and tokenizer. Raises FetchError for a file that is cut short."""
     from safetensors.numpy import save_file
@@ -74,7 +54,7 @@ def convert(path: Path, *, into: Path) -> None:
         ) from error
     save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
     (into / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    _tokenizer(pieces, scores, replaced, unknown=3).save(str(into / "tokenizer.json"))
+    _tokenizer(pieces, scores, replaced).save(str(into / "tokenizer.json"))
     about: dict[str, Any] = {f"{name}_token": text for name, text in _SPECIAL.items()}
     about |= {"cls_token": "<s>", "sep_token": "</s>", "model_max_length": 512}
     about["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -84,7 +64,7 @@ def convert(path: Path, *, into: Path) -> None:
 def _read(
     path: Path,
 ) -> tuple[dict[str, Any], list[str], list[float], dict[str, str], dict[str, Floats]]:
-    reader = _Reader(path.read_bytes())
+    reader = Reader(path.read_bytes())
     if reader.raw(4) != MAGIC:
         raise ValueError("another magic number")
     reader.number("I")
@@ -122,7 +102,7 @@ def _read(
     return config, pieces, scores, replaced, _named(found, padding=ids["pad"])
 
 
-def _tensors(reader: _Reader, *, width: int, inner: int) -> dict[str, Floats]:
+def _tensors(reader: Reader, *, width: int, inner: int) -> dict[str, Floats]:
     """Tensors by the file's names; what is neither a vector nor quantised is rows of `width`."""
     directory = []
     for _ in range(reader.number("i")):
@@ -136,7 +116,7 @@ def _tensors(reader: _Reader, *, width: int, inner: int) -> dict[str, Floats]:
         }
         columns = inner if name.endswith(".fo.w") else width
         if matrix:
-            blocks = reader.array(_BLOCK, num_bytes // _BLOCK.itemsize)  # type: ignore[arg-type]
+            blocks = reader.array(_BLOCK, num_bytes // _BLOCK.itemsize)
             low, high = blocks["halves"] & 15, blocks["halves"] >> 4
             whole = np.concatenate([low, high], axis=1).astype(np.float32) - 8
             found[name] = (whole * blocks["scale"].astype(np.float32)[:, None]).reshape(-1, columns)
@@ -162,14 +142,14 @@ def _named(found: dict[str, Floats], *, padding: int) -> dict[str, Floats]:
     return {name: np.ascontiguousarray(tensor) for name, tensor in named.items()}
 
 
-def _tokenizer(
-    pieces: list[str], scores: list[float], replaced: dict[str, str], *, unknown: int
-) -> Any:
+def _tokenizer(pieces: list[str], scores: list[float], replaced: dict[str, str]) -> Any:
     """A unigram tokenizer as XLM-RoBERTa's: characters made alike, then the likeliest pieces."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores)), unk_id=unknown))
+    tokenizer = Tokenizer(
+        models.Unigram(list(zip(pieces, scores)), unk_id=pieces.index(_SPECIAL["unk"]))
+    )
     usual = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
     others = {one: text for one, text in replaced.items() if usual.normalize_str(one) != text}
     tokenizer.normalizer = normalizers.Sequence(

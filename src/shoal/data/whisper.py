@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.data.binary import Reader
 from shoal.errors import FetchError
 
 _TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
@@ -23,19 +24,11 @@ Arrays = dict[str, NDArray[Any]]
 
 def read_tensors(path: Path) -> Arrays:
     """Tensors by name. Raises FetchError for a file that is no such model, or cut short."""
-    content, at = path.read_bytes(), 0
-
-    def number(form: str) -> int:
-        nonlocal at
-        (value,) = struct.unpack_from(f"<{form}", content, at)
-        at += struct.calcsize(form)
-        return int(value)
+    reader = Reader(path.read_bytes())
+    number = reader.number
 
     def text() -> str:
-        nonlocal at
-        size = number("H")
-        at += size
-        return content[at - size : at].rstrip(b"\0").decode()
+        return str(reader.raw(number("H")).rstrip(b"\0").decode())
 
     tensors: Arrays = {}
     try:
@@ -43,8 +36,7 @@ def read_tensors(path: Path) -> Arrays:
         for _ in range(number("I")):
             name, shape = text(), [number("I") for _ in range(number("B"))]
             kind, size = np.dtype(_TYPES[number("B")]), number("I")
-            tensors[name] = np.frombuffer(content, kind, size // kind.itemsize, at).reshape(shape)
-            at += size
+            tensors[name] = reader.array(kind, size // kind.itemsize).reshape(shape)
     except (struct.error, ValueError, KeyError, UnicodeDecodeError) as error:
         raise FetchError(
             f"{path}: expected a model in the format of CTranslate2, got something else or a part "

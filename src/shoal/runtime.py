@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 import torch.distributed as dist
 
-from shoal.environment import talk_over_loopback
+from shoal.environment import talk_over_loopback, torchrun_rendezvous
 from shoal.errors import UserError
 
 
@@ -53,7 +53,7 @@ def start_process_group(
     `meeting`: the URL of a place where nobody has met yet, one per attempt (see MeetingPoint);
     None: the addresses torchrun gave in the environment.
     """
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = _backend(device, size=size)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if dist.is_initialized():
         return  # a launcher has joined already
@@ -69,6 +69,18 @@ def start_process_group(
             world_size=size,
             timeout=timeout,
         )
+
+
+def _backend(device: torch.device, *, size: int) -> str:
+    """NCCL where each of this host's ranks has a GPU of its own, which it insists on; else gloo.
+
+    Ranks that share a GPU meet in the host's memory: slower, and all a proof needs.
+    """
+    if device.type == "cpu":
+        return "gloo"
+    started = torchrun_rendezvous()
+    here = started.local_world_size if started else size
+    return "gloo" if here > torch.cuda.device_count() else "cpu:gloo,cuda:nccl"
 
 
 _inner: list[dist.ProcessGroup] = []
@@ -165,8 +177,15 @@ class MeetingPoint:
         return True
 
 
-def start_worker(worker: WorkerInfo, *, seed: int) -> None:
-    """Threads and global seed of this worker; called in every thread that computes."""
+def start_worker(worker: WorkerInfo, *, seed: int, exact: bool = False) -> None:
+    """Threads and global seed of this worker; called in every thread that computes.
+
+    `exact`: a GPU computes the same bits each time, or refuses (torch names the operation).
+    """
     torch.set_num_threads(worker.threads)
     torch.manual_seed(seed)  # nothing that matters draws from it; see models/init.py
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
+    if exact and worker.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may not
+        torch.use_deterministic_algorithms(True)

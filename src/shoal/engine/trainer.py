@@ -167,6 +167,8 @@ class Trainer:
             result = training.step.train(batch, share=share, counted=counted, step=step)
         if live is not None:
             training.peak_memory_bytes = live.peak_bytes
+        elif self.worker.device.type == "cuda":
+            training.peak_memory_bytes = torch.cuda.max_memory_allocated(self.worker.device)
         return result
 
     def _digest(self, step: int) -> int | None:

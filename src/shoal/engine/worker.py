@@ -132,7 +132,7 @@ def _run_process(job: Job, *, arguments: WorkerArguments, report: Report, orders
     device = choose_device(job.recipe.launch.device, local_rank=arguments.local_rank)
     threads = job.decision.threads_per_worker
     worker = WorkerInfo(arguments.rank, arguments.size, device, threads)
-    start_worker(worker, seed=job.recipe.seed)
+    start_worker(worker, seed=job.recipe.seed, exact=job.recipe.train.exact)
     group = ProcessGroup(pulse=Pulse(arguments.pulse, slot=arguments.rank))
     try:
         train(

@@ -71,8 +71,12 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
         room = max(1, (formats["devices"] or cores) // inside)
         layout = replace(layout, replicate=most_replicas(recipe, at_most=room, shards=layout.shard))
     workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
-    workers = layout.workers if formats["devices"] else cores
-    decision = _by_rule(recipe, layout=layout, cores=workers, formats=formats, workload=workload)
+    if 0 < formats["devices"] < layout.workers:
+        console.line(
+            f"warning: {layout.workers} workers share {formats['devices']} GPUs and exchange "
+            "through the host's memory: slower than a worker per GPU (fine for a test)"
+        )
+    decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats, workload=workload)
     if is_open and workload is not None and formats["devices"]:
         decision = on_devices(
             recipe,

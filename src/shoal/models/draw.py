@@ -6,7 +6,9 @@ equals the slice of the whole bit for bit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +22,9 @@ from shoal.models.random_bits import Floats, key_of, normal_quantile, uniform
 
 _CHUNK = 1 << 15
 """Elements drawn at once: the temporaries stay in the second-level cache."""
+
+_WORTH_THREADS = 1 << 20
+"""Elements from which several threads draw."""
 
 _SQRT_HALF = 0.7071067811865476
 
@@ -74,10 +79,33 @@ class InitRecord:
         if program[0].kind == "fill" and len(program) == 1:
             result.fill(program[0].arguments[0])
         else:
-            key = key_of(seed, name)
-            for span, positions in _positions(shape, wanted):
-                result[span] = _run(program, positions, key=key, shape=shape)
+            self._fill(result, program, key=key_of(seed, name), shape=shape, box=wanted)
         return torch.from_numpy(result).to(dtype).reshape(wanted.sizes)
+
+    def _fill(
+        self,
+        result: Floats,
+        program: Sequence[Operation],
+        *,
+        key: int,
+        shape: tuple[int, ...],
+        box: Box,
+    ) -> None:
+        """Draw the elements of a box, by as many threads as this worker computes with."""
+
+        def draw(part: tuple[slice, NDArray[np.uint64]]) -> None:
+            span, positions = part
+            result[span] = _run(program, positions, key=key, shape=shape)
+
+        threads = torch.get_num_threads() if box.numel > _WORTH_THREADS else 1
+        if threads == 1:
+            for part in _positions(shape, box):
+                draw(part)
+            return
+        with ThreadPoolExecutor(threads) as pool:  # numpy computes without the interpreter's lock
+            parts = _positions(shape, box)
+            while some := list(itertools.islice(parts, 64 * threads)):
+                list(pool.map(draw, some, chunksize=1))
 
 
 def _positions(shape: tuple[int, ...], box: Box) -> Iterator[tuple[slice, NDArray[np.uint64]]]:

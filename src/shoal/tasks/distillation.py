@@ -121,7 +121,8 @@ class TaughtLoss:
     def _chunk(self, taught: Tensor) -> int:
         from shoal.tasks.losses import chunk_tokens_for
 
-        return chunk_tokens_for(self.teacher(taught[:1]).shape[-1])
+        classes = self.teacher(taught[:1]).shape[-1]
+        return chunk_tokens_for(classes, device=taught.device.type)
 
     def _part(self, hidden: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
         """Of one chunk [N, D]."""

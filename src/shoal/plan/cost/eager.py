@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from shoal.legal import ModelFacts
 
-_CHUNK_BYTES = 8 * 2**20  # tasks/losses.py: float32 logits of one chunk of tokens
+_CHUNK_BYTES = {True: 8 * 2**20, False: 512 * 2**20}
+"""Of float32 logits of one chunk of tokens, on a CPU or not (tasks/losses.py)."""
 _KEPT_BYTES = 64 * 2**20  # models/cpu_attention.py: probabilities that one layer may keep
 _FLOAT32_TOKENS = 512  # the same: shorter float32 rows take the fused kernel
 
@@ -57,7 +58,14 @@ def _cpu_scores(facts: ModelFacts, *, rows: int, sequence_tokens: int, width: fl
     return 4.0 * sequence_tokens + 4.0 * facts.heads
 
 
-def loss_bytes(facts: ModelFacts, *, tokens: float, tensor: int = 1, width: float = 2.0) -> float:
+def loss_bytes(
+    facts: ModelFacts,
+    *,
+    tokens: float,
+    tensor: int = 1,
+    width: float = 2.0,
+    on_cpu: bool = False,
+) -> float:
     """Live bytes of a micro batch outside its blocks, at the loss.
 
     The last norm, rotations and ids; logits and probabilities of one chunk of tokens; and the
@@ -65,7 +73,7 @@ def loss_bytes(facts: ModelFacts, *, tokens: float, tensor: int = 1, width: floa
     of the head: the newest, the sum, and what it was made from.
     """
     columns = facts.vocabulary / tensor
-    chunk = max(64.0, _CHUNK_BYTES // (4 * facts.vocabulary) // 64 * 64)
+    chunk = max(64.0, _CHUNK_BYTES[on_cpu] // (4 * facts.vocabulary) // 64 * 64)
     once = min(tokens, chunk)
     head = (3 if tokens > chunk else 1) * 4.0 * columns * facts.hidden
     last = (16.0 if facts.gated else 12.0) + (width if width < 4 else 0.0)

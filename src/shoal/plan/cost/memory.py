@@ -168,7 +168,13 @@ def memory_of(
         activations += (whole - kept) * tokens
     logits, width = 0.0, 4.0 if workload.precision == "fp32" else 2.0
     if last and software.autocast:
-        logits = loss_bytes(facts, tokens=tokens, tensor=layout.tensor, width=width)
+        logits = loss_bytes(
+            facts,
+            tokens=tokens,
+            tensor=layout.tensor,
+            width=width,
+            on_cpu=software.on_cpu,
+        )
     elif last:
         logits = software.logit_bytes * tokens * facts.vocabulary / layout.tensor
     gathers = 0.0

@@ -160,7 +160,8 @@ class Trainer:
         training, orders = self.training, self._orders
         votes = Votes(orders.stop.is_set(), orders.save.is_set(), self.members.pending)
         live = None
-        if training.peak_memory_bytes is None and self.worker.device.type == "cpu":
+        counts = self.worker.device.type == "cpu" and not self.job.recipe.parallel.compile
+        if training.peak_memory_bytes is None and counts:  # under it torch would never compile
             live = LiveStorage.above(training.state.resident())
         with live or nullcontext():
             counted = training.step.count(batch, votes=votes, digest=digest)

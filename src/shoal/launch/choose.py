@@ -20,7 +20,7 @@ from shoal.engine.job import Inputs
 from shoal.environment import cache_directory, usable_cores
 from shoal.errors import ConfigError, ModelError, Problem, UserError
 from shoal.launch.candidates import most_replicas
-from shoal.launch.devices import on_devices
+from shoal.launch.devices import on_devices, predicted_on_devices
 from shoal.launch.directory import write_whole
 from shoal.launch.examined import refuse_wrong_model
 from shoal.launch.measuring import measuring_job, wait_for_imports
@@ -83,6 +83,14 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             decision,
             workload=workload,
             layout=layout,
+            devices=formats["devices"],
+            device_name=formats["device_name"],
+        )
+    elif workload is not None and formats["devices"]:
+        decision = predicted_on_devices(
+            recipe,
+            decision,
+            workload=workload,
             devices=formats["devices"],
             device_name=formats["device_name"],
         )

@@ -15,7 +15,7 @@ from shoal.plan.devices import device_named
 from shoal.plan.from_recipe import choices_of
 from shoal.plan.hardware import Cluster, Nodes
 from shoal.plan.search import Found, Space, find
-from shoal.plan.workload import DEGREES, Workload
+from shoal.plan.workload import DEGREES, Candidate, Workload
 
 
 def on_devices(
@@ -32,19 +32,14 @@ def on_devices(
     `decision`: what stands when the hardware table does not know the device, or when nothing seems
     to fit; then the run itself will tell. `layout`: the degrees that the recipe gives.
     """
-    known = device_named(device_name)
-    if known is None:
+    estimator = _estimator(workload, devices=devices, device_name=device_name)
+    if estimator is None:
         return replace(decision, reason=f"{decision.reason}; {device_name} is unknown")
-    space = space_of(recipe, layout=layout)
-    cluster = Cluster(
-        groups=(Nodes(count=1, devices=devices, device=known),),
-        network_bytes_per_second=known.network_bytes_per_second,
-    )
     try:
-        found = find(Estimator(workload, cluster), space=space)
+        found = find(estimator, space=space_of(recipe, layout=layout))
     except UserError:
         return replace(decision, reason=f"{decision.reason}; it may not fit")
-    best = found.best
+    best, name = found.best, estimator.cluster.groups[0].device.name
     return replace(
         decision,
         layout=best.candidate.layout,
@@ -52,9 +47,37 @@ def on_devices(
         micro_batch_samples=best.candidate.micro_batch_samples,
         shard_level=best.candidate.level,
         recompute=best.candidate.recompute,
-        reason=f"predicted {best.step_seconds:.3g} s a step on {known.name}{_instead(found)}",
+        reason=f"predicted {best.step_seconds:.3g} s a step on {name}{_instead(found)}",
         predicted=best.to_json(),
     )
+
+
+def predicted_on_devices(
+    recipe: Recipe, decision: Decision, *, workload: Workload, devices: int, device_name: str
+) -> Decision:
+    """The decision that the recipe makes, with the time and memory that are predicted for it."""
+    estimator = _estimator(workload, devices=devices, device_name=device_name)
+    if estimator is None or decision.layout.workers > devices:
+        return decision
+    candidate = Candidate(
+        layout=decision.layout,
+        micro_batch_samples=decision.micro_batch_samples,
+        level=decision.shard_level_of(recipe),
+        recompute=decision.recompute_of(recipe),
+    )
+    return replace(decision, predicted=estimator.predict(candidate).to_json())
+
+
+def _estimator(workload: Workload, *, devices: int, device_name: str) -> Estimator | None:
+    """None for a device that the hardware table does not know."""
+    known = device_named(device_name)
+    if known is None:
+        return None
+    cluster = Cluster(
+        groups=(Nodes(count=1, devices=devices, device=known),),
+        network_bytes_per_second=known.network_bytes_per_second,
+    )
+    return Estimator(workload, cluster)
 
 
 def space_of(recipe: Recipe, *, layout: Layout) -> Space:

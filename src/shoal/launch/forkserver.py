@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from typing import Any
 
 PRELOAD = (
@@ -143,7 +144,10 @@ class Server:
 
     def _fork(self, request: dict[str, Any], report: int) -> int:
         server = os.getpid()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads that libraries' imports have started; none computes
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             self._link.close()
             for other in self._descriptors:  # else another worker's report never reads as ended

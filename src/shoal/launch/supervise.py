@@ -24,7 +24,7 @@ from shoal.launch.callbacks import Callbacks
 from shoal.launch.cluster import Cluster, ThisHost, host_of_rank
 from shoal.launch.deaths import Death, death_of
 from shoal.launch.directory import has_checkpoint, is_run, requests_in
-from shoal.launch.hang import Doctor, Sighting, Stuck, report
+from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
@@ -114,7 +114,9 @@ class Supervisor:
         self._fewest = job.recipe.parallel.fewest_replicas or self._layout.replicate
         """Replicas that must be there for the others to go on while one is replaced."""
         inside = self._layout.replica_workers > 1
-        self._doctor = Doctor(silence_seconds=launch.silence_seconds, meets_inside=inside)
+        compiles = job.recipe.parallel.compile  # whenever it meets another shape
+        silence = max(launch.silence_seconds, FIRST_SECONDS if compiles else 0.0)
+        self._doctor = Doctor(silence_seconds=silence, meets_inside=inside)
         self._pace = Pace()
         self._run = job.run
         self._generation = 0

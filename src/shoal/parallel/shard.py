@@ -300,14 +300,19 @@ def _sharded_view(like: DTensor, storage: Tensor) -> DTensor:
 def _fsdp_parameters(model: nn.Module, root: nn.Module | None) -> Iterator[tuple[str, Any]]:
     """FSDP2's own records of its parameters, by canonical name.
 
-    Private in torch 2.13, used here only: FSDP2 re-reads a parameter that was replaced
-    (`reset_sharded_param`), but copies one that needs padding into storage of its own; with the
-    padded storage given beforehand it sees that nothing changed, and copies nothing.
+    Private in torch 2.13 (2.11 has one group in place of a list), used here only: FSDP2 re-reads a
+    parameter that was replaced (`reset_sharded_param`), but copies one that needs padding into
+    storage of its own; with the padded storage given beforehand it sees that nothing changed, and
+    copies nothing.
     """
     if root is None:
         return
     names = {id(parameter): name for name, parameter in canonical_parameters(model).items()}
     for module in _sharded(root):
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:
+            groups = filter(None, [state._fsdp_param_group])
+        for group in groups:
             for each in group.fsdp_params:
                 yield names[id(each.sharded_param)], each

@@ -110,7 +110,8 @@ def attend(
             f"{type(module).__name__}: dropout of attention probabilities ({dropout}) has no key\n"
             "    set model.dropout to off, or to framework if the curve may depend on the layout"
         )
-    kernel, layer = get_forward_context().kernel, getattr(module, "layer_idx", None)
+    kernel = get_forward_context().kernel
+    layer = getattr(module, "layer_idx", None) if kernel.by_layer else None
     if dropout:
         kernel = with_dropout(kernel, dropout)
     query, key, value = _as_autocast(query, key, value)

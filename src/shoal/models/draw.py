@@ -23,6 +23,8 @@ from shoal.models.random_bits import Floats, key_of, normal_quantile, uniform
 _CHUNK = 1 << 15
 """Elements drawn at once: the temporaries stay in the second-level cache."""
 
+_THREADS_CHUNK = 1 << 17
+"""The same where several threads draw, who would else wait for the interpreter's lock."""
 _WORTH_THREADS = 1 << 20
 """Elements from which several threads draw."""
 
@@ -99,16 +101,18 @@ class InitRecord:
 
         threads = torch.get_num_threads() if box.numel > _WORTH_THREADS else 1
         if threads == 1:
-            for part in _positions(shape, box):
+            for part in _positions(shape, box, chunk=_CHUNK):
                 draw(part)
             return
         with ThreadPoolExecutor(threads) as pool:  # numpy computes without the interpreter's lock
-            parts = _positions(shape, box)
+            parts = _positions(shape, box, chunk=_THREADS_CHUNK)
             while some := list(itertools.islice(parts, 64 * threads)):
                 list(pool.map(draw, some, chunksize=1))
 
 
-def _positions(shape: tuple[int, ...], box: Box) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
+def _positions(
+    shape: tuple[int, ...], box: Box, *, chunk: int
+) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
     """Flat positions of a box in the whole, in row-major order, chunk by chunk."""
     offsets, sizes = box.offsets, box.sizes
     run, starts = 1, np.zeros(1, dtype=np.uint64)
@@ -129,10 +133,10 @@ def _positions(shape: tuple[int, ...], box: Box) -> Iterator[tuple[slice, NDArra
     if last < len(shape):
         starts = starts + np.uint64(offsets[last] * strides[last])
     done = 0
-    rows = max(1, _CHUNK // max(run, 1))
+    rows = max(1, chunk // max(run, 1))
     for first in range(0, len(starts), rows):
-        for begin in range(0, run, _CHUNK):
-            width = np.arange(begin, min(begin + _CHUNK, run), dtype=np.uint64)
+        for begin in range(0, run, chunk):
+            width = np.arange(begin, min(begin + chunk, run), dtype=np.uint64)
             block = (starts[first : first + rows, None] + width[None, :]).reshape(-1)
             yield slice(done, done + len(block)), block
             done += len(block)

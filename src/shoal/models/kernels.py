@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as functional
@@ -49,7 +49,14 @@ class MaskRequest:
 
 
 class Kernel(Protocol):
-    """How the tokens of a forward attend to one another."""
+    """How the tokens of a forward attend to one another.
+
+    `by_layer`: whether it must know which layer calls. Compiled code that reads the number is
+    compiled for each layer anew, and after eight of them no longer.
+    """
+
+    @property
+    def by_layer(self) -> bool: ...
 
     def mask(self, request: MaskRequest) -> Tensor | Mask | None:
         """Once per forward and kind of mask; None where none is needed."""
@@ -69,9 +76,9 @@ class Kernel(Protocol):
     ) -> Tensor:
         """query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D]; differentiable.
 
-        `layer`: its number (-1: it has none). `mask`: what this kernel's `mask` gave; `causal`: no
-        token looks ahead, with a mask as well as without. Scores are scaled by `scale`, squashed to
-        +-`softcap`, and `bias` [1, H, T, S] is added to them.
+        `layer`: its number (-1: not `by_layer`, or it has none). `mask`: what this kernel's `mask`
+        gave; `causal`: no token looks ahead, with a mask as well as without. Scores are scaled by
+        `scale`, squashed to +-`softcap`, and `bias` [1, H, T, S] is added to them.
         """
 
 
@@ -80,6 +87,7 @@ class LocalKernel:
     """All keys are those of this forward. `dropout`: of probabilities, unkeyed (`framework`)."""
 
     dropout: float = 0.0
+    by_layer: ClassVar[bool] = False
 
     def mask(self, request: MaskRequest) -> Tensor | None:
         """bool [B or 1, 1, T, S] (True = may look); None where none is needed.

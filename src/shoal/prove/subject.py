@@ -71,8 +71,8 @@ def proof_recipe(
     tree["precision"] = {"compute": "float32" if compute == "auto" else compute}
     tree["sync"] |= {"verify_every_steps": 0}
     tree["observe"] = {"console": False}
-    if recipe.launch.device == "auto":  # ranks of NCCL cannot share a device
-        tree["launch"]["device"] = "cuda" if num_devices >= layout.workers else "cpu"
+    if recipe.launch.device == "auto":  # workers may share a GPU
+        tree["launch"]["device"] = "cuda" if num_devices else "cpu"
     return anchored(Recipe.model_validate(tree))
 
 

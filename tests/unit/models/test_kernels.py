@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ class Reference:
 
     threads: list[int] = field(default_factory=list)
     layers: set[int] = field(default_factory=set)
+    by_layer: ClassVar[bool] = True
 
     def mask(self, request: MaskRequest) -> dict[str, Tensor]:
         # never None, and no tensor: what this kernel gives comes back to it as it is
@@ -56,6 +57,7 @@ class Cached:
     """Keeps the keys and values of every layer: a forward brings the tokens that follow."""
 
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    by_layer: ClassVar[bool] = True
 
     def mask(self, request: MaskRequest) -> Tensor | None:
         past = self.kept[0][0].shape[2] if self.kept else 0
@@ -120,6 +122,8 @@ def test_recompute_on_another_thread_runs_the_forwards_kernel(kind: str) -> None
 @dataclass(frozen=True)
 class Sharper:
     """The local kernel with scores twice as large."""
+
+    by_layer = False
 
     def mask(self, request: MaskRequest) -> Tensor | None:
         return local.mask(request)

@@ -25,7 +25,7 @@ from shoal.legal import family_of
 from shoal.models.families.hidden import HIDDEN
 from shoal.models.families.logits import transform_of
 from shoal.models.forward_context import forward_context_of, set_forward_context
-from shoal.models.kernels import Kernel, local
+from shoal.models.kernels import Kernel
 from shoal.models.placement import Parts, Placement, placements_of
 
 Logits = Callable[[Tensor], Tensor]
@@ -144,7 +144,7 @@ def hidden_of(
     *,
     step: int = 0,
     fields: Fields = TOKENS,
-    kernel: Kernel = local,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     """Hidden states [B, T, D] of a batch, without the head.
 
@@ -152,13 +152,13 @@ def hidden_of(
     document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
     pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout. `fields`
     describe what runs along the sequence `tokens`, and how it is padded. `kernel` says how the
-    tokens attend to one another.
+    tokens attend to one another; None: as the context around this forward has it.
     """
     family = family_of(_config(model).model_type)
     multiple = int(getattr(model, "shoal_sequence_multiple", 1))
     num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
     if num_tokens % multiple:
-        batch = _padded(batch, fields, more=-num_tokens % multiple)
+        batch = padded(batch, fields, more=-num_tokens % multiple)
     with set_forward_context(forward_context_of(batch, step=step, kernel=kernel)):
         inputs = _inputs(model, batch)
         if getattr(model, "shoal_whole_logits", False):
@@ -220,7 +220,7 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(forward).parameters if name != "labels")
 
 
-def _padded(batch: dict[str, Tensor], fields: Fields, *, more: int) -> dict[str, Tensor]:
+def padded(batch: dict[str, Tensor], fields: Fields, *, more: int) -> dict[str, Tensor]:
     """Rows of `more` tokens more: ranks that split the sequence need equal parts.
 
     What is added is padding (document -1), which no token of a document sees.

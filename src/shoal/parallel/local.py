@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.mesh import REPLICA, Mesh
 from shoal.parallel.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from shoal.parallel.context import Context
 
 _MARK = "shoal_sharded"
 
@@ -207,6 +210,8 @@ class ShardedModel:
     holdings: Holdings
     exchange: Exchange | None = None
     """What the tensor axis moves hidden states with."""
+    context: Context | None = None
+    """The part of each row that this rank has; None: whole rows."""
     vocabulary: Vocabulary | None = None
     """The part of the vocabulary whose logits this rank has; None: all."""
     root: nn.Module | None = field(default=None, repr=False)

@@ -53,11 +53,11 @@ class Mesh:
                 found = self._groups[tuple(ranks)]
         return found
 
-    def along(self, axis: str) -> DeviceMesh:
-        """The ranks along one axis as torch's one-dimensional mesh."""
-        group = self.group(axis)
-        assert group is not None, f"{axis}: this rank is alone on it"
-        return DeviceMesh.from_group(group, self.device.type, mesh_dim_names=(axis,))
+    def along(self, *axes: str) -> DeviceMesh:
+        """The ranks that differ along `axes` only as torch's one-dimensional mesh."""
+        group, name = self.group(*axes), "_".join(axes)
+        assert group is not None, f"{name}: this rank is alone on it"
+        return DeviceMesh.from_group(group, self.device.type, mesh_dim_names=(name,))
 
 
 def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:

@@ -97,7 +97,11 @@ def open_axes(combination: Combination) -> frozenset[str]:
     return frozenset(
         axis
         for axis in IMPLEMENTED_AXES & able
-        if not [*_cut_replica(replace(combination, layout=Layout(**{axis: 2})))]
+        if not [
+            problem
+            for rule in (_cut_replica, _rows)
+            for problem in rule(replace(combination, layout=Layout(**{axis: 2})))
+        ]
     )
 
 

@@ -85,11 +85,13 @@ def layouts(
 
 
 def _contexts(rest: int, *, workload: Workload, allowed: bool) -> list[int]:
-    """Context degrees that leave each rank at least 2,048 tokens of a row."""
+    """Context degrees that leave each rank at least 2,048 tokens of a row, in two slices."""
     if not allowed:
         return [1]
-    most = workload.sequence_tokens // 2048
-    return [c for c in divisors(rest) if c == 1 or (c <= most and c & (c - 1) == 0)]
+    tokens = workload.sequence_tokens
+    most = tokens // 2048
+    able = [c for c in divisors(rest) if c <= most and c & (c - 1) == 0 and tokens % (2 * c) == 0]
+    return sorted({1, *able})
 
 
 def _splits(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -70,6 +70,14 @@ class Exchange:
         there, back = (partial(_swapped, dims=dims) for dims in ((split, join), (join, split)))
         return _apply(part, self, there, back)
 
+    @torch.no_grad()
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each by its sum over the ranks, as one message."""
+        flat = torch.cat([each.reshape(-1) for each in tensors])
+        _sum_into(flat, self)
+        for each, total in zip(tensors, flat.split([each.numel() for each in tensors])):
+            each.copy_(total.view(each.shape))
+
     @contextlib.contextmanager
     def sending(self, operation: str, num_bytes: int) -> Iterator[None]:
         """Count `num_bytes` that this rank sends, and the time that it waits for them here."""
@@ -124,9 +132,13 @@ def _scattered(partial: Tensor, exchange: Exchange) -> Tensor:
 
 def _summed(partial: Tensor, exchange: Exchange) -> Tensor:
     total = partial.clone(memory_format=torch.contiguous_format)
+    _sum_into(total, exchange)
+    return total
+
+
+def _sum_into(total: Tensor, exchange: Exchange) -> None:
     with exchange.sending("all_reduce", 2 * (exchange.size - 1) * total.nbytes // exchange.size):
         dist.all_reduce(total, group=exchange.group)
-    return total
 
 
 def _own(whole: Tensor, exchange: Exchange) -> Tensor:

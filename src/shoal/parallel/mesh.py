@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from shoal.comm.group import Traffic
 from shoal.layout import AXES, Layout
 from shoal.runtime import new_group
 
@@ -22,6 +23,8 @@ class Mesh:
     layout: Layout
     rank: int
     device: torch.device
+    traffic: Traffic = field(default_factory=Traffic)
+    """What its ranks send one another beside what an `Exchange` counts."""
     _groups: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @classmethod

@@ -109,5 +109,5 @@ def meet(world: ProcessGroup, *, layout: Layout, device: torch.device) -> Ranks:
     alone = now.replicate == 1
     peers = ProcessGroup(mesh.group("replicate"), pulse=world.pulse, alone=alone)
     inside = ProcessGroup(mesh.group(*REPLICA), pulse=world.pulse)
-    peers.traffic = inside.traffic = world.traffic
+    peers.traffic = inside.traffic = mesh.traffic = world.traffic
     return Ranks(world, peers, inside, now, mesh)

@@ -101,11 +101,15 @@ def test_a_part_of_each_row_is_replaced_from_the_other_replica(bench: Bench) -> 
 
 
 @slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "overrides"), [(0, PAIR), (1, PAIR), (1, ROWS)], ids=["first", "second", "of four"]
+)
 @pytest.mark.parametrize("kind", ["stop", "spin"])
-def test_the_stopped_one_of_a_pair_is_named(bench: Bench, kind: str, rank: int) -> None:
+def test_the_stopped_one_of_a_pair_is_named(
+    bench: Bench, kind: str, rank: int, overrides: tuple[str, ...]
+) -> None:
     """Its partner waits inside forward, where no collective of ours says so."""
-    found = rehearsed(bench, f"{kind}:{rank}@12", overrides=PAIR if rank else ROWS)
+    found = rehearsed(bench, f"{kind}:{rank}@12", overrides=overrides)
     assert_as_if_nothing(found)
     assert found.faults[0].culprit_named
     (stuck,) = events_of(found, "stuck")

@@ -27,6 +27,9 @@ RECOMPUTE = ("none", "selective", "full")
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor"})
 IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd"})
+CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
+"""Those that a plan chooses by itself. Attention of a ring is not one of the fused kernels by which
+plans reckon, so that its speed on GPUs is not known: who wants it says so."""
 OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "server"})
 """Policies under which replicas hold different parameters between two meetings."""
 IMPLEMENTED_CODECS = frozenset({"none"})
@@ -96,12 +99,8 @@ def open_axes(combination: Combination) -> frozenset[str]:
     able = EVERY_AXIS if combination.family is None else axes_of(combination.family)
     return frozenset(
         axis
-        for axis in IMPLEMENTED_AXES & able
-        if not [
-            problem
-            for rule in (_cut_replica, _rows)
-            for problem in rule(replace(combination, layout=Layout(**{axis: 2})))
-        ]
+        for axis in CHOSEN_AXES & able
+        if not [*_cut_replica(replace(combination, layout=Layout(**{axis: 2})))]
     )
 
 

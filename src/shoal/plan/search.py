@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import Combination, ModelFacts, axes_of, not_yet, tensor_degrees
+from shoal.legal import CHOSEN_AXES, Combination, ModelFacts, axes_of, not_yet, tensor_degrees
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster, Nodes
 from shoal.plan.workload import LEVELS, Candidate, Workload
@@ -73,7 +73,8 @@ def layouts(
             ):
                 continue
             rest = workers // tensor // pipeline
-            for context in _contexts(rest, workload=workload, allowed="context" in able):
+            chosen = "context" in CHOSEN_AXES or "context" in space.fixed or not space.runnable
+            for context in _contexts(rest, workload=workload, allowed="context" in able and chosen):
                 if space.allows("context", value=context):
                     yield from _splits(
                         Layout(tensor=tensor, pipeline=pipeline, context=context),

@@ -1,9 +1,9 @@
 """Attention of two ranks that each have half of every row: shoal's ring beside torch's own.
 
-torch's `context_parallel` has no rule for the CPU's attention (torch 2.13 raises NotImplementedError),
-so beside it stand the functions that it is made of, called as it calls them: the ring with balanced
-slices, forward and backward (private names of torch.distributed.tensor.experimental). Each has what
-it supports: torch's takes no masks, so rows are one document.
+torch's `context_parallel` has no rule for the CPU's attention (torch 2.13 raises
+NotImplementedError), so beside shoal's stand the functions that it is made of, called as it calls
+them: the ring with balanced slices, forward and backward (private names of
+torch.distributed.tensor.experimental). Those take no masks, so rows are one document.
 
 python benchmarks/context.py [--tokens 4096] [--pairs 7] [--dtype float32]
 """
@@ -98,9 +98,7 @@ def torchs(own: list[Tensor], scale: float) -> list[Tensor]:
     found = theirs._templated_ring_attention_backward(
         group,
         2,
-        OP.default
-        if False
-        else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         grad_out=gradient,
         grad_out_name="grad_out",
         query=query,

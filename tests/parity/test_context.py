@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from families import FAMILIES, GRADIENT, LOSS, Case, recipe_of
 from parity.test_matrix import Compare, assert_equal
+from parity.test_replicas import SHORT, assert_same_curve
 from shoal.errors import ConfigError
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
@@ -18,6 +20,11 @@ from shoal.prove.matrix import Apart, Matrix
 from shoal.prove.parity import prove
 from tiny import Bench
 
+MODEL = {
+    "kind": "config",
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+}
 DECODERS = [family for family in FAMILIES if "context" in axes_of(family)]
 
 
@@ -112,13 +119,49 @@ def test_the_proof_names_it(
 
 
 @pytest.mark.quick(1)
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", CONTEXT_KINDS)
-def test_the_proof_holds(bench: Bench, kind: str) -> None:
+def test_the_proof_holds(bench: Bench, kind: str, compute: str) -> None:
     """And transformers opens what was saved, and finds the loss of the next step."""
-    overrides = (f"parallel.context={{degree: 2, kind: {kind}}}",)
+    overrides = (f"parallel.context={{degree: 2, kind: {kind}}}", f"precision.compute={compute}")
     found = prove(bench.recipe, overrides, out=bench.new_path(), pool=bench.pool, steps=2)
     assert found.proven, found
-    assert "opened" in found.largest
+    assert ("opened" in found.largest) == (compute == "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", CONTEXT_KINDS)
+def test_compiled_blocks(kind: str, compare: Compare) -> None:
+    compiled = ("parallel.compile=true",)
+    assert_equal(compare(Case("gpt2", Layout(context=2), more=compiled, kind=kind)))
+
+
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    **MIXTURE,
+    **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1},
+    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+    **{"v_head_dim": 12, "topk_group": 1, "first_k_dense_replace": 1},
+}
+EXPERTS: dict[str, dict[str, int]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**MIXTURE, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**MIXTURE, "num_experts": 4},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+}
+"""Mixtures of experts; DeepSeek's values are smaller than its keys."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONTEXT_KINDS)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_mixtures_of_experts(bench: Bench, family: str, kind: str) -> None:
+    sizes = {**MODEL, "architecture": family, **EXPERTS[family]}
+    change = (*SHORT, f"model={json.dumps(sizes)}")
+    found = bench.run(f"parallel.context={{degree: 2, kind: {kind}}}", *change)
+    assert_same_curve(found, bench.run(*change))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,12 @@ from tiny import Bench
 
 MODEL = {
     "kind": "config",
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
 }
 DECODERS = [family for family in FAMILIES if "context" in axes_of(family)]
 
@@ -140,9 +144,17 @@ def test_compiled_blocks(kind: str, compare: Compare) -> None:
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {
     **MIXTURE,
-    **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1},
-    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
-    **{"v_head_dim": 12, "topk_group": 1, "first_k_dense_replace": 1},
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
 }
 EXPERTS: dict[str, dict[str, int]] = {
     "mixtral": {"num_local_experts": 4},

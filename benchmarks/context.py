@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
 
 from shoal.parallel import ring
-from shoal.parallel.context import Context
 from shoal.parallel.exchange import Exchange
+from shoal.parallel.rows import Context
 
 RANKS = 2
 OP = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from shoal.observe.events import read_lines
 
-WORDS = [
+WORDS = ["river", "stone", "lamp", "winter", "garden", "bread", "window", "silver", "morning"]
     "river",
     "stone",
     "lamp",

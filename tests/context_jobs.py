@@ -10,8 +10,8 @@ from torch import Tensor
 from shoal.models.kernels import MaskRequest
 from shoal.observe.events import Report
 from shoal.parallel import ring
-from shoal.parallel.context import Context
 from shoal.parallel.exchange import Exchange
+from shoal.parallel.rows import Context
 from shoal.runtime import start_process_group, stop_process_group
 
 Tensors = dict[str, Tensor]

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,8 @@ from shoal.boxes import Box, Slot
 from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.mesh import REPLICA, Mesh
+from shoal.parallel.rows import Context
 from shoal.parallel.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from shoal.parallel.context import Context
 
 _MARK = "shoal_sharded"
 

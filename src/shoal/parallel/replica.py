@@ -32,11 +32,11 @@ from shoal.models.pretrained import PretrainedWeights, folder_config
 from shoal.models.small import small_model
 from shoal.parallel import shard
 from shoal.parallel.apply import apply
-from shoal.parallel.context import Context
 from shoal.parallel.local import Holdings, ShardedModel, sharded_of
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.model import ModelSettings
+from shoal.parallel.rows import Context
 from shoal.parallel.settings import Settings
 from shoal.parallel.vocabulary import Vocabulary
 

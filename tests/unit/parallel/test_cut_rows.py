@@ -13,9 +13,9 @@ from torch import Tensor
 from shoal.errors import ModelError
 from shoal.models.forward_context import ROW_STRIDE
 from shoal.models.kernels import MaskRequest, local
-from shoal.parallel.context import Context
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.ring import Ring, Seen
+from shoal.parallel.rows import Context
 
 NOBODY: Any = None
 

@@ -56,6 +56,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         timeout_seconds=60,
     )
     ring._BLOCK_BYTES["cpu"] = case["block_bytes"]
+    events = watched()
     group = torch.distributed.group.WORLD
     exchange = Exchange(group, rank=rank, size=payload["size"])
     context = Context(exchange, case["kind"])
@@ -69,9 +70,27 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         scale = float(wanted[name].abs().max())
         apart[name] = float((each.double() - whole).abs().max()) / scale
     sent = dict(exchange.traffic.sent_bytes)
-    report.say("found", found={"apart": apart, "sent": sent})
+    report.say("found", found={"apart": apart, "sent": sent, "events": events})
     stop_process_group()
     return 0
+
+
+def watched() -> list[str]:
+    """What a ring does from now on, in order: `send`, `compute` (a hop's blocks), `wait`."""
+    events: list[str] = []
+    send, compute, wait = ring.Ring.pass_on, ring.Ring.blocks, ring._Passing.wait
+
+    def noted(word: str, call: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
+            events.append(word)
+            return call(*arguments, **named)
+
+        return run
+
+    ring.Ring.pass_on = noted("send", send)  # type: ignore[method-assign]
+    ring.Ring.blocks = noted("compute", compute)  # type: ignore[method-assign]
+    ring._Passing.wait = noted("wait", wait)  # type: ignore[method-assign]
+    return events
 
 
 def computed(context: Context, case: dict[str, Any]) -> Tensors:

@@ -47,9 +47,7 @@ BFLOAT16 = 2e-2
 DEGREES = (2, 4)
 
 
-def apart_of(
-    pool: WorkerPool, folder: Path, degree: int, **changes: Any
-) -> list[dict[str, dict[str, float]]]:
+def apart_of(pool: WorkerPool, folder: Path, degree: int, **changes: Any) -> list[dict[str, Any]]:
     case = {**PLAIN, **changes}
     payload = {"case": case, "size": degree, "meeting": str(folder / "meeting")}
     return run_workers(pool, "context_jobs:run", payload, size=degree)
@@ -83,6 +81,16 @@ def test_other_types(pool: WorkerPool, tmp_path: Path, dtype: str) -> None:
     changes = {**CASES["documents, window, groups"], "dtype": dtype}
     for found in apart_of(pool, tmp_path, 2, **changes):
         assert max(found["apart"].values()) < (BFLOAT16 if dtype == "bfloat16" else 1e-12), found
+
+
+def test_what_comes_next_is_on_its_way_while_this_is_computed(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    """Forward, then backward, whose gradients follow the keys one hop behind."""
+    there = ["send", "compute", "wait", "compute"]
+    back = ["send", "compute", "send", "wait", "compute", "wait", "send", "wait"]
+    for found in apart_of(pool, tmp_path, 2):
+        assert found["events"] == [*there, *back]
 
 
 def test_keys_are_sent_once_for_the_heads_that_share_them(pool: WorkerPool, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from shoal.legal import family_of
 from shoal.models.families.hidden import HIDDEN
 from shoal.models.families.logits import transform_of
 from shoal.models.forward_context import forward_context_of, set_forward_context
-from shoal.models.kernels import Kernel
+from shoal.models.kernels import Kernel, local
 from shoal.models.placement import Parts, Placement, placements_of
 
 Logits = Callable[[Tensor], Tensor]
@@ -159,7 +159,13 @@ def hidden_of(
     num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
     if num_tokens % multiple:
         batch = padded(batch, fields, more=-num_tokens % multiple)
-    with set_forward_context(forward_context_of(batch, step=step, kernel=kernel)):
+    context = forward_context_of(batch, step=step, kernel=kernel)
+    if context.kernel is not local and getattr(model, "shoal_own_attention", False):
+        raise ModelError(
+            f"{type(model).__name__}: its own attention sees this forward's tokens "
+            "alone\n    set parallel.context to 1"
+        )
+    with set_forward_context(context):
         inputs = _inputs(model, batch)
         if getattr(model, "shoal_whole_logits", False):
             return logits_in(model(**inputs, use_cache=False))

@@ -20,19 +20,6 @@ from pathlib import Path
 from shoal.observe.events import read_lines
 
 WORDS = ["river", "stone", "lamp", "winter", "garden", "bread", "window", "silver", "morning"]
-    "river",
-    "stone",
-    "lamp",
-    "winter",
-    "garden",
-    "bread",
-    "window",
-    "silver",
-    "quiet",
-    "morning",
-    "letter",
-    "island",
-]
 RECIPE = """\
 seed: 3
 model: {{kind: config, architecture: llama, hidden_size: 128, intermediate_size: 384,

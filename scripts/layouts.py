@@ -39,6 +39,10 @@ AFTER = """
 - **tensor** takes degrees that divide the query heads, the key-value heads and the feed-forward
   width, so that every rank has whole heads. The vocabulary need not be divisible. The last column
   gives those degrees for the published model whose sizes are transformers' defaults.
+- **context** takes decoders and tasks whose loss is a sum over tokens; rows of a multiple of 2 x
+  degree tokens (`ring`), or of the degree (`ulysses`), which also takes degrees only that, times
+  tensor, divide the query heads and the key-value heads. [context.md](../design/context.md) says
+  how it works and when to take which.
 - Fused projections (GPT-2 `c_attn`, Phi-3 `qkv_proj` and `gate_up_proj`) are cut piece by piece and
   stay fused: a rank's queries, keys and values lie next to one another, and checkpoints see boxes
   of the whole.

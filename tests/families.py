@@ -47,6 +47,8 @@ class Case:
     level: str = "parameters"
     more: tuple[str, ...] = field(default=())
     """Further overrides of `parallel`."""
+    kind: str = "ring"
+    """Of the context axis."""
 
     @property
     def overrides(self) -> list[str]:
@@ -54,13 +56,15 @@ class Case:
         layout = self.layout
         words = [f"parallel.replicate={layout.replicate}", f"parallel.tensor={layout.tensor}"]
         words.append(f"parallel.shard={{degree: {layout.shard}, level: {self.level}}}")
+        words.append(f"parallel.context={{degree: {layout.context}, kind: {self.kind}}}")
         return [*words, *self.more]
 
     @property
     def notes(self) -> str:
         """What the degrees do not say."""
         level = [self.level] if self.layout.shard > 1 else []
-        return ", ".join([*level, *(word.partition(".")[2] for word in self.more)])
+        kind = [self.kind] if self.layout.context > 1 else []
+        return ", ".join([*level, *kind, *(word.partition(".")[2] for word in self.more)])
 
 
 def matrix(family: str) -> list[Case]:

@@ -14,6 +14,7 @@ LENGTH = ("train.steps=16", "train.evaluate_every_steps=8", "checkpoint.every_st
 FOUR = (*LENGTH, "parallel={replicate: 2, shard: 2}", "train.micro_batch_samples=2")
 SHARDS = (*LENGTH, "parallel={shard: 2}", "train.micro_batch_samples=2")
 PAIR = (*LENGTH, "parallel={tensor: 2}", "train.micro_batch_samples=2")
+ROWS = (*LENGTH, "parallel={context: 4}", "train.micro_batch_samples=2")
 slow = pytest.mark.slow
 
 
@@ -77,7 +78,7 @@ def test_parts_of_both_replicas(bench: Bench) -> None:
 
 
 @slow
-@pytest.mark.parametrize("overrides", [SHARDS, PAIR], ids=["shard", "tensor"])
+@pytest.mark.parametrize("overrides", [SHARDS, PAIR, ROWS], ids=["shard", "tensor", "context"])
 def test_without_another_replica_the_save_is_what_is_left(
     bench: Bench, overrides: tuple[str, ...]
 ) -> None:
@@ -90,11 +91,25 @@ def test_without_another_replica_the_save_is_what_is_left(
 
 
 @slow
-@pytest.mark.parametrize("rank", [0, 1])
+def test_a_part_of_each_row_is_replaced_from_the_other_replica(bench: Bench) -> None:
+    """Its partner waits for keys and values that do not come."""
+    both = (*LENGTH, "parallel={replicate: 2, context: 2}", "train.micro_batch_samples=2")
+    found = rehearsed(bench, "kill:1@12:forward", "kill:2@14:backward", overrides=both)
+    assert_as_if_nothing(found)
+    assert [seen.culprit_named for seen in found.faults] == [True] * 2
+    assert events_of(found, "restarted") == []
+
+
+@slow
+@pytest.mark.parametrize(
+    ("rank", "overrides"), [(0, PAIR), (1, PAIR), (1, ROWS)], ids=["first", "second", "of four"]
+)
 @pytest.mark.parametrize("kind", ["stop", "spin"])
-def test_the_stopped_one_of_a_pair_is_named(bench: Bench, kind: str, rank: int) -> None:
+def test_the_stopped_one_of_a_pair_is_named(
+    bench: Bench, kind: str, rank: int, overrides: tuple[str, ...]
+) -> None:
     """Its partner waits inside forward, where no collective of ours says so."""
-    found = rehearsed(bench, f"{kind}:{rank}@12", overrides=PAIR)
+    found = rehearsed(bench, f"{kind}:{rank}@12", overrides=overrides)
     assert_as_if_nothing(found)
     assert found.faults[0].culprit_named
     (stuck,) = events_of(found, "stuck")

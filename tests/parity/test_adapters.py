@@ -52,9 +52,16 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
+LAYOUTS = [
+    "tensor: 2",
+    pytest.param("shard: 2", marks=pytest.mark.slow),
+    pytest.param("context: 2", marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("layout", [pytest.param("shard: 2", marks=pytest.mark.slow), "tensor: 2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_peft_opens_what_was_trained(bench: Bench, base: Path, kind: str, layout: str) -> None:
     """RUN/adapter over the folder, and RUN/model, have the same logits; and they have moved."""
     words = adapted(base, f"{{kind: {kind}, rank: 4, dropout: 0.2}}")

@@ -53,6 +53,9 @@ LAYOUTS = {
     "replicate 2 x tensor 2": cut("replicate: 2, tensor: 2"),
     "shard 4": cut("shard: 4"),
     "offload": cut("shard: {degree: 2, offload: true}"),
+    "context 2": cut("context: 2"),
+    "shard 2 x context 2": cut("shard: 2, context: {degree: 2, kind: ulysses}"),
+    "context 2 x tensor 2": cut("context: 2, tensor: 2"),
     "threads": ("parallel={replicate: 4}", "launch.workers=threads", "train.micro_batch_samples=2"),
 }
 PASSED_ON = [name for name in LAYOUTS if name != "threads"]
@@ -76,7 +79,16 @@ def files_of(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("family", "names"),
     [
-        ("llama", ["tensor 2", "shard 2", "shard 2 x tensor 2", "replicate 2 x shard 2"]),
+        (
+            "llama",
+            [
+                "tensor 2",
+                "shard 2 x context 2",
+                "context 2",
+                "shard 2 x tensor 2",
+                "replicate 2 x shard 2",
+            ],
+        ),
         ("gpt2", ["shard 2 x tensor 2", "replicate 2 x tensor 2"]),
         ("phi3", ["shard 2 x tensor 2", "replicate 2 x tensor 2"]),
         pytest.param("llama", PASSED_ON, marks=slow),
@@ -100,10 +112,13 @@ def test_passed_on_through_layouts_without_a_step(
 
 
 PAIRS = [
+    ("context 2", "shard 2 x context 2"),
     ("shard 2", "tensor 2"),
     pytest.param("tensor 2", "replicate 2 x shard 2", marks=slow),
     ("threads", "shard 2 x tensor 2"),
     pytest.param("tensor 2", "shard 2", marks=slow),
+    pytest.param("context 2 x tensor 2", "one", marks=slow),
+    pytest.param("shard 2", "context 2 x tensor 2", marks=slow),
     pytest.param("shard 2", "shard 4", marks=slow),
     pytest.param("shard 4", "shard 2", marks=slow),
     pytest.param("replicate 2", "shard 2", marks=slow),

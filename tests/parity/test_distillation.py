@@ -81,7 +81,7 @@ def test_steps_are_those_of_the_formula(bench: Bench, base: Path, teacher: Path)
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("layout", ["replicate: 2", "shard: 2"])
+@pytest.mark.parametrize("layout", ["replicate: 2", "shard: 2", "context: 2"])
 def test_a_layout_changes_nothing(bench: Bench, base: Path, teacher: Path, layout: str) -> None:
     one = bench.run(*words(base, teacher))
     two = bench.run(*words(base, teacher), f"parallel={{{layout}}}")

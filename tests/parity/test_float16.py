@@ -14,6 +14,7 @@ from tiny import Bench, largest_difference
 ALONE = ("parallel.replicate=1",)
 TWO = ("parallel.replicate=2",)
 CUT = ("parallel.shard=2",)
+ROWS = ("parallel.context=2",)
 slow = pytest.mark.slow
 
 
@@ -47,7 +48,7 @@ def test_a_power_of_two_changes_no_bit(
             assert [row[name] for row in plain] == [row[name] for row in scaled]
 
 
-@layouts(quick=TWO, among=(ALONE, TWO, CUT))
+@layouts(quick=TWO, among=(ALONE, TWO, CUT, ROWS))
 def test_float16_follows_float32(
     bench: Bench, pool: WorkerPool, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
@@ -68,7 +69,7 @@ def test_float16_follows_float32(
         assert [row["scale"] for row in rows] == [row["scale"] for row in found[0]]
 
 
-@layouts(quick=TWO, among=(TWO, CUT))
+@layouts(quick=TWO, among=(TWO, CUT, ROWS))
 def test_overflow_skips_the_step_on_every_rank_and_halves_the_scale(
     bench: Bench, pool: WorkerPool, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:

@@ -13,6 +13,7 @@ LAYOUTS = {
     "tensor 2": ("parallel.tensor=2",),
     "shard 2 x tensor 2": ("parallel.shard=2", "parallel.tensor=2"),
     "replicate 2 x shard 2": ("parallel.replicate=2", "parallel.shard=2"),
+    "context 2": ("parallel.context=2",),
     "gradients": ("parallel.shard={degree: 2, level: gradients}", "train.micro_batch_samples=2"),
     "optimizer": ("parallel.shard={degree: 2, level: optimizer}", "train.micro_batch_samples=2"),
     "offload": ("parallel.shard={degree: 2, offload: true}",),

@@ -105,7 +105,7 @@ def test_a_planted_mistake_is_caught_and_named(
         (("parallel.tensor=3",), "degrees that do: 1, 2"),
         (("parallel.shard=2", "launch.workers=threads"), "threads carry the replicate axis only"),
         (("parallel.replicate=2", "model.dropout=framework"), "framework dropout"),
-        (("parallel.context=2",), "context is not there yet"),
+        (("parallel.context=3",), "set data.sequence_tokens to 36"),
     ],
 )
 def test_what_cannot_be_proven_is_refused(

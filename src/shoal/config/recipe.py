@@ -254,6 +254,16 @@ class Shard(Section):
     """Keep what is cut in CPU memory, and compute on the device."""
 
 
+class Context(Section):
+    """The context axis with its own settings."""
+
+    degree: Count
+    """Workers over which each row is divided."""
+    kind: Literal["ring", "ulysses"] = "ring"
+    """How attention finds the tokens of others: keys and values go round, or tokens are swapped
+    for heads, which the degree must divide."""
+
+
 class ParallelSection(Section):
     """Degrees of the axes. With `auto`, an axis without a value is chosen for this machine."""
 
@@ -263,8 +273,8 @@ class ParallelSection(Section):
     """A fixed degree waits for a lost replica to be replaced; an elastic one goes on without."""
     shard: Count | Shard | None = None
     """A degree, or a section with the level and offload as well."""
-    context: Count | None = None
-    """Not there yet: rows cut along the sequence."""
+    context: Count | Context | None = None
+    """Rows cut along the sequence: a degree, or a section with the kind as well."""
     tensor: Count | None = None
     """Heads, feed-forward widths and the vocabulary cut over so many workers."""
     pipeline: Count | None = None
@@ -281,6 +291,12 @@ class ParallelSection(Section):
     def sharding(self) -> Shard:
         """The shard axis with its settings, whichever way it was written."""
         return self.shard if isinstance(self.shard, Shard) else Shard(degree=self.shard or 1)
+
+    @property
+    def rows(self) -> Context:
+        """The context axis with its settings, whichever way it was written."""
+        given = self.context
+        return given if isinstance(given, Context) else Context(degree=given or 1)
 
     @property
     def replicas(self) -> int | None:

@@ -192,6 +192,7 @@ def strategy_settings(recipe: Recipe, decision: Decision) -> Settings:
         recompute=decision.recompute_of(recipe),
         compile=recipe.parallel.compile,
         offload=recipe.parallel.sharding.offload,
+        context_kind=recipe.parallel.rows.kind,
     )
 
 

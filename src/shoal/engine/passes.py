@@ -89,7 +89,7 @@ class OneByOne(Passes):
             self._replica.backward(loss * scale)
             sums.append(loss.item())
             done(micro.number)
-        return sums
+        return self._replica.context.sum(sums) if self._replica.context else sums
 
     @torch.no_grad()
     def look(self, micros: Sequence[Micro], *, step: int) -> list[Batch]:
@@ -105,9 +105,14 @@ class OneByOne(Passes):
         return found
 
     def _run(self, function: Callable[..., Tensor], batch: Batch, *rest: Any) -> Tensor:
-        moved = {name: tensor.to(self._device) for name, tensor in batch.items()}
         with compute_context(self._dtype, device=self._device):
-            return self._replica.run(function, moved, *rest)
+            return self._replica.run(function, self._own(batch), *rest)
+
+    def _own(self, batch: Batch) -> Batch:
+        """What this rank has of a batch, on its device."""
+        moved = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        context = self._replica.context
+        return moved if context is None else context.own_part(moved, self._task.fields)
 
     def _begin(self, phase: str) -> None:
         self.check()
@@ -125,34 +130,49 @@ class OneByOne(Passes):
         self._replica.model.eval()
         try:
             for micro in micros:
-                self._run(partial(self._scores, predict=predict, kept=kept), micro.batch)
+                found: list[Scores] = []
+                self._run(partial(self._scores, predict=predict, found=found), micro.batch)
+                kept.append(self._whole(found[0], micro.batch))
         finally:
             self._replica.model.train()
         return kept
 
     def _scores(
-        self, model: nn.Module, batch: Batch, *, predict: bool, kept: list[Scores]
+        self, model: nn.Module, batch: Batch, *, predict: bool, found: list[Scores]
     ) -> Tensor:
-        """The losses, which a root wants; they and the predictions go to `kept`, on the CPU."""
+        """The losses, which a root wants; they and the predictions go to `found`."""
         output = self._task.output(model, self._replica.anatomy, batch)
-        found = output.each(vocabulary=self._replica.vocabulary, predict=predict)
-        guesses = None if found.predictions is None else found.predictions.cpu()
-        kept.append(Scores(found.losses.cpu(), guesses))
-        return found.losses
+        found.append(output.each(vocabulary=self._replica.vocabulary, predict=predict))
+        return found[0].losses
+
+    def _whole(self, scores: Scores, batch: Batch) -> Scores:
+        """Of whole rows, on the CPU."""
+        losses, guesses = scores.losses, scores.predictions
+        if (context := self._replica.context) is not None:
+            losses = context.whole(losses, tokens=_tokens(batch))
+            guesses = None if guesses is None else context.whole(guesses, tokens=_tokens(batch))
+        return Scores(losses.cpu(), None if guesses is None else guesses.cpu())
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         model = self._replica.model
         model.eval()
         try:
-            moved = {name: tensor.to(self._device) for name, tensor in batch.items()}
-            return self._replica.run(self._last_logits, moved).float()
+            own = self._own(batch)
+            return self._replica.run(self._last_logits, own, _tokens(batch) - 1).float()
         finally:
             model.train()
 
-    def _last_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _last_logits(self, model: nn.Module, batch: Batch, last: int) -> Tensor:
         hidden = hidden_of(model, batch)  # [B, T, D]; [B, D] of one state per sample, as an image's
+        if self._replica.context is not None:
+            hidden = self._replica.context.at(hidden, place=last)
         part = logits_of(model)(hidden[:, -1:] if hidden.dim() == 3 else hidden)
         vocabulary = self._replica.vocabulary
         logits = part if vocabulary is None else vocabulary.gather(part)
         return logits[:, -1] if logits.dim() == 3 else logits
+
+
+def _tokens(batch: Batch) -> int:
+    """Positions of a row; 1 where rows have no tokens."""
+    return batch["input_ids"].shape[1] if "input_ids" in batch else 1

@@ -3,6 +3,7 @@
 from shoal.legal.facts import ModelFacts
 from shoal.legal.families.table import axes_of, facts_from_config, family_of
 from shoal.legal.rules import (
+    CHOSEN_AXES,
     OWN_PARAMETERS,
     Combination,
     not_yet,
@@ -13,6 +14,7 @@ from shoal.legal.rules import (
 from shoal.legal.shrink import shrunk
 
 __all__ = [
+    "CHOSEN_AXES",
     "OWN_PARAMETERS",
     "Combination",
     "ModelFacts",

@@ -6,6 +6,7 @@ the same rules come the refusals before a start, the planner's space, and the ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
@@ -20,10 +21,15 @@ CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk", "powersgd")
 SHARD_LEVELS = ("parameters", "gradients", "optimizer")
 """What of a replica is cut along shard: all of it, all but the parameters in forward and backward,
 or the optimizer state alone (docs/guide/layouts.md has the memory of each)."""
+CONTEXT_KINDS = ("ring", "ulysses")
+"""How attention finds what other ranks of the context axis have."""
 RECOMPUTE = ("none", "selective", "full")
 
-IMPLEMENTED_AXES = frozenset({"replicate", "shard", "tensor"})
+IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor"})
 IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd"})
+CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
+"""Those that a plan chooses by itself. Attention of a ring is not one of the fused kernels by which
+plans reckon, so that its speed on GPUs is not known: who wants it says so."""
 OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "server"})
 """Policies under which replicas hold different parameters between two meetings."""
 IMPLEMENTED_CODECS = frozenset({"none"})
@@ -43,6 +49,7 @@ class Combination:
     elastic: bool = False
     """The replicate degree may shrink while the run goes on."""
     shard_level: str = "parameters"
+    context_kind: str = "ring"
     recompute: str = "none"
     sequence_tokens: int | None = None
     global_batch_samples: int | None = None
@@ -55,6 +62,8 @@ class Combination:
     """None although the family is given: nobody has written down its sizes."""
     whole_logits: bool = False
     """The model's logits are more than head(hidden) (models/anatomy.py)."""
+    token_losses: bool = True
+    """The task's loss is a sum over tokens, each of which reads its own hidden state."""
 
     @property
     def cut_axes(self) -> list[str]:
@@ -90,7 +99,7 @@ def open_axes(combination: Combination) -> frozenset[str]:
     able = EVERY_AXIS if combination.family is None else axes_of(combination.family)
     return frozenset(
         axis
-        for axis in IMPLEMENTED_AXES & able
+        for axis in CHOSEN_AXES & able
         if not [*_cut_replica(replace(combination, layout=Layout(**{axis: 2})))]
     )
 
@@ -220,18 +229,40 @@ def _batch(combination: Combination) -> Iterator[Problem]:
 
 
 def _rows(combination: Combination) -> Iterator[Problem]:
+    """What cutting rows along the sequence asks of rows, heads, task and dropout."""
     tokens, degree = combination.sequence_tokens, combination.layout.context
-    multiple = 2 * degree
-    if tokens is not None and degree > 1 and tokens % multiple:
-        what = f"{degree} ranks need rows of a multiple of {multiple} tokens "
-        what += f"(two slices each, so that causal work is even), got {tokens}"
+    facts, is_ring = combination.facts, combination.context_kind == "ring"
+    if degree == 1:
+        return
+    multiple = 2 * degree if is_ring else degree
+    if tokens is not None and tokens % multiple:
+        slices = "two slices each, so that causal work is even" if is_ring else "a slice each"
+        what = f"{degree} ranks need rows of a multiple of {multiple} tokens ({slices}), "
         hint = f"set data.sequence_tokens to {-(-tokens // multiple) * multiple}"
-        yield Problem("parallel.context", what, hint)
+        yield Problem("parallel.context", f"{what}got {tokens}", hint)
+    heads = combination.layout.tensor * degree
+    if not is_ring and facts is not None:
+        both = math.gcd(facts.heads, facts.key_value_heads)
+        if both % heads:
+            near = [n for n in _divisors(both) if n % combination.layout.tensor == 0]
+            what = f"ulysses gives each rank whole heads: {heads} (context x tensor) does not "
+            what += f"divide {facts.heads} query heads and {facts.key_value_heads} key-value heads"
+            nearest_degree = _close(near, heads) // combination.layout.tensor if near else 1
+            hint = f"set parallel.context.kind to ring, or the degree to {nearest_degree}"
+            yield Problem("parallel.context", what, hint)
+    if not combination.token_losses:
+        what = "the loss of this task is not a sum over tokens, so its rows cannot be cut, "
+        hint = f"set it to 1 and use shard={degree} instead"
+        yield Problem("parallel.context", f"{what}got {degree}", hint)
+    if combination.dropout == "framework":
+        what = "framework dropout has no key, so that ranks of the context axis would drop alike"
+        yield Problem("model.dropout", what, "set it to keyed or off, or parallel.context to 1")
 
 
 def _kinds(combination: Combination) -> Iterator[Problem]:
     kinds = (
         ("parallel.shard.level", combination.shard_level, SHARD_LEVELS),
+        ("parallel.context.kind", combination.context_kind, CONTEXT_KINDS),
         ("parallel.recompute", combination.recompute, RECOMPUTE),
     )
     for where, kind, known in kinds:

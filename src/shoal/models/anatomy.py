@@ -144,7 +144,7 @@ def hidden_of(
     *,
     step: int = 0,
     fields: Fields = TOKENS,
-    kernel: Kernel = local,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     """Hidden states [B, T, D] of a batch, without the head.
 
@@ -152,14 +152,20 @@ def hidden_of(
     document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
     pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout. `fields`
     describe what runs along the sequence `tokens`, and how it is padded. `kernel` says how the
-    tokens attend to one another.
+    tokens attend to one another; None: as the context around this forward has it.
     """
     family = family_of(_config(model).model_type)
     multiple = int(getattr(model, "shoal_sequence_multiple", 1))
     num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
     if num_tokens % multiple:
-        batch = _padded(batch, fields, more=-num_tokens % multiple)
-    with set_forward_context(forward_context_of(batch, step=step, kernel=kernel)):
+        batch = padded(batch, fields, more=-num_tokens % multiple)
+    context = forward_context_of(batch, step=step, kernel=kernel)
+    if context.kernel is not local and getattr(model, "shoal_own_attention", False):
+        raise ModelError(
+            f"{type(model).__name__}: its own attention sees this forward's tokens "
+            "alone\n    set parallel.context to 1"
+        )
+    with set_forward_context(context):
         inputs = _inputs(model, batch)
         if getattr(model, "shoal_whole_logits", False):
             return logits_in(model(**inputs, use_cache=False))
@@ -220,7 +226,7 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(forward).parameters if name != "labels")
 
 
-def _padded(batch: dict[str, Tensor], fields: Fields, *, more: int) -> dict[str, Tensor]:
+def padded(batch: dict[str, Tensor], fields: Fields, *, more: int) -> dict[str, Tensor]:
     """Rows of `more` tokens more: ranks that split the sequence need equal parts.
 
     What is added is padding (document -1), which no token of a document sees.

@@ -73,6 +73,7 @@ def build_mask(
         window=local_size,
         attention_mask=attention_mask,
         document_ids=documents,
+        row_document_ids=context.row_document_ids,
         skips_causal=allow_is_causal_skip,
         skips_bidirectional=allow_is_bidirectional_skip,
         device=device,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +30,14 @@ class ForwardContext:
     global: sample index x ROW_STRIDE + position in the row, so that they depend neither on how the
     batch was cut nor on how far its rows were trimmed. Neighbours in a row need not be neighbours
     in the sample: a rank may have several slices of it. `step`: the optimizer step.
+    `row_document_ids`: of whole rows, where this rank has a part of each.
     """
 
     document_ids: Tensor | None = None
     token_indices: Tensor | None = None
     step: int = 0
     kernel: Kernel = local
+    row_document_ids: Tensor | None = None
 
 
 _OUTSIDE = ForwardContext()
@@ -60,18 +62,29 @@ def set_forward_context(context: ForwardContext) -> Iterator[None]:
 
 
 def forward_context_of(
-    batch: dict[str, Tensor], *, step: int = 0, kernel: Kernel = local
+    batch: Mapping[str, Tensor], *, step: int = 0, kernel: Kernel | None = None
 ) -> ForwardContext:
     """The context of a batch: its `document_ids` [B, T], `token_indices` [B, T], all optional.
 
     Where it has no indices its rows are whole from their first token on, of `sample_ids` [B].
+    `kernel` None: that of the context around it.
     """
-    indices = batch.get("token_indices")
-    samples = batch.get("sample_ids")
+    return ForwardContext(
+        batch.get("document_ids"),
+        token_indices_of(batch),
+        step,
+        get_forward_context().kernel if kernel is None else kernel,
+        batch.get("row_document_ids"),
+    )
+
+
+def token_indices_of(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The token indices of a batch int64 [B, T], where it has any or says what samples it has."""
+    indices, samples = batch.get("token_indices"), batch.get("sample_ids")
     if indices is None and samples is not None and "input_ids" in batch:
         positions = torch.arange(batch["input_ids"].shape[1], device=samples.device)
-        indices = samples[:, None] * ROW_STRIDE + positions
-    return ForwardContext(batch.get("document_ids"), indices, step, kernel)
+        return samples[:, None] * ROW_STRIDE + positions
+    return indices
 
 
 def checkpoint_contexts() -> tuple[

@@ -41,6 +41,8 @@ class MaskRequest:
     """bool [B, S]: keys that the caller hides (False)."""
     document_ids: Tensor | None = None
     """int [B, T], -1 = padding: a token sees its own document only."""
+    row_document_ids: Tensor | None = None
+    """Those of whole rows, of which this forward has a part."""
     skips_causal: bool = True
     """A causal pattern needs no mask: the layer says that it is causal."""
     skips_bidirectional: bool = False

@@ -1,4 +1,4 @@
-"""Exchanges along the sequence between the ranks of the tensor axis, with their gradients.
+"""Exchanges between ranks that split the sequence, with their gradients: tensor and context axis.
 
 Two layouts of hidden states: whole on every rank, or split, rank r having tokens r x T/t to
 (r + 1) x T/t. Each exchange is the transpose of its gradient's (Korthikanti et al., arXiv
@@ -9,8 +9,11 @@ Shapes: B rows, T tokens (a multiple of t), t ranks, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +36,11 @@ class Exchange:
     size: int
     traffic: Traffic = field(default_factory=Traffic)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the group's collectives take their tensors."""
+        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+
     def gather(self, part: Tensor) -> Tensor:
         """[B, T/t, D] -> [B, T, D]. Gradient: partial sums of all ranks, summed and split."""
         return _apply(part, self, _gathered, _scattered)
@@ -52,6 +60,31 @@ class Exchange:
     def join(self, part: Tensor) -> Tensor:
         """[B, T/t, D] -> [B, T, D], of which every rank computes the same. Gradient: own part."""
         return _apply(part, self, _gathered, _own)
+
+    def swap(self, part: Tensor, *, split: int, join: int) -> Tensor:
+        """Dim `split`, of which this rank has all, for dim `join`, of which it has a part.
+
+        Rank r gets part r of every rank's `split`, one behind the other along `join`: heads for
+        tokens in DeepSpeed-Ulysses (arXiv 2309.14509). Gradient: swapped back.
+        """
+        there, back = (partial(_swapped, dims=dims) for dims in ((split, join), (join, split)))
+        return _apply(part, self, there, back)
+
+    @torch.no_grad()
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each by its sum over the ranks, as one message."""
+        flat = torch.cat([each.reshape(-1) for each in tensors])
+        _sum_into(flat, self)
+        for each, total in zip(tensors, flat.split([each.numel() for each in tensors])):
+            each.copy_(total.view(each.shape))
+
+    @contextlib.contextmanager
+    def sending(self, operation: str, num_bytes: int) -> Iterator[None]:
+        """Count `num_bytes` that this rank sends, and the time that it waits for them here."""
+        began = time.perf_counter()
+        yield
+        self.traffic.communication_seconds += time.perf_counter() - began
+        self.traffic.sent_bytes[operation] += num_bytes
 
 
 _Move = Callable[[Tensor, Exchange], Tensor]
@@ -83,8 +116,8 @@ class _Moved(torch.autograd.Function):
 
 def _gathered(part: Tensor, exchange: Exchange) -> Tensor:
     parts = part.new_empty(exchange.size, *part.shape)
-    _count(exchange, "all_gather", (exchange.size - 1) * part.nbytes)
-    all_gather_into(parts.flatten(0, 1), part.contiguous(), group=exchange.group)
+    with exchange.sending("all_gather", (exchange.size - 1) * part.nbytes):
+        all_gather_into(parts.flatten(0, 1), part.contiguous(), group=exchange.group)
     # [t, B, T/t, D] -> [B, t, T/t, D] -> [B, T, D]
     return parts.transpose(0, 1).flatten(1, 2)
 
@@ -92,16 +125,20 @@ def _gathered(part: Tensor, exchange: Exchange) -> Tensor:
 def _scattered(partial: Tensor, exchange: Exchange) -> Tensor:
     parts = partial.unflatten(1, (exchange.size, -1)).transpose(0, 1).contiguous()
     own: Tensor = parts.new_empty(parts.shape[1:])
-    _count(exchange, "reduce_scatter", (exchange.size - 1) * own.nbytes)
-    _reduce_scatter_into(own, parts.flatten(0, 1), group=exchange.group)
+    with exchange.sending("reduce_scatter", (exchange.size - 1) * own.nbytes):
+        _reduce_scatter_into(own, parts.flatten(0, 1), group=exchange.group)
     return own
 
 
 def _summed(partial: Tensor, exchange: Exchange) -> Tensor:
     total = partial.clone(memory_format=torch.contiguous_format)
-    _count(exchange, "all_reduce", 2 * (exchange.size - 1) * total.nbytes // exchange.size)
-    dist.all_reduce(total, group=exchange.group)
+    _sum_into(total, exchange)
     return total
+
+
+def _sum_into(total: Tensor, exchange: Exchange) -> None:
+    with exchange.sending("all_reduce", 2 * (exchange.size - 1) * total.nbytes // exchange.size):
+        dist.all_reduce(total, group=exchange.group)
 
 
 def _own(whole: Tensor, exchange: Exchange) -> Tensor:
@@ -109,5 +146,10 @@ def _own(whole: Tensor, exchange: Exchange) -> Tensor:
     return whole.narrow(1, exchange.rank * length, length).contiguous()
 
 
-def _count(exchange: Exchange, operation: str, num_bytes: int) -> None:
-    exchange.traffic.sent_bytes[operation] += num_bytes
+def _swapped(part: Tensor, exchange: Exchange, dims: tuple[int, int]) -> Tensor:
+    split, join = dims
+    own = part.unflatten(split, (exchange.size, -1)).movedim(split, 0).contiguous()
+    parts = torch.empty_like(own)
+    with exchange.sending("all_to_all", own.nbytes // exchange.size * (exchange.size - 1)):
+        dist.all_to_all_single(parts.flatten(0, 1), own.flatten(0, 1), group=exchange.group)
+    return parts.movedim(0, join).flatten(join, join + 1)

@@ -22,9 +22,13 @@ from shoal.boxes import Box, Slot
 from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.mesh import REPLICA, Mesh
+from shoal.parallel.rows import Context
 from shoal.parallel.vocabulary import Vocabulary
 
 _MARK = "shoal_sharded"
+
+_BUCKET_BYTES = 64 * 2**20
+"""Of gradients that are summed as one message, and copied for it."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Holdings(Mapping[str, Holding]):
 
     @torch.no_grad()
     def sum_partial(self, gradients: Mapping[str, Tensor]) -> None:
-        """Sum the gradients of which each rank has a part: one flat sum per set of axes.
+        """Sum the gradients of which each rank has a part: flat sums per set of axes.
 
         Once a step, after the last backward. Collective along those axes; without any, nothing.
         """
@@ -169,14 +173,11 @@ class Holdings(Mapping[str, Holding]):
                 by_axes.setdefault(holding.partial, []).append(gradients[name])
         for axes in sorted(by_axes, key=sorted):
             group = self.mesh.group(*axes)
-            if group is None:
-                continue
-            flat = torch.cat([each.reshape(-1) for each in by_axes[axes]])
-            dist.all_reduce(flat, group=group)
-            at = 0
-            for each in by_axes[axes]:
-                each.copy_(flat[at : at + each.numel()].view(each.shape))
-                at += each.numel()
+            if group is not None:
+                exchange = Exchange(group, dist.get_rank(group), dist.get_world_size(group))
+                exchange.traffic = self.mesh.traffic
+                for bucket in _buckets(by_axes[axes]):
+                    exchange.sum_(bucket)
 
     @torch.no_grad()
     def own_square(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -207,6 +208,8 @@ class ShardedModel:
     holdings: Holdings
     exchange: Exchange | None = None
     """What the tensor axis moves hidden states with."""
+    context: Context | None = None
+    """The part of each row that this rank has; None: whole rows."""
     vocabulary: Vocabulary | None = None
     """The part of the vocabulary whose logits this rank has; None: all."""
     root: nn.Module | None = field(default=None, repr=False)
@@ -237,6 +240,17 @@ def local(tensor: Tensor) -> Tensor:
     """The plain tensor on this rank behind a parameter or gradient."""
     whole = tensor.detach()
     return whole.to_local() if isinstance(whole, DTensor) else whole
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """In their order, so many together as one message should have."""
+    bucket: list[Tensor] = []
+    for each in tensors:
+        if bucket and sum(kept.nbytes for kept in bucket) + each.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(each)
+    yield bucket
 
 
 def _squares(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from shoal.comm.group import Traffic
 from shoal.layout import AXES, Layout
 from shoal.runtime import new_group
 
@@ -22,6 +23,8 @@ class Mesh:
     layout: Layout
     rank: int
     device: torch.device
+    traffic: Traffic = field(default_factory=Traffic)
+    """What its ranks send one another beside what an `Exchange` counts."""
     _groups: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @classmethod
@@ -53,11 +56,11 @@ class Mesh:
                 found = self._groups[tuple(ranks)]
         return found
 
-    def along(self, axis: str) -> DeviceMesh:
-        """The ranks along one axis as torch's one-dimensional mesh."""
-        group = self.group(axis)
-        assert group is not None, f"{axis}: this rank is alone on it"
-        return DeviceMesh.from_group(group, self.device.type, mesh_dim_names=(axis,))
+    def along(self, *axes: str) -> DeviceMesh:
+        """The ranks that differ along `axes` only as torch's one-dimensional mesh."""
+        group, name = self.group(*axes), "_".join(axes)
+        assert group is not None, f"{name}: this rank is alone on it"
+        return DeviceMesh.from_group(group, self.device.type, mesh_dim_names=(name,))
 
 
 def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:

@@ -30,9 +30,10 @@ class Ranks:
 
     def attach(self, model: nn.Module) -> None:
         """Let what `model` exchanges inside a replica be counted here."""
-        exchange = sharded_of(model).exchange
-        if exchange is not None:
-            exchange.traffic = self.world.traffic
+        sharded = sharded_of(model)
+        for exchange in (sharded.exchange, sharded.context and sharded.context.exchange):
+            if exchange is not None:
+                exchange.traffic = self.world.traffic
 
     @property
     def replica_layout(self) -> Layout:
@@ -108,5 +109,5 @@ def meet(world: ProcessGroup, *, layout: Layout, device: torch.device) -> Ranks:
     alone = now.replicate == 1
     peers = ProcessGroup(mesh.group("replicate"), pulse=world.pulse, alone=alone)
     inside = ProcessGroup(mesh.group(*REPLICA), pulse=world.pulse)
-    peers.traffic = inside.traffic = world.traffic
+    peers.traffic = inside.traffic = mesh.traffic = world.traffic
     return Ranks(world, peers, inside, now, mesh)

@@ -24,8 +24,10 @@ from shoal.models.anatomy import (
 )
 from shoal.models.draw import InitRecord
 from shoal.models.dropout import apply_keyed
+from shoal.models.forward_context import ForwardContext, set_forward_context
 from shoal.models.huggingface import build_meta
 from shoal.models.init import Source
+from shoal.models.kernels import local
 from shoal.models.pretrained import PretrainedWeights, folder_config
 from shoal.models.small import small_model
 from shoal.parallel import shard
@@ -34,6 +36,7 @@ from shoal.parallel.local import Holdings, ShardedModel, sharded_of
 from shoal.parallel.materialise import materialise
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.model import ModelSettings
+from shoal.parallel.rows import Context
 from shoal.parallel.settings import Settings
 from shoal.parallel.vocabulary import Vocabulary
 
@@ -76,6 +79,11 @@ class Replica:
         return self.sharded.vocabulary
 
     @property
+    def context(self) -> Context | None:
+        """The part of each row that this rank has; None: whole rows."""
+        return self.sharded.context
+
+    @property
     def num_parameters(self) -> int:
         """Elements of the whole model, tied ones once."""
         return sum(math.prod(shape) for shape in self.shapes.values())
@@ -84,7 +92,9 @@ class Replica:
         """`function(model, *arguments)`, with what it needs of the model gathered. PeersLost."""
         if not self.is_cut:
             return shard.forward(self.model, function, *arguments)
-        return watched(lambda: shard.forward(self.model, function, *arguments))
+        around = ForwardContext(kernel=self.context.kernel if self.context else local)
+        with set_forward_context(around):
+            return watched(lambda: shard.forward(self.model, function, *arguments))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. Raises PeersLost."""

@@ -10,6 +10,7 @@ class Settings:
     """One value per strategy that has a choice."""
 
     shard_level: str = "parameters"
+    context_kind: str = "ring"
     recompute: str = "none"
     compile: bool = False
     offload: bool = False

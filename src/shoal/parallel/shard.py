@@ -8,6 +8,9 @@ Three levels (docs/guide/layouts.md has their memory):
 - `optimizer`: gathered once per step; gradients are held whole and scattered by one reduction after
   the last micro batch.
 
+With the context axis, whose ranks hold the same and sum their gradients, it goes over both axes:
+a part is smaller, and one reduction does both sums while backward goes on.
+
 Every reduction is a SUM: the loss is divided by the step's number of targets before.
 With replicas the policy sums the shards' gradients between them; FSDP2 never sees that axis.
 """
@@ -115,7 +118,7 @@ def _cut(
     pinned = mesh.device.type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     fully: dict[str, Any] = {
-        "mesh": mesh.along("shard"),
+        "mesh": mesh.along(*_axes(mesh)),
         "reshard_after_forward": level == "parameters",
         "offload_policy": policy,
     }
@@ -131,7 +134,17 @@ def _cut(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     assert ties_of(model) == ties, "shard: the tied parameters changed"
-    return holdings.changed({n: {"rows": _rows(p)} for n, p in canonical_parameters(model).items()})
+    over = frozenset(_axes(mesh))
+    changes: dict[str, dict[str, Any]] = {}
+    for name, parameter in canonical_parameters(model).items():
+        copies, partial = holdings[name].copies - over, holdings[name].partial - over
+        changes[name] = {"rows": _rows(parameter), "copies": copies, "partial": partial}
+    return holdings.changed(changes)
+
+
+def _axes(mesh: Mesh) -> tuple[str, ...]:
+    """Those that rows of parameters are divided over."""
+    return ("shard", "context") if mesh.degree("context") > 1 else ("shard",)
 
 
 def _rows(parameter: Tensor) -> tuple[int, int]:
@@ -194,7 +207,8 @@ def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
     the level `optimizer` gathers and reductions are once a step.
     """
     sharded = sharded_of(model)
-    root, others = sharded.root, sharded.mesh.degree("shard") - 1
+    root = sharded.root
+    others = math.prod(sharded.mesh.degree(axis) for axis in _axes(sharded.mesh)) - 1
     if not isinstance(root, _Root):
         return {}
     blocks = rest = reduced = 0

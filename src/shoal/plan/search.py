@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import Combination, ModelFacts, axes_of, not_yet, tensor_degrees
+from shoal.legal import CHOSEN_AXES, Combination, ModelFacts, axes_of, not_yet, tensor_degrees
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster, Nodes
 from shoal.plan.workload import LEVELS, Candidate, Workload
@@ -73,7 +73,8 @@ def layouts(
             ):
                 continue
             rest = workers // tensor // pipeline
-            for context in _contexts(rest, workload=workload, allowed="context" in able):
+            chosen = "context" in CHOSEN_AXES or "context" in space.fixed or not space.runnable
+            for context in _contexts(rest, workload=workload, allowed="context" in able and chosen):
                 if space.allows("context", value=context):
                     yield from _splits(
                         Layout(tensor=tensor, pipeline=pipeline, context=context),
@@ -85,11 +86,13 @@ def layouts(
 
 
 def _contexts(rest: int, *, workload: Workload, allowed: bool) -> list[int]:
-    """Context degrees that leave each rank at least 2,048 tokens of a row."""
+    """Context degrees that leave each rank at least 2,048 tokens of a row, in two slices."""
     if not allowed:
         return [1]
-    most = workload.sequence_tokens // 2048
-    return [c for c in divisors(rest) if c == 1 or (c <= most and c & (c - 1) == 0)]
+    tokens = workload.sequence_tokens
+    most = tokens // 2048
+    able = [c for c in divisors(rest) if c <= most and c & (c - 1) == 0 and tokens % (2 * c) == 0]
+    return sorted({1, *able})
 
 
 def _splits(

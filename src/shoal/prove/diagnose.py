@@ -54,10 +54,16 @@ def cause_of(
         return f"lost tie: only {', '.join(sorted(bad))} is off, whose gradient has two parts"
     if scaled and len(scaled) > 0.9 * len(bad):
         return _scaled(scaled, bad=bad, partial=partial, everywhere=everywhere, layout=layout)
-    if set(bad) <= partial:
+    if set(bad) <= partial and figures.losses[0] <= tolerance.loss:
+        inside = " and ".join(axis for axis in ("context", "tensor") if layout.degree(axis) > 1)
         return (
-            "missing reduction over tensor: gradients that each rank has a part of were not "
+            f"missing reduction over {inside}: gradients that each rank has a part of were not "
             f"summed ({', '.join(sorted(bad)[:4])})"
+        )
+    if layout.context > 1 and not figures.losses[0] <= tolerance.loss:
+        return (
+            "wrong mask, or tokens out of order, over context: the first loss is off already, so "
+            "that some tokens see others than they should, or have another's label or position"
         )
     if everywhere and figures.losses[0] <= tolerance.loss:
         return (

@@ -42,6 +42,7 @@ class CausalLM(Task):
     auto_class = "AutoModelForCausalLM"
     packs = True
     causal = True
+    token_losses = True
     closes_documents = True
     target_name = "target tokens"
     curve = Curve("nats per token", baseline="unigram_loss", baseline_name="unigram baseline")

@@ -199,6 +199,9 @@ class Task(ABC):
     """Whether texts come as single words, so that a tokenizer puts the space before each itself."""
     whole_logits: ClassVar[bool] = False
     """Whether the loss reads whole rows of a vocabulary's logits: no axis then cuts the head."""
+    token_losses: ClassVar[bool] = False
+    """Whether its loss is a sum over the tokens of a row, each of which reads its own hidden state
+    alone: then rows may be cut along the sequence."""
     masks: ClassVar[bool] = False
     """Whether the tokenizer needs a token that stands for a hidden one."""
     labels: ClassVar[str | None] = None

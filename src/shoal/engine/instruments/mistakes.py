@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from shoal.engine.passes import Micro
 from shoal.engine.step import Counted, Votes
 from shoal.engine.training import Training
 from shoal.errors import ConfigError, Problem, nearest
+from shoal.models.kernels import MaskRequest
 from shoal.observe.events import Report
 from shoal.parallel.local import local
 from shoal.sync.policy import Gradients, Reduced
@@ -109,6 +111,21 @@ def _missing_partial(training: Training) -> None:
     sharded.holdings = sharded.holdings.changed({n: {"partial": frozenset()} for n in norms})
 
 
+def _wrong_context_mask(training: Training) -> None:
+    """One rank of the context axis sees only keys that are near, as under a window."""
+    context = training.replica.context
+    if context is None:
+        raise ConfigError([Problem("fault", "wrong-mask: needs parallel.context of 2 or more")])
+    kernel: Any = context.kernel
+    right = kernel.mask
+
+    def mask(request: MaskRequest) -> Any:
+        return right(replace(request, window=request.num_queries // 2))
+
+    if context.exchange.rank == 1:
+        object.__setattr__(kernel, "mask", mask)
+
+
 MISTAKES: dict[str, Callable[[Training], None]] = {
     "mean-of-means": _mean_of_means,
     "no-reduction": _without_reduction,
@@ -117,6 +134,7 @@ MISTAKES: dict[str, Callable[[Training], None]] = {
     "same-shards": _same_shards,
     "lost-tie": _lost_tie,
     "missing-partial": _missing_partial,
+    "wrong-mask": _wrong_context_mask,
 }
 
 

@@ -13,7 +13,7 @@ from shoal.layout import Layout
 from shoal.legal import axes_of
 from shoal.legal.rules import SHARD_LEVELS
 from tiny import write_corpus
-from unit.models.tiny_models import SETTINGS
+from unit.models.tiny_models import MIXTURES, SETTINGS
 
 LOSS = 1e-5
 """Relative, over five steps: the promise. Measured: 1.4e-7, two last places of float32."""
@@ -54,6 +54,7 @@ class Case:
         layout = self.layout
         words = [f"parallel.replicate={layout.replicate}", f"parallel.tensor={layout.tensor}"]
         words.append(f"parallel.shard={{degree: {layout.shard}, level: {self.level}}}")
+        words.append(f"parallel.expert={layout.expert}")
         return [*words, *self.more]
 
     @property
@@ -84,14 +85,17 @@ def matrix(family: str) -> list[Case]:
 def recipe_of(family: str, folder: Path) -> Path:
     """A recipe file below `folder` that trains a tiny model of `family` on data made for it."""
     folder.mkdir(parents=True, exist_ok=True)
-    heads = _MORE_HEADS if "num_key_value_heads" in SETTINGS[family] else {}
+    settings = {**SETTINGS, **MIXTURES}[family]
+    heads = _MORE_HEADS if "num_key_value_heads" in settings else {}
+    if "kv_lora_rank" in settings:  # each head has keys of its own
+        heads = dict.fromkeys(heads, 8)
     tree = {
         "seed": 3,
         "task": {"kind": _task(family)},
         "model": {
             "kind": "config",
             "architecture": family,
-            **SETTINGS[family],
+            **settings,
             **heads,
             "dropout": "keyed",
         },

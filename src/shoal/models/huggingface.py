@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError, nearest
-from shoal.models import attention
+from shoal.models import attention, experts
 from shoal.models.anatomy import example_of, logits_in
 from shoal.models.dropout import KINDS as DROPOUT_KINDS
 from shoal.models.dropout import (
@@ -31,6 +31,9 @@ _ALSO_KNOWN = {
     "decoder_start_token_id",
 }
 """Keys that configurations take besides their fields."""
+
+_ALSO_READ = {"qwen3_moe": {"head_dim"}}
+"""Keys that a family's code reads, and its files have, though its configuration has no field."""
 
 _REMOTE_CODE = "auto_map"
 """The key by which a folder asks for classes of its own code: never followed."""
@@ -115,7 +118,9 @@ def build_meta(
             f"    {nearest(dropout, DROPOUT_KINDS)}"
         )
     attention.register()
+    experts.register()
     config = copy.deepcopy(config)
+    config._experts_implementation = experts.NAME
     if dropout != "framework":
         mute_attention_dropout(config)
     if dropout == "off":
@@ -125,6 +130,7 @@ def build_meta(
         if kernel == attention.NAME and not _takes_kernels(model):
             model = _built(config, auto_class=auto_class, attention_name="eager")
             model.shoal_own_attention = True  # type: ignore[assignment]
+    experts.keep_corrections(model)
     if dropout == "off":
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -331,7 +337,7 @@ def known_settings(architecture: str) -> set[str]:
 
     default = CONFIG_MAPPING[architecture]()
     known = {key for key in default.to_dict() if not key.startswith("_")} | _ALSO_KNOWN
-    return known | set(default.attribute_map)
+    return known | set(default.attribute_map) | _ALSO_READ.get(architecture, set())
 
 
 def _guarded(make: Callable[[], Any], *, where: str) -> Any:

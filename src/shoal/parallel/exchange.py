@@ -1,4 +1,6 @@
-"""Exchanges along the sequence between the ranks of the tensor axis, with their gradients.
+"""Exchanges between the ranks inside a replica, with their gradients.
+
+Along tensor hidden states move along the sequence, along expert rows go to the experts' ranks.
 
 Two layouts of hidden states: whole on every rank, or split, rank r having tokens r x T/t to
 (r + 1) x T/t. Each exchange is the transpose of its gradient's (Korthikanti et al., arXiv
@@ -9,8 +11,9 @@ Shapes: B rows, T tokens (a multiple of t), t ranks, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 @dataclass
 class Exchange:
-    """One group of ranks that split the sequence; counts what it sends."""
+    """One group of ranks that split the sequence or the experts; counts what it sends."""
 
     group: dist.ProcessGroup
     rank: int
@@ -52,6 +55,21 @@ class Exchange:
     def join(self, part: Tensor) -> Tensor:
         """[B, T/t, D] -> [B, T, D], of which every rank computes the same. Gradient: own part."""
         return _apply(part, self, _gathered, _own)
+
+    def swap(self, rows: Tensor, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Rows [sum(sent), D], those for rank 0 first -> [sum(received), D], those of rank 0 first.
+
+        `sent[r]`: rows for rank r; `received[r]`: those it has for this one. Gradient: sent back.
+        """
+        there = partial(_swapped, sent=sent, received=received)
+        return _apply(rows, self, there, partial(_swapped, sent=received, received=sent))
+
+    def transpose(self, counts: Tensor) -> Tensor:
+        """Integers for each rank [t, N] -> those that each rank has for this one [t, N]."""
+        found = torch.empty_like(counts)
+        _count(self, "all_to_all", (self.size - 1) * counts[0].nbytes)
+        dist.all_to_all_single(found, counts.contiguous(), group=self.group)
+        return found
 
 
 _Move = Callable[[Tensor, Exchange], Tensor]
@@ -102,6 +120,22 @@ def _summed(partial: Tensor, exchange: Exchange) -> Tensor:
     _count(exchange, "all_reduce", 2 * (exchange.size - 1) * total.nbytes // exchange.size)
     dist.all_reduce(total, group=exchange.group)
     return total
+
+
+def _swapped(
+    rows: Tensor, exchange: Exchange, *, sent: Sequence[int], received: Sequence[int]
+) -> Tensor:
+    landed = rows.new_empty(sum(received), *rows.shape[1:])
+    away = rows.shape[0] - sent[exchange.rank]
+    _count(exchange, "all_to_all", away * rows[:1].numel() * rows.element_size())
+    dist.all_to_all_single(
+        landed,
+        rows.contiguous(),
+        output_split_sizes=list(received),
+        input_split_sizes=list(sent),
+        group=exchange.group,
+    )
+    return landed
 
 
 def _own(whole: Tensor, exchange: Exchange) -> Tensor:

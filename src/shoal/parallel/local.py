@@ -207,6 +207,8 @@ class ShardedModel:
     holdings: Holdings
     exchange: Exchange | None = None
     """What the tensor axis moves hidden states with."""
+    expert: Exchange | None = None
+    """What the expert axis moves rows with."""
     vocabulary: Vocabulary | None = None
     """The part of the vocabulary whose logits this rank has; None: all."""
     root: nn.Module | None = field(default=None, repr=False)

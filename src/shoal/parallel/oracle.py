@@ -35,6 +35,7 @@ from shoal.models.anatomy import (
     logits_of,
 )
 from shoal.models.dropout import apply_keyed, wants_dropout
+from shoal.models.experts import keep_corrections
 from shoal.models.huggingface import build_meta, build_reference
 from shoal.models.probe import probe_keyed_dropout
 from shoal.models.small import small_configs
@@ -185,6 +186,7 @@ def _theirs(settings: ModelSettings, config: Any, task: Task) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the same verdict at every call
         torch.manual_seed(0)
         model = build_reference(config, auto_class=settings.auto_class)
+    keep_corrections(model)
     _stir(model)
     rows = _rows(task, config, packing=False)
     call = task.user_call(rows)

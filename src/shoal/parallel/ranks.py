@@ -30,9 +30,10 @@ class Ranks:
 
     def attach(self, model: nn.Module) -> None:
         """Let what `model` exchanges inside a replica be counted here."""
-        exchange = sharded_of(model).exchange
-        if exchange is not None:
-            exchange.traffic = self.world.traffic
+        sharded = sharded_of(model)
+        for exchange in (sharded.exchange, sharded.expert):
+            if exchange is not None:
+                exchange.traffic = self.world.traffic
 
     @property
     def replica_layout(self) -> Layout:

@@ -113,6 +113,7 @@ def build_replica(settings: ModelSettings) -> Replica:
     anatomy = anatomy_of(model)
     named = canonical_parameters(model)
     frozen = frozen_names(named, patterns=settings.freeze, trained=trained)
+    frozen |= {name for name, each in named.items() if not each.requires_grad}
     for name in frozen:
         named[name].requires_grad_(False)
     inside = anatomy.blocks + "."

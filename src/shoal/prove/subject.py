@@ -134,7 +134,7 @@ def _small(
         kept = {k: v for k, v in kept.items() if k not in ("num_labels", "id2label", "label2id")}
     tree = full.to_dict()
     try:
-        small = shrunk(tree, tensor=layout.tensor, pipeline=layout.pipeline)
+        small = shrunk(tree, tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert)
     except ModelError:  # sizes of other names, an encoder's and a decoder's
         found, known = next(small_configs(full)).to_dict(), known_settings(full.model_type)
         small = {key: found[key] for key in known & found.keys() if found[key] != tree.get(key)}

@@ -57,8 +57,13 @@ def _decoder(
     return experts(dense, read) if experts is not None else dense
 
 
-def _latent_decoder(read: ConfigReader) -> ModelFacts:
-    """DeepSeek: attention through low-rank latents, a shared expert beside the routed ones."""
+def _latent_decoder(
+    read: ConfigReader, *, shared: int, dense_layers: int, chosen: int | None = None
+) -> ModelFacts:
+    """DeepSeek: attention through low-rank latents, shared experts beside the routed ones.
+
+    `shared`, `dense_layers`, `chosen`: numbers of these where the file does not say.
+    """
     hidden, heads = read.hidden, read.heads
     latent, rotary = read.integer("kv_lora_rank"), read.integer("qk_rope_head_dim")
     plain, value = read.integer("qk_nope_head_dim"), read.integer("v_head_dim")
@@ -81,8 +86,9 @@ def _latent_decoder(read: ConfigReader) -> ModelFacts:
         read,
         inner=inner,
         experts=read.integer("n_routed_experts"),
-        shared=inner * read.integer("n_shared_experts", default=0),
-        dense_layers=min(dense.layers, read.integer("first_k_dense_replace", default=0)),
+        chosen=chosen,
+        shared=inner * read.integer("n_shared_experts", default=shared),
+        dense_layers=min(dense.layers, read.integer("first_k_dense_replace", default=dense_layers)),
     )
 
 
@@ -111,19 +117,21 @@ def _with_experts(
     *,
     inner: int,
     experts: int,
+    chosen: int | None = None,
     shared: int = 0,
     extra: int = 0,
     dense_layers: int = 0,
 ) -> ModelFacts:
     """Add what a mixture of experts has beside a dense model; a router chooses among `experts`.
 
-    `inner`: width of one expert; `shared`: of the part that all tokens use; `extra`: parameters.
+    `inner`: width of one expert; `chosen`: experts of a token where the file does not say;
+    `shared`: width of the part that all tokens use; `extra`: parameters.
     """
     hidden = dense.hidden
     return replace(
         dense,
         experts=experts,
-        experts_per_token=read.integer("num_experts_per_tok"),
+        experts_per_token=read.integer("num_experts_per_tok", default=chosen),
         expert_feed_forward=inner,
         shared_feed_forward=shared,
         dense_layers=dense_layers,
@@ -133,11 +141,13 @@ def _with_experts(
 
 
 def _mixtral_experts(dense: ModelFacts, read: ConfigReader) -> ModelFacts:
-    experts = read.integer("num_local_experts")
-    return _with_experts(dense, read, inner=dense.feed_forward, experts=experts)
+    experts = read.integer("num_local_experts", default=8)
+    return _with_experts(dense, read, inner=dense.feed_forward, experts=experts, chosen=2)
 
 
-def _qwen_experts(dense: ModelFacts, read: ConfigReader, *, shared: bool = False) -> ModelFacts:
+def _qwen_experts(
+    dense: ModelFacts, read: ConfigReader, *, chosen: int, shared: bool = False
+) -> ModelFacts:
     step = read.integer("decoder_sparse_step", default=1)
     skipped = read.config.get("mlp_only_layers") or ()
     return _with_experts(
@@ -145,6 +155,7 @@ def _qwen_experts(dense: ModelFacts, read: ConfigReader, *, shared: bool = False
         read,
         inner=read.integer("moe_intermediate_size"),
         experts=read.integer("num_experts", default=read.config.get("num_local_experts")),
+        chosen=chosen,
         shared=read.integer("shared_expert_intermediate_size") if shared else 0,
         extra=dense.hidden if shared else 0,
         dense_layers=sum(at in skipped or (at + 1) % step != 0 for at in range(dense.layers)),
@@ -191,10 +202,16 @@ FAMILIES: dict[str, Family] = {
     "gemma3": _entry(None, **_GEMMA3),
     "granite": _entry(inner_bias=True, logits=("divide", "logits_scaling")),
     "mixtral": _entry(None, bias="none", experts=_mixtral_experts),
-    "qwen2_moe": _entry(None, **_QWEN2, experts=partial(_qwen_experts, shared=True)),
-    "qwen3_moe": _entry(None, head_norms=True, windowed=_upper, experts=_qwen_experts),
+    "qwen2_moe": _entry(None, **_QWEN2, experts=partial(_qwen_experts, chosen=4, shared=True)),
+    "qwen3_moe": _entry(
+        None, head_norms=True, windowed=_upper, experts=partial(_qwen_experts, chosen=8)
+    ),
     "phi3": _entry(_PHI3, bias="none"),
-    "deepseek_v2": Family(sizes=_latent_decoder, axes=EVERY_AXIS),
-    "deepseek_v3": Family(sizes=_latent_decoder, axes=EVERY_AXIS),
+    "deepseek_v2": Family(
+        sizes=partial(_latent_decoder, shared=2, dense_layers=0), axes=EVERY_AXIS
+    ),
+    "deepseek_v3": Family(
+        sizes=partial(_latent_decoder, shared=1, dense_layers=3, chosen=8), axes=EVERY_AXIS
+    ),
     "cohere": Family(blocks="layers", norm="norm", logits=("multiply", "logit_scale")),
 }

@@ -115,7 +115,7 @@ class Layout:
 
     def groups(self, *axes: str) -> Iterator[list[int]]:
         """Each set of ranks that differ only on `axes`, in rank order; every rank once."""
-        known = AXES
+        known: tuple[str, ...] = AXES
         if set(axes) & set(EXPERT_AXES):
             known = (*(axis for axis in AXES if axis not in ("shard", "context")), *EXPERT_AXES)
         groups: dict[tuple[int, ...], list[int]] = {}

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from families import GRADIENT, LOSS, Case, recipe_of
+from shoal.errors import ConfigError
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
+from shoal.observe.events import read_lines
 from shoal.prove.matrix import Apart, Matrix
+from shoal.prove.parity import prove
 from unit.models.tiny_models import MIXTURES
 
 Compare = Callable[..., Apart]
@@ -38,6 +41,7 @@ CASES = [
     Case("deepseek_v3", Layout(shard=4, expert=2)),
     Case("mixtral", Layout(shard=4, expert=4), "optimizer"),
     Case("qwen2_moe", Layout(replicate=2, shard=2, expert=2), "gradients"),
+    Case("deepseek_v2", Layout(shard=2, tensor=2, expert=2)),
     *(
         Case(family, layout, level)
         for family in MIXTURES
@@ -49,11 +53,50 @@ CASES = [
             (Layout(replicate=2, shard=4, expert=4), "parameters"),
             (Layout(shard=8, expert=4), "parameters"),
         ]
-        if family != "mixtral" or layout.expert < 8
+    ),
+    *(
+        Case(family, layout)
+        for family in MIXTURES
+        for layout in (
+            Layout(tensor=2),
+            Layout(tensor=4),
+            Layout(shard=2, tensor=2),
+            Layout(shard=2, tensor=2, expert=2),
+            Layout(replicate=2, shard=2, tensor=2, expert=2),
+        )
     ),
     Case("qwen3_moe", Layout(shard=2, expert=2), more=("parallel.recompute=full",)),
     Case("deepseek_v2", Layout(shard=4, expert=2), more=("parallel.recompute=selective",)),
 ]
+
+BALANCED = ("model.output_router_logits=true", "model.router_aux_loss_coef=0.5")
+"""So large that a term counted twice, or over a micro batch, is seen at once."""
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.expert=2"])
+def test_the_balance_loss_is_the_same_in_any_layout(
+    layout: str, pool: WorkerPool, tmp_path: Path
+) -> None:
+    recipe = recipe_of("mixtral", tmp_path)
+    words = [*BALANCED, "parallel.replicate=1", layout]
+    words += ["parallel.shard=2"] if "expert" in layout else []
+    found = prove(recipe, words, out=tmp_path / "proof", steps=2, pool=pool, whole=True)
+    assert found.proven, str(found)
+    prove(
+        recipe,
+        [*words, "model.balance=off"],
+        out=tmp_path / "plain",
+        steps=1,
+        pool=pool,
+        whole=True,
+    )
+    both = [read_lines(tmp_path / name / "layout/metrics.jsonl")[0] for name in ("proof", "plain")]
+    # coefficient x at least the experts of a token: 0.5 x 2
+    assert both[0]["loss"] - both[1]["loss"] > 0.99
+    assert all(row["dropped_tokens"] == 0 and 1 < row["expert_load"] < 4 for row in both)
+    with pytest.raises(ConfigError, match="depends on which rows it has"):
+        prove(recipe, [*words, "model.balance=batch"], out=tmp_path / "no", pool=pool)
 
 
 @pytest.mark.quick(2)

@@ -36,6 +36,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         exact=recipe.train.exact,
         optimizer=recipe.train.optimizer.kind,
         dropout=recipe.model.dropout,
+        balance=recipe.model.balance,
         whole_logits=kind_of(recipe.task.kind).whole_logits,
     )
 

@@ -50,6 +50,8 @@ class Combination:
     exact: bool = False
     optimizer: str = "adamw"
     dropout: str = "keyed"
+    balance: str = "sequence"
+    """Over what the balance loss of experts is taken."""
     family: str | None = None
     facts: ModelFacts | None = None
     """None although the family is given: nobody has written down its sizes."""
@@ -129,7 +131,8 @@ def _axes() -> list[str]:
 
 def _widths(facts: ModelFacts) -> list[int]:
     dense = [facts.feed_forward] if facts.expert_layers < facts.layers else []
-    return dense + ([facts.expert_feed_forward] if facts.experts else [])
+    shared = [facts.shared_feed_forward] if facts.shared_feed_forward else []
+    return dense + ([facts.expert_feed_forward, *shared] if facts.experts else [])
 
 
 def _close(legal: list[int], degree: int) -> int:
@@ -257,6 +260,11 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
         what = "framework dropout differs between ranks of the tensor axis, which compute the same "
         hint = "set model.dropout to keyed or off, or parallel.tensor to 1"
         yield Problem("model.dropout", what + "tokens", hint)
+    balanced = combination.facts is not None and combination.facts.balanced
+    for axis in ("context", "pipeline") if balanced and combination.balance != "off" else ():
+        if layout.degree(axis) > 1:
+            what = f"a rank of the {axis} axis sees a part of what the balance loss is a product of"
+            yield Problem("model.balance", what, f"set it to off, or parallel.{axis} to 1")
     if layout.tensor > 1 and combination.whole_logits:
         what = "the model or the task needs whole rows of logits, so its head cannot be cut by "
         yield Problem("parallel.tensor", what + "vocabulary", "set it to 1")

@@ -78,6 +78,9 @@ def run(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor
     def products(sorted_rows: Tensor, own: Tensor) -> Tensor:
         return _products(module, sorted_rows, own)
 
+    load = getattr(module, "shoal_load", None)
+    if load is not None:
+        load.chosen += len(rows)
     made = products(rows, counts) if dispatch is None else dispatch(rows, counts, products)
     made = take(made, inverse(order)).view(-1, num_chosen, hidden.shape[-1])
     return (made * weights[..., None]).sum(dim=1).to(hidden.dtype)
@@ -125,6 +128,9 @@ class _Taken(torch.autograd.Function):
 
 def _products(module: Any, rows: Tensor, counts: Tensor) -> Tensor:
     """What each expert makes of its rows [R, D]: two layers, as the module of transformers has."""
+    load = getattr(module, "shoal_load", None)
+    if load is not None:
+        load.computed += len(rows)
     layers = "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
     inner = _product(module, layers[0], rows, counts)
     # private in transformers 5.23: how a family joins its gate and what it gates

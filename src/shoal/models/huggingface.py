@@ -25,6 +25,7 @@ from shoal.models.dropout import (
     mute_attention_modules,
     mute_dropout,
 )
+from shoal.models.routing import watch_routers
 
 _ALSO_KNOWN = {
     *("num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"),
@@ -131,6 +132,7 @@ def build_meta(
             model = _built(config, auto_class=auto_class, attention_name="eager")
             model.shoal_own_attention = True  # type: ignore[assignment]
     experts.keep_corrections(model)
+    watch_routers(model)
     if dropout == "off":
         for module in model.modules():
             if isinstance(module, nn.Dropout):

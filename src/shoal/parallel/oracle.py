@@ -38,6 +38,7 @@ from shoal.models.dropout import apply_keyed, wants_dropout
 from shoal.models.experts import keep_corrections
 from shoal.models.huggingface import build_meta, build_reference
 from shoal.models.probe import probe_keyed_dropout
+from shoal.models.routing import balance_of
 from shoal.models.small import small_configs
 from shoal.models.stored import InMemory
 from shoal.parallel.model import ModelSettings
@@ -240,6 +241,7 @@ def _ours(settings: ModelSettings, config: Any, theirs: nn.Module) -> nn.Module:
     weights = InMemory({name: each.float() for name, each in canonical_parameters(theirs).items()})
     init.materialise(model, record=init.record(model), seed=settings.seed, source=weights)
     model.to(next(theirs.parameters()).dtype).eval()
+    model.shoal_balance = balance_of(model, "batch")  # type: ignore[assignment]  # as theirs is
     check_logits(model, anatomy_of(model))
     return model
 

@@ -50,6 +50,11 @@ def proof_recipe(
     """
     config = trained_config(recipe, inputs=inputs)
     refuse_illegal(recipe, layout, config=config)
+    if recipe.model.balance == "batch" and config.get("output_router_logits"):
+        what = (
+            "the balance loss of a micro batch depends on which rows it has, and so on the layout"
+        )
+        raise ConfigError([Problem("model.balance", what, "set it to sequence, or off")])
     tree = recipe.model_dump(mode="json")
     if not whole:
         tree["model"] = _small(recipe, config, inputs=inputs, layout=layout)
@@ -147,5 +152,6 @@ def _small(
         "kind": "config",
         "architecture": architecture,
         "dropout": model.dropout,
+        "balance": model.balance,
         "adapter": _adapter(recipe, inputs=inputs),
     }

@@ -89,6 +89,7 @@ def _latent_decoder(
         chosen=chosen,
         shared=inner * read.integer("n_shared_experts", default=shared),
         dense_layers=min(dense.layers, read.integer("first_k_dense_replace", default=dense_layers)),
+        coefficient=0.0,  # transformers has no such loss for them
     )
 
 
@@ -121,11 +122,13 @@ def _with_experts(
     shared: int = 0,
     extra: int = 0,
     dense_layers: int = 0,
+    coefficient: float = 0.001,
 ) -> ModelFacts:
     """Add what a mixture of experts has beside a dense model; a router chooses among `experts`.
 
     `inner`: width of one expert; `chosen`: experts of a token where the file does not say;
-    `shared`: width of the part that all tokens use; `extra`: parameters.
+    `shared`: width of the part that all tokens use; `extra`: parameters; `coefficient`: of the
+    balance loss where the file does not say.
     """
     hidden = dense.hidden
     return replace(
@@ -135,6 +138,8 @@ def _with_experts(
         expert_feed_forward=inner,
         shared_feed_forward=shared,
         dense_layers=dense_layers,
+        balanced=read.flag("output_router_logits", default=False)
+        and bool(read.config.get("router_aux_loss_coef", coefficient)),
         expert_parameters=3 * hidden * inner,
         expert_shared_parameters=hidden * experts + 3 * hidden * shared + extra,
     )
@@ -176,6 +181,25 @@ _PHI3 = TensorCuts(
 )
 
 
+def _mixture(shared: str = "", *, latent: bool = False) -> TensorCuts:
+    """Of a mixture of experts: `shared` is the name of the experts that all tokens use.
+
+    The experts themselves are cut by their inner width (models/placement.py). `latent`: heads are
+    made of low-rank latents, which every rank computes.
+    """
+    names = ("q_proj", "q_b_proj", "kv_b_proj") if latent else ("q_proj", "k_proj", "v_proj")
+    dense = ("mlp", f"mlp.{shared}") if shared else ("mlp",)
+    columns = [f"layers.*.self_attn.{name}" for name in names]
+    columns += [f"layers.*.{each}.{name}" for each in dense for name in ("gate_proj", "up_proj")]
+    whole = ["mlp.gate", "mlp.shared_expert_gate"]
+    whole += ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"]
+    return TensorCuts(
+        columns=dict.fromkeys(columns, ()),
+        rows=("layers.*.self_attn.o_proj", *(f"layers.*.{each}.down_proj" for each in dense)),
+        whole=tuple(f"layers.*.{each}" for each in whole),
+    )
+
+
 def _entry(tensor: TensorCuts | None = _PLANNED, logits: Any = None, **sizes: Any) -> Family:
     return Family(
         sizes=partial(_decoder, **sizes),
@@ -201,17 +225,23 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _entry(**_GEMMA3, logits=_CAP),
     "gemma3": _entry(None, **_GEMMA3),
     "granite": _entry(inner_bias=True, logits=("divide", "logits_scaling")),
-    "mixtral": _entry(None, bias="none", experts=_mixtral_experts),
-    "qwen2_moe": _entry(None, **_QWEN2, experts=partial(_qwen_experts, chosen=4, shared=True)),
+    "mixtral": _entry(_mixture(), bias="none", experts=_mixtral_experts),
+    "qwen2_moe": _entry(
+        _mixture("shared_expert"), **_QWEN2, experts=partial(_qwen_experts, chosen=4, shared=True)
+    ),
     "qwen3_moe": _entry(
-        None, head_norms=True, windowed=_upper, experts=partial(_qwen_experts, chosen=8)
+        _mixture(), head_norms=True, windowed=_upper, experts=partial(_qwen_experts, chosen=8)
     ),
     "phi3": _entry(_PHI3, bias="none"),
     "deepseek_v2": Family(
-        sizes=partial(_latent_decoder, shared=2, dense_layers=0), axes=EVERY_AXIS
+        sizes=partial(_latent_decoder, shared=2, dense_layers=0),
+        axes=EVERY_AXIS,
+        tensor=_mixture("shared_experts", latent=True),
     ),
     "deepseek_v3": Family(
-        sizes=partial(_latent_decoder, shared=1, dense_layers=3, chosen=8), axes=EVERY_AXIS
+        sizes=partial(_latent_decoder, shared=1, dense_layers=3, chosen=8),
+        axes=EVERY_AXIS,
+        tensor=_mixture("shared_experts", latent=True),
     ),
     "cohere": Family(blocks="layers", norm="norm", logits=("multiply", "logit_scale")),
 }

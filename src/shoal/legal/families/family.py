@@ -120,6 +120,9 @@ class TensorCuts:
     )
     """With what a fused one holds one after the other; each piece is cut by itself."""
     rows: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    """Layers beside those that every rank has: what it sees of the others gives it a part of their
+    gradient."""
     per_rank: tuple[str, ...] = ()
     """Counts that a module's forward reads from attributes instead of from its weights, and that
     are divided by the degree where a module has the first; `config.` ones in a copy of it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from families import GRADIENT, LOSS, Case, recipe_of
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, UserError
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
 from shoal.observe.events import read_lines
@@ -97,6 +97,46 @@ def test_the_balance_loss_is_the_same_in_any_layout(
     assert all(row["dropped_tokens"] == 0 and 1 < row["expert_load"] < 4 for row in both)
     with pytest.raises(ConfigError, match="depends on which rows it has"):
         prove(recipe, [*words, "model.balance=batch"], out=tmp_path / "no", pool=pool)
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize(
+    ("mistake", "family", "cause"),
+    [
+        ("lost-expert", "mixtral", "lost expert gradient: expert 2 of model.layers.0.mlp.experts"),
+        ("no-reduction", "qwen2_moe", "missing reduction over tensor"),
+        ("same-shards", "deepseek_v2", "identical shards at the start"),
+    ],
+)
+def test_a_planted_mistake_is_caught_and_named(
+    mistake: str, family: str, cause: str, pool: WorkerPool, tmp_path: Path
+) -> None:
+    layout = "tensor=2" if mistake == "no-reduction" else "shard=2"
+    words = ["parallel.replicate=1", f"parallel.{layout}"]
+    words += [] if mistake == "no-reduction" else ["parallel.expert=2"]
+    found = prove(
+        recipe_of(family, tmp_path),
+        words,
+        out=tmp_path / "proof",
+        steps=1,
+        mistake=mistake,
+        pool=pool,
+        whole=True,
+    )
+    assert not found.proven
+    assert found.cause is not None and cause in found.cause, found.cause
+
+
+def test_a_mistake_with_experts_needs_experts(pool: WorkerPool, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="spreads no experts"):
+        prove(
+            recipe_of("mixtral", tmp_path),
+            ["parallel.replicate=1", "parallel.shard=2"],
+            out=tmp_path / "proof",
+            steps=1,
+            mistake="lost-expert",
+            pool=pool,
+        )
 
 
 @pytest.mark.quick(2)

@@ -29,6 +29,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         workers=recipe.launch.workers,
         elastic=recipe.parallel.fewest_replicas is not None,
         shard_level=recipe.parallel.sharding.level,
+        offload=recipe.parallel.sharding.offload,
         recompute=recipe.parallel.recompute,
         sequence_tokens=recipe.data.sequence_tokens,
         global_batch_samples=recipe.train.global_batch_samples,

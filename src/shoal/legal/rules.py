@@ -43,6 +43,7 @@ class Combination:
     elastic: bool = False
     """The replicate degree may shrink while the run goes on."""
     shard_level: str = "parameters"
+    offload: bool = False
     recompute: str = "none"
     sequence_tokens: int | None = None
     global_batch_samples: int | None = None
@@ -90,11 +91,17 @@ def illegal(combination: Combination) -> list[Problem]:
 def open_axes(combination: Combination) -> frozenset[str]:
     """Axes that may have a degree above 1 in this run today: a plan chooses among them."""
     able = EVERY_AXIS if combination.family is None else axes_of(combination.family)
+    if combination.family is None or (combination.facts and combination.facts.experts):
+        able |= {"expert"}
     return frozenset(
         axis
         for axis in IMPLEMENTED_AXES & able
-        if not [*_cut_replica(replace(combination, layout=Layout(**{axis: 2})))]
+        if not [*_cut_replica(replace(combination, layout=_with_two(axis)))]
     )
+
+
+def _with_two(axis: str) -> Layout:
+    return Layout(**{"shard" if axis == "expert" else axis: 2}, expert=2 if axis == "expert" else 1)
 
 
 def not_yet(combination: Combination) -> list[Problem]:
@@ -260,6 +267,10 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
         what = "framework dropout differs between ranks of the tensor axis, which compute the same "
         hint = "set model.dropout to keyed or off, or parallel.tensor to 1"
         yield Problem("model.dropout", what + "tokens", hint)
+    if combination.offload and layout.expert > 1 and layout.expert_shard == 1:
+        what = f"experts that no other rank has stay on the device, got expert {layout.expert}"
+        hint = f"set it to false, or parallel.shard to {2 * layout.shard}"
+        yield Problem("parallel.shard.offload", what, hint)
     balanced = combination.facts is not None and combination.facts.balanced
     for axis in ("context", "pipeline") if balanced and combination.balance != "off" else ():
         if layout.degree(axis) > 1:

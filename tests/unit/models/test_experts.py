@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from shoal.legal import facts_from_config
 from shoal.models import init
 from shoal.models.anatomy import canonical_parameters
-from shoal.models.experts import CORRECTION, experts_of, inverse, keep_corrections, take
+from shoal.models.experts import (
+    CORRECTION,
+    experts_of,
+    grouped,
+    groups_products,
+    inverse,
+    keep_corrections,
+    take,
+)
 from shoal.models.export import export
 from shoal.models.huggingface import build_meta, build_reference, open_folder
 from shoal.models.pretrained import PretrainedWeights
@@ -145,3 +153,44 @@ def test_corrections_are_read_of_what_transformers_saved(tmp_path: Path) -> None
     name = f"model.layers.1.mlp.gate.{CORRECTION}"
     assert torch.equal(read.tensor(name), theirs.get_parameter(name))
     assert float(read.tensor(name).norm()) > 0
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch has no such")
+def test_grouped_products_are_those_of_each_expert() -> None:
+    """The kernel of GPUs has one for CPUs too; an expert without rows has a gradient of zero."""
+    counts = torch.tensor([3, 0, 5])
+    results = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        rows = torch.randn(8, 16, dtype=torch.bfloat16, requires_grad=True)
+        stacked = torch.randn(3, 24, 16, requires_grad=True)
+        if together:
+            made = grouped(rows, stacked, counts)
+        else:
+            parts = zip(rows.split(counts.tolist()), stacked.bfloat16())
+            made = torch.cat([part @ weight.T for part, weight in parts])
+        made.float().square().sum().backward()
+        results.append((made.float(), rows.grad.float(), stacked.grad))
+        assert not groups_products(rows, stacked), "on a CPU it is no faster"
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).norm() < 2e-2 * wanted.norm()
+    assert float(results[0][2][1].norm()) == 0.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_groups_products() -> None:
+    """bfloat16 of a model on a GPU, with and without the kernel."""
+    _, ours = pair_of("mixtral")
+    ours = ours.float().cuda()
+    found = []
+    for can in (True, False):
+        with torch.autocast("cuda", dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+            if not can:
+                patch.setattr("shoal.models.experts.groups_products", lambda *given: False)
+            logits = ours(input_ids=tokens().cuda()).logits.float()
+        ours.zero_grad()
+        logits.square().sum().backward()
+        gradients = [each.grad for m in experts_of(ours).values() for each in m.parameters()]
+        found.append([logits, *gradients])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 3e-2 * other.norm()

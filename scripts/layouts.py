@@ -12,8 +12,15 @@ import sys
 from transformers import CONFIG_MAPPING
 
 from pages import ROOT, write_or_check
-from shoal.layout import Layout
-from shoal.legal import Combination, ModelFacts, axes_of, facts_from_config, family_of, not_yet
+from shoal.legal import (
+    Combination,
+    ModelFacts,
+    axes_of,
+    facts_from_config,
+    family_of,
+    not_yet,
+    of_two,
+)
 from shoal.legal import tensor_degrees as degrees_of
 from shoal.legal.families.table import known_families
 
@@ -78,10 +85,9 @@ def page() -> str:
 
 def _cell(family: str, axis: str) -> str:
     name = READ_THROUGH.get(family, family)
-    if axis not in axes_of(family) and (axis != "expert" or not _facts(name).experts):
+    if axis not in axes_of(family):
         return "no"
-    layout = Layout(**{axis: 2, "shard": 2} if axis in ("expert", "shard") else {axis: 2})
-    return "planned" if not_yet(Combination(layout=layout, family=name)) else "yes"
+    return "planned" if not_yet(Combination(layout=of_two(axis), family=name)) else "yes"
 
 
 def _facts(name: str) -> ModelFacts:

@@ -276,7 +276,8 @@ class ParallelSection(Section):
     pipeline: Count | None = None
     """Not there yet: blocks divided into stages."""
     expert: Count | None = None
-    """Not there yet: experts spread over workers."""
+    """Experts of each block divided among so many ranks of shard x context; no factor of the
+    workers."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Compute activations of a block again in the backward, instead of keeping them. With `auto`
     on GPUs, `none` leaves it to the plan."""

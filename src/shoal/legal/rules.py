@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from shoal.errors import Problem, nearest
 from shoal.layout import Layout
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families.family import EVERY_AXIS
+from shoal.legal.families.family import WITH_EXPERTS
 from shoal.legal.families.table import axes_of, family_of
 
 POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
@@ -90,17 +90,16 @@ def illegal(combination: Combination) -> list[Problem]:
 
 def open_axes(combination: Combination) -> frozenset[str]:
     """Axes that may have a degree above 1 in this run today: a plan chooses among them."""
-    able = EVERY_AXIS if combination.family is None else axes_of(combination.family)
-    if combination.family is None or (combination.facts and combination.facts.experts):
-        able |= {"expert"}
+    able = WITH_EXPERTS if combination.family is None else axes_of(combination.family)
     return frozenset(
         axis
         for axis in IMPLEMENTED_AXES & able
-        if not [*_cut_replica(replace(combination, layout=_with_two(axis)))]
+        if not [*_cut_replica(replace(combination, layout=of_two(axis)))]
     )
 
 
-def _with_two(axis: str) -> Layout:
+def of_two(axis: str) -> Layout:
+    """The smallest layout of degree 2 along an axis; experts lie along shard."""
     return Layout(**{"shard" if axis == "expert" else axis: 2}, expert=2 if axis == "expert" else 1)
 
 

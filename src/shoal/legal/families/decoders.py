@@ -8,7 +8,13 @@ from functools import partial
 from typing import Any, Literal
 
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families.family import EVERY_AXIS, ConfigReader, Family, TensorCuts
+from shoal.legal.families.family import (
+    EVERY_AXIS,
+    WITH_EXPERTS,
+    ConfigReader,
+    Family,
+    TensorCuts,
+)
 
 Experts = Callable[[ModelFacts, ConfigReader], ModelFacts]
 
@@ -203,7 +209,7 @@ def _mixture(shared: str = "", *, latent: bool = False) -> TensorCuts:
 def _entry(tensor: TensorCuts | None = _PLANNED, logits: Any = None, **sizes: Any) -> Family:
     return Family(
         sizes=partial(_decoder, **sizes),
-        axes=EVERY_AXIS,
+        axes=WITH_EXPERTS if sizes.get("experts") else EVERY_AXIS,
         tensor=tensor,
         blocks="layers",
         norm="norm",
@@ -235,12 +241,12 @@ FAMILIES: dict[str, Family] = {
     "phi3": _entry(_PHI3, bias="none"),
     "deepseek_v2": Family(
         sizes=partial(_latent_decoder, shared=2, dense_layers=0),
-        axes=EVERY_AXIS,
+        axes=WITH_EXPERTS,
         tensor=_mixture("shared_experts", latent=True),
     ),
     "deepseek_v3": Family(
         sizes=partial(_latent_decoder, shared=1, dense_layers=3, chosen=8),
-        axes=EVERY_AXIS,
+        axes=WITH_EXPERTS,
         tensor=_mixture("shared_experts", latent=True),
     ),
     "cohere": Family(blocks="layers", norm="norm", logits=("multiply", "logit_scale")),

@@ -16,6 +16,7 @@ from shoal.legal.facts import ModelFacts
 WHOLE_BLOCKS = frozenset({"replicate", "shard"})
 WITHOUT_CONTEXT = frozenset({"replicate", "shard", "tensor", "pipeline"})
 EVERY_AXIS = WITHOUT_CONTEXT | {"context"}
+WITH_EXPERTS = EVERY_AXIS | {"expert"}
 
 
 @dataclass(frozen=True, kw_only=True)

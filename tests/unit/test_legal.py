@@ -255,6 +255,8 @@ def test_stages_experts_and_rows() -> None:
     assert "has no experts to spread" in text_of(Layout(shard=2, expert=2))
     routed = facts_from_config({**SMALL, **ROUTED, "model_type": "qwen3_moe"})
     assert "3 does not divide 8 experts" in text_of(Layout(shard=3, expert=3), routed)
+    assert "set it to 4, or parallel.shard to 2" in text_of(Layout(context=4, expert=2), routed)
+    assert not text_of(Layout(context=4, shard=2, expert=2), routed)
     whole = text_of(Layout(shard=2, expert=2), routed, offload=True)
     assert "set it to false, or parallel.shard to 4" in whole
     assert not text_of(Layout(shard=4, expert=2), routed, offload=True)

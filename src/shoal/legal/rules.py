@@ -189,6 +189,12 @@ def _degrees(combination: Combination) -> Iterator[Problem]:
         what = f"{layout.expert} does not divide {facts.experts} experts"
         near = _close(_divisors(facts.experts), layout.expert)
         yield Problem("parallel.expert", what, f"the nearest degree that does is {near}")
+    if 1 < layout.expert < layout.context and layout.shard == 1:
+        what = (
+            f"{layout.context} context ranks would have the same {layout.expert} parts of experts"
+        )
+        hint = f"set it to {layout.context}, or parallel.shard to 2"
+        yield Problem("parallel.expert", what, hint)
 
 
 def _number_of_workers(combination: Combination) -> Iterator[Problem]:

@@ -31,9 +31,9 @@ class Routing:
 
     rows: int
     wants_sums: bool = False
-    counts: list[Tensor] = field(default_factory=list)
-    """Of each block [B, E]: tokens that each expert gets, padding left out."""
-    sums: list[Tensor] = field(default_factory=list)
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    """Of each block [B, E], by its number: tokens that each expert gets, padding left out."""
+    sums: dict[int, Tensor] = field(default_factory=dict)
     """Of each block [B, E]: the router's probabilities summed over tokens."""
     tokens: Tensor | None = None
     """Tokens of each row that are no padding [B]."""
@@ -42,18 +42,18 @@ class Routing:
         """One that takes the same decisions when they are made again, and is thrown away."""
         return Routing(self.rows, self.wants_sums)
 
-    def add(self, logits: Tensor, indices: Tensor, documents: Tensor | None) -> None:
+    def add(self, number: int, logits: Tensor, indices: Tensor, documents: Tensor | None) -> None:
         """A block's router: logits [B x T, E], experts [B x T, K]; `documents` [B, T]."""
         experts, shape = logits.shape[-1], (self.rows, -1)
         real = torch.ones(len(logits), device=logits.device)
         real = (real if documents is None else (documents >= 0).flatten()).float().view(shape)
         weights = real[..., None].expand(-1, -1, indices.shape[-1]).reshape(shape)
         counts = torch.zeros(self.rows, experts, device=logits.device)
-        self.counts.append(counts.scatter_add_(1, indices.view(shape), weights))
+        self.counts[number] = counts.scatter_add_(1, indices.view(shape), weights)
         self.tokens = real.sum(1)
         if self.wants_sums:
             probabilities = logits.softmax(dim=-1).float().view(self.rows, -1, experts)
-            self.sums.append((probabilities * real[..., None]).sum(1))
+            self.sums[number] = (probabilities * real[..., None]).sum(1)
 
 
 @dataclass(frozen=True)

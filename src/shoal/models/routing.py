@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, L blocks with experts, E experts, K experts of a token
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +29,8 @@ class Load:
 
     layers: int
     experts: int
-    tokens: list[int | Tensor] = field(default_factory=list)
-    """Of each block [E], padding left out."""
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    """Of each block that was met [E], padding left out."""
     chosen: int = 0
     """Rows that routers gave to experts, padding included."""
     computed: int = 0
@@ -37,25 +38,26 @@ class Load:
 
     def add(self, routing: Routing) -> None:
         """Count a forward."""
-        if len(routing.counts) == self.layers:
-            found = [each.sum(0) for each in routing.counts]
-            self.tokens = [a + b for a, b in zip(self.tokens or [0] * self.layers, found)]
+        for number, counts in routing.counts.items():
+            found = counts.sum(0)
+            self.tokens[number] = self.tokens[number] + found if number in self.tokens else found
 
     def take(self) -> Tensor:
         """Everything counted, as one vector [L x E + 2] float64 that ranks add up; from zero."""
         whole = torch.zeros(self.layers * self.experts + 2, dtype=torch.float64)
-        if self.tokens:
-            whole[:-2] = torch.cat([torch.as_tensor(each) for each in self.tokens]).double().cpu()
+        for number, found in self.tokens.items():
+            whole[number * self.experts :][: self.experts] = found
         whole[-2], whole[-1] = self.chosen, self.computed
-        self.tokens, self.chosen, self.computed = [], 0, 0
+        self.tokens, self.chosen, self.computed = {}, 0, 0
         return whole
 
     def figures(self, whole: Tensor) -> dict[str, float]:
         """Of a summed vector: `expert_load`, the fullest expert's tokens over the mean of its
         block, in the worst block; `dropped_tokens`, rows of tokens that no expert computed."""
         counts = whole[:-2].view(self.layers, self.experts)
-        worst = counts.amax(1) / counts.mean(1).clamp(min=1e-9)
-        return {"expert_load": float(worst.max()), "dropped_tokens": float(whole[-2] - whole[-1])}
+        met = counts[counts.sum(1) > 0]
+        load = {"expert_load": float((met.amax(1) / met.mean(1)).max())} if len(met) else {}
+        return load | {"dropped_tokens": float(whole[-2] - whole[-1])}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Balance:
         So the mean over targets has the term of a row in proportion to its targets.
         """
         assert routing.tokens is not None, "the forward has met a router"
-        counts, sums = torch.stack(routing.counts).sum(0), torch.stack(routing.sums).sum(0)
+        counts, sums = (
+            torch.stack([*each.values()]).sum(0) for each in (routing.counts, routing.sums)
+        )
         tokens = routing.tokens * len(routing.counts)
         if self.kind == "batch":
             counts, sums, tokens = counts.sum(0), sums.sum(0), tokens.sum()
@@ -92,17 +96,18 @@ def watch_routers(model: nn.Module) -> None:
     first: Any = next(iter(modules.values()))
     load = Load(len(modules), int(first.num_experts))
     model.shoal_load = load  # type: ignore[assignment]
-    for router in routers:
-        router.register_forward_hook(_tell)
+    for number, router in enumerate(routers):
+        router.register_forward_hook(functools.partial(_tell, number))
     for module in modules.values():
         module.shoal_load = load  # type: ignore[assignment]
 
 
 @torch.compiler.disable  # it reads what belongs to the forward and not to the block
-def _tell(module: nn.Module, inputs: Any, output: Any) -> None:
+def _tell(number: int, module: nn.Module, inputs: Any, output: Any) -> None:
+    """A router's output: logits, weights, experts; block `number` of those that have any."""
     context = get_forward_context()
     if context.routing is not None and isinstance(output, tuple) and len(output) == 3:
-        context.routing.add(output[0], output[2], context.document_ids)
+        context.routing.add(number, output[0], output[2], context.document_ids)
 
 
 def balance_of(model: nn.Module, kind: str) -> Balance | None:

@@ -37,9 +37,6 @@ def apply_expert(
     group = mesh.group("expert")
     assert group is not None, "a degree above 1 has a group"
     exchange = Exchange(group, rank=rank, size=degree)
-    # without FSDP2 nobody cuts them over the ranks that have the same, nor adds their gradients up
-    whole = mesh.degree("expert_shard") > 1 and mesh.degree("shard") == 1
-    same = frozenset({"expert_shard"} if whole else ())
     changes: dict[str, dict[str, Any]] = {}
     for path, module in experts_of(model).items():
         for leaf, parameter in list(module._parameters.items()):
@@ -51,8 +48,10 @@ def apply_expert(
             name = canonical_name(f"{path}.{leaf}")
             changes[name] = {
                 "segments": (Segment(0, rank * size, size), *holdings[name].segments),
-                "copies": holdings[name].copies | same,
-                "partial": holdings[name].partial | same,
+                # whatever was said of the ranks of context: they have other experts, or FSDP2's
+                # part of the same, and an expert has seen the tokens of all of them
+                "copies": holdings[name].copies - {"context"},
+                "partial": holdings[name].partial - {"context"},
             }
         module.shoal_dispatch = AllToAll(exchange)  # type: ignore[assignment]
     sharded_of(model).expert = exchange

@@ -144,6 +144,7 @@ class Step:
                 batch = {**batch, name: rows[share.start : share.stop]}
             micros = self._micros(batch, share=share)
         self._state.zero_gradients()
+        self._replica.load()  # what a step that was given up has counted
         tree, losses = TreeSum(), [0.0] * len(micros)
         if targets:
             losses = self.passes.train(

@@ -65,7 +65,7 @@ class Case:
 
 
 def matrix(family: str) -> list[Case]:
-    """The layouts that a family is proven in: shard and tensor 2 and 4, mixes up to 8 workers."""
+    """The layouts that a family is proven in: shard, tensor and expert 2 and 4, up to 8 workers."""
     tensor = "tensor" in axes_of(family)
     pairs = [(2, 1), (4, 1)] + ([(2, 2), (4, 2), (2, 4)] if tensor else [])
     cases = [
@@ -75,6 +75,15 @@ def matrix(family: str) -> list[Case]:
     if tensor:
         mixes += [Layout(tensor=2), Layout(tensor=4)]
         mixes += [Layout(replicate=2, shard=2, tensor=2), Layout(replicate=2, tensor=4)]
+    if "expert" in axes_of(family):
+        spread = [(2, 2), (4, 2), (4, 4)]
+        cases += [
+            Case(family, Layout(shard=s, expert=e), level)
+            for s, e in spread
+            for level in SHARD_LEVELS
+        ]
+        mixes += [Layout(shard=2, tensor=2, expert=2), Layout(replicate=2, shard=4, expert=4)]
+        mixes += [Layout(replicate=2, shard=2, tensor=2, expert=2), Layout(shard=8, expert=4)]
     cases += [Case(family, layout) for layout in mixes]
     cases.append(Case(family, Layout(replicate=2), more=("launch.workers=threads",)))
     widest = Layout(shard=2, tensor=2 if tensor else 1)

@@ -91,10 +91,10 @@ def watch_routers(model: nn.Module) -> None:
     """Let routers tell the forward's context what they decide; a model without any is untouched."""
     modules = experts_of(model)
     routers = [getattr(model.get_submodule(p.rpartition(".")[0]), "gate", None) for p in modules]
-    if not routers or not all(isinstance(each, nn.Module) for each in routers):
+    sizes = {int(each.num_experts) for each in modules.values()}  # type: ignore[arg-type]
+    if len(sizes) != 1 or not all(isinstance(each, nn.Module) for each in routers):
         return
-    first: Any = next(iter(modules.values()))
-    load = Load(len(modules), int(first.num_experts))
+    load = Load(len(modules), *sizes)
     model.shoal_load = load  # type: ignore[assignment]
     for number, router in enumerate(routers):
         router.register_forward_hook(functools.partial(_tell, number))

@@ -72,7 +72,7 @@ class AllToAll:
         """
         own = counts.view(self.exchange.size, -1)  # [ranks, E / ranks]
         theirs = self.exchange.transpose(own)
-        sent, received = own.sum(1).tolist(), theirs.sum(1).tolist()
+        sent, received = torch.stack([own.sum(1), theirs.sum(1)]).tolist()
         arrived = self.exchange.swap(rows, sent=sent, received=received)
         ranks, experts = theirs.shape
         numbers = torch.arange(experts, device=rows.device).repeat(ranks)

@@ -148,3 +148,31 @@ def test_spread_experts_are_one_workers(case: Case, compare: Compare) -> None:
     assert found.begins_equal, found
     assert found.loss < LOSS and found.norm < 1e-4, found
     assert found.gradient < GRADIENT, found
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "words"),
+    [
+        ("mixtral", ["parallel.expert=2"], "set it to 1, or parallel.shard to a multiple of 2"),
+        ("llama", ["parallel.shard=2", "parallel.expert=2"], "has no experts to spread, got 2"),
+        (
+            "mixtral",
+            ["parallel.shard=8", "parallel.expert=8"],
+            "8 does not divide 4 experts\n.*the nearest degree that does is 4",
+        ),
+        (
+            "mixtral",
+            ["parallel.shard=2", "parallel.expert=2", "train.exact=true"],
+            "whole replicas",
+        ),
+        ("mixtral", ["parallel.tensor=8"], "degrees that do: 1, 2, 4; the nearest is 4"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_workers_start(
+    family: str, overrides: list[str], words: str, pool: WorkerPool, tmp_path: Path
+) -> None:
+    recipe = recipe_of(family, tmp_path)
+    words_of = ["parallel.replicate=1", *overrides]
+    with pytest.raises(ConfigError, match=words):
+        prove(recipe, words_of, out=tmp_path / "proof", pool=pool, whole=True)
+    assert not (tmp_path / "proof" / "one").exists()

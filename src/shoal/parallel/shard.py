@@ -120,16 +120,8 @@ def _cut(
         "offload_policy": policy,
     }
     ordered = [each for each in model.modules() if any(each is unit for unit in units)]
-    spread = list(experts_of(model).values()) if mesh.degree("expert") > 1 else []
-    if mesh.degree("expert_shard") > 1:
-        last = {id(module) for module in ordered[-1].modules()}
-        own = {**fully, "mesh": mesh.along("expert_shard")}
-        for experts in spread:
-            fully_shard(
-                experts, **{**own, "reshard_after_forward": False} if id(experts) in last else own
-            )
-    else:  # nobody else has these experts
-        fully["ignored_params"] = {each for module in spread for each in module.parameters()}
+    if mesh.degree("expert") > 1:
+        fully["ignored_params"] = _shard_experts(model, ordered[-1], mesh, fully)
     kept = {**fully, "reshard_after_forward": False}
     for unit in ordered:
         unit.register_forward_hook(_own_outputs)
@@ -143,6 +135,24 @@ def _cut(
     assert ties_of(model) == ties, "shard: the tied parameters changed"
     cut = {n: p for n, p in canonical_parameters(model).items() if isinstance(p, DTensor)}
     return holdings.changed({name: {"rows": _rows(each)} for name, each in cut.items()})
+
+
+def _shard_experts(
+    model: nn.Module, last: nn.Module, mesh: Mesh, fully: dict[str, Any]
+) -> set[nn.Parameter]:
+    """Shard experts over the ranks that have the same, `last` being the unit that keeps its own.
+
+    Where no other rank has them they stay as they are, and are returned.
+    """
+    spread = experts_of(model).values()
+    if mesh.degree("expert_shard") == 1:
+        return {each for module in spread for each in module.parameters()}
+    kept = {id(module) for module in last.modules()}
+    fully = {**fully, "mesh": mesh.along("expert_shard")}
+    for module in spread:
+        level = {"reshard_after_forward": False} if id(module) in kept else {}
+        fully_shard(module, **{**fully, **level})
+    return set()
 
 
 def _rows(parameter: DTensor) -> tuple[int, int]:

@@ -12,13 +12,20 @@ import sys
 from transformers import CONFIG_MAPPING
 
 from pages import ROOT, write_or_check
-from shoal.layout import Layout
-from shoal.legal import Combination, axes_of, facts_from_config, family_of, not_yet
+from shoal.legal import (
+    Combination,
+    ModelFacts,
+    axes_of,
+    facts_from_config,
+    family_of,
+    not_yet,
+    of_two,
+)
 from shoal.legal import tensor_degrees as degrees_of
 from shoal.legal.families.table import known_families
 
 PAGE = ROOT / "docs" / "guide" / "layouts.md"
-AXES = ("replicate", "shard", "context", "tensor", "pipeline")
+AXES = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
 READ_THROUGH = {"gemma3": "gemma3_text"}
 """Families that are read through a part of their file."""
 
@@ -38,11 +45,15 @@ AFTER = """
   to the number of samples in a batch. What is smaller than the degree lies on some ranks only.
 - **tensor** takes degrees that divide the query heads, the key-value heads and the feed-forward
   width, so that every rank has whole heads. The vocabulary need not be divisible. The last column
-  gives those degrees for the published model whose sizes are transformers' defaults.
+  gives those degrees for the published model whose sizes are transformers' defaults. Of a mixture
+  of experts every expert is cut by its inner width, as the shared ones are.
 - **context** takes decoders and tasks whose loss is a sum over tokens; rows of a multiple of 2 x
   degree tokens (`ring`), or of the degree (`ulysses`), which also takes degrees only that, times
   tensor, divide the query heads and the key-value heads. [context.md](../design/context.md) says
   how it works and when to take which.
+- **expert** takes degrees that divide the number of experts and shard x context; it is no factor of
+  the workers. Each rank has its part of the experts of every block, and tokens go where theirs are
+  ([experts.md](../design/experts.md)).
 - Fused projections (GPT-2 `c_attn`, Phi-3 `qkv_proj` and `gate_up_proj`) are cut piece by piece and
   stay fused: a rank's queries, keys and values lie next to one another, and checkpoints see boxes
   of the whole.
@@ -77,10 +88,16 @@ def page() -> str:
 
 
 def _cell(family: str, axis: str) -> str:
+    name = READ_THROUGH.get(family, family)
     if axis not in axes_of(family):
         return "no"
-    name = READ_THROUGH.get(family, family)
-    return "planned" if not_yet(Combination(layout=Layout(**{axis: 2}), family=name)) else "yes"
+    return "planned" if not_yet(Combination(layout=of_two(axis), family=name)) else "yes"
+
+
+def _facts(name: str) -> ModelFacts:
+    """Of transformers' default sizes, with a number of experts where it leaves that open."""
+    tree = json.loads(CONFIG_MAPPING[name]().to_json_string(use_diff=False))
+    return facts_from_config({**tree, "num_experts_per_tok": tree.get("num_experts_per_tok") or 6})
 
 
 def _degrees(family: str) -> str:
@@ -88,8 +105,7 @@ def _degrees(family: str) -> str:
     name = READ_THROUGH.get(family, family)
     if family_of(name).tensor is None:
         return "-"
-    config = CONFIG_MAPPING[name]()
-    facts = facts_from_config(json.loads(config.to_json_string(use_diff=False)))
+    facts = _facts(name)
     degrees = ", ".join(map(str, degrees_of(facts)))
     return (
         f"{degrees} ({facts.heads} heads, {facts.key_value_heads} key-value heads, "

@@ -27,9 +27,10 @@ from families import FAMILIES, GRADIENT, LIMIT, LOSS, TOKENS, matrix, recipe_of 
 from shoal.launch import supervise  # noqa: E402
 from shoal.launch.pool import WorkerPool  # noqa: E402
 from shoal.prove.matrix import Matrix  # noqa: E402
+from unit.models.tiny_models import MIXTURES  # noqa: E402
 
 PAGE = ROOT / "docs" / "evidence" / "parity.md"
-ALL = (*FAMILIES, "t5")
+ALL = (*FAMILIES, *MIXTURES, "t5")
 
 HEAD = f"""\
 # Parity of the strategies

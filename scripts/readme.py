@@ -26,6 +26,7 @@ from shoal.legal import (
     facts_from_config,
     family_of,
     not_yet,
+    of_two,
     problems,
 )
 from shoal.legal.families.table import FAMILIES, known_families
@@ -151,7 +152,7 @@ def _runs(kind: str, family: str, axis: str) -> bool:
     """Whether a family runs at degree 2 along an axis today (as scripts/layouts.py has it)."""
     read = {"gemma3": "gemma3_text"}.get(family, family)
     whole = KINDS[kind].whole_logits
-    asked = Combination(layout=Layout(**{axis: 2}), family=read, whole_logits=whole)
+    asked = Combination(layout=of_two(axis), family=read, whole_logits=whole)
     refused = [each for each in problems(asked) if whole and each.where == "parallel.tensor"]
     return axis in axes_of(family) and not not_yet(asked) and not refused
 

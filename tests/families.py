@@ -13,7 +13,7 @@ from shoal.layout import Layout
 from shoal.legal import axes_of
 from shoal.legal.rules import SHARD_LEVELS
 from tiny import write_corpus
-from unit.models.tiny_models import SETTINGS
+from unit.models.tiny_models import MIXTURES, SETTINGS
 
 LOSS = 1e-5
 """Relative, over five steps: the promise. Measured: 1.4e-7, two last places of float32."""
@@ -57,6 +57,7 @@ class Case:
         words = [f"parallel.replicate={layout.replicate}", f"parallel.tensor={layout.tensor}"]
         words.append(f"parallel.shard={{degree: {layout.shard}, level: {self.level}}}")
         words.append(f"parallel.context={{degree: {layout.context}, kind: {self.kind}}}")
+        words.append(f"parallel.expert={layout.expert}")
         return [*words, *self.more]
 
     @property
@@ -68,7 +69,7 @@ class Case:
 
 
 def matrix(family: str) -> list[Case]:
-    """The layouts that a family is proven in: shard and tensor 2 and 4, mixes up to 8 workers."""
+    """The layouts that a family is proven in: shard, tensor and expert 2 and 4, up to 8 workers."""
     tensor = "tensor" in axes_of(family)
     pairs = [(2, 1), (4, 1)] + ([(2, 2), (4, 2), (2, 4)] if tensor else [])
     cases = [
@@ -78,6 +79,15 @@ def matrix(family: str) -> list[Case]:
     if tensor:
         mixes += [Layout(tensor=2), Layout(tensor=4)]
         mixes += [Layout(replicate=2, shard=2, tensor=2), Layout(replicate=2, tensor=4)]
+    if "expert" in axes_of(family):
+        spread = [(2, 2), (4, 2), (4, 4)]
+        cases += [
+            Case(family, Layout(shard=s, expert=e), level)
+            for s, e in spread
+            for level in SHARD_LEVELS
+        ]
+        mixes += [Layout(shard=2, tensor=2, expert=2), Layout(replicate=2, shard=4, expert=4)]
+        mixes += [Layout(replicate=2, shard=2, tensor=2, expert=2), Layout(shard=8, expert=4)]
     cases += [Case(family, layout) for layout in mixes]
     cases.append(Case(family, Layout(replicate=2), more=("launch.workers=threads",)))
     widest = Layout(shard=2, tensor=2 if tensor else 1)
@@ -88,14 +98,17 @@ def matrix(family: str) -> list[Case]:
 def recipe_of(family: str, folder: Path) -> Path:
     """A recipe file below `folder` that trains a tiny model of `family` on data made for it."""
     folder.mkdir(parents=True, exist_ok=True)
-    heads = _MORE_HEADS if "num_key_value_heads" in SETTINGS[family] else {}
+    settings = {**SETTINGS, **MIXTURES}[family]
+    heads = _MORE_HEADS if "num_key_value_heads" in settings else {}
+    if "kv_lora_rank" in settings:  # each head has keys of its own
+        heads = dict.fromkeys(heads, 8)
     tree = {
         "seed": 3,
         "task": {"kind": _task(family)},
         "model": {
             "kind": "config",
             "architecture": family,
-            **SETTINGS[family],
+            **settings,
             **heads,
             "dropout": "keyed",
         },

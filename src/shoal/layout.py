@@ -13,6 +13,9 @@ from math import prod
 AXES = ("replicate", "pipeline", "shard", "context", "tensor")
 """Mesh axes, slowest varying first. `expert` divides shard x context and is no factor."""
 
+EXPERT_AXES = ("expert_shard", "expert")
+"""The ranks of shard x context counted in another way: neighbours share the experts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -74,9 +77,22 @@ class Layout:
             raise ValueError(f"{workers} workers are no whole replicas of {self.replica_workers}")
         return replace(self, replicate=replicas)
 
+    @property
+    def expert_shard(self) -> int:
+        """Number of ranks that have the same experts: shard x context / expert."""
+        return self.shard * self.context // self.expert
+
     def degree(self, axis: str) -> int:
         """Degree of one axis."""
         return int(getattr(self, axis))
+
+    def coordinate(self, axis: str, rank: int) -> int:
+        """Coordinate of `rank` on one axis, those of the experts among them."""
+        here = self.coordinates(rank)
+        if axis not in EXPERT_AXES:
+            return here[axis]
+        place = here["shard"] * self.context + here["context"]
+        return place % self.expert if axis == "expert" else place // self.expert
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Coordinate of `rank` on each axis; the inverse of `rank_of`."""
@@ -99,10 +115,12 @@ class Layout:
 
     def groups(self, *axes: str) -> Iterator[list[int]]:
         """Each set of ranks that differ only on `axes`, in rank order; every rank once."""
+        known: tuple[str, ...] = AXES
+        if set(axes) & set(EXPERT_AXES):
+            known = (*(axis for axis in AXES if axis not in ("shard", "context")), *EXPERT_AXES)
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.workers):
-            here = self.coordinates(rank)
-            fixed = tuple(here[axis] for axis in AXES if axis not in axes)
+            fixed = tuple(self.coordinate(axis, rank) for axis in known if axis not in axes)
             groups.setdefault(fixed, []).append(rank)
         yield from groups.values()
 

@@ -16,6 +16,10 @@ SHARDS = (*LENGTH, "parallel={shard: 2}", "train.micro_batch_samples=2")
 PAIR = (*LENGTH, "parallel={tensor: 2}", "train.micro_batch_samples=2")
 ROWS = (*LENGTH, "parallel={context: 4}", "train.micro_batch_samples=2")
 slow = pytest.mark.slow
+MIXTURE = (
+    "model={kind: config, architecture: mixtral, hidden_size: 32, intermediate_size: 48,"
+    " num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 4}"
+)
 
 
 def rehearsed(bench: Bench, *faults: str, overrides: tuple[str, ...]) -> Rehearsal:
@@ -41,6 +45,22 @@ def assert_as_if_nothing(found: Rehearsal) -> None:
     assert found.same_digits and found.same_weights, str(found)
     assert Run(found.run).digits == Run(found.clean).digits, "every row, evaluations too"
     print(found)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("layout", "fault"),
+    [
+        ("{replicate: 2, shard: 2, expert: 2}", "kill:1@12:forward"),
+        ("{replicate: 2, shard: 2, expert: 2}", "kill:2@12:backward"),
+        ("{shard: 4, expert: 2}", "kill:3@12:backward"),
+        ("{replicate: 2}", "kill:1@12:reducing"),
+    ],
+)
+def test_a_part_of_the_experts_is_replaced(bench: Bench, layout: str, fault: str) -> None:
+    """From another replica or the save; the step done again counts its experts' load once."""
+    overrides = (*LENGTH, MIXTURE, f"parallel={layout}", "train.micro_batch_samples=2")
+    assert_as_if_nothing(rehearsed(bench, fault, overrides=overrides))
 
 
 @pytest.mark.parametrize(

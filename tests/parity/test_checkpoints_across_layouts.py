@@ -30,7 +30,14 @@ PHI3 = (
     "model={kind: config, architecture: phi3, hidden_size: 32, intermediate_size: 48,"
     " num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, pad_token_id: 0}",
 )
-FAMILIES = {"llama": (), "gpt2": GPT2, "phi3": PHI3}
+MIXTURE = (
+    "model={kind: config, architecture: deepseek_v3, hidden_size: 32, intermediate_size: 48,"
+    " num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 4, kv_lora_rank: 8,"
+    " q_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 6, v_head_dim: 8, pad_token_id: 0,"
+    " n_routed_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 16,"
+    " first_k_dense_replace: 1, n_group: 2, topk_group: 1}",
+)
+FAMILIES = {"llama": (), "gpt2": GPT2, "phi3": PHI3, "deepseek_v3": MIXTURE}
 """gpt2: one tied table, fused qkv of equal parts. phi3: fused qkv of unequal parts, fused gate."""
 
 ONE = ("parallel={replicate: 1}", "launch.workers=processes")
@@ -59,6 +66,15 @@ LAYOUTS = {
     "threads": ("parallel={replicate: 4}", "launch.workers=threads", "train.micro_batch_samples=2"),
 }
 PASSED_ON = [name for name in LAYOUTS if name != "threads"]
+LAYOUTS |= {
+    "expert 2": cut("shard: 2, expert: 2"),
+    "shard 4 x expert 2": cut("shard: 4, expert: 2"),
+    "shard 4 x expert 4": cut("shard: {degree: 4, level: optimizer}, expert: 4"),
+    "tensor 2 x expert 2": cut("shard: 2, tensor: 2, expert: 2"),
+    "replicate 2 x expert 2": cut("replicate: 2, shard: 2, expert: 2"),
+}
+SPREAD = ["expert 2", "tensor 2 x expert 2", "shard 4 x expert 2", "tensor 2"]
+"""Of the last dims and the first, of rows over ranks with the same experts, and of none."""
 
 
 def assert_equal(found: Reader, wanted: Reader) -> None:
@@ -91,9 +107,11 @@ def files_of(folder: Path) -> dict[str, str]:
         ),
         ("gpt2", ["shard 2 x tensor 2", "replicate 2 x tensor 2"]),
         ("phi3", ["shard 2 x tensor 2", "replicate 2 x tensor 2"]),
+        ("deepseek_v3", SPREAD),
         pytest.param("llama", PASSED_ON, marks=slow),
         pytest.param("gpt2", PASSED_ON, marks=slow),
         pytest.param("phi3", PASSED_ON, marks=slow),
+        pytest.param("deepseek_v3", [n for n in LAYOUTS if n != "threads"], marks=slow),
     ],
     ids=lambda value: value if isinstance(value, str) else str(len(value)),
 )
@@ -147,6 +165,27 @@ def assert_goes_on(found: Run, straight: Run) -> None:
     assert largest_difference(ours, theirs) < CURVE
     report = verify_run(found.path)
     assert (report.problems, report.num_steps, report.num_restarts) == ([], 20, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("expert 2", "one"),
+        ("one", "shard 4 x expert 2"),
+        ("shard 4 x expert 4", "tensor 2 x expert 2"),
+        ("tensor 2", "expert 2"),
+        ("replicate 2 x expert 2", "shard 2"),
+    ],
+)
+def test_experts_are_resumed_in_another_layout(bench: Bench, first: str, second: str) -> None:
+    """Also the load of experts goes on as it was."""
+    found, straight = resumed(bench, first, second, "deepseek_v3"), bench.run(*LENGTH, *MIXTURE)
+    assert_goes_on(found, straight)
+    loads = [
+        [r["expert_load"] for r in run.rows if "expert_load" in r] for run in (found, straight)
+    ]
+    assert loads[0] == loads[1] and len(loads[0]) == 20
 
 
 @pytest.mark.quick(1)

@@ -69,3 +69,25 @@ def test_exact_follows_the_ordinary_run(bench: Bench) -> None:
     exact = bench.run(*EXACT, "precision.compute=float32", ADAMW)
     plain = bench.run("train.steps=12", "train.micro_batch_samples=2")
     assert exact.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+MIXTRAL = (
+    "model={kind: config, architecture: mixtral, hidden_size: 32, intermediate_size: 48,"
+    " num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 4,"
+    " output_router_logits: true, router_aux_loss_coef: 0.1}"
+)
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize(
+    ("degree", "kind", "compute"),
+    [(2, "threads", "float32"), (4, "processes", "bfloat16"), (2, "processes", "float32")],
+)
+def test_experts_and_their_balance_have_the_same_bits(
+    bench: Bench, degree: int, kind: str, compute: str
+) -> None:
+    """The load of experts is among the digits."""
+    change = (*EXACT, "train.steps=4", f"precision.compute={compute}", MIXTRAL)
+    assert_same_bits(bench, *change, degree=degree, kind=kind)
+    rows = [row for row in bench.run(*change).digits if "loss" in row]
+    assert all(1 < row["expert_load"] <= 2 and row["dropped_tokens"] == 0 for row in rows)

@@ -52,6 +52,23 @@ def test_groups_are_a_partition_that_differs_only_on_its_axes(
         assert group == sorted(group)
 
 
+@given(degrees, st.data())
+def test_experts_meet_along_shard_and_context(sizes: dict[str, int], data: st.DataObject) -> None:
+    """expert_shard x expert is another way to count the ranks of shard x context."""
+    both = sizes["shard"] * sizes["context"]
+    expert = data.draw(st.sampled_from([n for n in range(1, both + 1) if both % n == 0]))
+    layout = Layout(**sizes, expert=expert)
+    rows = list(layout.groups("shard", "context"))
+    assert list(layout.groups("expert_shard", "expert")) == rows
+    for axis, degree in (("expert", expert), ("expert_shard", both // expert)):
+        assert layout.degree(axis) == degree
+        groups = list(layout.groups(axis))
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.workers))
+        for group in groups:
+            assert [layout.coordinate(axis, rank) for rank in group] == list(range(degree))
+            assert any(set(group) <= set(row) for row in rows)
+
+
 @given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 8))
 def test_shares_cover_a_batch_once_in_whole_multiples(
     units: int, parts: int, multiple: int

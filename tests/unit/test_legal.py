@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from shoal.legal import (
     tensor_degrees,
 )
 from shoal.legal.families.table import known_families
-from shoal.legal.rules import illegal
+from shoal.legal.rules import IMPLEMENTED_AXES, illegal
 from shoal.models.huggingface import config_from
 
 SMALL = {
@@ -176,8 +177,8 @@ def test_families_are_refused_axes_they_lack() -> None:
 
 
 def test_a_family_without_a_table_is_refused_tensor_until_it_has_one() -> None:
-    text = "\n".join(map(str, not_yet(Combination(layout=Layout(tensor=2), family="mixtral"))))
-    assert "a mixtral model has no table for the tensor axis yet, got 2" in text
+    text = "\n".join(map(str, not_yet(Combination(layout=Layout(tensor=2), family="gemma3"))))
+    assert "a gemma3 model has no table for the tensor axis yet, got 2" in text
     assert "use shard=2 instead" in text
     # vit can never: that is `problems`' to say, once
     assert "no table" not in "\n".join(
@@ -254,6 +255,15 @@ def test_stages_experts_and_rows() -> None:
     assert "has no experts to spread" in text_of(Layout(shard=2, expert=2))
     routed = facts_from_config({**SMALL, **ROUTED, "model_type": "qwen3_moe"})
     assert "3 does not divide 8 experts" in text_of(Layout(shard=3, expert=3), routed)
+    assert "set it to 4, or parallel.shard to 2" in text_of(Layout(context=4, expert=2), routed)
+    assert not text_of(Layout(context=4, shard=2, expert=2), routed)
+    whole = text_of(Layout(shard=2, expert=2), routed, offload=True)
+    assert "set it to false, or parallel.shard to 4" in whole
+    assert not text_of(Layout(shard=4, expert=2), routed, offload=True)
+    balanced = replace(routed, balanced=True)
+    assert "set it to off, or parallel.pipeline to 1" in text_of(Layout(pipeline=2), balanced)
+    assert not text_of(Layout(pipeline=2), balanced, balance="off")
+    assert not text_of(Layout(shard=2, tensor=2, expert=2), balanced)
     text = text_of(Layout(context=2), sequence_tokens=1022)
     assert "need rows of a multiple of 4 tokens" in text
     assert "set data.sequence_tokens to 1024" in text
@@ -276,6 +286,7 @@ def test_what_is_not_there_yet_says_so() -> None:
     text = "\n".join(map(str, found))
     assert "the policy diloco is not there yet" in text
     assert "the codec int8 is not there yet" in text
+    assert f"today these axes run: {', '.join(sorted(IMPLEMENTED_AXES))}" in text
     assert not not_yet(Combination(layout=Layout(replicate=8, shard=2, context=2, tensor=2)))
 
 
@@ -305,8 +316,9 @@ def test_whatever_the_model(asked: dict[str, Any], words: str) -> None:
 
 
 def test_a_plan_chooses_among_the_axes_that_are_open() -> None:
-    assert open_axes(Combination()) == {"replicate", "shard", "tensor"}
+    assert open_axes(Combination()) >= {"replicate", "shard", "tensor", "expert"}
+    assert "expert" not in open_axes(Combination().of_model(LLAMA))
     assert open_axes(Combination(family="t5")) == {"replicate", "shard"}
     for closing in ({"exact": True}, {"optimizer": "muon"}, {"workers": "threads"}):
         assert open_axes(Combination(**closing)) == {"replicate"}
-    assert open_axes(Combination(dropout="framework")) == {"replicate", "shard"}
+    assert open_axes(Combination(dropout="framework")) == {"replicate", "shard", "expert"}

@@ -50,6 +50,9 @@ class ConfiguredModel(BaseModel):
     """A model_type of transformers, such as llama, gpt2, bert or vit."""
     dropout: Literal["off", "keyed", "framework"] = "keyed"
     """keyed: the same in every layout; framework: torch's own; off: none."""
+    balance: Literal["sequence", "batch", "off"] = "sequence"
+    """The balance loss of experts, where the model's configuration has output_router_logits: over
+    each row, the same in every layout; over a micro batch as transformers has it; or none."""
     adapter: Adapter | None = None
     """Trained instead of the weights, which stay as they were drawn; None: the weights."""
 
@@ -67,6 +70,9 @@ class PretrainedModel(Section):
     """A folder, a name of `shoal data list`, or owner/name of the hub."""
     dropout: Literal["off", "keyed", "framework"] = "keyed"
     """keyed: the same in every layout; framework: torch's own; off: none."""
+    balance: Literal["sequence", "batch", "off"] = "sequence"
+    """The balance loss of experts, where the model's configuration has output_router_logits: over
+    each row, the same in every layout; over a micro batch as transformers has it; or none."""
     adapter: Adapter | None = None
     """Trained instead of the weights; None: the weights."""
 
@@ -280,7 +286,8 @@ class ParallelSection(Section):
     pipeline: Count | None = None
     """Not there yet: blocks divided into stages."""
     expert: Count | None = None
-    """Not there yet: experts spread over workers."""
+    """Experts of each block divided among so many ranks of shard x context; no factor of the
+    workers."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Compute activations of a block again in the backward, instead of keeping them. With `auto`
     on GPUs, `none` leaves it to the plan."""

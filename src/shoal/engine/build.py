@@ -212,6 +212,7 @@ def model_settings(recipe: Recipe, *, inputs: Inputs, task: Task) -> ModelSettin
         recipe.model.dropout,
         recipe.train.freeze,
         adapter_settings(recipe, inputs=inputs),
+        recipe.model.balance,
     )
 
 

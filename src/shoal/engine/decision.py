@@ -112,7 +112,10 @@ def given_layout(recipe: Recipe) -> Layout:
     try:
         return Layout(**degrees)
     except ValueError as error:
-        raise ConfigError([Problem("parallel", str(error))]) from None
+        both, wanted = degrees["shard"] * degrees["context"], degrees["expert"]
+        near = max(n for n in range(1, wanted) if both % n == 0)
+        hint = f"set it to {near}, or parallel.shard to a multiple of {wanted}"
+        raise ConfigError([Problem("parallel", str(error), hint)]) from None
 
 
 def largest_micro_batch(recipe: Recipe, *, parts: int, at_most: int) -> int:

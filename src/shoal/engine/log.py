@@ -90,7 +90,9 @@ class RunLog:
         training, progress = self._training, self._training.progress
         other = traffic.communication_seconds + traffic.waiting_seconds
         scale = {"loss_scale": training.loss_scale.value} if training.loss_scale else {}
-        return scale | {
+        return {
+            **scale,
+            **outcome.step.figures,
             "step": progress.step,
             "loss": outcome.step.loss,
             "learning_rate": outcome.learning_rate,

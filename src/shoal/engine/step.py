@@ -56,6 +56,8 @@ class StepResult:
     gradients: Gradients
     norms: list[float] = field(default_factory=list)
     """Norm of each replica's own gradients, before the reduction; empty for one replica."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What else a row of metrics.jsonl tells of the step."""
 
     @property
     def targets(self) -> int:
@@ -142,6 +144,7 @@ class Step:
                 batch = {**batch, name: rows[share.start : share.stop]}
             micros = self._micros(batch, share=share)
         self._state.zero_gradients()
+        self._replica.load()  # what a step that was given up has counted
         tree, losses = TreeSum(), [0.0] * len(micros)
         if targets:
             losses = self.passes.train(
@@ -160,12 +163,13 @@ class Step:
         gradients = Gradients(
             self._state.gradients, self._state.layout, tree.nodes if settings.exact else []
         )
-        loss, norms = self._sum_losses(micros, losses, gradients=gradients)
+        loss, norms, figures = self._sum_losses(micros, losses, gradients=gradients)
         return StepResult(
             loss=loss / max(targets, 1),
             counted=counted,
             gradients=gradients,
             norms=[norm / factor for norm in norms],
+            figures=figures,
         )
 
     def _micros(self, batch: Batch, *, share: Share) -> list[Micro]:
@@ -182,19 +186,24 @@ class Step:
 
     def _sum_losses(
         self, micros: Sequence[Micro], losses: Sequence[float], *, gradients: Gradients
-    ) -> tuple[float, list[float]]:
-        """The loss summed over all micro batches in order, and each replica's gradient norm."""
+    ) -> tuple[float, list[float], dict[str, float]]:
+        """The loss summed over all micro batches in order, each replica's gradient norm, and what
+        the experts were given."""
         settings, ranks, group = self._settings, self.ranks, self._policy.together
         count = settings.global_batch_samples // settings.micro_batch_samples
         replicas = 0 if self._policy.alone or ranks.num_replicas == 1 else ranks.num_replicas
+        given = self._replica.load()
         sums = torch.zeros(count + replicas, dtype=torch.float64)
         if ranks.speaks:  # else another rank of this replica says the same
             for micro, loss in zip(micros, losses, strict=True):
                 sums[micro.number] = loss
         if replicas:
             sums[count + ranks.replica] = self._square(gradients)
+        sums = torch.cat([sums, given])
         group.sum_(sums)
-        return ordered_sum(sums[:count].tolist()), sums[count:].sqrt().tolist()
+        losses, squares, given = sums.split([count, replicas, len(given)])
+        figures = self._replica.load_figures(given)
+        return ordered_sum(losses.tolist()), squares.sqrt().tolist(), figures
 
     def _square(self, gradients: Gradients) -> float:
         """Square of the norm of this rank's own part of its replica's gradients."""

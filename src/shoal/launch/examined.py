@@ -24,7 +24,7 @@ from shoal.launch.refuse import trained_config
 from shoal.observe.console import Console
 from shoal.tasks.kinds import code_of
 
-_FORMAT = 2
+_FORMAT = 3
 """Counts up when what is examined changes."""
 
 

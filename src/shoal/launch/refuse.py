@@ -30,6 +30,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         elastic=recipe.parallel.fewest_replicas is not None,
         shard_level=recipe.parallel.sharding.level,
         context_kind=recipe.parallel.rows.kind,
+        offload=recipe.parallel.sharding.offload,
         recompute=recipe.parallel.recompute,
         sequence_tokens=recipe.data.sequence_tokens,
         global_batch_samples=recipe.train.global_batch_samples,
@@ -37,6 +38,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         exact=recipe.train.exact,
         optimizer=recipe.train.optimizer.kind,
         dropout=recipe.model.dropout,
+        balance=recipe.model.balance,
         whole_logits=kind_of(recipe.task.kind).whole_logits,
         token_losses=kind_of(recipe.task.kind).token_losses,
     )

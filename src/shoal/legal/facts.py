@@ -13,6 +13,7 @@ class ModelFacts:
     `layers` counts encoder and decoder blocks together; `cross_layers` of them also attend to
     the encoder. `window` limits the attention of `window_layers` blocks to that many tokens.
     The first `dense_layers` blocks of a mixture-of-experts model have a dense feed-forward part.
+    `balanced`: its configuration asks for a balance loss of experts.
     `vocabulary` is what the head gives: labels, in a classifier. `activation_copies`: tensors of
     the inner width that an ungated feed-forward part keeps for its backward in eager torch.
     `fixed_tokens`: positions of every sample where the model's sizes fix it (an image's patches).
@@ -39,6 +40,7 @@ class ModelFacts:
     expert_feed_forward: int = 0
     shared_feed_forward: int = 0
     dense_layers: int = 0
+    balanced: bool = False
     attention_parameters: int
     feed_forward_parameters: int
     expert_parameters: int = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from shoal.errors import Problem, nearest
 from shoal.layout import Layout
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families.family import EVERY_AXIS
+from shoal.legal.families.family import WITH_EXPERTS
 from shoal.legal.families.table import axes_of, family_of
 
 POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
@@ -25,7 +25,7 @@ CONTEXT_KINDS = ("ring", "ulysses")
 """How attention finds what other ranks of the context axis have."""
 RECOMPUTE = ("none", "selective", "full")
 
-IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor"})
+IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "expert"})
 IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd"})
 CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
 """Those that a plan chooses by itself. Attention of a ring is not one of the fused kernels by which
@@ -50,6 +50,7 @@ class Combination:
     """The replicate degree may shrink while the run goes on."""
     shard_level: str = "parameters"
     context_kind: str = "ring"
+    offload: bool = False
     recompute: str = "none"
     sequence_tokens: int | None = None
     global_batch_samples: int | None = None
@@ -57,6 +58,8 @@ class Combination:
     exact: bool = False
     optimizer: str = "adamw"
     dropout: str = "keyed"
+    balance: str = "sequence"
+    """Over what the balance loss of experts is taken."""
     family: str | None = None
     facts: ModelFacts | None = None
     """None although the family is given: nobody has written down its sizes."""
@@ -96,12 +99,17 @@ def illegal(combination: Combination) -> list[Problem]:
 
 def open_axes(combination: Combination) -> frozenset[str]:
     """Axes that may have a degree above 1 in this run today: a plan chooses among them."""
-    able = EVERY_AXIS if combination.family is None else axes_of(combination.family)
+    able = WITH_EXPERTS if combination.family is None else axes_of(combination.family)
     return frozenset(
         axis
         for axis in CHOSEN_AXES & able
-        if not [*_cut_replica(replace(combination, layout=Layout(**{axis: 2})))]
+        if not [*_cut_replica(replace(combination, layout=of_two(axis)))]
     )
+
+
+def of_two(axis: str) -> Layout:
+    """The smallest layout of degree 2 along an axis; experts lie along shard."""
+    return Layout(**{"shard" if axis == "expert" else axis: 2}, expert=2 if axis == "expert" else 1)
 
 
 def not_yet(combination: Combination) -> list[Problem]:
@@ -138,7 +146,8 @@ def _axes() -> list[str]:
 
 def _widths(facts: ModelFacts) -> list[int]:
     dense = [facts.feed_forward] if facts.expert_layers < facts.layers else []
-    return dense + ([facts.expert_feed_forward] if facts.experts else [])
+    shared = [facts.shared_feed_forward] if facts.shared_feed_forward else []
+    return dense + ([facts.expert_feed_forward, *shared] if facts.experts else [])
 
 
 def _close(legal: list[int], degree: int) -> int:
@@ -189,6 +198,12 @@ def _degrees(combination: Combination) -> Iterator[Problem]:
         what = f"{layout.expert} does not divide {facts.experts} experts"
         near = _close(_divisors(facts.experts), layout.expert)
         yield Problem("parallel.expert", what, f"the nearest degree that does is {near}")
+    if 1 < layout.expert < layout.context and layout.shard == 1:
+        what = (
+            f"{layout.context} context ranks would have the same {layout.expert} parts of experts"
+        )
+        hint = f"set it to {layout.context}, or parallel.shard to 2"
+        yield Problem("parallel.expert", what, hint)
 
 
 def _number_of_workers(combination: Combination) -> Iterator[Problem]:
@@ -288,6 +303,15 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
         what = "framework dropout differs between ranks of the tensor axis, which compute the same "
         hint = "set model.dropout to keyed or off, or parallel.tensor to 1"
         yield Problem("model.dropout", what + "tokens", hint)
+    if combination.offload and layout.expert > 1 and layout.expert_shard == 1:
+        what = f"experts that no other rank has stay on the device, got expert {layout.expert}"
+        hint = f"set it to false, or parallel.shard to {2 * layout.shard}"
+        yield Problem("parallel.shard.offload", what, hint)
+    balanced = combination.facts is not None and combination.facts.balanced
+    for axis in ("context", "pipeline") if balanced and combination.balance != "off" else ():
+        if layout.degree(axis) > 1:
+            what = f"a rank of the {axis} axis sees a part of what the balance loss is a product of"
+            yield Problem("model.balance", what, f"set it to off, or parallel.{axis} to 1")
     if layout.tensor > 1 and combination.whole_logits:
         what = "the model or the task needs whole rows of logits, so its head cannot be cut by "
         yield Problem("parallel.tensor", what + "vocabulary", "set it to 1")

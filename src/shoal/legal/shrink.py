@@ -6,6 +6,7 @@ keys, and what its positions need stay; layers, heads and widths become few.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,18 @@ _WINDOW = 8
 """Tokens: shorter than the rows that parity trains on, so that the window is felt."""
 
 
-def shrunk(config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
+
+
+def shrunk(
+    config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1, expert: int = 1
+) -> dict[str, Any]:
     """Sizes to override in `config` (what `to_dict()` of a transformers configuration gives).
 
-    The result is legal for `tensor` ranks and `pipeline` stages where the model itself is. Sizes
-    never grow. Raises ModelError for a configuration without the sizes that this rule reads.
+    The result is legal for `tensor` ranks, `pipeline` stages and experts over `expert` ranks where
+    the model itself is. Sizes never grow. Raises ModelError for a configuration without the sizes
+    that this rule reads.
     """
     keys = family_of(str(config.get("model_type"))).size_keys
     missing = [key for key in (keys.hidden, keys.heads, keys.layers[0]) if not config.get(key)]
@@ -40,10 +48,16 @@ def shrunk(config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1) -> 
     width = fewer_heads * small
     inner = int(config.get(keys.inner) or 4 * hidden)
     step = 4 * tensor
+
+    def narrow(size: int) -> int:
+        return min(size, max(step, round(size * width / hidden / step) * step))
+
     result: dict[str, Any] = {
         keys.hidden: width,
         keys.heads: fewer_heads,
-        keys.inner: min(inner, max(step, round(inner * width / hidden / step) * step)),
+        keys.inner: narrow(inner),
+        **{key: narrow(int(config[key])) for key in _EXPERT_WIDTHS if config.get(key)},
+        **_experts(config, degree=expert),
     }
     if config.get(keys.groups):
         result[keys.groups] = few
@@ -52,6 +66,19 @@ def shrunk(config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1) -> 
     if config.get("sliding_window"):
         result["sliding_window"] = min(int(config["sliding_window"]), _WINDOW)
     return {**result, **_layers(config, keys.layers, least=max(2, pipeline))}
+
+
+def _experts(config: Mapping[str, Any], *, degree: int) -> dict[str, Any]:
+    """At least two experts on each rank and in each group, of which a token has at most two."""
+    whole = next((int(config[key]) for key in _EXPERTS if config.get(key)), 0)
+    step = math.lcm(2 * degree, 2 * int(config.get("n_group") or 1))
+    few = max(step, 4)
+    if not whole or whole <= few or whole % few:
+        return {}
+    sizes = {key: few for key in _EXPERTS if config.get(key)}
+    if config.get("num_experts_per_tok"):
+        sizes["num_experts_per_tok"] = min(2, int(config["num_experts_per_tok"]))
+    return sizes
 
 
 def _layers(config: Mapping[str, Any], names: tuple[str, ...], *, least: int) -> dict[str, Any]:
@@ -66,6 +93,8 @@ def _layers(config: Mapping[str, Any], names: tuple[str, ...], *, least: int) ->
     }
     if kinds:
         result["layer_types"] = list(kinds[:count])
+    if config.get("first_k_dense_replace"):  # a dense layer and one of experts
+        result["first_k_dense_replace"] = min(int(config["first_k_dense_replace"]), count - 1)
     return result
 
 

@@ -24,9 +24,10 @@ from shoal.fields import TOKENS, Fields
 from shoal.legal import family_of
 from shoal.models.families.hidden import HIDDEN
 from shoal.models.families.logits import transform_of
-from shoal.models.forward_context import forward_context_of, set_forward_context
+from shoal.models.forward_context import Routing, forward_context_of, set_forward_context
 from shoal.models.kernels import Kernel, local
 from shoal.models.placement import Parts, Placement, placements_of
+from shoal.models.routing import Balance, counted_in, routing_of
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -145,6 +146,7 @@ def hidden_of(
     step: int = 0,
     fields: Fields = TOKENS,
     kernel: Kernel | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """Hidden states [B, T, D] of a batch, without the head.
 
@@ -152,20 +154,22 @@ def hidden_of(
     document_ids int32 [B, T], sample_ids int64 [B] where the model uses them; for images
     pixel_values, for encoder-decoders decoder_input_ids. `step` keys the dropout. `fields`
     describe what runs along the sequence `tokens`, and how it is padded. `kernel` says how the
-    tokens attend to one another; None: as the context around this forward has it.
+    tokens attend to one another; None: as the context around this forward has it. `routing` is
+    filled with what routers of experts decide.
     """
     family = family_of(_config(model).model_type)
     multiple = int(getattr(model, "shoal_sequence_multiple", 1))
     num_tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
     if num_tokens % multiple:
         batch = padded(batch, fields, more=-num_tokens % multiple)
-    context = forward_context_of(batch, step=step, kernel=kernel)
+    routing = routing or routing_of(model, len(next(iter(batch.values()))))
+    context = forward_context_of(batch, step=step, kernel=kernel, routing=routing)
     if context.kernel is not local and getattr(model, "shoal_own_attention", False):
         raise ModelError(
             f"{type(model).__name__}: its own attention sees this forward's tokens "
             "alone\n    set parallel.context to 1"
         )
-    with set_forward_context(context):
+    with set_forward_context(context), counted_in(model, routing):
         inputs = _inputs(model, batch)
         if getattr(model, "shoal_whole_logits", False):
             return logits_in(model(**inputs, use_cache=False))
@@ -177,6 +181,21 @@ def hidden_of(
         for path in _dropouts_after(model, str(getattr(model, "base_model_prefix", ""))):
             hidden = model.get_submodule(path)(hidden)
     return hidden[:, :num_tokens] if num_tokens % multiple else hidden
+
+
+def balanced_hidden_of(
+    model: nn.Module, batch: dict[str, Tensor], *, targets: Tensor | None, step: int = 0
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`hidden_of` a batch, and the term of the model's balance loss of experts, if it has one.
+
+    `targets` [B]: of each row, by which its term is weighted in a sum of losses; None: no term.
+    """
+    balance: Balance | None = getattr(model, "shoal_balance", None)
+    routing = routing_of(model, len(batch["input_ids"]))
+    hidden = hidden_of(model, batch, step=step, routing=routing)
+    if balance is None or routing is None or targets is None:
+        return hidden, ()
+    return hidden, (balance.term(routing, targets),)
 
 
 def _inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,40 @@ from shoal.models.kernels import Kernel, local
 
 ROW_STRIDE = 1 << 24
 """Distance between the token indices of two samples: longer than any row."""
+
+
+@dataclass
+class Routing:
+    """What routers decide in one forward, block by block. `rows`: B; `wants_sums`: `sums` too.
+
+    Shapes: B rows, T tokens, E experts, K experts of a token.
+    """
+
+    rows: int
+    wants_sums: bool = False
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    """Of each block [B, E], by its number: tokens that each expert gets, padding left out."""
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    """Of each block [B, E]: the router's probabilities summed over tokens."""
+    tokens: Tensor | None = None
+    """Tokens of each row that are no padding [B]."""
+
+    def again(self) -> Routing:
+        """One that takes the same decisions when they are made again, and is thrown away."""
+        return Routing(self.rows, self.wants_sums)
+
+    def add(self, number: int, logits: Tensor, indices: Tensor, documents: Tensor | None) -> None:
+        """A block's router: logits [B x T, E], experts [B x T, K]; `documents` [B, T]."""
+        experts, shape = logits.shape[-1], (self.rows, -1)
+        real = torch.ones(len(logits), device=logits.device)
+        real = (real if documents is None else (documents >= 0).flatten()).float().view(shape)
+        weights = real[..., None].expand(-1, -1, indices.shape[-1]).reshape(shape)
+        counts = torch.zeros(self.rows, experts, device=logits.device)
+        self.counts[number] = counts.scatter_add_(1, indices.view(shape), weights)
+        self.tokens = real.sum(1)
+        if self.wants_sums:
+            probabilities = logits.softmax(dim=-1).float().view(self.rows, -1, experts)
+            self.sums[number] = (probabilities * real[..., None]).sum(1)
 
 
 @dataclass(frozen=True)
@@ -38,6 +72,8 @@ class ForwardContext:
     step: int = 0
     kernel: Kernel = local
     row_document_ids: Tensor | None = None
+    routing: Routing | None = None
+    """Where routers of experts tell what they decide."""
 
 
 _OUTSIDE = ForwardContext()
@@ -62,7 +98,11 @@ def set_forward_context(context: ForwardContext) -> Iterator[None]:
 
 
 def forward_context_of(
-    batch: Mapping[str, Tensor], *, step: int = 0, kernel: Kernel | None = None
+    batch: Mapping[str, Tensor],
+    *,
+    step: int = 0,
+    kernel: Kernel | None = None,
+    routing: Routing | None = None,
 ) -> ForwardContext:
     """The context of a batch: its `document_ids` [B, T], `token_indices` [B, T], all optional.
 
@@ -75,6 +115,7 @@ def forward_context_of(
         step,
         get_forward_context().kernel if kernel is None else kernel,
         batch.get("row_document_ids"),
+        routing,
     )
 
 
@@ -91,4 +132,7 @@ def checkpoint_contexts() -> tuple[
     contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]
 ]:
     """`context_fn` for `torch.utils.checkpoint`: the recompute sees the context of its forward."""
-    return contextlib.nullcontext(), set_forward_context(get_forward_context())
+    context = get_forward_context()
+    if context.routing is not None:
+        context = replace(context, routing=context.routing.again())
+    return contextlib.nullcontext(), set_forward_context(context)

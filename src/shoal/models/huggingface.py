@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError, nearest
-from shoal.models import attention
+from shoal.models import attention, experts
 from shoal.models.anatomy import example_of, logits_in
 from shoal.models.dropout import KINDS as DROPOUT_KINDS
 from shoal.models.dropout import (
@@ -25,12 +25,16 @@ from shoal.models.dropout import (
     mute_attention_modules,
     mute_dropout,
 )
+from shoal.models.routing import watch_routers
 
 _ALSO_KNOWN = {
     *("num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"),
     "decoder_start_token_id",
 }
 """Keys that configurations take besides their fields."""
+
+_ALSO_READ = {"qwen3_moe": {"head_dim"}}
+"""Keys that a family's code reads, and its files have, though its configuration has no field."""
 
 _REMOTE_CODE = "auto_map"
 """The key by which a folder asks for classes of its own code: never followed."""
@@ -115,7 +119,9 @@ def build_meta(
             f"    {nearest(dropout, DROPOUT_KINDS)}"
         )
     attention.register()
+    experts.register()
     config = copy.deepcopy(config)
+    config._experts_implementation = experts.NAME
     if dropout != "framework":
         mute_attention_dropout(config)
     if dropout == "off":
@@ -125,6 +131,8 @@ def build_meta(
         if kernel == attention.NAME and not _takes_kernels(model):
             model = _built(config, auto_class=auto_class, attention_name="eager")
             model.shoal_own_attention = True  # type: ignore[assignment]
+    experts.keep_corrections(model)
+    watch_routers(model)
     if dropout == "off":
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -144,6 +152,8 @@ def build_reference(config: Any, *, auto_class: str) -> nn.Module:
     config = copy.deepcopy(config)
     mute_attention_dropout(config)
     mute_dropout(config)
+    if config._experts_implementation == experts.NAME:  # of a model of shoal's
+        config._experts_implementation = None
     return _built(config, auto_class=auto_class, attention_name="eager").eval()
 
 
@@ -331,7 +341,7 @@ def known_settings(architecture: str) -> set[str]:
 
     default = CONFIG_MAPPING[architecture]()
     known = {key for key in default.to_dict() if not key.startswith("_")} | _ALSO_KNOWN
-    return known | set(default.attribute_map)
+    return known | set(default.attribute_map) | _ALSO_READ.get(architecture, set())
 
 
 def _guarded(make: Callable[[], Any], *, where: str) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from shoal.errors import ModelError
+from shoal.models.experts import experts_of
 from shoal.models.families.tensor import TensorTable, tensor_table
 
 
@@ -74,20 +75,35 @@ def placements_of(model: nn.Module, parts: Parts) -> Mapping[str, Placement]:
 def regions_of(model: nn.Module, *, base: str) -> list[str]:
     """Paths of the modules whose input is whole along the sequence: they hold column-wise layers.
 
-    Empty for a family that is not cut along tensor.
+    A mixture of experts is one, whatever is in it. Empty for a family that is not cut along tensor.
     """
     table = tensor_table(model.config)
     if table is None:
         return []
+    mixtures = mixtures_of(model)
     paths = [path for path, _ in model.named_modules() if _matches(path, table.columns, base=base)]
-    return list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
+    plain = [path.rpartition(".")[0] for path in paths if not _inside(path, mixtures)]
+    return list(dict.fromkeys([*plain, *mixtures]))
 
 
-def row_layers_of(model: nn.Module, *, base: str) -> list[str]:
-    """Paths of the row-wise layers: their product is a part of a sum over the tensor axis."""
+def mixtures_of(model: nn.Module) -> list[str]:
+    """Paths of the modules that hold experts and their router: their output is a sum of both."""
+    return [path.rpartition(".")[0] for path in experts_of(model)]
+
+
+def _inside(path: str, outer: Sequence[str]) -> bool:
+    return any(path.startswith(each + ".") for each in outer)
+
+
+def row_layers_of(model: nn.Module, *, base: str) -> dict[str, bool]:
+    """Paths of the row-wise layers: their product is a part of a sum over the tensor axis.
+
+    With whether it is made there; else it is a part of what a mixture of experts sums.
+    """
     table = tensor_table(model.config)
-    rows = table.rows if table is not None else ()
-    return [path for path, _ in model.named_modules() if _matches(path, rows, base=base)]
+    rows, mixtures = table.rows if table is not None else (), mixtures_of(model)
+    paths = [path for path, _ in model.named_modules() if _matches(path, rows, base=base)]
+    return {path: not _inside(path, mixtures) for path in paths}
 
 
 def has_vocabulary_head(model: nn.Module) -> bool:
@@ -119,6 +135,7 @@ class _Placer:
     ) -> None:
         self.model, self.parts, self.table, self.vocabulary = model, parts, table, vocabulary
         self.split_head = has_vocabulary_head(model)
+        self.experts = experts_of(model)
 
     def place(self, names: Sequence[str]) -> Placement:
         """Placement of one parameter by any of its names."""
@@ -131,6 +148,8 @@ class _Placer:
         module = self.model.get_submodule(path)
         if path in self.vocabulary:
             return _PARTIAL if leaf == "lora_a" else Placement("vocabulary", 0)
+        if path in self.experts:
+            return _of_experts(self.experts[path], leaf)
         pattern = _matches(path, self.table.columns, base=parts.base)
         if pattern is not None:
             if leaf == "lora_a":  # each rank's outputs give a part of its gradient
@@ -150,13 +169,23 @@ class _Placer:
             )
         if path.startswith(parts.blocks + "."):
             # one that is neither cut nor a norm may mix tokens or heads: nobody has checked it
-            return _PARTIAL if "Norm" in type(module).__name__ else UNPLACED
+            whole = _matches(path, self.table.whole, base=parts.base) is not None
+            return _PARTIAL if whole or "Norm" in type(module).__name__ else UNPLACED
         if path == parts.norm:
             return _PARTIAL
         inside_base = not parts.base or path.startswith(parts.base + ".")
         if inside_base:
             return _LOCAL
         return _PARTIAL if self.split_head else _LOCAL
+
+
+def _of_experts(module: Any, leaf: str) -> Placement:
+    """Each expert is cut as a feed-forward part is: weights [experts, outputs, inputs]."""
+    plain = module.has_gate and module.is_concatenated and not module.is_transposed
+    size = getattr(module, leaf).shape[1]
+    if plain and leaf == "gate_up_proj":
+        return Placement("column", 1, pieces=(size // 2, size // 2))
+    return Placement("row", 2) if plain and leaf == "down_proj" else UNPLACED
 
 
 def _matches(path: str, patterns: Sequence[str], *, base: str) -> str | None:

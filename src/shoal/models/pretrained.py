@@ -22,6 +22,7 @@ from shoal.boxes import Box
 from shoal.errors import ModelError
 from shoal.models.adapter import is_adapter
 from shoal.models.anatomy import canonical_parameters, ties_of
+from shoal.models.experts import keep_corrections
 from shoal.models.huggingface import UNQUANTISED, build_meta, read_config
 from shoal.models.stored import Form
 from shoal.untrusted import (
@@ -325,6 +326,7 @@ def _read_by_transformers(folder: Path, model: nn.Module) -> dict[str, Tensor]:
         trust_remote_code=False,
         dtype=torch.float32,
     )
+    keep_corrections(loaded)
     return {name: each.detach() for name, each in loaded.named_parameters()}
 
 

@@ -2,12 +2,13 @@
 
 1. tensor     parameters become this rank's parts; exchanges sit at the borders of regions
 2. context    rows become this rank's parts; attention gets a kernel that finds the others
-3. compile    of each block's forward, up to its exchanges
-4. recompute  around that, so that it repeats the exchanges inside the block. Compiled blocks
+3. expert     each rank keeps its experts of a block; rows go to where theirs are
+4. compile    of each block's forward, up to its exchanges
+5. recompute  around that, so that it repeats the exchanges inside the block. Compiled blocks
               recompute what is cheap by themselves (their partitioner keeps the fewest bytes), so
               `selective` adds nothing to them
-5. shard      last: it divides the rows of what the tensor axis left, and gathers around all this
-6. then parallel/materialise.py gives every rank the values of its own boxes
+6. shard      last: it divides the rows of what the others left, and gathers around all this
+7. then parallel/materialise.py gives every rank the values of its own boxes
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from shoal.models.anatomy import Anatomy, canonical_parameters
 from shoal.parallel.compile import apply_compile
 from shoal.parallel.context import apply_context
+from shoal.parallel.expert import apply_expert
 from shoal.parallel.local import Holdings, ShardedModel, mark
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.recompute import apply_recompute
@@ -24,7 +26,14 @@ from shoal.parallel.settings import Settings
 from shoal.parallel.shard import apply_shard
 from shoal.parallel.tensor import apply_tensor
 
-STRATEGIES = (apply_tensor, apply_context, apply_compile, apply_recompute, apply_shard)
+STRATEGIES = (
+    apply_tensor,
+    apply_context,
+    apply_expert,
+    apply_compile,
+    apply_recompute,
+    apply_shard,
+)
 
 
 def apply(model: nn.Module, anatomy: Anatomy, mesh: Mesh, settings: Settings) -> ShardedModel:

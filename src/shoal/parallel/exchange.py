@@ -1,4 +1,7 @@
-"""Exchanges between ranks that split the sequence, with their gradients: tensor and context axis.
+"""Exchanges between the ranks inside a replica, with their gradients.
+
+Along tensor and context hidden states move along the sequence, along expert rows go to the experts'
+ranks.
 
 Two layouts of hidden states: whole on every rank, or split, rank r having tokens r x T/t to
 (r + 1) x T/t. Each exchange is the transpose of its gradient's (Korthikanti et al., arXiv
@@ -29,7 +32,7 @@ _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 @dataclass
 class Exchange:
-    """One group of ranks that split the sequence; counts what it sends."""
+    """One group of ranks that split the sequence or the experts; counts what it sends."""
 
     group: dist.ProcessGroup
     rank: int
@@ -69,6 +72,21 @@ class Exchange:
         """
         there, back = (partial(_swapped, dims=dims) for dims in ((split, join), (join, split)))
         return _apply(part, self, there, back)
+
+    def send_rows(self, rows: Tensor, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Rows [sum(sent), D], those for rank 0 first -> [sum(received), D], those of rank 0 first.
+
+        `sent[r]`: rows for rank r; `received[r]`: those it has for this one. Gradient: sent back.
+        """
+        there = partial(_rows_sent, sent=sent, received=received)
+        return _apply(rows, self, there, partial(_rows_sent, sent=received, received=sent))
+
+    def transpose(self, counts: Tensor) -> Tensor:
+        """Integers for each rank [t, N] -> those that each rank has for this one [t, N]."""
+        found = torch.empty_like(counts)
+        with self.sending("all_to_all", (self.size - 1) * counts[0].nbytes):
+            dist.all_to_all_single(found, counts.contiguous(), group=self.group)
+        return found
 
     @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -139,6 +157,22 @@ def _summed(partial: Tensor, exchange: Exchange) -> Tensor:
 def _sum_into(total: Tensor, exchange: Exchange) -> None:
     with exchange.sending("all_reduce", 2 * (exchange.size - 1) * total.nbytes // exchange.size):
         dist.all_reduce(total, group=exchange.group)
+
+
+def _rows_sent(
+    rows: Tensor, exchange: Exchange, *, sent: Sequence[int], received: Sequence[int]
+) -> Tensor:
+    landed = rows.new_empty(sum(received), *rows.shape[1:])
+    away = rows.shape[0] - sent[exchange.rank]
+    with exchange.sending("all_to_all", away * rows[:1].numel() * rows.element_size()):
+        dist.all_to_all_single(
+            landed,
+            rows.contiguous(),
+            output_split_sizes=list(received),
+            input_split_sizes=list(sent),
+            group=exchange.group,
+        )
+    return landed
 
 
 def _own(whole: Tensor, exchange: Exchange) -> Tensor:

@@ -210,6 +210,8 @@ class ShardedModel:
     """What the tensor axis moves hidden states with."""
     context: Context | None = None
     """The part of each row that this rank has; None: whole rows."""
+    expert: Exchange | None = None
+    """What the expert axis moves rows with."""
     vocabulary: Vocabulary | None = None
     """The part of the vocabulary whose logits this rank has; None: all."""
     root: nn.Module | None = field(default=None, repr=False)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shoal.comm.group import Traffic
-from shoal.layout import AXES, Layout
+from shoal.layout import AXES, EXPERT_AXES, Layout
 from shoal.runtime import new_group
 
 REPLICA = tuple(axis for axis in AXES if axis != "replicate")
@@ -38,7 +38,7 @@ class Mesh:
 
     def coordinate(self, axis: str) -> int:
         """This rank's coordinate along `axis`."""
-        return self.layout.coordinates(self.rank)[axis]
+        return self.layout.coordinate(axis, self.rank)
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one along `axes` only; None where it is alone.
@@ -73,6 +73,7 @@ def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:
     if layout.workers != met:
         raise ValueError(f"the degrees ({layout}) multiply to {layout.workers}, but {met} met")
     mesh = Mesh(layout, rank, device)
-    for axes in (*((axis,) for axis in AXES), REPLICA):
+    spread = EXPERT_AXES if layout.expert > 1 else ()
+    for axes in (*((axis,) for axis in (*AXES, *spread)), REPLICA):
         mesh.group(*axes)
     return mesh

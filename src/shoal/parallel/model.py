@@ -25,6 +25,8 @@ class ModelSettings:
     """Patterns of parameters that have no gradient."""
     adapter: AdapterSettings | None = None
     """Trained instead of the weights."""
+    balance: str = "sequence"
+    """Over what the balance loss of experts is taken, where the configuration asks for one."""
 
 
 def model_config(

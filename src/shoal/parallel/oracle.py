@@ -35,8 +35,10 @@ from shoal.models.anatomy import (
     logits_of,
 )
 from shoal.models.dropout import apply_keyed, wants_dropout
+from shoal.models.experts import keep_corrections
 from shoal.models.huggingface import build_meta, build_reference
 from shoal.models.probe import probe_keyed_dropout
+from shoal.models.routing import balance_of
 from shoal.models.small import small_configs
 from shoal.models.stored import InMemory
 from shoal.parallel.model import ModelSettings
@@ -185,6 +187,7 @@ def _theirs(settings: ModelSettings, config: Any, task: Task) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the same verdict at every call
         torch.manual_seed(0)
         model = build_reference(config, auto_class=settings.auto_class)
+    keep_corrections(model)
     _stir(model)
     rows = _rows(task, config, packing=False)
     call = task.user_call(rows)
@@ -238,6 +241,7 @@ def _ours(settings: ModelSettings, config: Any, theirs: nn.Module) -> nn.Module:
     weights = InMemory({name: each.float() for name, each in canonical_parameters(theirs).items()})
     init.materialise(model, record=init.record(model), seed=settings.seed, source=weights)
     model.to(next(theirs.parameters()).dtype).eval()
+    model.shoal_balance = balance_of(model, "batch")  # type: ignore[assignment]  # as theirs is
     check_logits(model, anatomy_of(model))
     return model
 

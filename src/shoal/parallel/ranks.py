@@ -31,7 +31,8 @@ class Ranks:
     def attach(self, model: nn.Module) -> None:
         """Let what `model` exchanges inside a replica be counted here."""
         sharded = sharded_of(model)
-        for exchange in (sharded.exchange, sharded.context and sharded.context.exchange):
+        context = sharded.context and sharded.context.exchange
+        for exchange in (sharded.exchange, context, sharded.expert):
             if exchange is not None:
                 exchange.traffic = self.world.traffic
 

@@ -29,6 +29,7 @@ from shoal.models.huggingface import build_meta
 from shoal.models.init import Source
 from shoal.models.kernels import local
 from shoal.models.pretrained import PretrainedWeights, folder_config
+from shoal.models.routing import Load, balance_of
 from shoal.models.small import small_model
 from shoal.parallel import shard
 from shoal.parallel.apply import apply
@@ -108,6 +109,19 @@ class Replica:
         if self.is_cut:
             watched(lambda: self.holdings.sum_partial(gradients))
 
+    def load(self) -> Tensor:
+        """What experts were given since the last call, to be summed over ranks [N] (N may be 0)."""
+        load: Load | None = getattr(self.model, "shoal_load", None)
+        given = load.take() if load is not None else torch.zeros(0, dtype=torch.float64)
+        mesh = self.sharded.mesh
+        # ranks along tensor have the same tokens
+        return torch.zeros_like(given) if mesh.coordinate("tensor") else given
+
+    def load_figures(self, given: Tensor) -> dict[str, float]:
+        """What a row of metrics tells of summed loads."""
+        load: Load | None = getattr(self.model, "shoal_load", None)
+        return load.figures(given) if load is not None else {}
+
     def norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Norm over the replica of tensors of which each rank has its part. Raises PeersLost."""
         return watched(lambda: self.holdings.norm(tensors))
@@ -119,10 +133,12 @@ def build_replica(settings: ModelSettings) -> Replica:
     model = build_meta(config, auto_class=settings.auto_class, dropout=settings.dropout)
     keyed = settings.dropout == "keyed"
     notes = apply_keyed(model, seed=settings.seed, asked=config) if keyed else []
+    model.shoal_balance = balance_of(model, settings.balance)  # type: ignore[assignment]
     record, trained = _with_adapter(model, settings)
     anatomy = anatomy_of(model)
     named = canonical_parameters(model)
     frozen = frozen_names(named, patterns=settings.freeze, trained=trained)
+    frozen |= {name for name, each in named.items() if not each.requires_grad}
     for name in frozen:
         named[name].requires_grad_(False)
     inside = anatomy.blocks + "."

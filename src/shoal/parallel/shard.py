@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from shoal.models.anatomy import Anatomy, canonical_name, canonical_parameters, ties_of
+from shoal.models.experts import experts_of
 from shoal.parallel.local import Holdings, sharded_of
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.settings import Settings
@@ -48,7 +49,6 @@ class _Root(nn.Module):
     def __init__(self, model: nn.Module, *, level: str) -> None:
         super().__init__()
         self.model, self.holds_gradients = model, level == "optimizer"
-        self.gathers_twice = level == "parameters"
 
     def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         return function(self.model, *arguments)
@@ -122,8 +122,10 @@ def _cut(
         "reshard_after_forward": level == "parameters",
         "offload_policy": policy,
     }
-    kept = {**fully, "reshard_after_forward": False}
     ordered = [each for each in model.modules() if any(each is unit for unit in units)]
+    if mesh.degree("expert") > 1:
+        fully["ignored_params"] = _shard_experts(model, ordered[-1], mesh, fully)
+    kept = {**fully, "reshard_after_forward": False}
     for unit in ordered:
         unit.register_forward_hook(_own_outputs)
         fully_shard(unit, **(kept if unit is ordered[-1] else fully))
@@ -134,22 +136,40 @@ def _cut(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     assert ties_of(model) == ties, "shard: the tied parameters changed"
-    over = frozenset(_axes(mesh))
+    cut = {n: p for n, p in canonical_parameters(model).items() if isinstance(p, DTensor)}
+    over = frozenset((*_axes(mesh), "expert_shard"))
     changes: dict[str, dict[str, Any]] = {}
-    for name, parameter in canonical_parameters(model).items():
+    for name, parameter in cut.items():
         copies, partial = holdings[name].copies - over, holdings[name].partial - over
         changes[name] = {"rows": _rows(parameter), "copies": copies, "partial": partial}
     return holdings.changed(changes)
 
 
 def _axes(mesh: Mesh) -> tuple[str, ...]:
-    """Those that rows of parameters are divided over."""
+    """Those that rows of parameters are divided over, but for experts'."""
     return ("shard", "context") if mesh.degree("context") > 1 else ("shard",)
 
 
-def _rows(parameter: Tensor) -> tuple[int, int]:
+def _shard_experts(
+    model: nn.Module, last: nn.Module, mesh: Mesh, fully: dict[str, Any]
+) -> set[nn.Parameter]:
+    """Shard experts over the ranks that have the same, `last` being the unit that keeps its own.
+
+    Where no other rank has them they stay as they are, and are returned.
+    """
+    spread = experts_of(model).values()
+    if mesh.degree("expert_shard") == 1:
+        return {each for module in spread for each in module.parameters()}
+    kept = {id(module) for module in last.modules()}
+    fully = {**fully, "mesh": mesh.along("expert_shard")}
+    for module in spread:
+        level = {"reshard_after_forward": False} if id(module) in kept else {}
+        fully_shard(module, **{**fully, **level})
+    return set()
+
+
+def _rows(parameter: DTensor) -> tuple[int, int]:
     """First and number of the rows of a sharded parameter that are this rank's own."""
-    assert isinstance(parameter, DTensor), "FSDP2 keeps its parameters as DTensors"
     sizes, offsets = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
@@ -206,28 +226,18 @@ def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
     of level `parameters`, but for the last, are gathered twice a micro batch, all else once; with
     the level `optimizer` gathers and reductions are once a step.
     """
-    sharded = sharded_of(model)
-    root = sharded.root
-    others = math.prod(sharded.mesh.degree(axis) for axis in _axes(sharded.mesh)) - 1
+    root = sharded_of(model).root
     if not isinstance(root, _Root):
         return {}
-    blocks = rest = reduced = 0
-    units = [each for each in root.model.modules() if isinstance(each, FSDPModule)]
-    inside = {id(parameter) for each in units[:-1] for parameter in each.parameters()}
+    gathered = reduced = 0
     for _, each in _fsdp_parameters(model, root):
         num_bytes = math.prod(each.padded_sharded_param_size) * each.sharded_param.element_size()
-        if id(each.sharded_param) in inside:
-            blocks += num_bytes
-        else:
-            rest += num_bytes
+        num_bytes *= each.mesh_info.shard_mesh_size - 1
+        gathered += num_bytes if each.post_forward_mesh_info is None else 2 * num_bytes
         if each.sharded_param.requires_grad:
             reduced += num_bytes
     times = 1 if root.holds_gradients else micro_batches
-    gathered = (2 * blocks if root.gathers_twice else blocks) + rest
-    return {
-        "all_gather": others * times * gathered,
-        "reduce_scatter": others * times * reduced,
-    }
+    return {"all_gather": times * gathered, "reduce_scatter": times * reduced}
 
 
 def _sharded(root: nn.Module) -> Iterator[FSDPModule]:

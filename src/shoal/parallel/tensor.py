@@ -11,6 +11,7 @@ DTensor is not used inside: a fused projection that is cut piece by piece has no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from shoal.models.placement import (
     Placement,
     check_placed,
     has_vocabulary_head,
+    mixtures_of,
     regions_of,
     row_layers_of,
 )
@@ -71,6 +73,9 @@ def apply_tensor(
     _part_the_vocabulary(model, anatomy, exchange, cuts)
     _localise(model, anatomy, exchange, cuts)
     model.shoal_sequence_multiple = degree  # type: ignore[assignment]
+    balance = getattr(model, "shoal_balance", None)
+    if balance is not None:  # every rank computes the same tokens
+        model.shoal_balance = replace(balance, share=float(rank == 0))  # type: ignore[assignment]
     sharded = sharded_of(model)
     sharded.exchange, sharded.vocabulary = exchange, _vocabulary(model, cuts, exchange)
     return cuts
@@ -141,20 +146,29 @@ def _exchange_in_regions(model: nn.Module, anatomy: Anatomy, exchange: Exchange)
         model.get_submodule(path).register_forward_pre_hook(
             _on_hidden(exchange.gather), with_kwargs=True
         )
-    for path in row_layers_of(model, base=anatomy.base):
+    for path, sums in row_layers_of(model, base=anatomy.base).items():
         layer = model.get_submodule(path)
-        layer.forward = _row_forward(layer, exchange)
+        layer.forward = _row_forward(layer, exchange, sums=sums)
+    for path in mixtures_of(model):
+        model.get_submodule(path).register_forward_hook(
+            lambda module, inputs, output: exchange.scatter(output)
+        )
 
 
-def _row_forward(layer: Any, exchange: Exchange) -> Callable[[Tensor], Tensor]:
-    """A row-wise layer: the sum of all ranks' products, split; the bias once, after the sum."""
+def _row_forward(layer: Any, exchange: Exchange, *, sums: bool) -> Callable[[Tensor], Tensor]:
+    """A row-wise layer: the sum of all ranks' products, split; the bias once, after the sum.
+
+    `sums` False: a module around it makes the sum, to which the first rank gives the bias.
+    """
     adaptation = adaptation_of(layer)
     if adaptation is not None:
         adaptation.total = exchange.sum
+    has_bias = layer.bias is not None and (sums or exchange.rank == 0)
 
     def forward(hidden: Tensor) -> Tensor:
-        output = exchange.scatter(product(layer, hidden))
-        return output if layer.bias is None else output + layer.bias.to(output.dtype)
+        output = product(layer, hidden)
+        output = exchange.scatter(output) if sums else output
+        return output + layer.bias.to(output.dtype) if has_bias else output
 
     return forward
 

@@ -44,6 +44,8 @@ def cause_of(
         if figures.losses and not figures.losses[0] <= tolerance.loss:
             return "the loss is put together wrongly; gradients of the first step are right"
         return "the update differs: gradients of the first step are right, what follows is not"
+    if lost := _lost_experts(found, wanted, bad):
+        return f"lost expert gradient: {', '.join(lost[:3])} had tokens, and no gradient came of it"
     fits = {name: _fit(*_read(found, wanted, name)) for name in bad}
     scaled = {name: fit for name, fit in fits.items() if fit.left < _CLEAR}
     everywhere = len(bad) > 0.9 * len(figures.gradients[0])
@@ -75,6 +77,18 @@ def cause_of(
         f"the forward or backward of {first} or of what follows it is wrong: it is the failing "
         "one nearest to the loss"
     )
+
+
+def _lost_experts(found: Recording, wanted: Recording, bad: list[str]) -> list[str]:
+    """Where nothing is off but experts [experts, outputs, inputs]: those without any gradient."""
+    lost = []
+    for name in bad:
+        ours, theirs = (each.step(0).read(name, kind="gradient") for each in (found, wanted))
+        if ours.dim() != 3:
+            return []
+        gone = (ours.flatten(1).norm(dim=1) == 0) & (theirs.flatten(1).norm(dim=1) > 0)
+        lost += [f"expert {int(number)} of {name}" for number in gone.nonzero()]
+    return lost
 
 
 def _scaled(

@@ -127,9 +127,11 @@ def _prove(
 def _open(certificate: Certificate, runs: Runs, recipe: Recipe, cut: Recording, *, at: int) -> None:
     """The layout's save, merged and opened by transformers, against the next loss it logged."""
     reader = Store(runs.out / "back" / "checkpoints").open(at)
-    drops = wants_dropout(config_from(reader.state["model_config"]))
-    if drops and recipe.model.dropout != "off":
-        return  # transformers drops nothing where it is opened
+    config = reader.state["model_config"]
+    drops = wants_dropout(config_from(config)) and recipe.model.dropout != "off"
+    balanced = config.get("output_router_logits") and recipe.model.balance != "off"
+    if drops or balanced:
+        return  # where it is opened nothing is dropped, and each document is balanced by itself
     samples = recipe.train.global_batch_samples
     task = create(recipe.task.kind, settings=runs.inputs.task_settings, options=recipe.task)
     if task.plays:

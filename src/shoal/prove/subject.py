@@ -50,6 +50,11 @@ def proof_recipe(
     """
     config = trained_config(recipe, inputs=inputs)
     refuse_illegal(recipe, layout, config=config)
+    if recipe.model.balance == "batch" and config.get("output_router_logits"):
+        what = (
+            "the balance loss of a micro batch depends on which rows it has, and so on the layout"
+        )
+        raise ConfigError([Problem("model.balance", what, "set it to sequence, or off")])
     tree = recipe.model_dump(mode="json")
     if not whole:
         tree["model"] = _small(recipe, config, inputs=inputs, layout=layout)
@@ -135,7 +140,12 @@ def _small(
     tree = full.to_dict()
     try:
         by_heads = layout.context if recipe.parallel.rows.kind == "ulysses" else 1
-        small = shrunk(tree, tensor=layout.tensor * by_heads, pipeline=layout.pipeline)
+        small = shrunk(
+            tree,
+            tensor=layout.tensor * by_heads,
+            pipeline=layout.pipeline,
+            expert=layout.expert,
+        )
     except ModelError:  # sizes of other names, an encoder's and a decoder's
         found, known = next(small_configs(full)).to_dict(), known_settings(full.model_type)
         small = {key: found[key] for key in known & found.keys() if found[key] != tree.get(key)}
@@ -148,5 +158,6 @@ def _small(
         "kind": "config",
         "architecture": architecture,
         "dropout": model.dropout,
+        "balance": model.balance,
         "adapter": _adapter(recipe, inputs=inputs),
     }

@@ -76,7 +76,8 @@ class CausalLM(Task):
 
     def output(self, model: nn.Module, anatomy: Anatomy, batch: Batch, *, step: int = 0) -> Output:
         """Hidden states [B, T, D] and shifted labels [B, T]."""
-        return classify_tokens(model, batch, step=step)
+        labels = batch["labels"]
+        return classify_tokens(model, batch, step=step, targets=(labels != IGNORED).sum(dim=1))
 
     def metrics(self) -> Metrics:
         """A fresh accumulator."""
@@ -111,16 +112,19 @@ class CausalLM(Task):
         return f"shoal generate {run}/model {shlex.quote(first)}"
 
 
-def classify_tokens(model: nn.Module, batch: Batch, *, step: int) -> Output:
-    """Hidden states [B, T, D] of a row of tokens, and the cross entropy of its `labels` [B, T]."""
-    from shoal.models.anatomy import head_parameters, hidden_of, logits_of
+def classify_tokens(
+    model: nn.Module, batch: Batch, *, step: int, targets: Tensor | None = None
+) -> Output:
+    """Hidden states [B, T, D] of a row of tokens, and the cross entropy of its `labels` [B, T].
+
+    `targets` [B]: of each row, where the loss has the model's balance loss of experts too.
+    """
+    from shoal.models.anatomy import balanced_hidden_of, head_parameters, logits_of
     from shoal.tasks.losses import TokenCrossEntropy
 
-    return Output(
-        hidden=hidden_of(model, dict(batch), step=step),
-        fields={"labels": batch["labels"]},
-        loss=TokenCrossEntropy(logits_of(model), head_parameters(model)),
-    )
+    hidden, extra = balanced_hidden_of(model, dict(batch), step=step, targets=targets)
+    loss = TokenCrossEntropy(logits_of(model), head_parameters(model))
+    return Output(hidden, fields={"labels": batch["labels"]}, loss=loss, extra=extra)
 
 
 class CausalLMMetrics(MeanLoss):

@@ -84,11 +84,29 @@ def test_regions_hold_the_column_wise_layers() -> None:
         "bert.encoder.layer.0.attention.self",
         "bert.encoder.layer.0.intermediate",
     ]
-    assert row_layers_of(meta_model("llama"), base="model")[:2] == [
+    assert list(row_layers_of(meta_model("llama"), base="model"))[:2] == [
         "model.layers.0.self_attn.o_proj",
         "model.layers.0.mlp.down_proj",
     ]
     assert regions_of(meta_model("t5"), base="") == []
+
+
+def test_a_mixture_of_experts_is_one_region() -> None:
+    """Router and shared experts see what the routed ones see, and one sum is made of all."""
+    model = meta_model("deepseek_v3")
+    regions = regions_of(model, base="model")
+    assert sorted(regions) == [
+        f"model.layers.{n}.{part}" for n in (0, 1) for part in ("mlp", "self_attn")
+    ]
+    sums = row_layers_of(model, base="model")
+    assert sums["model.layers.0.mlp.down_proj"]
+    assert not sums["model.layers.1.mlp.shared_experts.down_proj"]
+    placements = anatomy_of(model).placements
+    experts = "model.layers.1.mlp.experts"
+    fused, down = placements[f"{experts}.gate_up_proj"], placements[f"{experts}.down_proj"]
+    assert (fused.dim, fused.pieces, down.dim) == (1, (16, 16), 2)
+    for name in ("mlp.gate.weight", "self_attn.kv_a_proj_with_mqa.weight"):
+        assert placements[f"model.layers.1.{name}"].gradient == "partial"
 
 
 def test_an_unplaced_parameter_is_named() -> None:

@@ -60,8 +60,34 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
 }
 
-_MIXTRAL = {**_DECODER, "num_local_experts": 4}
-"""A family whose stored form is another: its experts lie in one tensor, and are stored apart."""
+_ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = {
+    **_DECODER,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "pad_token_id": 0,
+}
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {**_DECODER, "num_local_experts": 4},
+    "qwen2_moe": {**_DECODER, **_ROUTED, "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {**_DECODER, **_ROUTED, "head_dim": 12, "norm_topk_prob": True},
+    "deepseek_v2": {**_LATENT, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": _LATENT,
+}
+"""Mixtures of experts. Their stored form is another: experts lie in one tensor, and are stored
+apart."""
 
 TENSOR = tuple(family for family in SETTINGS if family not in ("cohere", "vit", "t5"))
 """Families that are cut along the tensor axis."""
@@ -80,7 +106,7 @@ def config_of(family: str, **settings: Any) -> Any:
     vocabulary = None if family == "vit" else VOCABULARY
     return read_config(
         architecture=family,
-        settings={**SETTINGS.get(family, _MIXTRAL), **settings},
+        settings={**{**SETTINGS, **MIXTURES}[family], **settings},
         vocabulary_size=vocabulary,
     )
 

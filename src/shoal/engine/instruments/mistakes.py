@@ -18,6 +18,7 @@ from shoal.engine.passes import Micro
 from shoal.engine.step import Counted, Votes
 from shoal.engine.training import Training
 from shoal.errors import ConfigError, Problem, nearest
+from shoal.models.experts import experts_of
 from shoal.models.kernels import MaskRequest
 from shoal.observe.events import Report
 from shoal.parallel.local import local
@@ -126,6 +127,25 @@ def _wrong_context_mask(training: Training) -> None:
         object.__setattr__(kernel, "mask", mask)
 
 
+def _lost_expert(training: Training) -> None:
+    """The gradient of one expert of each block is lost on the last rank along expert."""
+    replica = training.replica
+    finish, mesh = replica.sum_partial, replica.sharded.mesh
+    if mesh.degree("expert") == 1:
+        what = "lost-expert: this layout spreads no experts"
+        raise ConfigError([Problem("fault", what, "give parallel.expert a degree above 1")])
+    lost = mesh.coordinate("expert") == mesh.degree("expert") - 1
+    prefixes = tuple(f"{path}." for path in experts_of(replica.model))
+
+    def finish_less(gradients: Mapping[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            if lost and name.startswith(prefixes):
+                gradient[0].zero_()
+        finish(gradients)
+
+    replica.sum_partial = finish_less  # type: ignore[method-assign]
+
+
 MISTAKES: dict[str, Callable[[Training], None]] = {
     "mean-of-means": _mean_of_means,
     "no-reduction": _without_reduction,
@@ -135,6 +155,7 @@ MISTAKES: dict[str, Callable[[Training], None]] = {
     "lost-tie": _lost_tie,
     "missing-partial": _missing_partial,
     "wrong-mask": _wrong_context_mask,
+    "lost-expert": _lost_expert,
 }
 
 

@@ -8,7 +8,13 @@ from functools import partial
 from typing import Any, Literal
 
 from shoal.legal.facts import ModelFacts
-from shoal.legal.families.family import EVERY_AXIS, ConfigReader, Family, TensorCuts
+from shoal.legal.families.family import (
+    EVERY_AXIS,
+    WITH_EXPERTS,
+    ConfigReader,
+    Family,
+    TensorCuts,
+)
 
 Experts = Callable[[ModelFacts, ConfigReader], ModelFacts]
 
@@ -57,8 +63,13 @@ def _decoder(
     return experts(dense, read) if experts is not None else dense
 
 
-def _latent_decoder(read: ConfigReader) -> ModelFacts:
-    """DeepSeek: attention through low-rank latents, a shared expert beside the routed ones."""
+def _latent_decoder(
+    read: ConfigReader, *, shared: int, dense_layers: int, chosen: int | None = None
+) -> ModelFacts:
+    """DeepSeek: attention through low-rank latents, shared experts beside the routed ones.
+
+    `shared`, `dense_layers`, `chosen`: numbers of these where the file does not say.
+    """
     hidden, heads = read.hidden, read.heads
     latent, rotary = read.integer("kv_lora_rank"), read.integer("qk_rope_head_dim")
     plain, value = read.integer("qk_nope_head_dim"), read.integer("v_head_dim")
@@ -81,8 +92,10 @@ def _latent_decoder(read: ConfigReader) -> ModelFacts:
         read,
         inner=inner,
         experts=read.integer("n_routed_experts"),
-        shared=inner * read.integer("n_shared_experts", default=0),
-        dense_layers=min(dense.layers, read.integer("first_k_dense_replace", default=0)),
+        chosen=chosen,
+        shared=inner * read.integer("n_shared_experts", default=shared),
+        dense_layers=min(dense.layers, read.integer("first_k_dense_replace", default=dense_layers)),
+        coefficient=0.0,  # transformers has no such loss for them
     )
 
 
@@ -111,33 +124,41 @@ def _with_experts(
     *,
     inner: int,
     experts: int,
+    chosen: int | None = None,
     shared: int = 0,
     extra: int = 0,
     dense_layers: int = 0,
+    coefficient: float = 0.001,
 ) -> ModelFacts:
     """Add what a mixture of experts has beside a dense model; a router chooses among `experts`.
 
-    `inner`: width of one expert; `shared`: of the part that all tokens use; `extra`: parameters.
+    `inner`: width of one expert; `chosen`: experts of a token where the file does not say;
+    `shared`: width of the part that all tokens use; `extra`: parameters; `coefficient`: of the
+    balance loss where the file does not say.
     """
     hidden = dense.hidden
     return replace(
         dense,
         experts=experts,
-        experts_per_token=read.integer("num_experts_per_tok"),
+        experts_per_token=read.integer("num_experts_per_tok", default=chosen),
         expert_feed_forward=inner,
         shared_feed_forward=shared,
         dense_layers=dense_layers,
+        balanced=read.flag("output_router_logits", default=False)
+        and bool(read.config.get("router_aux_loss_coef", coefficient)),
         expert_parameters=3 * hidden * inner,
         expert_shared_parameters=hidden * experts + 3 * hidden * shared + extra,
     )
 
 
 def _mixtral_experts(dense: ModelFacts, read: ConfigReader) -> ModelFacts:
-    experts = read.integer("num_local_experts")
-    return _with_experts(dense, read, inner=dense.feed_forward, experts=experts)
+    experts = read.integer("num_local_experts", default=8)
+    return _with_experts(dense, read, inner=dense.feed_forward, experts=experts, chosen=2)
 
 
-def _qwen_experts(dense: ModelFacts, read: ConfigReader, *, shared: bool = False) -> ModelFacts:
+def _qwen_experts(
+    dense: ModelFacts, read: ConfigReader, *, chosen: int, shared: bool = False
+) -> ModelFacts:
     step = read.integer("decoder_sparse_step", default=1)
     skipped = read.config.get("mlp_only_layers") or ()
     return _with_experts(
@@ -145,6 +166,7 @@ def _qwen_experts(dense: ModelFacts, read: ConfigReader, *, shared: bool = False
         read,
         inner=read.integer("moe_intermediate_size"),
         experts=read.integer("num_experts", default=read.config.get("num_local_experts")),
+        chosen=chosen,
         shared=read.integer("shared_expert_intermediate_size") if shared else 0,
         extra=dense.hidden if shared else 0,
         dense_layers=sum(at in skipped or (at + 1) % step != 0 for at in range(dense.layers)),
@@ -165,10 +187,29 @@ _PHI3 = TensorCuts(
 )
 
 
+def _mixture(shared: str = "", *, latent: bool = False) -> TensorCuts:
+    """Of a mixture of experts: `shared` is the name of the experts that all tokens use.
+
+    The experts themselves are cut by their inner width (models/placement.py). `latent`: heads are
+    made of low-rank latents, which every rank computes.
+    """
+    names = ("q_proj", "q_b_proj", "kv_b_proj") if latent else ("q_proj", "k_proj", "v_proj")
+    dense = ("mlp", f"mlp.{shared}") if shared else ("mlp",)
+    columns = [f"layers.*.self_attn.{name}" for name in names]
+    columns += [f"layers.*.{each}.{name}" for each in dense for name in ("gate_proj", "up_proj")]
+    whole = ["mlp.gate", "mlp.shared_expert_gate"]
+    whole += ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"]
+    return TensorCuts(
+        columns=dict.fromkeys(columns, ()),
+        rows=("layers.*.self_attn.o_proj", *(f"layers.*.{each}.down_proj" for each in dense)),
+        whole=tuple(f"layers.*.{each}" for each in whole),
+    )
+
+
 def _entry(tensor: TensorCuts | None = _PLANNED, logits: Any = None, **sizes: Any) -> Family:
     return Family(
         sizes=partial(_decoder, **sizes),
-        axes=EVERY_AXIS,
+        axes=WITH_EXPERTS if sizes.get("experts") else EVERY_AXIS,
         tensor=tensor,
         blocks="layers",
         norm="norm",
@@ -190,11 +231,23 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _entry(**_GEMMA3, logits=_CAP),
     "gemma3": _entry(None, **_GEMMA3),
     "granite": _entry(inner_bias=True, logits=("divide", "logits_scaling")),
-    "mixtral": _entry(None, bias="none", experts=_mixtral_experts),
-    "qwen2_moe": _entry(None, **_QWEN2, experts=partial(_qwen_experts, shared=True)),
-    "qwen3_moe": _entry(None, head_norms=True, windowed=_upper, experts=_qwen_experts),
+    "mixtral": _entry(_mixture(), bias="none", experts=_mixtral_experts),
+    "qwen2_moe": _entry(
+        _mixture("shared_expert"), **_QWEN2, experts=partial(_qwen_experts, chosen=4, shared=True)
+    ),
+    "qwen3_moe": _entry(
+        _mixture(), head_norms=True, windowed=_upper, experts=partial(_qwen_experts, chosen=8)
+    ),
     "phi3": _entry(_PHI3, bias="none"),
-    "deepseek_v2": Family(sizes=_latent_decoder, axes=EVERY_AXIS),
-    "deepseek_v3": Family(sizes=_latent_decoder, axes=EVERY_AXIS),
+    "deepseek_v2": Family(
+        sizes=partial(_latent_decoder, shared=2, dense_layers=0),
+        axes=WITH_EXPERTS,
+        tensor=_mixture("shared_experts", latent=True),
+    ),
+    "deepseek_v3": Family(
+        sizes=partial(_latent_decoder, shared=1, dense_layers=3, chosen=8),
+        axes=WITH_EXPERTS,
+        tensor=_mixture("shared_experts", latent=True),
+    ),
     "cohere": Family(blocks="layers", norm="norm", logits=("multiply", "logit_scale")),
 }

@@ -16,6 +16,7 @@ from shoal.legal.facts import ModelFacts
 WHOLE_BLOCKS = frozenset({"replicate", "shard"})
 WITHOUT_CONTEXT = frozenset({"replicate", "shard", "tensor", "pipeline"})
 EVERY_AXIS = WITHOUT_CONTEXT | {"context"}
+WITH_EXPERTS = EVERY_AXIS | {"expert"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,9 @@ class TensorCuts:
     )
     """With what a fused one holds one after the other; each piece is cut by itself."""
     rows: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    """Layers beside those that every rank has: what it sees of the others gives it a part of their
+    gradient."""
     per_rank: tuple[str, ...] = ()
     """Counts that a module's forward reads from attributes instead of from its weights, and that
     are divided by the degree where a module has the first; `config.` ones in a copy of it."""

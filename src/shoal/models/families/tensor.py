@@ -29,6 +29,7 @@ class TensorTable:
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
+    whole: tuple[str, ...]
     pieces: Mapping[str, tuple[int, ...]]
     per_rank: tuple[str, ...]
 
@@ -57,7 +58,7 @@ def tensor_table(config: Any) -> TensorTable | None:
         rows = tuple(pattern for pattern, style in plan.items() if style == "rowwise")
     if not columns:
         return None
-    return TensorTable(columns, rows, _pieces(config, cuts.columns), cuts.per_rank)
+    return TensorTable(columns, rows, cuts.whole, _pieces(config, cuts.columns), cuts.per_rank)
 
 
 def _pieces(config: Any, named: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[int, ...]]:

@@ -144,7 +144,9 @@ def memory_of(
     parameters = stage_parameters(
         facts, blocks=stage.blocks, candidate=candidate, first=first, last=last
     )
-    states = _states(parameters, workload=workload, candidate=candidate, software=software)
+    spread = replace(candidate, layout=replace(layout, expert=1))
+    every = stage_parameters(facts, blocks=stage.blocks, candidate=spread, first=first, last=last)
+    states = _states(parameters, every, workload=workload, candidate=candidate, software=software)
     tokens = candidate.micro_batch_samples * workload.sequence_tokens / layout.context
     held = in_flight(
         candidate.schedule,
@@ -242,28 +244,32 @@ def _per_block(
 
 
 def _states(
-    parameters: float, *, workload: Workload, candidate: Candidate, software: Software
+    parameters: float, every: float, *, workload: Workload, candidate: Candidate, software: Software
 ) -> tuple[float, float, float, float]:
     """(weights, gradients, optimizer state, transient in the update) in bytes.
 
     ZeRO's stages (arXiv 1910.02054, section 5): the optimizer state over the shard axis first,
-    then gradients, then parameters.
+    then gradients, then parameters. `parameters`: of the device's own experts; `every`: of all, of
+    which shard leaves as much whether ranks have different experts or parts of the same.
     """
-    parameters += software.padding_parameters
     shard = candidate.state_split
     level = candidate.level if shard > 1 else "optimizer"
     split_gradients = shard if level in {"gradients", "parameters"} else 1
     split_weights = shard if level == "parameters" else 1
-    weights = software.weight_bytes * parameters / split_weights
+
+    def over(ranks: int) -> float:
+        return software.padding_parameters / ranks + (every / ranks if ranks > 1 else parameters)
+
+    weights = software.weight_bytes * over(split_weights)
     master = software.master_bytes
-    transient = software.transient_bytes * parameters / split_gradients
+    transient = software.transient_bytes * over(split_gradients)
     if shard > 1 and level == "optimizer":
-        transient += software.regather_bytes * (parameters + parameters / shard)
+        transient += software.regather_bytes * (over(1) + over(shard))
     if workload.trainable != "all":
         return weights, 0.0, 0.0, 0.0
-    gradients = software.gradient_bytes * parameters / split_gradients
-    optimizer = (master + software.moment_bytes) * parameters / shard
+    gradients = software.gradient_bytes * over(split_gradients)
+    optimizer = (master + software.moment_bytes) * over(shard)
     if candidate.policy == "diloco":
         # The parameters at the last agreement, and the momentum of the outer step (2311.08105).
-        optimizer += 8.0 * parameters / shard
+        optimizer += 8.0 * over(shard)
     return weights, gradients, optimizer, transient

@@ -254,6 +254,26 @@ class Shard(Section):
     """Keep what is cut in CPU memory, and compute on the device."""
 
 
+class Pipeline(Section):
+    """The pipeline axis with its own settings."""
+
+    degree: Count
+    """Workers over which the blocks of a replica are divided."""
+    schedule: Literal[
+        "gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble"
+    ] = "1f1b"
+    """In which order stages compute their micro batches (docs/design/pipeline.md)."""
+    stages_per_rank: Count | None = None
+    """One with gpipe and 1f1b, two with zbv-zero-bubble, else two where nothing is said."""
+    split: list[Count] | None = None
+    """Blocks of each stage, first to last; left out, stages get equal work."""
+
+    @property
+    def stages(self) -> int:
+        """Stages of each rank, whether said or not."""
+        return self.stages_per_rank or (1 if self.schedule in ("gpipe", "1f1b") else 2)
+
+
 class ParallelSection(Section):
     """Degrees of the axes. With `auto`, an axis without a value is chosen for this machine."""
 
@@ -267,8 +287,8 @@ class ParallelSection(Section):
     """Not there yet: rows cut along the sequence."""
     tensor: Count | None = None
     """Heads, feed-forward widths and the vocabulary cut over so many workers."""
-    pipeline: Count | None = None
-    """Not there yet: blocks divided into stages."""
+    pipeline: Count | Pipeline | None = None
+    """Blocks divided into stages; a degree, or a section with the schedule and the split as well."""
     expert: Count | None = None
     """Not there yet: experts spread over workers."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -281,6 +301,12 @@ class ParallelSection(Section):
     def sharding(self) -> Shard:
         """The shard axis with its settings, whichever way it was written."""
         return self.shard if isinstance(self.shard, Shard) else Shard(degree=self.shard or 1)
+
+    @property
+    def pipelining(self) -> Pipeline:
+        """The pipeline axis with its settings, whichever way it was written."""
+        given = self.pipeline
+        return given if isinstance(given, Pipeline) else Pipeline(degree=given or 1)
 
     @property
     def replicas(self) -> int | None:

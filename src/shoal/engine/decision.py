@@ -106,10 +106,9 @@ def given_layout(recipe: Recipe) -> Layout:
     Raises ConfigError for degrees that do not go together.
     """
     parallel = recipe.parallel
-    degrees = {
-        axis: getattr(parallel, axis) or 1 for axis in ("context", "tensor", "pipeline", "expert")
-    }
+    degrees = {axis: getattr(parallel, axis) or 1 for axis in ("context", "tensor", "expert")}
     degrees["shard"] = parallel.sharding.degree
+    degrees["pipeline"] = parallel.pipelining.degree
     degrees["replicate"] = parallel.replicas or 1
     try:
         return Layout(**degrees)

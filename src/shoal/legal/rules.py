@@ -22,7 +22,7 @@ SHARD_LEVELS = ("parameters", "gradients", "optimizer")
 or the optimizer state alone (docs/guide/layouts.md has the memory of each)."""
 RECOMPUTE = ("none", "selective", "full")
 
-IMPLEMENTED_AXES = frozenset({"replicate", "shard", "tensor"})
+IMPLEMENTED_AXES = frozenset({"replicate", "shard", "tensor", "pipeline"})
 IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd"})
 OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "server"})
 """Policies under which replicas hold different parameters between two meetings."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.mesh import REPLICA, Mesh
 from shoal.parallel.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from shoal.parallel.pipeline import Stages
 
 _MARK = "shoal_sharded"
 
@@ -114,6 +117,10 @@ class Holdings(Mapping[str, Holding]):
         changed = {n: replace(self._holdings[n], **fields) for n, fields in changes.items()}
         return Holdings(self.mesh, {**self._holdings, **changed})
 
+    def only(self, names: Collection[str]) -> Holdings:
+        """Those of `names`: what this rank has nothing of has no record."""
+        return Holdings(self.mesh, {n: each for n, each in self.items() if n in names})
+
     def counts(self, name: str) -> bool:
         """Whether this rank speaks for its part of `name` in a sum over the replica."""
         return not any(self.mesh.coordinate(axis) for axis in self[name].copies)
@@ -162,21 +169,20 @@ class Holdings(Mapping[str, Holding]):
         """Sum the gradients of which each rank has a part: one flat sum per set of axes.
 
         Once a step, after the last backward. Collective along those axes; without any, nothing.
+        What is tied between the ends of a pipeline is summed over them last.
         """
-        by_axes: dict[frozenset[str], list[Tensor]] = {}
+        inside: dict[frozenset[str], list[Tensor]] = {}
+        tied = []
         for name, holding in self.items():
-            if holding.partial and name in gradients:
-                by_axes.setdefault(holding.partial, []).append(gradients[name])
-        for axes in sorted(by_axes, key=sorted):
-            group = self.mesh.group(*axes)
-            if group is None:
+            if not holding.partial or name not in gradients:
                 continue
-            flat = torch.cat([each.reshape(-1) for each in by_axes[axes]])
-            dist.all_reduce(flat, group=group)
-            at = 0
-            for each in by_axes[axes]:
-                each.copy_(flat[at : at + each.numel()].view(each.shape))
-                at += each.numel()
+            inside.setdefault(holding.partial - {"pipeline"}, []).append(gradients[name])
+            if "pipeline" in holding.partial:
+                tied.append(gradients[name])
+        for axes in sorted(inside, key=sorted):
+            _sum_flat(inside[axes], self.mesh.group(*axes))
+        if tied:
+            _sum_flat(tied, self.mesh.ends())
 
     @torch.no_grad()
     def own_square(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -199,6 +205,16 @@ class Holdings(Mapping[str, Holding]):
         return float(total.sqrt())
 
 
+def _sum_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Replace each by its sum over `group`; nothing for a rank that is alone."""
+    if group is None:
+        return
+    flat = torch.cat([each.reshape(-1) for each in tensors])
+    dist.all_reduce(flat, group=group)
+    for each, part in zip(tensors, flat.split([each.numel() for each in tensors])):
+        each.copy_(part.view(each.shape))
+
+
 @dataclass
 class ShardedModel:
     """How `parallel.apply` cut a model; the model carries it."""
@@ -211,6 +227,8 @@ class ShardedModel:
     """The part of the vocabulary whose logits this rank has; None: all."""
     root: nn.Module | None = field(default=None, repr=False)
     """What FSDP2 calls its root (parallel/shard.py)."""
+    stages: Stages | None = None
+    """The stages of a pipeline that this rank has; None: the model is one (parallel/pipeline.py)."""
     offloaded: bool = False
     """Parameters, gradients and optimizer state live in CPU memory."""
 

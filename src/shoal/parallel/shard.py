@@ -29,6 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from shoal.models.anatomy import Anatomy, canonical_name, canonical_parameters, ties_of
 from shoal.parallel.local import Holdings, sharded_of
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.pipeline import own_blocks
 from shoal.parallel.settings import Settings
 
 LEVELS = ("parameters", "gradients", "optimizer")
@@ -63,8 +64,7 @@ def apply_shard(
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}; got {level!r}")
     if mesh.degree("shard") == 1:
         return holdings
-    lists = (anatomy.blocks, *anatomy.more_blocks)
-    blocks = [block for path in lists for block in model.get_submodule(path).children()]
+    blocks = own_blocks(model, anatomy)
     return _cut(model, blocks, _Root(model, level=level), mesh, holdings, settings)
 
 

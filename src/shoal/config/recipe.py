@@ -288,7 +288,7 @@ class ParallelSection(Section):
     tensor: Count | None = None
     """Heads, feed-forward widths and the vocabulary cut over so many workers."""
     pipeline: Count | Pipeline | None = None
-    """Blocks divided into stages; a degree, or a section with the schedule and the split as well."""
+    """Blocks divided into stages; a degree, or a section with the schedule and the split."""
     expert: Count | None = None
     """Not there yet: experts spread over workers."""
     recompute: Literal["none", "selective", "full"] = "none"

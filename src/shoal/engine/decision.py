@@ -8,6 +8,7 @@ from typing import Any, Literal
 from shoal.config.recipe import Recipe
 from shoal.errors import ConfigError, Problem
 from shoal.layout import Layout
+from shoal.legal import fits_schedule
 
 Format = Literal["float32", "bfloat16", "float16"]
 
@@ -117,6 +118,14 @@ def given_layout(recipe: Recipe) -> Layout:
 
 
 def largest_micro_batch(recipe: Recipe, *, parts: int, at_most: int) -> int:
-    """The largest divisor of one of `parts` shares of the global batch that is `at_most`."""
-    share = recipe.train.global_batch_samples // parts
-    return max(size for size in range(1, min(share, at_most) + 1) if share % size == 0)
+    """The largest divisor of one of `parts` shares of the global batch that is `at_most`.
+
+    A pipeline gets four micro batches for each of its ranks if it can, so that it idles for a fifth
+    of a step at most, or else what its schedule needs.
+    """
+    share, pipeline = recipe.train.global_batch_samples // parts, recipe.parallel.pipelining
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    ranks, name = pipeline.degree, pipeline.schedule
+    able = [n for n in sizes if fits_schedule(name, ranks=ranks, micro_batches=share // n)] or [1]
+    filling = able if ranks == 1 else [n for n in able if share // n >= 4 * ranks]
+    return max([size for size in filling if size <= at_most] or [min(able)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shoal.comm.group import Traffic, watched
 from shoal.engine.passes import Batch, Micro, OneByOne
+from shoal.parallel import shard
 from shoal.parallel.pipeline import Stage, Stages
 from shoal.parallel.schedules import Line, Schedule, Shape, shown_to_all, walk
 from shoal.tasks.task import Scores
@@ -31,6 +32,11 @@ class Scheduled(OneByOne):
         stages = self._replica.sharded.stages
         assert stages is not None, "the replica has a pipeline"
         return stages
+
+    @property
+    def model(self) -> nn.Module:
+        """What of the model this rank has."""
+        return self._replica.model
 
     @property
     def _line(self) -> Line:
@@ -134,6 +140,7 @@ class _Step:
         self._passes, self._micros = passes, micros
         self._scale, self._step, self._done = scale, step, done
         self._left = [len(passes.stages.own)] * len(micros)
+        self._to_come = dict.fromkeys(passes.stages.own, len(micros))
         self.losses: list[Tensor | None] = [None] * len(micros)
 
     def forward(self, stage: Stage, hidden: Tensor | None, number: int) -> Tensor:
@@ -149,7 +156,12 @@ class _Step:
         return self._passes.loss(model, batch, self._step, self._scale)
 
     def before_backward(self, stage: Stage, number: int) -> None:
-        self._passes.begin("backward")
+        passes = self._passes
+        passes.begin("backward")
+        self._to_come[stage] -= 1
+        last, blocks = not self._to_come[stage], passes.stages.blocks(stage)
+        shard.micro_batch(passes.model, last=last, blocks=blocks)
+        shard.micro_batch(passes.model, last=not any(self._to_come.values()), blocks=())
 
     def after_backward(self, stage: Stage, number: int) -> None:
         self._left[number] -= 1

@@ -4,7 +4,9 @@ from shoal.legal.facts import ModelFacts
 from shoal.legal.families.table import axes_of, facts_from_config, family_of
 from shoal.legal.rules import (
     OWN_PARAMETERS,
+    SCHEDULES,
     Combination,
+    fits_schedule,
     not_yet,
     open_axes,
     problems,
@@ -14,11 +16,13 @@ from shoal.legal.shrink import shrunk
 
 __all__ = [
     "OWN_PARAMETERS",
+    "SCHEDULES",
     "Combination",
     "ModelFacts",
     "axes_of",
     "facts_from_config",
     "family_of",
+    "fits_schedule",
     "not_yet",
     "open_axes",
     "problems",

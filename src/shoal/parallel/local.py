@@ -228,7 +228,7 @@ class ShardedModel:
     root: nn.Module | None = field(default=None, repr=False)
     """What FSDP2 calls its root (parallel/shard.py)."""
     stages: Stages | None = None
-    """The stages of a pipeline that this rank has; None: the model is one (parallel/pipeline.py)."""
+    """Of a pipeline, those that this rank has; None: the model is one (parallel/pipeline.py)."""
     offloaded: bool = False
     """Parameters, gradients and optimizer state live in CPU memory."""
 

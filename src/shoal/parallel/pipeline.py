@@ -1,4 +1,4 @@
-"""Stages of a pipeline: each rank keeps the blocks of its own, and the model's own forward runs them.
+"""Stages of a pipeline: a rank keeps the blocks of its own, and the model's own forward runs them.
 
 A model's list of blocks keeps its full length, for forwards read `layer_types` and the like by
 index. What another stage has is `Absent`: hidden states enter a stage in the place of the block
@@ -157,6 +157,11 @@ class Stages:
             for each in others:
                 each.parent._modules[each.name] = each.present
             self._edges.stage = self._edges.hidden = None
+
+    def blocks(self, stage: Stage) -> list[nn.Module]:
+        """The blocks of one of this rank's stages."""
+        inside = [each for each in self._places if stage.start <= each.home < stage.stop]
+        return [each.present for each in inside if each.present is not None]
 
     def parameters(self, model: nn.Module, stage: Stage) -> list[nn.Parameter]:
         """The parameters that `stage` has, once each."""

@@ -9,6 +9,7 @@ T, so buffers are made when they are to be filled, and given up once they are us
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,11 +23,16 @@ from torch.distributed.pipelining import (
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
 
 from shoal.comm.group import Traffic
+from shoal.legal import fits_schedule
 from shoal.parallel.pipeline import Stage, Stages
+
+# when a step fails, as it does when a rank is lost, it logs every action of every rank
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 Shape = tuple[int, ...]
 
@@ -35,6 +41,7 @@ _LOOPED = {
     "interleaved-1f1b": ScheduleInterleaved1F1B,
     "interleaved-zero-bubble": ScheduleInterleavedZeroBubble,
     "zbv-zero-bubble": ScheduleZBVZeroBubble,
+    "breadth-first": ScheduleLoopedBFS,
 }
 
 
@@ -79,8 +86,10 @@ class Schedule:
         self._chunks = [_Chunk(each, line=line, parameters=parameters) for each in stages.own]
         chunks: Any = self._chunks[0] if schedule in _SINGLE else self._chunks
         known: dict[str, Any] = {**_SINGLE, **_LOOPED}
-        if schedule == "1f1b" and num_micro_batches < len(stages.every):
-            schedule = "gpipe"  # torch's 1f1b wants more; with fewer both do the same work
+        ranks = 1 + max(stages.ranks)
+        if not fits_schedule(schedule, ranks=ranks, micro_batches=num_micro_batches):
+            # replicas share the batch out anew when one is lost: the same sums in another order
+            schedule = "gpipe" if schedule in _SINGLE else "breadth-first"
         self._schedule = known[schedule](
             chunks, num_micro_batches, loss_fn=lambda loss, target: loss, scale_grads=False
         )

@@ -15,7 +15,7 @@ With replicas the policy sums the shards' gradients between them; FSDP2 never se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -173,15 +173,21 @@ def give_up(model: nn.Module) -> None:
         module.reshard()
 
 
-def micro_batch(model: nn.Module, *, last: bool) -> None:
-    """Say, before its forward, whether a micro batch is the step's last one.
+def micro_batch(
+    model: nn.Module, *, last: bool, blocks: Collection[nn.Module] | None = None
+) -> None:
+    """Say, before its backward, whether a micro batch is the step's last one.
 
-    Matters to the level `optimizer` only, whose gradients are reduced after the last.
+    Matters to the level `optimizer` only, whose gradients are reduced after the last. `blocks`: of
+    these alone; without any, of what is outside of all blocks. None: of the whole model.
     """
     root = sharded_of(model).root
     if not isinstance(root, _Root) or not root.holds_gradients:
         return
+    chosen = {id(each) for each in blocks or (root,)}
     for module in _sharded(root):
+        if blocks is not None and id(module) not in chosen:
+            continue
         module.set_requires_gradient_sync(last, recurse=False)
         module.set_reshard_after_backward(last, recurse=False)
 

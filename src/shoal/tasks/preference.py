@@ -52,6 +52,7 @@ class Preference(Chat):
     """Two answers to the same prompt; the loss and its scores are per pair."""
 
     kind = "preference"
+    runs_once = False  # a second time, for the reference
     packs = False
     target_name = "pairs"
     curve = Curve("nats per pair", baseline="even_loss", baseline_name="no preference")

@@ -199,6 +199,9 @@ class Task(ABC):
     """Whether texts come as single words, so that a tokenizer puts the space before each itself."""
     whole_logits: ClassVar[bool] = False
     """Whether the loss reads whole rows of a vocabulary's logits: no axis then cuts the head."""
+    runs_once: ClassVar[bool] = False
+    """Whether `output` runs the model once, by `hidden_of` on the batch, and all else follows from
+    those states: then its blocks can be divided into the stages of a pipeline."""
     masks: ClassVar[bool] = False
     """Whether the tokenizer needs a token that stands for a hidden one."""
     labels: ClassVar[str | None] = None

@@ -199,13 +199,14 @@ def _update(
 
 def strategy_settings(recipe: Recipe, decision: Decision) -> Settings:
     """How the strategies behave: as the recipe says, unless the plan has chosen."""
+    schedule, stages_per_rank = decision.schedule_of(recipe)
     return Settings(
         shard_level=decision.shard_level_of(recipe),
         recompute=decision.recompute_of(recipe),
         compile=recipe.parallel.compile,
         offload=recipe.parallel.sharding.offload,
-        schedule=recipe.parallel.pipelining.schedule,
-        stages_per_rank=recipe.parallel.pipelining.stages,
+        schedule=schedule,
+        stages_per_rank=stages_per_rank,
         split=tuple(recipe.parallel.pipelining.split or ()),
     )
 

@@ -58,6 +58,9 @@ class Decision:
     """Where the plan chose it; None: as the recipe says."""
     recompute: str | None = None
     """Likewise."""
+    schedule: str | None = None
+    """Likewise, of a pipeline; with it the stages of each rank."""
+    stages_per_rank: int | None = None
     flops_per_token: float | None = None
     """Model FLOPs of a trained token (plan/workload.py), of a family that is known."""
     peak_flops_per_second: float | None = None
@@ -78,6 +81,11 @@ class Decision:
     def recompute_of(self, recipe: Recipe) -> str:
         """What blocks compute again: the plan's choice, else what `recipe` says."""
         return self.recompute or recipe.parallel.recompute
+
+    def schedule_of(self, recipe: Recipe) -> tuple[str, int]:
+        """In which order a pipeline's stages compute, and how many a rank has: likewise."""
+        given = recipe.parallel.pipelining
+        return self.schedule or given.schedule, self.stages_per_rank or given.stages
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

@@ -270,6 +270,26 @@ class Context(Section):
     for heads, which the degree must divide."""
 
 
+class Pipeline(Section):
+    """The pipeline axis with its own settings."""
+
+    degree: Count
+    """Workers over which the blocks of a replica are divided."""
+    schedule: Literal[
+        "gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble"
+    ] = "1f1b"
+    """In which order stages compute their micro batches (docs/design/pipeline.md)."""
+    stages_per_rank: Count | None = None
+    """One with gpipe and 1f1b, two with zbv-zero-bubble, else two where nothing is said."""
+    split: list[Count] | None = None
+    """Blocks of each stage, first to last; left out, stages get equal work."""
+
+    @property
+    def stages(self) -> int:
+        """Stages of each rank, whether said or not."""
+        return self.stages_per_rank or (1 if self.schedule in ("gpipe", "1f1b") else 2)
+
+
 class ParallelSection(Section):
     """Degrees of the axes. With `auto`, an axis without a value is chosen for this machine."""
 
@@ -283,8 +303,8 @@ class ParallelSection(Section):
     """Rows cut along the sequence: a degree, or a section with the kind as well."""
     tensor: Count | None = None
     """Heads, feed-forward widths and the vocabulary cut over so many workers."""
-    pipeline: Count | None = None
-    """Not there yet: blocks divided into stages."""
+    pipeline: Count | Pipeline | None = None
+    """Blocks divided into stages; a degree, or a section with the schedule and the split."""
     expert: Count | None = None
     """Experts of each block divided among so many ranks of shard x context; no factor of the
     workers."""
@@ -304,6 +324,12 @@ class ParallelSection(Section):
         """The context axis with its settings, whichever way it was written."""
         given = self.context
         return given if isinstance(given, Context) else Context(degree=given or 1)
+
+    @property
+    def pipelining(self) -> Pipeline:
+        """The pipeline axis with its settings, whichever way it was written."""
+        given = self.pipeline
+        return given if isinstance(given, Pipeline) else Pipeline(degree=given or 1)
 
     @property
     def replicas(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,8 +66,10 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         _report_notes(report, source=None if job.joining else base, replica=replica)
     dtype = check_compute(decision.compute, device=worker.device)
     loss_scale = LossScale.of(dtype)
-    passes = OneByOne(
+    passes = _passes(
         replica,
+        ranks=ranks,
+        schedule=settings.schedule,
         task=task,
         dtype=dtype,
         device=worker.device,
@@ -118,6 +121,15 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     )
     _attach_instruments(job, training, report, rank=worker.rank)
     return training
+
+
+def _passes(replica: Replica, *, ranks: Ranks, schedule: str, **named: Any) -> Passes:
+    """How this replica computes."""
+    if replica.sharded.stages is None:
+        return OneByOne(replica, **named)
+    from shoal.engine.pipeline_passes import Scheduled  # half a second of imports of torch
+
+    return Scheduled(replica, schedule=schedule, traffic=ranks.world.traffic, **named)
 
 
 def _policy(job: Job, *, ranks: Ranks, state: FlatState, steps: int) -> Policy:
@@ -187,12 +199,16 @@ def _update(
 
 def strategy_settings(recipe: Recipe, decision: Decision) -> Settings:
     """How the strategies behave: as the recipe says, unless the plan has chosen."""
+    schedule, stages_per_rank = decision.schedule_of(recipe)
     return Settings(
         shard_level=decision.shard_level_of(recipe),
         recompute=decision.recompute_of(recipe),
         compile=recipe.parallel.compile,
         offload=recipe.parallel.sharding.offload,
         context_kind=recipe.parallel.rows.kind,
+        schedule=schedule,
+        stages_per_rank=stages_per_rank,
+        split=tuple(recipe.parallel.pipelining.split or ()),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from shoal.config.recipe import Recipe
 from shoal.errors import ConfigError, Problem
 from shoal.layout import Layout
+from shoal.legal import fits_schedule
 
 Format = Literal["float32", "bfloat16", "float16"]
 
@@ -57,6 +58,9 @@ class Decision:
     """Where the plan chose it; None: as the recipe says."""
     recompute: str | None = None
     """Likewise."""
+    schedule: str | None = None
+    """Likewise, of a pipeline; with it the stages of each rank."""
+    stages_per_rank: int | None = None
     flops_per_token: float | None = None
     """Model FLOPs of a trained token (plan/workload.py), of a family that is known."""
     peak_flops_per_second: float | None = None
@@ -77,6 +81,11 @@ class Decision:
     def recompute_of(self, recipe: Recipe) -> str:
         """What blocks compute again: the plan's choice, else what `recipe` says."""
         return self.recompute or recipe.parallel.recompute
+
+    def schedule_of(self, recipe: Recipe) -> tuple[str, int]:
+        """In which order a pipeline's stages compute, and how many a rank has: likewise."""
+        given = recipe.parallel.pipelining
+        return self.schedule or given.schedule, self.stages_per_rank or given.stages
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""
@@ -106,8 +115,9 @@ def given_layout(recipe: Recipe) -> Layout:
     Raises ConfigError for degrees that do not go together.
     """
     parallel = recipe.parallel
-    degrees = {axis: getattr(parallel, axis) or 1 for axis in ("tensor", "pipeline", "expert")}
+    degrees = {axis: getattr(parallel, axis) or 1 for axis in ("tensor", "expert")}
     degrees |= {"shard": parallel.sharding.degree, "context": parallel.rows.degree}
+    degrees["pipeline"] = parallel.pipelining.degree
     degrees["replicate"] = parallel.replicas or 1
     try:
         return Layout(**degrees)
@@ -119,6 +129,14 @@ def given_layout(recipe: Recipe) -> Layout:
 
 
 def largest_micro_batch(recipe: Recipe, *, parts: int, at_most: int) -> int:
-    """The largest divisor of one of `parts` shares of the global batch that is `at_most`."""
-    share = recipe.train.global_batch_samples // parts
-    return max(size for size in range(1, min(share, at_most) + 1) if share % size == 0)
+    """The largest divisor of one of `parts` shares of the global batch that is `at_most`.
+
+    A pipeline gets four micro batches for each of its ranks if it can, so that it idles for a fifth
+    of a step at most, or else what its schedule needs.
+    """
+    share, pipeline = recipe.train.global_batch_samples // parts, recipe.parallel.pipelining
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    ranks, name = pipeline.degree, pipeline.schedule
+    able = [n for n in sizes if fits_schedule(name, ranks=ranks, micro_batches=share // n)] or [1]
+    filling = able if ranks == 1 else [n for n in able if share // n >= 4 * ranks]
+    return max([size for size in filling if size <= at_most] or [min(able)])

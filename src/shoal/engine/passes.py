@@ -83,9 +83,9 @@ class OneByOne(Passes):
         sums = []
         for position, micro in enumerate(micros):
             shard.micro_batch(self._replica.model, last=position == len(micros) - 1)
-            self._begin("forward")
-            loss = self._run(self._loss, micro.batch, step, scale)
-            self._begin("backward")
+            self.begin("forward")
+            loss = self._run(self.loss, micro.batch, step, scale)
+            self.begin("backward")
             self._replica.backward(loss * scale)
             sums.append(loss.item())
             done(micro.number)
@@ -100,12 +100,15 @@ class OneByOne(Passes):
             return next(iter(found[-1].values()))  # a root wants a tensor
 
         for micro in micros:
-            self._begin("forward")
+            self.begin("forward")
             self._run(seen, micro.batch)
         return found
 
-    def _run(self, function: Callable[..., Tensor], batch: Batch, *rest: Any) -> Tensor:
-        with compute_context(self._dtype, device=self._device):
+    def _run(
+        self, function: Callable[..., Tensor], batch: Batch, *rest: Any, exactly: bool = False
+    ) -> Tensor:
+        dtype = torch.float32 if exactly else self._dtype
+        with compute_context(dtype, device=self._device):
             return self._replica.run(function, self._own(batch), *rest)
 
     def _own(self, batch: Batch) -> Batch:
@@ -114,11 +117,12 @@ class OneByOne(Passes):
         context = self._replica.context
         return moved if context is None else context.own_part(moved, self._task.fields)
 
-    def _begin(self, phase: str) -> None:
+    def begin(self, phase: str) -> None:
+        """A pass begins. Raises PeersLost."""
         self.check()
         self._pulse.mark(phase)
 
-    def _loss(self, model: nn.Module, batch: Batch, step: int, scale: float) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, step: int, scale: float) -> Tensor:
         """SUM of the losses of a batch."""
         output = self._task.output(model, self._replica.anatomy, batch, step=step)
         expected = scale if self._scales_loss else 1.0
@@ -158,8 +162,8 @@ class OneByOne(Passes):
         model = self._replica.model
         model.eval()
         try:
-            own = self._own(batch)
-            return self._replica.run(self._last_logits, own, _tokens(batch) - 1).float()
+            place = _tokens(batch) - 1
+            return self._run(self._last_logits, batch, place, exactly=True).float()
         finally:
             model.train()
 

@@ -121,6 +121,9 @@ def check_decision_respects_recipe(recipe: Recipe, decision: Decision) -> None:
         given["launch.workers"] = (launch.workers, decision.workers)
     if isinstance(parallel.shard, Shard) and taken.shard > 1:
         given["parallel.shard.level"] = (parallel.shard.level, decision.shard_level_of(recipe))
+    if parallel.pipeline is not None and taken.pipeline > 1:
+        wanted = (parallel.pipelining.schedule, parallel.pipelining.stages)
+        given["parallel.pipeline.schedule"] = (wanted, decision.schedule_of(recipe))
     if parallel.recompute != "none":
         given["parallel.recompute"] = (parallel.recompute, decision.recompute_of(recipe))
     for key, (wanted, got) in given.items():

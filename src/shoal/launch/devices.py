@@ -47,6 +47,8 @@ def on_devices(
         micro_batch_samples=best.candidate.micro_batch_samples,
         shard_level=best.candidate.level,
         recompute=best.candidate.recompute,
+        schedule=best.candidate.schedule,
+        stages_per_rank=best.candidate.chunks,
         reason=f"predicted {best.step_seconds:.3g} s a step on {name}{_instead(found)}",
         predicted=best.to_json(),
     )

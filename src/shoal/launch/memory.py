@@ -27,7 +27,10 @@ SPARE = 0.95
 
 def memory_of_worker(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
     """Peak of one worker on this machine, by formula; what of it is state is exact."""
+    schedule, chunks = decision.schedule_of(recipe)
     candidate = Candidate(
+        schedule=schedule,
+        chunks=chunks,
         layout=decision.layout,
         micro_batch_samples=decision.micro_batch_samples,
         level=decision.shard_level_of(recipe),

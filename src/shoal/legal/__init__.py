@@ -5,7 +5,9 @@ from shoal.legal.families.table import axes_of, facts_from_config, family_of
 from shoal.legal.rules import (
     CHOSEN_AXES,
     OWN_PARAMETERS,
+    SCHEDULES,
     Combination,
+    fits_schedule,
     not_yet,
     of_two,
     open_axes,
@@ -17,11 +19,13 @@ from shoal.legal.shrink import shrunk
 __all__ = [
     "CHOSEN_AXES",
     "OWN_PARAMETERS",
+    "SCHEDULES",
     "Combination",
     "ModelFacts",
     "axes_of",
     "facts_from_config",
     "family_of",
+    "fits_schedule",
     "not_yet",
     "of_two",
     "open_axes",

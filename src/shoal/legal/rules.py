@@ -24,8 +24,13 @@ or the optimizer state alone (docs/guide/layouts.md has the memory of each)."""
 CONTEXT_KINDS = ("ring", "ulysses")
 """How attention finds what other ranks of the context axis have."""
 RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble")
+"""In which order a pipeline's stages compute; all but the first two have several on each rank."""
+ONE_STAGE = frozenset({"gpipe", "1f1b"})
+ZERO_BUBBLE = frozenset({"interleaved-zero-bubble", "zbv-zero-bubble"})
+"""They make gradients of inputs first, and those of weights when there is nothing else to do."""
 
-IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "expert"})
+IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "pipeline", "expert"})
 IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd"})
 CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
 """Those that a plan chooses by itself. Attention of a ring is not one of the fused kernels by which
@@ -52,6 +57,13 @@ class Combination:
     context_kind: str = "ring"
     offload: bool = False
     recompute: str = "none"
+    compile: bool = False
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
+    split: tuple[int, ...] = ()
+    """Blocks of each stage of a pipeline; empty: by cost."""
+    runs_once: bool = True
+    """The task's loss follows from one forward of the model."""
     sequence_tokens: int | None = None
     global_batch_samples: int | None = None
     micro_batch_samples: int | None = None
@@ -191,9 +203,6 @@ def _degrees(combination: Combination) -> Iterator[Problem]:
         hint = f"degrees that do: {', '.join(map(str, legal))}; "
         hint += f"the nearest is {_close(legal, layout.tensor)}"
         yield Problem("parallel.tensor", what, hint)
-    if layout.pipeline > facts.layers:
-        what = f"{layout.pipeline} stages for {facts.layers} blocks: a stage would be empty"
-        yield Problem("parallel.pipeline", what, f"at most {facts.layers}")
     if facts.experts % layout.expert:
         what = f"{layout.expert} does not divide {facts.experts} experts"
         near = _close(_divisors(facts.experts), layout.expert)
@@ -276,6 +285,7 @@ def _rows(combination: Combination) -> Iterator[Problem]:
 
 def _kinds(combination: Combination) -> Iterator[Problem]:
     kinds = (
+        ("parallel.pipeline.schedule", combination.schedule, SCHEDULES),
         ("parallel.shard.level", combination.shard_level, SHARD_LEVELS),
         ("parallel.context.kind", combination.context_kind, CONTEXT_KINDS),
         ("parallel.recompute", combination.recompute, RECOMPUTE),
@@ -290,9 +300,12 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
     """What a replica of several workers cannot do, whatever its model."""
     layout, cut = combination.layout, combination.cut_axes
     if cut and combination.exact:
-        what = f"holds for whole replicas only, got {layout}"
-        yield Problem("train.exact", what, "set it to false, or use parallel.replicate alone")
-    if cut and combination.optimizer == "muon":
+        yield from _exact(combination)
+    if layout.pipeline > 1 and not combination.runs_once:
+        what = "this task needs more than one forward of the model, or compares samples, which "
+        hint = f"use parallel.shard={layout.pipeline} instead"
+        yield Problem("parallel.pipeline", what + "stages cannot", hint)
+    if set(cut) - {"pipeline"} and combination.optimizer == "muon":
         what = f"muon needs whole matrices, got {layout}"
         yield Problem("train.optimizer.kind", what, "use adamw, or parallel.replicate alone")
     if cut and combination.workers == "threads":
@@ -315,6 +328,95 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
     if layout.tensor > 1 and combination.whole_logits:
         what = "the model or the task needs whole rows of logits, so its head cannot be cut by "
         yield Problem("parallel.tensor", what + "vocabulary", "set it to 1")
+
+
+def _exact(combination: Combination) -> Iterator[Problem]:
+    """A micro batch's gradients must be complete before the next one's begin."""
+    layout, facts = combination.layout, combination.facts
+    if combination.cut_axes != ["pipeline"]:
+        what = f"holds for whole replicas and for stages of a pipeline only, got {layout}"
+        yield Problem("train.exact", what, "set it to false, or use parallel.replicate alone")
+    elif combination.schedule not in ONE_STAGE:
+        what = f"{combination.schedule} mixes the gradients of micro batches on a rank"
+        yield Problem("train.exact", what, "set parallel.pipeline.schedule to 1f1b")
+    elif facts is not None and facts.tied:
+        what = "the embedding is tied to the head, so each end of the pipeline has a part of its "
+        what += "gradient, which are summed once a step"
+        hint = "set model.tie_word_embeddings=false, or use parallel.replicate alone"
+        yield Problem("train.exact", what, hint)
+
+
+def _pipeline(combination: Combination) -> Iterator[Problem]:
+    layout, name, here = combination.layout, combination.schedule, "parallel.pipeline"
+    ranks, each, facts = layout.pipeline, combination.stages_per_rank, combination.facts
+    if ranks == 1:
+        return
+    if name in ONE_STAGE and each > 1:
+        hint = "set it to 1, or the schedule to interleaved-1f1b"
+        yield Problem(f"{here}.stages_per_rank", f"{name} has one, got {each}", hint)
+    elif name not in ONE_STAGE and (each == 1 or (name == "zbv-zero-bubble" and each > 2)):
+        hint = "set it to 2, or the schedule to 1f1b"
+        wants = "exactly two" if name == "zbv-zero-bubble" else "two or more"
+        yield Problem(f"{here}.stages_per_rank", f"{name} needs {wants}, got {each}", hint)
+    stages = ranks * each
+    if facts is not None and stages > facts.layers:
+        what = f"{stages} stages for {facts.layers} blocks: a stage would be empty"
+        most = facts.layers // each
+        yield Problem(here, what, f"at most {most}" if most > 1 else f"use shard={ranks} instead")
+    split = combination.split
+    if split and (len(split) != stages or (facts and sum(split) != facts.layers)):
+        what = f"expected {stages} numbers"
+        what += f" that add up to {facts.layers} blocks" if facts else ""
+        hint = "give one for each stage, first to last, or leave it out"
+        yield Problem(f"{here}.split", f"{what}, got {list(split)}", hint)
+    yield from _enough_micro_batches(combination)
+    if name in ZERO_BUBBLE:
+        yield from _whole_backward(combination)
+
+
+def fits_schedule(name: str, *, ranks: int, micro_batches: int) -> bool:
+    """Whether a schedule takes so many micro batches of a step on `ranks` ranks."""
+    if name == "gpipe" or ranks == 1:
+        return True
+    if name in ("1f1b", "zbv-zero-bubble"):
+        return micro_batches >= ranks
+    return micro_batches % ranks == 0
+
+
+def _enough_micro_batches(combination: Combination) -> Iterator[Problem]:
+    layout, name, batch = combination.layout, combination.schedule, combination.global_batch_samples
+    parts = layout.replicate * layout.shard
+    if batch is None or batch % parts or name not in SCHEDULES:
+        return
+    share, ranks, micro = batch // parts, layout.pipeline, combination.micro_batch_samples
+
+    def sizes(degree: int) -> list[int]:
+        counts = {size: share // size for size in _divisors(share)}
+        return [s for s, n in counts.items() if fits_schedule(name, ranks=degree, micro_batches=n)]
+
+    able = sizes(ranks)
+    if micro in able or (micro is None and able) or (micro is not None and share % micro):
+        return
+    count = "few samples" if micro is None else f"{share // micro} micro batches of {micro} samples"
+    wants = f"{ranks} or more" if name in ("1f1b", "zbv-zero-bubble") else f"a multiple of {ranks}"
+    what = f"{name} on {ranks} ranks needs {wants} micro batches a step, got {count}"
+    near = next(degree for degree in range(ranks, 0, -1) if sizes(degree))
+    hint = f"set it to {max(able)}" if able else f"the nearest degree that has enough is {near}"
+    yield Problem("train.micro_batch_samples" if able else "parallel.pipeline", what, hint)
+
+
+def _whole_backward(combination: Combination) -> Iterator[Problem]:
+    """What needs a micro batch's backward in one piece, which zero-bubble schedules do not make."""
+    name = combination.schedule
+    hint = "set parallel.pipeline.schedule to 1f1b or interleaved-1f1b"
+    for where, is_on in (
+        ("parallel.shard", combination.layout.shard > 1),
+        ("parallel.recompute", combination.recompute != "none"),
+        ("parallel.compile", combination.compile),
+    ):
+        if is_on:
+            what = f"needs each backward in one piece, which {name} takes apart"
+            yield Problem(where, what, hint)
 
 
 def _workers(combination: Combination) -> Iterator[Problem]:
@@ -351,5 +453,5 @@ def _exchange(combination: Combination) -> Iterator[Problem]:
 
 _RULES: tuple[Rule, ...] = (
     *(_axes_of_model, _degrees, _number_of_workers, _batch, _rows),
-    *(_kinds, _cut_replica, _workers, _exchange),
+    *(_kinds, _cut_replica, _pipeline, _workers, _exchange),
 )

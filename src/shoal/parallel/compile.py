@@ -8,6 +8,7 @@ from torch import nn
 from shoal.models.anatomy import Anatomy
 from shoal.parallel.local import Holdings
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.pipeline import own_blocks
 from shoal.parallel.settings import Settings
 
 
@@ -17,7 +18,6 @@ def apply_compile(
     """Compile the forward of every block; names of parameters stay as they are."""
     if not settings.compile:
         return holdings
-    for path in (anatomy.blocks, *anatomy.more_blocks):
-        for block in model.get_submodule(path).children():
-            block.forward = torch.compile(block.forward)
+    for block in own_blocks(model, anatomy):
+        block.forward = torch.compile(block.forward)
     return holdings

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from shoal.parallel.exchange import Exchange
 from shoal.parallel.mesh import REPLICA, Mesh
 from shoal.parallel.rows import Context
 from shoal.parallel.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from shoal.parallel.pipeline import Stages
 
 _MARK = "shoal_sharded"
 
@@ -118,6 +121,10 @@ class Holdings(Mapping[str, Holding]):
         changed = {n: replace(self._holdings[n], **fields) for n, fields in changes.items()}
         return Holdings(self.mesh, {**self._holdings, **changed})
 
+    def only(self, names: Collection[str]) -> Holdings:
+        """Those of `names`: what this rank has nothing of has no record."""
+        return Holdings(self.mesh, {n: each for n, each in self.items() if n in names})
+
     def counts(self, name: str) -> bool:
         """Whether this rank speaks for its part of `name` in a sum over the replica."""
         return not any(self.mesh.coordinate(axis) for axis in self[name].copies)
@@ -166,18 +173,29 @@ class Holdings(Mapping[str, Holding]):
         """Sum the gradients of which each rank has a part: flat sums per set of axes.
 
         Once a step, after the last backward. Collective along those axes; without any, nothing.
+        What is tied between the ends of a pipeline is summed over them last.
         """
-        by_axes: dict[frozenset[str], list[Tensor]] = {}
+        inside: dict[frozenset[str], list[Tensor]] = {}
+        tied = []
         for name, holding in self.items():
-            if holding.partial and name in gradients:
-                by_axes.setdefault(holding.partial, []).append(gradients[name])
-        for axes in sorted(by_axes, key=sorted):
-            group = self.mesh.group(*axes)
-            if group is not None:
-                exchange = Exchange(group, dist.get_rank(group), dist.get_world_size(group))
-                exchange.traffic = self.mesh.traffic
-                for bucket in _buckets(by_axes[axes]):
-                    exchange.sum_(bucket)
+            if not holding.partial or name not in gradients:
+                continue
+            inside.setdefault(holding.partial - {"pipeline"}, []).append(gradients[name])
+            if "pipeline" in holding.partial:
+                tied.append(gradients[name])
+        for axes in sorted(inside, key=sorted):
+            self._sum_over(self.mesh.group(*axes), inside[axes])
+        if tied:
+            self._sum_over(self.mesh.ends(), tied)
+
+    def _sum_over(self, group: dist.ProcessGroup | None, tensors: list[Tensor]) -> None:
+        """Sum each over a group, in messages of a bucket; nothing where this rank is alone."""
+        if group is None:
+            return
+        exchange = Exchange(group, dist.get_rank(group), dist.get_world_size(group))
+        exchange.traffic = self.mesh.traffic
+        for bucket in _buckets(tensors):
+            exchange.sum_(bucket)
 
     @torch.no_grad()
     def own_square(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -216,6 +234,8 @@ class ShardedModel:
     """The part of the vocabulary whose logits this rank has; None: all."""
     root: nn.Module | None = field(default=None, repr=False)
     """What FSDP2 calls its root (parallel/shard.py)."""
+    stages: Stages | None = None
+    """Of a pipeline, those that this rank has; None: the model is one (parallel/pipeline.py)."""
     offloaded: bool = False
     """Parameters, gradients and optimizer state live in CPU memory."""
 

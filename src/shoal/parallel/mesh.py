@@ -56,6 +56,21 @@ class Mesh:
                 found = self._groups[tuple(ranks)]
         return found
 
+    def ends(self) -> dist.ProcessGroup | None:
+        """The first and the last rank along pipeline; None in between. The first call is collective
+        over all ranks of the layout."""
+        last = self.degree("pipeline") - 1
+        if last < 2:
+            return self.group("pipeline")
+        found = None
+        for line in self.layout.groups("pipeline"):
+            ranks = (line[0], line[-1])
+            if ranks not in self._groups:
+                self._groups[ranks] = new_group(list(ranks))
+            if self.rank in ranks:
+                found = self._groups[ranks]
+        return found
+
     def along(self, *axes: str) -> DeviceMesh:
         """The ranks that differ along `axes` only as torch's one-dimensional mesh."""
         group, name = self.group(*axes), "_".join(axes)

@@ -27,14 +27,18 @@ class Ranks:
     inside: Group
     layout: Layout
     mesh: Mesh
+    speaks_at: int = 0
+    """Coordinate along pipeline of the rank that has the last stage."""
 
     def attach(self, model: nn.Module) -> None:
-        """Let what `model` exchanges inside a replica be counted here."""
+        """Let what `model` exchanges inside a replica be counted here, and its last stage speak."""
         sharded = sharded_of(model)
         context = sharded.context and sharded.context.exchange
         for exchange in (sharded.exchange, context, sharded.expert):
             if exchange is not None:
                 exchange.traffic = self.world.traffic
+        if sharded.stages is not None:
+            self.speaks_at = sharded.stages.speaks_at
 
     @property
     def replica_layout(self) -> Layout:
@@ -87,7 +91,7 @@ class Ranks:
     def speaks(self) -> bool:
         """Whether this rank has the loss of those samples: the first of the last stage's."""
         here = self.layout.coordinates(self.world.rank)
-        last = here["pipeline"] == self.layout.pipeline - 1
+        last = here["pipeline"] == self.speaks_at
         return last and not any(here[axis] for axis in ("context", "tensor"))
 
 

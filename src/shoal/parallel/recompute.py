@@ -24,6 +24,7 @@ from shoal.models.anatomy import Anatomy
 from shoal.models.forward_context import checkpoint_contexts
 from shoal.parallel.local import Holdings
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.pipeline import own_blocks
 from shoal.parallel.settings import Settings
 
 KINDS = ("none", "selective", "full")
@@ -50,9 +51,8 @@ def apply_recompute(
     if kind == "none" or (settings.compile and kind == "selective"):
         return holdings
     contexts = checkpoint_contexts if kind == "full" else _selective
-    for path in (anatomy.blocks, *anatomy.more_blocks):
-        for block in model.get_submodule(path).children():
-            block.forward = _recomputing(block.forward, contexts)
+    for block in own_blocks(model, anatomy):
+        block.forward = _recomputing(block.forward, contexts)
     return holdings
 
 

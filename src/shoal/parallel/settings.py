@@ -15,3 +15,8 @@ class Settings:
     compile: bool = False
     offload: bool = False
     """Parameters, gradients and optimizer state live in CPU memory (with shard above 1)."""
+    schedule: str = "1f1b"
+    """In which order a pipeline's stages compute (plan/schedules.py)."""
+    stages_per_rank: int = 1
+    split: tuple[int, ...] = ()
+    """Blocks of each stage; empty: by cost."""

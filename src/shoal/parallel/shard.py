@@ -18,7 +18,7 @@ With replicas the policy sums the shards' gradients between them; FSDP2 never se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from shoal.models.anatomy import Anatomy, canonical_name, canonical_parameters, 
 from shoal.models.experts import experts_of
 from shoal.parallel.local import Holdings, sharded_of
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.pipeline import own_blocks
 from shoal.parallel.settings import Settings
 
 LEVELS = ("parameters", "gradients", "optimizer")
@@ -66,8 +67,7 @@ def apply_shard(
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}; got {level!r}")
     if mesh.degree("shard") == 1:
         return holdings
-    lists = (anatomy.blocks, *anatomy.more_blocks)
-    blocks = [block for path in lists for block in model.get_submodule(path).children()]
+    blocks = own_blocks(model, anatomy)
     return _cut(model, blocks, _Root(model, level=level), mesh, holdings, settings)
 
 
@@ -206,15 +206,21 @@ def give_up(model: nn.Module) -> None:
         module.reshard()
 
 
-def micro_batch(model: nn.Module, *, last: bool) -> None:
-    """Say, before its forward, whether a micro batch is the step's last one.
+def micro_batch(
+    model: nn.Module, *, last: bool, blocks: Collection[nn.Module] | None = None
+) -> None:
+    """Say, before its backward, whether a micro batch is the step's last one.
 
-    Matters to the level `optimizer` only, whose gradients are reduced after the last.
+    Matters to the level `optimizer` only, whose gradients are reduced after the last. `blocks`: of
+    these alone; without any, of what is outside of all blocks. None: of the whole model.
     """
     root = sharded_of(model).root
     if not isinstance(root, _Root) or not root.holds_gradients:
         return
+    chosen = {id(each) for each in blocks or (root,)}
     for module in _sharded(root):
+        if blocks is not None and id(module) not in chosen:
+            continue
         module.set_requires_gradient_sync(last, recurse=False)
         module.set_reshard_after_backward(last, recurse=False)
 

@@ -69,15 +69,19 @@ def apply_tensor(
     _cut_parameters(model, cuts)
     assert ties_of(model) == anatomy.ties, "tensor: the tied parameters changed"
     _exchange_in_regions(model, anatomy, exchange)
-    _exchange_at_ends(model, anatomy, exchange)
-    _part_the_vocabulary(model, anatomy, exchange, cuts)
     _localise(model, anatomy, exchange, cuts)
     model.shoal_sequence_multiple = degree  # type: ignore[assignment]
     balance = getattr(model, "shoal_balance", None)
     if balance is not None:  # every rank computes the same tokens
         model.shoal_balance = replace(balance, share=float(rank == 0))  # type: ignore[assignment]
     sharded = sharded_of(model)
-    sharded.exchange, sharded.vocabulary = exchange, _vocabulary(model, cuts, exchange)
+    sharded.exchange, stages = exchange, sharded.stages
+    if stages is None or any(each.is_first for each in stages.own):
+        _split_at_the_first(model, anatomy, exchange)
+        _part_the_vocabulary(model, anatomy, exchange, cuts)
+    if stages is None or any(each.is_last for each in stages.own):
+        _join_at_the_last(model, anatomy, exchange)
+        sharded.vocabulary = _vocabulary(model, cuts, exchange)
     return cuts
 
 
@@ -173,12 +177,16 @@ def _row_forward(layer: Any, exchange: Exchange, *, sums: bool) -> Callable[[Ten
     return forward
 
 
-def _exchange_at_ends(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
-    blocks = list(model.get_submodule(anatomy.blocks).children())
-    blocks[0].register_forward_pre_hook(_on_hidden(exchange.split), with_kwargs=True)
+def _split_at_the_first(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
+    first = next(model.get_submodule(anatomy.blocks).children())
+    first.register_forward_pre_hook(_on_hidden(exchange.split), with_kwargs=True)
+
+
+def _join_at_the_last(model: nn.Module, anatomy: Anatomy, exchange: Exchange) -> None:
+    *_, block = model.get_submodule(anatomy.blocks).children()
     # a rank's part of the vocabulary gives a part of the gradient; a whole head all of it
     leave = exchange.gather if has_vocabulary_head(model) else exchange.join
-    last = model.get_submodule(anatomy.norm) if anatomy.norm else blocks[-1]
+    last = model.get_submodule(anatomy.norm) if anatomy.norm else block
     last.register_forward_hook(lambda module, inputs, output: leave(output))
 
 

@@ -50,6 +50,10 @@ def command(candidate: Candidate, *, recipe: str, overrides: Iterable[str] = ())
         degree = layout.degree(axis)
         if axis == "shard" and degree > 1 and candidate.level != "parameters":
             words.append(f"parallel.shard={{degree: {degree}, level: {candidate.level}}}")
+        elif axis == "pipeline" and degree > 1 and candidate.schedule != "1f1b":
+            each = f", stages_per_rank: {candidate.chunks}" if candidate.chunks > 2 else ""
+            how = f"degree: {degree}, schedule: {candidate.schedule}{each}"
+            words.append(f"parallel.pipeline={{{how}}}")
         elif axis != "replicate" and degree > 1:
             words.append(f"parallel.{axis}={degree}")
     if candidate.recompute != "none":

@@ -72,6 +72,9 @@ def choices_of(recipe: Recipe, *, layout: Layout, only_replicate: bool = False) 
         is_open = only_replicate is False or axis == "replicate"
         if getattr(recipe.parallel, axis) is not None or not is_open:
             fixed[axis] = layout.degree(axis)
+    if recipe.parallel.pipeline is not None and layout.pipeline > 1:
+        given = recipe.parallel.pipelining
+        fixed |= {"schedule": given.schedule, "chunks": given.stages}
     if recipe.train.micro_batch_samples != "auto":
         fixed["micro_batch_samples"] = recipe.train.micro_batch_samples
     return Space(fixed=fixed)

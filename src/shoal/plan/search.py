@@ -7,7 +7,16 @@ from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
 from shoal.layout import Layout
-from shoal.legal import CHOSEN_AXES, Combination, ModelFacts, axes_of, not_yet, tensor_degrees
+from shoal.legal import (
+    CHOSEN_AXES,
+    Combination,
+    ModelFacts,
+    axes_of,
+    fits_schedule,
+    not_yet,
+    tensor_degrees,
+)
+from shoal.legal.rules import ZERO_BUBBLE
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster, Nodes
 from shoal.plan.workload import LEVELS, Candidate, Workload
@@ -130,6 +139,8 @@ def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator
         for schedule, chunks in _schedules(layout, workload=workload, micro_batches=micro_batches):
             if not space.allows("schedule", value=schedule):
                 continue
+            if not space.allows("chunks", value=chunks):
+                continue
             for level in levels:
                 if space.allows("level", value=level):
                     yield Candidate(
@@ -148,22 +159,25 @@ def _schedules(
     layout: Layout, *, workload: Workload, micro_batches: int
 ) -> Iterator[tuple[str, int]]:
     """Schedules worth trying. gpipe is left out: as long as 1f1b, and never holds less."""
-    yield "1f1b", 1
     stages, layers = layout.pipeline, workload.facts.layers
+    if fits_schedule("1f1b", ranks=stages, micro_batches=micro_batches):
+        yield "1f1b", 1
     if stages == 1:
         return
     if micro_batches % stages == 0:
         for chunks in (2, 4, 8):
             if stages * chunks <= layers:
                 yield "interleaved-1f1b", chunks
-        if stages * 2 <= layers:
+        if stages * 2 <= layers and layout.shard == 1:
             yield "interleaved-zero-bubble", 2
-    if stages * 2 <= layers and micro_batches >= 2 * stages:
+    if stages * 2 <= layers and micro_batches >= 2 * stages and layout.shard == 1:
         yield "zbv-zero-bubble", 2
 
 
 def _least_recompute(estimator: Estimator, *, candidate: Candidate, space: Space) -> list[str]:
     """Recompute kinds to try, least first: the first that fits is the fastest."""
+    if candidate.schedule in ZERO_BUBBLE:  # they take apart what recompute needs whole
+        return ["none"] if space.allows("recompute", value="none") else []
     if "recompute" in space.fixed:
         return [str(space.fixed["recompute"])]
     middle = [] if estimator.software.flash else ["selective"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from shoal.layout import Layout
+from shoal.legal import SCHEDULES as SCHEDULES
 from shoal.legal import ModelFacts
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble")
 RECOMPUTE = ("none", "selective", "full")
 LEVELS = ("optimizer", "gradients", "parameters")
 DEGREES = tuple(each.name for each in fields(Layout))

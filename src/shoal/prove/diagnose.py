@@ -52,6 +52,8 @@ def cause_of(
     ties = [set(names) for names in facts["ties"]]
     partial = set(facts["partial"])
     tied = {name for names in ties for name in names}
+    if set(bad) <= tied and layout.pipeline > 1 and set(bad) <= set(scaled):
+        return _tied_between_stages({bad[0]: scaled[bad[0]].scale})
     if set(bad) <= tied:
         return f"lost tie: only {', '.join(sorted(bad))} is off, whose gradient has two parts"
     if scaled and len(scaled) > 0.9 * len(bad):
@@ -73,9 +75,23 @@ def cause_of(
             "a mean of means (each part divided by its own number of targets) does this"
         )
     first = next(iter(reversed(bad)))
+    of_stages = (
+        "; a stage may read by the index of a layer what is another's, such as its type"
+        if layout.pipeline > 1
+        else ""
+    )
     return (
         f"the forward or backward of {first} or of what follows it is wrong: it is the failing "
-        "one nearest to the loss"
+        f"one nearest to the loss{of_stages}"
+    )
+
+
+def _tied_between_stages(scales: dict[str, float]) -> str:
+    """The first and the last stage each have a part of this gradient: right but for a factor."""
+    ((name, scale),) = scales.items()
+    return (
+        f"double reduction over pipeline: {name}, which the first and the last stage share, has "
+        f"{scale:.4g} times its gradient"
     )
 
 
@@ -140,6 +156,8 @@ def _at_the_start(found: Recording, wanted: Recording) -> str:
             )
         if torch.equal(a.flatten().double().sort().values, b.flatten().double().sort().values):
             return f"wrong order: {name} begins with the right values in other places"
+        if other := next((n for n in theirs.names() if torch.equal(theirs.read(n), a)), None):
+            return f"wrong stage: {name} begins with the values of {other}"
         return f"wrong shard: {name} does not begin with the values of one worker"
     return "the initial weights differ"
 

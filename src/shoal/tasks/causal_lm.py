@@ -41,6 +41,7 @@ class CausalLM(Task):
     kind = "causal-lm"
     auto_class = "AutoModelForCausalLM"
     packs = True
+    runs_once = True
     causal = True
     token_losses = True
     closes_documents = True

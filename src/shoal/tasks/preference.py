@@ -53,6 +53,7 @@ class Preference(Chat):
 
     kind = "preference"
     token_losses = False
+    runs_once = False  # a second time, for the reference
     packs = False
     target_name = "pairs"
     curve = Curve("nats per pair", baseline="even_loss", baseline_name="no preference")

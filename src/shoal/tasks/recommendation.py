@@ -74,6 +74,7 @@ class Recommendation(Task):
 
     kind = "recommendation"
     auto_class = "AutoModelForCausalLM"
+    runs_once = True
     causal = True
     needs_tokenizer = False
     target_name = "items"

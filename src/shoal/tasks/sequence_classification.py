@@ -58,6 +58,7 @@ class SequenceClassification(Task):
     kind = "sequence-classification"
     labels = "classes"
     auto_class = "AutoModelForSequenceClassification"
+    runs_once = True
     target_name = "texts"
     picture = "labels.png"
     curve = Curve("loss per text", baseline="bag_of_words_loss", baseline_name="bag of words")

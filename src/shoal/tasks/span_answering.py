@@ -58,6 +58,7 @@ class SpanAnswering(Task):
 
     kind = "span-answering"
     auto_class = "AutoModelForQuestionAnswering"
+    runs_once = True
     target_name = "ends of answers"
     curve = Curve("nats per end", baseline="uniform_loss", baseline_name="any token")
     own_data = "YOUR.json"

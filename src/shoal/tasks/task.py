@@ -202,6 +202,9 @@ class Task(ABC):
     token_losses: ClassVar[bool] = False
     """Whether its loss is a sum over the tokens of a row, each of which reads its own hidden state
     alone: then rows may be cut along the sequence."""
+    runs_once: ClassVar[bool] = False
+    """Whether `output` runs the model once, by `hidden_of` on the batch, and all else follows from
+    those states: then its blocks can be divided into the stages of a pipeline."""
     masks: ClassVar[bool] = False
     """Whether the tokenizer needs a token that stands for a hidden one."""
     labels: ClassVar[str | None] = None

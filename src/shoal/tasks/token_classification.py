@@ -63,6 +63,7 @@ class TokenClassification(Task):
     reads_words = True
     labels = "tags"
     auto_class = "AutoModelForTokenClassification"
+    runs_once = True
     target_name = "target words"
     picture = "confusion.png"
     curve = Curve("nats per word")

@@ -132,9 +132,9 @@ def meta_model(
     return build_meta(config_of(family, **settings), auto_class=chosen, dropout=dropout)
 
 
-def real_model(family: str, *, seed: int = 0, dropout: str = "off") -> nn.Module:
+def real_model(family: str, *, seed: int = 0, dropout: str = "off", **settings: Any) -> nn.Module:
     """A tiny model with weights, in evaluation mode."""
-    model = meta_model(family, dropout=dropout)
+    model = meta_model(family, dropout=dropout, **settings)
     return materialise(model, record=record(model), seed=seed).eval()
 
 

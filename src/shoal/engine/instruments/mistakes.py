@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm.flat import Span
+from shoal.comm.group import ProcessGroup
 from shoal.engine.passes import Micro
 from shoal.engine.step import Counted, Votes
 from shoal.engine.training import Training
@@ -22,6 +23,8 @@ from shoal.models.experts import experts_of
 from shoal.models.kernels import MaskRequest
 from shoal.observe.events import Report
 from shoal.parallel.local import local
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.pipeline import own_blocks
 from shoal.sync.policy import Gradients, Reduced
 
 
@@ -146,6 +149,52 @@ def _lost_expert(training: Training) -> None:
     replica.sum_partial = finish_less  # type: ignore[method-assign]
 
 
+def _swapped_stages(training: Training) -> None:
+    """Each rank of a pipeline begins with the blocks of the next one."""
+    mesh = training.ranks.mesh
+    line = ProcessGroup(_of_pipeline(training).group("pipeline"))
+    first = own_blocks(training.model, training.anatomy)[0]
+    values = [local(each) for each in first.parameters()]
+    parts = line.gather(torch.cat([each.flatten() for each in values]))
+    flat = parts[(mesh.coordinate("pipeline") + 1) % line.size]
+    for value, part in zip(values, flat.split([each.numel() for each in values])):
+        value.copy_(part.view(value.shape))
+
+
+def _wrong_layer_types(training: Training) -> None:
+    """The first block of each later stage reads the type of a layer of another kind."""
+    config = training.model.config
+    types = list(getattr(config, "layer_types", None) or ())
+    if len(set(types)) < 2:
+        raise ConfigError([Problem("fault", "wrong-layer-types: all layers are of one type")])
+    _of_pipeline(training)
+    for stage in training.replica.sharded.stages.own:  # type: ignore[union-attr]
+        own = types[stage.start]
+        if not stage.is_first:
+            types[stage.start] = next(each for each in types if each != own)
+    config.layer_types = types  # type: ignore[union-attr]
+
+
+def _tie_summed_twice(training: Training) -> None:
+    """The gradient that both ends of a pipeline have a part of is summed, and summed again."""
+    once, holdings = training.replica.sum_partial, training.replica.holdings
+    _of_pipeline(training)
+    tied = [name for name, each in holdings.items() if "pipeline" in each.partial]
+
+    def twice(gradients: Mapping[str, Tensor]) -> None:
+        once(gradients)
+        once({name: gradients[name] for name in tied})
+
+    training.replica.sum_partial = twice  # type: ignore[method-assign]
+
+
+def _of_pipeline(training: Training) -> Mesh:
+    mesh = training.ranks.mesh
+    if mesh.degree("pipeline") == 1:
+        raise ConfigError([Problem("fault", "is of a pipeline", "give parallel.pipeline=2")])
+    return mesh
+
+
 MISTAKES: dict[str, Callable[[Training], None]] = {
     "mean-of-means": _mean_of_means,
     "no-reduction": _without_reduction,
@@ -156,6 +205,9 @@ MISTAKES: dict[str, Callable[[Training], None]] = {
     "missing-partial": _missing_partial,
     "wrong-mask": _wrong_context_mask,
     "lost-expert": _lost_expert,
+    "swapped-stages": _swapped_stages,
+    "wrong-layer-types": _wrong_layer_types,
+    "tie-summed-twice": _tie_summed_twice,
 }
 
 

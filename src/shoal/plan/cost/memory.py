@@ -9,7 +9,7 @@ from shoal.plan.cost.constants import DEFAULT, Constants
 from shoal.plan.cost.eager import eager_bytes, loss_bytes
 from shoal.plan.cost.pipeline import in_flight
 from shoal.plan.software import SHOAL, Software
-from shoal.plan.workload import Candidate, Workload
+from shoal.plan.workload import Candidate, Workload, stage_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,14 +199,24 @@ def memory_of(
 
 
 def memory_on_cpu(candidate: Candidate, *, workload: Workload) -> Memory:
-    """Bytes of one worker of this machine at its peak; live tensors only."""
-    return memory_of(
-        Stage(index=0, blocks=workload.facts.layers, count=1),
-        workload=workload,
-        candidate=candidate,
-        software=replace(SHOAL, on_cpu=True),
-        constants=replace(DEFAULT, reserve_share=0.0, context_bytes=0.0),
+    """Bytes of the fullest worker of this machine at its peak; live tensors only."""
+    blocks = stage_blocks(
+        workload.facts,
+        stages=candidate.layout.pipeline,
+        sequence_tokens=workload.sequence_tokens,
+        balanced=True,
     )
+    stages = [
+        memory_of(
+            Stage(index=at, blocks=each, count=len(blocks)),
+            workload=workload,
+            candidate=candidate,
+            software=replace(SHOAL, on_cpu=True),
+            constants=replace(DEFAULT, reserve_share=0.0, context_bytes=0.0),
+        )
+        for at, each in enumerate(blocks)
+    ]
+    return max(stages, key=lambda memory: memory.live)
 
 
 def _per_block(

@@ -1,0 +1,169 @@
+"""Passes of a replica whose blocks are divided into stages, several micro batches on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.group import Traffic, watched
+from shoal.engine.passes import Batch, Micro, OneByOne
+from shoal.parallel import shard
+from shoal.parallel.pipeline import Stage, Stages
+from shoal.parallel.schedules import Line, Schedule, Shape, shown_to_all, walk
+from shoal.tasks.task import Scores
+
+
+class Scheduled(OneByOne):
+    """Every rank runs the model's own forward; in all stages but the last it ends at their end."""
+
+    def __init__(self, *arguments: Any, schedule: str, traffic: Traffic, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._name, self._traffic = schedule, traffic
+        self._schedules: dict[int, Schedule] = {}
+        self._of: nn.Module | None = None
+
+    @property
+    def stages(self) -> Stages:
+        """Those of this rank."""
+        stages = self._replica.sharded.stages
+        assert stages is not None, "the replica has a pipeline"
+        return stages
+
+    @property
+    def model(self) -> nn.Module:
+        """What of the model this rank has."""
+        return self._replica.model
+
+    @property
+    def _line(self) -> Line:
+        sharded, model = self._replica.sharded, self._replica.model
+        group = sharded.mesh.group("pipeline")
+        assert group is not None, "a pipeline has several ranks"
+        return Line(group, self._device, next(model.parameters()).dtype, self._traffic)
+
+    def _shape(self, batch: Batch) -> Shape:
+        """Of the hidden states that one stage hands to the next."""
+        model: Any = self._replica.model
+        rows, tokens = self._own(batch)["input_ids"].shape
+        multiple = int(getattr(model, "shoal_sequence_multiple", 1))
+        return rows, -(-tokens // multiple), model.config.hidden_size
+
+    def _schedule(self, count: int) -> Schedule:
+        """The one for `count` micro batches, of the model as it is cut now."""
+        model = self._replica.model
+        if model is not self._of:
+            self._schedules, self._of = {}, model
+        if count not in self._schedules:
+            stages = self.stages
+            self._schedules = {
+                count: Schedule(
+                    stages,
+                    line=self._line,
+                    schedule=self._name,
+                    num_micro_batches=count,
+                    parameters=partial(stages.parameters, model),
+                )
+            }
+        return self._schedules[count]
+
+    def train(
+        self, micros: Sequence[Micro], *, scale: float, step: int, done: Callable[[int], None]
+    ) -> list[float]:
+        schedule = self._schedule(len(micros))
+        step_of = _Step(self, micros, scale=scale, step=step, done=done)
+        shapes = [self._shape(each.batch) for each in micros]
+        watched(lambda: schedule.step(step_of, shapes=shapes))
+        return [0.0 if each is None else each.item() for each in step_of.losses]
+
+    def through(
+        self,
+        stage: Stage,
+        hidden: Tensor | None,
+        function: Callable[..., Tensor],
+        micro: Micro,
+        *,
+        exactly: bool = False,
+    ) -> Tensor:
+        """`function(model, batch)` as far as it runs in `stage`; `exactly`: in float32."""
+
+        def part(model: nn.Module, batch: Batch) -> Tensor:
+            return self.stages.run(stage, hidden, lambda: function(model, batch))
+
+        return self._run(part, micro.batch, exactly=exactly)
+
+    @torch.no_grad()
+    def score(self, micros: Sequence[Micro], *, predict: bool) -> list[Scores]:
+        kept: list[Scores] = []
+        self._replica.model.eval()
+        try:
+            for micro in micros:
+                self._walk(partial(self._scores, predict=predict, kept=kept), micro)
+        finally:
+            self._replica.model.train()
+        return kept
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        model = self._replica.model
+        model.eval()
+        try:
+            found = self._walk(self._last_logits, Micro(batch), exactly=True)
+            given = None if found is None else found.float()
+            return watched(lambda: shown_to_all(given, stages=self.stages, line=self._line))
+        finally:
+            model.train()
+
+    def _walk(
+        self, function: Callable[..., Tensor], micro: Micro, *, exactly: bool = False
+    ) -> Tensor | None:
+        forward = partial(self.through, function=function, micro=micro, exactly=exactly)
+        shape = self._shape(micro.batch)
+        return watched(lambda: walk(self.stages, line=self._line, shape=shape, forward=forward))
+
+
+class _Step:
+    """What the stages of this rank compute in one step (parallel/schedules.py: Compute)."""
+
+    def __init__(
+        self,
+        passes: Scheduled,
+        micros: Sequence[Micro],
+        *,
+        scale: float,
+        step: int,
+        done: Callable[[int], None],
+    ) -> None:
+        self._passes, self._micros = passes, micros
+        self._scale, self._step, self._done = scale, step, done
+        self._left = [len(passes.stages.own)] * len(micros)
+        self._to_come = dict.fromkeys(passes.stages.own, len(micros))
+        self.losses: list[Tensor | None] = [None] * len(micros)
+
+    def forward(self, stage: Stage, hidden: Tensor | None, number: int) -> Tensor:
+        passes, micro = self._passes, self._micros[number]
+        passes.begin("forward")
+        output = passes.through(stage, hidden, self._loss, micro)
+        if not stage.is_last:
+            return output
+        self.losses[number] = output.detach()
+        return output * self._scale
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._passes.loss(model, batch, self._step, self._scale)
+
+    def before_backward(self, stage: Stage, number: int) -> None:
+        passes = self._passes
+        passes.begin("backward")
+        self._to_come[stage] -= 1
+        last, blocks = not self._to_come[stage], passes.stages.blocks(stage)
+        shard.micro_batch(passes.model, last=last, blocks=blocks)
+        shard.micro_batch(passes.model, last=not any(self._to_come.values()), blocks=())
+
+    def after_backward(self, stage: Stage, number: int) -> None:
+        self._left[number] -= 1
+        if not self._left[number]:
+            self._done(self._micros[number].number)

@@ -1,0 +1,70 @@
+"""What a schedule costs by itself: idle time, micro batches held, and the order of its events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.launch.pool import WorkerPool
+from shoal.plan.cost.pipeline import in_flight, step_seconds
+from shoal.plan.schedules import order_of
+from workers import run_workers
+
+SECONDS = 0.02
+"""Of a rank's forward of a micro batch, as of its input's and its weight's gradient: long beside
+what a message and a wake-up take here (0.3 ms)."""
+
+
+def timed(pool: WorkerPool, folder: Path, name: str, *, ranks: int, micro: int) -> dict[str, Any]:
+    """Idle share of a step with equal stages, and each rank's figures."""
+    each = 1 if name in ("gpipe", "1f1b") else 2
+    out = folder / f"{name}-{ranks}"
+    out.mkdir()
+    payload = {"schedule": name, "ranks": ranks, "stages_per_rank": each, "micro_batches": micro}
+    payload |= {"seconds": SECONDS, "turns": 3, "out": str(out)}
+    found = run_workers(pool, "synthetic_stages:run", payload, size=ranks)
+    found = sorted(found, key=lambda one: one["rank"])
+    step = min(max(turns) for turns in zip(*(one["seconds"] for one in found), strict=True))
+    return {"idle": 1 - 3 * SECONDS * micro / step, "step": step, "ranks": found}
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 4), (4, 8)])
+@pytest.mark.parametrize("name", ["1f1b", "gpipe"])
+def test_the_idle_share_is_the_formula_s(
+    pool: WorkerPool, tmp_path: Path, name: str, ranks: int, micro: int
+) -> None:
+    """(p-1)/(m+p-1), within 10 %: the rest is messages and wake-ups."""
+    found = timed(pool, tmp_path, name, ranks=ranks, micro=micro)
+    wanted = (ranks - 1) / (micro + ranks - 1)
+    assert wanted * 0.95 < found["idle"] < wanted * 1.1 + 0.02
+    stages = [3 * SECONDS] * ranks
+    assert found["step"] == pytest.approx(
+        step_seconds(name, stages=stages, micro_batches=micro), rel=0.1
+    )
+
+
+@pytest.mark.slow
+def test_looped_schedules_idle_less_as_published(pool: WorkerPool, tmp_path: Path) -> None:
+    """Each less than the one before it: 1f1b, interleaved, interleaved with zero bubble, V."""
+    names = ("1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble")
+    idle = [timed(pool, tmp_path, name, ranks=4, micro=8)["idle"] for name in names]
+    print(dict(zip(names, idle, strict=True)))
+    assert idle == sorted(idle, reverse=True)
+    assert idle[1] == pytest.approx(3 / (2 * 8 + 3), abs=0.04)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "gpipe"])
+def test_a_rank_holds_as_many_micro_batches_as_the_formula_says(
+    pool: WorkerPool, tmp_path: Path, name: str
+) -> None:
+    """And computes in the order that `shoal simulate` plays."""
+    found = timed(pool, tmp_path, name, ranks=2, micro=4)
+    for rank, one in enumerate(found["ranks"]):
+        assert one["held"] == in_flight(name, stages=2, stage=rank, micro_batches=4)
+        order = order_of(name, rank=rank, ranks=2, micro_batches=4, chunks=1)
+        if name == "1f1b":
+            played = [[kind, stage, micro] for kind, micro, stage in order]
+            assert one["events"] == played

@@ -182,7 +182,7 @@ def test_mixtures_of_experts(bench: Bench, family: str, kind: str) -> None:
         (("parallel.context=3",), "set data.sequence_tokens to 36"),
         (("parallel.context={degree: 4, kind: ulysses}",), "kind to ring, or the degree to 2"),
         (("parallel.context=2", "model.dropout=framework"), "has no key"),
-        (("parallel.context=2", "train.exact=true"), "whole replicas only"),
+        (("parallel.context=2", "train.exact=true"), "holds for whole replicas and"),
         (("parallel.context=2", "launch.workers=threads"), "threads carry the replicate axis"),
         (("parallel.context={degree: 2, kind: rings}",), "ring"),
         (

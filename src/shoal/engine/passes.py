@@ -153,8 +153,8 @@ class OneByOne(Passes):
         """Of whole rows, on the CPU."""
         losses, guesses = scores.losses, scores.predictions
         if (context := self._replica.context) is not None:
-            losses = context.whole(losses, tokens=_tokens(batch))
-            guesses = None if guesses is None else context.whole(guesses, tokens=_tokens(batch))
+            losses = context.whole(losses, tokens=num_tokens(batch))
+            guesses = None if guesses is None else context.whole(guesses, tokens=num_tokens(batch))
         return Scores(losses.cpu(), None if guesses is None else guesses.cpu())
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class OneByOne(Passes):
         model = self._replica.model
         model.eval()
         try:
-            place = _tokens(batch) - 1
+            place = num_tokens(batch) - 1
             return self._run(self._last_logits, batch, place, exactly=True).float()
         finally:
             model.train()
@@ -177,6 +177,6 @@ class OneByOne(Passes):
         return logits[:, -1] if logits.dim() == 3 else logits
 
 
-def _tokens(batch: Batch) -> int:
+def num_tokens(batch: Batch) -> int:
     """Positions of a row; 1 where rows have no tokens."""
     return batch["input_ids"].shape[1] if "input_ids" in batch else 1

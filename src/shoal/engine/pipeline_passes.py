@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm.group import Traffic, watched
-from shoal.engine.passes import Batch, Micro, OneByOne
+from shoal.engine.passes import Batch, Micro, OneByOne, num_tokens
 from shoal.parallel import shard
 from shoal.parallel.pipeline import Stage, Stages
 from shoal.parallel.schedules import Line, Schedule, Shape, shown_to_all, walk
@@ -77,7 +77,8 @@ class Scheduled(OneByOne):
         step_of = _Step(self, micros, scale=scale, step=step, done=done)
         shapes = [self._shape(each.batch) for each in micros]
         watched(lambda: schedule.step(step_of, shapes=shapes))
-        return [0.0 if each is None else each.item() for each in step_of.losses]
+        sums = [0.0 if each is None else each.item() for each in step_of.losses]
+        return self._replica.context.sum(sums) if self._replica.context else sums
 
     def through(
         self,
@@ -101,7 +102,9 @@ class Scheduled(OneByOne):
         self._replica.model.eval()
         try:
             for micro in micros:
-                self._walk(partial(self._scores, predict=predict, kept=kept), micro)
+                found: list[Scores] = []
+                self._walk(partial(self._scores, predict=predict, found=found), micro)
+                kept += [self._whole(each, micro.batch) for each in found]
         finally:
             self._replica.model.train()
         return kept
@@ -111,7 +114,8 @@ class Scheduled(OneByOne):
         model = self._replica.model
         model.eval()
         try:
-            found = self._walk(self._last_logits, Micro(batch), exactly=True)
+            last = partial(self._last_logits, last=num_tokens(batch) - 1)
+            found = self._walk(last, Micro(batch), exactly=True)
             given = None if found is None else found.float()
             return watched(lambda: shown_to_all(given, stages=self.stages, line=self._line))
         finally:

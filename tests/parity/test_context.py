@@ -148,11 +148,10 @@ LATENT = {
     "first_k_dense_replace": 1,
 }
 EXPERTS: dict[str, dict[str, int]] = {
-    "mixtral": {"num_local_experts": 4},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**MIXTURE, "num_experts": 4, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**MIXTURE, "num_experts": 4},
     "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
 }
 """Mixtures of experts; DeepSeek's values are smaller than its keys."""
 

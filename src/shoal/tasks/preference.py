@@ -52,7 +52,6 @@ class Preference(Chat):
     """Two answers to the same prompt; the loss and its scores are per pair."""
 
     kind = "preference"
-    token_losses = False
     packs = False
     target_name = "pairs"
     curve = Curve("nats per pair", baseline="even_loss", baseline_name="no preference")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shoal.layout import Layout
 from shoal.legal import axes_of
-from shoal.legal.rules import SHARD_LEVELS
+from shoal.legal.rules import CONTEXT_KINDS, SHARD_LEVELS
 from tiny import write_corpus
 from unit.models.tiny_models import MIXTURES, SETTINGS
 
@@ -69,7 +69,7 @@ class Case:
 
 
 def matrix(family: str) -> list[Case]:
-    """The layouts that a family is proven in: shard, tensor and expert 2 and 4, up to 8 workers."""
+    """The layouts that a family is proven in: every axis of its own by 2 and 4, mixes."""
     tensor = "tensor" in axes_of(family)
     pairs = [(2, 1), (4, 1)] + ([(2, 2), (4, 2), (2, 4)] if tensor else [])
     cases = [
@@ -92,7 +92,17 @@ def matrix(family: str) -> list[Case]:
     cases.append(Case(family, Layout(replicate=2), more=("launch.workers=threads",)))
     widest = Layout(shard=2, tensor=2 if tensor else 1)
     kinds = ("selective", "full")
-    return cases + [Case(family, widest, more=(f"parallel.recompute={kind}",)) for kind in kinds]
+    cases += [Case(family, widest, more=(f"parallel.recompute={kind}",)) for kind in kinds]
+    return cases + (_of_rows(family) if "context" in axes_of(family) else [])
+
+
+def _of_rows(family: str) -> list[Case]:
+    """Rows cut in 2 and 4, both ways, and mixed with the other axes."""
+    layouts = [Layout(context=2), Layout(context=4), Layout(context=2, shard=2)]
+    layouts += [Layout(context=2, tensor=2), Layout(context=2, tensor=2, replicate=2)]
+    cases = [Case(family, layout, kind=kind) for layout in layouts for kind in CONTEXT_KINDS]
+    again = ("parallel.recompute=selective",)
+    return [*cases, Case(family, Layout(context=2, tensor=2, shard=2), "optimizer", again)]
 
 
 def recipe_of(family: str, folder: Path) -> Path:

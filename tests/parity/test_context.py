@@ -1,4 +1,7 @@
-"""Rows cut along the sequence: every decoder family, alone and mixed, is one worker's run."""
+"""Rows cut along the sequence, alone and mixed, are one worker's run.
+
+A choice; every decoder family in 2 and 4, both ways and mixed, is in test_matrix.py.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from families import FAMILIES, GRADIENT, LOSS, Case, recipe_of
+from families import Case, recipe_of
 from parity.test_matrix import Compare, assert_equal
 from parity.test_replicas import SHORT, assert_same_curve
 from shoal.errors import ConfigError
 from shoal.launch.pool import WorkerPool
 from shoal.layout import Layout
-from shoal.legal import axes_of
 from shoal.legal.rules import CONTEXT_KINDS
 from shoal.prove.matrix import Apart, Matrix
 from shoal.prove.parity import prove
@@ -29,7 +31,6 @@ MODEL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-DECODERS = [family for family in FAMILIES if "context" in axes_of(family)]
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +68,6 @@ CHOICE = [
 @pytest.mark.parametrize("case", CHOICE, ids=lambda case: f"{case.family}-{case.layout}")
 def test_rows_that_are_cut_are_one_workers(case: Case, compare: Compare) -> None:
     assert_equal(compare(case))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("family", DECODERS)
-def test_every_decoder(family: str, compare: Compare) -> None:
-    for degree in (2, 4):
-        for kind in CONTEXT_KINDS:
-            found = compare(Case(family, Layout(context=degree), kind=kind))
-            assert found.loss < LOSS and found.gradient < GRADIENT, (degree, kind, found)
 
 
 @pytest.mark.quick(1)
@@ -157,11 +148,10 @@ LATENT = {
     "first_k_dense_replace": 1,
 }
 EXPERTS: dict[str, dict[str, int]] = {
-    "mixtral": {"num_local_experts": 4},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**MIXTURE, "num_experts": 4, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**MIXTURE, "num_experts": 4},
     "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
 }
 """Mixtures of experts; DeepSeek's values are smaller than its keys."""
 

@@ -20,9 +20,9 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from shoal.comm.group import watched
 from shoal.errors import ModelError
 from shoal.fields import TOKENS, Fields
 from shoal.models.anatomy import padded
@@ -81,8 +81,8 @@ class Context:
 
     @torch.no_grad()
     def whole(self, part: Tensor, *, tokens: int) -> Tensor:
-        """Every rank's part [B, T/c, ...] as rows [B, tokens, ...], on every rank."""
-        joined = self.exchange.join(part)
+        """Every rank's part [B, T/c, ...] as rows [B, tokens, ...], on every rank. PeersLost."""
+        joined = watched(lambda: self.exchange.join(part))
         ranks = range(self.exchange.size)
         order = torch.cat([self._places(rank, tokens=joined.shape[1]) for rank in ranks])
         return joined[:, order.argsort().to(part.device)][:, :tokens]
@@ -95,9 +95,9 @@ class Context:
         return self.exchange.sum((part * mine[:, None]).sum(1, keepdim=True))
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over the ranks of the axis."""
+        """The sums over the ranks of the axis. Raises PeersLost."""
         total = torch.tensor(values, dtype=torch.float64, device=self.exchange.device)
-        dist.all_reduce(total, group=self.exchange.group)
+        watched(lambda: self.exchange.sum_([total]))
         return [float(each) for each in total]
 
     @cached_property

@@ -31,6 +31,7 @@ class Distillation(CausalLM):
 
     kind = "distillation"
     whole_logits = True
+    token_losses = True
 
     @property
     def companion_path(self) -> str | None:

@@ -53,7 +53,6 @@ class MaskedLM(CausalLM):
     kind = "masked-lm"
     auto_class = "AutoModelForMaskedLM"
     causal = False
-    token_losses = False
     masks = True
     target_name = "hidden tokens"
     curve = Curve("nats per hidden token", "unigram_loss", "unigram baseline")

@@ -52,7 +52,6 @@ class Preference(Chat):
     """Two answers to the same prompt; the loss and its scores are per pair."""
 
     kind = "preference"
-    token_losses = False
     runs_once = False  # a second time, for the reference
     packs = False
     target_name = "pairs"

@@ -201,7 +201,8 @@ class Task(ABC):
     """Whether the loss reads whole rows of a vocabulary's logits: no axis then cuts the head."""
     token_losses: ClassVar[bool] = False
     """Whether its loss is a sum over the tokens of a row, each of which reads its own hidden state
-    alone: then rows may be cut along the sequence."""
+    alone: then rows may be cut along the sequence. A class with an `output` of its own says it
+    itself."""
     runs_once: ClassVar[bool] = False
     """Whether `output` runs the model once, by `hidden_of` on the batch, and all else follows from
     those states: then its blocks can be divided into the stages of a pipeline."""
@@ -227,6 +228,11 @@ class Task(ABC):
 
     Then the task's metrics are `Pictured`, and it has `draw`.
     """
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "output" in vars(cls) and "token_losses" not in vars(cls):
+            cls.token_losses = False  # not inherited with another loss
 
     def __init__(
         self, settings: Mapping[str, Any] | None = None, *, options: Mapping[str, Any] | None = None

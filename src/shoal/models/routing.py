@@ -45,8 +45,9 @@ class Load:
     def take(self) -> Tensor:
         """Everything counted, as one vector [L x E + 2] float64 that ranks add up; from zero."""
         whole = torch.zeros(self.layers * self.experts + 2, dtype=torch.float64)
-        for number, found in self.tokens.items():
-            whole[number * self.experts :][: self.experts] = found
+        if self.tokens:
+            found = torch.stack([*self.tokens.values()]).double().cpu()
+            whole[:-2].view(self.layers, self.experts)[[*self.tokens]] = found
         whole[-2], whole[-1] = self.chosen, self.computed
         self.tokens, self.chosen, self.computed = {}, 0, 0
         return whole

@@ -90,9 +90,7 @@ class RunLog:
         training, progress = self._training, self._training.progress
         other = traffic.communication_seconds + traffic.waiting_seconds
         scale = {"loss_scale": training.loss_scale.value} if training.loss_scale else {}
-        return {
-            **scale,
-            **outcome.step.figures,
+        return scale | {
             "step": progress.step,
             "loss": outcome.step.loss,
             "learning_rate": outcome.learning_rate,
@@ -108,6 +106,7 @@ class RunLog:
             "peak_memory_bytes": training.peak_memory_bytes,
             "peak_private_bytes": private_bytes() if progress.step % 50 == 1 else None,
             "mfu": self._job.decision.mfu(tokens=outcome.step.targets, seconds=seconds),
+            **outcome.step.figures,
         }
 
     def committed(self, row: dict[str, Any], outcome: Outcome) -> None:

@@ -201,9 +201,9 @@ class Step:
             sums[count + ranks.replica] = self._square(gradients)
         sums = torch.cat([sums, given])
         group.sum_(sums)
-        losses, squares, given = sums.split([count, replicas, len(given)])
+        each, squares, given = sums.split([count, replicas, len(given)])
         figures = self._replica.load_figures(given)
-        return ordered_sum(losses.tolist()), squares.sqrt().tolist(), figures
+        return ordered_sum(each.tolist()), squares.sqrt().tolist(), figures
 
     def _square(self, gradients: Gradients) -> float:
         """Square of the norm of this rank's own part of its replica's gradients."""

@@ -45,8 +45,9 @@ class Load:
     def take(self) -> Tensor:
         """Everything counted, as one vector [L x E + 2] float64 that ranks add up; from zero."""
         whole = torch.zeros(self.layers * self.experts + 2, dtype=torch.float64)
-        for number, found in self.tokens.items():
-            whole[number * self.experts :][: self.experts] = found
+        if self.tokens:
+            found = torch.stack([*self.tokens.values()]).double().cpu()
+            whole[:-2].view(self.layers, self.experts)[[*self.tokens]] = found
         whole[-2], whole[-1] = self.chosen, self.computed
         self.tokens, self.chosen, self.computed = {}, 0, 0
         return whole
@@ -90,16 +91,17 @@ class Balance:
 def watch_routers(model: nn.Module) -> None:
     """Let routers tell the forward's context what they decide; a model without any is untouched."""
     modules = experts_of(model)
-    routers = [getattr(model.get_submodule(p.rpartition(".")[0]), "gate", None) for p in modules]
+    around: list[Any] = [model.get_submodule(path.rpartition(".")[0]) for path in modules]
+    routers = [getattr(module, "gate", None) for module in around]
     sizes = {int(each.num_experts) for each in modules.values()}  # type: ignore[arg-type]
     if len(sizes) != 1 or not all(isinstance(each, nn.Module) for each in routers):
         return
     load = Load(len(modules), *sizes)
     model.shoal_load = load  # type: ignore[assignment]
-    for number, router in enumerate(routers):
-        router.register_forward_hook(functools.partial(_tell, number))
-    for module in modules.values():
-        module.shoal_load = load  # type: ignore[assignment]
+    for number, module in enumerate(around):
+        module.gate.register_forward_hook(functools.partial(_tell, number))
+    for experts in modules.values():
+        experts.shoal_load = load  # type: ignore[assignment]
 
 
 @torch.compiler.disable  # it reads what belongs to the forward and not to the block

@@ -76,6 +76,7 @@ class Scheduled(OneByOne):
         schedule = self._schedule(len(micros))
         step_of = _Step(self, micros, scale=scale, step=step, done=done)
         shapes = [self._shape(each.batch) for each in micros]
+        self.begin("forward")  # which may be another rank's for a while: nobody is stuck who waits
         watched(lambda: schedule.step(step_of, shapes=shapes))
         return [0.0 if each is None else each.item() for each in step_of.losses]
 

@@ -129,7 +129,7 @@ MORE = ["{pipeline: 2, tensor: 2}", "{pipeline: 2, shard: 2}", "{pipeline: 4}", 
     "layouts", [PASSED, pytest.param([*MORE, *PASSED], marks=slow)], ids=["two", "all"]
 )
 def test_passed_on_through_stages_without_a_step(bench: Bench, layouts: list[str]) -> None:
-    """Each layout loads what the one before it saved: the same names, shapes and bits in the end."""
+    """Each layout loads what the one before it saved, and nothing changes on the way."""
     half = bench.run("train.steps=4", "train.evaluate_every_steps=0", *FOUR)
     first = reader = newest(half)
     for text in layouts:

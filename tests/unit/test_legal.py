@@ -276,14 +276,14 @@ def test_what_is_not_there_yet_says_so() -> None:
     assert "context is not there yet, got 2" in text
     assert "the policy diloco is not there yet" in text
     assert "the codec int8 is not there yet" in text
-    assert "today these axes run: replicate, shard, tensor" in text
+    assert "today these axes run: pipeline, replicate, shard, tensor" in text
     assert not not_yet(Combination(layout=Layout(replicate=8, shard=2, tensor=2)))
 
 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"layout": Layout(shard=2), "exact": True}, "train.exact: holds for whole replicas only"),
+        ({"layout": Layout(shard=2), "exact": True}, "train.exact: holds for whole replicas and"),
         ({"layout": Layout(tensor=2), "optimizer": "muon"}, "muon needs whole matrices"),
         ({"layout": Layout(tensor=2), "dropout": "framework"}, "which compute the same tokens"),
         ({"layout": Layout(tensor=2), "whole_logits": True}, "cannot be cut by vocabulary"),
@@ -306,8 +306,9 @@ def test_whatever_the_model(asked: dict[str, Any], words: str) -> None:
 
 
 def test_a_plan_chooses_among_the_axes_that_are_open() -> None:
-    assert open_axes(Combination()) == {"replicate", "shard", "tensor"}
+    assert open_axes(Combination()) == {"pipeline", "replicate", "shard", "tensor"}
     assert open_axes(Combination(family="t5")) == {"replicate", "shard"}
-    for closing in ({"exact": True}, {"optimizer": "muon"}, {"workers": "threads"}):
-        assert open_axes(Combination(**closing)) == {"replicate"}
-    assert open_axes(Combination(dropout="framework")) == {"replicate", "shard"}
+    for closing in ({"exact": True}, {"optimizer": "muon"}):
+        assert open_axes(Combination(**closing)) == {"pipeline", "replicate"}
+    assert open_axes(Combination(workers="threads")) == {"replicate"}
+    assert open_axes(Combination(dropout="framework")) == {"pipeline", "replicate", "shard"}

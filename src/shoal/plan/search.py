@@ -132,7 +132,8 @@ def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator
         if micro > 64 or not space.allows("micro_batch_samples", value=micro):
             continue
         micro_batches = share // micro
-        for schedule, chunks in _schedules(layout, workload=workload, micro_batches=micro_batches):
+        offered = _schedules(layout, workload=workload, micro_batches=micro_batches, space=space)
+        for schedule, chunks in offered:
             if not space.allows("schedule", value=schedule):
                 continue
             if not space.allows("chunks", value=chunks):
@@ -152,7 +153,7 @@ def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator
 
 
 def _schedules(
-    layout: Layout, *, workload: Workload, micro_batches: int
+    layout: Layout, *, workload: Workload, micro_batches: int, space: Space
 ) -> Iterator[tuple[str, int]]:
     """Schedules worth trying. gpipe is left out: as long as 1f1b, and never holds less."""
     stages, layers = layout.pipeline, workload.facts.layers
@@ -160,19 +161,22 @@ def _schedules(
         yield "1f1b", 1
     if stages == 1:
         return
+    whole = layout.shard == 1 or not space.runnable  # legal/rules.py
     if micro_batches % stages == 0:
         for chunks in (2, 4, 8):
             if stages * chunks <= layers:
                 yield "interleaved-1f1b", chunks
-        if stages * 2 <= layers and layout.shard == 1:
+        if stages * 2 <= layers and whole:
             yield "interleaved-zero-bubble", 2
-    if stages * 2 <= layers and micro_batches >= 2 * stages and layout.shard == 1:
+    if stages * 2 <= layers and micro_batches >= 2 * stages and whole:
         yield "zbv-zero-bubble", 2
 
 
 def _least_recompute(estimator: Estimator, *, candidate: Candidate, space: Space) -> list[str]:
     """Recompute kinds to try, least first: the first that fits is the fastest."""
-    if candidate.schedule in ZERO_BUBBLE:  # they take apart what recompute needs whole
+    if (
+        candidate.schedule in ZERO_BUBBLE and space.runnable
+    ):  # they take apart what recompute needs whole
         return ["none"] if space.allows("recompute", value="none") else []
     if "recompute" in space.fixed:
         return [str(space.fixed["recompute"])]

@@ -13,7 +13,7 @@ from parity.test_replicas import FROZEN, GPT2, PADDED, SHORT, assert_same_curve
 from passing_on import newest, pass_on
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.job import Inputs, Job
-from shoal.errors import ConfigError
+from shoal.errors import UserError
 from shoal.launch.local import resumed_recipe
 from shoal.launch.pool import WorkerPool
 from shoal.prove.matrix import Matrix
@@ -39,6 +39,11 @@ PIPELINES = {
     "by hand": (pipeline("split: [3, 1]"), *FOUR),
     "tensor": ("parallel.pipeline=2", "parallel.tensor=2", *FOUR),
     "shard": ("parallel.pipeline=2", "parallel.shard={degree: 2, level: optimizer}", *FOUR),
+    "zbv shard": (
+        pipeline("schedule: zbv-zero-bubble"),
+        "parallel.shard={degree: 2, level: optimizer}",
+        *FOUR,
+    ),
     "looped shard": (pipeline("schedule: interleaved-1f1b"), "parallel.shard=2", *FOUR),
     "replicate": ("parallel.pipeline=2", "parallel.replicate=2", *FOUR),
     "recompute": ("parallel.pipeline=2", "parallel.recompute=full", *FOUR),
@@ -178,7 +183,7 @@ def test_a_mistake_in_stages_is_caught_and_named(
 
 
 def test_a_mistake_of_stages_needs_some(bench: Bench) -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.pipeline=2"):
+    with pytest.raises(UserError, match=r"parallel\.pipeline=2"):
         proof(bench, "parallel.replicate=2", mistake="swapped-stages")
 
 

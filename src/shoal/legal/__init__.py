@@ -5,6 +5,7 @@ from shoal.legal.families.table import axes_of, facts_from_config, family_of
 from shoal.legal.rules import (
     OWN_PARAMETERS,
     SCHEDULES,
+    ZERO_BUBBLE,
     Combination,
     fits_schedule,
     not_yet,
@@ -17,6 +18,7 @@ from shoal.legal.shrink import shrunk
 __all__ = [
     "OWN_PARAMETERS",
     "SCHEDULES",
+    "ZERO_BUBBLE",
     "Combination",
     "ModelFacts",
     "axes_of",

@@ -192,6 +192,23 @@ def micro_batch(
         module.set_reshard_after_backward(last, recurse=False)
 
 
+def reduce_held(model: nn.Module) -> None:
+    """Scatter the gradients of a step whose backwards were taken apart (level `optimizer`): the
+    hooks by which FSDP2 knows that one is over run before its weights' gradients are there.
+
+    As torch.distributed.pipelining ends such a step (torch 2.13, stage.py: perform_reduce_grad).
+    """
+    root = sharded_of(model).root
+    if not isinstance(root, _Root):
+        return
+    micro_batch(model, last=True)
+    for module in _sharded(root):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            group.post_backward()
+    whole: Any = root
+    whole._get_fsdp_state()._root_post_backward_final_callback()
+
+
 def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:
     """Bytes that this rank sends along shard in one step, by collective; FSDP2 counts none itself.
 

@@ -132,13 +132,15 @@ def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator
         if micro > 64 or not space.allows("micro_batch_samples", value=micro):
             continue
         micro_batches = share // micro
-        offered = _schedules(layout, workload=workload, micro_batches=micro_batches, space=space)
-        for schedule, chunks in offered:
+        for schedule, chunks in _schedules(layout, workload=workload, micro_batches=micro_batches):
             if not space.allows("schedule", value=schedule):
                 continue
             if not space.allows("chunks", value=chunks):
                 continue
             for level in levels:
+                apart = schedule in ZERO_BUBBLE and layout.shard > 1 and level != "optimizer"
+                if apart and space.runnable:  # legal/rules.py
+                    continue
                 if space.allows("level", value=level):
                     yield Candidate(
                         layout=layout,
@@ -153,7 +155,7 @@ def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator
 
 
 def _schedules(
-    layout: Layout, *, workload: Workload, micro_batches: int, space: Space
+    layout: Layout, *, workload: Workload, micro_batches: int
 ) -> Iterator[tuple[str, int]]:
     """Schedules worth trying. gpipe is left out: as long as 1f1b, and never holds less."""
     stages, layers = layout.pipeline, workload.facts.layers
@@ -161,14 +163,13 @@ def _schedules(
         yield "1f1b", 1
     if stages == 1:
         return
-    whole = layout.shard == 1 or not space.runnable  # legal/rules.py
     if micro_batches % stages == 0:
         for chunks in (2, 4, 8):
             if stages * chunks <= layers:
                 yield "interleaved-1f1b", chunks
-        if stages * 2 <= layers and whole:
+        if stages * 2 <= layers:
             yield "interleaved-zero-bubble", 2
-    if stages * 2 <= layers and micro_batches >= 2 * stages and whole:
+    if stages * 2 <= layers and micro_batches >= 2 * stages:
         yield "zbv-zero-bubble", 2
 
 

@@ -13,8 +13,8 @@ from shoal.comm.group import Traffic, watched
 from shoal.engine.passes import Batch, Micro, OneByOne
 from shoal.legal import ZERO_BUBBLE
 from shoal.parallel import shard
-from shoal.parallel.pipeline import Stage, Stages
 from shoal.parallel.schedules import Line, Schedule, Shape, shown_to_all, walk
+from shoal.parallel.stages import Stage, Stages
 from shoal.tasks.task import Scores
 
 

@@ -29,8 +29,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from shoal.models.anatomy import Anatomy, canonical_name, canonical_parameters, ties_of
 from shoal.parallel.local import Holdings, sharded_of
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.pipeline import own_blocks
 from shoal.parallel.settings import Settings
+from shoal.parallel.stages import own_blocks
 
 LEVELS = ("parameters", "gradients", "optimizer")
 

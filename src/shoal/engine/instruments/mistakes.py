@@ -21,7 +21,7 @@ from shoal.errors import ConfigError, Problem, nearest
 from shoal.observe.events import Report
 from shoal.parallel.local import local
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.pipeline import own_blocks
+from shoal.parallel.stages import own_blocks
 from shoal.sync.policy import Gradients, Reduced
 
 

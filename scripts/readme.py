@@ -154,7 +154,8 @@ def _runs(kind: str, family: str, axis: str) -> bool:
     whole = KINDS[kind].whole_logits
     asked = Combination(layout=of_two(axis), family=read, whole_logits=whole)
     refused = [each for each in problems(asked) if whole and each.where == "parallel.tensor"]
-    return axis in axes_of(family) and not not_yet(asked) and not refused
+    staged = axis != "pipeline" or KINDS[kind].runs_once
+    return axis in axes_of(family) and staged and not not_yet(asked) and not refused
 
 
 def _cell(runs: list[bool], words: dict[str, str]) -> str:

@@ -99,8 +99,8 @@ def type_words(annotation: Any, metadata: Any = ()) -> str:
     if origin is Literal:
         return ", ".join(f"`{yaml_of(each)}`" for each in arguments)
     if origin is tuple:
-        inside = models_in(arguments[0])
-        return f"list of {'sections' if inside else 'texts'}"
+        plain = "texts" if arguments[0] is str else "whole numbers"
+        return f"list of {'sections' if models_in(arguments[0]) else plain}"
     if models_in(annotation):
         return "section"
     plain = {bool: "true or false", int: "whole number", float: "number", str: "text"}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from shoal.comm.group import Traffic
 from shoal.observe.events import Report
-from shoal.parallel.pipeline import Stage, Stages
 from shoal.parallel.schedules import Line, Schedule
+from shoal.parallel.stages import Stage, Stages
 from shoal.plan.schedules import rank_of_stage
 from shoal.runtime import start_process_group, stop_process_group
 

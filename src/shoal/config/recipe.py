@@ -281,7 +281,7 @@ class Pipeline(Section):
     """In which order stages compute their micro batches (docs/design/pipeline.md)."""
     stages_per_rank: Count | None = None
     """One with gpipe and 1f1b, two with zbv-zero-bubble, else two where nothing is said."""
-    split: list[Count] | None = None
+    split: tuple[Count, ...] | None = None
     """Blocks of each stage, first to last; left out, stages get equal work."""
 
     @property

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from shoal.comm.group import Traffic, watched
 from shoal.engine.passes import Batch, Micro, OneByOne, num_tokens
+from shoal.legal import ZERO_BUBBLE
 from shoal.parallel import shard
-from shoal.parallel.pipeline import Stage, Stages
 from shoal.parallel.schedules import Line, Schedule, Shape, shown_to_all, walk
+from shoal.parallel.stages import Stage, Stages
 from shoal.tasks.task import Scores
 
 
@@ -23,6 +24,8 @@ class Scheduled(OneByOne):
     def __init__(self, *arguments: Any, schedule: str, traffic: Traffic, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._name, self._traffic = schedule, traffic
+        self.takes_apart = schedule in ZERO_BUBBLE
+        """Gradients of weights are made after those of inputs, by themselves."""
         self._schedules: dict[int, Schedule] = {}
         self._of: nn.Module | None = None
 
@@ -76,7 +79,10 @@ class Scheduled(OneByOne):
         schedule = self._schedule(len(micros))
         step_of = _Step(self, micros, scale=scale, step=step, done=done)
         shapes = [self._shape(each.batch) for each in micros]
+        self.begin("forward")  # which may be another rank's for a while: nobody is stuck who waits
         watched(lambda: schedule.step(step_of, shapes=shapes))
+        if self.takes_apart:
+            watched(lambda: shard.reduce_held(self.model))
         sums = [0.0 if each is None else each.item() for each in step_of.losses]
         return self._replica.context.sum(sums) if self._replica.context else sums
 
@@ -163,9 +169,9 @@ class _Step:
         passes = self._passes
         passes.begin("backward")
         self._to_come[stage] -= 1
-        last, blocks = not self._to_come[stage], passes.stages.blocks(stage)
-        shard.micro_batch(passes.model, last=last, blocks=blocks)
-        shard.micro_batch(passes.model, last=not any(self._to_come.values()), blocks=())
+        last = not self._to_come[stage] and not passes.takes_apart
+        shard.micro_batch(passes.model, last=last, blocks=passes.stages.blocks(stage))
+        shard.micro_batch(passes.model, last=last and not any(self._to_come.values()), blocks=())
 
     def after_backward(self, stage: Stage, number: int) -> None:
         self._left[number] -= 1

@@ -407,10 +407,12 @@ def _enough_micro_batches(combination: Combination) -> Iterator[Problem]:
 
 def _whole_backward(combination: Combination) -> Iterator[Problem]:
     """What needs a micro batch's backward in one piece, which zero-bubble schedules do not make."""
-    name = combination.schedule
+    name, level = combination.schedule, combination.shard_level
     hint = "set parallel.pipeline.schedule to 1f1b or interleaved-1f1b"
+    if combination.layout.shard > 1 and level != "optimizer":
+        what = f"{level} are scattered after each backward, which {name} takes apart"
+        yield Problem("parallel.shard.level", what, f"set it to optimizer, or {hint[4:]}")
     for where, is_on in (
-        ("parallel.shard", combination.layout.shard > 1),
         ("parallel.recompute", combination.recompute != "none"),
         ("parallel.compile", combination.compile),
     ):

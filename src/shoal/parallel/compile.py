@@ -8,8 +8,8 @@ from torch import nn
 from shoal.models.anatomy import Anatomy
 from shoal.parallel.local import Holdings
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.pipeline import own_blocks
 from shoal.parallel.settings import Settings
+from shoal.parallel.stages import own_blocks
 
 
 def apply_compile(

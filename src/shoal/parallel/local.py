@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,8 @@ from shoal.comm.flat import CHUNK, chunk_squares
 from shoal.parallel.exchange import Exchange
 from shoal.parallel.mesh import REPLICA, Mesh
 from shoal.parallel.rows import Context
+from shoal.parallel.stages import Stages
 from shoal.parallel.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from shoal.parallel.pipeline import Stages
 
 _MARK = "shoal_sharded"
 
@@ -235,7 +233,7 @@ class ShardedModel:
     root: nn.Module | None = field(default=None, repr=False)
     """What FSDP2 calls its root (parallel/shard.py)."""
     stages: Stages | None = None
-    """Of a pipeline, those that this rank has; None: the model is one (parallel/pipeline.py)."""
+    """Of a pipeline, those that this rank has; None: the model is one (parallel/stages.py)."""
     offloaded: bool = False
     """Parameters, gradients and optimizer state live in CPU memory."""
 

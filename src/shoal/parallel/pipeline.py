@@ -1,179 +1,19 @@
-"""Stages of a pipeline: a rank keeps the blocks of its own, and the model's own forward runs them.
-
-A model's list of blocks keeps its full length, for forwards read `layer_types` and the like by
-index. What another stage has is `Absent`: hidden states enter a stage in the place of the block
-before its first, so that nothing computed earlier matters (Granite multiplies embeddings, GPT-2
-adds positions), and leave it in the place of the block after its last, so that nothing later runs.
-Parameters keep their names. One that is tied between the ends is kept by both.
-
-A rank may have several stages: one tree of modules, of which one stage's are in place at a time.
-"""
+"""Divides the blocks of a replica into the stages of a pipeline (parallel/stages.py)."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from shoal.errors import ModelError
-from shoal.models.anatomy import Anatomy, canonical_name, canonical_parameters
+from shoal.models.anatomy import Anatomy, canonical_name
 from shoal.parallel.local import Holdings, sharded_of
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.settings import Settings
+from shoal.parallel.stages import BEFORE, Stage, Stages
 from shoal.plan.schedules import rank_of_stage
-
-_BEFORE = -1
-"""Home of what runs before the blocks; a block's is its number, and what runs after them comes
-next."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Blocks `start` up to `stop`; the first of `count` stages also has the embedding, the last
-    the norm and the head."""
-
-    number: int
-    count: int
-    start: int
-    stop: int
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it reads tokens."""
-        return self.number == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it has the loss."""
-        return self.number == self.count - 1
-
-    def has(self, home: int) -> bool:
-        """Whether what belongs at `home` runs in this stage."""
-        if home == _BEFORE:
-            return self.is_first
-        return self.start <= home < self.stop or (self.is_last and home >= self.stop)
-
-
-class Left(Exception):
-    """The hidden states have come to the end of a stage: the rest of the forward is another's."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-@dataclass
-class _Edges:
-    """The stage that a forward is in, and what it began with."""
-
-    stage: Stage | None = None
-    hidden: Tensor | None = None
-
-
-class Absent(nn.Module):
-    """Stands where a module is that another stage runs; keeps a parameter that is tied to ours."""
-
-    def __init__(self, away: nn.Module, *, home: int, edges: _Edges) -> None:
-        super().__init__()
-        self._home, self._edges = home, edges
-        self._width: int | None = getattr(away, "embedding_dim", None)
-
-    def forward(self, given: Tensor, *rest: Any, **named: Any) -> Tensor:
-        """Before the stage: of the right shape, and not read by anybody."""
-        stage, hidden = self._edges.stage, self._edges.hidden
-        assert stage is not None, "a model that is cut into stages runs stage by stage"
-        if self._home == stage.stop:
-            raise Left(given)
-        if hidden is None or self._home >= stage.start:
-            return given
-        if self._home == stage.start - 1:
-            return hidden
-        return given if self._width is None else hidden.new_zeros(*given.shape, self._width)
-
-
-@dataclass
-class _Place:
-    """Where a module of `home` hangs; `present` None: no stage of this rank has it."""
-
-    parent: nn.Module
-    name: str
-    home: int
-    present: nn.Module | None
-    absent: Absent
-
-
-@dataclass
-class Stages:
-    """The stages of one rank, and which ranks have the others."""
-
-    every: tuple[Stage, ...]
-    ranks: tuple[int, ...]
-    """Coordinate along pipeline of the rank that has each stage."""
-    coordinate: int
-    _places: list[_Place] = field(default_factory=list)
-    _edges: _Edges = field(default_factory=_Edges)
-    _homes: dict[str, set[int]] = field(default_factory=dict)
-    """Of every parameter, by canonical name; a tied one may have several."""
-
-    @property
-    def own(self) -> tuple[Stage, ...]:
-        """This rank's, in the order that a micro batch passes them."""
-        return tuple(s for s, rank in zip(self.every, self.ranks) if rank == self.coordinate)
-
-    @property
-    def speaks_at(self) -> int:
-        """Coordinate of the rank that has the loss."""
-        return self.ranks[-1]
-
-    def run(self, stage: Stage, hidden: Tensor | None, forward: Callable[[], Tensor]) -> Tensor:
-        """What `forward` gives in the last stage, else the hidden states after the stage's blocks.
-
-        `forward` runs the whole model; `hidden`: what the stage before gave, None in the first.
-        """
-        with self._in_place(stage, hidden):
-            try:
-                result = forward()
-            except Left as left:
-                return left.hidden
-        if not stage.is_last:
-            raise ModelError(
-                f"stage {stage.number}: the forward did not pass block {stage.stop} of its list"
-            )
-        return result
-
-    @contextlib.contextmanager
-    def _in_place(self, stage: Stage, hidden: Tensor | None) -> Iterator[None]:
-        """The modules of `stage` in the tree, and of no other stage."""
-        self._edges.stage, self._edges.hidden = stage, hidden
-        others = [each for each in self._places if each.present and not stage.has(each.home)]
-        for each in others:
-            each.parent._modules[each.name] = each.absent
-        try:
-            yield
-        finally:
-            for each in others:
-                each.parent._modules[each.name] = each.present
-            self._edges.stage = self._edges.hidden = None
-
-    def blocks(self, stage: Stage) -> list[nn.Module]:
-        """The blocks of one of this rank's stages."""
-        inside = [each for each in self._places if stage.start <= each.home < stage.stop]
-        return [each.present for each in inside if each.present is not None]
-
-    def parameters(self, model: nn.Module, stage: Stage) -> list[nn.Parameter]:
-        """The parameters that `stage` has, once each."""
-        named = canonical_parameters(model)
-        return [each for name, each in named.items() if any(map(stage.has, self._homes[name]))]
-
-
-def own_blocks(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
-    """The blocks that this rank has, in their order."""
-    paths = (anatomy.blocks, *anatomy.more_blocks)
-    found = (block for path in paths for block in model.get_submodule(path).children())
-    return [block for block in found if not isinstance(block, Absent)]
 
 
 def apply_pipeline(
@@ -195,13 +35,13 @@ def apply_pipeline(
     mesh.ends()  # collective: the stages in between have nothing to sum, and make the group too
     names = {name: (name,) for name in homes}
     names |= {name: group for group in anatomy.ties for name in group}
-    stages._homes = {name: {homes[each] for each in group} for name, group in names.items()}
-    kept = {n for n, at in stages._homes.items() if any(s.has(h) for s in stages.own for h in at)}
+    stages.homes = {name: {homes[each] for each in group} for name, group in names.items()}
+    kept = {n for n, at in stages.homes.items() if any(s.has(h) for s in stages.own for h in at)}
     _leave(model, anatomy, stages, homes=homes, kept=kept)
     sharded_of(model).stages = stages
     changes: dict[str, dict[str, Any]] = {}
     for name in holdings:
-        at = {rank for s, rank in zip(every, ranks) if any(map(s.has, stages._homes[name]))}
+        at = {rank for s, rank in zip(every, ranks) if any(map(s.has, stages.homes[name]))}
         if len(at) > 1 and at != {ranks[0], ranks[-1]}:
             raise ModelError(f"{name}: is tied between stages that are not the first and the last")
         if len(at) > 1:
@@ -226,7 +66,7 @@ def stages_of(
     sizes = list(settings.split or ())
     if not sizes:
         costs = _costs(model, homes)
-        first, *blocks, last = (costs.get(at, 0.0) for at in range(_BEFORE, num_blocks + 1))
+        first, *blocks, last = (costs.get(at, 0.0) for at in range(BEFORE, num_blocks + 1))
         sizes = balanced(blocks, count, first=first, last=last)
     if len(sizes) != count or sum(sizes) != num_blocks or min(sizes) < 1:
         raise ModelError(
@@ -278,7 +118,7 @@ def _costs(model: nn.Module, homes: dict[str, int]) -> dict[int, float]:
     costs = dict.fromkeys(homes.values(), 0.0)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         home, shape, each = homes[canonical_name(name)], parameter.shape, parameter.numel()
-        if home == _BEFORE and len(shape) == 2:
+        if home == BEFORE and len(shape) == 2:
             each = shape[1]
         elif met is not None and len(shape) == 3:
             each = each * met / shape[0]
@@ -301,7 +141,7 @@ def _homes_of(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
         elif not name.startswith(inside) or path == anatomy.norm or order.index(path) > blocks:
             homes[name] = after
         else:
-            homes[name] = _BEFORE
+            homes[name] = BEFORE
     return homes
 
 
@@ -310,8 +150,8 @@ def _leave(
 ) -> None:
     """Take out of the tree what no stage of this rank has, and note where all parts hang."""
     blocks = model.get_submodule(anatomy.blocks)
-    for number, block in enumerate(list(blocks.children())):
-        _place(stages, blocks, str(number), block, home=number)
+    for number in range(len(list(blocks.children()))):
+        stages.place(blocks, str(number), home=number)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if path == anatomy.blocks or path.startswith(anatomy.blocks + "."):
             continue
@@ -319,18 +159,8 @@ def _leave(
             name = f"{path}.{leaf}" if path else leaf
             if name in homes and name not in kept:
                 module._parameters[leaf] = None
-        if any(homes.get(f"{path}.{leaf}") == _BEFORE for leaf in module._parameters):
+        if any(homes.get(f"{path}.{leaf}") == BEFORE for leaf in module._parameters):
             if list(module.children()):
                 raise ModelError(f"{path}: no rule says in which stage its parameters belong")
             parent, _, leaf = path.rpartition(".")
-            _place(stages, model.get_submodule(parent), leaf, module, home=_BEFORE)
-
-
-def _place(stages: Stages, parent: nn.Module, name: str, module: nn.Module, *, home: int) -> None:
-    absent = Absent(module, home=home, edges=stages._edges)
-    present: nn.Module | None = module
-    if not any(each.has(home) for each in stages.own):
-        for leaf, tied in module._parameters.items() if home == _BEFORE else ():
-            absent.register_parameter(leaf, tied)
-        parent._modules[name], present = absent, None
-    stages._places.append(_Place(parent, name, home, present, absent))
+            stages.place(model.get_submodule(parent), leaf, home=BEFORE)

@@ -24,8 +24,8 @@ from shoal.models.anatomy import Anatomy
 from shoal.models.forward_context import checkpoint_contexts
 from shoal.parallel.local import Holdings
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.pipeline import own_blocks
 from shoal.parallel.settings import Settings
+from shoal.parallel.stages import own_blocks
 
 KINDS = ("none", "selective", "full")
 

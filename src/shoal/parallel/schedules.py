@@ -29,7 +29,7 @@ from torch.distributed.pipelining import (
 
 from shoal.comm.group import Traffic
 from shoal.legal import fits_schedule
-from shoal.parallel.pipeline import Stage, Stages
+from shoal.parallel.stages import Stage, Stages
 
 # when a step fails, as it does when a rank is lost, it logs every action of every rank
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)

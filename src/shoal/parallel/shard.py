@@ -33,8 +33,8 @@ from shoal.models.anatomy import Anatomy, canonical_name, canonical_parameters, 
 from shoal.models.experts import experts_of
 from shoal.parallel.local import Holdings, sharded_of
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.pipeline import own_blocks
 from shoal.parallel.settings import Settings
+from shoal.parallel.stages import own_blocks
 
 LEVELS = ("parameters", "gradients", "optimizer")
 
@@ -223,6 +223,23 @@ def micro_batch(
             continue
         module.set_requires_gradient_sync(last, recurse=False)
         module.set_reshard_after_backward(last, recurse=False)
+
+
+def reduce_held(model: nn.Module) -> None:
+    """Scatter the gradients of a step whose backwards were taken apart (level `optimizer`): the
+    hooks by which FSDP2 knows that one is over run before its weights' gradients are there.
+
+    As torch.distributed.pipelining ends such a step (torch 2.13, stage.py: perform_reduce_grad).
+    """
+    root = sharded_of(model).root
+    if not isinstance(root, _Root):
+        return
+    micro_batch(model, last=True)
+    for module in _sharded(root):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            group.post_backward()
+    whole: Any = root
+    whole._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def sent_bytes(model: nn.Module, *, micro_batches: int) -> dict[str, int]:

@@ -142,6 +142,9 @@ def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator
             if not space.allows("chunks", value=chunks):
                 continue
             for level in levels:
+                apart = schedule in ZERO_BUBBLE and layout.shard > 1 and level != "optimizer"
+                if apart and space.runnable:  # legal/rules.py
+                    continue
                 if space.allows("level", value=level):
                     yield Candidate(
                         layout=layout,
@@ -168,15 +171,17 @@ def _schedules(
         for chunks in (2, 4, 8):
             if stages * chunks <= layers:
                 yield "interleaved-1f1b", chunks
-        if stages * 2 <= layers and layout.shard == 1:
+        if stages * 2 <= layers:
             yield "interleaved-zero-bubble", 2
-    if stages * 2 <= layers and micro_batches >= 2 * stages and layout.shard == 1:
+    if stages * 2 <= layers and micro_batches >= 2 * stages:
         yield "zbv-zero-bubble", 2
 
 
 def _least_recompute(estimator: Estimator, *, candidate: Candidate, space: Space) -> list[str]:
     """Recompute kinds to try, least first: the first that fits is the fastest."""
-    if candidate.schedule in ZERO_BUBBLE:  # they take apart what recompute needs whole
+    if (
+        candidate.schedule in ZERO_BUBBLE and space.runnable
+    ):  # they take apart what recompute needs whole
         return ["none"] if space.allows("recompute", value="none") else []
     if "recompute" in space.fixed:
         return [str(space.fixed["recompute"])]

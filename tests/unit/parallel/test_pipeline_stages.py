@@ -19,8 +19,9 @@ from shoal.models.init import materialise, record
 from shoal.parallel.apply import apply
 from shoal.parallel.local import ShardedModel, sharded_of
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.pipeline import Stages, balanced
+from shoal.parallel.pipeline import balanced
 from shoal.parallel.settings import Settings
+from shoal.parallel.stages import Stages
 from unit.models.tiny_models import ROWS_OF_TOKENS, SETTINGS, real_model
 
 _SIZES = {

@@ -24,7 +24,7 @@ from shoal.models.kernels import MaskRequest
 from shoal.observe.events import Report
 from shoal.parallel.local import local
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.pipeline import own_blocks
+from shoal.parallel.stages import own_blocks
 from shoal.sync.policy import Gradients, Reduced
 
 

@@ -52,6 +52,8 @@ BLOCKS = 4
 STEPS = 3
 SAMPLES = 8
 AT_ONCE = 16
+SILENT_SECONDS = 100
+"""After that a case hangs, on a machine that has other work too."""
 PHASES = ("forward", "backward", "reduce", "apply", "save")
 
 
@@ -203,14 +205,37 @@ class Fuzzer:
         return {"job": job, "task": "causal-lm", "micros": [case.micro] * STEPS, "held": False}
 
     def _curves(self, cases: list[Case]) -> list[dict[str, Any]]:
-        """Of cases with as many workers each."""
+        """Of cases with as many workers each; those after one that ended its workers by others."""
+        found: list[dict[str, Any]] = []
+        while len(found) < len(cases):
+            found += self._some_curves(cases[len(found) :])
+        return found
+
+    def _some_curves(self, cases: list[Case]) -> list[dict[str, Any]]:
+        """Of the first cases, up to one that fails; at least of one."""
         self._batches += 1
-        return fuzz_models.curves(
-            [self._job(case) for case in cases],
-            size=cases[0].workers,
-            pool=self.pool,
-            folder=self.folder / f"batch-{self._batches}",
-        )
+        folder, size = self.folder / f"batch-{self._batches}", cases[0].workers
+        folder.mkdir()
+        payload = {"size": size, "folder": str(folder), "ends": True}
+        payload["cases"] = [self._job(case) for case in cases]
+        workers = [
+            self.pool.start("fuzzing:run", {**payload, "rank": rank}) for rank in range(size)
+        ]
+        found: list[dict[str, Any]] = []
+        heard = time.monotonic()
+        while any(worker.status is None for worker in workers) and len(found) < len(cases):
+            for worker, message in self.pool.events(timeout_seconds=1.0):
+                if worker in workers and message is not None and message["kind"] == "curve":
+                    heard = time.monotonic()
+                    found[message["number"] :] = [message]
+            failed = found and "error" in found[-1]
+            if failed or any(worker.status for worker in workers):
+                break
+            if time.monotonic() - heard > SILENT_SECONDS:
+                found.append({"error": f"no word for {SILENT_SECONDS} s: it hangs"})
+                break
+        self.pool.kill([worker for worker in workers if worker.status is None])
+        return found or [{"error": "its workers ended"}]
 
     def wrong(self, cases: list[Case]) -> list[str | None]:
         """What is wrong with each; the cases have as many workers each."""

@@ -37,7 +37,7 @@ from shoal.tasks.task import Batch, Task
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one worker of `size`; `cases`: [{job, task, micros, held}].
 
-    `micros`: the size of micro batches at each step; `held`: beside transformers.
+    `ends`: with the first case that cannot run; else the next one follows. `micros`: the size of micro batches at each step; `held`: beside transformers.
     """
     report, rank, size = Report(descriptor), payload["rank"], payload["size"]
     worker = WorkerInfo(rank, size, torch.device("cpu"), 1)
@@ -59,8 +59,10 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
                 found = curve(case, worker, report)
             except Exception as error:
                 found = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-            if rank == 0:
+            if rank == 0 or "error" in found:
                 report.say("curve", number=number, **found)
+            if "error" in found and payload.get("ends"):
+                return 1  # the others may be waiting for this one
         stop_process_group()
     except BaseException as error:
         return report_failure(error, report=report, rank=rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-from parity.test_replicas import FROZEN, GPT2, PADDED, SHORT, assert_same_curve
+from parity.test_replicas import FROZEN, GPT2, MUON, PADDED, SHORT, assert_same_curve
 from tiny import Bench
 
 LAYOUTS = {
@@ -43,6 +43,14 @@ def test_a_cut_replica_follows_one_worker(bench: Bench, layout: tuple[str, ...])
 @pytest.mark.parametrize("axis", ["parallel.replicate=2", "parallel.shard=2", "parallel.tensor=2"])
 def test_compiled_blocks_follow_one_worker(bench: Bench, axis: str) -> None:
     assert_same_curve(bench.run(axis, "parallel.compile=true", *SHORT), bench.run(*SHORT))
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("layout", ["shard 2 x tensor 2", "shard 2", "tensor 2", "optimizer"])
+def test_muon_works_on_whole_matrices_that_ranks_have_parts_of(bench: Bench, layout: str) -> None:
+    change = (*SHORT, *MUON)
+    found = bench.run(*LAYOUTS[layout], *change)
+    assert_same_curve(found, bench.run(*change), curve=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,6 @@ def test_what_is_not_there_yet_says_so() -> None:
     ("asked", "words"),
     [
         ({"layout": Layout(shard=2), "exact": True}, "train.exact: holds for whole replicas and"),
-        ({"layout": Layout(tensor=2), "optimizer": "muon"}, "muon needs whole matrices"),
         ({"layout": Layout(tensor=2), "dropout": "framework"}, "which compute the same tokens"),
         ({"layout": Layout(tensor=2), "whole_logits": True}, "cannot be cut by vocabulary"),
         ({"workers": "threads", "elastic": True}, "their degree cannot shrink"),
@@ -318,8 +317,7 @@ def test_a_plan_chooses_among_the_axes_that_are_open() -> None:
     assert open_axes(Combination()) >= {"replicate", "shard", "tensor", "expert"}
     assert "expert" not in open_axes(Combination().of_model(LLAMA))
     assert open_axes(Combination(family="t5")) == {"replicate", "shard"}
-    for closing in ({"exact": True}, {"optimizer": "muon"}):
-        assert open_axes(Combination(**closing)) == {"replicate", "pipeline"}
+    assert open_axes(Combination(exact=True)) == {"replicate", "pipeline"}
     assert open_axes(Combination(workers="threads")) == {"replicate"}
     assert open_axes(Combination(dropout="framework")) == {
         *("replicate", "shard", "pipeline", "expert")

@@ -7,10 +7,14 @@ a gradient turns over roundings of 2^-9: two replicas then part by 5e-5 within t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from shoal.parallel.whole import Wholes
 
 _COEFFICIENTS = (3.4445, -4.775, 2.0315)
 _ITERATIONS = 5
@@ -37,7 +41,8 @@ def orthogonalised(matrix: Tensor, *, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """As torch.optim.Muon with Nesterov momentum, but for the precision of what is orthogonalised.
 
-    Each parameter [R, C] has a `momentum_buffer` in its state before the first step.
+    Each parameter [R, C], or this rank's part of it, has a `momentum_buffer` in its state before
+    the first step.
     """
 
     def __init__(
@@ -48,18 +53,43 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float,
         dtype: torch.dtype,
+        names: Sequence[str] = (),
+        wholes: Wholes | None = None,
     ) -> None:
-        """`dtype`: bfloat16 for a run that computes in it, else that of the parameters."""
+        """`dtype`: bfloat16 for a run that computes in it, else that of the parameters.
+
+        `names` of the parameters, and `wholes`, where each rank has a part of every one.
+        """
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._dtype = dtype
+        self._dtype, self._names, self._wholes = dtype, names, wholes
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter against its orthogonalised momentum."""
+        """Move every parameter against its orthogonalised momentum.
+
+        Raises PeersLost, before anything is changed.
+        """
         for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
-            for each in group["params"]:
-                average = self.state[each]["momentum_buffer"].lerp_(each.grad, 1 - momentum)
-                update = orthogonalised(each.grad.lerp(average, momentum), dtype=self._dtype)
-                scale = math.sqrt(max(1.0, each.shape[0] / each.shape[1]))
-                each.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * scale)
+            orthogonal = partial(orthogonalised, dtype=self._dtype)
+            if self._wholes is None:
+                for each in group["params"]:
+                    self._move(each, orthogonal(self._direction(each, group)), group, each.shape)
+                continue
+            params = dict(zip(self._names, group["params"], strict=True))
+            parts = {name: self._direction(each, group) for name, each in params.items()}
+            for name, update in self._wholes.apply(orthogonal, parts).items():
+                self._move(params[name], update, group, self._wholes.shape(name))
+
+    def _direction(self, each: Tensor, group: dict[str, Any]) -> Tensor:
+        """Nesterov's: the gradient, drawn to its average as that will be."""
+        average = self.state[each]["momentum_buffer"].lerp(each.grad, 1 - group["momentum"])
+        assert each.grad is not None, "a step follows the gradients"
+        return each.grad.lerp(average, group["momentum"])
+
+    def _move(
+        self, each: Tensor, update: Tensor, group: dict[str, Any], whole: Sequence[int]
+    ) -> None:
+        rate = group["lr"]
+        self.state[each]["momentum_buffer"].lerp_(each.grad, 1 - group["momentum"])
+        scale = math.sqrt(max(1.0, whole[0] / whole[1]))
+        each.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * scale)

@@ -12,6 +12,7 @@ from shoal.comm.flat import Span
 from shoal.config.optimizers import SGD, AdamW, Muon, OptimizerSection
 from shoal.engine import muon
 from shoal.engine.state import FlatState
+from shoal.parallel.whole import Wholes
 
 
 @dataclass
@@ -46,11 +47,23 @@ def build_optimizers(
     elif groups:
         assert isinstance(settings, AdamW | Muon), f"an optimizer without a rule: {settings!r}"
         optimizers.append(_adamw(state, flat, groups, settings, rate=rate))
-    matrices = _matrices(state, owned) if isinstance(settings, Muon) else []
-    if matrices:
-        assert isinstance(settings, Muon), "only Muon has matrices of its own"
-        optimizers.append(_muon(state, matrices, settings, compute=compute))
-    return [*flat, *matrices], optimizers
+    if not isinstance(settings, Muon):
+        return flat, optimizers
+    wholes = _wholes(state)
+    matrices = _matrices(state, owned)
+    if matrices:  # before the others: it may need peers, who may be lost
+        muons = _muon(state, matrices, settings, wholes=wholes, compute=compute)
+        optimizers.insert(0, muons)
+    return [*flat, *matrices.values()], optimizers
+
+
+def _wholes(state: FlatState) -> Wholes | None:
+    """Where matrices are cut; None where each is whole on this rank."""
+    names = state.layout.members["matrices"]
+    cut = any(state.layout.shapes[name] != state.holdings[name].shape for name in names)
+    # a rank with nothing of a cut matrix has peers who count on it
+    cut = cut or any(state.holdings[name].rows is not None for name in names)
+    return Wholes(state.holdings, names) if cut else None
 
 
 def _part(state: FlatState, kind: str, owned: Owned) -> Tensor:
@@ -87,27 +100,35 @@ def _sgd(
     return sgd
 
 
-def _matrices(state: FlatState, owned: Span) -> list[Owned]:
-    """The matrices of the blocks that begin in `owned`; none is cut."""
-    layout, found = state.layout, []
+def _matrices(state: FlatState, owned: Span) -> dict[str, Owned]:
+    """The matrices of the blocks that begin in `owned`, by name; none goes on beyond it."""
+    layout, found = state.layout, dict[str, Owned]()
     for name in layout.members["matrices"]:
         start, view = layout.offsets[name], layout.view(state.values, name)
         if owned.start <= start < owned.stop:
             span = Span(start, start + view.numel())
-            found.append(Owned(nn.Parameter(view), span, layout.shapes[name]))
+            found[name] = Owned(nn.Parameter(view), span, layout.shapes[name])
     return found
 
 
 def _muon(
-    state: FlatState, matrices: list[Owned], settings: Muon, *, compute: torch.dtype
+    state: FlatState,
+    matrices: dict[str, Owned],
+    settings: Muon,
+    *,
+    wholes: Wholes | None,
+    compute: torch.dtype,
 ) -> torch.optim.Optimizer:
+    parameters = [each.parameter for each in matrices.values()]
     made = muon.Muon(
-        [{"params": [each.parameter for each in matrices], "peak_rate": settings.learning_rate}],
+        [{"params": parameters, "peak_rate": settings.learning_rate}],
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
         dtype=compute if compute == torch.bfloat16 else state.values.dtype,
+        names=list(matrices),
+        wholes=wholes,
     )
-    for each in matrices:
+    for each in matrices.values():
         made.state[each.parameter] = {"momentum_buffer": _part(state, "momentum_buffer", each)}
     return made

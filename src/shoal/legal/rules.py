@@ -305,9 +305,6 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
         what = "this task needs more than one forward of the model, or compares samples, which "
         hint = f"use parallel.shard={layout.pipeline} instead"
         yield Problem("parallel.pipeline", what + "stages cannot", hint)
-    if set(cut) - {"pipeline"} and combination.optimizer == "muon":
-        what = f"muon needs whole matrices, got {layout}"
-        yield Problem("train.optimizer.kind", what, "use adamw, or parallel.replicate alone")
     if cut and combination.workers == "threads":
         what = f"threads carry the replicate axis only, got {', '.join(cut)}"
         hint = f"set launch.workers to processes, or {' and '.join(cut)} to 1"

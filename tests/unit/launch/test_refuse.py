@@ -40,9 +40,8 @@ def recipe(*overrides: str) -> Recipe:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.pipeline=2"], "pipeline is not there yet.*replicate, shard, tensor"),
+        (["sync={kind: diloco}"], "diloco"),
         (["parallel.shard=2", "train.exact=true"], "train.exact.*parallel.replicate alone"),
-        (["parallel.tensor=2", "train.optimizer={kind: muon}"], "muon needs whole matrices"),
         (["parallel.tensor=2", "model.dropout=framework"], "set model.dropout to keyed or off"),
         (["parallel.shard=2", "launch.workers=threads"], "threads carry the replicate axis only"),
         (["parallel.shard=3"], "3 shards do not divide global_batch_samples 16.*2, 4"),

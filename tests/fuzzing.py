@@ -37,7 +37,8 @@ from shoal.tasks.task import Batch, Task
 def run(payload: dict[str, Any], descriptor: int) -> int:
     """Entry point of one worker of `size`; `cases`: [{job, task, micros, held}].
 
-    `ends`: with the first case that cannot run; else the next one follows. `micros`: the size of micro batches at each step; `held`: beside transformers.
+    `ends`: with the first case that cannot run; else the next one follows. `micros`: the size of
+    micro batches at each step; `held`: beside transformers.
     """
     report, rank, size = Report(descriptor), payload["rank"], payload["size"]
     worker = WorkerInfo(rank, size, torch.device("cpu"), 1)

@@ -31,9 +31,10 @@ class Ranks:
     def attach(self, model: nn.Module) -> None:
         """Let what `model` exchanges inside a replica be counted here."""
         sharded = sharded_of(model)
-        for exchange in (sharded.exchange, sharded.context and sharded.context.exchange):
-            if exchange is not None:
-                exchange.traffic = self.world.traffic
+        if sharded.exchange is not None:
+            sharded.exchange.traffic = self.world.traffic
+        if sharded.context is not None:
+            sharded.context.exchange.traffic = self.world.traffic
 
     @property
     def replica_layout(self) -> Layout:

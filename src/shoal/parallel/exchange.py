@@ -39,11 +39,6 @@ class Exchange:
     size: int
     traffic: Traffic = field(default_factory=Traffic)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the group's collectives take their tensors."""
-        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
-
     def gather(self, part: Tensor) -> Tensor:
         """[B, T/t, D] -> [B, T, D]. Gradient: partial sums of all ranks, summed and split."""
         return _apply(part, self, _gathered, _scattered)

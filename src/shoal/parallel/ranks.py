@@ -33,8 +33,9 @@ class Ranks:
     def attach(self, model: nn.Module) -> None:
         """Let what `model` exchanges inside a replica be counted here, and its last stage speak."""
         sharded = sharded_of(model)
-        context = sharded.context and sharded.context.exchange
-        for exchange in (sharded.exchange, context, sharded.expert):
+        if sharded.context is not None:
+            sharded.context.exchange.traffic = self.world.traffic
+        for exchange in (sharded.exchange, sharded.expert):
             if exchange is not None:
                 exchange.traffic = self.world.traffic
         if sharded.stages is not None:

@@ -149,7 +149,6 @@ class _Passing:
         return self.arriving
 
 
-@torch.compiler.disable
 def attend(
     query: Tensor,
     key: Tensor,
@@ -190,10 +189,19 @@ class _How:
         scores = _product(queries, keys.transpose(1, 2), self.scale).to(_wide(queries.dtype))
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        if hidden is not None:
-            shown = scores.view(rows, -1, *hidden.shape[-2:])
-            shown.masked_fill_(hidden, -torch.inf)
-        return scores
+        return _hide(scores, hidden, rows)
+
+    def weights(
+        self, queries: Tensor, keys: Tensor, logs: Tensor, hidden: Tensor | None, rows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Probabilities as `scores`, of known logs of their sums; and the slope of the squashing,
+        if any."""
+        if self.softcap is None:
+            scores = _less(queries, keys.transpose(1, 2), logs, self.scale)
+            return _hide(scores, hidden, rows).exp_(), None
+        scores = self.scores(queries, keys, hidden, rows)
+        slope = 1 - (scores / self.softcap).clamp(-1.0, 1.0).square()
+        return scores.sub_(logs).exp_(), slope
 
 
 class _Attention(torch.autograd.Function):
@@ -246,21 +254,16 @@ class _Attention(torch.autograd.Function):
                 keys, values = (each.flatten(0, 1) for each in passing)
                 added = [torch.zeros_like(e, dtype=logs.dtype) for e in (keys, values)]
                 for here, there, hidden in how.blocks(hop, query):
-                    queries, pulls = (e[:, :, here].flatten(1, 2) for e in (grouped, pulled))
-                    scores = how.scores(queries, keys[:, there], hidden, rows)
-                    by_group = (grouped.shape[1], -1)
-                    squashed = None if how.softcap is None else _slope(scores, how.softcap)
-                    weights = scores.unflatten(1, by_group).sub_(logs[:, :, here]).exp_()
-                    weights = weights.flatten(1, 2)
-                    added[1][:, there] += _product(weights.to(pulls.dtype).transpose(1, 2), pulls)
-                    slopes = _product(pulls, values[:, there].transpose(1, 2)).to(logs.dtype)
-                    slopes.unflatten(1, by_group).sub_(means[:, :, here])
-                    slopes = slopes.mul_(weights)
+                    queries, pulls, log, mean = (
+                        each[:, :, here].flatten(1, 2) for each in (grouped, pulled, logs, means)
+                    )
+                    weights, squashed = how.weights(queries, keys[:, there], log, hidden, rows)
+                    _add_product(added[1][:, there], weights.transpose(1, 2), pulls)
+                    slopes = _less(pulls, values[:, there].transpose(1, 2), mean).mul_(weights)
                     slopes = slopes if squashed is None else slopes.mul_(squashed)
-                    slopes = slopes.to(queries.dtype)
-                    toward = _product(slopes, keys[:, there], how.scale)
+                    toward = _product(slopes.to(queries.dtype), keys[:, there], how.scale)
                     found[:, :, here] += toward.view_as(found[:, :, here])
-                    added[0][:, there] += _product(slopes.transpose(1, 2), queries, how.scale)
+                    _add_product(added[0][:, there], slopes.transpose(1, 2), queries, how.scale)
                 if behind is not None:  # what the ranks before gave these keys and values
                     added = [ours.add_(theirs) for ours, theirs in zip(added, behind.wait())]
                 behind = how.ring.pass_on(added, tag=2)
@@ -275,9 +278,12 @@ class _Attention(torch.autograd.Function):
         )
 
 
-def _slope(scores: Tensor, softcap: float) -> Tensor:
-    """Derivative of the squashing, from squashed scores; 0 where hidden."""
-    return 1 - (scores / softcap).clamp(-1.0, 1.0).square()
+def _hide(scores: Tensor, hidden: Tensor | None, rows: int) -> Tensor:
+    """Scores [B x K, G x Q, S] of `rows` B, set to -inf where hidden, in place."""
+    if hidden is not None:
+        shown = scores.view(rows, -1, *hidden.shape[-2:])
+        shown.masked_fill_(hidden, -torch.inf)
+    return scores
 
 
 def _grouped(by_head: Tensor, groups: int) -> Tensor:
@@ -289,6 +295,22 @@ def _grouped(by_head: Tensor, groups: int) -> Tensor:
 def _product(first: Tensor, second: Tensor, scale: float = 1.0) -> Tensor:
     """Batched matrix product times `scale`. Not bmm, which selective recompute would keep."""
     return torch.baddbmm(first.new_empty(1, 1, 1), first, second, beta=0.0, alpha=scale)
+
+
+def _less(first: Tensor, second: Tensor, minus: Tensor, scale: float = 1.0) -> Tensor:
+    """The product less `minus`, in its type: in one pass where that is the factors'."""
+    if first.dtype == minus.dtype:
+        return torch.baddbmm(minus, first, second, beta=-1.0, alpha=scale)
+    return _product(first, second, scale).to(minus.dtype).sub_(minus)
+
+
+def _add_product(into: Tensor, first: Tensor, second: Tensor, scale: float = 1.0) -> None:
+    """Add the product of factors in the second's type."""
+    first = first.to(second.dtype)
+    if into.dtype == second.dtype:
+        into.baddbmm_(first, second, alpha=scale)
+    else:
+        into += _product(first, second, scale)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -96,7 +96,7 @@ class Context:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over the ranks of the axis. Raises PeersLost."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.exchange.device)
+        total = torch.tensor(values, dtype=torch.float64)
         watched(lambda: self.exchange.sum_([total]))
         return [float(each) for each in total]
 

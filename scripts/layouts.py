@@ -39,6 +39,10 @@ AFTER = """
 - **tensor** takes degrees that divide the query heads, the key-value heads and the feed-forward
   width, so that every rank has whole heads. The vocabulary need not be divisible. The last column
   gives those degrees for the published model whose sizes are transformers' defaults.
+- **pipeline** divides the blocks into stages, at most as many as there are blocks: one on each rank
+  (gpipe, 1f1b), or several (interleaved and zero-bubble schedules). A step needs as many micro
+  batches as there are ranks, with some schedules a multiple of that. Stages get equal work, or the
+  blocks that `split` gives them. How, and what it goes with: [pipeline.md](../design/pipeline.md).
 - Fused projections (GPT-2 `c_attn`, Phi-3 `qkv_proj` and `gate_up_proj`) are cut piece by piece and
   stay fused: a rank's queries, keys and values lie next to one another, and checkpoints see boxes
   of the whole.

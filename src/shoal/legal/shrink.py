@@ -21,7 +21,8 @@ def shrunk(config: Mapping[str, Any], *, tensor: int = 1, pipeline: int = 1) -> 
     """Sizes to override in `config` (what `to_dict()` of a transformers configuration gives).
 
     The result is legal for `tensor` ranks and for so many blocks of a `pipeline` where the model
-    itself is. Sizes never grow. Raises ModelError for a configuration without the sizes that this rule reads.
+    itself is. Sizes never grow. Raises ModelError for a configuration without the sizes that this
+    rule reads.
     """
     keys = family_of(str(config.get("model_type"))).size_keys
     missing = [key for key in (keys.hidden, keys.heads, keys.layers[0]) if not config.get(key)]

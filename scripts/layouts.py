@@ -54,6 +54,10 @@ AFTER = """
 - **expert** takes degrees that divide the number of experts and shard x context; it is no factor of
   the workers. Each rank has its part of the experts of every block, and tokens go where theirs are
   ([experts.md](../design/experts.md)).
+- **pipeline** divides the blocks into stages, at most as many as there are blocks: one on each rank
+  (gpipe, 1f1b), or several (interleaved and zero-bubble schedules). A step needs as many micro
+  batches as there are ranks, with some schedules a multiple of that. Stages get equal work, or the
+  blocks that `split` gives them. How, and what it goes with: [pipeline.md](../design/pipeline.md).
 - Fused projections (GPT-2 `c_attn`, Phi-3 `qkv_proj` and `gate_up_proj`) are cut piece by piece and
   stay fused: a rank's queries, keys and values lie next to one another, and checkpoints see boxes
   of the whole.

@@ -15,6 +15,8 @@ FOUR = (*LENGTH, "parallel={replicate: 2, shard: 2}", "train.micro_batch_samples
 SHARDS = (*LENGTH, "parallel={shard: 2}", "train.micro_batch_samples=2")
 PAIR = (*LENGTH, "parallel={tensor: 2}", "train.micro_batch_samples=2")
 ROWS = (*LENGTH, "parallel={context: 4}", "train.micro_batch_samples=2")
+STAGES = (*LENGTH, "parallel={pipeline: 2}", "train.micro_batch_samples=4")
+STAGES_OF_TWO = (*LENGTH, "parallel={replicate: 2, pipeline: 2}", "train.micro_batch_samples=4")
 slow = pytest.mark.slow
 MIXTURE = (
     "model={kind: config, architecture: mixtral, hidden_size: 32, intermediate_size: 48,"
@@ -89,6 +91,34 @@ def test_a_part_of_a_replica_is_replaced_from_the_other(bench: Bench, fault: str
     assert events_of(found, "restarted") == []
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "kill:1@12:backward",
+        pytest.param("kill:2@12:forward", marks=slow),
+        pytest.param("kill:3@12:reducing", marks=slow),
+        pytest.param("kill:0@8:save", marks=slow),
+    ],
+)
+def test_a_stage_is_replaced_from_its_place_in_the_other_replica(bench: Bench, fault: str) -> None:
+    """The others wait for it in the middle of a schedule; nothing of the step was applied."""
+    found = rehearsed(bench, fault, overrides=STAGES_OF_TWO)
+    assert_as_if_nothing(found)
+    assert found.faults[0].culprit_named
+    assert found.steps_redone <= 1
+    assert events_of(found, "restarted") == []
+
+
+@slow
+@pytest.mark.parametrize("fault", ["stop:0@12", "stop:1@12", "spin:0@12", "spin:1@12"])
+def test_the_stuck_stage_is_named_not_the_one_that_waits_for_it(bench: Bench, fault: str) -> None:
+    found = rehearsed(bench, fault, overrides=STAGES)
+    assert_as_if_nothing(found)
+    assert found.faults[0].culprit_named
+    (stuck,) = events_of(found, "stuck")
+    assert stuck["rank"] == int(fault[5])
+
+
 @slow
 def test_parts_of_both_replicas(bench: Bench) -> None:
     """One after the other at different places: each place still has a holder."""
@@ -98,7 +128,9 @@ def test_parts_of_both_replicas(bench: Bench) -> None:
 
 
 @slow
-@pytest.mark.parametrize("overrides", [SHARDS, PAIR, ROWS], ids=["shard", "tensor", "context"])
+@pytest.mark.parametrize(
+    "overrides", [SHARDS, PAIR, ROWS, STAGES], ids=["shard", "tensor", "context", "pipeline"]
+)
 def test_without_another_replica_the_save_is_what_is_left(
     bench: Bench, overrides: tuple[str, ...]
 ) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
 from shoal.config.load import recipe_from
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import largest_micro_batch
+from shoal.launch.candidates import most_replicas
 from shoal.launch.refuse import combination_of
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, fits_schedule, open_axes, problems
@@ -171,3 +172,12 @@ def test_a_plan_may_choose_it_where_the_task_allows() -> None:
     assert "pipeline" in open_axes(Combination(family="llama"))
     assert "pipeline" not in open_axes(Combination(family="llama", runs_once=False))
     assert "pipeline" not in open_axes(Combination(family="vit"))
+
+
+def test_replicas_that_nobody_gave_leave_micro_batches_enough() -> None:
+    """32 samples: eight replicas of four ranks have four micro batches each; no more fit."""
+    assert most_replicas(recipe(pipeline=4), at_most=64) == 8
+    assert most_replicas(recipe(pipeline=4), at_most=6) == 4
+    assert most_replicas(recipe(), at_most=64) == 32
+    looped = {"degree": 3, "schedule": "interleaved-1f1b"}
+    assert most_replicas(recipe(pipeline=looped), at_most=64) == 1

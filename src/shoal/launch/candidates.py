@@ -14,7 +14,7 @@ from shoal.config.recipe import Recipe
 from shoal.engine.decision import WorkerSetup
 from shoal.launch.refuse import combination_of
 from shoal.layout import Layout
-from shoal.legal import OWN_PARAMETERS, problems
+from shoal.legal import OWN_PARAMETERS, fits_schedule, problems
 
 CLOSE = 1.05
 """Candidates within this factor are not told apart."""
@@ -97,10 +97,15 @@ def _kinds(recipe: Recipe, *, count: int) -> list[Literal["threads", "processes"
 
 
 def most_replicas(recipe: Recipe, *, at_most: int, shards: int = 1) -> int:
-    """The largest degree that divides the global batch (of one shard) into whole micro batches."""
+    """The largest degree that divides the global batch (of one shard) into whole micro batches, of
+    which there are enough for a pipeline."""
+    given = recipe.parallel.pipelining
     micro = recipe.train.micro_batch_samples
     batch = recipe.train.global_batch_samples // shards // (1 if micro == "auto" else micro)
-    return max(n for n in range(1, max(1, min(at_most, batch)) + 1) if batch % n == 0)
+    able = [n for n in range(1, max(1, min(at_most, batch)) + 1) if batch % n == 0]
+    name, ranks = given.schedule, given.degree
+    filled = [n for n in able if fits_schedule(name, ranks=ranks, micro_batches=batch // n)]
+    return max(filled or [1])
 
 
 def micro_batches_of(recipe: Recipe, *, count: int, row_tokens: int) -> list[int]:

@@ -27,9 +27,9 @@ def shrunk(
 ) -> dict[str, Any]:
     """Sizes to override in `config` (what `to_dict()` of a transformers configuration gives).
 
-    The result is legal for `tensor` ranks, `pipeline` stages and experts over `expert` ranks where
-    the model itself is. Sizes never grow. Raises ModelError for a configuration without the sizes
-    that this rule reads.
+    The result is legal for `tensor` ranks, for so many blocks of a `pipeline` and for experts over
+    `expert` ranks where the model itself is. Sizes never grow. Raises ModelError for a
+    configuration without the sizes that this rule reads.
     """
     keys = family_of(str(config.get("model_type"))).size_keys
     missing = [key for key in (keys.hidden, keys.heads, keys.layers[0]) if not config.get(key)]

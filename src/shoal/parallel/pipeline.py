@@ -33,7 +33,7 @@ def apply_pipeline(
     )
     stages = Stages(every, ranks, mesh.coordinate("pipeline"))
     mesh.ends()  # collective: the stages in between have nothing to sum, and make the group too
-    names = {name: (name,) for name in homes}
+    names: dict[str, tuple[str, ...]] = {name: (name,) for name in homes}
     names |= {name: group for group in anatomy.ties for name in group}
     stages.homes = {name: {homes[each] for each in group} for name, group in names.items()}
     kept = {n for n, at in stages.homes.items() if any(s.has(h) for s in stages.own for h in at)}

@@ -192,16 +192,20 @@ class _Chunk(PipelineStage):
         return operations
 
     def backward_one_chunk(
-        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, **named: Any
+        self,
+        bwd_chunk_id: int,
+        loss: Any = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
     ) -> None:
         self.compute.before_backward(self._stage, bwd_chunk_id)
-        super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, **named)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._forget(bwd_chunk_id)
         if full_backward:
             self.compute.after_backward(self._stage, bwd_chunk_id)
 
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, **named: Any) -> None:
-        super().backward_weight_one_chunk(bwd_chunk_id, **named)
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self.compute.after_backward(self._stage, bwd_chunk_id)
 
     def _forget(self, number: int) -> None:

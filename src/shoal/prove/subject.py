@@ -16,7 +16,8 @@ from shoal.layout import Layout
 from shoal.legal import shrunk
 
 _SAMPLES = 2
-"""Samples that each reader computes in a step, one after the other: gradients are accumulated."""
+"""Samples that each reader computes in a step, one after the other: gradients are accumulated. Of
+a pipeline as many for each of its ranks, so that it is filled."""
 
 
 def proof_layout(recipe: Recipe) -> Layout:
@@ -60,7 +61,7 @@ def proof_recipe(
         tree["model"] = _small(recipe, config, inputs=inputs, layout=layout)
         if not isinstance(recipe.model, ConfiguredModel) and inputs.tokenizer_directory is not None:
             tree["data"]["tokenizer"] = {"kind": "folder", "path": inputs.tokenizer_directory}
-    samples = samples or _SAMPLES * layout.replicate * layout.shard
+    samples = samples or _SAMPLES * layout.replicate * layout.shard * layout.pipeline
     compute = recipe.precision.compute
     tree["train"] |= {
         "steps": steps,
@@ -139,13 +140,10 @@ def _small(
         kept = {k: v for k, v in kept.items() if k not in ("num_labels", "id2label", "label2id")}
     tree = full.to_dict()
     try:
+        given = recipe.parallel.pipelining
+        blocks = sum(given.split or ()) or layout.pipeline * given.stages
         by_heads = layout.context if recipe.parallel.rows.kind == "ulysses" else 1
-        small = shrunk(
-            tree,
-            tensor=layout.tensor * by_heads,
-            pipeline=layout.pipeline,
-            expert=layout.expert,
-        )
+        small = shrunk(tree, tensor=layout.tensor * by_heads, pipeline=blocks, expert=layout.expert)
     except ModelError:  # sizes of other names, an encoder's and a decoder's
         found, known = next(small_configs(full)).to_dict(), known_settings(full.model_type)
         small = {key: found[key] for key in known & found.keys() if found[key] != tree.get(key)}

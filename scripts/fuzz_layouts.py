@@ -257,10 +257,11 @@ class Fuzzer:
 
     def life(self, case: Case, later: Case, chance: random.Random) -> str | None:
         """A run that stops half way and goes on as `later`; what is wrong with it."""
-        fault = None
+        fault: dict[str, Any] | None = None
         if chance.random() < 0.5:
             rank, step = chance.randrange(case.workers), chance.randint(1, 2)
-            fault = {"kind": "kill", "rank": rank, "step": step, "phase": chance.choice(PHASES)}
+            fault = {"number": 0, "kind": "kill", "rank": rank, "step": step}
+            fault["phase"] = chance.choice(PHASES)
         words = f"{case} then {later}" + (f" with {fault}" if fault else "")
         out = self.folder / f"life-{chance.getrandbits(48):012x}"
         recipe = case.recipe(self.folder)

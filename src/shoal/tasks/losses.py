@@ -253,20 +253,23 @@ class _ChunkedLoss(torch.autograd.Function):
             for index, gradient in enumerate(gradients):
                 before = head_gradients[index]
                 head_gradients[index] = gradient if before is None else before.add_(gradient)
-        ctx.has_head = [gradient is not None for gradient in head_gradients]
         ctx.scale = how.scale
+        # without a target too: a rank whose head had no gradient would send its peers less
         ctx.save_for_backward(
-            hidden_gradient, *[each for each in head_gradients if each is not None]
+            hidden_gradient,
+            *[
+                torch.zeros_like(parameter) if gradient is None else gradient
+                for parameter, gradient in zip(head, head_gradients)
+            ],
         )
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, *saved = ctx.saved_tensors
-        rest = iter(saved)
+        hidden_gradient, *head_gradients = ctx.saved_tensors
         factor = gradient / ctx.scale
-        head = [next(rest) * factor if has else None for has in ctx.has_head]
+        head = [each * factor for each in head_gradients]
         scaled = hidden_gradient * factor if ctx.needs_input_grad[0] else None
         return (scaled, None, None, *head)
 

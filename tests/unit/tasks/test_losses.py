@@ -161,6 +161,17 @@ def test_whole_logits_never_exist() -> None:
     assert seen.elements == 64 * 3000
 
 
+def test_a_head_without_a_target_has_a_gradient_of_zero() -> None:
+    """A rank may see no target in its micro batch; peers still wait for what it sums."""
+    hidden, labels, head = _problem()
+    loss = chunked_loss(
+        hidden, torch.full_like(labels, -100), head, head_parameters=list(head.parameters())
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert all(each.grad is not None and not each.grad.any() for each in head.parameters())
+
+
 def test_chunks_follow_the_budget() -> None:
     assert chunk_tokens_for(4096) == 512
     assert chunk_tokens_for(4096, device="cuda") == 64 * 512

@@ -5,7 +5,7 @@ TRAIN := $(VENV)/.setup-done
 DEV := $(VENV)/.setup-dev-done
 SETUP := PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh scripts/setup
 
-.PHONY: setup train test test-all fuzz-models check clean
+.PHONY: setup train test test-all fuzz fuzz-models check clean
 
 setup: $(TRAIN)
 
@@ -26,6 +26,9 @@ test: $(DEV)
 
 test-all: $(DEV)
 	sh scripts/test --all
+
+fuzz: $(DEV)
+	$(VENV)/bin/python scripts/fuzz_layouts.py
 
 fuzz-models: $(DEV)
 	$(VENV)/bin/python scripts/fuzz_models.py

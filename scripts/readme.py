@@ -56,7 +56,7 @@ WORDS = {
         "yes": "yes",
         "no": "no",
         "of": "{} of {}",
-        "later": "Designed and refused today: {axes} (axes); {policies} (policies).",
+        "later": "Designed and refused today: {policies} (policies).",
         "and": ", ",
     },
     "README.zh.md": {
@@ -65,7 +65,7 @@ WORDS = {
         "yes": "可以",
         "no": "不行",
         "of": "{1} 个中的 {0} 个",
-        "later": "已设计、今天会被拒绝：{axes}（轴）；{policies}（策略）。",
+        "later": "已设计、今天会被拒绝：{policies}（策略）。",
         "and": "、",
     },
 }

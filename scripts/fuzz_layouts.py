@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -80,9 +81,15 @@ class Case:
     recompute: str = "none"
 
     @property
+    def degrees(self) -> list[int]:
+        """Of the axes; experts divide two of them."""
+        axes = (self.replicate, self.pipeline, self.shard, self.context, self.tensor)
+        return [*axes, self.expert]
+
+    @property
     def workers(self) -> int:
         """Number of them."""
-        return self.replicate * self.pipeline * self.shard * self.context * self.tensor
+        return math.prod(self.degrees[:-1])
 
     @property
     def alone(self) -> Case:

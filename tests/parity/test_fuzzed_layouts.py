@@ -1,4 +1,4 @@
-"""A slice of `make fuzz`: random legal mixes of all axes equal one worker; failures become small."""
+"""A slice of `make fuzz`: random mixes of all axes equal one worker; failures become small."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -111,6 +111,8 @@ class _Kernel:
     """What both kinds share: attention is causal, and reads documents of whole rows."""
 
     context: Context
+    by_layer: ClassVar[bool] = False
+    """Whether it must know which layer calls."""
 
     def _checked(self, request: MaskRequest) -> MaskRequest:
         """The request for whole rows. Raises ModelError for a pattern that is not known here.

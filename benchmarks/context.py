@@ -81,7 +81,7 @@ def measure(rank: int, given: argparse.Namespace, meeting: str) -> None:
 
 def shoals(own: list[Tensor], way: ring.Ring, scale: float) -> list[Tensor]:
     """Output and gradients of queries, keys and values."""
-    query, key, value = (each.clone().requires_grad_() for each in own[:3])
+    query, key, value = (each.detach().requires_grad_() for each in own[:3])
     output = ring.attend(query, key, value, ring=way, seen=ring.Seen(), scale=scale, softcap=None)
     output.backward(own[3].transpose(1, 2))
     return [output.detach().transpose(1, 2), *(each.grad for each in (query, key, value))]

@@ -39,6 +39,12 @@ def test_a_cut_replica_follows_one_worker(bench: Bench, layout: tuple[str, ...])
     assert_same_curve(found, bench.run(*SHORT))
 
 
+def test_blocks_of_queries_are_computed_again(bench: Bench) -> None:
+    """bfloat16 on a CPU has a kernel of its own, whose products selective recompute keeps."""
+    narrow = ("precision.compute=bfloat16", *SHORT)
+    assert bench.run("parallel.recompute=selective", *narrow).losses == bench.run(*narrow).losses
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["parallel.replicate=2", "parallel.shard=2", "parallel.tensor=2"])
 def test_compiled_blocks_follow_one_worker(bench: Bench, axis: str) -> None:

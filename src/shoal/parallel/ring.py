@@ -94,12 +94,16 @@ class Ring:
         """Begin to send `tensors` to the next rank, and to receive those of the one before."""
         size, rank, group = self.exchange.size, self.exchange.rank, self.exchange.group
         after, before = (dist.get_global_rank(group, (rank + by) % size) for by in (1, -1))
+        device = tensors[0].device
+        if device.type != "cpu" and dist.get_backend(group) == "gloo":  # ranks that share a GPU
+            tensors = [each.cpu() for each in tensors]
         arriving = [torch.empty_like(each) for each in tensors]
         moves = []
         for number, (ours, theirs) in enumerate(zip(tensors, arriving)):
             moves.append(dist.P2POp(dist.isend, ours, after, group, tag + number))
             moves.append(dist.P2POp(dist.irecv, theirs, before, group, tag + number))
-        return _Passing(self.exchange, tensors, arriving, dist.batch_isend_irecv(moves))
+        works = dist.batch_isend_irecv(moves)
+        return _Passing(self.exchange, tensors, arriving, works, device)
 
     def blocks(self, hop: int, seen: Seen, *, bytes_per_score: int, device: torch.device) -> Any:
         """(queries, keys, hidden) of each block of this hop: slices of what is here.
@@ -140,13 +144,14 @@ class _Passing:
     sent: Sequence[Tensor]
     arriving: list[Tensor]
     works: Sequence[Any]
+    device: torch.device
 
     def wait(self) -> list[Tensor]:
         """What has arrived; the time spent counts as communication."""
         with self.exchange.sending("ring", sum(each.nbytes for each in self.sent)):
             for work in self.works:
                 work.wait()
-        return self.arriving
+        return [each.to(self.device) for each in self.arriving]
 
 
 def attend(

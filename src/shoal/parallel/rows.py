@@ -112,6 +112,7 @@ class _Kernel:
 
     context: Context
     by_layer: ClassVar[bool] = False
+    """Whether it must know which layer calls."""
 
     def _checked(self, request: MaskRequest) -> MaskRequest:
         """The request for whole rows. Raises ModelError for a pattern that is not known here.

@@ -96,7 +96,7 @@ def watch_routers(model: nn.Module) -> None:
     sizes = {int(each.num_experts) for each in modules.values()}  # type: ignore[arg-type]
     if len(sizes) != 1 or not all(isinstance(each, nn.Module) for each in routers):
         return
-    load = Load(len(modules), *sizes)
+    load = Load(len(modules), sizes.pop())
     model.shoal_load = load  # type: ignore[assignment]
     for number, module in enumerate(around):
         module.gate.register_forward_hook(functools.partial(_tell, number))

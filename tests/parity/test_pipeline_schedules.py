@@ -59,18 +59,18 @@ def test_looped_schedules_idle_less_as_published(pool: WorkerPool, tmp_path: Pat
     assert idle[1] == pytest.approx(3 / (2 * 8 + 3), abs=0.04)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("name", ["1f1b", "gpipe", "interleaved-1f1b"])
 def test_a_rank_holds_as_many_micro_batches_as_the_formula_says(
     pool: WorkerPool, tmp_path: Path, name: str
 ) -> None:
     """And computes in the order that `shoal simulate` plays."""
     found = timed(pool, tmp_path, name, ranks=2, micro=4)
+    chunks = 2 if name == "interleaved-1f1b" else 1
     for rank, one in enumerate(found["ranks"]):
-        assert one["held"] == in_flight(name, stages=2, stage=rank, micro_batches=4)
-        order = order_of(name, rank=rank, ranks=2, micro_batches=4, chunks=1)
-        if name == "1f1b":
-            played = [[kind, stage, micro] for kind, micro, stage in order]
-            assert one["events"] == played
+        held = in_flight(name, stages=2, stage=rank, micro_batches=4, chunks=chunks)
+        assert one["held"] == held * chunks  # of a rank's stages one by one
+        order = order_of(name, rank=rank, ranks=2, micro_batches=4, chunks=chunks)
+        assert one["events"] == [[kind, stage, micro] for kind, micro, stage in order]
 
 
 def test_activations_are_kept_for_as_many_micro_batches(bench: Bench) -> None:

@@ -13,9 +13,9 @@ from shoal.plan.schedules import order_of
 from tiny import Bench
 from workers import run_workers
 
-SECONDS = 0.03
+SECONDS = 0.05
 """Of a rank's forward of a micro batch, as of its input's and its weight's gradient: long beside
-what a message and a wake-up take on a machine with something else to do (1 ms)."""
+what a message and a wake-up take on a machine with something else to do (0.5 ms)."""
 
 
 def timed(pool: WorkerPool, folder: Path, name: str, *, ranks: int, micro: int) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def timed(pool: WorkerPool, folder: Path, name: str, *, ranks: int, micro: int) 
     out = folder / f"{name}-{ranks}"
     out.mkdir()
     payload = {"schedule": name, "ranks": ranks, "stages_per_rank": each, "micro_batches": micro}
-    payload |= {"seconds": SECONDS, "turns": 4, "out": str(out)}
+    payload |= {"seconds": SECONDS, "turns": 3, "out": str(out)}
     found = run_workers(pool, "synthetic_stages:run", payload, size=ranks)
     found = sorted(found, key=lambda one: one["rank"])
     step = min(max(turns) for turns in zip(*(one["seconds"] for one in found), strict=True))

@@ -40,7 +40,9 @@ def recipe(*overrides: str) -> Recipe:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.pipeline=2"], "pipeline is not there yet.*replicate, shard, tensor"),
+        (["parallel.context=2"], "context is not there yet.*pipeline, replicate, shard, tensor"),
+        (["parallel.pipeline=2", "train.micro_batch_samples=16"], "needs 2 or more micro batches"),
+        (["parallel.pipeline=2", "task={kind: embedding}"], "more than one forward.*shard=2"),
         (["parallel.shard=2", "train.exact=true"], "train.exact.*parallel.replicate alone"),
         (["parallel.tensor=2", "train.optimizer={kind: muon}"], "muon needs whole matrices"),
         (["parallel.tensor=2", "model.dropout=framework"], "set model.dropout to keyed or off"),

@@ -23,7 +23,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *filter(None, [os.environ.get
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from families import FAMILIES, GRADIENT, LIMIT, LOSS, TOKENS, matrix, recipe_of  # noqa: E402
+from families import (  # noqa: E402
+    BLOCKS,
+    FAMILIES,
+    GRADIENT,
+    LIMIT,
+    LOSS,
+    TOKENS,
+    matrix,
+    recipe_of,
+    staged,
+)
 from shoal.launch import supervise  # noqa: E402
 from shoal.launch.pool import WorkerPool  # noqa: E402
 from shoal.prove.matrix import Matrix  # noqa: E402
@@ -40,7 +50,8 @@ Written by `scripts/parity_matrix.py`, torch {torch.__version__}, transformers
 For each family a tiny model of the same class is trained for 5 steps of AdamW in float32 on CPU
 workers (gloo), by the same program and loop as any run: keyed dropout, packed documents (padded
 rows of words for bert and roberta, images for vit), 8 samples of {TOKENS} tokens a step in micro
-batches of one, an evaluation on the way, clipping at a norm of {LIMIT} (which always clips). Each
+batches of one, an evaluation on the way, clipping at a norm of {LIMIT} (which always clips). Models
+have two blocks, those of pipelines {BLOCKS}. Each
 row is one layout against one worker, from the same seed and data:
 
 - *loss*, *norm*: the largest relative difference over the steps (tolerance of the loss: {LOSS:g});
@@ -63,8 +74,11 @@ def run(families: list[str], results: Path) -> None:
             supervise.TARGET = "seq2seq:run" if family == "t5" else target
             folder, rows = Path(scratch) / family, []
             proofs = Matrix(recipe_of(family, folder), out=folder / "runs", pool=pool)
-            for case in matrix(family):
-                found = proofs.compare(case.overrides)
+            deep = recipe_of(family, folder / "deep", blocks=BLOCKS)
+            staged_proofs = Matrix(deep, out=folder / "deep" / "runs", pool=pool)
+            pairs = [(proofs, case) for case in matrix(family)]
+            for prover, case in [*pairs, *((staged_proofs, each) for each in staged(family))]:
+                found = prover.compare(case.overrides)
                 about = {"layout": str(case.layout), "notes": case.notes}
                 rows.append({**about, "found": asdict(found)})
                 print(f"{family}: {case.layout}: gradient {found.gradient:.1e}", flush=True)

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from shoal.layout import Layout
-from shoal.legal import axes_of
+from shoal.legal import SCHEDULES, axes_of, family_of
 from shoal.legal.rules import CONTEXT_KINDS, SHARD_LEVELS
 from tiny import write_corpus
 from unit.models.tiny_models import MIXTURES, SETTINGS
@@ -33,6 +33,9 @@ TOKENS = 18
 
 FAMILIES = tuple(family for family in SETTINGS if family not in ("cohere", "t5"))
 """Those that a task of the product trains; T5 is in test_encoder_decoder.py."""
+
+BLOCKS = 8
+"""Two stages for each of four ranks."""
 
 _MORE_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 """So that 4 ranks have a key head each, shared by two query heads."""
@@ -105,8 +108,35 @@ def _of_rows(family: str) -> list[Case]:
     return [*cases, Case(family, Layout(context=2, tensor=2, shard=2), "optimizer", again)]
 
 
-def recipe_of(family: str, folder: Path) -> Path:
-    """A recipe file below `folder` that trains a tiny model of `family` on data made for it."""
+def staged(family: str) -> list[Case]:
+    """The pipelines that a family is proven in, with `BLOCKS`: every schedule, and mixes."""
+    if "pipeline" not in axes_of(family):
+        return []
+    cases = [
+        Case(family, Layout(pipeline=degree), more=(_pipeline(degree, name),))
+        for degree in (2, 4)
+        for name in SCHEDULES
+    ]
+    one, looped, v = (_pipeline(2, name) for name in ("1f1b", "interleaved-1f1b", SCHEDULES[-1]))
+    tensor = 2 if "tensor" in axes_of(family) and family_of(family).tensor else 1
+    mixes = [
+        Case(family, Layout(pipeline=2, shard=2, tensor=tensor), "gradients", (one,)),
+        Case(family, Layout(pipeline=2, shard=2), "optimizer", (v,)),
+        Case(family, Layout(pipeline=2, shard=2), more=(looped, "parallel.recompute=full")),
+        Case(family, Layout(pipeline=2, replicate=2, tensor=tensor), more=(v,)),
+    ]
+    return cases + mixes
+
+
+def _pipeline(degree: int, schedule: str) -> str:
+    return f"parallel.pipeline={{degree: {degree}, schedule: {schedule}}}"
+
+
+def recipe_of(family: str, folder: Path, *, blocks: int | None = None) -> Path:
+    """A recipe file below `folder` that trains a tiny model of `family` on data made for it.
+
+    `blocks`: so many, whose kinds go on as they begin; None: two.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**SETTINGS, **MIXTURES}[family]
     heads = _MORE_HEADS if "num_key_value_heads" in settings else {}
@@ -120,6 +150,7 @@ def recipe_of(family: str, folder: Path) -> Path:
             "architecture": family,
             **settings,
             **heads,
+            **_blocks(family, blocks),
             "dropout": "keyed",
         },
         "data": _data(family, folder),
@@ -129,6 +160,14 @@ def recipe_of(family: str, folder: Path) -> Path:
     path = folder / f"{family}.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
+
+
+def _blocks(family: str, count: int | None) -> dict[str, object]:
+    if count is None:
+        return {}
+    kinds = SETTINGS[family].get("layer_types")
+    found: dict[str, object] = {"n_layer" if family == "gpt2" else "num_hidden_layers": count}
+    return found | ({"layer_types": (kinds * count)[:count]} if kinds else {})
 
 
 def _task(family: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from families import GRADIENT, LOSS, recipe_of
+from families import BLOCKS, FAMILIES, GRADIENT, LOSS, recipe_of, staged
 from parity.test_checkpoints_across_layouts import assert_equal
 from parity.test_proofs import proof
 from parity.test_replicas import FROZEN, GPT2, PADDED, SHORT, assert_same_curve
@@ -187,36 +187,14 @@ def test_a_mistake_of_stages_needs_some(bench: Bench) -> None:
         proof(bench, "parallel.replicate=2", mistake="swapped-stages")
 
 
-DECODERS = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "granite", "gemma2", "gemma3_text")
-OTHERS = ("mistral", "phi3", "bert", "roberta")
-SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble")
-
-
 @slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("family", [*DECODERS, *OTHERS])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_by_every_schedule(family: str, pool: WorkerPool, tmp_path: Path) -> None:
-    """Eight blocks on two and on four ranks, and a mix."""
-    recipe = recipe_of(family, tmp_path)
-    proofs = Matrix(blocks_of(recipe, family, 8), out=tmp_path / "runs", pool=pool)
-    layouts = [
-        [f"parallel.pipeline={{degree: {degree}, schedule: {name}}}"]
-        for degree in (2, 4)
-        for name in SCHEDULES
-    ]
-    layouts.append(["parallel.pipeline=2", "parallel.tensor=2", "parallel.shard=2"])
-    for layout in layouts:
-        found = proofs.compare(layout)
-        assert found.begins_equal, (layout, found)
-        assert found.loss < LOSS and found.gradient < GRADIENT, (layout, found)
-
-
-def blocks_of(recipe: Path, family: str, count: int) -> Path:
-    """The recipe with so many blocks; kinds of layers go on as they begin."""
-    text = recipe.read_text()
-    key = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    text = text.replace(f"{key}: 2", f"{key}: {count}")
-    kinds = "  layer_types:\n  - sliding_attention\n  - full_attention\n"
-    more = "  - sliding_attention\n  - full_attention\n" * (count // 2 - 1)
-    recipe.write_text(text.replace(kinds, kinds + more))
-    return recipe
+    """Eight blocks on two and on four ranks, and mixes up to eight workers."""
+    recipe = recipe_of(family, tmp_path, blocks=BLOCKS)
+    proofs = Matrix(recipe, out=tmp_path / "runs", pool=pool)
+    for case in staged(family):
+        found = proofs.compare(case.overrides)
+        assert found.begins_equal, (case, found)
+        assert found.loss < LOSS and found.gradient < GRADIENT, (case, found)

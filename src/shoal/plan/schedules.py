@@ -96,7 +96,7 @@ def order_of(
     """(kind, micro batch, stage) of one rank in the order it runs them; without W."""
     if schedule == "gpipe":
         forward = [("F", micro, rank) for micro in range(micro_batches)]
-        return forward + [("B", micro, rank) for micro in reversed(range(micro_batches))]
+        return forward + [("B", micro, rank) for micro in range(micro_batches)]
     if schedule == "1f1b":
         ahead = min(micro_batches, ranks - rank - 1)
         forwards = [("F", micro, rank) for micro in range(micro_batches)]

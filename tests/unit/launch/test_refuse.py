@@ -41,6 +41,8 @@ def recipe(*overrides: str) -> Recipe:
     ("overrides", "words"),
     [
         (["sync={kind: diloco}"], "diloco"),
+        (["parallel.pipeline=2", "train.micro_batch_samples=16"], "needs 2 or more micro batches"),
+        (["parallel.pipeline=2", "task={kind: embedding}"], "more than one forward.*shard=2"),
         (["parallel.shard=2", "train.exact=true"], "train.exact.*parallel.replicate alone"),
         (["parallel.tensor=2", "model.dropout=framework"], "set model.dropout to keyed or off"),
         (["parallel.shard=2", "launch.workers=threads"], "threads carry the replicate axis only"),

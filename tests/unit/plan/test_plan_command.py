@@ -201,6 +201,16 @@ def test_mistakes(words: tuple[str, ...], message: str) -> None:
         run("plan", *words)
 
 
+def test_the_command_of_a_pipeline_is_its_plan() -> None:
+    words = ["quickstart", "--cluster", "4xA100", "--fix", "pipeline=2", "--fix", "replicate=2"]
+    schedule = ["--fix", "schedule=interleaved-1f1b", "--fix", "micro_batch_samples=1"]
+    text = run("plan", *words, *schedule)
+    line = next(line for line in text.splitlines() if "shoal train" in line)
+    name, *overrides = shlex.split(line)[2:]
+    given = load_recipe(name, overrides).parallel.pipelining
+    assert (given.degree, given.schedule, given.stages) == (2, "interleaved-1f1b", 2)
+
+
 def test_simulate(tmp_path: Path) -> None:
     out, image = tmp_path / "trace.json", tmp_path / "step.svg"
     words = ["quickstart", "--cluster", "8xA100", "--fix", "pipeline=4"]

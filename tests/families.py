@@ -165,7 +165,7 @@ def recipe_of(family: str, folder: Path, *, blocks: int | None = None) -> Path:
 def _blocks(family: str, count: int | None) -> dict[str, object]:
     if count is None:
         return {}
-    kinds = SETTINGS[family].get("layer_types")
+    kinds = {**SETTINGS, **MIXTURES}[family].get("layer_types")
     found: dict[str, object] = {"n_layer" if family == "gpt2" else "num_hidden_layers": count}
     return found | ({"layer_types": (kinds * count)[:count]} if kinds else {})
 

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ class InitRecord:
 
     def _fill(
         self,
-        result: Floats,
+        result: NDArray[Any],
         program: Sequence[Operation],
         *,
         key: int,

@@ -86,6 +86,15 @@ def test_bfloat16_in_stages_is_that_of_one_worker(bench: Bench, schedule: str) -
     assert largest_difference(found.losses, bench.run(*change).losses) < 1e-5
 
 
+@slow
+def test_replicas_in_stages_step_alone_as_whole_ones_do(bench: Bench) -> None:
+    change = ("train.steps=6", "train.evaluate_every_steps=6", "train.micro_batch_samples=4")
+    change += ("sync={kind: local-sgd, every_steps: 2}", "launch.workers=processes")
+    whole = bench.run(*change, "parallel={replicate: 2}")
+    found = bench.run(*change, "parallel={replicate: 2, pipeline: 2}")
+    assert largest_difference(found.losses, whole.losses) < 1e-5
+
+
 EXACT = ("train.exact=true", "model.tie_word_embeddings=false", "train.steps=8", *FOUR)
 
 

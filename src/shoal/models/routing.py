@@ -130,6 +130,8 @@ def routing_of(model: nn.Module, rows: int) -> Routing | None:
 @contextlib.contextmanager
 def counted_in(model: Any, routing: Routing | None) -> Iterator[None]:
     """Count what a forward of training decides in the model's load."""
-    yield
-    if routing is not None and model.training:
-        model.shoal_load.add(routing)
+    try:
+        yield
+    finally:  # a stage of a pipeline leaves by an exception
+        if routing is not None and model.training:
+            model.shoal_load.add(routing)

@@ -176,3 +176,12 @@ def test_what_cannot_be_is_refused_before_workers_start(
     with pytest.raises(ConfigError, match=words):
         prove(recipe, words_of, out=tmp_path / "proof", pool=pool, whole=True)
     assert not (tmp_path / "proof" / "one").exists()
+
+
+def test_stages_tell_of_the_experts_of_all_of_them(pool: WorkerPool, tmp_path: Path) -> None:
+    """A stage leaves the model's forward half way: what its routers decided counts too."""
+    recipe, out = recipe_of("mixtral", tmp_path), tmp_path / "proof"
+    found = prove(recipe, ["parallel.pipeline=2"], out=out, steps=2, pool=pool, whole=True)
+    assert found.proven, str(found)
+    one, two = (read_lines(out / name / "metrics.jsonl") for name in ("one", "layout"))
+    assert [row["expert_load"] for row in one] == [row["expert_load"] for row in two]

@@ -125,9 +125,10 @@ def _recipe_and_overrides(line: str) -> tuple[str, list[str]]:
 
 
 def test_a_recipe_that_no_axis_may_cut_is_replicated() -> None:
-    """Muon needs whole matrices: the start refuses it with shard, so the plan never says so."""
-    muon = "train.optimizer={kind: muon, learning_rate: 0.02, adamw_learning_rate: 3.0e-3}"
-    data = json.loads(run("plan", "quickstart", muon, "--cluster", "8xA100", "--json"))
+    """Exact mode: the start refuses it with shard and tensor, so the plan never says so."""
+    data = json.loads(
+        run("plan", "quickstart", "train.exact=true", "--cluster", "8xA100", "--json")
+    )
     assert data["plan"]["layout"]["replicate"] == 8
 
 

@@ -122,6 +122,7 @@ def test_the_model_may_be_that_of_the_best_save(bench: Bench, tmp_path: Path) ->
     assert all(written[name].equal(best[name]) for name in best)
 
 
+@pytest.mark.slow
 def test_early_stopping_when_nothing_gets_better(bench: Bench) -> None:
     run = bench.train(*STILL, "train.until.patience=2", *TWO)
     found = summary(run)

@@ -130,7 +130,7 @@ def test_passed_on_through_layouts_without_a_step(
 
 
 PAIRS = [
-    ("context 2", "shard 2 x context 2"),
+    pytest.param("context 2", "shard 2 x context 2", marks=slow),
     ("shard 2", "tensor 2"),
     pytest.param("tensor 2", "replicate 2 x shard 2", marks=slow),
     ("threads", "shard 2 x tensor 2"),

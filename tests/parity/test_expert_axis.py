@@ -74,7 +74,7 @@ BALANCED = ("model.output_router_logits=true", "model.router_aux_loss_coef=0.5")
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.expert=2"])
+@pytest.mark.parametrize("layout", ["parallel.expert=2", "parallel.tensor=2"])
 def test_the_balance_loss_is_the_same_in_any_layout(
     layout: str, pool: WorkerPool, tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ def assert_equal(found: Apart) -> None:
     assert found.gradient < GRADIENT, found
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("case", CHOICE, ids=lambda case: f"{case.family}-{case.layout}")
 def test_a_layout_is_one_workers_run(case: Case, compare: Compare) -> None:
     assert_equal(compare(case))

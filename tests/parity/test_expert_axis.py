@@ -139,7 +139,7 @@ def test_a_mistake_with_experts_needs_experts(pool: WorkerPool, tmp_path: Path) 
         )
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda case: f"{case.family}-{case.layout}-{case.notes}".replace(" ", "")
 )

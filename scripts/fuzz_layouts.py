@@ -171,6 +171,7 @@ class Fuzzer:
         write_corpus(folder / "tales.jsonl", documents=120)
         self._inputs: dict[tuple[int, bool], Inputs] = {}
         self._ones: dict[Case, dict[str, Any]] = {}
+        self._wholes: dict[str, list[float]] = {}
         self._batches = 0
         self.refused = 0
 
@@ -307,10 +308,6 @@ class Fuzzer:
             rows = read_lines(out / "metrics.jsonl")
             self._wholes[key] = [row["loss"] for row in rows if "loss" in row]
         return self._wholes[key]
-
-    @property
-    def _wholes(self) -> dict[str, list[float]]:
-        return self.__dict__.setdefault("wholes", {})
 
 
 def drawn(chance: random.Random) -> Case:

@@ -135,11 +135,15 @@ class OneByOne(Passes):
         try:
             for micro in micros:
                 found: list[Scores] = []
-                self._run(partial(self._scores, predict=predict, found=found), micro.batch)
-                kept.append(self._whole(found[0], micro.batch))
+                self._through(partial(self._scores, predict=predict, found=found), micro)
+                kept += [self._whole(each, micro.batch) for each in found]
         finally:
             self._replica.model.train()
         return kept
+
+    def _through(self, function: Callable[..., Tensor], micro: Micro) -> None:
+        """Run `function(model, batch)` without a backward, as far as this rank takes part."""
+        self._run(function, micro.batch)
 
     def _scores(
         self, model: nn.Module, batch: Batch, *, predict: bool, found: list[Scores]

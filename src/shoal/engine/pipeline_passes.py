@@ -15,7 +15,6 @@ from shoal.legal import ZERO_BUBBLE
 from shoal.parallel import shard
 from shoal.parallel.schedules import Line, Schedule, Shape, shown_to_all, walk
 from shoal.parallel.stages import Stage, Stages
-from shoal.tasks.task import Scores
 
 
 class Scheduled(OneByOne):
@@ -102,18 +101,8 @@ class Scheduled(OneByOne):
 
         return self._run(part, micro.batch, exactly=exactly)
 
-    @torch.no_grad()
-    def score(self, micros: Sequence[Micro], *, predict: bool) -> list[Scores]:
-        kept: list[Scores] = []
-        self._replica.model.eval()
-        try:
-            for micro in micros:
-                found: list[Scores] = []
-                self._walk(partial(self._scores, predict=predict, found=found), micro)
-                kept += [self._whole(each, micro.batch) for each in found]
-        finally:
-            self._replica.model.train()
-        return kept
+    def _through(self, function: Callable[..., Tensor], micro: Micro) -> None:
+        self._walk(function, micro)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from shoal.config.recipe import Recipe, Shard
 from shoal.engine.decision import Decision
 from shoal.errors import UserError
+from shoal.launch.memory import candidate_of
 from shoal.launch.refuse import combination_of
 from shoal.layout import Layout
 from shoal.legal import open_axes
@@ -15,7 +16,7 @@ from shoal.plan.devices import device_named
 from shoal.plan.from_recipe import choices_of
 from shoal.plan.hardware import Cluster, Nodes
 from shoal.plan.search import Found, Space, find
-from shoal.plan.workload import DEGREES, Candidate, Workload
+from shoal.plan.workload import DEGREES, Workload
 
 
 def on_devices(
@@ -61,13 +62,8 @@ def predicted_on_devices(
     estimator = _estimator(workload, devices=devices, device_name=device_name)
     if estimator is None or decision.layout.workers > devices:
         return decision
-    candidate = Candidate(
-        layout=decision.layout,
-        micro_batch_samples=decision.micro_batch_samples,
-        level=decision.shard_level_of(recipe),
-        recompute=decision.recompute_of(recipe),
-    )
-    return replace(decision, predicted=estimator.predict(candidate).to_json())
+    prediction = estimator.predict(candidate_of(recipe, decision))
+    return replace(decision, predicted=prediction.to_json())
 
 
 def _estimator(workload: Workload, *, devices: int, device_name: str) -> Estimator | None:

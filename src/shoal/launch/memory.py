@@ -25,19 +25,24 @@ SPARE = 0.95
 """Share of the free memory that a run may plan with."""
 
 
-def memory_of_worker(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
-    """Peak of one worker on this machine, by formula; what of it is state is exact."""
+def candidate_of(recipe: Recipe, decision: Decision) -> Candidate:
+    """What was decided, as plans reckon with it."""
     schedule, chunks = decision.schedule_of(recipe)
-    candidate = Candidate(
-        schedule=schedule,
-        chunks=chunks,
+    return Candidate(
         layout=decision.layout,
         micro_batch_samples=decision.micro_batch_samples,
         level=decision.shard_level_of(recipe),
         recompute=decision.recompute_of(recipe),
+        schedule=schedule,
+        chunks=chunks,
     )
+
+
+def memory_of_worker(recipe: Recipe, decision: Decision, *, workload: Workload) -> dict[str, float]:
+    """Peak of one worker on this machine, by formula; what of it is state is exact."""
     memory = memory_on_cpu(
-        candidate, workload=replace(workload, precision=FORMATS[decision.compute])
+        candidate_of(recipe, decision),
+        workload=replace(workload, precision=FORMATS[decision.compute]),
     )
     return {"peak_memory_bytes": memory.live, "state_bytes": memory.states}
 

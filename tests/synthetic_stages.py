@@ -7,6 +7,7 @@ stages whose forward, input gradients and weight gradients each sleep.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,12 @@ class Work:
             states = Sleeps.apply(states, (0.0, each))  # type: ignore[no-untyped-call]
         return states.sum() if stage.is_last else states
 
-    def before_backward(self, stage: Stage, number: int) -> None:
+    def backward(self, stage: Stage, number: int) -> AbstractContextManager[None]:
         self.events.append(("B", stage.number, number))
+        return nullcontext()
+
+    def weights(self, stage: Stage, number: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def after_backward(self, stage: Stage, number: int) -> None:
         self.held -= 1

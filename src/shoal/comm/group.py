@@ -29,6 +29,28 @@ class Traffic:
     sent_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     communication_seconds: float = 0.0
     waiting_seconds: float = 0.0
+    on_sent: Callable[..., None] | None = None
+    """Called when an operation is over; a trace hangs here (Trace.sent)."""
+
+    def count(
+        self, operation: str, num_bytes: int, *, began: float, waited: float | None = None
+    ) -> None:
+        """An operation is over in which this rank sent `num_bytes`.
+
+        `waited`: since when it waited, if it has computed beside that before.
+        """
+        ended, waited = time.perf_counter(), began if waited is None else waited
+        self.sent_bytes[operation] += num_bytes
+        self.communication_seconds += ended - waited
+        if self.on_sent is not None:
+            self.on_sent(operation, began=began, waited=waited, ended=ended, num_bytes=num_bytes)
+
+    def wait(self, *, began: float) -> None:
+        """This rank has waited for the others."""
+        ended = time.perf_counter()
+        self.waiting_seconds += ended - began
+        if self.on_sent is not None:
+            self.on_sent("wait", began=began, waited=began, ended=ended, num_bytes=0)
 
     def take(self) -> Traffic:
         """The counts so far; starts again from zero."""
@@ -53,6 +75,14 @@ class Group(ABC):
     @abstractmethod
     def sum_(self, tensor: Tensor) -> None:
         """Replace `tensor` on every rank by the sum over ranks (same shape and dtype on all)."""
+
+    def begin_sum_(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin `sum_`, which goes on while this rank computes; what is returned ends it.
+
+        Several may be under way; all ranks begin them, and end them, in one order. Both raise
+        PeersLost.
+        """
+        return lambda: self.sum_(tensor)
 
     @abstractmethod
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -139,8 +169,7 @@ class ProcessGroup(Group):
     def _timed(self, name: str, num_bytes: int, call: Callable[[], object]) -> None:
         began = time.perf_counter()
         self._meet(name, num_bytes, call)
-        self.traffic.communication_seconds += time.perf_counter() - began
-        self.traffic.sent_bytes[name] += num_bytes
+        self.traffic.count(name, num_bytes, began=began)
 
     def _meet(self, name: str, num_bytes: int, call: Callable[[], object]) -> None:
         self.pulse.enter(name, num_bytes=num_bytes)
@@ -155,8 +184,27 @@ class ProcessGroup(Group):
 
     def sum_(self, tensor: Tensor) -> None:
         if self.size > 1:
-            sent = 2 * (self.size - 1) * tensor.nbytes // self.size  # ring
-            self._timed("all_reduce", sent, lambda: dist.all_reduce(tensor, group=self._group))
+            call = lambda: dist.all_reduce(tensor, group=self._group)  # noqa: E731
+            self._timed("all_reduce", self._ring_bytes(tensor), call)
+
+    def begin_sum_(self, tensor: Tensor) -> Callable[[], None]:
+        sent, began, problem = self._ring_bytes(tensor), time.perf_counter(), None
+        try:
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        except RuntimeError as error:
+            problem = str(error).partition("\n")[0]
+        if problem is not None:
+            raise PeersLost(f"all_reduce of {sent} bytes did not begin: {problem}")
+
+        def finish() -> None:
+            waited = time.perf_counter()
+            self._meet("all_reduce", sent, work.wait)
+            self.traffic.count("all_reduce", sent, began=began, waited=waited)
+
+        return finish
+
+    def _ring_bytes(self, tensor: Tensor) -> int:
+        return 2 * (self.size - 1) * tensor.nbytes // self.size
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         if self.size == 1:
@@ -176,7 +224,7 @@ class ProcessGroup(Group):
         if self.size > 1:
             began = time.perf_counter()
             self._meet("barrier", 0, lambda: dist.barrier(group=self._group))
-            self.traffic.waiting_seconds += time.perf_counter() - began
+            self.traffic.wait(began=began)
 
     def buffer(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)

@@ -72,7 +72,7 @@ class ThreadGroup(Group):
         self.pulse.enter("meeting", num_bytes=0)
         self._meeting.wait()
         self.pulse.leave()
-        self.traffic.waiting_seconds += time.perf_counter() - began
+        self.traffic.wait(began=began)
 
     def sum_(self, tensor: Tensor) -> None:
         if self.size == 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shoal.models.anatomy import hidden_of, logits_of
 from shoal.observe.pulse import Pulse
+from shoal.observe.trace import Trace
 from shoal.parallel import shard
 from shoal.parallel.precision import compute_context
 from shoal.parallel.replica import Replica
@@ -35,6 +36,8 @@ class Passes(ABC):
     def __init__(self) -> None:
         self.check: Callable[[], None] = lambda: None
         """Called before each pass of a step: raises PeersLost where its sum cannot complete."""
+        self.trace = Trace()
+        """Told of each pass of a step."""
 
     @abstractmethod
     def train(
@@ -84,9 +87,11 @@ class OneByOne(Passes):
         for position, micro in enumerate(micros):
             shard.micro_batch(self._replica.model, last=position == len(micros) - 1)
             self.begin("forward")
-            loss = self._run(self.loss, micro.batch, step, scale)
+            with self.trace.span("forward", step=step, micro_batch=micro.number):
+                loss = self._run(self.loss, micro.batch, step, scale)
             self.begin("backward")
-            self._replica.backward(loss * scale)
+            with self.trace.span("backward", step=step, micro_batch=micro.number):
+                self._replica.backward(loss * scale)
             sums.append(loss.item())
             done(micro.number)
         return self._replica.context.sum(sums) if self._replica.context else sums

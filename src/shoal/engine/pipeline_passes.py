@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,7 +24,7 @@ class Scheduled(OneByOne):
 
     def __init__(self, *arguments: Any, schedule: str, traffic: Traffic, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._name, self._traffic = schedule, traffic
+        self._name, self.traffic = schedule, traffic
         self.takes_apart = schedule in ZERO_BUBBLE
         """Gradients of weights are made after those of inputs, by themselves."""
         self._schedules: dict[int, Schedule] = {}
@@ -45,7 +47,7 @@ class Scheduled(OneByOne):
         sharded, model = self._replica.sharded, self._replica.model
         group = sharded.mesh.group("pipeline")
         assert group is not None, "a pipeline has several ranks"
-        return Line(group, self._device, next(model.parameters()).dtype, self._traffic)
+        return Line(group, self._device, next(model.parameters()).dtype, self.traffic)
 
     def _shape(self, batch: Batch) -> Shape:
         """Of the hidden states that one stage hands to the next."""
@@ -80,6 +82,7 @@ class Scheduled(OneByOne):
         shapes = [self._shape(each.batch) for each in micros]
         self.begin("forward")  # which may be another rank's for a while: nobody is stuck who waits
         watched(lambda: schedule.step(step_of, shapes=shapes))
+        step_of.wait()
         if self.takes_apart:
             watched(lambda: shard.reduce_held(self.model))
         sums = [0.0 if each is None else each.item() for each in step_of.losses]
@@ -140,12 +143,13 @@ class _Step:
         self._scale, self._step, self._done = scale, step, done
         self._left = [len(passes.stages.own)] * len(micros)
         self._to_come = dict.fromkeys(passes.stages.own, len(micros))
+        self._left_at = time.perf_counter()
         self.losses: list[Tensor | None] = [None] * len(micros)
 
     def forward(self, stage: Stage, hidden: Tensor | None, number: int) -> Tensor:
         passes, micro = self._passes, self._micros[number]
-        passes.begin("forward")
-        output = passes.through(stage, hidden, self._loss, micro)
+        with self._pass("forward", stage, number):
+            output = passes.through(stage, hidden, self._loss, micro)
         if not stage.is_last:
             return output
         self.losses[number] = output.detach()
@@ -154,15 +158,36 @@ class _Step:
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._passes.loss(model, batch, self._step, self._scale)
 
-    def before_backward(self, stage: Stage, number: int) -> None:
+    @contextmanager
+    def backward(self, stage: Stage, number: int) -> Iterator[None]:
         passes = self._passes
-        passes.begin("backward")
-        self._to_come[stage] -= 1
-        last = not self._to_come[stage] and not passes.takes_apart
-        shard.micro_batch(passes.model, last=last, blocks=passes.stages.blocks(stage))
-        shard.micro_batch(passes.model, last=last and not any(self._to_come.values()), blocks=())
+        with self._pass("backward", stage, number):
+            self._to_come[stage] -= 1
+            last = not self._to_come[stage] and not passes.takes_apart
+            shard.micro_batch(passes.model, last=last, blocks=passes.stages.blocks(stage))
+            all_last = last and not any(self._to_come.values())
+            shard.micro_batch(passes.model, last=all_last, blocks=())
+            yield
+
+    def weights(self, stage: Stage, number: int) -> AbstractContextManager[None]:
+        return self._pass("weights", stage, number)
 
     def after_backward(self, stage: Stage, number: int) -> None:
         self._left[number] -= 1
         if not self._left[number]:
             self._done(self._micros[number].number)
+
+    def wait(self) -> None:
+        """Since it last computed, this rank has waited for other stages and their transfers."""
+        self._passes.traffic.count("send", 0, began=self._left_at)
+        self._left_at = time.perf_counter()
+
+    @contextmanager
+    def _pass(self, name: str, stage: Stage, number: int) -> Iterator[None]:
+        """What a stage computes for one micro batch."""
+        self.wait()
+        passes, micro = self._passes, self._micros[number].number
+        passes.begin("forward" if name == "forward" else "backward")
+        with passes.trace.span(name, step=self._step, stage=stage.number, micro_batch=micro):
+            yield
+        self._left_at = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from shoal.comm.tree import Node, TreeSum
 from shoal.data.batch import micro_batches
 from shoal.data.verify import digest as samples_digest
 from shoal.engine.membership.digest import compare
+from shoal.engine.overlap import Overlap
 from shoal.engine.passes import Batch, Micro, Passes
 from shoal.engine.state import FlatState
 from shoal.layout import Share
@@ -93,6 +95,8 @@ class Step:
         self._replica, self._task, self.passes, self._state = replica, task, passes, state
         self.ranks, self._policy, self._settings = ranks, policy, settings
         self._free: list[Tensor] = []
+        whole = not settings.exact and not replica.is_cut
+        self._overlap = Overlap(replica.model, state=state, policy=policy) if whole else None
         self.poison = 1.0
         """Factor on this rank's gradients of the next step; anything but 1 is a planned fault."""
 
@@ -146,12 +150,15 @@ class Step:
         self._state.zero_gradients()
         self._replica.load()  # what a step that was given up has counted
         tree, losses = TreeSum(), [0.0] * len(micros)
+        overlap = self._overlap if targets and self._overlap and self._overlap.begin() else None
         if targets:
+            if overlap is not None and len(micros) == 1:
+                overlap.arm()
             losses = self.passes.train(
                 micros,
                 scale=factor * self.poison / targets,
                 step=step,
-                done=lambda number: self._take(tree, number) if settings.exact else None,
+                done=partial(self._done, micros=micros, tree=tree, overlap=overlap),
             )
         elif settings.exact:
             for micro in micros:
@@ -160,10 +167,15 @@ class Step:
         policy.together.pulse.mark("reduce")
         if targets:
             self._finish(num_micro_batches=len(micros))
+        if overlap is not None:
+            overlap.finish()
         gradients = Gradients(
             self._state.gradients, self._state.layout, tree.nodes if settings.exact else []
         )
-        loss, norms, figures = self._sum_losses(micros, losses, gradients=gradients)
+        squares = overlap.squares if overlap is not None else []
+        loss, norms, figures = self._sum_losses(
+            micros, losses, gradients=gradients, squares=squares
+        )
         return StepResult(
             loss=loss / max(targets, 1),
             counted=counted,
@@ -185,7 +197,12 @@ class Step:
             self.ranks.world.traffic.sent_bytes[name] += num_bytes
 
     def _sum_losses(
-        self, micros: Sequence[Micro], losses: Sequence[float], *, gradients: Gradients
+        self,
+        micros: Sequence[Micro],
+        losses: Sequence[float],
+        *,
+        gradients: Gradients,
+        squares: Sequence[Tensor],
     ) -> tuple[float, list[float], dict[str, float]]:
         """The loss summed over all micro batches in order, each replica's gradient norm, and what
         the experts were given."""
@@ -198,12 +215,13 @@ class Step:
             for micro, loss in zip(micros, losses, strict=True):
                 sums[micro.number] = loss
         if replicas:
-            sums[count + ranks.replica] = self._square(gradients)
+            own = float(torch.stack(list(squares)).sum()) if squares else self._square(gradients)
+            sums[count + ranks.replica] = own
         sums = torch.cat([sums, given])
         group.sum_(sums)
-        each, squares, given = sums.split([count, replicas, len(given)])
+        each, norms, given = sums.split([count, replicas, len(given)])
         figures = self._replica.load_figures(given)
-        return ordered_sum(each.tolist()), squares.sqrt().tolist(), figures
+        return ordered_sum(each.tolist()), norms.sqrt().tolist(), figures
 
     def _square(self, gradients: Gradients) -> float:
         """Square of the norm of this rank's own part of its replica's gradients."""
@@ -212,6 +230,15 @@ class Step:
             return float(self._replica.holdings.own_square(named))
         vectors = [node.value for node in gradients.nodes] or [gradients.flat]
         return float(torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm()) ** 2
+
+    def _done(
+        self, number: int, *, micros: Sequence[Micro], tree: TreeSum, overlap: Overlap | None
+    ) -> None:
+        """The gradients of micro batch `number` are in."""
+        if self._settings.exact:
+            self._take(tree, number)
+        elif overlap is not None and len(micros) > 1 and number == micros[-2].number:
+            overlap.arm()
 
     def _take(self, tree: TreeSum, number: int) -> None:
         """Move the gradients of one micro batch into the tree."""

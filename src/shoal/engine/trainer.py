@@ -101,6 +101,9 @@ class Trainer:
         job, report = self.job, self._report
         self.training = build(job, ranks=ranks, worker=self.worker, report=report)
         self.training.passes.check = self.training.play.check = self.members.check
+        self.training.passes.trace = self.trace
+        if self.trace.on:
+            self.group.traffic.on_sent = self.trace.sent
         self.training.play.tell = self._tell_progress
         self.files = RunLog(job, report=report, training=self.training)
         settings = job.recipe.checkpoint

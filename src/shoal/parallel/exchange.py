@@ -96,8 +96,7 @@ class Exchange:
         """Count `num_bytes` that this rank sends, and the time that it waits for them here."""
         began = time.perf_counter()
         yield
-        self.traffic.communication_seconds += time.perf_counter() - began
-        self.traffic.sent_bytes[operation] += num_bytes
+        self.traffic.count(operation, num_bytes, began=began)
 
 
 _Move = Callable[[Tensor, Exchange], Tensor]

@@ -13,6 +13,7 @@ block, D head size, V size of values.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -102,8 +103,9 @@ class Ring:
         for number, (ours, theirs) in enumerate(zip(tensors, arriving)):
             moves.append(dist.P2POp(dist.isend, ours, after, group, tag + number))
             moves.append(dist.P2POp(dist.irecv, theirs, before, group, tag + number))
+        began = time.perf_counter()
         works = dist.batch_isend_irecv(moves)
-        return _Passing(self.exchange, tensors, arriving, works, device)
+        return _Passing(self.exchange, tensors, arriving, works, device, began)
 
     def blocks(self, hop: int, seen: Seen, *, bytes_per_score: int, device: torch.device) -> Any:
         """(queries, keys, hidden) of each block of this hop: slices of what is here.
@@ -145,12 +147,15 @@ class _Passing:
     arriving: list[Tensor]
     works: Sequence[Any]
     device: torch.device
+    began: float
 
     def wait(self) -> list[Tensor]:
         """What has arrived; the time spent counts as communication."""
-        with self.exchange.sending("ring", sum(each.nbytes for each in self.sent)):
-            for work in self.works:
-                work.wait()
+        waited = time.perf_counter()
+        for work in self.works:
+            work.wait()
+        num_bytes = sum(each.nbytes for each in self.sent)
+        self.exchange.traffic.count("ring", num_bytes, began=self.began, waited=waited)
         return [each.to(self.device) for each in self.arriving]
 
 

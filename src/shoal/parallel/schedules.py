@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,8 +53,11 @@ class Compute(Protocol):
         """Hidden states after a stage for micro batch `number`; of the last stage what backward
         starts from."""
 
-    def before_backward(self, stage: Stage, number: int) -> None:
-        """Gradients of this micro batch are made next."""
+    def backward(self, stage: Stage, number: int) -> AbstractContextManager[None]:
+        """Gradients of this micro batch are made inside, all or those of the stage's inputs."""
+
+    def weights(self, stage: Stage, number: int) -> AbstractContextManager[None]:
+        """Those of its parameters are made inside, where the schedule has taken them apart."""
 
     def after_backward(self, stage: Stage, number: int) -> None:
         """Its gradients of the stage's parameters are in."""
@@ -198,14 +202,15 @@ class _Chunk(PipelineStage):
         full_backward: bool = True,
         last_backward: bool = False,
     ) -> None:
-        self.compute.before_backward(self._stage, bwd_chunk_id)
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        with self.compute.backward(self._stage, bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._forget(bwd_chunk_id)
         if full_backward:
             self.compute.after_backward(self._stage, bwd_chunk_id)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        with self.compute.weights(self._stage, bwd_chunk_id):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self.compute.after_backward(self._stage, bwd_chunk_id)
 
     def _forget(self, number: int) -> None:

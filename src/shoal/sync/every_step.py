@@ -5,12 +5,13 @@ Processes each apply the whole sum; threads, who share parameters, each apply a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from shoal.comm.flat import CHUNK, FlatLayout, Span
+from shoal.comm.group import Group
 from shoal.comm.tree import Node, TreeSum, node_places
 from shoal.sync.policy import Division, Gradients, Policy, Reduced
 
@@ -22,6 +23,11 @@ class EveryStep(Policy):
         super().__init__(division)
         self._bucket_bytes = bucket_bytes
         self._scratch: Tensor | None = None
+        self._begun: list[Callable[[], None]] = []
+
+    def enter(self, *, world: Group, peers: Group, inside: Group) -> None:
+        super().enter(world=world, peers=peers, inside=inside)
+        self._begun = []  # those of a step that was given up
 
     def after_step(self, step: int, *, targets: int) -> None:
         """Let nobody read parameters before all slices are applied."""
@@ -33,6 +39,15 @@ class EveryStep(Policy):
             return layout.divide(self.peers.size, numel=numel)[self.peers.rank]
         return Span(0, numel)
 
+    def buckets(self, *, numel: int) -> list[Span]:
+        if self.peers.size == 1 or self.peers.computes_in_place:
+            return []
+        size = max(CHUNK, self._bucket_bytes // 4)
+        return [Span(start, min(start + size, numel)) for start in range(0, numel, size)]
+
+    def begin_reduce(self, flat: Tensor) -> None:
+        self._begun.append(self.peers.begin_sum_(flat))
+
     def reduce(self, gradients: Gradients) -> Reduced:
         """SUM of all replicas' gradients; of nodes, in the one order of the tree."""
         if gradients.nodes:
@@ -42,8 +57,11 @@ class EveryStep(Policy):
             return Reduced(Span(0, flat.numel()), flat)
         if not group.computes_in_place:
             group.barrier()  # so that waiting for a slow rank is told apart from communication
-            for part in flat.split(max(CHUNK, self._bucket_bytes // 4)):
-                group.sum_(part)
+            begun, self._begun = self._begun, []
+            for finish in begun:
+                finish()
+            for span in () if begun else self.buckets(numel=flat.numel()):
+                group.sum_(flat[span.start : span.stop])
             return Reduced(Span(0, flat.numel()), flat)
         spans = layout.divide(group.size, numel=flat.numel())
         own = spans[group.rank]

@@ -92,6 +92,17 @@ class Policy(ABC):
         """Called before step `step` (from 0). Raises PeersLost; may be called again then."""
         return
 
+    def buckets(self, *, numel: int) -> list[Span]:
+        """Parts of the gradients whose reduction may begin before the others are known."""
+        return []
+
+    def begin_reduce(self, flat: Tensor) -> None:
+        """Begin to reduce a bucket, whose gradients are in. Raises PeersLost.
+
+        All peers do so in one order, for all buckets of a step or for none, before `reduce`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no buckets")
+
     @abstractmethod
     def reduce(self, gradients: Gradients) -> Reduced:
         """The gradient that a step applies; `gradients` may be overwritten. Raises PeersLost."""

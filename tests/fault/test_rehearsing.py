@@ -65,6 +65,16 @@ def test_a_dead_worker_is_replaced_within_the_step(bench: Bench, fault: str) -> 
         assert seen.recovery_seconds is not None and seen.recovery_seconds < 10
 
 
+@slow
+@pytest.mark.parametrize("degree", [2, 3])
+def test_a_worker_dies_while_buckets_are_under_way(bench: Bench, degree: int) -> None:
+    """The others have begun to send, from inside their backward."""
+    several = (*LENGTH, f"parallel.replicate={degree}", "train.micro_batch_samples=2")
+    small = (*several, "train.global_batch_samples=12", "sync.bucket_bytes=65536")
+    for fault in ("kill:1@12:backward", "kill:0@9:backward", "stop:1@5"):
+        assert_as_if_nothing(rehearsed(bench, fault, overrides=small))
+
+
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("fault", ["stop:1@12", "spin:0@12", pytest.param("stop:0@12", marks=slow)])
 def test_a_stuck_worker_is_named_and_replaced(bench: Bench, fault: str) -> None:

@@ -108,10 +108,11 @@ class Training:
     def resume(self, state: dict[str, Any]) -> None:
         """Stand where the state of a checkpoint says, whichever layout wrote it."""
         self.restore({key: value for key, value in state.items() if key != "policy"})
-        own = state.get("policies", [])
-        if len(own) == self.ranks.world.size:
+        own, kind = state.get("policies", []), state["recipe"]["sync"]["kind"]
+        same = kind == self.job.recipe.sync.kind
+        if same and len(own) == self.ranks.world.size:
             self.policy.restore(own[self.ranks.world.rank])
-        else:  # what replicas had of their own went into a mean
+        else:  # what replicas had of their own went into a mean, or there was another policy
             self.policy.begin(self.progress.step)
 
     def restore(self, facts: dict[str, Any]) -> None:

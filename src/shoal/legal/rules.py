@@ -17,7 +17,7 @@ from shoal.legal.families.family import WITH_EXPERTS
 from shoal.legal.families.table import axes_of, family_of
 
 POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
-CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk", "powersgd")
+CODECS = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk", "powersgd")
 SHARD_LEVELS = ("parameters", "gradients", "optimizer")
 """What of a replica is cut along shard: all of it, all but the parameters in forward and backward,
 or the optimizer state alone (docs/guide/layouts.md has the memory of each)."""
@@ -37,7 +37,7 @@ CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
 plans reckon, so that its speed on GPUs is not known: who wants it says so."""
 OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "server"})
 """Policies under which replicas hold different parameters between two meetings."""
-IMPLEMENTED_CODECS = frozenset({"none"})
+IMPLEMENTED_CODECS = frozenset(CODECS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +448,12 @@ def _exchange(combination: Combination) -> Iterator[Problem]:
     elif codec != "none" and combination.layout.replicate == 1:
         what = f"{codec} has nothing to compress: there is one replica"
         yield Problem("sync.codec", what, "set it to none, or parallel.replicate to 2 or more")
+    if codec in CODECS and codec != "none" and combination.workers == "threads":
+        what = f"{codec} compresses what crosses between processes: threads share their memory"
+        yield Problem("sync.codec", what, "set launch.workers to processes, or the codec to none")
+    if codec in CODECS and codec != "none" and combination.exact:
+        what = f"{codec} rounds what each replica has, so other replicas give other bits"
+        yield Problem("train.exact", what, "set it to false, or sync.codec.kind to none")
 
 
 _RULES: tuple[Rule, ...] = (

@@ -35,7 +35,7 @@ class LocalSGD(Policy):
 
     @classmethod
     def of(cls, section: Section, given: Given) -> LocalSGD:
-        every = section.every_steps
+        every = given.steps if section.every_steps == "end" else section.every_steps
         return cls(given.division, values=given.values, every_steps=every, steps=given.steps)
 
     def before_step(self, step: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from shoal.comm.codec.compression import Note
 from shoal.comm.flat import CHUNK, FlatLayout, Span, Vector, chunk_squares, ordered_sum
 from shoal.comm.group import Group
 from shoal.comm.tree import Node
@@ -131,6 +132,10 @@ class Policy(ABC):
     def vectors(self) -> Iterable[Vector]:
         """Its own state, laid out as the parameters are."""
         return ()
+
+    def notes(self) -> list[Note]:
+        """What happened since the last call, to be told as events (by rank 0)."""
+        return []
 
     def facts(self) -> dict[str, Any]:
         """This rank's state besides vectors; JSON-able."""

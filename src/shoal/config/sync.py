@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shoal.config.section import Auto, Count, Section
+from shoal.config.section import Auto, Count, Fraction, Rate, Section
 
 Block = Annotated[int, Field(ge=8, le=65536, multiple_of=8)]
 """Values that share a scale."""
@@ -138,4 +138,31 @@ class LocalSGD(Section):
     """Compare a hash of the parameters over replicas after an average; 0: never."""
 
 
-SyncSection = Annotated[EveryStep | LocalSGD, Field(discriminator="kind")]
+class Outer(Section):
+    """The outer optimizer: SGD on what the replicas have moved by."""
+
+    learning_rate: Rate = 0.7
+    """1 without momentum is a plain average of the replicas."""
+    momentum: Fraction = 0.9
+    """0: none."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
+
+
+class DiLoCo(Section):
+    """Replicas step by themselves; every few steps one outer step follows what they moved by."""
+
+    kind: Literal["diloco"] = "diloco"
+    every_steps: Count = 30
+    """Steps from one round to the next; the last step of a run ends with one."""
+    start_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps that all take together, as under every-step: a tenth of the run is usual."""
+    outer: Outer = Outer()
+    """What is done with what the replicas have moved by."""
+    codec: CodecSection = NoCodec()
+    """How the outer gradient is compressed."""
+    verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Compare a hash of parameters and outer state over replicas after a round; 0: never."""
+
+
+SyncSection = Annotated[EveryStep | LocalSGD | DiLoCo, Field(discriminator="kind")]

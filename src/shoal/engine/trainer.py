@@ -202,6 +202,7 @@ class Trainer:
                 recipe = job.recipe.model_dump(mode="json")
                 parameters = training.replica.num_parameters
                 check_same_program(self.group, recipe=recipe, parameters=parameters)
+                self._stand()
                 self._position = agree(
                     self.group,
                     self._position,
@@ -222,6 +223,13 @@ class Trainer:
                 if self.members.is_fixed:
                     raise
                 lost = again
+
+    def _stand(self) -> None:
+        """Note how far the policy is: a round may have been held since the last step."""
+        position, policy = self._position, self.training.policy
+        if position.step != FRESH:
+            position.round = policy.round
+            position.facts["policy"] = policy.facts()
 
     def _enter_ranks(self) -> None:
         """Stand among the ranks of the generation; only then is a model cut."""

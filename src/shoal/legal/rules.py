@@ -16,7 +16,10 @@ from shoal.legal.facts import ModelFacts
 from shoal.legal.families.family import WITH_EXPERTS
 from shoal.legal.families.table import axes_of, family_of
 
-POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
+POLICIES = (
+    *("every-step", "local-sgd", "diloco", "streaming-diloco", "gossip"),
+    *("server", "hogwild"),
+)
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk", "powersgd")
 SHARD_LEVELS = ("parameters", "gradients", "optimizer")
 """What of a replica is cut along shard: all of it, all but the parameters in forward and backward,
@@ -31,11 +34,11 @@ ZERO_BUBBLE = frozenset({"interleaved-zero-bubble", "zbv-zero-bubble"})
 """They make gradients of inputs first, and those of weights when there is nothing else to do."""
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "pipeline", "expert"})
-IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd"})
+IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd", "diloco"})
 CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
 """Those that a plan chooses by itself. Attention of a ring is not one of the fused kernels by which
 plans reckon, so that its speed on GPUs is not known: who wants it says so."""
-OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "server"})
+OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "streaming-diloco", "gossip", "server"})
 """Policies under which replicas hold different parameters between two meetings."""
 IMPLEMENTED_CODECS = frozenset(CODECS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shoal.config.sync import SyncSection
+from shoal.sync.diloco import DiLoCo
 from shoal.sync.every_step import EveryStep
 from shoal.sync.local_sgd import LocalSGD
 from shoal.sync.policy import Given, Policy
@@ -10,6 +11,7 @@ from shoal.sync.policy import Given, Policy
 KINDS: dict[str, type[Policy]] = {
     "every-step": EveryStep,
     "local-sgd": LocalSGD,
+    "diloco": DiLoCo,
 }
 """Every policy under its `sync.kind`."""
 

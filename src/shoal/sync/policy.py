@@ -39,6 +39,8 @@ class Gradients:
     flat: Tensor
     layout: FlatLayout
     nodes: list[Node] = field(default_factory=list)
+    targets: int = 0
+    """What the loss was divided by."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Reduced:
     values: Tensor
     group: Group | None = None
     """Those who have the other parts; None: it is whole."""
+    targets: int | None = None
+    """Of all whose gradients are in it; None: of those who step together."""
 
     def norm(self, *, numel: int) -> float:
         """Euclidean norm of all `numel` elements; the same bits whoever has which part."""
@@ -124,6 +128,11 @@ class Policy(ABC):
         What it could not do for a lost peer, `before_step` does later.
         """
         return
+
+    @property
+    def round(self) -> int:
+        """Of two ranks after the same step, the one with the higher number is further."""
+        return 0
 
     def equal_after(self, step: int) -> bool:
         """Whether all replicas hold the same parameters, bit for bit, after `step` steps."""

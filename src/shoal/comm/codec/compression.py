@@ -7,7 +7,6 @@ this rank's values is added to them the next time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +15,10 @@ from torch import Tensor
 from shoal.comm.codec.codec import Codec, NoCodec
 from shoal.comm.flat import FlatLayout, Vector
 from shoal.comm.group import Group
+from shoal.config.sync import Brake
 
 Note = tuple[str, dict[str, Any]]
 """An event: its name and its fields."""
-
-
-@dataclass(frozen=True)
-class Brake:
-    """Every `every_rounds` the true sum is made too; a cosine below `cosine` ends compression."""
-
-    every_rounds: int
-    cosine: float
 
 
 class Compression:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoal.comm.codec import rounding
 from shoal.comm.codec.codec import Codec, NoCodec
-from shoal.comm.codec.compression import Brake, Compression
+from shoal.comm.codec.compression import Compression
 from shoal.comm.codec.power_sgd import PowerSGD
 from shoal.comm.codec.top_k import TopK
 from shoal.comm.flat import FlatLayout
@@ -42,13 +42,12 @@ def create(
     """
     numel = like.numel()
     codec = KINDS[section.kind](section, layout, numel, like.device)
-    brake = section.brake and Brake(section.brake.every_rounds, section.brake.cosine)
     return Compression(
         codec,
         layout,
         numel=numel,
         like=like,
         error_feedback=section.error_feedback,
-        brake=brake,
+        brake=section.brake,
         what=what,
     )

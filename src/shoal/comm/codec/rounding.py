@@ -24,8 +24,8 @@ class Bfloat16(Encoding):
 class Scaled(Encoding):
     """Codes of a block times its scale, a float32; a block that is not finite comes out as NaN.
 
-    The scale is the largest magnitude of the block over `levels`, so no code overflows. `stochastic`:
-    rounded up or down with the chance that makes the mean right, instead of to the nearest.
+    The scale is the largest magnitude of the block over `levels`, so no code overflows.
+    `stochastic`: rounded up or down with the chance that makes the mean right, not to the nearest.
     """
 
     levels = 1.0
@@ -56,14 +56,18 @@ class Scaled(Encoding):
     def rounded(self, codes: Tensor, *, key: int) -> Tensor:
         """Whole numbers near `codes`; may change them."""
         if self.stochastic:
-            draw = torch.rand(codes.shape, generator=generator(codes.device, key), device=codes.device)
+            draw = torch.rand(
+                codes.shape, generator=generator(codes.device, key), device=codes.device
+            )
             return codes.add_(draw).floor_()
         return codes.round_()
 
     def encode(self, rows: Tensor, *, key: int) -> Tensor:
         blocks = rows.view(len(rows), -1, self.block)
         scales = self.scales(blocks)
-        codes = (blocks / scales.unsqueeze(-1)).nan_to_num_(0.0)  # an empty block, or one that is NaN
+        codes = (blocks / scales.unsqueeze(-1)).nan_to_num_(
+            0.0
+        )  # an empty block, or one that is NaN
         codes = self.rounded(codes, key=key).clamp_(-self.levels, self.levels)
         packed = self.pack(codes.view(len(rows), -1))
         return torch.cat([packed, scales.contiguous().view(torch.uint8)], dim=1)

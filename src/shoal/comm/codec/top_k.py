@@ -1,7 +1,8 @@
 """Codec topk: the largest values alone cross, as pairs of index and value.
 
 Every rank gathers everybody's pairs and adds them up in rank order. It needs error feedback: what
-is left out is sent once it has grown (Stich et al., "Sparsified SGD with memory", arXiv 1809.07599).
+is left out is sent once it has grown (Stich et al., "Sparsified SGD with memory", arXiv
+1809.07599).
 """
 
 from __future__ import annotations

@@ -125,6 +125,10 @@ class Vector:
     optional: bool = False
     """A checkpoint may lack it, as one of another policy does: it is zero then."""
 
+    def must_equal(self, *, steady: bool) -> bool:
+        """Whether all replicas must have the same; `steady`: while they step by themselves."""
+        return self.equal and (self.steady or not steady)
+
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple

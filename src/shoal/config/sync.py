@@ -111,6 +111,12 @@ CodecSection = Annotated[
 ]
 
 
+MessageCodec = Annotated[
+    NoCodec | Bfloat16 | Float16 | Int8 | Int4 | Sign, Field(discriminator="kind")
+]
+"""Those that turn values into one message, without sums in between."""
+
+
 class EveryStep(Section):
     """Gradients of all replicas are summed at every step."""
 
@@ -138,31 +144,63 @@ class LocalSGD(Section):
     """Compare a hash of the parameters over replicas after an average; 0: never."""
 
 
-class Outer(Section):
-    """The outer optimizer: SGD on what the replicas have moved by."""
+class _DiLoCo(Section):
+    """What both kinds of DiLoCo have."""
 
-    learning_rate: Rate = 0.7
-    """1 without momentum is a plain average of the replicas."""
-    momentum: Fraction = 0.9
-    """0: none."""
-    nesterov: bool = True
-    """Look ahead along the momentum."""
-
-
-class DiLoCo(Section):
-    """Replicas step by themselves; every few steps one outer step follows what they moved by."""
-
-    kind: Literal["diloco"] = "diloco"
     every_steps: Count = 30
     """Steps from one round to the next; the last step of a run ends with one."""
     start_steps: Annotated[int, Field(ge=0)] = 0
     """First steps that all take together, as under every-step: a tenth of the run is usual."""
-    outer: Outer = Outer()
-    """What is done with what the replicas have moved by."""
-    codec: CodecSection = NoCodec()
-    """How the outer gradient is compressed."""
+    outer_learning_rate: Rate = 0.7
+    """Of the step on what replicas have moved by; 1 without momentum is a plain average of them."""
+    outer_momentum: Fraction = 0.9
+    """0: none."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
     verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Compare a hash of parameters and outer state over replicas after a round; 0: never."""
 
 
-SyncSection = Annotated[EveryStep | LocalSGD | DiLoCo, Field(discriminator="kind")]
+class DiLoCo(_DiLoCo):
+    """Replicas step by themselves; every few steps one outer step follows what they moved by."""
+
+    kind: Literal["diloco"] = "diloco"
+    codec: CodecSection = NoCodec()
+    """How the outer gradient is compressed."""
+
+
+class StreamingDiLoCo(_DiLoCo):
+    """DiLoCo piece by piece: fragments of the model meet in turn, while steps go on."""
+
+    kind: Literal["streaming-diloco"] = "streaming-diloco"
+    fragments: Annotated[int, Field(ge=1)] = 2
+    """Parts of whole blocks, strided; each meets once every `every_steps`."""
+    overlap_steps: Annotated[int, Field(ge=0)] = 1
+    """Steps that go on while a fragment is on its way; 0: wait for it."""
+    own_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Of a replica's own parameters in what follows a meeting; the rest is the agreed ones."""
+    codec: MessageCodec = NoCodec()
+    """How outer gradients are compressed: one that needs a single message."""
+
+
+class Gossip(Section):
+    """Replicas step by themselves, and average with neighbours only."""
+
+    kind: Literal["gossip"] = "gossip"
+    every_steps: Count = 1
+    """Steps from one exchange to the next."""
+    graph: Literal["ring", "exponential"] = "exponential"
+    """ring: with both neighbours; exponential: with the one that is 1, 2, 4, ... ranks away in
+    turn."""
+    meet_every_steps: Count = 50
+    """Steps from one meeting of all to the next, where the distance between replicas is measured,
+    and stops and saves on request are agreed. The last step of a run ends with an average."""
+    codec: NoCodec = NoCodec()
+    """Parameters are exchanged as they are."""
+    verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Compare a hash of the parameters over replicas after the last average; 0: never."""
+
+
+SyncSection = Annotated[
+    EveryStep | LocalSGD | DiLoCo | StreamingDiLoCo | Gossip, Field(discriminator="kind")
+]

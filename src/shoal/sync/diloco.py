@@ -19,6 +19,7 @@ from shoal.comm.codec.compression import Compression, Note
 from shoal.comm.codec.kinds import create
 from shoal.comm.flat import Vector
 from shoal.config.sync import DiLoCo as Section
+from shoal.config.sync import StreamingDiLoCo
 from shoal.sync.outer import Outer
 from shoal.sync.policy import Given
 from shoal.sync.rounds import Rounds
@@ -35,7 +36,7 @@ class DiLoCo(Rounds):
             start_steps=section.start_steps,
         )
         self._values, self._seed = given.values, given.seed
-        self.outer = Outer(section.outer, given.values, given.layout)
+        self.outer = outer_of(section, given)
         self._compression: Compression = create(
             section.codec, given.layout, like=given.values, what="outer"
         )
@@ -74,3 +75,14 @@ class DiLoCo(Rounds):
     def restore(self, facts: Mapping[str, Any]) -> None:
         super().restore(facts)
         self._compression.restore(facts.get("codec", {}))
+
+
+def outer_of(section: Section | StreamingDiLoCo, given: Given) -> Outer:
+    """The outer optimizer of a recipe's section."""
+    return Outer(
+        given.values,
+        given.layout,
+        learning_rate=section.outer_learning_rate,
+        momentum=section.outer_momentum,
+        nesterov=section.nesterov,
+    )

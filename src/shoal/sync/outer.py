@@ -8,14 +8,21 @@ import torch
 from torch import Tensor
 
 from shoal.comm.flat import FlatLayout, Vector
-from shoal.config.sync import Outer as Section
 
 
 class Outer:
     """Anchor (the parameters after the last round) and momentum: the same on all replicas."""
 
-    def __init__(self, section: Section, values: Tensor, layout: FlatLayout) -> None:
-        self._section = section
+    def __init__(
+        self,
+        values: Tensor,
+        layout: FlatLayout,
+        *,
+        learning_rate: float,
+        momentum: float,
+        nesterov: bool,
+    ) -> None:
+        self._rate, self._mu, self._nesterov = learning_rate, momentum, nesterov
         self.anchor, self.momentum = values.detach().clone(), torch.zeros_like(values)
         regions = frozenset(layout.regions) - {"frozen"}
         self._vectors = [
@@ -34,7 +41,7 @@ class Outer:
 
         As torch.optim.SGD has it (Sutskever et al. 2013): v = mu v + g, and g + mu v is the step.
         """
-        section, anchor, velocity = self._section, self.anchor[span], self.momentum[span]
-        velocity.mul_(section.momentum).add_(moved)
-        step = moved.add_(velocity, alpha=section.momentum) if section.nesterov else velocity
-        anchor.sub_(step, alpha=section.learning_rate)
+        anchor, velocity = self.anchor[span], self.momentum[span]
+        velocity.mul_(self._mu).add_(moved)
+        step = moved.add_(velocity, alpha=self._mu) if self._nesterov else velocity
+        anchor.sub_(step, alpha=self._rate)

@@ -138,6 +138,10 @@ class Policy(ABC):
         """Whether all replicas hold the same parameters, bit for bit, after `step` steps."""
         return True
 
+    def meets_after(self, step: int) -> bool:
+        """Whether all ranks meet after `step` steps: stops, saves and departures are agreed."""
+        return self.equal_after(step)
+
     def vectors(self) -> Iterable[Vector]:
         """Its own state, laid out as the parameters are."""
         return ()

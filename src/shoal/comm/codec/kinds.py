@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from shoal.comm.codec import rounding
-from shoal.comm.codec.codec import Codec, NoCodec
+from shoal.comm.codec.codec import Codec, Encoding, NoCodec
 from shoal.comm.codec.compression import Compression
 from shoal.comm.codec.power_sgd import PowerSGD
 from shoal.comm.codec.top_k import TopK
 from shoal.comm.flat import FlatLayout
-from shoal.config.sync import CodecSection
+from shoal.config.sync import CodecSection, MessageCodec
 
 _Make = Callable[[Any, FlatLayout, int, torch.device], Codec]
 
@@ -51,3 +51,9 @@ def create(
         brake=section.brake,
         what=what,
     )
+
+
+def encoding(section: MessageCodec) -> Encoding | None:
+    """The bare codec of a section that needs a single message; None: values go as they are."""
+    made = KINDS[section.kind](section, FlatLayout.of({}), 0, torch.device("cpu"))
+    return made if isinstance(made, Encoding) else None

@@ -34,7 +34,7 @@ def pieces_of(
     alone = state.holdings.owners(replicas=1)
     shared = state.holdings.owners(replicas=layout.replicate)
     for vector in state.vectors.values():
-        same = vector.equal and (equal or vector.steady)
+        same = vector.must_equal(steady=not equal)
         owners = shared if same else alone
         here = state.holdings.here(replica if same else 0)
         kind = vector.kind if same else f"{vector.kind}@{replica}"

@@ -170,7 +170,10 @@ class Step:
         if overlap is not None:
             overlap.finish()
         gradients = Gradients(
-            self._state.gradients, self._state.layout, tree.nodes if settings.exact else []
+            self._state.gradients,
+            self._state.layout,
+            tree.nodes if settings.exact else [],
+            targets,
         )
         squares = overlap.squares if overlap is not None else []
         loss, norms, figures = self._sum_losses(

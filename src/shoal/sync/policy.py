@@ -6,11 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from shoal.comm.codec.compression import Note
 from shoal.comm.flat import CHUNK, FlatLayout, Span, Vector, chunk_squares, ordered_sum
 from shoal.comm.group import Group
 from shoal.comm.tree import Node
@@ -38,6 +39,8 @@ class Gradients:
     flat: Tensor
     layout: FlatLayout
     nodes: list[Node] = field(default_factory=list)
+    targets: int = 0
+    """What the loss was divided by."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Reduced:
     values: Tensor
     group: Group | None = None
     """Those who have the other parts; None: it is whole."""
+    targets: int | None = None
+    """Of all whose gradients are in it; None: of those who step together."""
 
     def norm(self, *, numel: int) -> float:
         """Euclidean norm of all `numel` elements; the same bits whoever has which part."""
@@ -61,6 +66,20 @@ class Reduced:
         return math.sqrt(ordered_sum(squares.tolist()))
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a policy is built from besides its section of the recipe."""
+
+    division: Division
+    values: Tensor
+    """This rank's flat parameters that are trained; the policy may change them in place."""
+    layout: FlatLayout
+    """Where each parameter lies in `values`."""
+    steps: int
+    """Of the whole run."""
+    seed: int
+
+
 class Policy(ABC):
     """One rank's part in how replicas agree.
 
@@ -72,9 +91,16 @@ class Policy(ABC):
     together: Group
     alone = False
     """Whether a step is a replica's own matter: `together` is the replica."""
+    keeps_equal_state: ClassVar[bool] = False
+    """Whether all replicas have the same optimizer state."""
 
     def __init__(self, division: Division) -> None:
         self.division = division
+
+    @classmethod
+    @abstractmethod
+    def of(cls, section: Any, given: Given) -> Policy:
+        """The policy of a recipe's section (config/sync.py)."""
 
     def enter(self, *, world: Group, peers: Group, inside: Group) -> None:
         """Stand among the ranks of a generation. `inside`: the ranks of this replica."""
@@ -114,13 +140,26 @@ class Policy(ABC):
         """
         return
 
+    @property
+    def round(self) -> int:
+        """Of two ranks after the same step, the one with the higher number is further."""
+        return 0
+
     def equal_after(self, step: int) -> bool:
         """Whether all replicas hold the same parameters, bit for bit, after `step` steps."""
         return True
 
+    def meets_after(self, step: int) -> bool:
+        """Whether all ranks meet after `step` steps: stops, saves and departures are agreed."""
+        return self.equal_after(step)
+
     def vectors(self) -> Iterable[Vector]:
         """Its own state, laid out as the parameters are."""
         return ()
+
+    def notes(self) -> list[Note]:
+        """What happened since the last call, to be told as events (by rank 0)."""
+        return []
 
     def facts(self) -> dict[str, Any]:
         """This rank's state besides vectors; JSON-able."""

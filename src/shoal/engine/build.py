@@ -36,7 +36,7 @@ from shoal.parallel.replica import Replica, build_replica, cut, fill, frozen_mod
 from shoal.parallel.settings import Settings
 from shoal.runtime import WorkerInfo
 from shoal.sync.kinds import KEEPS_EQUAL_STATE, create
-from shoal.sync.policy import Division, Policy
+from shoal.sync.policy import Division, Given, Policy
 from shoal.tasks.kinds import create as create_task
 from shoal.tasks.task import Task
 
@@ -137,9 +137,8 @@ def _policy(job: Job, *, ranks: Ranks, state: FlatState, steps: int) -> Policy:
     division = Division(
         recipe.train.global_batch_samples, job.decision.micro_batch_samples, ranks.layout.shard
     )
-    policy = create(
-        recipe.sync, division=division, values=state.values[: state.trainable_numel], steps=steps
-    )
+    values = state.values[: state.trainable_numel]
+    policy = create(recipe.sync, Given(division, values, state.layout, steps, recipe.seed))
     policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
     state.add(policy.vectors())
     return policy

@@ -22,7 +22,7 @@ from shoal.checkpoint.store import Store
 from shoal.comm.flat import FlatLayout, Vector
 from shoal.comm.group import Group, watched
 from shoal.comm.messages import broadcast_json
-from shoal.config.recipe import SyncSection
+from shoal.config.sync import SyncSection
 from shoal.engine.membership.agree import check_same_program
 from shoal.engine.membership.digest import (
     ReplicasDiffer,
@@ -45,7 +45,7 @@ from shoal.parallel.local import Holdings, ShardedModel, local, mark
 from shoal.parallel.ranks import Ranks
 from shoal.parallel.settings import Settings
 from shoal.sync.kinds import KEEPS_EQUAL_STATE, create
-from shoal.sync.policy import Division, Gradients, Policy
+from shoal.sync.policy import Division, Given, Gradients, Policy
 
 Model = TypeVar("Model", bound=nn.Module)
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
@@ -149,7 +149,8 @@ class Fleet:
         if not self.is_first:  # or dropout would be the same on rows that are not
             torch.manual_seed(torch.initial_seed() + self.rank)
         trained = self._state.values[: self._state.trainable_numel]
-        self._policy = create(self._sync, division=Division(1, 1), values=trained, steps=_NEVER)
+        given = Given(Division(1, 1), trained, self._state.layout, _NEVER, torch.initial_seed())
+        self._policy = create(self._sync, given)
         ranks = self._ranks
         self._policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
         self._state.add(self._policy.vectors())

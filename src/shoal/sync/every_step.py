@@ -12,16 +12,23 @@ from torch import Tensor
 
 from shoal.comm.flat import CHUNK, FlatLayout, Span
 from shoal.comm.tree import Node, TreeSum, node_places
-from shoal.sync.policy import Division, Gradients, Policy, Reduced
+from shoal.config.sync import EveryStep as Section
+from shoal.sync.policy import Division, Given, Gradients, Policy, Reduced
 
 
 class EveryStep(Policy):
     """Synchronous agreement over `peers`."""
 
+    keeps_equal_state = True
+
     def __init__(self, division: Division, *, bucket_bytes: int) -> None:
         super().__init__(division)
         self._bucket_bytes = bucket_bytes
         self._scratch: Tensor | None = None
+
+    @classmethod
+    def of(cls, section: Section, given: Given) -> EveryStep:
+        return cls(given.division, bucket_bytes=section.bucket_bytes)
 
     def after_step(self, step: int, *, targets: int) -> None:
         """Let nobody read parameters before all slices are applied."""

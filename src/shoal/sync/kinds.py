@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from shoal.config.recipe import LocalSGD as LocalSGDSection
-from shoal.config.recipe import SyncSection
+from shoal.config.sync import SyncSection
 from shoal.sync.every_step import EveryStep
 from shoal.sync.local_sgd import LocalSGD
-from shoal.sync.policy import Division, Policy
+from shoal.sync.policy import Given, Policy
 
-KEEPS_EQUAL_STATE = frozenset({"every-step"})
+KINDS: dict[str, type[Policy]] = {
+    "every-step": EveryStep,
+    "local-sgd": LocalSGD,
+}
+"""Every policy under its `sync.kind`."""
+
+KEEPS_EQUAL_STATE = frozenset(kind for kind, policy in KINDS.items() if policy.keeps_equal_state)
 """Policies under which all replicas have the same optimizer state."""
 
 
-def create(section: SyncSection, *, division: Division, values: Tensor, steps: int) -> Policy:
-    """The policy of a recipe's section. `values`: flat parameters; `steps`: of the whole run."""
-    if isinstance(section, LocalSGDSection):
-        return LocalSGD(division, values=values, every_steps=section.every_steps, steps=steps)
-    return EveryStep(division, bucket_bytes=section.bucket_bytes)
+def create(section: SyncSection, given: Given) -> Policy:
+    """The policy of a recipe's section."""
+    return KINDS[section.kind].of(section, given)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from shoal.comm.flat import Span
+from shoal.config.sync import LocalSGD as Section
 from shoal.sync.every_step import sum_of
-from shoal.sync.policy import Division, Gradients, Policy, Reduced
+from shoal.sync.policy import Division, Given, Gradients, Policy, Reduced
 
 
 class LocalSGD(Policy):
@@ -31,6 +32,11 @@ class LocalSGD(Policy):
         self._values, self._every, self._steps = values, every_steps, steps
         self._targets = 0
         self._averaged_at = 0
+
+    @classmethod
+    def of(cls, section: Section, given: Given) -> LocalSGD:
+        every = section.every_steps
+        return cls(given.division, values=given.values, every_steps=every, steps=given.steps)
 
     def before_step(self, step: int) -> None:
         """The round that a lost peer has prevented, if any."""

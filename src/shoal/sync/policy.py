@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,20 @@ class Reduced:
         return math.sqrt(ordered_sum(squares.tolist()))
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a policy is built from besides its section of the recipe."""
+
+    division: Division
+    values: Tensor
+    """This rank's flat parameters that are trained; the policy may change them in place."""
+    layout: FlatLayout
+    """Where each parameter lies in `values`."""
+    steps: int
+    """Of the whole run."""
+    seed: int
+
+
 class Policy(ABC):
     """One rank's part in how replicas agree.
 
@@ -72,9 +86,16 @@ class Policy(ABC):
     together: Group
     alone = False
     """Whether a step is a replica's own matter: `together` is the replica."""
+    keeps_equal_state: ClassVar[bool] = False
+    """Whether all replicas have the same optimizer state."""
 
     def __init__(self, division: Division) -> None:
         self.division = division
+
+    @classmethod
+    @abstractmethod
+    def of(cls, section: Any, given: Given) -> Policy:
+        """The policy of a recipe's section (config/sync.py)."""
 
     def enter(self, *, world: Group, peers: Group, inside: Group) -> None:
         """Stand among the ranks of a generation. `inside`: the ranks of this replica."""

@@ -166,6 +166,12 @@ class Listener:
         frames = _frames(envelope, body, data)
         self._guard.socket.send_multipart([request.peer, *frames], copy=False)
 
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End all connections."""
         self._guard.close()
@@ -198,8 +204,6 @@ class Caller:
         patience_seconds: float = 600.0,
     ) -> None:
         self.num_connections = 0
-        self.sent_bytes = self.received_bytes = 0
-        """Of bodies and tensors, each message once."""
         self._path, self._keys, self._name, self._say = address, keys, name, say
         self._patience_seconds = patience_seconds
         self._context = zmq.Context()
@@ -223,7 +227,6 @@ class Caller:
         heads, data = _heads(tensors)
         envelope = msgspec.msgpack.encode(Envelope(self._number, heads))
         self._frames = _frames(envelope, body, data)
-        self.sent_bytes += len(body) + sum(map(len, data))
         self._send()
 
     def receive(self) -> tuple[bytes, list[Tensor]]:
@@ -335,5 +338,4 @@ class Caller:
             tensors = _tensors(envelope.tensors, rest, most_bytes=1 << 40)
         except (ValueError, msgspec.DecodeError) as error:
             raise ChannelError(f"{self._name} at {self._where}: not an answer: {error}") from None
-        self.received_bytes += len(body.bytes) + sum(tensor.nbytes for tensor in tensors)
         return body.bytes, tensors

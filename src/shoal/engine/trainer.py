@@ -43,6 +43,7 @@ from shoal.observe.memory import LiveStorage
 from shoal.observe.trace import Trace, write_trace
 from shoal.parallel.ranks import Ranks, meet, whole
 from shoal.runtime import WorkerInfo
+from shoal.sync.kinds import KINDS
 
 
 def train(
@@ -109,7 +110,14 @@ class Trainer:
 
     @property
     def _first(self) -> bool:
-        return self.group.rank == 0
+        """Whether this rank writes for the run."""
+        return self.group.rank == 0 and self._speaks
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank's group speaks for the run: where replicas stand apart, one does."""
+        is_first = self.job.decision.layout.replica_of(self.worker.rank) == 0
+        return is_first or not KINDS[self.job.recipe.sync.kind].apart
 
     # --- the loop
 
@@ -240,19 +248,36 @@ class Trainer:
     def _start_or_resume(self) -> None:
         """The state of a run that begins or is resumed; nobody has one yet."""
         training, job = self.training, self.job
-        if job.joining:
+        if job.joining and not training.policy.apart:
             raise WorkerError("joined a run whose state nobody holds any more")
-        if job.resume:
+        if job.resume and not job.joining:
             step = self._restore()
         else:
             step = 0
             self._position = Position(0, saved_at=0, facts=training.facts())
+        if training.policy.apart:
+            step = self._arrive(step)
         if self._first:
             self.files.open(last={}, step=step)
+        if self._first and not job.joining:
             kind = "resumed" if job.resume else "started"
             fields = {"decision": job.decision.to_json(), "torch": torch.__version__}
             self.files.sink.event(kind, {"step": training.progress.step, **fields})
             self._report.say("phase", text="the first step")
+
+    def _arrive(self, step: int) -> int:
+        """Join replicas that meet at servers, which know the state and where this replica stands.
+
+        Returns the step to go on with.
+        """
+        training = self.training
+        self.pulse.mark("agreeing")
+        there, facts = training.policy.arrive(step)
+        if there != step:
+            training.restore(facts or {"progress": {}})
+            training.stand_at(there)
+            self._position = Position(there, facts=training.facts())
+        return there
 
     def _restore(self) -> int:
         """Load the newest checkpoint that can be trusted; returns its step."""
@@ -319,8 +344,10 @@ class Trainer:
     def _last_step(self) -> int:
         if self.training.watch.ending is not None:
             return self.training.progress.step
-        early = self.job.recipe.train.stop_after_steps
-        return min(self.training.steps, early) if early else self.training.steps
+        early = [self.training.steps, self.job.recipe.train.stop_after_steps]
+        if not self._speaks:  # who speaks ends by saving, however far it is
+            early.append(self.training.policy.ends_at)
+        return min(step for step in early if step is not None)
 
     def _due(self, every: int) -> bool:
         step = self.training.progress.step
@@ -353,13 +380,15 @@ class Trainer:
         progress = self.training.progress
         self.pulse.mark("commit")
         generation = self.pulse.generation
-        self._report.say("step", rank=self.group.rank, generation=generation, **_pace(row))
+        apart = self.training.policy.apart
+        rank = self.worker.rank if apart else self.group.rank
+        self._report.say("step", rank=rank, generation=generation, **_pace(row))
         if self._first:
             self.files.committed(row, outcome)
-        if self.training.policy.alone:
+        if self.training.policy.alone and not apart:
             self._unshared.note(progress.step - 1, outcome.step.counted.read)
         votes = self._votes_of_all(outcome.votes)
-        stopping = votes.stop and progress.step < self._last_step
+        stopping = self._stops(votes) and progress.step < self._last_step
         self._evaluate_and_save_when_due(save=stopping or votes.save, last=stopping)
         if votes.save:
             self._orders.save.clear()
@@ -374,7 +403,7 @@ class Trainer:
     def _votes_of_all(self, votes: Votes) -> Votes:
         """What anybody in the world wants. Replicas that step alone ask when they have met."""
         training, step = self.training, self.training.progress.step
-        if not training.policy.alone:
+        if not training.policy.alone or training.policy.apart:
             return votes
         if not training.policy.equal_after(step):
             return Votes()
@@ -387,8 +416,32 @@ class Trainer:
         watch.agree(diverged)
         return Votes(stop, save, leave)
 
+    def _stops(self, votes: Votes) -> bool:
+        """Whether this step ends the run, resumable; replicas that stand apart agree on one."""
+        policy = self.training.policy
+        if not policy.apart:
+            return votes.stop
+        if votes.stop:
+            policy.ask_to_stop()
+        ends_at = policy.ends_at
+        return self._speaks and ends_at is not None and self.training.progress.step >= ends_at
+
     def _evaluate_and_save_when_due(self, *, save: bool = False, last: bool = False) -> None:
         """What is due at this step and not yet done: evaluation, checkpoint."""
+        if not self._speaks:
+            return
+        recipe, step, position = self.job.recipe, self.training.progress.step, self._position
+        last = last or step == self._last_step
+        evaluates = self._due(recipe.train.evaluate_every_steps) and position.evaluated_at != step
+        saves = save or last or self._due(recipe.checkpoint.every_steps)
+        if evaluates or (saves and position.saved_at != step):
+            with self.training.policy.gathered(last=last):
+                self._evaluate_and_save(save=save, last=last)
+        notes = self._saver.notes()
+        for name, fields in notes if self._first else []:
+            self.files.sink.event(name, fields)
+
+    def _evaluate_and_save(self, *, save: bool, last: bool) -> None:
         recipe, step = self.job.recipe, self.training.progress.step
         position, watch = self._position, self.training.watch
         if watch.ending is not None and not watch.ending.is_success:
@@ -401,9 +454,6 @@ class Trainer:
         if due and step and position.saved_at != step:
             self._save(last=last)
             position.saved_at = step
-        notes = self._saver.notes()
-        for name, fields in notes if self._first else []:
-            self.files.sink.event(name, fields)
 
     def _evaluate(self) -> None:
         training, progress = self.training, self.training.progress
@@ -434,7 +484,9 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         training, progress = self.training, self.training.progress
         self.pulse.mark("save")
-        if training.policy.alone:
+        if training.policy.apart:
+            pass  # the servers have what all hold
+        elif training.policy.alone:
             self._unshared.share(training.ranks, write=self.files.samples_read)
         else:
             self._compare_replicas(0)  # what is saved must be what all replicas hold
@@ -479,6 +531,10 @@ class Trainer:
 
     def _finish(self) -> None:
         self.pulse.mark("finish")
+        policy = self.training.policy
+        if policy.apart and self._speaks:
+            policy.ask_to_stop()  # it may end early, for what it has reached
+        policy.finish()
         if self.job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
             if self._first:

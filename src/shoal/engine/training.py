@@ -114,6 +114,13 @@ class Training:
         else:  # what replicas had of their own went into a mean
             self.policy.begin(self.progress.step)
 
+    def stand_at(self, step: int) -> None:
+        """Go on with another step than was restored; the moments stay as they are."""
+        progress = self.progress
+        progress.step, progress.samples = step, step * self.stream.global_batch_samples
+        progress.applied_steps = min(progress.applied_steps, step)
+        self.update.restore(step, applied_steps=progress.applied_steps)
+
     def restore(self, facts: dict[str, Any]) -> None:
         """Stand where `facts` of a living rank say."""
         for name, value in facts["progress"].items():

@@ -6,10 +6,12 @@ from shoal.config.sync import SyncSection
 from shoal.sync.every_step import EveryStep
 from shoal.sync.local_sgd import LocalSGD
 from shoal.sync.policy import Given, Policy
+from shoal.sync.server.policy import Server
 
 KINDS: dict[str, type[Policy]] = {
     "every-step": EveryStep,
     "local-sgd": LocalSGD,
+    "server": Server,
 }
 """Every policy under its `sync.kind`."""
 

@@ -28,7 +28,7 @@ class Member:
     alive: bool = True
     """Expected from the beginning; not while it is being replaced."""
     done: bool = False
-    """It has pushed its last."""
+    """Nothing follows from it."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,22 @@ class Consistency(ABC):
         self.members[replica].alive = False
         return self._complete()
 
-    def push(self, replica: int, *, weight: float, version: int, last: bool) -> list[Update]:
+    def finish(self, replica: int) -> list[Update]:
+        """Nothing follows from the replica."""
+        self.members[replica].done = True
+        return self._complete()
+
+    def push(self, replica: int, *, weight: float, version: int) -> list[Update]:
         """The push of the replica's present clock, computed from `version`."""
         member = self.members[replica]
         taken = Taken(replica, member.clock, weight, self.staleness(replica, version=version))
         member.clock += 1
-        member.done = member.done or last
         self.pending.append(taken)
         return self._complete()
 
-    @property
-    def others_done(self) -> bool:
-        """Whether no live replica has anything more to push."""
-        return all(member.done for member in self.members.values() if member.alive)
+    def left(self, *, beside: int) -> list[int]:
+        """Live replicas from which something may follow, but for one."""
+        return [r for r, m in self.members.items() if m.alive and not m.done and r != beside]
 
     def kept_clocks(self) -> dict[int, int]:
         """The clocks as they were before the pushes that are not applied yet."""

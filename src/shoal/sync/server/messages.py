@@ -29,7 +29,7 @@ class Region(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     weight_decay: float
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """A worker begins to speak for its replica. Answer: Welcome."""
 
     numel: Count
@@ -37,7 +37,7 @@ class Hello(_Message):
     regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=64)]
 
 
-class Fill(_Message):
+class Fill(_Message, frozen=True):
     """The first state of a part: values, then the optimizer's states in their order."""
 
     clocks: dict[int, Count]
@@ -48,11 +48,11 @@ class Fill(_Message):
     facts: dict[int, Facts] = {}
 
 
-class Pull(_Message):
+class Pull(_Message, frozen=True):
     """Asks for the parameters that the next step may begin with. Answer: Values, or NotYet."""
 
 
-class Push(_Message):
+class Push(_Message, frozen=True):
     """A gradient (or delta) for `clock`, computed from `version`. Answer: Taken.
 
     Its request id is (replica, clock): a repetition is acknowledged, and not applied again.
@@ -65,24 +65,26 @@ class Push(_Message):
     rate: Annotated[float, msgspec.Meta(ge=0.0)]
     """Factor of the schedule on the server's learning rate."""
     facts: Facts = ""
-    last: bool = False
-    """Nothing follows from this replica."""
 
 
-class Collect(_Message):
+class Collect(_Message, frozen=True):
     """Asks for the whole state of the part. Answer: State, or NotYet.
 
-    `when_done`: only once every other replica has pushed its last, or is gone.
+    `when_done`: only once nothing follows from any other replica.
     """
 
     when_done: bool = False
 
 
-class Stop(_Message):
+class Stop(_Message, frozen=True):
     """This worker was asked to stop. Answer: Ending, with the clock after which all stop."""
 
 
-Request = Hello | Fill | Pull | Push | Collect | Stop
+class Done(_Message, frozen=True):
+    """Nothing follows from this replica. Answer: Taken."""
+
+
+Request = Hello | Fill | Pull | Push | Collect | Stop | Done
 
 
 class Welcome(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag=True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.config.optimizers import SGD, AdamW, OptimizerSection
-from shoal.config.sync import DelayedNesterov, ServerAdam, ServerSGD
+from shoal.config.server import DelayedNesterov, ServerAdam, ServerSGD
 from shoal.sync.server.messages import Region
 
 STATES: dict[str, tuple[str, ...]] = {

@@ -117,9 +117,17 @@ class Vector:
     regions: frozenset[str]
     """The regions whose parameters have it."""
     equal: bool = True
-    """The same on all replicas: hashed, repaired, saved once."""
+    """The same on all replicas when their parameters are: hashed, repaired, saved once."""
+    steady: bool = False
+    """Also in between, while replicas step by themselves."""
     sums: bool = False
     """Differs, and only the sum matters: in another number of replicas each gets its part of it."""
+    optional: bool = False
+    """A checkpoint may lack it, as one of another policy does: it is zero then."""
+
+    def must_equal(self, *, steady: bool) -> bool:
+        """Whether all replicas must have the same; `steady`: while they step by themselves."""
+        return self.equal and (self.steady or not steady)
 
 
 def _up(count: int, multiple: int) -> int:

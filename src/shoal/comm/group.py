@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,20 @@ class Traffic:
         self.sent_bytes.clear()
         self.communication_seconds = self.waiting_seconds = 0.0
         return taken
+
+
+_Value = TypeVar("_Value")
+
+
+class Pending(Generic[_Value]):
+    """A collective under way; others may be called meanwhile, in the same order on all ranks."""
+
+    def __init__(self, wait: Callable[[], _Value]) -> None:
+        self._wait = wait
+
+    def wait(self) -> _Value:
+        """What it gives, once it is there. Raises PeersLost."""
+        return self._wait()
 
 
 class Group(ABC):
@@ -81,6 +95,21 @@ class Group(ABC):
     @abstractmethod
     def assemble_(self, tensor: Tensor, bounds: list[tuple[int, int]]) -> None:
         """Fill flat `tensor` on every rank: part `bounds[r]` comes from rank r."""
+
+    @abstractmethod
+    def swap(self, tensor: Tensor, *, to: int, source: int) -> Tensor:
+        """Send `tensor` to rank `to` and get that of rank `source` (same shape and dtype on all).
+
+        Every rank calls it, and is somebody's `source` exactly once.
+        """
+
+    @abstractmethod
+    def start_sum(self, tensor: Tensor) -> Pending[Tensor]:
+        """Begin a `sum_`; leave `tensor` alone until its `wait` gives it, summed."""
+
+    @abstractmethod
+    def start_gather(self, tensor: Tensor) -> Pending[list[Tensor]]:
+        """Begin a `gather`; leave `tensor` alone until its `wait` gives everybody's."""
 
     @property
     def computes_in_place(self) -> bool:
@@ -207,6 +236,53 @@ class ProcessGroup(Group):
             )
 
         self._timed("all_to_all", tensor.nbytes - own_size * tensor.element_size(), call)
+
+    def swap(self, tensor: Tensor, *, to: int, source: int) -> Tensor:
+        if to == self.rank:
+            return tensor.clone()
+        received, group = torch.empty_like(tensor), self._group
+
+        def call() -> None:
+            ways = [
+                dist.P2POp(dist.isend, tensor, group=group, group_peer=to),
+                dist.P2POp(dist.irecv, received, group=group, group_peer=source),
+            ]
+            for work in dist.batch_isend_irecv(ways):
+                work.wait()
+
+        self._timed("send", tensor.nbytes, call)
+        return received
+
+    def start_sum(self, tensor: Tensor) -> Pending[Tensor]:
+        if self.size == 1:
+            return Pending(lambda: tensor)
+        sent = 2 * (self.size - 1) * tensor.nbytes // self.size
+        begin = lambda: dist.all_reduce(tensor, group=self._group, async_op=True)  # noqa: E731
+        return self._started("all_reduce", sent, begin, tensor)
+
+    def start_gather(self, tensor: Tensor) -> Pending[list[Tensor]]:
+        if self.size == 1:
+            return Pending(lambda: [tensor])
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        sent = (self.size - 1) * tensor.nbytes
+        begin = lambda: dist.all_gather(parts, tensor, group=self._group, async_op=True)  # noqa: E731
+        return self._started("all_gather", sent, begin, parts)
+
+    def _started(
+        self, name: str, num_bytes: int, begin: Callable[[], Any], result: _Value
+    ) -> Pending[_Value]:
+        """Begin now; its bytes count now, and the time that is waited for it when it is."""
+        works: list[Any] = []
+        self._meet(name, num_bytes, lambda: works.append(begin()))
+        self.traffic.sent_bytes[name] += num_bytes
+
+        def wait() -> _Value:
+            began = time.perf_counter()
+            self._meet(name, num_bytes, lambda: works[0].wait())
+            self.traffic.communication_seconds += time.perf_counter() - began
+            return result
+
+        return Pending(wait)
 
     def assemble_(self, tensor: Tensor, bounds: list[tuple[int, int]]) -> None:
         for source, (start, stop) in enumerate(bounds):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Group
+from shoal.comm.group import Group, Pending
 from shoal.errors import WorkerError
 from shoal.observe.pulse import Pulse
 
@@ -135,6 +135,23 @@ class ThreadGroup(Group):
             if views[source].data_ptr() != tensor.data_ptr():
                 tensor[start:stop].copy_(views[source][start:stop])
         self._wait()
+
+    def swap(self, tensor: Tensor, *, to: int, source: int) -> Tensor:
+        received: Tensor = self._exchange(tensor)[source].clone()
+        if to != self.rank:
+            self.traffic.sent_bytes["send"] += tensor.nbytes
+        self._wait()
+        return received
+
+    def start_sum(self, tensor: Tensor) -> Pending[Tensor]:
+        """Done at once: threads have nothing to wait for but one another."""
+        self.sum_(tensor)
+        return Pending(lambda: tensor)
+
+    def start_gather(self, tensor: Tensor) -> Pending[list[Tensor]]:
+        """Done at once."""
+        parts = self.gather(tensor)
+        return Pending(lambda: parts)
 
     def _bounds(self, numel: int) -> list[tuple[int, int]]:
         edges = [numel * rank // self.size for rank in range(self.size + 1)]

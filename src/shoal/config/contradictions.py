@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shoal.config.recipe import PretrainedModel, Recipe
+from shoal.config.sync import StreamingDiLoCo
 from shoal.config.tasks import GRPO, Embedding, Preference
 from shoal.errors import Problem
 
@@ -35,6 +36,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if isinstance(task, GRPO) and recipe.train.global_batch_samples % task.group:
         what = f"{recipe.train.global_batch_samples} completions are no groups of {task.group}"
         yield Problem("train.global_batch_samples", what, "make it a multiple of task.group")
+    yield from _sync(recipe)
     if isinstance(task, Embedding):
         if recipe.train.global_batch_samples == 1:
             what = "a pair is learned by telling it from the others of its step, and there are none"
@@ -45,3 +47,22 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if adapter is not None and adapter.path and not isinstance(recipe.model, PretrainedModel):
         what = "an adapter belongs to the weights that it was trained beside"
         yield Problem("model.adapter.path", what, "set model.path to their folder")
+
+
+def _sync(recipe: Recipe) -> Iterator[Problem]:
+    sync = recipe.sync
+    if isinstance(sync, StreamingDiLoCo):
+        between = sync.every_steps // sync.fragments
+        if not between:
+            what = f"{sync.fragments} meet one a step, which takes more than {sync.every_steps}"
+            yield Problem("sync.fragments", what, f"set it to {sync.every_steps} at most")
+        elif sync.overlap_steps > between:
+            what = f"the next fragment leaves {between} steps later, got {sync.overlap_steps}"
+            yield Problem("sync.overlap_steps", what, f"set it to {between} at most")
+        if sync.codec.brake is not None:
+            what = "a fragment is sent once; there is no second sum to compare it with"
+            yield Problem("sync.codec.brake", what, "set it to null, or sync.kind to diloco")
+    if sync.codec.error_feedback and recipe.precision.compute == "float16":
+        what = "what is left out would be added under another loss scale"
+        hint = "set it to false, or precision.compute to bfloat16"
+        yield Problem("sync.codec.error_feedback", what, hint)

@@ -15,8 +15,6 @@ from shoal.errors import Problem, nearest
 
 _HINTS = {
     "parallel": "auto, or degrees such as {replicate: 2}",
-    "sync.kind": "diloco and server policies are not there yet",
-    "sync.codec.kind": "codecs are not there yet",
     "task.kind": "any other is a class of your own (docs/contribute/new-task.md)",
 }
 _MOVED = {"data.validation_fraction": "it is data.validation={fraction: ...} now"}

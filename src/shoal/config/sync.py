@@ -6,8 +6,29 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shoal.config.section import Auto, Count, Section
+from shoal.config.section import Auto, Count, Fraction, Rate, Section
 from shoal.config.server import AsTrained, Bounded, ConsistencySection, ServerOptimizerSection
+
+Block = Annotated[int, Field(ge=8, le=65536, multiple_of=8)]
+"""Values that share a scale."""
+
+
+class Brake(Section):
+    """When a codec is taken out because it no longer sends what matters."""
+
+    every_rounds: Count = 100
+    """Rounds from one comparison to the next; each costs a sum without the codec."""
+    cosine: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.2
+    """Between the compressed sum and the true one; below it the codec is switched off for good."""
+
+
+class Codec(Section):
+    """How what replicas exchange is compressed."""
+
+    error_feedback: bool = False
+    """Add what a sum left out to the next one; costs a vector as large as the parameters."""
+    brake: Brake | None = None
+    """Compare with the true sum now and then; None: never."""
 
 
 class NoCodec(Section):
@@ -16,16 +37,95 @@ class NoCodec(Section):
     kind: Literal["none"] = "none"
     error_feedback: Literal[False] = False
     """Nothing is lost that could be fed back."""
+    brake: None = None
+    """Nothing is compressed that could be switched off."""
+
+
+class Bfloat16(Codec):
+    """The upper half of float32: 2 bytes a value."""
+
+    kind: Literal["bf16"] = "bf16"
+
+
+class Float16(Codec):
+    """float16, scaled block by block so that nothing overflows: 2 bytes a value."""
+
+    kind: Literal["fp16"] = "fp16"
+    block: Block = 1024
+    """Values that share a scale of 4 bytes."""
+
+
+class Int8(Codec):
+    """255 levels of a block's largest value: a byte a value."""
+
+    kind: Literal["int8"] = "int8"
+    block: Block = 256
+    """Values that share a scale of 4 bytes."""
+    stochastic: bool = False
+    """Round up or down by chance, so that the mean is right; else to the nearest."""
+
+
+class Int4(Codec):
+    """15 levels of a block's largest value: half a byte a value."""
+
+    kind: Literal["int4"] = "int4"
+    block: Block = 128
+    """Values that share a scale of 4 bytes."""
+    stochastic: bool = False
+    """Round up or down by chance, so that the mean is right; else to the nearest."""
+    error_feedback: bool = True
+    """Add what a sum left out to the next one; costs a vector as large as the parameters."""
+
+
+class Sign(Codec):
+    """A bit a value, and the mean magnitude of each block."""
+
+    kind: Literal["sign"] = "sign"
+    block: Block = 256
+    """Values that share a scale of 4 bytes."""
+    error_feedback: bool = True
+    """Add what a sum left out to the next one; without it this does not learn."""
+
+
+class TopK(Codec):
+    """The largest values alone, as pairs of index and value: 8 bytes each."""
+
+    kind: Literal["topk"] = "topk"
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    """Of the values of this rank."""
+    error_feedback: bool = True
+    """Add what a sum left out to the next one; without it this does not learn."""
+
+
+class PowerSGD(Codec):
+    """Of each matrix a product of two thin ones; what is no matrix crosses as it is."""
+
+    kind: Literal["powersgd"] = "powersgd"
+    rank: Count = 4
+    """Columns of the thin matrices."""
+    error_feedback: bool = True
+    """Add what a sum left out to the next one; without it this does not learn."""
+
+
+CodecSection = Annotated[
+    NoCodec | Bfloat16 | Float16 | Int8 | Int4 | Sign | TopK | PowerSGD, Field(discriminator="kind")
+]
+
+
+MessageCodec = Annotated[
+    NoCodec | Bfloat16 | Float16 | Int8 | Int4 | Sign, Field(discriminator="kind")
+]
+"""Those that turn values into one message, without sums in between."""
 
 
 class EveryStep(Section):
     """Gradients of all replicas are summed at every step."""
 
     kind: Literal["every-step"] = "every-step"
-    codec: NoCodec = NoCodec()
-    """How values are compressed; today not at all."""
+    codec: CodecSection = NoCodec()
+    """How gradients are compressed."""
     bucket_bytes: Annotated[int, Field(ge=1024)] = 128 * 2**20
-    """Largest message of one reduction."""
+    """Largest message of one reduction without a codec."""
     verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Compare a hash of parameters and optimizer state over replicas; 0: never; auto: before every
     step on a CPU, every 100 steps on a device, whose state must be copied for it."""
@@ -35,12 +135,71 @@ class LocalSGD(Section):
     """Replicas step by themselves and average their parameters every few steps."""
 
     kind: Literal["local-sgd"] = "local-sgd"
-    every_steps: Count = 16
-    """Steps from one average to the next; the last step of a run ends with one."""
+    every_steps: Count | Literal["end"] = 16
+    """Steps from one average to the next; the last step of a run ends with one. end: only that."""
+    start_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps that all take together, as under every-step."""
     codec: NoCodec = NoCodec()
-    """How values are compressed; today not at all."""
+    """Parameters are averaged as they are; DiLoCo compresses what they moved by."""
     verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Compare a hash of the parameters over replicas after an average; 0: never."""
+
+
+class _DiLoCo(Section):
+    """What both kinds of DiLoCo have."""
+
+    every_steps: Count = 30
+    """Steps from one round to the next; the last step of a run ends with one."""
+    start_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps that all take together, as under every-step: a tenth of the run is usual."""
+    outer_learning_rate: Rate = 0.7
+    """Of the step on what replicas have moved by; 1 without momentum is a plain average of them."""
+    outer_momentum: Fraction = 0.9
+    """0: none."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
+    verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Compare a hash of parameters and outer state over replicas after a round; 0: never."""
+
+
+class DiLoCo(_DiLoCo):
+    """Replicas step by themselves; every few steps one outer step follows what they moved by."""
+
+    kind: Literal["diloco"] = "diloco"
+    codec: CodecSection = NoCodec()
+    """How the outer gradient is compressed."""
+
+
+class StreamingDiLoCo(_DiLoCo):
+    """DiLoCo piece by piece: fragments of the model meet in turn, while steps go on."""
+
+    kind: Literal["streaming-diloco"] = "streaming-diloco"
+    fragments: Annotated[int, Field(ge=1)] = 2
+    """Parts of whole blocks, strided; each meets once every `every_steps`."""
+    overlap_steps: Annotated[int, Field(ge=0)] = 1
+    """Steps that go on while a fragment is on its way; 0: wait for it."""
+    own_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Of a replica's own parameters in what follows a meeting; the rest is the agreed ones."""
+    codec: MessageCodec = NoCodec()
+    """How outer gradients are compressed: one that needs a single message."""
+
+
+class Gossip(Section):
+    """Replicas step by themselves, and average with neighbours only."""
+
+    kind: Literal["gossip"] = "gossip"
+    every_steps: Count = 1
+    """Steps from one exchange to the next."""
+    graph: Literal["ring", "exponential"] = "exponential"
+    """ring: with both neighbours; exponential: with the one that is 1, 2, 4, ... ranks away in
+    turn."""
+    meet_every_steps: Count = 50
+    """Steps from one meeting of all to the next, where the distance between replicas is measured,
+    and stops and saves on request are agreed. The last step of a run ends with an average."""
+    codec: NoCodec = NoCodec()
+    """Parameters are exchanged as they are."""
+    verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Compare a hash of the parameters over replicas after the last average; 0: never."""
 
 
 class Server(Section):
@@ -88,4 +247,6 @@ class Server(Section):
         return self
 
 
-SyncSection = Annotated[EveryStep | LocalSGD | Server, Field(discriminator="kind")]
+SyncSection = Annotated[
+    EveryStep | LocalSGD | DiLoCo | StreamingDiLoCo | Gossip | Server, Field(discriminator="kind")
+]

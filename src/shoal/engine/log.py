@@ -116,6 +116,8 @@ class RunLog:
             self.samples_read(step - 1, outcome.step.counted.read)
         if self._logged(step):
             self.sink.row(row)
+        for name, fields in self._training.policy.notes():
+            self.sink.event(name, {"step": step, **fields})
         warning = self._training.watch.begins_to_diverge
         if warning is not None:
             self.sink.event("diverging", {"step": step, "text": warning})

@@ -161,7 +161,10 @@ class Step:
         if targets:
             self._finish(num_micro_batches=len(micros))
         gradients = Gradients(
-            self._state.gradients, self._state.layout, tree.nodes if settings.exact else []
+            self._state.gradients,
+            self._state.layout,
+            tree.nodes if settings.exact else [],
+            targets,
         )
         loss, norms, figures = self._sum_losses(micros, losses, gradients=gradients)
         return StepResult(

@@ -132,6 +132,7 @@ class Trainer:
             try:
                 if self._broken is not None:
                     self._repair(self._broken)
+                self.training.policy.before_step(self.training.progress.step)
                 self._evaluate_and_save_when_due()
                 if self.training.progress.step < self._last_step:
                     self._step()
@@ -147,7 +148,6 @@ class Trainer:
         training, policy, step = self.training, self.training.policy, self.training.progress.step
         self._step_began = time.perf_counter()
         self.pulse.mark("batches", step=step + 1)
-        policy.before_step(step)
         share = training.share()
         with self.trace.span("batches", step=step):
             batch = training.batches(step, share)
@@ -186,7 +186,8 @@ class Trainer:
             return None
         self.pulse.mark("verify")
         with self.trace.span("verify", step=step):
-            return digest_of(self.training.state)
+            steady = not self.training.policy.equal_after(step)
+            return digest_of(self.training.state, steady=steady)
 
     def _compare_replicas(self, step: int) -> None:
         """What all replicas hold must be the same bits. Raises ReplicasDiffer."""
@@ -210,6 +211,7 @@ class Trainer:
                 recipe = job.recipe.model_dump(mode="json")
                 parameters = training.replica.num_parameters
                 check_same_program(self.group, recipe=recipe, parameters=parameters)
+                self._stand()
                 self._position = agree(
                     self.group,
                     self._position,
@@ -230,6 +232,13 @@ class Trainer:
                 if self.members.is_fixed:
                     raise
                 lost = again
+
+    def _stand(self) -> None:
+        """Note how far the policy is: a round may have been held since the last step."""
+        position, policy = self._position, self.training.policy
+        if position.step != FRESH:
+            position.round = policy.round
+            position.facts["policy"] = policy.facts()
 
     def _enter_ranks(self) -> None:
         """Stand among the ranks of the generation; only then is a model cut."""
@@ -307,7 +316,8 @@ class Trainer:
         self.pulse.mark("repair")
         training, moves = self.training, problem.repairs()
         layout = training.ranks.layout
-        wrong = differing_tensors(self.group, training.state, layout=layout)
+        steady = not training.policy.equal_after(training.progress.step)
+        wrong = differing_tensors(self.group, training.state, layout=layout, steady=steady)
         named = ", ".join(f"{name} (rank {', '.join(map(str, r))})" for name, r in wrong.items())
         if moves is not None:
             transfer(
@@ -368,6 +378,8 @@ class Trainer:
     def _note_row(self, outcome: Outcome) -> dict[str, Any]:
         """The row of the step, kept for who has to write it if this rank does not come to it."""
         training = self.training
+        if training.policy.alone:
+            self._unshared.note(training.progress.step - 1, outcome.step.counted.read)
         seconds = time.perf_counter() - self._step_began
         training.progress.seconds += seconds
         row = self.files.row(outcome, seconds=seconds, traffic=self.group.traffic.take())
@@ -385,8 +397,6 @@ class Trainer:
         self._report.say("step", rank=rank, generation=generation, **_pace(row))
         if self._first:
             self.files.committed(row, outcome)
-        if self.training.policy.alone and not apart:
-            self._unshared.note(progress.step - 1, outcome.step.counted.read)
         votes = self._votes_of_all(outcome.votes)
         stopping = self._stops(votes) and progress.step < self._last_step
         self._evaluate_and_save_when_due(save=stopping or votes.save, last=stopping)
@@ -405,7 +415,7 @@ class Trainer:
         training, step = self.training, self.training.progress.step
         if not training.policy.alone or training.policy.apart:
             return votes
-        if not training.policy.equal_after(step):
+        if not training.policy.meets_after(step):
             return Votes()
         self._compare_replicas(step)
         self._unshared.share(training.ranks, write=self.files.samples_read)

@@ -87,12 +87,13 @@ class Training:
         return {name: torch.from_numpy(array) for name, array in read.items()}
 
     def is_hash_due(self, step: int) -> bool:
-        """Whether replicas must be equal after `step` steps, and are to show it."""
+        """Whether replicas must have something alike after `step` steps, and are to show it."""
         every = self.job.recipe.sync.verify_every_steps
         if every == "auto":
             every = 1 if self.ranks.mesh.device.type == "cpu" else 100
         alone = self.ranks.num_replicas == 1 or self.ranks.world.shares_memory
-        return bool(every) and step % every == 0 and not alone and self.policy.equal_after(step)
+        due = bool(every) and step % every == 0 and not alone
+        return due and (self.policy.equal_after(step) or self.policy.meets_after(step))
 
     def facts(self) -> dict[str, Any]:
         """What a rank that joins, or a run that is resumed, needs besides tensors."""
@@ -108,10 +109,11 @@ class Training:
     def resume(self, state: dict[str, Any]) -> None:
         """Stand where the state of a checkpoint says, whichever layout wrote it."""
         self.restore({key: value for key, value in state.items() if key != "policy"})
-        own = state.get("policies", [])
-        if len(own) == self.ranks.world.size:
+        own, kind = state.get("policies", []), state["recipe"]["sync"]["kind"]
+        same = kind == self.job.recipe.sync.kind
+        if same and len(own) == self.ranks.world.size:
             self.policy.restore(own[self.ranks.world.rank])
-        else:  # what replicas had of their own went into a mean
+        else:  # what replicas had of their own went into a mean, or there was another policy
             self.policy.begin(self.progress.step)
 
     def stand_at(self, step: int) -> None:

@@ -76,7 +76,8 @@ class Update:
         self.on_reduced(self.step, reduced, norm)
         self._policy.peers.pulse.mark("apply")
         rate = self._set_rates()
-        applied = math.isfinite(norm) and result.targets > 0
+        targets = result.targets if reduced.targets is None else reduced.targets
+        applied = math.isfinite(norm) and targets > 0
         if applied:
             if self._limit is not None and norm > self._limit:
                 reduced.values.mul_(self._limit / (norm + 1e-6))
@@ -86,7 +87,7 @@ class Update:
                 own.parameter.grad = part.view(own.shape)
             for optimizer in self._optimizers:
                 optimizer.step()
-        if self._loss_scale is not None and result.targets > 0:
+        if self._loss_scale is not None and targets > 0:
             self._loss_scale.update(overflowed=not applied)
         self.step += 1
         return Outcome(step=result, gradient_norm=norm, learning_rate=rate, applied=applied)

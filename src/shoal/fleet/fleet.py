@@ -248,12 +248,14 @@ class Fleet:
         policy.before_step(self.steps)
         has = self._collect(parameters)
         targets, loss, some = self._meet(has)
-        reduced = policy.reduce(Gradients(state.gradients, state.layout))
-        reduced.values.div_(max(targets, 1))
+        state.gradients.div_(max(targets, 1))
+        reduced = policy.reduce(Gradients(state.gradients, state.layout, targets=targets))
         norm = (
             self._norm(reduced.values) if self._is_cut else reduced.norm(numel=len(state.gradients))
         )
-        applied = math.isfinite(norm) and targets > 0
+        applied = (
+            math.isfinite(norm) and (targets if reduced.targets is None else reduced.targets) > 0
+        )
         if applied:
             if max_gradient_norm is not None and norm > max_gradient_norm:
                 reduced.values.mul_(max_gradient_norm / (norm + 1e-6))

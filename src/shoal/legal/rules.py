@@ -16,8 +16,11 @@ from shoal.legal.facts import ModelFacts
 from shoal.legal.families.family import WITH_EXPERTS
 from shoal.legal.families.table import axes_of, family_of
 
-POLICIES = ("every-step", "local-sgd", "diloco", "server", "hogwild")
-CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk", "powersgd")
+POLICIES = (
+    *("every-step", "local-sgd", "diloco", "streaming-diloco", "gossip"),
+    *("server", "hogwild"),
+)
+CODECS = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk", "powersgd")
 SHARD_LEVELS = ("parameters", "gradients", "optimizer")
 """What of a replica is cut along shard: all of it, all but the parameters in forward and backward,
 or the optimizer state alone (docs/guide/layouts.md has the memory of each)."""
@@ -31,13 +34,13 @@ ZERO_BUBBLE = frozenset({"interleaved-zero-bubble", "zbv-zero-bubble"})
 """They make gradients of inputs first, and those of weights when there is nothing else to do."""
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "pipeline", "expert"})
-IMPLEMENTED_POLICIES = frozenset({"every-step", "local-sgd", "server"})
+IMPLEMENTED_POLICIES = frozenset(POLICIES) - {"hogwild"}
 CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
 """Those that a plan chooses by itself. Attention of a ring is not one of the fused kernels by which
 plans reckon, so that its speed on GPUs is not known: who wants it says so."""
-OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "server"})
+OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "streaming-diloco", "gossip", "server"})
 """Policies under which replicas hold different parameters between two meetings."""
-IMPLEMENTED_CODECS = frozenset({"none"})
+IMPLEMENTED_CODECS = frozenset(CODECS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +451,12 @@ def _exchange(combination: Combination) -> Iterator[Problem]:
     elif codec != "none" and combination.layout.replicate == 1:
         what = f"{codec} has nothing to compress: there is one replica"
         yield Problem("sync.codec", what, "set it to none, or parallel.replicate to 2 or more")
+    if codec in CODECS and codec != "none" and combination.workers == "threads":
+        what = f"{codec} compresses what crosses between processes: threads share their memory"
+        yield Problem("sync.codec", what, "set launch.workers to processes, or the codec to none")
+    if codec in CODECS and codec != "none" and combination.exact:
+        what = f"{codec} rounds what each replica has, so other replicas give other bits"
+        yield Problem("train.exact", what, "set it to false, or sync.codec.kind to none")
 
 
 _RULES: tuple[Rule, ...] = (

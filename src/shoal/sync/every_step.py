@@ -1,16 +1,21 @@
 """Policy every-step: the gradients of all replicas are summed at every step.
 
-Processes each apply the whole sum; threads, who share parameters, each apply a slice.
+Processes each apply the whole sum; threads, who share parameters, each apply a slice. With a codec
+the sum crosses compressed, and all get the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoal.comm.flat import CHUNK, FlatLayout, Span
+from shoal.comm.codec.codec import mixed
+from shoal.comm.codec.compression import Compression, Note
+from shoal.comm.codec.kinds import create
+from shoal.comm.flat import CHUNK, FlatLayout, Span, Vector
 from shoal.comm.tree import Node, TreeSum, node_places
 from shoal.config.sync import EveryStep as Section
 from shoal.sync.policy import Division, Given, Gradients, Policy, Reduced
@@ -21,17 +26,39 @@ class EveryStep(Policy):
 
     keeps_equal_state = True
 
-    def __init__(self, division: Division, *, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        division: Division,
+        *,
+        bucket_bytes: int,
+        compression: Compression | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`seed`: of what a codec draws."""
         super().__init__(division)
         self._bucket_bytes = bucket_bytes
+        self._compression, self._seed, self._step = compression, seed, 0
         self._scratch: Tensor | None = None
 
     @classmethod
     def of(cls, section: Section, given: Given) -> EveryStep:
-        return cls(given.division, bucket_bytes=section.bucket_bytes)
+        compression = None
+        if section.codec.kind != "none":
+            compression = create(section.codec, given.layout, like=given.values)
+        return cls(
+            given.division,
+            bucket_bytes=section.bucket_bytes,
+            compression=compression,
+            seed=given.seed,
+        )
+
+    def before_step(self, step: int) -> None:
+        self._step = step
 
     def after_step(self, step: int, *, targets: int) -> None:
         """Let nobody read parameters before all slices are applied."""
+        if self._compression is not None:
+            self._compression.commit()
         if self.peers.computes_in_place:
             self.peers.barrier()
 
@@ -46,6 +73,10 @@ class EveryStep(Policy):
             return self._reduce_tree(gradients.nodes, gradients.layout)
         group, flat, layout = self.peers, gradients.flat, gradients.layout
         if group.size == 1:
+            return Reduced(Span(0, flat.numel()), flat)
+        if self._compression is not None:
+            group.barrier()  # as below
+            self._compression.sum_(group, flat, key=mixed(self._seed, self._step))
             return Reduced(Span(0, flat.numel()), flat)
         if not group.computes_in_place:
             group.barrier()  # so that waiting for a slow rank is told apart from communication
@@ -90,6 +121,19 @@ class EveryStep(Policy):
         whole[span.start : span.stop] = total
         group.assemble_(whole, bounds)
         return Reduced(Span(0, numel), whole)
+
+    def vectors(self) -> Iterable[Vector]:
+        return () if self._compression is None else self._compression.vectors()
+
+    def notes(self) -> list[Note]:
+        return [] if self._compression is None else self._compression.notes()
+
+    def facts(self) -> dict[str, Any]:
+        return {} if self._compression is None else self._compression.facts()
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        if self._compression is not None:
+            self._compression.restore(facts)
 
     def _positions(self, rank: int) -> list[tuple[int, int]]:
         share, size = self.division.share(rank, self.peers.size), self.division.micro_batch_samples

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from shoal.config.sync import SyncSection
+from shoal.sync.diloco import DiLoCo
 from shoal.sync.every_step import EveryStep
+from shoal.sync.gossip import Gossip
 from shoal.sync.local_sgd import LocalSGD
 from shoal.sync.policy import Given, Policy
 from shoal.sync.server.policy import Server
+from shoal.sync.streaming_diloco import StreamingDiLoCo
 
 KINDS: dict[str, type[Policy]] = {
     "every-step": EveryStep,
     "local-sgd": LocalSGD,
+    "diloco": DiLoCo,
+    "streaming-diloco": StreamingDiLoCo,
+    "gossip": Gossip,
     "server": Server,
 }
 """Every policy under its `sync.kind`."""

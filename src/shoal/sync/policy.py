@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from shoal.comm.codec.compression import Note
 from shoal.comm.flat import CHUNK, FlatLayout, Span, Vector, chunk_squares, ordered_sum
 from shoal.comm.group import Group
 from shoal.comm.tree import Node
@@ -40,6 +41,8 @@ class Gradients:
     flat: Tensor
     layout: FlatLayout
     nodes: list[Node] = field(default_factory=list)
+    targets: int = 0
+    """What the loss was divided by."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Reduced:
     values: Tensor
     group: Group | None = None
     """Those who have the other parts; None: it is whole."""
+    targets: int | None = None
+    """Of all whose gradients are in it; None: of those who step together."""
 
     def norm(self, *, numel: int) -> float:
         """Euclidean norm of all `numel` elements; the same bits whoever has which part."""
@@ -153,13 +158,26 @@ class Policy(ABC):
         """
         return
 
+    @property
+    def round(self) -> int:
+        """Of two ranks after the same step, the one with the higher number is further."""
+        return 0
+
     def equal_after(self, step: int) -> bool:
         """Whether all replicas hold the same parameters, bit for bit, after `step` steps."""
         return True
 
+    def meets_after(self, step: int) -> bool:
+        """Whether all ranks meet after `step` steps: stops, saves and departures are agreed."""
+        return self.equal_after(step)
+
     def vectors(self) -> Iterable[Vector]:
         """Its own state, laid out as the parameters are."""
         return ()
+
+    def notes(self) -> list[Note]:
+        """What happened since the last call, to be told as events (by rank 0)."""
+        return []
 
     def facts(self) -> dict[str, Any]:
         """This rank's state besides vectors; JSON-able."""

@@ -96,4 +96,4 @@ def test_a_round_that_a_lost_peer_prevents_is_made_up_for() -> None:
     policy.enter(world=alone, peers=alone, inside=alone)
     policy.before_step(1)
     assert policy.equal_after(1) and torch.equal(own, values(0))
-    assert policy.facts() == {"targets": 0, "averaged_at": 1}
+    assert policy.facts() == {"targets": 0, "met_at": 1}

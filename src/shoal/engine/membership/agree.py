@@ -35,6 +35,8 @@ class Position:
     """Where one rank stands between two steps."""
 
     step: int = FRESH
+    round: int = 0
+    """Of the policy: after one step some may have met already when a peer was lost."""
     evaluated_at: int = -1
     saved_at: int = -1
     facts: dict[str, Any] = field(default_factory=dict)
@@ -96,10 +98,11 @@ def agree(
     own = asdict(position)
     facts = own.pop("facts")
     everybody = gather_json(group, own)
-    newest = max(each["step"] for each in everybody)
+    newest, met = max((each["step"], each["round"]) for each in everybody)
     if newest == FRESH:
         return Position()
-    holders = [rank for rank, each in enumerate(everybody) if each["step"] == newest]
+    places = [(each["step"], each["round"]) for each in everybody]
+    holders = [rank for rank, place in enumerate(places) if place == (newest, met)]
     moves: list[Move] = []
     for replica_rank in range(layout.replica_workers):
         peers = layout.peers(replica_rank)
@@ -119,6 +122,7 @@ def agree(
     known = [everybody[rank] for rank in holders]
     return Position(
         newest,
+        met,
         evaluated_at=min(each["evaluated_at"] for each in known),
         saved_at=min(each["saved_at"] for each in known),
         facts=theirs,
@@ -168,3 +172,7 @@ def transfer(
         got = [digests[source], *(digests[rank] for rank in ranks)]
         if len(set(got)) > 1:
             raise WorkerError(f"the state that rank {source} handed on arrived changed: {got}")
+        if group.rank in ranks:  # or what is owed once would be paid twice
+            for own in state.vectors.values():
+                if own.sums:
+                    own.tensor.zero_()

@@ -24,11 +24,14 @@ def hash_of(tensor: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(plain.data)
 
 
-def digest_of(state: FlatState, *, everything: bool = False) -> int:
-    """One 64-bit hash of what replicas must have alike; `everything`: of all that is handed on."""
+def digest_of(state: FlatState, *, everything: bool = False, steady: bool = False) -> int:
+    """One 64-bit hash of what replicas must have alike; `everything`: of all that is handed on.
+
+    `steady`: of what they must have alike also while they step by themselves.
+    """
     total = xxhash.xxh3_64()
     for vector in state.vectors.values():
-        if vector.equal or everything:
+        if vector.must_equal(steady=steady) or everything:
             total.update(hash_of(vector.tensor).to_bytes(8, "little"))
     return total.intdigest()
 
@@ -69,9 +72,14 @@ def compare(digests: Sequence[int], *, layout: Layout) -> None:
             raise ReplicasDiffer(digests, layout=layout)
 
 
-def differing_tensors(group: Group, state: FlatState, *, layout: Layout) -> dict[str, list[int]]:
-    """`kind name` -> ranks whose tensor is not what most of their peers have (a tie: all)."""
-    kinds = [kind for kind, vector in state.vectors.items() if vector.equal]
+def differing_tensors(
+    group: Group, state: FlatState, *, layout: Layout, steady: bool = False
+) -> dict[str, list[int]]:
+    """`kind name` -> ranks whose tensor is not what most of their peers have (a tie: all).
+
+    `steady`: as for `digest_of`.
+    """
+    kinds = [kind for kind, each in state.vectors.items() if each.must_equal(steady=steady)]
     own = {f"{k} {name}": hash_of(t) for k in kinds for name, t in state.named(k).items()}
     everybody = gather_json(group, {name: f"{value:016x}" for name, value in own.items()})
     found: dict[str, list[int]] = {}

@@ -34,7 +34,7 @@ def pieces_of(
     alone = state.holdings.owners(replicas=1)
     shared = state.holdings.owners(replicas=layout.replicate)
     for vector in state.vectors.values():
-        same = vector.equal and equal
+        same = vector.must_equal(steady=not equal)
         owners = shared if same else alone
         here = state.holdings.here(replica if same else 0)
         kind = vector.kind if same else f"{vector.kind}@{replica}"
@@ -90,6 +90,9 @@ def load(
             source = SavedKind(
                 reader, vector.kind, sums=vector.sums, replica=replica, replicas=layout.replicate
             )
+            if vector.optional and not source.names:
+                vector.tensor.zero_()
+                continue
             _check_names(source, wanted, whole=shapes.keys() - state.unsaved)
             for piece in state.pieces(vector) if source.names else ():
                 with torch.no_grad():

@@ -17,8 +17,9 @@ CODEC_SHARE = {
     "none": 1.0,
     "bf16": 0.5,
     "fp16": 0.5,
-    "int8": 0.25,
-    "int4": 0.125,
+    "int8": 0.254,  # with a scale of 4 bytes for 256 values
+    "int4": 0.133,
+    "sign": 0.047,
     "topk": 0.02,  # one value in a hundred and its index, both 4 bytes
     "powersgd": 0.1,
 }

@@ -1,4 +1,4 @@
-"""What the section of the policy `server` consists of: when pushes count, and how they are applied."""
+"""Parts of the section of the policy `server`: when pushes count, and how they are applied."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import nn
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
 from shoal.config.recipe import Recipe
+from shoal.config.sync import EveryStep
 from shoal.data.stream import Evaluation
 from shoal.data.tokenize import load_tokenizer
 from shoal.engine.batches import batches_of
@@ -36,7 +37,7 @@ from shoal.parallel.ranks import Ranks
 from shoal.parallel.replica import Replica, build_replica, cut, fill, frozen_model, mark_logits
 from shoal.parallel.settings import Settings
 from shoal.runtime import WorkerInfo
-from shoal.sync.kinds import KEEPS_EQUAL_STATE, create
+from shoal.sync.kinds import KEEPS_EQUAL_STATE, KINDS, create
 from shoal.sync.policy import Division, Given, Place, Policy
 from shoal.tasks.kinds import create as create_task
 from shoal.tasks.task import Task
@@ -173,7 +174,8 @@ def _policy(
         recipe.seed,
         _place(job, ranks=ranks, worker=worker, state=state, steps=steps, report=report),
     )
-    policy = create(recipe.sync, given)
+    alone = KINDS[recipe.sync.kind].apart and job.servers is None  # only scores, or is timed
+    policy = create(EveryStep() if alone else recipe.sync, given)
     policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
     state.add(policy.vectors())
     return policy

@@ -14,22 +14,21 @@ from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.engine.build import build
-from shoal.engine.evaluate import complete_prompts, evaluate
-from shoal.engine.export import fingerprint_of
+from shoal.engine.evaluate import evaluate
 from shoal.engine.finish import finish
 from shoal.engine.job import Job
-from shoal.engine.log import RunLog
+from shoal.engine.log import RunLog, pace_of
 from shoal.engine.membership.agree import FRESH, Position, agree, check_same_program, transfer
 from shoal.engine.membership.digest import ReplicasDiffer, compare, differing_tensors, digest_of
 from shoal.engine.membership.members import Members, members_of
 from shoal.engine.membership.orders import Orders
+from shoal.engine.milestones import Milestones
 from shoal.engine.passes import Batch
 from shoal.engine.saving.parts import (
     check_progress,
     check_same_run,
     choose_checkpoint,
     load,
-    random_state,
 )
 from shoal.engine.saving.saver import Saver
 from shoal.engine.step import StepResult, Votes
@@ -102,10 +101,20 @@ class Trainer:
         job, report = self.job, self._report
         self.training = build(job, ranks=ranks, worker=self.worker, report=report)
         self.training.passes.check = self.training.play.check = self.members.check
-        self.training.play.tell = self._tell_progress
         self.files = RunLog(job, report=report, training=self.training)
         settings = job.recipe.checkpoint
         self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)
+        self._milestones = Milestones(
+            self.training,
+            group=self.group,
+            files=self.files,
+            saver=self._saver,
+            report=report,
+            trace=self.trace,
+            check=self.members.check,
+            is_first=lambda: self._first,
+        )
+        self.training.play.tell = self._milestones.tell
         self._built = True
 
     @property
@@ -124,7 +133,7 @@ class Trainer:
     def run(self) -> None:
         """Restore or start, then step until done."""
         if self.job.score is not None and self._built:
-            scores = evaluate(self.training, progress=self._evaluating)
+            scores = evaluate(self.training, progress=self._milestones.evaluating)
             Path(self.job.score).write_text(json.dumps(scores), encoding="utf-8")
             return
         self._join_generation()
@@ -279,13 +288,10 @@ class Trainer:
 
         Returns the step to go on with.
         """
-        training = self.training
         self.pulse.mark("agreeing")
-        there, facts = training.policy.arrive(step)
+        there = self.training.arrive(step)
         if there != step:
-            training.restore(facts or {"progress": {}})
-            training.stand_at(there)
-            self._position = Position(there, facts=training.facts())
+            self._position = Position(there, facts=self.training.facts())
         return there
 
     def _restore(self) -> int:
@@ -394,7 +400,7 @@ class Trainer:
         generation = self.pulse.generation
         apart = self.training.policy.apart
         rank = self.worker.rank if apart else self.group.rank
-        self._report.say("step", rank=rank, generation=generation, **_pace(row))
+        self._report.say("step", rank=rank, generation=generation, **pace_of(row))
         if self._first:
             self.files.committed(row, outcome)
         votes = self._votes_of_all(outcome.votes)
@@ -457,85 +463,22 @@ class Trainer:
         if watch.ending is not None and not watch.ending.is_success:
             return
         if self._due(recipe.train.evaluate_every_steps) and position.evaluated_at != step:
-            self._evaluate()
+            self._milestones.evaluate(position)
             position.evaluated_at = step
         last = last or step == self._last_step
         due = save or last or self._due(recipe.checkpoint.every_steps) or watch.best == step
         if due and step and position.saved_at != step:
-            self._save(last=last)
+            self._settle()
+            self._milestones.save(last=last)
             position.saved_at = step
 
-    def _evaluate(self) -> None:
-        training, progress = self.training, self.training.progress
-        self.pulse.mark("evaluate")
-        began = time.perf_counter()
-        with self.trace.span("evaluate", step=progress.step):
-            metrics = evaluate(training, progress=self._evaluating)
-            takes_part = self._first or training.replica.is_cut
-            self._tell_progress("completing the prompts")
-            completions = complete_prompts(training) if takes_part else []
-            self.group.barrier()
-        self.group.traffic.take()
-        if progress.step:
-            training.watch.evaluated(progress.step, metrics["evaluation_loss"])
-            self._position.facts.update(training.facts())
-        if self._first:
-            row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
-            self.files.evaluated({**row, "completions": completions} if completions else row)
-            self.files.shown(training.shown)
-
-    def _evaluating(self, done: float) -> None:
-        self._tell_progress("evaluating", done)
-
-    def _tell_progress(self, what: str, done: float | None = None) -> None:
-        if self._first:
-            self._report.say("progress", text=what, done=done)
-
-    def _save(self, *, last: bool) -> None:
-        training, progress = self.training, self.training.progress
-        self.pulse.mark("save")
-        if training.policy.apart:
-            pass  # the servers have what all hold
-        elif training.policy.alone:
-            self._unshared.share(training.ranks, write=self.files.samples_read)
-        else:
-            self._compare_replicas(0)  # what is saved must be what all replicas hold
-        recipe = self.job.recipe
-        equal = training.policy.equal_after(progress.step)
-        logits = fingerprint_of(training) if training.replica.is_cut or self._first else []
-
-        def facts() -> dict[str, Any]:
-            return {
-                **training.facts(),
-                "recipe": recipe.model_dump(mode="json"),
-                "layout": self.job.decision.to_json()["layout"],
-                "data": training.stream.state(progress.step),
-                "model_config": training.replica.settings.config.to_dict(),
-                "ties": [list(names) for names in training.anatomy.ties],
-                "inputs": self.job.inputs.to_json(),
-                "fingerprint": logits if equal else [],
-            }
-
-        training.store.best = training.watch.best
-        if last:  # which is waited for
-            self._tell_progress(f"saving step {progress.step}")
-        with self.trace.span("save", step=progress.step):
-            self._saver.save(
-                training.state,
-                group=self.group,
-                layout=training.ranks.layout,
-                step=progress.step,
-                facts=facts,
-                own={"random_state": random_state(), "policy": training.policy.facts()},
-                equal=equal,
-                last=last,
-                while_waiting=self._still_saving,
-            )
-        self.group.traffic.take()
-
-    def _still_saving(self) -> None:
-        self.members.check()
-        self.pulse.mark("save")
+    def _settle(self) -> None:
+        """Before a save: what is saved must be what all replicas hold."""
+        policy = self.training.policy
+        if policy.alone and not policy.apart:
+            self._unshared.share(self.training.ranks, write=self.files.samples_read)
+        elif not policy.alone:
+            self._compare_replicas(0)
 
     # --- the end
 
@@ -556,9 +499,3 @@ class Trainer:
         self._finished = True
         if self.group.shares_memory:
             self.group.barrier()  # no thread leaves while another still reads
-
-
-def _pace(row: dict[str, Any]) -> dict[str, Any]:
-    """What the supervisor needs of a row: whether this rank keeps up."""
-    names = ("step", "step_seconds", "compute_seconds", "waiting_seconds")
-    return {name: row[name] for name in names}

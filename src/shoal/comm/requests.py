@@ -250,7 +250,10 @@ class Caller:
         if self._socket is None:
             self._connect()
         if self._socket is not None:
-            self._socket.send_multipart(self._frames, copy=False)
+            try:  # with no connection there is nobody to send to: never just block
+                self._socket.send_multipart(self._frames, flags=zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self._drop()
 
     def _connect(self) -> None:
         try:

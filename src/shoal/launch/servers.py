@@ -6,6 +6,7 @@ takes its place goes on from there, and the workers meanwhile wait for it.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,21 @@ class Servers:
         }
         return self._site.start(TARGET, payload, slot=Slot(number, "server"), ranks=())
 
+    def came(self, replica: int) -> None:
+        """Another worker speaks for a replica."""
+        self._gone.discard(replica)
+
     def gone(self, replica: int) -> None:
         """The worker of a replica has ended, one way or another."""
         self._gone.add(replica)
         for worker in self.workers:
             self._site.send(worker, {"order": "gone", "replica": replica})
+
+    def look(self) -> None:
+        """End a server that is stopped (SIGSTOP); another one takes its place."""
+        for worker in self.workers:
+            if worker.status is None and self._site.is_stopped(worker):
+                self._site.signal(worker, signal.SIGKILL)
 
     def hear(
         self,
@@ -69,6 +80,12 @@ class Servers:
             self._replace(number, worker, tell=tell)
         elif message["kind"] == "error":
             self._errors[number] = message["text"]
+        elif message["kind"] == "serving":
+            for replica in self._gone:  # those that are replaced will say so themselves
+                self._site.send(worker, {"order": "gone", "replica": replica})
+            text = f"parameter server {number} listens at {message['address']}"
+            fields = {"server": number, "address": message["address"], "pid": message["pid"]}
+            tell("serving", {**fields, "text": text})
 
     def _replace(
         self, number: int, worker: Worker, *, tell: Callable[[str, dict[str, Any]], None]

@@ -235,6 +235,8 @@ class Supervisor:
         if time.monotonic() - self._looked < _POLL_SECONDS:
             return
         self._looked = time.monotonic()
+        if self._servers is not None:
+            self._servers.look()
         seen = self.sightings()
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)
@@ -339,6 +341,8 @@ class Supervisor:
                 if one.alive:
                     one.site.kill([one.worker])
                 self._replace(one, joining=True)
+        if self._servers is not None:
+            self._servers.came(of(lost.rank))
 
     def _replace(self, one: SupervisedWorker, *, joining: bool = False) -> None:
         vars(one).update(vars(self._started(one.rank, joining=joining)))

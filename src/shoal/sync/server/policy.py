@@ -299,7 +299,8 @@ class Server(Policy):
         answers: list[Answered | None] = [None] * len(requests)
         began = told = time.perf_counter()
         pulse = self.peers.pulse
-        phase = pulse.phase
+        phase, waited = pulse.phase, False
+        pulse.mark("waiting for the servers")  # as long as it takes, also for a new server
         while missing := [n for n, answer in enumerate(answers) if answer is None]:
             for number in missing:
                 self._callers[number].send(bodies[number], given[number])
@@ -309,15 +310,15 @@ class Server(Policy):
                 if isinstance(answer, messages.Refused):
                     raise WorkerError(f"parameter server {number} refuses: {answer.problem}")
                 if isinstance(answer, messages.NotYet):
-                    pulse.mark("waiting for the servers")
+                    waited = True
                     now = time.perf_counter()
                     if now - told > _SAY_SECONDS:
                         told = now
                         self._place.say(f"waits for {answer.why}, {now - began:.0f} s")
                     continue
                 answers[number] = answer, found
-        if pulse.phase != phase:
-            pulse.mark(phase)
+        pulse.mark(phase)
+        if waited:
             self.peers.traffic.waiting_seconds += time.perf_counter() - began
         return [answer for answer in answers if answer is not None]
 

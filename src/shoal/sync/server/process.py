@@ -66,7 +66,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             orders = Orders(descriptor, server)
             listener.register(descriptor)
             write_address(place, listener.address)
-            report.say("serving", server=number, address=listener.address)
+            report.say("serving", server=number, address=listener.address, pid=os.getpid())
             while orders.follow():
                 server.turn()
     except (ShoalError, OSError) as error:

@@ -10,7 +10,6 @@ nothing that arrives is ever run, and nothing is used before its size and hash a
 
 from __future__ import annotations
 
-import hmac
 import json
 import threading
 import time
@@ -21,9 +20,9 @@ import msgspec
 import torch
 import zmq
 import zmq.utils.monitor
-import zmq.utils.z85
 from torch import Tensor
 
+from shoal.comm.guard import HANDSHAKE_MILLISECONDS, Guard
 from shoal.comm.keys import Keys
 from shoal.comm.wire import (
     DTYPES,
@@ -42,8 +41,6 @@ CHUNK_BYTES = 1 << 20
 _UNDER_WAY = 8
 """Requests without an answer yet: enough to keep both ends and the wire busy."""
 _LARGEST_REQUEST = 4096
-_HANDSHAKE_MILLISECONDS = 5000
-_ZAP = "inproc://zeromq.zap.01"
 _NO_HANDSHAKE = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -70,10 +67,7 @@ class Donor:
         self.generation = generation
         self.num_requests = 0
         """Answered requests."""
-        self.num_refused = 0
-        """Requests of another generation or without sense, and connections that did not prove (or
-        not yet) that they have the right key."""
-        self._keys = keys
+        self._num_senseless = 0
         self._data = [bytes_of(tensor) for tensor in tensors.values()]
         self._header = msgspec.msgpack.encode(self._describe(tensors, facts or {}))
         if len(self._header) > LARGEST_HEADER:
@@ -82,18 +76,22 @@ class Donor:
             )
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._context = zmq.Context()
-        self._guard = self._context.socket(zmq.REP)
-        self._guard.bind(_ZAP)
-        self._socket = self._listen()
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        self._guard = Guard(
+            self._context,
+            keys=keys,
+            largest_frame=_LARGEST_REQUEST,
+            high_water_mark=4 * _UNDER_WAY,
         )
-        endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
-        assert isinstance(endpoint, bytes), "as ZeroMQ documents it"
-        self.address: str = endpoint.rstrip(b"\0").decode()
+        self._socket, self.address = self._guard.socket, self._guard.address
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="donor", daemon=True)
         self._thread.start()
+
+    @property
+    def num_refused(self) -> int:
+        """Requests of another generation or without sense, and connections that did not prove (or
+        not yet) that they have the right key."""
+        return self._num_senseless + self._guard.num_refused
 
     def __enter__(self) -> Donor:
         return self
@@ -116,43 +114,12 @@ class Donor:
         total = sum(len(data) for data in self._data)
         return Header(self.generation, total, tuple(heads), json.dumps(dict(facts)))
 
-    def _listen(self) -> zmq.Socket[bytes]:
-        """A socket on loopback, on a port that the system chooses."""
-        socket = self._context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_REQUEST)
-        socket.setsockopt(zmq.SNDHWM, 4 * _UNDER_WAY)
-        socket.setsockopt(zmq.RCVHWM, 4 * _UNDER_WAY)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MILLISECONDS)
-        socket.setsockopt(zmq.CURVE_SERVER, 1)
-        socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.donor.secret)
-        socket.setsockopt(zmq.ZAP_DOMAIN, b"shoal")
-        socket.bind("tcp://127.0.0.1:*")
-        return socket
-
     def _serve(self) -> None:
-        poller = zmq.Poller()
-        for socket in (self._socket, self._guard, self._monitor):
-            poller.register(socket, zmq.POLLIN)
         while not self._closing.is_set():
-            ready = dict(poller.poll(50))
-            if self._guard in ready:
-                self._admit(self._guard.recv_multipart())
-            while self._monitor in ready and self._monitor.poll(0):
-                event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
-                self.num_refused += 1 if event == zmq.EVENT_ACCEPTED else -1
-            if self._socket in ready:
+            if self._socket in self._guard.ready(timeout_seconds=0.05):
                 self._reply(self._socket.recv_multipart())
-        self._socket.disable_monitor()
+        self._guard.close()
         self._context.destroy(linger=0)
-
-    def _admit(self, frames: list[bytes]) -> None:
-        """Answer ZeroMQ's question whether a peer may come in (https://rfc.zeromq.org/spec/27)."""
-        version, request, _domain, _address, _identity, mechanism, *credentials = frames
-        known = zmq.utils.z85.decode(self._keys.receiver.public)
-        right = mechanism == b"CURVE" and hmac.compare_digest(b"".join(credentials), known)
-        status = (b"200", b"OK") if right else (b"400", b"unknown key")
-        self._guard.send_multipart([version, request, *status, b"", b""])
 
     def _reply(self, frames: list[bytes]) -> None:
         peer, *rest = frames
@@ -161,7 +128,7 @@ class Donor:
             request = self._decoder.decode(text)
             data = self._part(request)
         except (ValueError, msgspec.DecodeError, ChannelError) as error:
-            self.num_refused += 1
+            self._num_senseless += 1
             problem = str(error) if isinstance(error, ChannelError) else "not a request"
             answer = msgspec.msgpack.encode(Answer(-1, 0, problem[:1024]))
             self._socket.send_multipart([peer, answer, b""])
@@ -299,7 +266,7 @@ class _Line:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_HEADER)
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a donor that goes away is gone: say so at once
-        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MILLISECONDS)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
         socket.setsockopt(zmq.CURVE_SERVERKEY, keys.donor.public)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.receiver.public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.receiver.secret)

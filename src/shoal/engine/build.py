@@ -11,6 +11,7 @@ from torch import nn
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
 from shoal.config.recipe import Recipe
+from shoal.config.sync import EveryStep
 from shoal.data.stream import Evaluation
 from shoal.data.tokenize import load_tokenizer
 from shoal.engine.batches import batches_of
@@ -19,6 +20,7 @@ from shoal.engine.ending import Watch
 from shoal.engine.instruments import faults, mistakes, recorder
 from shoal.engine.job import Inputs, Job
 from shoal.engine.passes import OneByOne, Passes
+from shoal.engine.schedule import rate_factor
 from shoal.engine.state import FlatState, allocate_for
 from shoal.engine.step import Step, StepSettings
 from shoal.engine.training import Training
@@ -35,8 +37,8 @@ from shoal.parallel.ranks import Ranks
 from shoal.parallel.replica import Replica, build_replica, cut, fill, frozen_model, mark_logits
 from shoal.parallel.settings import Settings
 from shoal.runtime import WorkerInfo
-from shoal.sync.kinds import KEEPS_EQUAL_STATE, create
-from shoal.sync.policy import Division, Given, Policy
+from shoal.sync.kinds import KEEPS_EQUAL_STATE, KINDS, create
+from shoal.sync.policy import Division, Given, Place, Policy
 from shoal.tasks.kinds import create as create_task
 from shoal.tasks.task import Task
 
@@ -79,7 +81,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     play = Player(passes.logits, ranks, replica.is_cut, job.inputs.tokenizer_directory)
     stream = batches_of(recipe, job.inputs, task=task, play=play)
     steps = recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
-    policy = _policy(job, ranks=ranks, state=state, steps=steps)
+    policy = _policy(job, ranks=ranks, worker=worker, state=state, steps=steps, report=report)
     training = Training(
         job=job,
         ranks=ranks,
@@ -119,6 +121,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         steps=steps,
         loss_scale=loss_scale,
     )
+    policy.remember = training.facts
     _attach_instruments(job, training, report, rank=worker.rank)
     return training
 
@@ -132,13 +135,47 @@ def _passes(replica: Replica, *, ranks: Ranks, schedule: str, **named: Any) -> P
     return Scheduled(replica, schedule=schedule, traffic=ranks.world.traffic, **named)
 
 
-def _policy(job: Job, *, ranks: Ranks, state: FlatState, steps: int) -> Policy:
+def _place(
+    job: Job, *, ranks: Ranks, worker: WorkerInfo, state: FlatState, steps: int, report: Report
+) -> Place | None:
+    """Where this worker stands among those that meet at servers; None where there are none."""
+    if job.servers is None:
+        return None
+    layout, train = job.decision.layout, job.recipe.train
+
+    def say(text: str) -> None:
+        report.say("progress", text=f"replica {layout.replica_of(worker.rank)} {text}", done=None)
+
+    return Place(
+        replica=layout.replica_of(worker.rank),
+        replicas=layout.replicate,
+        position=ranks.replica_rank,
+        servers=Path(job.servers),
+        optimizer=train.optimizer,
+        rate=lambda step: rate_factor(step, steps=steps, schedule=train.schedule),
+        states={kind: vector.tensor for kind, vector in state.vectors.items()},
+        say=say,
+    )
+
+
+def _policy(
+    job: Job, *, ranks: Ranks, worker: WorkerInfo, state: FlatState, steps: int, report: Report
+) -> Policy:
     recipe = job.recipe
     division = Division(
         recipe.train.global_batch_samples, job.decision.micro_batch_samples, ranks.layout.shard
     )
     values = state.values[: state.trainable_numel]
-    policy = create(recipe.sync, Given(division, values, state.layout, steps, recipe.seed))
+    given = Given(
+        division,
+        values,
+        state.layout,
+        steps,
+        recipe.seed,
+        _place(job, ranks=ranks, worker=worker, state=state, steps=steps, report=report),
+    )
+    alone = KINDS[recipe.sync.kind].apart and job.servers is None  # only scores, or is timed
+    policy = create(EveryStep() if alone else recipe.sync, given)
     policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
     state.add(policy.vectors())
     return policy

@@ -71,6 +71,8 @@ class Job:
     final_model: bool = True
     score: str | None = None
     """Only evaluate, and write the scores to this file."""
+    servers: str | None = None
+    """Folder with the keys and addresses of the run's parameter servers, where it has any."""
     double: bool = False
     """Compute in float64, for proofs."""
     instruments: Instruments = field(default_factory=Instruments)
@@ -86,6 +88,7 @@ class Job:
             "joining": self.joining,
             "final_model": self.final_model,
             "score": self.score,
+            "servers": self.servers,
             "double": self.double,
             "instruments": asdict(self.instruments),
         }
@@ -104,6 +107,7 @@ class Job:
             joining=tree["joining"],
             final_model=tree["final_model"],
             score=tree["score"],
+            servers=tree["servers"],
             double=tree["double"],
             instruments=Instruments(**attached),
         )

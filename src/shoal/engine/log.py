@@ -107,6 +107,7 @@ class RunLog:
             "peak_private_bytes": private_bytes() if progress.step % 50 == 1 else None,
             "mfu": self._job.decision.mfu(tokens=outcome.step.targets, seconds=seconds),
             **outcome.step.figures,
+            **training.policy.figures(),
         }
 
     def committed(self, row: dict[str, Any], outcome: Outcome) -> None:
@@ -148,6 +149,12 @@ class RunLog:
             if each is not None:
                 each.close()
         self._files = self._samples = None
+
+
+def pace_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What the supervisor needs of a row: whether this rank keeps up."""
+    names = ("step", "step_seconds", "compute_seconds", "waiting_seconds")
+    return {name: row[name] for name in names}
 
 
 def _trackers(job: Job) -> list[Sink]:

@@ -14,22 +14,21 @@ from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.engine.build import build
-from shoal.engine.evaluate import complete_prompts, evaluate
-from shoal.engine.export import fingerprint_of
+from shoal.engine.evaluate import evaluate
 from shoal.engine.finish import finish
 from shoal.engine.job import Job
-from shoal.engine.log import RunLog
+from shoal.engine.log import RunLog, pace_of
 from shoal.engine.membership.agree import FRESH, Position, agree, check_same_program, transfer
 from shoal.engine.membership.digest import ReplicasDiffer, compare, differing_tensors, digest_of
 from shoal.engine.membership.members import Members, members_of
 from shoal.engine.membership.orders import Orders
+from shoal.engine.milestones import Milestones
 from shoal.engine.passes import Batch
 from shoal.engine.saving.parts import (
     check_progress,
     check_same_run,
     choose_checkpoint,
     load,
-    random_state,
 )
 from shoal.engine.saving.saver import Saver
 from shoal.engine.step import StepResult, Votes
@@ -43,6 +42,7 @@ from shoal.observe.memory import LiveStorage
 from shoal.observe.trace import Trace, write_trace
 from shoal.parallel.ranks import Ranks, meet, whole
 from shoal.runtime import WorkerInfo
+from shoal.sync.kinds import KINDS
 
 
 def train(
@@ -104,22 +104,39 @@ class Trainer:
         self.training.passes.trace = self.trace
         if self.trace.on:
             self.group.traffic.on_sent = self.trace.sent
-        self.training.play.tell = self._tell_progress
         self.files = RunLog(job, report=report, training=self.training)
         settings = job.recipe.checkpoint
         self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)
+        self._milestones = Milestones(
+            self.training,
+            group=self.group,
+            files=self.files,
+            saver=self._saver,
+            report=report,
+            trace=self.trace,
+            check=self.members.check,
+            is_first=lambda: self._first,
+        )
+        self.training.play.tell = self._milestones.tell
         self._built = True
 
     @property
     def _first(self) -> bool:
-        return self.group.rank == 0
+        """Whether this rank writes for the run."""
+        return self.group.rank == 0 and self._speaks
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank's group speaks for the run: where replicas stand apart, one does."""
+        is_first = self.job.decision.layout.replica_of(self.worker.rank) == 0
+        return is_first or not KINDS[self.job.recipe.sync.kind].apart
 
     # --- the loop
 
     def run(self) -> None:
         """Restore or start, then step until done."""
         if self.job.score is not None and self._built:
-            scores = evaluate(self.training, progress=self._evaluating)
+            scores = evaluate(self.training, progress=self._milestones.evaluating)
             Path(self.job.score).write_text(json.dumps(scores), encoding="utf-8")
             return
         self._join_generation()
@@ -252,19 +269,33 @@ class Trainer:
     def _start_or_resume(self) -> None:
         """The state of a run that begins or is resumed; nobody has one yet."""
         training, job = self.training, self.job
-        if job.joining:
+        if job.joining and not training.policy.apart:
             raise WorkerError("joined a run whose state nobody holds any more")
-        if job.resume:
+        if job.resume and not job.joining:
             step = self._restore()
         else:
             step = 0
             self._position = Position(0, saved_at=0, facts=training.facts())
+        if training.policy.apart:
+            step = self._arrive(step)
         if self._first:
             self.files.open(last={}, step=step)
+        if self._first and not job.joining:
             kind = "resumed" if job.resume else "started"
             fields = {"decision": job.decision.to_json(), "torch": torch.__version__}
             self.files.sink.event(kind, {"step": training.progress.step, **fields})
             self._report.say("phase", text="the first step")
+
+    def _arrive(self, step: int) -> int:
+        """Join replicas that meet at servers, which know the state and where this replica stands.
+
+        Returns the step to go on with.
+        """
+        self.pulse.mark("agreeing")
+        there = self.training.arrive(step)
+        if there != step:
+            self._position = Position(there, facts=self.training.facts())
+        return there
 
     def _restore(self) -> int:
         """Load the newest checkpoint that can be trusted; returns its step."""
@@ -332,8 +363,10 @@ class Trainer:
     def _last_step(self) -> int:
         if self.training.watch.ending is not None:
             return self.training.progress.step
-        early = self.job.recipe.train.stop_after_steps
-        return min(self.training.steps, early) if early else self.training.steps
+        early = [self.training.steps, self.job.recipe.train.stop_after_steps]
+        if not self._speaks:  # who speaks ends by saving, however far it is
+            early.append(self.training.policy.ends_at)
+        return min(step for step in early if step is not None)
 
     def _due(self, every: int) -> bool:
         step = self.training.progress.step
@@ -368,11 +401,13 @@ class Trainer:
         progress = self.training.progress
         self.pulse.mark("commit")
         generation = self.pulse.generation
-        self._report.say("step", rank=self.group.rank, generation=generation, **_pace(row))
+        apart = self.training.policy.apart
+        rank = self.worker.rank if apart else self.group.rank
+        self._report.say("step", rank=rank, generation=generation, **pace_of(row))
         if self._first:
             self.files.committed(row, outcome)
         votes = self._votes_of_all(outcome.votes)
-        stopping = votes.stop and progress.step < self._last_step
+        stopping = self._stops(votes) and progress.step < self._last_step
         self._evaluate_and_save_when_due(save=stopping or votes.save, last=stopping)
         if votes.save:
             self._orders.save.clear()
@@ -387,7 +422,7 @@ class Trainer:
     def _votes_of_all(self, votes: Votes) -> Votes:
         """What anybody in the world wants. Replicas that step alone ask when they have met."""
         training, step = self.training, self.training.progress.step
-        if not training.policy.alone:
+        if not training.policy.alone or training.policy.apart:
             return votes
         if not training.policy.meets_after(step):
             return Votes()
@@ -400,98 +435,62 @@ class Trainer:
         watch.agree(diverged)
         return Votes(stop, save, leave)
 
+    def _stops(self, votes: Votes) -> bool:
+        """Whether this step ends the run, resumable; replicas that stand apart agree on one."""
+        policy = self.training.policy
+        if not policy.apart:
+            return votes.stop
+        if votes.stop:
+            policy.ask_to_stop()
+        ends_at = policy.ends_at
+        return self._speaks and ends_at is not None and self.training.progress.step >= ends_at
+
     def _evaluate_and_save_when_due(self, *, save: bool = False, last: bool = False) -> None:
         """What is due at this step and not yet done: evaluation, checkpoint."""
+        if not self._speaks:
+            return
+        recipe, step, position = self.job.recipe, self.training.progress.step, self._position
+        last = last or step == self._last_step
+        evaluates = self._due(recipe.train.evaluate_every_steps) and position.evaluated_at != step
+        saves = save or last or self._due(recipe.checkpoint.every_steps)
+        if evaluates or (saves and position.saved_at != step):
+            with self.training.policy.gathered(last=last):
+                self._evaluate_and_save(save=save, last=last)
+        notes = self._saver.notes()
+        for name, fields in notes if self._first else []:
+            self.files.sink.event(name, fields)
+
+    def _evaluate_and_save(self, *, save: bool, last: bool) -> None:
         recipe, step = self.job.recipe, self.training.progress.step
         position, watch = self._position, self.training.watch
         if watch.ending is not None and not watch.ending.is_success:
             return
         if self._due(recipe.train.evaluate_every_steps) and position.evaluated_at != step:
-            self._evaluate()
+            self._milestones.evaluate(position)
             position.evaluated_at = step
         last = last or step == self._last_step
         due = save or last or self._due(recipe.checkpoint.every_steps) or watch.best == step
         if due and step and position.saved_at != step:
-            self._save(last=last)
+            self._settle()
+            self._milestones.save(last=last)
             position.saved_at = step
-        notes = self._saver.notes()
-        for name, fields in notes if self._first else []:
-            self.files.sink.event(name, fields)
 
-    def _evaluate(self) -> None:
-        training, progress = self.training, self.training.progress
-        self.pulse.mark("evaluate")
-        began = time.perf_counter()
-        with self.trace.span("evaluate", step=progress.step):
-            metrics = evaluate(training, progress=self._evaluating)
-            takes_part = self._first or training.replica.is_cut
-            self._tell_progress("completing the prompts")
-            completions = complete_prompts(training) if takes_part else []
-            self.group.barrier()
-        self.group.traffic.take()
-        if progress.step:
-            training.watch.evaluated(progress.step, metrics["evaluation_loss"])
-            self._position.facts.update(training.facts())
-        if self._first:
-            row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
-            self.files.evaluated({**row, "completions": completions} if completions else row)
-            self.files.shown(training.shown)
-
-    def _evaluating(self, done: float) -> None:
-        self._tell_progress("evaluating", done)
-
-    def _tell_progress(self, what: str, done: float | None = None) -> None:
-        if self._first:
-            self._report.say("progress", text=what, done=done)
-
-    def _save(self, *, last: bool) -> None:
-        training, progress = self.training, self.training.progress
-        self.pulse.mark("save")
-        if training.policy.alone:
-            self._unshared.share(training.ranks, write=self.files.samples_read)
-        else:
-            self._compare_replicas(0)  # what is saved must be what all replicas hold
-        recipe = self.job.recipe
-        equal = training.policy.equal_after(progress.step)
-        logits = fingerprint_of(training) if training.replica.is_cut or self._first else []
-
-        def facts() -> dict[str, Any]:
-            return {
-                **training.facts(),
-                "recipe": recipe.model_dump(mode="json"),
-                "layout": self.job.decision.to_json()["layout"],
-                "data": training.stream.state(progress.step),
-                "model_config": training.replica.settings.config.to_dict(),
-                "ties": [list(names) for names in training.anatomy.ties],
-                "inputs": self.job.inputs.to_json(),
-                "fingerprint": logits if equal else [],
-            }
-
-        training.store.best = training.watch.best
-        if last:  # which is waited for
-            self._tell_progress(f"saving step {progress.step}")
-        with self.trace.span("save", step=progress.step):
-            self._saver.save(
-                training.state,
-                group=self.group,
-                layout=training.ranks.layout,
-                step=progress.step,
-                facts=facts,
-                own={"random_state": random_state(), "policy": training.policy.facts()},
-                equal=equal,
-                last=last,
-                while_waiting=self._still_saving,
-            )
-        self.group.traffic.take()
-
-    def _still_saving(self) -> None:
-        self.members.check()
-        self.pulse.mark("save")
+    def _settle(self) -> None:
+        """Before a save: what is saved must be what all replicas hold."""
+        policy = self.training.policy
+        if policy.alone and not policy.apart:
+            self._unshared.share(self.training.ranks, write=self.files.samples_read)
+        elif not policy.alone:
+            self._compare_replicas(0)
 
     # --- the end
 
     def _finish(self) -> None:
         self.pulse.mark("finish")
+        policy = self.training.policy
+        if policy.apart and self._speaks:
+            policy.ask_to_stop()  # it may end early, for what it has reached
+        policy.finish()
         if self.job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
             if self._first:
@@ -503,9 +502,3 @@ class Trainer:
         self._finished = True
         if self.group.shares_memory:
             self.group.barrier()  # no thread leaves while another still reads
-
-
-def _pace(row: dict[str, Any]) -> dict[str, Any]:
-    """What the supervisor needs of a row: whether this rank keeps up."""
-    names = ("step", "step_seconds", "compute_seconds", "waiting_seconds")
-    return {name: row[name] for name in names}

@@ -116,6 +116,20 @@ class Training:
         else:  # what replicas had of their own went into a mean, or there was another policy
             self.policy.begin(self.progress.step)
 
+    def arrive(self, step: int) -> int:
+        """Join replicas that meet at servers; the step to go on with, where they know a later one.
+
+        The moments of this replica's own optimizer stay as they are.
+        """
+        there, facts = self.policy.arrive(step)
+        if there != step:
+            self.restore(facts or {"progress": {}})
+            progress = self.progress
+            progress.step, progress.samples = there, there * self.stream.global_batch_samples
+            progress.applied_steps = min(progress.applied_steps, there)
+            self.update.restore(there, applied_steps=progress.applied_steps)
+        return there
+
     def restore(self, facts: dict[str, Any]) -> None:
         """Stand where `facts` of a living rank say."""
         for name, value in facts["progress"].items():

@@ -26,6 +26,9 @@ class Cluster(Protocol):
     def meeting(self, generation: int) -> str:
         """Where the ranks of a generation meet: a URL that no other generation has."""
 
+    def servers(self) -> Path:
+        """A folder, private to this user, where parameter servers leave their addresses."""
+
 
 @dataclass(frozen=True)
 class ThisHost:
@@ -38,6 +41,9 @@ class ThisHost:
 
     def meeting(self, generation: int) -> str:
         return (self.folder / f"generation-{generation:06d}").as_uri()
+
+    def servers(self) -> Path:
+        return self.folder / "servers"
 
 
 def host_of_rank(layout: Layout, rank: int, *, num_hosts: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from shoal.observe.pulse import Beat
 
-WAITS = ("waiting for a generation", "meeting the others")
+WAITS = ("waiting for a generation", "meeting the others", "waiting for the servers")
 """Phases in which a worker waits for others, or for the supervisor."""
 LONG = (
     "starting",

@@ -69,6 +69,9 @@ class Site(Protocol):
         A stopped worker is continued for it, so ask this only of one that is ended next.
         """
 
+    def is_stopped(self, worker: Worker) -> bool:
+        """Whether the process of a worker is stopped (SIGSTOP) just now, and a moment later."""
+
     def memory_kills(self) -> int:
         """Processes that this host has ended for want of memory so far."""
 
@@ -181,6 +184,12 @@ class LocalSite:
         found = (each for each in self._started.values() if each.worker is worker)
         each = next(found, None)
         return "" if each is None else stack_of(worker.pid, each.stack, stopped=stopped)
+
+    def is_stopped(self, worker: Worker) -> bool:
+        if process_state(worker.pid)[0] != "is stopped":
+            return False
+        time.sleep(0.05)
+        return process_state(worker.pid)[0] == "is stopped"
 
     def memory_kills(self) -> int:
         return oom_kills()

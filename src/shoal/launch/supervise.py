@@ -28,9 +28,11 @@ from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.servers import Servers
 from shoal.launch.site import LocalSite, Site, Slot
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
+from shoal.sync.kinds import KINDS
 
 TARGET = "shoal.engine.worker:run"
 _POLL_SECONDS = 0.05
@@ -111,6 +113,8 @@ class Supervisor:
         self._size = 1 if self._threads else self._layout.workers
         self._ranks = self._layout.workers
         self._retries, self._limit = launch.retries, launch.time_limit_seconds
+        self._apart = KINDS[job.recipe.sync.kind].apart
+        """Whether each replica is a generation of its own, and meets the others at servers."""
         self._fewest = job.recipe.parallel.fewest_replicas or self._layout.replicate
         """Replicas that must be there for the others to go on while one is replaced."""
         inside = self._layout.replica_workers > 1
@@ -129,6 +133,9 @@ class Supervisor:
         self._began = self._looked = time.monotonic()
         self._hurt_at: float | None = None
         self._ending: float | None = None
+        self._servers = Servers(job, sites=sites, cluster=cluster) if self._apart else None
+        if self._servers is not None:
+            self._job = job = replace(job, servers=str(self._servers.folder))
         self.workers = [self._started(rank) for rank in range(self._size)]
 
     # --- the watch
@@ -139,11 +146,16 @@ class Supervisor:
             for worker, message in self._events():
                 one = next((one for one in self.workers if one.worker is worker), None)
                 if one is None:
+                    if self._servers is not None:
+                        self._servers.hear(worker, message, tell=self._tell)
                     continue
                 if message is not None:
                     self._hear(one, message)
-                elif worker.status != 75 and not one.done:
-                    self._ended(one)
+                else:
+                    if self._servers is not None:
+                        self._servers.gone(self._layout.replica_of(one.rank))
+                    if worker.status != 75 and not one.done:
+                        self._ended(one)
             self._pass_on()
             self._look()
             if self._ending is not None and time.monotonic() > self._ending:
@@ -223,6 +235,8 @@ class Supervisor:
         if time.monotonic() - self._looked < _POLL_SECONDS:
             return
         self._looked = time.monotonic()
+        if self._servers is not None:
+            self._servers.look()
         seen = self.sightings()
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)
@@ -293,6 +307,8 @@ class Supervisor:
 
     def _survives(self, lost: SupervisedWorker) -> bool:
         """Whether a living worker holds what the lost one held; asked to stop, it will save it."""
+        if self._apart:
+            return True  # the servers do
         of = self._layout.replica_rank
         equals = [one for one in self.workers if of(one.rank) == of(lost.rank)]
         return any(one.alive and one.generation > 0 for one in equals)
@@ -309,10 +325,24 @@ class Supervisor:
             where = "the last checkpoint" if resume else "the beginning"
             self._tell("restarted", {"text": f"all workers start again from {where}"})
             return
+        if self._apart:
+            self._replace_replica(lost)
+            return
         if lost.generation == self._generation:
             self._order({"order": "lost", "number": self._generation})
         self._replace(lost, joining=True)
         self._form()
+
+    def _replace_replica(self, lost: SupervisedWorker) -> None:
+        """Start the whole replica of a lost worker anew; the servers know where it was."""
+        of = self._layout.replica_of
+        for one in self.workers:
+            if of(one.rank) == of(lost.rank):
+                if one.alive:
+                    one.site.kill([one.worker])
+                self._replace(one, joining=True)
+        if self._servers is not None:
+            self._servers.came(of(lost.rank))
 
     def _replace(self, one: SupervisedWorker, *, joining: bool = False) -> None:
         vars(one).update(vars(self._started(one.rank, joining=joining)))
@@ -332,6 +362,9 @@ class Supervisor:
 
     def _form(self) -> None:
         """Announce a generation when one is needed and enough replicas can be in it."""
+        if self._apart:
+            self._form_apart()
+            return
         able = [
             s
             for s in self.workers
@@ -345,10 +378,29 @@ class Supervisor:
         if changed and len(members) >= enough:
             self._announce(members)
 
+    def _form_apart(self) -> None:
+        """Announce to each replica that is whole a generation of its own."""
+        of = self._layout.replica_of
+        for replica in range(self._layout.replicate):
+            members = [one for one in self.workers if of(one.rank) == replica]
+            if all(one.alive and one.waiting for one in members):
+                self._generation += 1
+                meeting = self._cluster.meeting(self._generation)
+                self._send_generation(members, meeting=meeting)
+
     def _announce(self, members: list[SupervisedWorker]) -> None:
         self._generation += 1
         self._members = [one.rank for one in members]
-        meeting = self._cluster.meeting(self._generation)
+        self._send_generation(members, meeting=self._cluster.meeting(self._generation))
+        if self._generation > 1:
+            count = len(members) // self._layout.replica_workers
+            text = f"generation {self._generation}: {count} replicas (workers {self._members})"
+            self._tell(
+                "generation",
+                {"generation": self._generation, "members": self._members, "text": text},
+            )
+
+    def _send_generation(self, members: list[SupervisedWorker], *, meeting: str) -> None:
         for rank, one in enumerate(members):
             one.generation, one.waiting = self._generation, False
             order = {
@@ -358,13 +410,6 @@ class Supervisor:
                 "size": len(members),
             }
             one.site.send(one.worker, {**order, "meeting": meeting})
-        if self._generation > 1:
-            count = len(members) // self._layout.replica_workers
-            text = f"generation {self._generation}: {count} replicas (workers {self._members})"
-            self._tell(
-                "generation",
-                {"generation": self._generation, "members": self._members, "text": text},
-            )
 
     def _tell(self, name: str, fields: dict[str, Any], *, to_file: bool = True) -> None:
         """Write an event of ours, show it, keep it for who asked for the run."""

@@ -34,7 +34,7 @@ ZERO_BUBBLE = frozenset({"interleaved-zero-bubble", "zbv-zero-bubble"})
 """They make gradients of inputs first, and those of weights when there is nothing else to do."""
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "pipeline", "expert"})
-IMPLEMENTED_POLICIES = frozenset(POLICIES) - {"server", "hogwild"}
+IMPLEMENTED_POLICIES = frozenset(POLICIES) - {"hogwild"}
 CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
 """Those that a plan chooses by itself. Attention of a ring is not one of the fused kernels by which
 plans reckon, so that its speed on GPUs is not known: who wants it says so."""

@@ -67,6 +67,11 @@ class Pulse:
         """Called at every phase with its name and the step; planned faults hang here."""
         self._write(0.0)
 
+    @property
+    def phase(self) -> str:
+        """What this worker does now."""
+        return self._phase
+
     def mark(self, phase: str, *, step: int | None = None) -> None:
         """This worker enters `phase` (of `step`, counted from 1: the step being computed)."""
         self._note()

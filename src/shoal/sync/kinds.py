@@ -8,6 +8,7 @@ from shoal.sync.every_step import EveryStep
 from shoal.sync.gossip import Gossip
 from shoal.sync.local_sgd import LocalSGD
 from shoal.sync.policy import Given, Policy
+from shoal.sync.server.policy import Server
 from shoal.sync.streaming_diloco import StreamingDiLoCo
 
 KINDS: dict[str, type[Policy]] = {
@@ -16,6 +17,7 @@ KINDS: dict[str, type[Policy]] = {
     "diloco": DiLoCo,
     "streaming-diloco": StreamingDiLoCo,
     "gossip": Gossip,
+    "server": Server,
 }
 """Every policy under its `sync.kind`."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +69,26 @@ class Reduced:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a worker stands in a run whose replicas meet at parameter servers only."""
+
+    replica: int
+    replicas: int
+    position: int
+    """Of this worker inside its replica."""
+    servers: Path
+    """Folder with the keys and addresses of the servers."""
+    optimizer: Any
+    """The section train.optimizer."""
+    rate: Callable[[int], float]
+    """The schedule's factor on the learning rate at a step."""
+    states: Mapping[str, Tensor]
+    """This rank's optimizer states by name, laid out as the parameters."""
+    say: Callable[[str], None]
+    """Tell a person what is waited for."""
+
+
+@dataclass(frozen=True)
 class Given:
     """What a policy is built from besides its section of the recipe."""
 
@@ -78,6 +100,8 @@ class Given:
     steps: int
     """Of the whole run."""
     seed: int
+    place: Place | None = None
+    """Where this worker stands, for policies whose replicas meet nowhere else."""
 
 
 class Policy(ABC):
@@ -91,6 +115,11 @@ class Policy(ABC):
     together: Group
     alone = False
     """Whether a step is a replica's own matter: `together` is the replica."""
+    apart: ClassVar[bool] = False
+    """Whether replicas meet at servers only: each is a world of its own, and the first one speaks
+    for the run."""
+    remember: Callable[[], dict[str, Any]] = dict
+    """What a worker that takes this one's place must know besides tensors."""
     keeps_equal_state: ClassVar[bool] = False
     """Whether all replicas have the same optimizer state."""
 
@@ -172,6 +201,35 @@ class Policy(ABC):
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Stand where `facts` say."""
         return
+
+    def figures(self) -> dict[str, float]:
+        """What a row of metrics.jsonl tells of the step just taken."""
+        return {}
+
+    # --- of policies whose replicas are `apart`
+
+    def arrive(self, step: int) -> tuple[int, dict[str, Any]]:
+        """Join the run, which this rank would begin at `step`: the step to begin with, and what the
+        worker before this one remembered."""
+        return step, {}
+
+    def gathered(self, *, last: bool) -> AbstractContextManager[None]:
+        """Within it this rank has the run's whole state, to evaluate and save. `last`: once all
+        replicas have done their last step."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Nothing follows from this replica."""
+        return
+
+    def ask_to_stop(self) -> None:
+        """Let all replicas stop soon, each as early as nothing is lost by it (`ends_at`)."""
+        return
+
+    @property
+    def ends_at(self) -> int | None:
+        """The step after which this replica ends before the recipe does."""
+        return None
 
     def close(self) -> None:
         """Give up what it holds besides memory."""

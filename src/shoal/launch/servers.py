@@ -1,0 +1,99 @@
+"""The parameter servers of a run, as its supervisor sees them: started, watched, started again.
+
+A server that dies leaves what it has promised on the disk (sync/server/journal.py); the one that
+takes its place goes on from there, and the workers meanwhile wait for it.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.comm.keys import Keys
+from shoal.engine.job import Job
+from shoal.errors import WorkerError
+from shoal.launch.cluster import Cluster
+from shoal.launch.pool import Worker
+from shoal.launch.site import Site, Slot
+
+TARGET = "shoal.sync.server.process:run"
+
+
+class Servers:
+    """As many servers as the recipe says, all on the first host."""
+
+    def __init__(self, job: Job, *, sites: Sequence[Site], cluster: Cluster) -> None:
+        self.folder: Path = cluster.servers()
+        self.folder.mkdir(mode=0o700)
+        Keys.make(self.folder / "keys")
+        self._job, self._site = job, sites[0]
+        self._retries = job.recipe.launch.retries
+        self._losses = 0
+        self._gone: set[int] = set()
+        self._errors: dict[int, str] = {}
+        count = job.recipe.sync.servers  # type: ignore[union-attr]
+        self.workers: list[Worker] = [self._started(number) for number in range(count)]
+
+    def _started(self, number: int) -> Worker:
+        payload = {
+            "recipe": self._job.recipe.model_dump(mode="json"),
+            "run": str(self._job.run.resolve()),
+            "servers": str(self.folder),
+            "server": number,
+            "replicas": self._job.decision.layout.replicate,
+        }
+        return self._site.start(TARGET, payload, slot=Slot(number, "server"), ranks=())
+
+    def came(self, replica: int) -> None:
+        """Another worker speaks for a replica."""
+        self._gone.discard(replica)
+
+    def gone(self, replica: int) -> None:
+        """The worker of a replica has ended, one way or another."""
+        self._gone.add(replica)
+        for worker in self.workers:
+            self._site.send(worker, {"order": "gone", "replica": replica})
+
+    def look(self) -> None:
+        """End a server that is stopped (SIGSTOP); another one takes its place."""
+        for worker in self.workers:
+            if worker.status is None and self._site.is_stopped(worker):
+                self._site.signal(worker, signal.SIGKILL)
+
+    def hear(
+        self,
+        worker: Worker,
+        message: dict[str, Any] | None,
+        *,
+        tell: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """What a server says; None at its end, after which another takes its place.
+
+        Raises WorkerError when that has happened too often.
+        """
+        if worker not in self.workers:
+            return
+        number = self.workers.index(worker)
+        if message is None:
+            self._replace(number, worker, tell=tell)
+        elif message["kind"] == "error":
+            self._errors[number] = message["text"]
+        elif message["kind"] == "serving":
+            for replica in self._gone:  # those that are replaced will say so themselves
+                self._site.send(worker, {"order": "gone", "replica": replica})
+            text = f"parameter server {number} listens at {message['address']}"
+            fields = {"server": number, "address": message["address"], "pid": message["pid"]}
+            tell("serving", {**fields, "text": text})
+
+    def _replace(
+        self, number: int, worker: Worker, *, tell: Callable[[str, dict[str, Any]], None]
+    ) -> None:
+        self._losses += 1
+        why = self._errors.pop(number, None) or f"ended with status {worker.status}"
+        text = f"parameter server {number} {why}"
+        tell("lost-server", {"server": number, "text": f"{text}; another one takes its place"})
+        if self._losses > self._retries:
+            raise WorkerError(f"{text}, {self._losses} losses of servers in all; giving up")
+        self.workers[number] = self._started(number)

@@ -35,4 +35,4 @@ def serve(
         console.phase("importing torch and transformers")
         from shoal.launch.serving import serve_forever
 
-        serve_forever(model, settings=settings, phase=console.phase, say=say)
+        serve_forever(model, settings=settings, phase=console.phase, say=say, began=console.close)

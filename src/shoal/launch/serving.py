@@ -243,8 +243,9 @@ def serve_forever(
     settings: ServeSection,
     phase: Callable[[str], None],
     say: Callable[[str], None],
+    began: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until a signal; then answer what is being answered, and end.
+    """Serve until a signal; then answer what is being answered, and end. `began`: it is served.
 
     Raises what `open_service` raises, UserError for an address that cannot be had, and what a
     replica that cannot start says.
@@ -259,6 +260,7 @@ def serve_forever(
         phase(f"reading {folder}")
         fleet.wait_ready()
         phase(str(fleet.facts["products"]))
+        began()
         host, port = listening.getsockname()[:2]
         say(f"serving {folder} at http://{host}:{port}/v1 with {fleet.num_replicas} replica(s)")
         chosen = uvicorn.Config(make(fleet), log_level="warning", access_log=False)

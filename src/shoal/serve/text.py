@@ -13,8 +13,8 @@ from typing import Protocol
 _BROKEN = "\ufffd"
 _BEFORE = 6
 """Tokens of the prompt that the first new one is read after."""
-_LONGEST_CHARACTER = 4
-"""Bytes of one, and so the most tokens that it can be cut into."""
+_MOST_OPEN = 3
+"""Bytes that the longest character lacks one of."""
 
 
 class Decoder(Protocol):
@@ -32,6 +32,7 @@ class Detokeniser:
         while before and self._text(before).endswith(_BROKEN):
             before.pop()  # a prompt that ends inside a character gives none of it to the answer
         self._ids, self._prefix, self._read = before, 0, len(before)
+        self._told = ""
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -39,22 +40,24 @@ class Detokeniser:
     def add(self, token: int) -> str:
         """The text that is certain after one more token."""
         self._ids.append(token)
-        old = self._text(self._ids[self._prefix : self._read])
+        known = self._text(self._ids[self._prefix : self._read]) + self._told
         new = self._text(self._ids[self._prefix :])
-        waited = len(self._ids) - self._read
-        if new.endswith(_BROKEN) and waited < _LONGEST_CHARACTER:
-            return ""  # may become a character yet
-        if len(new) <= len(old):
-            return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        return new[len(old) :]
+        if not new.startswith(known):
+            return ""  # some decoders take all bytes of an unfinished run for broken ones
+        open_ = len(new) - len(new.rstrip(_BROKEN))
+        if open_:  # its last bytes may become a character yet; what is before them stays
+            piece = new[len(known) : max(len(known), len(new) - min(open_, _MOST_OPEN))]
+            self._told += piece
+            return piece
+        self._prefix, self._read, self._told = self._read, len(self._ids), ""
+        return new[len(known) :]
 
     def end(self) -> str:
         """What is left: bytes that never became a character are given out as U+FFFD."""
-        old = self._text(self._ids[self._prefix : self._read])
+        known = self._text(self._ids[self._prefix : self._read]) + self._told
         new = self._text(self._ids[self._prefix :])
         self._prefix = self._read = len(self._ids)
-        return new[len(old) :]
+        return new[len(known) :]
 
 
 class Stops:

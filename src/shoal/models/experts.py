@@ -151,7 +151,8 @@ def _product(module: Any, layer: str, rows: Tensor, counts: Tensor) -> Tensor:
     )
     # an expert without rows takes part: its gradient is zero, not absent
     parts = zip(rows.split(counts.tolist()), stacked.unbind(0), biases, strict=True)
-    return torch.cat([functional.linear(own, weight, bias) for own, weight, bias in parts])
+    linear = getattr(module, "shoal_linear", functional.linear)  # serve/exact.py has another
+    return torch.cat([linear(own, weight, bias) for own, weight, bias in parts])
 
 
 def groups_products(rows: Tensor, stacked: Tensor) -> bool:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from shoal.errors import ModelError
-from shoal.serve.generate import end_tokens, generated, room
-from shoal.serve.reading import model_directory, read_model
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from shoal.serve.generate import end_tokens, room, writer_of
+from shoal.serve.reading import model_directory
+from shoal.serve.text import Detokeniser
 
 Say = Callable[[str], None]
 
@@ -37,8 +34,8 @@ class Conversation:
         say(f"reading {self._folder}")
         self._tokenizer = load_tokenizer(self._folder)
         self._template = Template(found[0], tokens=special_texts(self._folder))
-        self._model = read_model(self._folder, auto_class="AutoModelForCausalLM")
-        self._ends = end_tokens(self._folder, self._model.config)
+        self._writer = writer_of(self._folder)
+        self._ends = end_tokens(self._folder, self._writer.config)
         self._system, self._seed = system, seed
         self.messages: list[dict[str, str]] = []
         self.begin()
@@ -56,43 +53,38 @@ class Conversation:
         said = [*self.messages, {"role": "user", "content": text}]
         shown = self._template.render(said, prompt=True)
         ids = self._tokenizer.encode(shown, add_special_tokens=False).ids
-        streamer = _Streamer(self._tokenizer, show=show)
-        made = generated(
-            self._model,
-            ids=ids,
-            tokens=min(tokens, room(self._model.config, taken=len(ids))),
+        pieces = _Shown(Detokeniser(self._tokenizer, prompt=ids), show=show)
+        made = self._writer.write(
+            ids,
+            tokens=min(tokens, room(self._writer.config, taken=len(ids))),
             temperature=temperature,
             seed=self._seed + len(said),
             ends=self._ends,
-            streamer=streamer,
+            told=pieces.add,
         )
+        pieces.end()
         answer = str(self._tokenizer.decode(made, skip_special_tokens=True)).strip()
         self.messages = [*said, {"role": "assistant", "content": answer}]
         return answer
 
 
-class _Streamer:
-    """What transformers' `generate` hands each token to; a piece is shown once it is whole."""
+class _Shown:
+    """Hands an answer's text on as it comes, without blanks before its first word."""
 
-    def __init__(self, tokenizer: Tokenizer, *, show: Say) -> None:
-        from tokenizers.decoders import DecodeStream
+    def __init__(self, text: Detokeniser, *, show: Say) -> None:
+        self._text, self._show, self._begun = text, show, False
 
-        self._tokenizer, self._show = tokenizer, show
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._prompted = self._begun = False
-
-    def put(self, value: Any) -> None:
-        """The prompt first, then each token."""
-        if not self._prompted:
-            self._prompted = True
-            return
-        for token in value.reshape(-1).tolist():
-            piece = self._stream.step(self._tokenizer, token)
-            if piece and not self._begun:
-                piece = piece.lstrip()
-            if piece:
-                self._begun = True
-                self._show(piece)
+    def add(self, token: int) -> None:
+        """One token more."""
+        self._piece(self._text.add(token))
 
     def end(self) -> None:
-        """Nothing is kept back."""
+        """What was held back."""
+        self._piece(self._text.end())
+
+    def _piece(self, piece: str) -> None:
+        if not self._begun:
+            piece = piece.lstrip()
+        if piece:
+            self._begun = True
+            self._show(piece)

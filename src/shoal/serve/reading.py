@@ -18,11 +18,12 @@ def model_directory(path: Path) -> Path:
     raise ModelError(f"{path}: expected a model folder (config.json and safetensors); {hint}")
 
 
-def read_model(folder: Path, *, auto_class: str) -> Any:
+def read_model(folder: Path, *, auto_class: str, kernel: str = "eager") -> Any:
     """The transformers model of a folder, in float32 on the CPU, ready to evaluate.
 
     Its weights are read by `models/pretrained.py`, so code, pickles, links and names that lead out
-    of the folder are refused, and attention is transformers' own, whatever config.json asks for.
+    of the folder are refused, and attention is `kernel` (transformers' own; the engine takes
+    shoal's), whatever config.json asks for.
     Raises ModelError; also for a folder that lacks a weight, which training would draw at random.
     """
     from shoal.models.huggingface import build_meta
@@ -30,7 +31,7 @@ def read_model(folder: Path, *, auto_class: str) -> Any:
     from shoal.models.pretrained import PretrainedWeights, folder_config
 
     config = folder_config(folder, auto_class=auto_class)
-    model: Any = build_meta(config, auto_class=auto_class, kernel="eager")
+    model: Any = build_meta(config, auto_class=auto_class, kernel=kernel)
     weights = PretrainedWeights(folder, model=model)
     weights.refuse_missing()
     materialise(model, record=record(model), seed=0, source=weights).eval()

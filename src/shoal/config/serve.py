@@ -1,0 +1,125 @@
+"""The settings of `shoal serve`: how a model is served, and what a client may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from shoal.config.section import Auto, Count, Rate, Section
+from shoal.config.yaml_text import parse
+from shoal.errors import ConfigError, Problem, UserError, nearest
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Limits(Section):
+    """Most that one request may ask for; beyond it the answer is an error that names the field."""
+
+    body_bytes: Count = 4 << 20
+    answers: Count = 16
+    """`n`."""
+    logprobs: Annotated[int, Field(ge=0)] = 20
+    stop_strings: Count = 8
+    stop_characters: Count = 256
+    schema_bytes: Count = 65536
+    schema_seconds: Rate = 5.0
+    """To compile a schema."""
+    body_seconds: Rate = 30.0
+    """For a client to send its body."""
+    request_seconds: Rate | None = None
+    """For a whole answer; None: no limit."""
+
+
+class ServeSection(Section):
+    """How a model is served."""
+
+    name: str | None = None
+    """What clients call the model; None: the name of its folder."""
+    host: str = "127.0.0.1"
+    """Any other address than loopback needs `keys`."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0: any free one."""
+    keys: str | None = None
+    """A file with one API key per line; None: whoever reaches the port is served."""
+    replicate: Count | Auto = "auto"
+    """Replicas, each a process with a copy of the model; auto: 1."""
+    threads: Count | Auto = "auto"
+    """Cores that one replica computes with; auto: all cores, divided among replicas."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, products and the cache."""
+    exact: Literal["auto", "off"] = "auto"
+    """auto: products in which the probe sees no bit depend on who else is served."""
+    block_tokens: Annotated[int, Field(ge=32, le=512, multiple_of=32)] = 64
+    """Tokens of a block of the cache."""
+    cache_bytes: Count | Auto = "auto"
+    """Of each replica's cache; auto: 16 sequences of the model's context, at most 2 GiB."""
+    step_tokens: Count = 128
+    """Rows of one forward: what is made, and parts of prompts beside it."""
+    max_running: Count = 64
+    """Requests that one replica works on at once."""
+    queue_requests: Count = 256
+    """Requests that may wait; further ones are told to come again (429)."""
+    queue_tokens: Count = 1 << 20
+    """Tokens that may wait."""
+    share_prefixes: bool = True
+    """Keep blocks for requests that begin alike."""
+    guesses: Annotated[int, Field(ge=0, le=16)] = 4
+    """Tokens guessed from the text so far and checked in one step; 0: none."""
+    silence_seconds: Rate = 10.0
+    """A replica that has work and says nothing for so long, and 15 times as long as its steps
+    take, is taken for stuck: it is ended, and what it was doing is done by another."""
+    adapters: Mapping[str, str] = Field(default_factory=dict)
+    """LoRA adapters by the name that clients ask for: folders in peft's format."""
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _safe(self) -> ServeSection:
+        if self.host not in _LOOPBACK and self.keys is None:
+            raise ValueError(
+                f"host {self.host} can be reached by others: give `keys`, a file with one API key "
+                "per line, or serve on 127.0.0.1"
+            )
+        return self
+
+
+def serve_settings(
+    overrides: Iterable[str], *, tree: Mapping[str, Any] | None = None
+) -> ServeSection:
+    """Settings from a `serve:` section and KEY=VALUE overrides. Raises ConfigError."""
+    content: dict[str, Any] = dict(tree or {})
+    problems: list[Problem] = []
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        path = key.strip().removeprefix("serve.").split(".")
+        if not equals or not path[0]:
+            problems.append(Problem(text[:60], "expected key=value, such as replicate=2"))
+            continue
+        try:
+            value = parse(raw) if raw.strip() else None
+        except (yaml.YAMLError, UserError):
+            problems.append(Problem(key, f"{raw[:60]!r} is not a valid value"))
+            continue
+        here = content
+        for part in path[:-1]:
+            below = here.get(part)
+            here[part] = dict(below) if isinstance(below, Mapping) else {}
+            here = here[part]
+        here[path[-1]] = value
+    if problems:
+        raise ConfigError(problems, source="the overrides")
+    try:
+        return ServeSection.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError([_problem(each) for each in error.errors()], source="serve") from None
+
+
+def _problem(detail: Any) -> Problem:
+    where = ".".join(["serve", *map(str, detail["loc"])])
+    if detail["type"] == "extra_forbidden":
+        known = Limits.model_fields if len(detail["loc"]) > 1 else ServeSection.model_fields
+        return Problem(where, "unknown key", nearest(str(detail["loc"][-1]), known))
+    got = "" if detail["type"] == "value_error" else f", got {str(detail['input'])[:60]!r}"
+    return Problem(where, detail["msg"].removeprefix("Value error, ") + got)

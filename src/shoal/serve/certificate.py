@@ -1,0 +1,181 @@
+"""Proof that an answer does not depend on company: random requests together against each alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from shoal.serve.cache import Cache
+from shoal.serve.engine import Engine
+from shoal.serve.request import Request, Sampling, Scored
+from shoal.serve.runner import Runner
+from shoal.serve.scheduler import blocks_for
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A way to serve all requests at once."""
+
+    name: str
+    step_tokens: int = 128
+    share_prefixes: bool = True
+    most_guesses: int = 0
+    tight: bool = False
+    """So few blocks that requests are preempted."""
+    twice: bool = False
+    """Everything was served before, so prefixes are found."""
+
+
+CONDITIONS = (
+    Condition("together"),
+    Condition("chunks of 16", step_tokens=16, share_prefixes=False),
+    Condition("prefixes found", twice=True),
+    Condition("preempted", tight=True),
+    Condition("guesses", most_guesses=4),
+)
+
+
+@dataclass
+class Found:
+    """What a condition gave."""
+
+    condition: str
+    requests: int
+    different: int
+    """Requests of which a token or a bit of a log-probability differs from the answer alone."""
+    steps: int
+    preemptions: int = 0
+    cached_tokens: int = 0
+    taken_tokens: int = 0
+
+
+@dataclass
+class Certificate:
+    """All conditions of one model on one machine."""
+
+    model: str
+    products: str
+    found: list[Found] = field(default_factory=list)
+
+    @property
+    def proven(self) -> bool:
+        """Whether no bit differed."""
+        return all(each.different == 0 for each in self.found)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "proven": self.proven}
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self.products}"]
+        for each in self.found:
+            lines.append(
+                f"  {each.condition}: {each.different} of {each.requests} answers differ "
+                f"({each.steps} steps, {each.preemptions} preemptions, {each.cached_tokens} tokens "
+                f"found, {each.taken_tokens} guesses right)"
+            )
+        verdict = "proven: the same bits alone and in company" if self.proven else "NOT proven"
+        return "\n".join([*lines, verdict])
+
+
+def certify(
+    runner: Runner,
+    *,
+    name: str,
+    num_requests: int,
+    seed: int = 0,
+    most_prompt: int = 160,
+    most_made: int = 24,
+    conditions: Sequence[Condition] = CONDITIONS,
+) -> Certificate:
+    """Serve random requests alone, then together under each condition; count what differs."""
+    requests = list(
+        _requests(
+            runner, count=num_requests, seed=seed, most_prompt=most_prompt, most_made=most_made
+        )
+    )
+    alone: dict[str, tuple[Scored, ...]] = {}
+    for request in requests:
+        alone.update(answers(Engine(runner, share_prefixes=False), [request]))
+    result = Certificate(name, str(runner.report))
+    for condition in conditions:
+        result.found.append(_judged(runner, requests, alone, condition))
+    return result
+
+
+def _judged(
+    runner: Runner,
+    requests: list[Request],
+    alone: dict[str, tuple[Scored, ...]],
+    condition: Condition,
+) -> Found:
+    whole = runner.cache
+    if condition.tight:
+        size = whole.block_tokens
+        most = max(len(each.prompt) + each.sampling.max_tokens for each in requests)
+        runner.cache = Cache(blocks_for(most, size) + 2, size)
+    try:
+        engine = Engine(
+            runner,
+            step_tokens=condition.step_tokens,
+            share_prefixes=condition.share_prefixes,
+            most_guesses=condition.most_guesses,
+        )
+        if condition.twice:
+            answers(engine, requests)
+        found = answers(engine, requests)
+    finally:
+        runner.cache = whole
+    counters = engine.counters
+    return Found(
+        condition.name,
+        len(requests),
+        sum(found[each.id] != alone[each.id] for each in requests),
+        counters.steps,
+        counters.preemptions,
+        counters.prefix_hits,
+        counters.taken_tokens,
+    )
+
+
+def answers(engine: Engine, requests: Sequence[Request]) -> dict[str, tuple[Scored, ...]]:
+    """Serve `requests` together to their ends: the tokens of each, with their scores."""
+    made: dict[str, tuple[Scored, ...]] = {each.id: () for each in requests}
+    for request in requests:
+        engine.submit(request)
+    while not engine.idle:
+        for event in engine.step():
+            made[event.id] = made[event.id] + event.tokens
+    return made
+
+
+def _requests(
+    runner: Runner, *, count: int, seed: int, most_prompt: int, most_made: int
+) -> Iterator[Request]:
+    """Requests of every kind: long and short, greedy and drawn, some with the same beginning."""
+    draw = random.Random(seed)
+    vocabulary, context = runner.sizes.vocabulary, runner.sizes.context
+    most_made = min(most_made, context // 4)
+    most_prompt = min(most_prompt, context - most_made)
+    stem = [draw.randrange(vocabulary) for _ in range(most_prompt)]
+    for number in range(count):
+        length = draw.randint(1, most_prompt)
+        own = [draw.randrange(vocabulary) for _ in range(length)]
+        prompt = [*stem[: length // 2], *own[length // 2 :]] if draw.random() < 0.5 else own
+        if draw.random() < 0.3:
+            prompt = (own[:5] * most_prompt)[:length]  # repeats itself: guesses come true
+        yield Request(
+            id=f"r{number}",
+            prompt=tuple(prompt),
+            sampling=Sampling(
+                max_tokens=draw.randint(1, most_made),
+                temperature=draw.choice((0.0, 0.0, 0.7, 1.3)),
+                top_k=draw.choice((0, 0, 40)),
+                top_p=draw.choice((1.0, 0.9)),
+                min_p=draw.choice((0.0, 0.02)),
+                frequency_penalty=draw.choice((0.0, 0.0, 0.5)),
+                seed=draw.getrandbits(40),
+                logprobs=2,
+            ),
+        )

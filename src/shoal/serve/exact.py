@@ -1,0 +1,300 @@
+"""Matrix products whose rows do not depend on how many rows there are: probed, then swapped in.
+
+A library picks its kernel by the shape of a product, so a row has other last bits alone than among
+others, and an answer would depend on who is computed beside it. Here each weight gets a way of
+computing in which that was seen not to happen on this machine: a product packed by oneDNN, or
+torch's own, its rows padded to a multiple where small numbers of rows differ.
+
+Shapes: R rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from shoal.errors import ModelError
+from shoal.models.experts import experts_of
+
+MOST_ROWS = 256
+"""Rows of one product; more are computed in pieces, so that no other kernel is ever chosen."""
+_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 48, 64, 100, 128, 200, MOST_ROWS)
+_FEW_ROWS = (1, 2, 3, 5, 8, 16, 33, 64)
+_LARGE = 8 << 20
+"""Elements of a weight beyond which fewer numbers of rows are tried."""
+_MULTIPLES = (1, 2, 4, 8, 16, 32)
+_HINT = 16
+"""Rows that oneDNN is told to expect: with 1 it packs for another kernel."""
+_LANES = 32
+"""Floats that torch's vectorised loops take at once; what is left of a row is computed by other
+code, whose exp and tanh differ in the last bit."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How products with one shape of weight are computed; rows are padded to a `multiple`."""
+
+    packed: bool
+    multiple: int
+    proven: bool = True
+    """Whether the probe saw no bit differ."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the probe found: one way for each shape of weight, (O, I)."""
+
+    ways: dict[tuple[int, int], Way]
+    dtype: torch.dtype
+    threads: int
+
+    @property
+    def proven(self) -> bool:
+        """Whether every product gives a row the same bits in any company."""
+        return all(way.proven for way in self.ways.values())
+
+    def __str__(self) -> str:
+        packed = sum(way.packed for way in self.ways.values())
+        padded = sum(way.multiple > 1 for way in self.ways.values())
+        failed = [f"{o} x {i}" for (o, i), way in self.ways.items() if not way.proven]
+        kind = str(self.dtype).removeprefix("torch.")
+        text = (
+            f"exact products in {kind}, {self.threads} thread{'s'[: self.threads > 1]}: "
+            f"{len(self.ways)} shapes of weight, {packed} packed by oneDNN, {padded} with padded "
+            "rows"
+        )
+        return text + (f"; not exact: {', '.join(failed)}" if failed else "")
+
+
+class Product(nn.Module):
+    """What stands in for a linear layer's forward: rows [..., I] -> [..., O]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, way: Way) -> None:
+        super().__init__()
+        self._way, self._bias, self._outputs = way, bias, len(weight)
+        self._weight = _packed(weight) if way.packed else weight
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Each row's product, the same bits whatever the other rows are."""
+        flat = rows.reshape(-1, rows.shape[-1])
+        if not len(flat):  # an expert that nobody chose
+            return flat.new_empty(*rows.shape[:-1], self._outputs)
+        parts = [self._piece(part) for part in flat.split(MOST_ROWS)]
+        made = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return made.view(*rows.shape[:-1], made.shape[-1])
+
+    def _piece(self, rows: Tensor) -> Tensor:
+        count = len(rows)
+        missing = -count % self._way.multiple
+        if missing:
+            rows = functional.pad(rows, (0, 0, 0, missing))
+        if self._way.packed:
+            # private in torch 2.13: the product that Inductor uses for weights packed beforehand
+            made: Tensor = torch.ops.mkldnn._linear_pointwise(
+                rows.contiguous(), self._weight, self._bias, "none", [], ""
+            )
+        else:
+            made = functional.linear(rows, self._weight, self._bias)
+        return made[:count] if missing else made
+
+
+def _packed(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _HINT)
+    return packed
+
+
+def can_pack() -> bool:
+    """Whether this build of torch has the packed products."""
+    found = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return bool(found and torch.backends.mkldnn.is_available())
+
+
+@torch.no_grad()
+def way_for(weight: Tensor, bias: Tensor | None = None) -> Way:
+    """The first way in which rows of products with `weight` [O, I] keep their bits.
+
+    Alone and in batches of up to `MOST_ROWS`, at any place among them, with one thread and with as
+    many as this process has. Not `proven` where none does: then torch's own product is used.
+    """
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(MOST_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
+    counts = _FEW_ROWS if weight.numel() > _LARGE else _ROWS
+    rows = rows[: max(counts)]
+    for packed in (True, False):
+        if packed and not can_pack():
+            continue
+        for multiple in _MULTIPLES:
+            product = Product(weight, bias, Way(packed, multiple))
+            if _keeps_rows(product, rows, counts):
+                return Way(packed, multiple)
+    return Way(False, 1, proven=False)
+
+
+def _keeps_rows(product: Callable[[Tensor], Tensor], rows: Tensor, counts: tuple[int, ...]) -> bool:
+    threads = torch.get_num_threads()
+    whole = product(rows)
+    try:
+        torch.set_num_threads(1)
+        if threads > 1 and not torch.equal(product(rows), whole):
+            return False
+    finally:
+        torch.set_num_threads(threads)
+    return all(
+        torch.equal(product(rows[start : start + count]), whole[start : start + count])
+        for count in counts
+        for start in {0, (len(rows) - count) // 2 | 1}
+        if start + count <= len(rows)
+    )
+
+
+def make_exact(model: nn.Module, *, release: bool = False) -> Report:
+    """Swap the products of `model`'s layers, experts too, for exact ones; says which were found.
+
+    `release`: the layers' own weights are given up where a packed copy has them (a layer whose
+    weight another module shares, such as a tied embedding, keeps it). Idempotent.
+    """
+    ways: dict[tuple[int, int], Way] = {}
+    shared = _shared(model)
+    for module, weight, bias in _linears(model):
+        shape = (weight.shape[0], weight.shape[1])
+        if shape not in ways:
+            ways[shape] = way_for(weight, bias)
+        module.forward = Product(weight, bias, ways[shape]).forward  # type: ignore[method-assign]
+        own: Any = module.weight
+        if release and ways[shape].packed and id(own) not in shared:
+            own.data = own.data.new_empty(1).expand(own.shape)
+    for module in experts_of(model).values():
+        _make_experts_exact(module, ways)
+    for weight in _others(model):
+        ways.setdefault((weight.shape[0], weight.shape[1]), _plain_way(weight))
+    dtype = next(model.parameters()).dtype
+    return Report(ways, dtype, torch.get_num_threads())
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:
+    """Layers that are one product, with their weight as [O, I]."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield module, module.weight.detach(), _detached(module.bias)
+        elif isinstance(module, Conv1D):  # GPT-2 keeps its weights the other way round
+            yield module, module.weight.detach().t().contiguous(), _detached(module.bias)
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Parameters that more than one module has."""
+    seen: set[int] = set()
+    found: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (found if id(parameter) in seen else seen).add(id(parameter))
+    return found
+
+
+def _make_experts_exact(module: Any, ways: dict[tuple[int, int], Way]) -> None:
+    products: dict[int, Product] = {}
+    for layer in ("gate_up_proj", "up_proj", "down_proj"):
+        stacked = getattr(module, layer, None)
+        if not isinstance(stacked, Tensor):
+            continue
+        stacked = stacked.detach().transpose(1, 2) if module.is_transposed else stacked.detach()
+        for weight in stacked.unbind(0):
+            shape = (weight.shape[0], weight.shape[1])
+            if shape not in ways:
+                ways[shape] = way_for(weight)
+            products[weight.data_ptr()] = Product(weight, None, ways[shape])
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        made: Tensor = products[weight.data_ptr()](rows)
+        return made if bias is None else made + bias
+
+    module.shoal_linear = linear
+
+
+def _others(model: nn.Module) -> Iterator[Tensor]:
+    """Weights that a module multiplies with by itself, such as a router's."""
+    known = (nn.Linear, Conv1D, nn.Embedding)
+    experts = set(map(id, experts_of(model).values()))
+    for module in model.modules():
+        if isinstance(module, known) or id(module) in experts:
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 2:
+                yield parameter.detach()
+
+
+def _plain_way(weight: Tensor) -> Way:
+    """The way of torch's own product: padding is the runner's, of all rows of a step."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(MOST_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
+    for multiple in _MULTIPLES:
+        if _keeps_rows(Product(weight, None, Way(False, multiple)), rows, _ROWS):
+            return Way(False, multiple)
+    return Way(False, 1, proven=False)
+
+
+def rows_multiple(model: nn.Module) -> int:
+    """What the number of a step's tokens is padded to, so that its row-wise operations are exact.
+
+    Torch's vectorised loops end, in each thread, with code for what is left; with this multiple
+    nothing is left. Also what products that cannot be swapped need.
+    """
+    lanes = _LANES * torch.get_num_threads()
+    multiple = 1
+    for width in _widths(model):
+        multiple = max(multiple, lanes // gcd(width, lanes))
+    for weight in _others(model):
+        multiple = max(multiple, _plain_way(weight).multiple)
+    return multiple
+
+
+def _widths(model: nn.Module) -> set[int]:
+    """Sizes of the last dim of what flows between layers, the vocabulary's left out."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    found: set[int] = set()
+    for module, weight, _ in _linears(model):
+        if module is not head:
+            found |= {weight.shape[0], weight.shape[1]}
+    for module in model.modules():
+        found |= {each.shape[0] for each in module.parameters(recurse=False) if each.dim() == 1}
+        frequencies = module._buffers.get("inv_freq")
+        if frequencies is not None:
+            found.add(2 * len(frequencies))
+    config: Any = model.config
+    size = getattr(config.get_text_config(), "head_dim", None)
+    return found | ({size} if isinstance(size, int) else set())
+
+
+def check_positions(config: Any) -> int | None:
+    """Most positions at which rotary frequencies do not depend on who else is in a batch.
+
+    Some scalings change with the longest row of a forward; they are served up to the length at
+    which they begin. None: no such limit. Raises ModelError where it is not known.
+    """
+    text = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    each = given.values() if all(isinstance(v, dict) for v in given.values()) else [given]
+    limits = []
+    for rope in each:
+        kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+        if kind in ("dynamic", "longrope"):
+            limit = rope.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", text.max_position_embeddings
+            )
+            if not isinstance(limit, int):
+                raise ModelError(
+                    f"config.json: rotary positions of kind {kind!r} without the length at which "
+                    "they change\n    add original_max_position_embeddings"
+                )
+            limits.append(limit)
+    return min(limits) if limits else None

@@ -1,0 +1,213 @@
+"""What the routes ask: text to tokens and back, requests to the replicas and their events back."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from shoal.config.serve import ServeSection
+from shoal.errors import DataError
+from shoal.serve.http.errors import Refused
+from shoal.serve.http.fields import Drawn
+from shoal.serve.http.metrics import Metrics
+from shoal.serve.request import Event, Request, Sampling
+
+_MOST_SEED = 2**63
+
+
+class Replicas(Protocol):
+    """Where requests are served (launch/serving.py)."""
+
+    facts: dict[str, Any]
+    restarts: int
+
+    def submit(self, request: Request, told: Callable[[Event], None]) -> None: ...
+    def cancel(self, name: str) -> None: ...
+    def healthy(self) -> bool: ...
+    def states(self) -> dict[int, dict[str, Any]]: ...
+    @property
+    def replays(self) -> int: ...
+
+
+class Service:
+    """A model by its name, its tokenizer and template, and the replicas that serve it."""
+
+    def __init__(self, folder: Path, *, settings: ServeSection, replicas: Replicas) -> None:
+        """Raises ModelError for a folder without a tokenizer."""
+        from shoal.data.conversations import chat_template_of, special_texts
+        from shoal.data.tokenize import load_tokenizer
+        from shoal.models.huggingface import read_config
+        from shoal.serve.generate import end_tokens
+        from shoal.tasks.templates import Template
+
+        self.folder, self.settings, self.replicas = folder, settings, replicas
+        self.name = settings.name or folder.resolve().name
+        self.tokenizer = load_tokenizer(folder)
+        found = chat_template_of(folder)
+        self.template = None if found is None else Template(found[0], tokens=special_texts(folder))
+        self.ends = end_tokens(folder, read_config(path=folder))
+        self.created = int(time.time())
+        self.metrics = Metrics(self.name, replicas=replicas)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return int(self.replicas.facts["context"])
+
+    def check_model(self, name: str | None) -> str | None:
+        """The adapter that `name` asks for; None: the model itself. Raises Refused."""
+        if name in (None, self.name):
+            return None
+        if name in self.settings.adapters:
+            return name
+        known = ", ".join([self.name, *self.settings.adapters])
+        raise Refused(
+            f"there is no model {name!r} here; there is {known}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def token_text(self, token: int) -> str:
+        """One token by itself."""
+        return str(self.tokenizer.decode([token], skip_special_tokens=False))
+
+    def chat_prompt(self, messages: Sequence[dict[str, Any]], *, tools: Any) -> list[int]:
+        """Tokens of a conversation, up to where its answer begins. Raises Refused."""
+        if self.template is None:
+            raise Refused(
+                f"{self.name} has no chat template, so it holds no conversations; use "
+                "/v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
+        told = [_checked(each, number) for number, each in enumerate(messages)]
+        try:
+            text = self.template.render(told, tools=tools, prompt=True)
+        except DataError as error:
+            raise Refused(f"messages: {error}", param="messages") from None
+        return self.encode(text, special=False)
+
+    def sampling(
+        self,
+        fields: Drawn,
+        *,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        logprobs: int,
+        prompt_logprobs: int = -1,
+        schema: str | None = None,
+    ) -> Sampling:
+        """The settings of a request with its limits checked. Raises Refused."""
+        limits = self.settings.limits
+        room = self.context - prompt_tokens
+        if room < (1 if max_tokens is None else max_tokens):
+            raise Refused(
+                f"the prompt has {prompt_tokens} tokens and {max_tokens or 'some'} more were asked "
+                f"for, but the context is {self.context} tokens; shorten the prompt or max_tokens",
+                param="max_tokens" if room > 0 else "prompt",
+                code="context_length_exceeded",
+            )
+        stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+        for name, value, most in (
+            ("n", fields.n or 1, limits.answers),
+            ("logprobs", max(logprobs, 0), limits.logprobs),
+            ("stop", len(stops), limits.stop_strings),
+            ("stop", max(map(len, stops), default=0), limits.stop_characters),
+        ):
+            if value > most:
+                raise Refused(f"{name}: {value} is more than {most}", param=name)
+        seed = secrets.randbits(62) if fields.seed is None else fields.seed % _MOST_SEED
+        temperature = 1.0 if fields.temperature is None else fields.temperature
+        return Sampling(
+            max_tokens=room if max_tokens is None else max_tokens,
+            temperature=temperature,
+            top_k=max(0, fields.top_k or 0),
+            top_p=1.0 if fields.top_p is None else fields.top_p,
+            min_p=fields.min_p or 0.0,
+            presence_penalty=fields.presence_penalty or 0.0,
+            frequency_penalty=fields.frequency_penalty or 0.0,
+            repetition_penalty=fields.repetition_penalty or 1.0,
+            logit_bias=self._bias(fields.logit_bias or {}),
+            seed=seed,
+            stop_tokens=(*self.ends, *(fields.stop_token_ids or ())),
+            ignore_end=fields.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            schema=schema,
+        )
+
+    def _bias(self, given: dict[str, float]) -> dict[int, float]:
+        vocabulary = int(self.replicas.facts["vocabulary"])
+        found = {}
+        for key, value in given.items():
+            if not key.isdigit() or int(key) >= vocabulary:
+                raise Refused(
+                    f"logit_bias: {key!r} is not a token; they go from 0 to {vocabulary - 1}",
+                    param="logit_bias",
+                )
+            found[int(key)] = value
+        return found
+
+    async def events(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Serve one request; leaving the loop early cancels it. Raises Busy and Refused."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+
+        def told(event: Event) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        watch = self.metrics.begin(request)
+        limit = self.settings.limits.request_seconds
+        self.replicas.submit(request, told)
+        finish = "abort"
+        try:
+            async with asyncio.timeout(limit):
+                while True:
+                    event = await queue.get()
+                    watch.saw(event)
+                    if event.finish == "error":
+                        raise Refused(event.problem)
+                    if event.finish is not None:
+                        finish = event.finish
+                    yield event
+                    if event.finish is not None:
+                        return
+        except TimeoutError:
+            raise Refused(f"the answer took longer than {limit:g} s", status=504) from None
+        finally:
+            watch.end(finish)
+            if finish == "abort":
+                self.replicas.cancel(request.id)
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def _checked(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """A message with its parts of text joined. Raises Refused."""
+    where = f"messages.{number}"
+    if message.get("role") not in _ROLES:
+        roles = ", ".join(_ROLES)
+        raise Refused(f"{where}.role: expected one of {roles}", param=f"{where}.role")
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [each.get("text") for each in content if isinstance(each, dict)]
+        kinds = {each.get("type") if isinstance(each, dict) else None for each in content}
+        if kinds - {"text"} or not all(isinstance(each, str) for each in texts):
+            raise Refused(f"{where}.content: only parts of text are read", param=f"{where}.content")
+        content = "".join(map(str, texts))
+    if content is not None and not isinstance(content, str):
+        raise Refused(f"{where}.content: expected text", param=f"{where}.content")
+    if content is None and not message.get("tool_calls"):
+        raise Refused(f"{where}.content is missing", param=f"{where}.content")
+    return {**message, "content": content or ""}

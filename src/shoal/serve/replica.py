@@ -1,0 +1,152 @@
+"""One replica: a process with a model and an engine; orders come in, events go out, as JSON lines.
+
+orders:  {"submit": request}  {"cancel": id}  {"stop": true}
+reports: {"ready": facts}  {"failed": text}  {"events": [...], "state": {...}}
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shoal.errors import ShoalError, UserError
+from shoal.serve.request import Event, Request
+
+_MOST_CACHE_BYTES = 2 << 30
+_SEQUENCES = 16
+"""Whole contexts that the cache holds where nothing else was asked for."""
+
+
+def run(payload: dict[str, Any], report: int) -> int:
+    """Entry point of a worker of the fork server. Returns its exit status."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    try:
+        engine = _engine(payload)
+    except ShoalError as error:
+        _say(report, {"failed": str(error), "status": error.exit_status})
+        return error.exit_status
+    runner = engine.runner
+    _say(
+        report,
+        {
+            "ready": {
+                "context": engine.most_tokens,
+                "vocabulary": runner.sizes.vocabulary,
+                "blocks": engine.blocks.num_blocks,
+                "exact": runner.exact,
+                "products": str(runner.report) if runner.report else "not exact, as asked",
+            }
+        },
+    )
+    orders = _Orders(report)
+    while True:
+        for order in orders.read(wait=engine.idle):
+            if "stop" in order:
+                return 0
+            _follow(engine, order, report)
+        if orders.closed:
+            return 0
+        if not engine.idle:
+            began = time.perf_counter()
+            events = engine.step()
+            _say(
+                report,
+                {
+                    "events": msgspec.to_builtins(events),
+                    "state": _state(engine, time.perf_counter() - began),
+                },
+            )
+
+
+def _engine(payload: dict[str, Any]) -> Any:
+    import torch
+
+    from shoal.serve.cache import Cache
+    from shoal.serve.engine import Engine
+    from shoal.serve.runner import Runner, load
+
+    torch.set_num_threads(payload["threads"])
+    model = load(Path(payload["folder"]), precision=payload["precision"])
+    size = payload["block_tokens"]
+    runner = Runner(model, num_blocks=2, block_tokens=size, exact=payload["exact"], release=True)
+    runner.cache = Cache(_num_blocks(runner.sizes, payload["cache_bytes"], size), size)
+    return Engine(
+        runner,
+        step_tokens=payload["step_tokens"],
+        max_running=payload["max_running"],
+        share_prefixes=payload["share_prefixes"],
+        most_guesses=payload["guesses"],
+    )
+
+
+def _num_blocks(sizes: Any, cache_bytes: int | None, block_tokens: int) -> int:
+    """Blocks of the cache, the one for padding too. Raises UserError for too few."""
+    room = cache_bytes
+    if room is None:
+        room = min(_SEQUENCES * sizes.context * sizes.token_bytes, _MOST_CACHE_BYTES)
+    blocks = room // (sizes.token_bytes * block_tokens)
+    if blocks < 1:
+        raise UserError(
+            f"serve.cache_bytes: {room} bytes hold no block of {block_tokens} tokens; a token "
+            f"takes {sizes.token_bytes} bytes, so give at least {sizes.token_bytes * block_tokens}"
+        )
+    return int(blocks) + 1
+
+
+def _follow(engine: Any, order: dict[str, Any], report: int) -> None:
+    if "cancel" in order:
+        engine.cancel(order["cancel"])
+        _say(report, {"events": [], "state": _state(engine, 0.0)})
+        return
+    request = msgspec.convert(order["submit"], Request)
+    try:
+        engine.submit(request)
+    except UserError as error:
+        refused = Event(id=request.id, finish="error", problem=str(error))
+        _say(report, {"events": msgspec.to_builtins([refused]), "state": _state(engine, 0.0)})
+
+
+def _state(engine: Any, seconds: float) -> dict[str, Any]:
+    return {
+        "step_seconds": seconds,
+        "running": engine.num_running,
+        "waiting": engine.num_waiting,
+        "free_blocks": engine.blocks.num_free,
+        **vars(engine.counters),
+    }
+
+
+class _Orders:
+    """Lines that came in on a descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._text = descriptor, b""
+        self.closed = False
+
+    def read(self, *, wait: bool) -> Iterator[dict[str, Any]]:
+        """Orders so far; `wait`: for at least some, or until the other end is gone."""
+        while select.select([self._descriptor], [], [], None if wait else 0)[0]:
+            data = os.read(self._descriptor, 1 << 16)
+            if not data:
+                self.closed = True
+                return
+            *lines, self._text = (self._text + data).split(b"\n")
+            yield from map(msgspec.json.decode, lines)
+            wait = False
+
+
+def _say(report: int, message: dict[str, Any]) -> None:
+    data = msgspec.json.encode(message) + b"\n"
+    try:
+        while data:
+            data = data[os.write(report, data) :]
+    except OSError:  # nobody listens any more
+        sys.exit(0)

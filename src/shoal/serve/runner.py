@@ -1,0 +1,145 @@
+"""One forward of many sequences: the model's own modules on one row of all their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from shoal.errors import ModelError
+from shoal.models.anatomy import anatomy_of, check_logits, hidden_of, logits_of
+from shoal.models.kernels import MaskRequest
+from shoal.serve.cache import Cache, Paged, Span, least_rows
+from shoal.serve.exact import Report, check_positions, make_exact, rows_multiple
+from shoal.serve.reading import read_model
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model the engine must know."""
+
+    vocabulary: int
+    context: int
+    """Most tokens of a sequence."""
+    layers: int
+    token_bytes: int
+    """Of the cache, for one token in all layers."""
+
+
+class Runner:
+    """A model, its cache, and the step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_blocks: int,
+        block_tokens: int = 64,
+        exact: bool = True,
+        release: bool = False,
+    ) -> None:
+        """`exact`: swap the products (serve/exact.py). Raises ModelError if it cannot be served."""
+        if getattr(model, "shoal_own_attention", False):
+            raise ModelError(
+                f"{type(model).__name__}: its attention is code of its own, which knows no cache "
+                "of blocks\n    serve a family of docs/guide/models.md that takes kernels"
+            )
+        self.model = model
+        self._keys = _shapes_of_attention(model)
+        key_heads, size, value_size = self._keys
+        config: Any = model.config
+        text = config.get_text_config()
+        dtype = next(model.parameters()).dtype
+        context = getattr(text, "max_position_embeddings", None) or 1 << 30
+        self.sizes = Sizes(
+            vocabulary=text.vocab_size,
+            context=min(context, check_positions(config) or context),
+            layers=text.num_hidden_layers,
+            token_bytes=text.num_hidden_layers * key_heads * (size + value_size) * dtype.itemsize,
+        )
+        self.anatomy = check_logits(model, anatomy_of(model))
+        self.report: Report | None = make_exact(model, release=release) if exact else None
+        self.multiple = rows_multiple(model) if exact else 1
+        self.least, self.attends_exactly = (
+            least_rows(size=size, value_size=value_size, block_tokens=block_tokens, dtype=dtype)
+            if exact
+            else (1, False)
+        )
+        self.cache = Cache(num_blocks, block_tokens)
+        self._logits = logits_of(model)
+        cap = getattr(text, "final_logit_softcapping", None)
+        lanes = 32 * torch.get_num_threads()
+        self._head_multiple = lanes if exact and cap and text.vocab_size % lanes else 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether the probes saw no bit of a row depend on the others."""
+        return self.report is not None and self.report.proven and self.attends_exactly
+
+    @torch.no_grad()
+    def hidden(self, tokens: Sequence[int], spans: Sequence[Span], wanted: Sequence[int]) -> Tensor:
+        """Hidden states [N, D] of the `wanted` columns of a step of `tokens`, laid out as spans."""
+        count = len(tokens) + -len(tokens) % self.multiple
+        kernel = Paged(self.cache, spans, num_tokens=count, least=self.least)
+        ids = torch.zeros(1, count, dtype=torch.long)
+        positions = torch.zeros(1, count, dtype=torch.long)
+        ids[0, : len(tokens)] = torch.tensor(tokens)
+        places = [at for span in spans for at in range(span.start, span.start + span.count)]
+        positions[0, : len(tokens)] = torch.tensor(places)
+        batch = {"input_ids": ids, "position_ids": positions}
+        return hidden_of(self.model, batch, kernel=kernel)[0, list(wanted)]
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [N, V] of hidden states [N, D]."""
+        missing = -len(hidden) % self._head_multiple
+        rows = functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
+        made: Tensor = self._logits(rows)[: len(hidden)]
+        return made.float()
+
+
+def load(folder: Path, *, precision: str = "float32") -> nn.Module:
+    """The causal model of a folder with shoal's attention. Raises ModelError."""
+    model: nn.Module = read_model(folder, auto_class="AutoModelForCausalLM", kernel="shoal")
+    model.config.use_cache = False  # type: ignore[union-attr]
+    return model.to(_DTYPES[precision])
+
+
+class _Seen(Exception):
+    """Ends the forward that shows the shapes."""
+
+
+class _Looking:
+    """A kernel that only looks at what it is given."""
+
+    by_layer = True
+    shapes: tuple[int, int, int] | None = None
+
+    def mask(self, request: MaskRequest) -> None:
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        self.shapes = (key.shape[1], key.shape[-1], value.shape[-1])
+        raise _Seen
+
+
+@torch.no_grad()
+def _shapes_of_attention(model: nn.Module) -> tuple[int, int, int]:
+    """(key heads, size of a key, size of a value), as a layer of the model has them."""
+    looking = _Looking()
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    batch = {"input_ids": tokens, "position_ids": torch.arange(2)[None]}
+    try:
+        hidden_of(model, batch, kernel=looking)
+    except _Seen:
+        pass
+    if looking.shapes is None:
+        raise ModelError(f"{type(model).__name__}: it has no attention that shoal could serve")
+    return looking.shapes

@@ -12,6 +12,7 @@ import typer
 
 from shoal.cli import (
     chat,
+    compress,
     config,
     data,
     doctor,
@@ -72,6 +73,11 @@ _add("merge", merge.merge, "shoal merge runs/quickstart-001 --out model")
 _add("generate", generate.generate, 'shoal generate runs/quickstart-001 "A: Hello"')
 _add("chat", chat.chat, "shoal chat runs/quickstart-001")
 _add("serve", serve.serve, "shoal serve runs/quickstart-001 replicate=2 port=8000")
+_add(
+    "compress",
+    compress.compress,
+    "shoal compress runs/quickstart-001 --out small --quantise int8 --calibrate YOUR.txt",
+)
 _add("evaluate", evaluate.evaluate, "shoal evaluate runs/quickstart-001 quickstart")
 _add("parity", parity.parity, "shoal parity quickstart parallel.replicate=2")
 _add("rehearse", rehearse.rehearse, "shoal rehearse quickstart --fault kill:1@20")

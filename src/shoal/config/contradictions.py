@@ -10,6 +10,19 @@ from shoal.config.tasks import GRPO, Embedding, Preference
 from shoal.errors import Problem
 
 
+def _keep_zeros(recipe: Recipe) -> Iterator[Problem]:
+    what = "holds where a weight without a gradient stays as it is, got "
+    if recipe.train.optimizer.kind == "muon":
+        hint = "set train.optimizer.kind to adamw"
+        yield Problem("train.keep_zeros", what + "muon, which moves whole matrices", hint)
+    if recipe.sync.kind == "server":
+        hint = "set sync.kind to every-step"
+        yield Problem("train.keep_zeros", what + "a server, which updates by itself", hint)
+    if recipe.model.adapter is not None:
+        hint = "set one of them only"
+        yield Problem("train.keep_zeros", what + "an adapter, which begins at zero", hint)
+
+
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """What a recipe asks for that another of its keys rules out."""
     until, checkpoint = recipe.train.until, recipe.checkpoint
@@ -24,6 +37,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if checkpoint.model == "best" and not checkpoint.keep_best:
         yield Problem("checkpoint.model", "best needs its save", "set checkpoint.keep_best=true")
     adapter = recipe.model.adapter
+    if recipe.train.keep_zeros:
+        yield from _keep_zeros(recipe)
     if isinstance(recipe.task, Preference) and recipe.task.reference != "none" and adapter is None:
         what = "adapter-off is the model without its adapter, and there is none"
         hint = "set model.adapter={kind: lora}, or task.reference=none"

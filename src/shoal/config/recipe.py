@@ -206,6 +206,8 @@ class TrainSection(Section):
     """How the learning rate changes over the steps."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are: shell patterns over canonical names."""
+    keep_zeros: bool = False
+    """Weights of matrices that are zero at the start stay so, as of a model that was pruned."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

@@ -230,6 +230,7 @@ def _update(
         max_gradient_norm=train.max_gradient_norm,
         loss_scale=scale,
         compute=dtype,
+        keep_zeros=train.keep_zeros,
     )
 
 

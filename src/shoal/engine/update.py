@@ -48,14 +48,17 @@ class Update:
         cut_norm: Callable[[Mapping[str, Tensor]], float] | None = None,
         loss_scale: LossScale | None = None,
         compute: torch.dtype = torch.float32,
+        keep_zeros: bool = False,
     ) -> None:
         """`cut_norm`: gives the norm of gradients by name where each rank has a part of a replica.
 
         `loss_scale`: by what the gradients were multiplied; changed after each step. `compute`: of
-        the run's matrix products.
+        the run's matrix products. `keep_zeros`: of matrices, weights that are 0 have no gradient.
         """
         self._loss_scale = loss_scale
         self._state, self._policy, self._cut_norm = state, policy, cut_norm
+        self._keep_zeros = keep_zeros
+        self._moves: Tensor | None = None
         self._schedule, self._steps = schedule, steps
         self._limit = max_gradient_norm
         self._settings = optimizer
@@ -72,6 +75,8 @@ class Update:
         reduced = self._policy.reduce(result.gradients)
         if self._loss_scale is not None:
             reduced.values.div_(self._loss_scale.value)
+        if self._keep_zeros:
+            reduced.values.mul_(self._moving()[reduced.span.start : reduced.span.stop])
         norm = self._norm(reduced)
         self.on_reduced(self.step, reduced, norm)
         self._policy.peers.pulse.mark("apply")
@@ -91,6 +96,19 @@ class Update:
             self._loss_scale.update(overflowed=not applied)
         self.step += 1
         return Outcome(step=result, gradient_norm=norm, learning_rate=rate, applied=applied)
+
+    def _moving(self) -> Tensor:
+        """0 for the weights of matrices that are 0, else 1; asked first when all values are there.
+
+        Without a gradient, and times any decay, what is 0 stays 0: under AdamW and under SGD.
+        """
+        if self._moves is None:
+            self._moves = torch.ones_like(self._state.gradients)
+            values = self._state.trainable(self._state.values)
+            for name, moves in self._state.trainable(self._moves).items():
+                if moves.dim() > 1:
+                    moves.copy_(values[name] != 0)
+        return self._moves
 
     def _norm(self, reduced: Reduced) -> float:
         """Of the summed gradients over the whole model; the same on every rank."""

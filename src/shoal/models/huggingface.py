@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError, nearest
-from shoal.models import attention, experts
+from shoal.models import attention, experts, packed
 from shoal.models.anatomy import example_of, logits_in
 from shoal.models.dropout import KINDS as DROPOUT_KINDS
 from shoal.models.dropout import (
@@ -287,7 +287,10 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
         where=str(file),
     )
     quantised = content.get("quantization_config")
-    if quantised:
+    if isinstance(quantised, dict) and quantised.get("quant_method") == packed.METHOD:
+        packed.bits_of(quantised, where=str(file))
+        vars(config).pop("quantization_config", None)  # they are read as the numbers they stand for
+    elif quantised:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise ModelError(
             f"{file}: its weights are quantised ({kind or 'quantization_config'}), and shoal "

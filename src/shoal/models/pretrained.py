@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shoal.boxes import Box
 from shoal.errors import ModelError
+from shoal.models import packed
 from shoal.models.adapter import is_adapter
 from shoal.models.anatomy import canonical_parameters, ties_of
 from shoal.models.experts import keep_corrections
@@ -59,6 +60,7 @@ class PretrainedWeights:
         self._folder = Path(path)
         self._files = _files_of(self._folder)
         self._shapes = _shapes_of(self._files)
+        self._bits = self._unfold_packed()
         parameters = {n: p for n, p in canonical_parameters(model).items() if not is_adapter(n)}
         groups = {group[0]: group for group in ties_of(model)}
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -109,8 +111,11 @@ class PretrainedWeights:
         if self._whole is not None:
             whole = self._whole[key]
             return (whole if cut is None else whole[cut]).to(torch.float32)
-        with safe_open(str(self._files[key]), framework="pt") as file:
-            part = file.get_tensor(key) if not cut else file.get_slice(key)[cut]
+        if key not in self._files:
+            part = self._unpacked(key)[cut or ...]
+        else:
+            with safe_open(str(self._files[key]), framework="pt") as file:
+                part = file.get_tensor(key) if not cut else file.get_slice(key)[cut]
         if not part.is_floating_point():
             raise ModelError(
                 f"{self._folder}: {key} holds {part.dtype} numbers, which are no weights to train: "
@@ -125,6 +130,42 @@ class PretrainedWeights:
                 "    fetch the model again, or use the weights of before the run that made it"
             )
         return result
+
+    def _unfold_packed(self) -> int:
+        """Name quantised weights as what they stand for; bits of a code, 0 where none are."""
+        names = [n.removesuffix(packed.PACKED) for n in self._shapes if n.endswith(packed.PACKED)]
+        if not names:
+            return 0
+        config = self._folder / "config.json"
+        said = json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {})
+        for name in names:
+            whole = [f"{name}{leaf}" for leaf in (packed.PACKED, *packed.BESIDE)]
+            lost = [each for each in whole if each not in self._files]
+            if lost:
+                raise ModelError(f"{self._folder}: it lacks {lost[0]}\n    fetch the model again")
+            shape = self._stored_tensor(whole[-1])
+            self._shapes[f"{name}.weight"] = (int(shape[0]), int(shape[1]))
+            for each in whole:
+                del self._shapes[each]
+        return packed.bits_of(said, where=str(config))
+
+    def _unpacked(self, key: str) -> Tensor:
+        name = key.removesuffix(".weight")
+        words, scales, _ = (
+            self._stored_tensor(f"{name}{leaf}") for leaf in (packed.PACKED, *packed.BESIDE)
+        )
+        try:
+            return packed.weight_of(words, scales, bits=self._bits, shape=self._shapes[key])
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise ModelError(
+                f"{self._folder}: {name}{packed.PACKED} does not fit its scales and shape: {error}"
+                "\n    fetch the model again"
+            ) from None
+
+    def _stored_tensor(self, key: str) -> Tensor:
+        with safe_open(str(self._files[key]), framework="pt") as file:
+            found: Tensor = file.get_tensor(key)
+        return found
 
     def refuse_missing(self) -> None:
         """For who uses a model instead of training it. Raises ModelError for `missing` weights."""

@@ -1,0 +1,83 @@
+"""shoal compress: a smaller model, and what it cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli.terminal import say
+from shoal.cli.train import Overrides
+
+
+def compress(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run or a model folder.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+    calibrate: Annotated[
+        str, typer.Option(metavar="DATA", help="Text for calibration and for the loss.")
+    ],
+    overrides: Overrides = None,
+    quantise: Annotated[str | None, typer.Option(metavar="int8|int4")] = None,
+    method: Annotated[
+        str, typer.Option(metavar="nearest|gptq", help="How weights are rounded.")
+    ] = ("nearest"),
+    group: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale; all of a row if not given.")
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND", help="layers:4, wanda:0.5, sparsegpt:0.5, sparsegpt:2:4."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="Layers that stay as they are.")
+    ] = None,
+    recover: Annotated[
+        int, typer.Option(metavar="STEPS", help="Train what was pruned, by what it was before.")
+    ] = 0,
+    calibration_samples: Annotated[int, typer.Option(min=1)] = 128,
+    sequence_tokens: Annotated[int, typer.Option(min=8)] = 512,
+    limit_loss: Annotated[
+        float | None, typer.Option(help="Write nothing if the loss grows by more.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write it all the same.")] = False,
+    seed: int = 0,
+) -> None:
+    """Round or prune the weights of a language model, and measure what that cost.
+
+    Blocks are left out first, then weights become zeros, then --recover trains what is left (keys
+    of a recipe set how, such as parallel.replicate=2), then weights are rounded.
+    DIR/compression.json has the loss before and after on the same tokens.
+    """
+    from shoal.launch.compressing import Wanted
+    from shoal.launch.compressing import compress as run
+    from shoal.observe.console import Console
+
+    wanted = Wanted(
+        model=model,
+        out=out,
+        calibrate=calibrate,
+        quantise=quantise,
+        method=method,
+        group=group,
+        prune=tuple(prune or ()),
+        keep=tuple(keep or ()),
+        samples=calibration_samples,
+        tokens=sequence_tokens,
+        recover=recover,
+        limit_loss=limit_loss,
+        force=force,
+        seed=seed,
+        overrides=tuple(overrides or ()),
+    )
+    with Console(out=sys.stderr) as console:
+        found = run(wanted, console=console)
+    say(
+        f"{out}: loss {found['loss_before']:.4f} before, {found['loss_after']:.4f} after "
+        f"({found['loss_change']:+.4f} +- {found['standard_error']:.4f}), the same likeliest token "
+        f"at {found['agreement']:.1%}; {found['bytes_before'] / 1e6:.1f} MB before, "
+        f"{found['bytes_after'] / 1e6:.1f} MB after"
+    )
+    for note in found["notes"]:
+        say(note)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from shoal.compress.grid import Coded
@@ -74,7 +74,7 @@ def _pack_files(folder: Path, model: nn.Module, coded: Mapping[str, Coded]) -> N
                 tensors[f"{inside}{packed.PACKED}"] = packed.pack(each.codes, bits=each.grid.bits)
                 tensors[f"{inside}.weight_scale"] = each.scales.contiguous()
                 tensors[f"{inside}.weight_shape"] = torch.tensor(each.codes.shape)
-        save_file(tensors, file, metadata={"format": "pt"})
+        file.write_bytes(save(tensors, metadata={"format": "pt"}))
         weights |= dict.fromkeys(tensors, file.name)
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -1,0 +1,118 @@
+"""shoal compress from a run to a folder that transformers and shoal open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shoal.errors import DataError, UserError
+from shoal.launch.compressing import REPORT, Wanted, compress
+from shoal.observe.console import Console
+from shoal.serve.reading import read_model
+from tiny import Bench, Run, write_corpus
+
+
+@pytest.fixture(scope="module")
+def trained(bench: Bench) -> Run:
+    return bench.run("train.steps=12")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("calibration") / "text.txt", seed=5)
+
+
+def made(trained: Run, text: Path, out: Path, **asked: Any) -> dict[str, Any]:
+    wanted = Wanted(
+        model=str(trained.path), out=out, calibrate=str(text), samples=16, tokens=32, **asked
+    )
+    with Console() as console:
+        return compress(wanted, console=console)
+
+
+@pytest.mark.parametrize(("kind", "group", "most"), [("int8", None, 0.01), ("int4", 16, 0.3)])
+def test_a_rounded_model(
+    trained: Run, text: Path, tmp_path: Path, kind: str, group: int | None, most: float
+) -> None:
+    out = tmp_path / "small"
+    found = made(trained, text, out, quantise=kind, group=group, method="gptq")
+    assert abs(found["loss_change"]) < most and found["reload_difference"] == 0.0
+    assert found["bytes_after"] < 0.75 * found["bytes_before"]
+    assert json.loads((out / REPORT).read_text()) == found
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ours = read_model(out, auto_class="AutoModelForCausalLM")
+    theirs(input_ids=torch.tensor([[3, 4, 5]]))  # they unpack at the first forward
+    unpacked = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, unpacked[name]), name
+    again = made(trained, text, tmp_path / "again", quantise=kind, group=group, method="gptq")
+    files = [(each / "model.safetensors").read_bytes() for each in (out, tmp_path / "again")]
+    assert files[0] == files[1] and again["calibration_hash"] == found["calibration_hash"]
+
+
+def test_pruned_and_recovered(trained: Run, text: Path, tmp_path: Path) -> None:
+    """Training brings back what pruning took, and no weight that went."""
+    prune = ("layers:1", "wanda:0.5")
+    lost = made(trained, text, tmp_path / "lost", prune=prune)
+    keys = ("train.optimizer.learning_rate=3e-3", "launch.threads_per_worker=1")
+    back = made(trained, text, tmp_path / "back", prune=prune, recover=30, overrides=keys)
+    assert lost["loss_change"] > 0 and back["loss_change"] < 0.5 * lost["loss_change"]
+    assert lost["notes"] == [
+        "zeros among the weights give no speed here: products are computed dense"
+    ]
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("lost", "back")
+    ]
+    for one, other in zip(*(model.model.layers.parameters() for model in models), strict=True):
+        assert one.dim() == 1 or torch.equal(one == 0, other == 0)
+
+
+def test_a_loss_above_the_limit_writes_nothing(trained: Run, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    asked = {"quantise": "int4", "prune": ("wanda:0.9",), "limit_loss": 0.001}
+    with pytest.raises(UserError, match=r"above --limit-loss 0.001: nothing was written"):
+        made(trained, text, out, **asked)
+    assert not out.exists()
+    made(trained, text, out, **asked, force=True)
+    assert (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "nothing to do: give --quantise, --prune, or both"),
+        ({"quantise": "int3"}, "--quantise: expected int8 or int4, got 'int3'"),
+        ({"quantise": "int8", "method": "awq"}, "--method: expected nearest or gptq, got 'awq'"),
+        ({"quantise": "int8", "group": 0}, "--group: expected at least 1, got 0"),
+        ({"quantise": "int8", "recover": 5}, "--recover trains what was pruned"),
+        ({"prune": ("layers:1",), "overrides": ("seed=1",)}, "for the training of --recover"),
+        ({"prune": ("width:0.5",)}, "--prune: expected layers:N, wanda:SHARE"),
+        ({"prune": ("wanda:2",)}, "expected a share between 0 and 1"),
+        ({"quantise": "int8", "group": 7}, "--group 7 does not divide the 32 inputs"),
+        ({"prune": ("layers:2",)}, "the model has 2; leave at least one"),
+    ],
+)
+def test_what_cannot_be(
+    trained: Run, text: Path, tmp_path: Path, asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        made(trained, text, tmp_path / "small", **asked)
+    assert not (tmp_path / "small").exists()
+
+
+def test_too_little_text(trained: Run, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("A lamp.\n\n\nA boat.\n\n\nA fox.\n")
+    with pytest.raises(DataError):
+        made(trained, short, tmp_path / "small", quantise="int8")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "there").touch()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        Wanted(model="m", out=full, calibrate="d", quantise="int8")

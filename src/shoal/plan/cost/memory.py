@@ -11,7 +11,6 @@ from shoal.plan.cost.pipeline import in_flight
 from shoal.plan.software import SHOAL, Software
 from shoal.plan.workload import Candidate, Workload, stage_blocks
 
-
 POLICY_BYTES = {"diloco": 8.0, "streaming-diloco": 12.0}
 """An element: the parameters at the last agreement, the momentum of the outer step (2311.08105),
 and what is on its way."""

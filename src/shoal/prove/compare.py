@@ -20,7 +20,6 @@ from shoal.observe.events import read_lines
 from shoal.prove.compare_picture import draw
 from shoal.units import format_count
 
-
 _CLOSE = 1.02
 """Tokens within this factor are as many: where replicas step by themselves, they are reckoned."""
 

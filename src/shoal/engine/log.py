@@ -165,3 +165,9 @@ def _trackers(job: Job) -> list[Sink]:
     if job.recipe.observe.wandb:
         sinks.append(WandB(job.run, config=config, settings=job.recipe.observe.wandb))
     return sinks
+
+
+def pace(row: dict[str, Any]) -> dict[str, Any]:
+    """What the supervisor needs of a row: whether this rank keeps up."""
+    names = ("step", "step_seconds", "compute_seconds", "waiting_seconds")
+    return {name: row[name] for name in names}

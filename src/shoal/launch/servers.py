@@ -6,14 +6,16 @@ takes its place goes on from there, and the workers meanwhile wait for it.
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.comm.keys import Keys
+from shoal.config.server import Quorum
 from shoal.engine.job import Job
-from shoal.errors import WorkerError
+from shoal.errors import ConfigError, Problem, WorkerError
 from shoal.launch.cluster import Cluster
 from shoal.launch.pool import Worker
 from shoal.launch.site import Site, Slot
@@ -25,6 +27,12 @@ class Servers:
     """As many servers as the recipe says, all on the first host."""
 
     def __init__(self, job: Job, *, sites: Sequence[Site], cluster: Cluster) -> None:
+        layout, consistency = job.decision.layout, job.recipe.sync.consistency  # type: ignore[union-attr]
+        if isinstance(consistency, Quorum) and consistency.least > layout.replicate:
+            what = f"no round would ever end: there are {layout.replicate} replicas, got "
+            hint = f"set it to {layout.replicate} at most, or parallel.replicate to more"
+            problem = Problem("sync.consistency.least", f"{what}{consistency.least}", hint)
+            raise ConfigError([problem])
         self.folder: Path = cluster.servers()
         self.folder.mkdir(mode=0o700)
         Keys.make(self.folder / "keys")
@@ -34,17 +42,24 @@ class Servers:
         self._gone: set[int] = set()
         self._errors: dict[int, str] = {}
         count = job.recipe.sync.servers  # type: ignore[union-attr]
-        self.workers: list[Worker] = [self._started(number) for number in range(count)]
+        self.workers: list[Worker] = [self._started(n, begins=True) for n in range(count)]
 
-    def _started(self, number: int) -> Worker:
+    def _started(self, number: int, *, begins: bool = False) -> Worker:
         payload = {
             "recipe": self._job.recipe.model_dump(mode="json"),
             "run": str(self._job.run.resolve()),
             "servers": str(self.folder),
             "server": number,
+            "begins": begins,
             "replicas": self._job.decision.layout.replicate,
         }
         return self._site.start(TARGET, payload, slot=Slot(number, "server"), ranks=())
+
+    def close(self) -> None:
+        """End the servers. The run is saved: what they have on the disk is needed no more."""
+        self._site.kill(self.workers)
+        for number in range(len(self.workers)):
+            shutil.rmtree(self._job.run / "server" / str(number), ignore_errors=True)
 
     def came(self, replica: int) -> None:
         """Another worker speaks for a replica."""

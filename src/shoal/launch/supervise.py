@@ -163,6 +163,8 @@ class Supervisor:
         attempt = self._attempt
         if not all(one.done for one in self.workers) and attempt.stopped is None:
             raise attempt.failure()
+        if self._servers is not None:
+            self._servers.close()
         return attempt
 
     def _events(self) -> Iterator[tuple[Worker, dict[str, Any] | None]]:

@@ -436,6 +436,16 @@ def _workers(combination: Combination) -> Iterator[Problem]:
     if combination.policy in OWN_PARAMETERS and combination.exact:
         what = f"holds for replicas that step together, got {combination.policy}"
         yield Problem("train.exact", what, "set it to false, or sync.kind to every-step")
+    copied = " and ".join(axis for axis in combination.cut_axes if axis not in ("shard", "context"))
+    if combination.policy == "server" and copied:
+        what = (
+            f"ranks along {copied} hold copies of some parameters, which pushes that are applied "
+        )
+        hint = f"set {copied} to 1 (shard and context go with it), or sync.kind to every-step"
+        yield Problem("sync.kind", what + "are applied one by one would part", hint)
+    if combination.policy == "server" and combination.elastic:
+        what = "replicas around a server go on without a lost one anyhow"
+        yield Problem("parallel.replicate", what, "give a fixed degree")
     if combination.policy == "hogwild" and combination.workers == "processes":
         what = "hogwild needs workers that share one copy of the parameters, got processes"
         hint = "set launch.workers to threads, or sync.kind to every-step"

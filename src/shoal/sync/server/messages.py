@@ -35,6 +35,7 @@ class Hello(_Message, frozen=True):
     numel: Count
     """Elements of this server's part."""
     regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=64)]
+    dtype: Annotated[str, msgspec.Meta(pattern="^F(32|64)$")] = "F32"
 
 
 class Fill(_Message, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,13 @@ class Settings:
     trained: OptimizerSection
     """`train.optimizer`."""
     replicas: int
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be the same for a state on the disk to be gone on with."""
+        section = self.section.model_dump(mode="json", exclude={"replay"})
+        trained = self.trained.model_dump(mode="json")
+        return json.dumps([section, trained, self.replicas], sort_keys=True)
 
     @property
     def optimizer(self) -> Any:
@@ -200,6 +208,8 @@ class Part:
                 tensors[f"push/{replica}/{clock}"] = pushed.gradient
         tensors |= {f"pulled/{replica}": each for replica, each in self._pulled.items()}
         numbers = {
+            "settings": self.settings.fingerprint,
+            "dtype": str(self.values.dtype).removeprefix("torch."),
             "regions": [[r.start, r.stop, r.weight_decay] for r in self.regions],
             "consistency": self.consistency.state(),
             "counts": self.optimizer.counts(),

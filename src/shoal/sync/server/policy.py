@@ -22,6 +22,7 @@ from torch import Tensor
 from shoal.comm.flat import FlatLayout, Span, Vector
 from shoal.comm.keys import Keys
 from shoal.comm.requests import Caller
+from shoal.comm.wire import NAMES
 from shoal.config.optimizers import OptimizerSection
 from shoal.config.server import AsTrained
 from shoal.config.sync import Server as Section
@@ -49,6 +50,7 @@ Answered = tuple[Any, list[Tensor]]
 class Server(Policy):
     """One rank's part in a run around parameter servers."""
 
+    keeps_equal_state = True  # one replica is the whole world of its ranks
     alone = True
     apart = True
 
@@ -148,7 +150,12 @@ class Server(Policy):
         self._life = secrets.randbits(40)
         self._connect()
         hellos = [
-            messages.Hello(**self._me, numel=len(span), regions=regions)
+            messages.Hello(
+                **self._me,
+                numel=len(span),
+                regions=regions,
+                dtype=NAMES[self._values.dtype],
+            )
             for span, regions in zip(self._spans, self._regions)
         ]
         welcomes = [answer for answer, _ in self._ask_all(hellos)]
@@ -236,7 +243,7 @@ class Server(Policy):
     def _push(self, step: int) -> None:
         change = self._change()
         clock = self._clock_of(step + 1) - 1
-        finite = change is not None and bool(torch.isfinite(change).all())
+        finite = self._all_finite(change)
         weight = self._weight if finite else 0.0
         requests, tensors = [], []
         for span, version in zip(self._spans, self._versions):
@@ -255,6 +262,12 @@ class Server(Policy):
         answers = self._counted("push", requests, tensors)
         self._staleness = max(answer.staleness for answer, _ in answers)
         self._clock, self._weight = clock + 1, 0.0
+
+    def _all_finite(self, change: Tensor | None) -> bool:
+        """Whether the change is finite on every rank of this replica: they push it or leave it."""
+        wrong = torch.tensor([float(change is None or not bool(torch.isfinite(change).all()))])
+        self.together.sum_(wrong)
+        return not wrong.item()
 
     def _change(self) -> Tensor | None:
         """What is pushed: the gradient of the step, or the way from the base, backwards."""

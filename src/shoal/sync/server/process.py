@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shoal.comm.keys import Keys
 from shoal.comm.requests import Listener, Received, write_address
+from shoal.comm.wire import DTYPES
 from shoal.config.recipe import Recipe
 from shoal.config.sync import Server as Section
 from shoal.errors import ShoalError
@@ -62,6 +63,9 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             script = None if section.replay is None else Script.of(section.replay, server=number)
             server = Server(settings, listener, journal=journal, record=record, script=script)
             server.recover()
+            if payload["begins"]:
+                for part in server.parts.values():
+                    part.stop_after = None  # whoever was asked to stop then is gone
             os.set_blocking(descriptor, False)
             orders = Orders(descriptor, server)
             listener.register(descriptor)
@@ -144,9 +148,12 @@ class Server:
             self.parts = self.journal.recover(self._make)
 
     def _make(self, numbers: Any) -> Part:
+        if numbers["settings"] != self.settings.fingerprint:
+            raise ValueError("the state of another run, or of this one with other settings")
         regions = tuple(messages.Region(*each) for each in numbers["regions"])
         numel = max((region.stop for region in regions), default=0)
-        return Part(self.settings, regions, torch.zeros(numel))
+        values = torch.zeros(numel, dtype=getattr(torch, numbers["dtype"]))
+        return Part(self.settings, regions, values)
 
     def turn(self) -> None:
         """Everything that has come, or comes within a moment."""
@@ -219,7 +226,7 @@ class Server:
     def _hello(self, received: Received, request: messages.Hello) -> str | None:
         part = self.parts.get(request.position)
         if part is None:
-            values = torch.zeros(request.numel)
+            values = torch.zeros(request.numel, dtype=DTYPES[request.dtype])
             part = self.parts[request.position] = Part(self.settings, request.regions, values)
         if part.regions != request.regions or part.values.numel() != request.numel:
             raise ValueError(

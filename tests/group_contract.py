@@ -131,6 +131,26 @@ def many_operations_in_a_row(group: Group) -> None:
         assert [int(part) for part in parts] == [turn * rank for rank in range(group.size)]
 
 
+def swaps_go_round(group: Group) -> None:
+    rank, size = group.rank, group.size
+    for far in range(size):
+        own = mine(rank, numel=7)
+        got = group.swap(own, to=(rank + far) % size, source=(rank - far) % size)
+        own.zero_()
+        group.barrier()
+        assert torch.equal(got, mine((rank - far) % size, numel=7))
+
+
+def what_was_started_arrives_though_others_are_called(group: Group) -> None:
+    whole, total = mine(group.rank, numel=11), torch.full((3,), 1.0)
+    summing, gathering = group.start_sum(mine(group.rank, numel=11)), group.start_gather(whole)
+    group.sum_(total)
+    everybody = [mine(rank, numel=11) for rank in range(group.size)]
+    assert total.tolist() == [group.size] * 3
+    assert all(torch.equal(a, b) for a, b in zip(gathering.wait(), everybody, strict=True))
+    assert torch.equal(summing.wait(), torch.stack(everybody).sum(0))
+
+
 def bytes_are_counted(group: Group) -> None:
     group.traffic.take()
     group.sum_(torch.zeros(1000))
@@ -161,6 +181,8 @@ CHECKS: dict[str, Callable[[Group], None]] = {
         buffers_begin_at_zero,
         json_travels,
         many_operations_in_a_row,
+        swaps_go_round,
+        what_was_started_arrives_though_others_are_called,
         bytes_are_counted,
     )
 }

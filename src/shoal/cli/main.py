@@ -12,6 +12,7 @@ import typer
 
 from shoal.cli import (
     chat,
+    compare,
     config,
     data,
     doctor,
@@ -73,6 +74,12 @@ _add("chat", chat.chat, "shoal chat runs/quickstart-001")
 _add("evaluate", evaluate.evaluate, "shoal evaluate runs/quickstart-001 quickstart")
 _add("parity", parity.parity, "shoal parity quickstart parallel.replicate=2")
 _add("rehearse", rehearse.rehearse, "shoal rehearse quickstart --fault kill:1@20")
+_add(
+    "compare",
+    compare.compare,
+    'shoal compare sync-bench --sync every-step --sync "{kind: diloco, every_steps: 30}"',
+    "shoal compare quickstart --layout replicate=2 --layout tensor=2",
+)
 _add("doctor", doctor.doctor, "shoal doctor")
 _add(
     "plan",

@@ -15,6 +15,7 @@ from shoal.errors import Problem, nearest
 
 _HINTS = {
     "parallel": "auto, or degrees such as {replicate: 2}",
+    "sync.codec.kind": "local-sgd and gossip take none; streaming-diloco no topk or powersgd",
     "task.kind": "any other is a class of your own (docs/contribute/new-task.md)",
 }
 _MOVED = {"data.validation_fraction": "it is data.validation={fraction: ...} now"}

@@ -35,6 +35,8 @@ def candidate_of(recipe: Recipe, decision: Decision) -> Candidate:
         recompute=decision.recompute_of(recipe),
         schedule=schedule,
         chunks=chunks,
+        policy=recipe.sync.kind,
+        codec=recipe.sync.codec.kind,
     )
 
 

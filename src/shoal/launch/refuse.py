@@ -26,6 +26,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         layout=layout,
         policy=recipe.sync.kind,
         codec=recipe.sync.codec.kind,
+        fragments=getattr(recipe.sync, "fragments", 1),
         workers=recipe.launch.workers,
         elastic=recipe.parallel.fewest_replicas is not None,
         shard_level=recipe.parallel.sharding.level,

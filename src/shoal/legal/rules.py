@@ -50,6 +50,8 @@ class Combination:
     layout: Layout = field(default_factory=Layout)
     policy: str = "every-step"
     codec: str = "none"
+    fragments: int = 1
+    """Parts of the model that meet in turn."""
     workers: str = "processes"
     """`processes`, `threads` or `auto`."""
     num_workers: int | None = None
@@ -461,6 +463,16 @@ def _exchange(combination: Combination) -> Iterator[Problem]:
     elif codec != "none" and combination.layout.replicate == 1:
         what = f"{codec} has nothing to compress: there is one replica"
         yield Problem("sync.codec", what, "set it to none, or parallel.replicate to 2 or more")
+    if codec in CODECS and codec != "none" and policy in ("local-sgd", "gossip"):
+        what = f"{policy} exchanges parameters, which {codec} would round without end, got {codec}"
+        yield Problem("sync.codec", what, "set it to none, or sync.kind to diloco")
+    if codec in ("topk", "powersgd") and policy == "streaming-diloco":
+        what = f"a fragment is one message on its way, and {codec} is none of one size, got {codec}"
+        yield Problem("sync.codec", what, "set it to int8 or int4, or sync.kind to diloco")
+    facts = combination.facts
+    if facts is not None and combination.fragments > facts.layers:
+        what = f"{combination.fragments} fragments of whole blocks, and there are {facts.layers}"
+        yield Problem("sync.fragments", what, f"set it to {facts.layers} at most")
     if codec in CODECS and codec != "none" and combination.workers == "threads":
         what = f"{codec} compresses what crosses between processes: threads share their memory"
         yield Problem("sync.codec", what, "set launch.workers to processes, or the codec to none")

@@ -58,6 +58,11 @@ def command(candidate: Candidate, *, recipe: str, overrides: Iterable[str] = ())
             words.append(f"parallel.{axis}={degree}")
     if candidate.recompute != "none":
         words.append(f"parallel.recompute={candidate.recompute}")
+    if candidate.policy != "every-step":
+        period = f", every_steps: {candidate.every_steps}"
+        words.append(f"sync={{kind: {candidate.policy}{period}}}")
+    if candidate.codec != "none":
+        words.append(f"sync.codec.kind={candidate.codec}")
     words.append(f"train.micro_batch_samples={candidate.micro_batch_samples}")
     named = {word.partition("=")[0] for word in words}
     kept = [word for word in overrides if word.partition("=")[0] not in named]

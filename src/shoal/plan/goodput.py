@@ -88,8 +88,8 @@ def waiting_factor(
 ) -> float:
     """Time per step over that of an undisturbed replica, by drawing steps of every replica.
 
-    every-step waits for the slowest of each step; local-sgd and diloco for the slowest sum of
-    `every_steps`.
+    every-step waits for the slowest of each step; local-sgd and both kinds of diloco for the
+    slowest sum of `every_steps`.
     """
     generator = np.random.default_rng(seed)
     drawn = min(replicas, 4096)
@@ -98,6 +98,6 @@ def waiting_factor(
     times = np.exp(generator.normal(-(jitter.spread**2) / 2, jitter.spread, (steps, drawn)))
     slow = round(jitter.slow_share * drawn)
     times[:, :slow] *= jitter.slow_factor
-    period = every_steps if policy in {"local-sgd", "diloco"} else 1
+    period = every_steps if policy in {"local-sgd", "diloco", "streaming-diloco"} else 1
     sums = times.reshape(steps // period, period, drawn).sum(axis=1)
     return float(sums.max(axis=1).mean() / period)

@@ -91,7 +91,7 @@ class StreamingDiLoCo(Rounds):
         self._flight: tuple[int, int, int] | None = None
         """The fragment on its way, after how many steps it left, and the targets up to then."""
         self._work: Pending[Any] | None = None
-        self._left_at, self._used = 0, 0
+        self._left_at, self._used = [0] * section.fragments, 0
 
     @classmethod
     def of(cls, section: Section, given: Given) -> StreamingDiLoCo:
@@ -136,13 +136,14 @@ class StreamingDiLoCo(Rounds):
         ending = step > self._steps - len(self._fragments)
         if self._flight is not None and (ending or step >= self._arrives):
             self._use()
-        for fragment in self.due(step) if self._left_at < step else []:
+        for fragment in self.due(step):
+            if self._left_at[fragment] == step:
+                continue
             if self._flight is not None:
                 self._use()
             self._leave(fragment, step)
             if ending or not self._section.overlap_steps:
                 self._use()
-        self._left_at = max(self._left_at, step)
         if self._flight is not None and self._work is None:
             self._send()
         if step == self._steps and self._met_at < step:
@@ -163,6 +164,7 @@ class StreamingDiLoCo(Rounds):
             if self._memory is not None:
                 moved.add_(self._memory.tensor[part])
         self._flight, self._work = (fragment, step, self._targets), None
+        self._left_at[fragment] = step
 
     def _packed(self, flat: Tensor, fragment: int) -> Tensor:
         return torch.cat([flat[span.start : span.stop] for span in self._fragments[fragment]])
@@ -250,19 +252,19 @@ class StreamingDiLoCo(Rounds):
         super().begin(step)
         self.outer.anchor.copy_(self._values)
         self._marks = [0] * len(self._fragments)
-        self._flight, self._work, self._left_at = None, None, step
+        self._flight, self._work, self._left_at = None, None, [step] * len(self._fragments)
 
     def vectors(self) -> Iterable[Vector]:
         memory = () if self._memory is None else (self._memory,)
         return (self._sent, *memory, *self.outer.vectors())
 
     def facts(self) -> dict[str, Any]:
-        state = {"marks": self._marks, "left_at": self._left_at, "used": self._used}
+        state = {"marks": list(self._marks), "left_at": list(self._left_at), "used": self._used}
         return {**super().facts(), **state, "flight": self._flight}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         super().restore(facts)
         self._marks = [int(each) for each in facts["marks"]]
-        self._left_at, self._used = int(facts["left_at"]), int(facts["used"])
+        self._left_at, self._used = [int(each) for each in facts["left_at"]], int(facts["used"])
         flight = facts["flight"]
         self._flight, self._work = (None if flight is None else tuple(flight)), None

@@ -45,7 +45,8 @@ def hint(override: str, *before: str) -> str:
         ("logging_steps=5", "did you mean 'observe.log_every_steps'?"),
         ("train.warmup_ratio=0.1", "did you mean 'train.schedule.warmup_fraction'?"),
         ("output_dir=x", "did you mean '--out'?"),
-        ("sync.every_steps=4", "only with sync.kind=local-sgd"),
+        ("sync.start_steps=4", "only with sync.kind=local-sgd or diloco or streaming-diloco"),
+        ("sync.fragments=4", "only with sync.kind=streaming-diloco"),
         ("trian=3", "did you mean 'train'?"),
     ],
 )

@@ -11,6 +11,13 @@ from shoal.plan.cost.pipeline import in_flight
 from shoal.plan.software import SHOAL, Software
 from shoal.plan.workload import Candidate, Workload, stage_blocks
 
+POLICY_BYTES = {"diloco": 8.0, "streaming-diloco": 12.0}
+"""An element: the parameters at the last agreement, the momentum of the outer step (2311.08105),
+and what is on its way."""
+CODEC_BYTES = {"int4": 4.0, "sign": 4.0, "topk": 4.0, "powersgd": 8.0}
+"""An element: the memory of errors, by default; powersgd's warm start. While they sum, codecs hold
+four copies more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -279,7 +286,7 @@ def _states(
         return weights, 0.0, 0.0, 0.0
     gradients = software.gradient_bytes * over(split_gradients)
     optimizer = (master + software.moment_bytes) * over(shard)
-    if candidate.policy == "diloco":
-        # The parameters at the last agreement, and the momentum of the outer step (2311.08105).
-        optimizer += 8.0 * over(shard)
+    kept = POLICY_BYTES.get(candidate.policy, 0.0) + CODEC_BYTES.get(candidate.codec, 0.0)
+    optimizer += kept * over(shard)
+    transient += 16.0 * over(shard) if candidate.codec != "none" else 0.0
     return weights, gradients, optimizer, transient

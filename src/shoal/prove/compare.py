@@ -1,0 +1,244 @@
+"""Ways of agreeing, or layouts, beside one another: the same seeds, data and steps, one table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from shoal.config.load import load_recipe
+from shoal.config.recipe import Recipe
+from shoal.errors import ConfigError, Problem
+from shoal.launch import local
+from shoal.launch.pool import WorkerPool, pool_or_own
+from shoal.legal import OWN_PARAMETERS
+from shoal.observe.events import read_lines
+from shoal.prove.compare_picture import draw
+from shoal.units import format_count
+
+_CLOSE = 1.02
+"""Tokens within this factor are as many: where replicas step by themselves, they are reckoned."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the comparison: what it is called, and the overrides that make it."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def of_sync(cls, text: str) -> Choice:
+        """`diloco`, or a section such as `{kind: diloco, every_steps: 30}`."""
+        plain = re.fullmatch(r"[a-z-]+", text.strip())
+        return cls(_short(text), (f"sync={{kind: {text.strip()}}}" if plain else f"sync={text}",))
+
+    @classmethod
+    def of_layout(cls, text: str) -> Choice:
+        """Degrees, such as `replicate=2,tensor=2`. Raises ConfigError."""
+        parts = [part.strip() for part in text.split(",")]
+        if not all(re.fullmatch(r"[a-z]+=\d+", part) for part in parts):
+            hint = "such as --layout replicate=2,tensor=2"
+            raise ConfigError([Problem("--layout", f"cannot read {text!r}", hint)])
+        return cls(text, tuple(f"parallel.{part}" for part in parts))
+
+
+def _short(text: str) -> str:
+    """A section in few words: its kind first, then what it says."""
+    words = re.sub(r"[{}\s]", "", text).replace("codec:kind:", "codec:").removeprefix("kind:")
+    return words.replace("every_steps:", "H=").replace(":", "=").replace(",", " ")
+
+
+@dataclass
+class Outcome:
+    """What one run came to. Bytes are those that worker 0 sent, of whatever kind."""
+
+    name: str
+    seed: int
+    run: str
+    loss: float
+    """Of the last evaluation."""
+    tokens: int
+    seconds: float
+    """Of all steps; without evaluations and saves."""
+    sent_bytes: int
+    peak_bytes: int
+    """The most that a step sent."""
+    staleness: int | None
+    """Most steps that a replica's parameters lack of the others'; None: not bounded."""
+    curve: list[tuple[int, float, float, int]] = field(default_factory=list)
+    """(tokens, seconds, evaluation loss, bytes sent) at each evaluation."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all workers together."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Sent by worker 0 for each token of the run."""
+        return self.sent_bytes / max(self.tokens, 1)
+
+
+@dataclass
+class Comparison:
+    """All runs; `choices` in the order asked, the first is what the others are held against."""
+
+    choices: list[str]
+    outcomes: list[Outcome]
+    link: str | None = None
+
+    def of(self, name: str) -> list[Outcome]:
+        """The runs of one choice, by seed."""
+        return [each for each in self.outcomes if each.name == name]
+
+    def loss_at(self, name: str, *, tokens: int) -> float:
+        """Mean over seeds of the last evaluation within so many tokens."""
+        return mean(
+            [loss for at, _, loss, _ in each.curve if at <= _CLOSE * tokens][-1]
+            for each in self.of(name)
+        )
+
+    def loss_by(self, name: str, *, seconds: float) -> float:
+        """Mean over seeds of the last evaluation within so many seconds of steps."""
+        return mean(
+            [loss for _, at, loss, _ in each.curve if at <= seconds][-1] for each in self.of(name)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "choices": self.choices,
+            "link": self.link,
+            "runs": list(map(asdict, self.outcomes)),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self))
+
+
+def _table(found: Comparison) -> Iterator[str]:
+    first = found.of(found.choices[0])
+    tokens = min(each.tokens for each in found.outcomes)
+    quickest = min(mean(e.seconds for e in found.of(name)) for name in found.choices)
+    width = max(len(name) for name in found.choices)
+    yield (
+        f"{'':{width}}  {'final loss':>17} {'ratio':>6} {'equal tokens':>12} {'equal time':>10} "
+        f"{'tokens/s':>9} {'bytes/token':>11} {'ratio':>7} {'peak step':>9} {'stale':>5} "
+        f"{'time':>8}"
+    )
+    for name in found.choices:
+        runs = found.of(name)
+        losses = [each.loss for each in runs]
+        spread = stdev(losses) if len(losses) > 1 else 0.0
+        sent, base = (mean(e.bytes_per_token for e in each) for each in (runs, first))
+        ratio = mean(losses) / mean(each.loss for each in first)
+        stale = runs[0].staleness
+        yield (
+            f"{name:{width}}  {mean(losses):>8.4f} +- {spread:<.4f} {ratio:>6.3f} "
+            f"{found.loss_at(name, tokens=tokens):>12.4f} "
+            f"{found.loss_by(name, seconds=quickest * 1.0001):>10.4f} "
+            f"{format_count(mean(e.tokens_per_second for e in runs)):>9} {sent:>11.4g} "
+            f"{sent / max(base, 1e-12):>7.2%} {format_count(max(e.peak_bytes for e in runs)):>9} "
+            f"{'-' if stale is None else stale:>5} {mean(e.seconds for e in runs):>6.1f} s"
+        )
+    yield (
+        f"ratios are to {found.choices[0]}; bytes are those of worker 0, all operations; "
+        f"{len(first)} seed{'s' if len(first) > 1 else ''}, +- the standard deviation over them"
+    )
+
+
+def compare(
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    *,
+    choices: Sequence[Choice],
+    out: Path,
+    seeds: int = 1,
+    link: str | None = None,
+    pool: WorkerPool | None = None,
+    console: bool = False,
+) -> Comparison:
+    """Train `recipe` under each choice with each seed, below `out`; the same batches for all.
+
+    `seeds`: so many, from the recipe's own on. Writes out/compare.json and out/compare.png. Raises
+    ConfigError for what cannot run, before anything is trained, and the errors of a run.
+    """
+    if len({each.name for each in choices}) < max(2, len(choices)):
+        what = "expected two different choices or more to compare"
+        raise ConfigError([Problem("--sync", what, "give --sync or --layout several times")])
+    texts = local.override_texts(overrides)
+    if link is not None:
+        texts.append(f"launch.link={link}")
+    recipes = {each.name: load_recipe(str(recipe), [*texts, *each.overrides]) for each in choices}
+    outcomes = []
+    with pool_or_own(pool) as workers:
+        for number in range(seeds):
+            for choice in choices:
+                resolved = recipes[choice.name]
+                seed = resolved.seed + number
+                run = out / f"{len(outcomes):02d}-{re.sub(r'[^a-z0-9=.-]+', '-', choice.name)}"
+                local.train(
+                    recipe,
+                    [*texts, *choice.overrides, f"seed={seed}"],
+                    out=run,
+                    console=console,
+                    pool=workers,
+                )
+                outcomes.append(outcome_of(run, choice=choice, recipe=resolved, seed=seed))
+    found = Comparison([each.name for each in choices], outcomes, link)
+    (out / "compare.json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
+    draw(found, out / "compare.png")
+    return found
+
+
+def outcome_of(run: Path, *, choice: Choice, recipe: Recipe, seed: int) -> Outcome:
+    """What the rows of a run say."""
+    rows = read_lines(run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    layout = json.loads((run / "plan.json").read_text(encoding="utf-8"))["layout"]
+    # Replicas that step by themselves count their own targets; shares of the batch are equal.
+    copies = layout.get("replicate", 1) if recipe.sync.kind in OWN_PARAMETERS else 1
+    tokens = seconds = sent = 0
+    curve: list[tuple[int, float, float, int]] = []
+    for row in rows:
+        if "loss" in row:
+            tokens, sent = row["tokens"] * copies, sent + row["sent_bytes"]
+            seconds += row["step_seconds"]
+        elif "evaluation_loss" in row:
+            curve.append((tokens, seconds, row["evaluation_loss"], sent))
+    if not curve:
+        hint = "set train.evaluate_every_steps above 0"
+        raise ConfigError([Problem("train.evaluate_every_steps", "nothing to compare by", hint)])
+    return Outcome(
+        choice.name,
+        seed,
+        str(run),
+        loss=curve[-1][2],
+        tokens=tokens,
+        seconds=seconds,
+        sent_bytes=sent,
+        peak_bytes=max(row["sent_bytes"] for row in steps),
+        staleness=staleness_of(recipe, rows=steps),
+        curve=curve,
+    )
+
+
+def staleness_of(recipe: Recipe, *, rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """As the rows say where they do; else what the policy allows."""
+    seen = [row["staleness"] for row in rows if row.get("staleness") is not None]
+    if seen:
+        return int(max(seen))
+    sync = recipe.sync
+    every = getattr(sync, "every_steps", 1)
+    if sync.kind == "every-step":
+        return 0
+    if sync.kind == "gossip":
+        return None
+    if every == "end":
+        return recipe.train.steps
+    return int(every) + int(getattr(sync, "overlap_steps", 0))

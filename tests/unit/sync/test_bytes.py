@@ -1,0 +1,102 @@
+"""What each policy sends with each codec, to the byte, over processes: the guide's formulas."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replicas import LAYOUT
+from shoal.launch.pool import WorkerPool
+from shoal.sync.streaming_diloco import fragments_of
+from workers import run_workers
+
+N = LAYOUT.numel
+STEPS = 8
+CODECS = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk", "powersgd")
+MESSAGES = ("none", "bf16", "fp16", "int8", "int4", "sign")
+BLOCKS = {"bf16": 1, "fp16": 1024, "int8": 256, "int4": 128, "sign": 256}
+BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "sign": 1}
+Sent = dict[str, int]
+
+
+def coded(kind: str, numel: int) -> int:
+    """Bytes of a message of `numel` values: codes, and 4 bytes of scale a block."""
+    whole = math.ceil(numel / BLOCKS[kind]) * BLOCKS[kind]
+    return whole * BITS[kind] // 8 + (0 if kind == "bf16" else 4 * whole // BLOCKS[kind])
+
+
+def ring(num_bytes: int, size: int) -> int:
+    return 2 * (size - 1) * num_bytes // size
+
+
+def one_sum(kind: str, size: int) -> Sent:
+    """Bytes a rank sends to sum N float32 values with a codec."""
+    if kind == "none":
+        return {"all_reduce": ring(4 * N, size)}
+    if kind == "topk":
+        return {"all_gather": (size - 1) * 8 * math.ceil(0.01 * N)}
+    if kind == "powersgd":
+        shapes = list(LAYOUT.shapes.values())
+        left = sum(4 * s[0] for s in shapes if len(s) == 2)
+        right = sum(4 * s[1] for s in shapes if len(s) == 2) + sum(
+            s[0] for s in shapes if len(s) == 1
+        )
+        return {"all_reduce": ring(4 * left, size) + ring(4 * right, size)}
+    part = math.ceil(N / (size * BLOCKS[kind])) * BLOCKS[kind]
+    each = (size - 1) * coded(kind, part)
+    return {"all_to_all": each, "all_gather": each}
+
+
+def with_count(sent: Sent, size: int) -> Sent:
+    """And a sum of targets, a whole number of 8 bytes."""
+    return {**sent, "all_reduce": sent.get("all_reduce", 0) + ring(8, size)}
+
+
+def fragments(number: int) -> int:
+    """Elements of a fragment of two: blocks 0 and 2, or 1 and 3, and the rest to the smaller."""
+    return sum(len(span) for span in fragments_of(LAYOUT, numel=N, count=2)[number])
+
+
+def expected(section: dict[str, Any], step: int, size: int) -> Sent:
+    """What step `step` (from 1) sends."""
+    policy, codec = section["kind"], section.get("codec", {"kind": "none"})["kind"]
+    if policy == "every-step":
+        return one_sum(codec, size)
+    if policy == "gossip":
+        last = step == STEPS
+        exchanges = {} if last else {"send": 4 * N}
+        meets = {"all_reduce": ring(4 * N, size) + ring(16, size)} if step % 4 == 0 else {}
+        return {"all_reduce": ring(4 * N, size)} if last else exchanges | meets
+    if policy in ("local-sgd", "diloco"):
+        return with_count(one_sum(codec, size), size) if step % 4 == 0 else {}
+    leaves = {2: 0, 4: 1, 6: 0, 7: 0, 8: 1}.get(step)  # in the last two steps each once more
+    if leaves is None:
+        return {}
+    numel = fragments(leaves)
+    if codec == "none":
+        return {"all_reduce": ring(4 * (numel + 1), size)}
+    return {"all_gather": (size - 1) * (coded(codec, numel) + 4)}
+
+
+SECTIONS: list[dict[str, Any]] = [
+    *({"kind": "every-step", "codec": {"kind": codec}} for codec in CODECS),
+    *({"kind": "diloco", "every_steps": 4, "codec": {"kind": codec}} for codec in CODECS),
+    *(
+        {"kind": "streaming-diloco", "every_steps": 4, "codec": {"kind": codec}}
+        for codec in MESSAGES
+    ),
+    {"kind": "local-sgd", "every_steps": 4},
+    {"kind": "gossip", "meet_every_steps": 4},
+]
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_every_byte_is_as_the_formula_has_it(size: int, pool: WorkerPool, tmp_path: Path) -> None:
+    payload = {"size": size, "store": str(tmp_path / "s"), "sections": SECTIONS, "steps": STEPS}
+    for found in run_workers(pool, "sync_jobs:run", payload, size=size):
+        for section, sent in zip(SECTIONS, found["sent"], strict=True):
+            wanted = [expected(section, step, size) for step in range(1, STEPS + 1)]
+            assert sent == wanted, f"{section}, rank {found['rank']}"

@@ -202,6 +202,19 @@ class Gossip(Section):
     """Compare a hash of the parameters over replicas after the last average; 0: never."""
 
 
+class Hogwild(Section):
+    """Threads step on one copy of the parameters, without locks."""
+
+    kind: Literal["hogwild"] = "hogwild"
+    meet_every_steps: Count = 50
+    """Steps from one meeting of all threads to the next, where stops and saves on request are
+    agreed; they also meet to evaluate and save."""
+    codec: NoCodec = NoCodec()
+    """Nothing crosses a wire."""
+    verify_every_steps: Literal[0] = 0
+    """There is one copy, with which nothing could be compared."""
+
+
 class Server(Section):
     """Replicas push to a parameter server and pull from it; they never wait for one another but as
     `consistency` says."""
@@ -248,5 +261,6 @@ class Server(Section):
 
 
 SyncSection = Annotated[
-    EveryStep | LocalSGD | DiLoCo | StreamingDiLoCo | Gossip | Server, Field(discriminator="kind")
+    EveryStep | LocalSGD | DiLoCo | StreamingDiLoCo | Gossip | Server | Hogwild,
+    Field(discriminator="kind"),
 ]

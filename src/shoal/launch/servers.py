@@ -14,11 +14,13 @@ from typing import Any
 
 from shoal.comm.keys import Keys
 from shoal.config.server import Quorum
+from shoal.config.sync import Server
 from shoal.engine.job import Job
 from shoal.errors import ConfigError, Problem, WorkerError
 from shoal.launch.cluster import Cluster
 from shoal.launch.pool import Worker
 from shoal.launch.site import Site, Slot
+from shoal.sync.server.record import Script
 
 TARGET = "shoal.sync.server.process:run"
 
@@ -27,12 +29,17 @@ class Servers:
     """As many servers as the recipe says, all on the first host."""
 
     def __init__(self, job: Job, *, sites: Sequence[Site], cluster: Cluster) -> None:
-        layout, consistency = job.decision.layout, job.recipe.sync.consistency  # type: ignore[union-attr]
+        section, layout = job.recipe.sync, job.decision.layout
+        assert isinstance(section, Server), "only that policy has servers"
+        consistency = section.consistency
         if isinstance(consistency, Quorum) and consistency.least > layout.replicate:
             what = f"no round would ever end: there are {layout.replicate} replicas, got "
             hint = f"set it to {layout.replicate} at most, or parallel.replicate to more"
             problem = Problem("sync.consistency.least", f"{what}{consistency.least}", hint)
             raise ConfigError([problem])
+        if section.replay is not None:
+            for number in range(section.servers):
+                Script.of(section.replay, server=number)
         self.folder: Path = cluster.servers()
         self.folder.mkdir(mode=0o700)
         Keys.make(self.folder / "keys")
@@ -41,8 +48,7 @@ class Servers:
         self._losses = 0
         self._gone: set[int] = set()
         self._errors: dict[int, str] = {}
-        count = job.recipe.sync.servers  # type: ignore[union-attr]
-        self.workers: list[Worker] = [self._started(n, begins=True) for n in range(count)]
+        self.workers = [self._started(n, begins=True) for n in range(section.servers)]
 
     def _started(self, number: int, *, begins: bool = False) -> Worker:
         payload = {

@@ -308,6 +308,11 @@ class Server:
         if request.when_done and (left or consistency.pending):
             clocks = [f"replica {r} (after {consistency.members[r].clock} pushes)" for r in left]
             return f"the last pushes of {', '.join(clocks) or 'a round'}"
+        event = {"event": "collect", "position": request.position, "replica": request.replica}
+        if self._not_its_turn(event):
+            return "its turn in the record"
+        if self.record is not None:
+            self.record.note(event)
         state = messages.State(
             consistency.kept_clocks(),
             consistency.version,

@@ -253,6 +253,7 @@ class Server:
                 version=request.version,
                 counts=request.counts,
                 facts=request.facts,
+                reads=request.reads,
             )
             if self.journal is not None:
                 self.journal.snapshot(self.parts)
@@ -296,6 +297,7 @@ class Server:
             "version": request.version,
             "rate": request.rate,
             "facts": request.facts,
+            "reads": request.reads,
         }
         self._note({**event, **more}, gradient)
         staleness = part.push(request.replica, gradient, **more)
@@ -318,6 +320,7 @@ class Server:
             consistency.version,
             part.optimizer.counts(),
             {replica: facts for replica, facts in part.facts.items() if facts},
+            tuple((s, d, c) for s, d, c in part.kept_reads(written_steps=request.written_steps)),
         )
         self._answer(received, state, [part.values, *part.optimizer.states.values()])
         return None

@@ -114,6 +114,19 @@ def test_the_only_server_dies_and_nothing_is_lost(bench: Bench, number: signal.S
     assert not (disturbed.run.path / "server" / "0").exists(), "needed no more: the run is saved"
 
 
+@pytest.mark.slow
+def test_a_server_without_a_disk_sends_the_run_back_to_its_save(bench: Bench) -> None:
+    wanted = bench.run(*TWO, SYNCHRONOUS)
+    disturbed = Disturbed(bench).train(
+        *TWO,
+        SYNCHRONOUS.replace("}}", "}, durable: false}"),
+        rows=12,
+        happens=lambda it: it.signal_server(signal.SIGKILL),
+    )
+    assert len(disturbed.of("restarted")) == 1 and len(disturbed.of("lost-server")) == 1
+    assert disturbed.run.losses == wanted.losses and disturbed.run.weights == wanted.weights
+
+
 @pytest.mark.parametrize(
     ("sync", "rank", "kind"),
     [

@@ -40,6 +40,7 @@ class Servers:
         if section.replay is not None:
             for number in range(section.servers):
                 Script.of(section.replay, server=number)
+        self._durable = section.durable
         self.folder: Path = cluster.servers()
         self.folder.mkdir(mode=0o700)
         Keys.make(self.folder / "keys")
@@ -67,6 +68,12 @@ class Servers:
         for number in range(len(self.workers)):
             shutil.rmtree(self._job.run / "server" / str(number), ignore_errors=True)
 
+    def begin_anew(self) -> None:
+        """Take other servers in the place of all: the run goes back to a save."""
+        self._site.kill([worker for worker in self.workers if worker.status is None])
+        self._gone.clear()
+        self.workers = [self._started(n, begins=True) for n in range(len(self.workers))]
+
     def came(self, replica: int) -> None:
         """Another worker speaks for a replica."""
         self._gone.discard(replica)
@@ -89,13 +96,13 @@ class Servers:
         message: dict[str, Any] | None,
         *,
         tell: Callable[[str, dict[str, Any]], None],
-    ) -> None:
+    ) -> bool:
         """What a server says; None at its end, after which another takes its place.
 
-        Raises WorkerError when that has happened too often.
+        Returns whether state was lost with it. Raises WorkerError when that happens too often.
         """
         if worker not in self.workers:
-            return
+            return False
         number = self.workers.index(worker)
         if message is None:
             self._replace(number, worker, tell=tell)
@@ -107,6 +114,7 @@ class Servers:
             text = f"parameter server {number} listens at {message['address']}"
             fields = {"server": number, "address": message["address"], "pid": message["pid"]}
             tell("serving", {**fields, "text": text})
+        return message is None and not self._durable
 
     def _replace(
         self, number: int, worker: Worker, *, tell: Callable[[str, dict[str, Any]], None]
@@ -117,4 +125,5 @@ class Servers:
         tell("lost-server", {"server": number, "text": f"{text}; another one takes its place"})
         if self._losses > self._retries:
             raise WorkerError(f"{text}, {self._losses} losses of servers in all; giving up")
-        self.workers[number] = self._started(number)
+        if self._durable:
+            self.workers[number] = self._started(number)

@@ -197,9 +197,9 @@ class Policy(ABC):
 
     # --- of policies whose replicas are `apart`
 
-    def arrive(self, step: int) -> tuple[int, dict[str, Any]]:
+    def arrive(self, step: int, *, brings: bool) -> tuple[int, dict[str, Any]]:
         """Join the run, which this rank would begin at `step`: the step to begin with, and what the
-        worker before this one remembered."""
+        worker before this one remembered. `brings`: this rank has the state of `step`."""
         return step, {}
 
     def account(self, step: int, read: Sequence[int]) -> None:

@@ -168,7 +168,7 @@ class Server(Policy):
 
     # --- joining, saving, ending
 
-    def arrive(self, step: int) -> tuple[int, dict[str, Any]]:
+    def arrive(self, step: int, *, brings: bool) -> tuple[int, dict[str, Any]]:
         """Say hello to all servers, bring the first state if this is the first replica, and pull.
 
         Raises ChannelError when a server cannot be reached, WorkerError when it refuses.
@@ -185,7 +185,10 @@ class Server(Policy):
             for span, regions in zip(self._spans, self._regions)
         ]
         welcomes = [answer for answer, _ in self._ask_all(hellos)]
-        if not all(welcome.filled for welcome in welcomes) and self._place.replica == 0:
+        empty = not all(welcome.filled for welcome in welcomes)
+        if empty and not brings:
+            raise WorkerError("joined a run whose servers have no state any more")
+        if empty and self._place.replica == 0:
             if not self._kept:
                 self.begin(step)
             welcomes = [answer for answer, _ in self._fill()]

@@ -19,8 +19,9 @@ from shoal.config.load import load_recipe
 from shoal.launch import local
 from shoal.launch.pool import pool_or_own
 from shoal.observe.events import read_lines
-from shoal.prove.compare import Choice, Comparison, Outcome, outcome_of
+from shoal.prove.compare import Choice, outcome_of
 from shoal.prove.compare_picture import draw
+from shoal.prove.comparison import Comparison, Outcome
 
 RECIPE, START = "sync-bench", 120
 DILOCO = f"kind: diloco, every_steps: 30, start_steps: {START}"

@@ -45,13 +45,23 @@ def choose_device(wanted: str, *, local_rank: int) -> torch.device:
     return device
 
 
+Around = Callable[[dist.Store, Callable[[], list[int]]], dist.Store]
+"""Makes a store of a store, and of what tells the ranks of the group that is made just now."""
+
+
 def start_process_group(
-    *, rank: int, size: int, device: torch.device, meeting: str | None, timeout_seconds: float
+    *,
+    rank: int,
+    size: int,
+    device: torch.device,
+    meeting: str | None,
+    timeout_seconds: float,
+    around: Around | None = None,
 ) -> None:
     """Join the group of all worker processes.
 
     `meeting`: the URL of a place where nobody has met yet, one per attempt (see MeetingPoint);
-    None: the addresses torchrun gave in the environment.
+    None: the addresses torchrun gave in the environment. `around`: changes what ranks find there.
     """
     backend = _backend(device, size=size)
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -61,10 +71,14 @@ def start_process_group(
         dist.init_process_group(backend, timeout=timeout)
         return
     talk_over_loopback()
+    _making[:] = range(size)
+    store: dist.Store = dist.FileStore(str(MeetingPoint.of(meeting).path), size)
+    if around is not None:
+        store = around(store, lambda: list(_making))
     with _noting_connections():
         dist.init_process_group(
             backend,
-            init_method=f"file://{MeetingPoint.of(meeting).path}",
+            store=store,
             rank=rank,
             world_size=size,
             timeout=timeout,
@@ -85,6 +99,8 @@ def _backend(device: torch.device, *, size: int) -> str:
 
 _inner: list[dist.ProcessGroup] = []
 """Groups made within the group of all, which have connections of their own."""
+_making: list[int] = []
+"""The ranks of the group that is made just now."""
 _connections: set[tuple[int, int]] = set()
 """Descriptor and inode of every connection that the groups have made."""
 
@@ -123,6 +139,7 @@ def _break_connections() -> None:
 
 def new_group(ranks: list[int]) -> dist.ProcessGroup:
     """A group of some of the ranks; every rank of the group of all calls it."""
+    _making[:] = ranks
     with _noting_connections():
         made: dist.ProcessGroup = dist.new_group(ranks)
     if dist.get_rank() in ranks:

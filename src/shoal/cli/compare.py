@@ -24,6 +24,10 @@ def compare(
         list[str] | None,
         typer.Option(metavar="AXIS=N,...", help="A layout; repeatable."),
     ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(metavar="RATE[,DELAY]", help="Between replicas, such as 20Mbit/s,10ms."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from the seed on.")] = 1,
     out: Annotated[
         Path | None, typer.Option(help="New folder that keeps runs and picture.")
@@ -46,7 +50,13 @@ def compare(
         where = out or Path(scratch)
         where.mkdir(parents=True, exist_ok=True)
         found = run(
-            recipe, overrides or [], choices=choices, seeds=seeds, out=where, console=not as_json
+            recipe,
+            overrides or [],
+            choices=choices,
+            out=where,
+            seeds=seeds,
+            link=link,
+            console=not as_json,
         )
     say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
     if out is not None and not as_json:

@@ -39,6 +39,12 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         what = f"{recipe.train.global_batch_samples} completions are no groups of {task.group}"
         yield Problem("train.global_batch_samples", what, "make it a multiple of task.group")
     yield from _sync(recipe)
+    if recipe.launch.link is not None and recipe.launch.workers == "threads":
+        what = "threads share their memory: nothing crosses a link"
+        yield Problem("launch.link", what, "set launch.workers to processes, or the link to null")
+    if recipe.launch.link is not None and recipe.sync.kind in ("server", "hogwild"):
+        what = f"what {recipe.sync.kind} sends does not go over such a link"
+        yield Problem("launch.link", what, "set it to null, or sync.kind to another")
     if isinstance(task, Embedding):
         if recipe.train.global_batch_samples == 1:
             what = "a pair is learned by telling it from the others of its step, and there are none"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from shoal.config.link import Link
 from shoal.config.optimizers import AdamW, Cosine, OptimizerSection, ScheduleSection
 from shoal.config.section import Auto, Count, Rate, Section
 from shoal.config.sync import EveryStep, SyncSection
@@ -385,6 +386,16 @@ class LaunchSection(Section):
     """Save and stop, resumable, after this time; None: no limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs where there are any, else the CPU."""
+    link: str | None = None
+    """Let replicas, which are processes of this machine, talk over a slower link, to try one: a
+    rate and a delay, such as 20Mbit/s,10ms. None: as fast as it goes."""
+
+    @field_validator("link")
+    @classmethod
+    def _reads_as_link(cls, text: str | None) -> str | None:
+        if text is not None:
+            Link.parse(text)
+        return text
 
 
 class WandB(Section):

@@ -37,7 +37,7 @@ class NoCodec(Section):
     kind: Literal["none"] = "none"
     error_feedback: Literal[False] = False
     """Nothing is lost that could be fed back."""
-    brake: None = None
+    brake: Literal[None] = None
     """Nothing is compressed that could be switched off."""
 
 

@@ -12,12 +12,13 @@ import torch
 
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
+from shoal.comm.link import link_of
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.engine.build import build
 from shoal.engine.evaluate import evaluate
 from shoal.engine.finish import finish
 from shoal.engine.job import Job
-from shoal.engine.log import RunLog, pace_of
+from shoal.engine.log import RunLog, pace
 from shoal.engine.membership.agree import FRESH, Position, agree, check_same_program, transfer
 from shoal.engine.membership.digest import ReplicasDiffer, compare, differing_tensors, digest_of
 from shoal.engine.membership.members import Members, members_of
@@ -56,9 +57,9 @@ def train(
     keys: Keys | None = None,
 ) -> None:
     """Train to the end of the recipe, or until asked to stop. Raises Stopped after saving."""
-    members = members_of(
-        group, orders=orders, worker=worker, report=report, supervised=supervised, keys=keys
-    )
+    link = link_of(job.recipe.launch.link, workers=job.decision.layout.replica_workers)
+    known: dict[str, Any] = {"orders": orders, "worker": worker, "report": report}
+    members = members_of(group, **known, supervised=supervised, keys=keys, link=link)
     Trainer(job, group=group, members=members, worker=worker, report=report, orders=orders).run()
 
 
@@ -221,7 +222,7 @@ class Trainer:
                 recipe = job.recipe.model_dump(mode="json")
                 parameters = training.replica.num_parameters
                 check_same_program(self.group, recipe=recipe, parameters=parameters)
-                self._stand()
+                self._position.note(training.policy)
                 self._position = agree(
                     self.group,
                     self._position,
@@ -242,13 +243,6 @@ class Trainer:
                 if self.members.is_fixed:
                     raise
                 lost = again
-
-    def _stand(self) -> None:
-        """Note how far the policy is: a round may have been held since the last step."""
-        position, policy = self._position, self.training.policy
-        if position.step != FRESH:
-            position.round = policy.round
-            position.facts["policy"] = policy.facts()
 
     def _enter_ranks(self) -> None:
         """Stand among the ranks of the generation; only then is a model cut."""
@@ -401,7 +395,7 @@ class Trainer:
         generation = self.pulse.generation
         apart = self.training.policy.apart
         rank = self.worker.rank if apart else self.group.rank
-        self._report.say("step", rank=rank, generation=generation, **pace_of(row))
+        self._report.say("step", rank=rank, generation=generation, **pace(row))
         if self._first:
             self.files.committed(row, outcome)
         votes = self._votes_of_all(outcome.votes)

@@ -143,6 +143,9 @@ def _joined(
     name: str,
 ) -> int:
     """Meet the others, let rank 0 prepare for all, and train."""
+    if recipe.launch.link is not None:
+        what = "another launcher's workers have met by themselves: no link can be put between them"
+        raise ConfigError([Problem("launch.link", what, "set it to null, or start shoal alone")])
     # a launcher's warning must not end a worker: as elsewhere it tells what every thread does
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     device = choose_device(recipe.launch.device, local_rank=rendezvous.local_rank)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
+from shoal.prove.comparison import Comparison
 from shoal.units import format_count
-
-if TYPE_CHECKING:
-    from shoal.prove.compare import Comparison
 
 _AXES = ("target tokens", "seconds of steps", "bytes sent by worker 0")
 

@@ -25,6 +25,7 @@ from shoal.engine.membership.digest import Move, digest_of
 from shoal.engine.state import FlatState
 from shoal.errors import ChannelError, PeersLost, RunError, WorkerError
 from shoal.layout import Layout
+from shoal.sync.policy import Policy
 
 FRESH = -1
 """Step of a rank that has no state yet."""
@@ -41,6 +42,12 @@ class Position:
     saved_at: int = -1
     facts: dict[str, Any] = field(default_factory=dict)
     """What else a joining rank needs: progress, the last row, the digest of the samples read."""
+
+    def note(self, policy: Policy) -> None:
+        """How far the policy is: it may have met since the last step."""
+        if self.step != FRESH:
+            self.round = policy.round
+            self.facts["policy"] = policy.facts()
 
 
 @cache

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
+from shoal.comm.link import SlowLink
 from shoal.engine.membership.orders import Orders
 from shoal.errors import PeersLost, WorkerError
 from shoal.observe.events import Report
@@ -64,7 +65,9 @@ class Generations(Members):
         worker: WorkerInfo,
         report: Report,
         keys: Keys | None,
+        link: SlowLink | None = None,
     ) -> None:
+        self._link = link
         self._group, self._orders = group, orders
         self._worker, self._report = worker, report
         self.number, self.keys = 0, keys
@@ -109,7 +112,10 @@ class Generations(Members):
                 device=self._worker.device,
                 meeting=generation.meeting,
                 timeout_seconds=TIMEOUT_SECONDS,
+                around=self._link.around(rank) if self._link is not None else None,
             )
+            if self._link is not None:
+                self._link.check(size)
         except RuntimeError:  # one died between arriving and connecting; another one will come
             stop_process_group(at_once=True)
             return False
@@ -124,8 +130,9 @@ def members_of(
     report: Report,
     supervised: bool,
     keys: Keys | None,
+    link: SlowLink | None = None,
 ) -> Members:
     """The membership that fits how this worker was started."""
     if supervised and isinstance(group, ProcessGroup):
-        return Generations(group, orders=orders, worker=worker, report=report, keys=keys)
+        return Generations(group, orders=orders, worker=worker, report=report, keys=keys, link=link)
     return Fixed()

@@ -353,7 +353,7 @@ class Trainer:
 
     @property
     def _last_step(self) -> int:
-        if self.training.watch.ending is not None:
+        if self.training.watch.ending is not None and self._speaks:
             return self.training.progress.step
         early = [self.training.steps, self.job.recipe.train.stop_after_steps]
         if not self._speaks:  # who speaks ends by saving, however far it is

@@ -85,6 +85,27 @@ def test_every_byte_is_counted(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
+    ("codec", "share", "loss"),
+    [
+        ("{kind: int8}", 1 + 4 / 256, 0.01),
+        pytest.param("{kind: bf16}", 2, 0.01, marks=pytest.mark.slow),
+        pytest.param(
+            "{kind: int4, error_feedback: true}", 1 / 2 + 4 / 128, 0.02, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_pushes_may_be_encoded(bench: Bench, codec: str, share: float, loss: float) -> None:
+    """`share`: bytes of a value; the padding to whole blocks is below one of them a part."""
+    wanted = bench.run(*TWO, *SGD, SYNCHRONOUS % "")
+    run = bench.run(*TWO, *SGD, SYNCHRONOUS % f", codec: {codec}")
+    pulled = wanted.rows[1]["sent_bytes"] / 2
+    pushed = run.rows[1]["sent_bytes"] - pulled
+    assert pushed == pytest.approx(share * pulled / 4, rel=1e-9), "chunks are whole blocks"
+    ours, theirs = (each.evaluations[-1]["evaluation_loss"] for each in (run, wanted))
+    assert ours == pytest.approx(theirs, rel=loss) and ours != theirs
+
+
+@pytest.mark.parametrize(
     ("optimizer", "more", "tolerance"),
     [
         (SGD, "", 1e-6),

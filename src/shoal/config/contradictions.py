@@ -75,6 +75,9 @@ def _sync(recipe: Recipe) -> Iterator[Problem]:
         if replicas is not None and least > replicas:
             what = f"no round would ever end: there are {replicas} replicas, got {least}"
             yield Problem("sync.consistency.least", what, f"set it to {replicas} at most")
+    if isinstance(sync, Server) and sync.codec.brake is not None:
+        what = "a push is sent once; there is no second one to compare it with"
+        yield Problem("sync.codec.brake", what, "set it to null, or sync.kind to diloco")
     at_server = isinstance(sync, Server) and sync.optimizer.kind == "train"
     if at_server and isinstance(recipe.train.optimizer, Muon):
         what = "muon needs whole matrices, of which a server may hold a part"

@@ -241,8 +241,8 @@ class Server(Section):
     nothing; False: such a run goes back to its last checkpoint."""
     replay: str | None = None
     """A run directory: pushes and pulls happen in the order recorded there; None: as they come."""
-    codec: NoCodec = NoCodec()
-    """How values are compressed; today not at all."""
+    codec: MessageCodec = NoCodec()
+    """How pushes are compressed: one that needs a single message. Pulls are not."""
     verify_every_steps: Literal[0] = 0
     """There is one copy, with which nothing could be compared."""
 

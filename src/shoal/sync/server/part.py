@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.comm.codec.kinds import encoding
 from shoal.config.optimizers import OptimizerSection
 from shoal.config.server import AsTrained
 from shoal.config.server import Asynchronous as AsynchronousSection
@@ -35,6 +36,15 @@ class Settings:
         section = self.section.model_dump(mode="json", exclude={"replay"})
         trained = self.trained.model_dump(mode="json")
         return json.dumps([section, trained, self.replicas], sort_keys=True)
+
+    def decoded(self, sent: Tensor, *, numel: int) -> Tensor:
+        """A push as it arrived -> [numel]. Raises ValueError for one that cannot be."""
+        codec = encoding(self.section.codec)
+        padded = numel if codec is None else codec.part(numel, size=1)
+        wanted = numel if codec is None else codec.num_bytes(padded)
+        if tuple(sent.shape) != (wanted,) or (codec is not None and sent.dtype != torch.uint8):
+            raise ValueError(f"expected a push of {wanted} elements, got {list(sent.shape)}")
+        return sent if codec is None else codec.decode(sent.view(1, -1), numel=padded)[0, :numel]
 
     @property
     def optimizer(self) -> Any:

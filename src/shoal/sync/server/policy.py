@@ -19,6 +19,8 @@ import msgspec
 import torch
 from torch import Tensor
 
+from shoal.comm.codec.codec import mixed
+from shoal.comm.codec.kinds import encoding
 from shoal.comm.flat import FlatLayout, Span, Vector
 from shoal.comm.keys import Keys
 from shoal.comm.requests import Caller
@@ -84,6 +86,9 @@ class Server(Policy):
         self._clock = 0
         self._versions = [0] * len(self._spans)
         self._base: Tensor | None = None if self._pushes_gradients else given.values.clone()
+        self._codec, self._seed = encoding(section.codec), given.seed
+        self._error = torch.zeros_like(given.values) if section.codec.error_feedback else None
+        """What codecs have left out so far; of this worker, and gone with it."""
         self._flat: Tensor | None = None
         self._weight = 0.0
         self._staleness = 0
@@ -299,11 +304,26 @@ class Server(Policy):
                     reads=tuple(self._read) if not tensors and self._place.position == 0 else (),
                 )
             )
-            is_sent = change is not None and weight > 0
-            tensors.append([change[span.start : span.stop]] if is_sent else [])  # type: ignore[index]
+            tensors.append([])
+            if change is not None and weight > 0:
+                tensors[-1].append(self._encoded(change, span, key=clock))
         answers = self._counted("push", requests, tensors)
         self._staleness = max(answer.staleness for answer, _ in answers)
         self._clock, self._weight, self._read = clock + 1, 0.0, []
+
+    def _encoded(self, change: Tensor, span: Span, *, key: int) -> Tensor:
+        """What is sent of a part of the change; what a codec leaves out is sent the next time."""
+        part = change[span.start : span.stop]
+        if self._codec is None:
+            return part
+        own = None if self._error is None else self._error[span.start : span.stop]
+        padded = part.new_zeros(1, self._codec.part(len(span), size=1), dtype=torch.float32)
+        padded[0, : len(span)] = part if own is None else part + own
+        wire = self._codec.encode(padded, key=mixed(self._seed, key, self._place.replica))
+        if own is not None:
+            sent = self._codec.decode(wire, numel=padded.shape[1])
+            own.copy_((padded - sent)[0, : len(span)])
+        return wire.view(-1)
 
     def _all_finite(self, change: Tensor | None) -> bool:
         """Whether the change is finite on every rank of this replica: they push it or leave it."""

@@ -284,11 +284,12 @@ class Server:
             return None
         if request.clock > member.clock:
             raise ValueError(f"expected the push of clock {member.clock}, got {request.clock}")
-        gradient = received.tensors[0] if received.tensors else None
-        if gradient is not None and gradient.shape != part.values.shape:
-            raise ValueError(f"expected {part.values.numel()} elements, got {gradient.shape}")
-        if (gradient is not None) != (request.weight > 0):
+        if bool(received.tensors) != (request.weight > 0):
             raise ValueError("a gradient goes with a weight, and only with one")
+        gradient: Tensor | None = None
+        if received.tensors:
+            numel = part.values.numel()
+            gradient = self.settings.decoded(received.tensors[0], numel=numel)
         event = {"event": "push", "position": request.position, "replica": request.replica}
         if self._not_its_turn(event):
             return "its turn in the record"

@@ -13,7 +13,7 @@ import ast
 import importlib
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,13 @@ def task_table(words: dict[str, str]) -> str:
         names = families_of(kind)
         cells = [_cell([_runs(kind, name, axis) for name in names], words) for axis in built]
         for policy in policies:
-            ways = [Combination(layout=Layout(replicate=2), policy=policy, family=n) for n in names]
+            workers = "threads" if policy == "hogwild" else "processes"
+            two = Combination(layout=Layout(replicate=2), policy=policy, workers=workers)
+            ways = [replace(two, family=name) for name in names]
             cells.append(_cell([not problems(each) for each in ways], words))
         lines.append(f"| `{kind}` | {len(names)} | {' | '.join(cells)} |")
+    if set(policies) == set(POLICIES):
+        return "\n".join(lines)
     later = words["later"].format(
         axes=words["and"].join(axis for axis in axes if axis not in built),
         policies=words["and"].join(each for each in POLICIES if each not in policies),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from safetensors.torch import load_file
 
+from shoal.comm.flat import CHUNK
 from tiny import Bench, Run
 
 TWO = ("parallel.replicate=2", "launch.workers=processes")
@@ -23,6 +26,83 @@ def largest_difference(found: Run, wanted: Run) -> float:
     assert ours.keys() == theirs.keys()
     pairs = [(ours[name], theirs[name]) for name in theirs]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("cut", "more"),
+    [
+        pytest.param("parallel.shard={degree: 2, level: parameters}", "", id="parameters"),
+        pytest.param(
+            "parallel.shard={degree: 2, level: optimizer}",
+            ", servers: 2",
+            id="optimizer",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("parallel.context=2", "", id="context", marks=pytest.mark.slow),
+    ],
+)
+def test_each_rank_of_a_cut_replica_pushes_its_own_part(bench: Bench, cut: str, more: str) -> None:
+    wanted = bench.run(*TWO, *SGD)
+    found = bench.run(*TWO, *SGD, cut, SYNCHRONOUS % more)
+    assert largest_difference(found, wanted) < 5e-6, "the shards' sums have another order"
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        "consistency: {kind: asynchronous}",
+        pytest.param(
+            "consistency: {kind: bounded, staleness: 3}, delay_compensation: 0.1, servers: 2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "consistency: {kind: quorum, least: 1, grace_seconds: 0.01}, push: deltas,"
+            " every_steps: 3, optimizer: {kind: adam}",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["asynchronous", "bounded", "quorum"],
+)
+def test_a_record_replays_to_the_same_digits(bench: Bench, sync: str) -> None:
+    """Not what a second run by itself gives: the order of pushes and pulls decides."""
+    how = (*TWO, "train.steps=20")
+    first = bench.train(*how, f"sync={{kind: server, {sync}}}")
+    again = bench.train(*how, f"sync={{kind: server, {sync}, replay: {first.path}}}")
+    assert again.digits == first.digits and again.weights == first.weights
+    orders = [(run.path / "server" / "order-0.jsonl").read_text() for run in (first, again)]
+    ours, theirs = ([line for line in o.splitlines() if "leave" not in line] for o in orders)
+    assert ours == theirs
+
+
+def test_every_byte_is_counted(bench: Bench) -> None:
+    """A push and a pull of the parameters in float32 at every step, but no pull after the last."""
+    run = bench.run(*TWO, *SGD, SYNCHRONOUS % "")
+    rows = [row for row in run.rows if "loss" in row]
+    parameters = json.loads((run.path / "summary.json").read_text())["parameters"]
+    padded = -(-parameters // CHUNK) * CHUNK
+    assert all(4 * 2 * parameters <= row["sent_bytes"] <= 4 * 2 * 2 * padded for row in rows[:-1])
+    assert rows[-1]["sent_bytes"] * 2 == rows[0]["sent_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "share", "loss"),
+    [
+        ("{kind: int8}", 1 + 4 / 256, 0.01),
+        pytest.param("{kind: bf16}", 2, 0.01, marks=pytest.mark.slow),
+        pytest.param(
+            "{kind: int4, error_feedback: true}", 1 / 2 + 4 / 128, 0.02, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_pushes_may_be_encoded(bench: Bench, codec: str, share: float, loss: float) -> None:
+    """`share`: bytes of a value; the padding to whole blocks is below one of them a part."""
+    wanted = bench.run(*TWO, *SGD, SYNCHRONOUS % "")
+    run = bench.run(*TWO, *SGD, SYNCHRONOUS % f", codec: {codec}")
+    pulled = wanted.rows[1]["sent_bytes"] / 2
+    pushed = run.rows[1]["sent_bytes"] - pulled
+    assert pushed == pytest.approx(share * pulled / 4, rel=1e-9), "chunks are whole blocks"
+    ours, theirs = (each.evaluations[-1]["evaluation_loss"] for each in (run, wanted))
+    assert ours == pytest.approx(theirs, rel=loss) and ours != theirs
 
 
 @pytest.mark.parametrize(

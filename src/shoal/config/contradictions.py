@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shoal.config.optimizers import Muon
 from shoal.config.recipe import PretrainedModel, Recipe
-from shoal.config.sync import StreamingDiLoCo
+from shoal.config.server import Quorum
+from shoal.config.sync import Server, StreamingDiLoCo
 from shoal.config.tasks import GRPO, Embedding, Preference
 from shoal.errors import Problem
 
@@ -55,6 +57,9 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if recipe.launch.link is not None and recipe.launch.workers == "threads":
         what = "threads share their memory: nothing crosses a link"
         yield Problem("launch.link", what, "set launch.workers to processes, or the link to null")
+    if recipe.launch.link is not None and recipe.sync.kind in ("server", "hogwild"):
+        what = f"what {recipe.sync.kind} sends does not go over such a link"
+        yield Problem("launch.link", what, "set it to null, or sync.kind to another")
     if isinstance(task, Embedding):
         if recipe.train.global_batch_samples == 1:
             what = "a pair is learned by telling it from the others of its step, and there are none"
@@ -80,6 +85,19 @@ def _sync(recipe: Recipe) -> Iterator[Problem]:
         if sync.codec.brake is not None:
             what = "a fragment is sent once; there is no second sum to compare it with"
             yield Problem("sync.codec.brake", what, "set it to null, or sync.kind to diloco")
+    if isinstance(sync, Server) and isinstance(sync.consistency, Quorum):
+        replicas, least = recipe.parallel.replicas, sync.consistency.least
+        if replicas is not None and least > replicas:
+            what = f"no round would ever end: there are {replicas} replicas, got {least}"
+            yield Problem("sync.consistency.least", what, f"set it to {replicas} at most")
+    if isinstance(sync, Server) and sync.codec.brake is not None:
+        what = "a push is sent once; there is no second one to compare it with"
+        yield Problem("sync.codec.brake", what, "set it to null, or sync.kind to diloco")
+    at_server = isinstance(sync, Server) and sync.optimizer.kind == "train"
+    if at_server and isinstance(recipe.train.optimizer, Muon):
+        what = "muon needs whole matrices, of which a server may hold a part"
+        hint = "set train.optimizer.kind=adamw, or sync.push=deltas with a sync.optimizer"
+        yield Problem("train.optimizer.kind", what, hint)
     if sync.codec.error_feedback and recipe.precision.compute == "float16":
         what = "what is left out would be added under another loss scale"
         hint = "set it to false, or precision.compute to bfloat16"

@@ -203,6 +203,19 @@ class Gossip(Section):
     """Compare a hash of the parameters over replicas after the last average; 0: never."""
 
 
+class Hogwild(Section):
+    """Threads step on one copy of the parameters, without locks."""
+
+    kind: Literal["hogwild"] = "hogwild"
+    meet_every_steps: Count = 50
+    """Steps from one meeting of all threads to the next, where stops and saves on request are
+    agreed; they also meet to evaluate and save."""
+    codec: NoCodec = NoCodec()
+    """Nothing crosses a wire."""
+    verify_every_steps: Literal[0] = 0
+    """There is one copy, with which nothing could be compared."""
+
+
 class Server(Section):
     """Replicas push to a parameter server and pull from it; they never wait for one another but as
     `consistency` says."""
@@ -229,8 +242,8 @@ class Server(Section):
     nothing; False: such a run goes back to its last checkpoint."""
     replay: str | None = None
     """A run directory: pushes and pulls happen in the order recorded there; None: as they come."""
-    codec: NoCodec = NoCodec()
-    """How values are compressed; today not at all."""
+    codec: MessageCodec = NoCodec()
+    """How pushes are compressed: one that needs a single message. Pulls are not."""
     verify_every_steps: Literal[0] = 0
     """There is one copy, with which nothing could be compared."""
 
@@ -249,7 +262,8 @@ class Server(Section):
 
 
 SyncSection = Annotated[
-    EveryStep | LocalSGD | DiLoCo | StreamingDiLoCo | Gossip | Server, Field(discriminator="kind")
+    EveryStep | LocalSGD | DiLoCo | StreamingDiLoCo | Gossip | Server | Hogwild,
+    Field(discriminator="kind"),
 ]
 
 

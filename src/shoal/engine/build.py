@@ -49,9 +49,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     Collective inside a replica of several workers: raises PeersLost when one goes.
     """
     recipe, decision = job.recipe, job.decision
-    task = create_task(recipe.task.kind, settings=job.inputs.task_settings, options=recipe.task)
-    if task.writes_text and job.inputs.tokenizer_directory is not None:
-        task.tokenizer = load_tokenizer(job.inputs.tokenizer_directory)
+    task = _task(job)
     replica = build_replica(model_settings(recipe, inputs=job.inputs, task=task))
     task.model_config = replica.model.config
     if job.inputs.companion_directory is not None:
@@ -108,7 +106,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         watch=Watch(
             recipe.train,
             keep_best=recipe.checkpoint.keep_best,
-            alone=policy.alone,
+            alone=policy.alone and not policy.apart,
             falls=task.loss_falls,
         ),
         stream=stream,
@@ -124,6 +122,15 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
     policy.remember = training.facts
     _attach_instruments(job, training, report, rank=worker.rank)
     return training
+
+
+def _task(job: Job) -> Task:
+    task = create_task(
+        job.recipe.task.kind, settings=job.inputs.task_settings, options=job.recipe.task
+    )
+    if task.writes_text and job.inputs.tokenizer_directory is not None:
+        task.tokenizer = load_tokenizer(job.inputs.tokenizer_directory)
+    return task
 
 
 def _passes(replica: Replica, *, ranks: Ranks, schedule: str, **named: Any) -> Passes:

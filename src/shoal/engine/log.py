@@ -151,12 +151,6 @@ class RunLog:
         self._files = self._samples = None
 
 
-def pace_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What the supervisor needs of a row: whether this rank keeps up."""
-    names = ("step", "step_seconds", "compute_seconds", "waiting_seconds")
-    return {name: row[name] for name in names}
-
-
 def _trackers(job: Job) -> list[Sink]:
     sinks: list[Sink] = []
     config = job.recipe.model_dump(mode="json")

@@ -171,6 +171,7 @@ class Trainer:
         with self.trace.span("update", step=step):
             outcome = training.update.apply(result)
             self._advance(outcome)
+            policy.account(step, result.counted.read)
             try:
                 policy.after_step(step, targets=result.targets)
             finally:  # a lost peer prevents what follows, not the step
@@ -358,7 +359,7 @@ class Trainer:
 
     @property
     def _last_step(self) -> int:
-        if self.training.watch.ending is not None:
+        if self.training.watch.ending is not None and self._speaks:
             return self.training.progress.step
         early = [self.training.steps, self.job.recipe.train.stop_after_steps]
         if not self._speaks:  # who speaks ends by saving, however far it is
@@ -384,7 +385,7 @@ class Trainer:
     def _note_row(self, outcome: Outcome) -> dict[str, Any]:
         """The row of the step, kept for who has to write it if this rank does not come to it."""
         training = self.training
-        if training.policy.alone:
+        if training.policy.alone and not training.policy.apart:
             self._unshared.note(training.progress.step - 1, outcome.step.counted.read)
         seconds = time.perf_counter() - self._step_began
         training.progress.seconds += seconds
@@ -451,7 +452,10 @@ class Trainer:
         evaluates = self._due(recipe.train.evaluate_every_steps) and position.evaluated_at != step
         saves = save or last or self._due(recipe.checkpoint.every_steps)
         if evaluates or (saves and position.saved_at != step):
-            with self.training.policy.gathered(last=last):
+            policy, ends = self.training.policy, last and step >= self.training.steps
+            with policy.gathered(last=last):
+                for number, read in policy.accounted(last=ends):
+                    self.files.samples_read(number, read)
                 self._evaluate_and_save(save=save, last=last)
         notes = self._saver.notes()
         for name, fields in notes if self._first else []:

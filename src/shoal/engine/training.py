@@ -120,7 +120,7 @@ class Training:
 
         The moments of this replica's own optimizer stay as they are.
         """
-        there, facts = self.policy.arrive(step)
+        there, facts = self.policy.arrive(step, brings=not self.job.joining)
         if there != step:
             self.restore(facts or {"progress": {}})
             progress = self.progress

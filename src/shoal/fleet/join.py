@@ -19,6 +19,7 @@ from shoal.layout import Layout
 from shoal.parallel.ranks import meet
 from shoal.parallel.settings import Settings
 from shoal.runtime import choose_device, start_process_group, stop_process_group
+from shoal.sync.kinds import KINDS
 
 _TIMEOUT_SECONDS = 1800.0
 _ELSEWHERE = "a loop of your own has the axes replicate and shard; others cut parts that only"
@@ -42,6 +43,9 @@ def join(
     Raises ConfigError for what does not go with a loop of one's own, or the number of workers.
     """
     sections = own_sections(parallel, sync)
+    if KINDS[sections.sync.kind].apart:
+        what = f"{sections.sync.kind} needs servers beside the workers: `shoal train` starts them"
+        raise ConfigError([Problem("sync.kind", what, "use every-step")], source="shoal.join")
     place = torchrun_rendezvous()
     size, local_rank = (place.world_size, place.local_rank) if place else (1, 0)
     layout = _layout(sections.parallel, size=size, started=place is not None)

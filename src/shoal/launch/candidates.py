@@ -70,7 +70,8 @@ def setups_of(recipe: Recipe, *, cores: int) -> list[WorkerSetup]:
     """
     launch, given = recipe.launch, recipe.parallel.replicas
     most = most_replicas(recipe, at_most=cores)
-    if recipe.sync.kind in OWN_PARAMETERS or recipe.sync.codec.kind != "none":
+    changes = recipe.sync.kind == "hogwild" or recipe.sync.kind in OWN_PARAMETERS
+    if changes or recipe.sync.codec.kind != "none":
         given = given or most  # their number bears on what is learned, not on speed alone
     middle = [n for n in range(2, most) if most % n == 0 and n * n >= most][:1] if most > 4 else []
     counts = [given] if given is not None else list(dict.fromkeys([most, *middle, 1]))

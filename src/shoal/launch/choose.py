@@ -162,6 +162,8 @@ def decide_joined(
 def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads", "processes"]:
     if recipe.launch.workers != "auto":
         return recipe.launch.workers
+    if recipe.sync.kind == "hogwild":
+        return "threads" if layout.replicate > 1 else "processes"
     alone = recipe.sync.kind in OWN_PARAMETERS or recipe.sync.codec.kind != "none"
     alone = alone or recipe.launch.link is not None
     if alone or recipe.parallel.fewest_replicas is not None or layout.replica_workers > 1:

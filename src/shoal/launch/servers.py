@@ -6,17 +6,21 @@ takes its place goes on from there, and the workers meanwhile wait for it.
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.comm.keys import Keys
+from shoal.config.server import Quorum
+from shoal.config.sync import Server
 from shoal.engine.job import Job
-from shoal.errors import WorkerError
+from shoal.errors import ConfigError, Problem, WorkerError
 from shoal.launch.cluster import Cluster
 from shoal.launch.pool import Worker
 from shoal.launch.site import Site, Slot
+from shoal.sync.server.record import Script
 
 TARGET = "shoal.sync.server.process:run"
 
@@ -25,6 +29,18 @@ class Servers:
     """As many servers as the recipe says, all on the first host."""
 
     def __init__(self, job: Job, *, sites: Sequence[Site], cluster: Cluster) -> None:
+        section, layout = job.recipe.sync, job.decision.layout
+        assert isinstance(section, Server), "only that policy has servers"
+        consistency = section.consistency
+        if isinstance(consistency, Quorum) and consistency.least > layout.replicate:
+            what = f"no round would ever end: there are {layout.replicate} replicas, got "
+            hint = f"set it to {layout.replicate} at most, or parallel.replicate to more"
+            problem = Problem("sync.consistency.least", f"{what}{consistency.least}", hint)
+            raise ConfigError([problem])
+        if section.replay is not None:
+            for number in range(section.servers):
+                Script.of(section.replay, server=number)
+        self._durable = section.durable
         self.folder: Path = cluster.servers()
         self.folder.mkdir(mode=0o700)
         Keys.make(self.folder / "keys")
@@ -33,18 +49,30 @@ class Servers:
         self._losses = 0
         self._gone: set[int] = set()
         self._errors: dict[int, str] = {}
-        count = job.recipe.sync.servers  # type: ignore[union-attr]
-        self.workers: list[Worker] = [self._started(number) for number in range(count)]
+        self.workers = [self._started(n, begins=True) for n in range(section.servers)]
 
-    def _started(self, number: int) -> Worker:
+    def _started(self, number: int, *, begins: bool = False) -> Worker:
         payload = {
             "recipe": self._job.recipe.model_dump(mode="json"),
             "run": str(self._job.run.resolve()),
             "servers": str(self.folder),
             "server": number,
+            "begins": begins,
             "replicas": self._job.decision.layout.replicate,
         }
         return self._site.start(TARGET, payload, slot=Slot(number, "server"), ranks=())
+
+    def close(self) -> None:
+        """End the servers. The run is saved: what they have on the disk is needed no more."""
+        self._site.kill(self.workers)
+        for number in range(len(self.workers)):
+            shutil.rmtree(self._job.run / "server" / str(number), ignore_errors=True)
+
+    def begin_anew(self) -> None:
+        """Take other servers in the place of all: the run goes back to a save."""
+        self._site.kill([worker for worker in self.workers if worker.status is None])
+        self._gone.clear()
+        self.workers = [self._started(n, begins=True) for n in range(len(self.workers))]
 
     def came(self, replica: int) -> None:
         """Another worker speaks for a replica."""
@@ -68,13 +96,13 @@ class Servers:
         message: dict[str, Any] | None,
         *,
         tell: Callable[[str, dict[str, Any]], None],
-    ) -> None:
+    ) -> bool:
         """What a server says; None at its end, after which another takes its place.
 
-        Raises WorkerError when that has happened too often.
+        Returns whether state was lost with it. Raises WorkerError when that happens too often.
         """
         if worker not in self.workers:
-            return
+            return False
         number = self.workers.index(worker)
         if message is None:
             self._replace(number, worker, tell=tell)
@@ -86,6 +114,7 @@ class Servers:
             text = f"parameter server {number} listens at {message['address']}"
             fields = {"server": number, "address": message["address"], "pid": message["pid"]}
             tell("serving", {**fields, "text": text})
+        return message is None and not self._durable
 
     def _replace(
         self, number: int, worker: Worker, *, tell: Callable[[str, dict[str, Any]], None]
@@ -96,4 +125,5 @@ class Servers:
         tell("lost-server", {"server": number, "text": f"{text}; another one takes its place"})
         if self._losses > self._retries:
             raise WorkerError(f"{text}, {self._losses} losses of servers in all; giving up")
-        self.workers[number] = self._started(number)
+        if self._durable:
+            self.workers[number] = self._started(number)

@@ -146,8 +146,10 @@ class Supervisor:
             for worker, message in self._events():
                 one = next((one for one in self.workers if one.worker is worker), None)
                 if one is None:
-                    if self._servers is not None:
-                        self._servers.hear(worker, message, tell=self._tell)
+                    servers = self._servers
+                    if servers is not None and servers.hear(worker, message, tell=self._tell):
+                        servers.begin_anew()
+                        self._start_again()
                     continue
                 if message is not None:
                     self._hear(one, message)
@@ -163,6 +165,8 @@ class Supervisor:
         attempt = self._attempt
         if not all(one.done for one in self.workers) and attempt.stopped is None:
             raise attempt.failure()
+        if self._servers is not None:
+            self._servers.close()
         return attempt
 
     def _events(self) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
@@ -316,14 +320,7 @@ class Supervisor:
     def _recover(self, lost: SupervisedWorker) -> None:
         """Start a worker in its place; if nobody else holds its state, start all anew."""
         if not self._survives(lost):
-            for site in self._sites:
-                site.kill([one.worker for one in self.workers if one.alive and one.site is site])
-            resume = has_checkpoint(self._run)
-            self._job = replace(self._job, resume=resume)
-            for one in self.workers:
-                self._replace(one)
-            where = "the last checkpoint" if resume else "the beginning"
-            self._tell("restarted", {"text": f"all workers start again from {where}"})
+            self._start_again()
             return
         if self._apart:
             self._replace_replica(lost)
@@ -332,6 +329,17 @@ class Supervisor:
             self._order({"order": "lost", "number": self._generation})
         self._replace(lost, joining=True)
         self._form()
+
+    def _start_again(self) -> None:
+        """Nobody has the state any more: all go back to the last save."""
+        for site in self._sites:
+            site.kill([one.worker for one in self.workers if one.alive and one.site is site])
+        resume = has_checkpoint(self._run)
+        self._job = replace(self._job, resume=resume)
+        for one in self.workers:
+            self._replace(one)
+        where = "the last checkpoint" if resume else "the beginning"
+        self._tell("restarted", {"text": f"all workers start again from {where}"})
 
     def _replace_replica(self, lost: SupervisedWorker) -> None:
         """Start the whole replica of a lost worker anew; the servers know where it was."""

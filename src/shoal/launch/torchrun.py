@@ -53,6 +53,7 @@ from shoal.observe.console import Console
 from shoal.observe.events import Report
 from shoal.observe.visible import visible
 from shoal.runtime import choose_device, start_process_group, stop_process_group
+from shoal.sync.kinds import KINDS
 
 _TIMEOUT_SECONDS = 1800.0
 _Prepared = tuple[Job, list[Difference]]
@@ -250,6 +251,10 @@ def _check_size(resolved: Recipe, *, size: int) -> None:
         if inside > 1:
             what += f" ({inside} each)"
         problems.append(Problem("parallel.replicate", what, f"set it to {size // inside}"))
+    if KINDS[resolved.sync.kind].apart:
+        what = f"{resolved.sync.kind} needs processes beside the workers, which torchrun does not "
+        hint = "run without torchrun, or set sync.kind to every-step"
+        problems.append(Problem("sync.kind", what + "start", hint))
     if resolved.launch.workers == "threads":
         hint = "leave launch.workers out, or run without torchrun"
         problems.append(Problem("launch.workers", "workers of torchrun are processes", hint))

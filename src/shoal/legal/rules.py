@@ -34,7 +34,7 @@ ZERO_BUBBLE = frozenset({"interleaved-zero-bubble", "zbv-zero-bubble"})
 """They make gradients of inputs first, and those of weights when there is nothing else to do."""
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "pipeline", "expert"})
-IMPLEMENTED_POLICIES = frozenset(POLICIES) - {"hogwild"}
+IMPLEMENTED_POLICIES = frozenset(POLICIES)
 CHOSEN_AXES = IMPLEMENTED_AXES - {"context"}
 """Those that a plan chooses by itself. Attention of a ring is not one of the fused kernels by which
 plans reckon, so that its speed on GPUs is not known: who wants it says so."""
@@ -438,7 +438,25 @@ def _workers(combination: Combination) -> Iterator[Problem]:
     if combination.policy in OWN_PARAMETERS and combination.exact:
         what = f"holds for replicas that step together, got {combination.policy}"
         yield Problem("train.exact", what, "set it to false, or sync.kind to every-step")
-    if combination.policy == "hogwild" and combination.workers == "processes":
+    copied = " and ".join(axis for axis in combination.cut_axes if axis not in ("shard", "context"))
+    if combination.policy == "server" and copied:
+        what = (
+            f"ranks along {copied} hold copies of some parameters, which pushes that are applied "
+        )
+        hint = f"set {copied} to 1 (shard and context go with it), or sync.kind to every-step"
+        yield Problem("sync.kind", what + "are applied one by one would part", hint)
+    if combination.policy == "server" and combination.elastic:
+        what = "replicas around a server go on without a lost one anyhow"
+        yield Problem("parallel.replicate", what, "give a fixed degree")
+    if combination.policy == "hogwild" and combination.exact:
+        what = "holds for replicas that step together, got hogwild"
+        yield Problem("train.exact", what, "set it to false, or sync.kind to every-step")
+    if combination.policy == "hogwild" and combination.cut_axes:
+        axes = " and ".join(combination.cut_axes)
+        what = f"threads share whole parameters, without locks, got {axes}"
+        yield Problem("sync.kind", what, f"set {axes} to 1, or sync.kind to every-step")
+    apart = combination.workers == "processes" and combination.layout.replicate > 1
+    if combination.policy == "hogwild" and apart:
         what = "hogwild needs workers that share one copy of the parameters, got processes"
         hint = "set launch.workers to threads, or sync.kind to every-step"
         yield Problem("sync.kind", what, hint)

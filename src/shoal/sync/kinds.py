@@ -6,6 +6,7 @@ from shoal.config.sync import SyncSection
 from shoal.sync.diloco import DiLoCo
 from shoal.sync.every_step import EveryStep
 from shoal.sync.gossip import Gossip
+from shoal.sync.hogwild import Hogwild
 from shoal.sync.local_sgd import LocalSGD
 from shoal.sync.policy import Given, Policy
 from shoal.sync.server.policy import Server
@@ -18,6 +19,7 @@ KINDS: dict[str, type[Policy]] = {
     "streaming-diloco": StreamingDiLoCo,
     "gossip": Gossip,
     "server": Server,
+    "hogwild": Hogwild,
 }
 """Every policy under its `sync.kind`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,10 +208,18 @@ class Policy(ABC):
 
     # --- of policies whose replicas are `apart`
 
-    def arrive(self, step: int) -> tuple[int, dict[str, Any]]:
+    def arrive(self, step: int, *, brings: bool) -> tuple[int, dict[str, Any]]:
         """Join the run, which this rank would begin at `step`: the step to begin with, and what the
-        worker before this one remembered."""
+        worker before this one remembered. `brings`: this rank has the state of `step`."""
         return step, {}
+
+    def account(self, step: int, read: Sequence[int]) -> None:
+        """Note the digest of the samples that this replica has read for `step`, from 0."""
+        return
+
+    def accounted(self, *, last: bool) -> list[tuple[int, list[int]]]:
+        """Digests of steps that all replicas have read, not given before; `last`: all the rest."""
+        return []
 
     def gathered(self, *, last: bool) -> AbstractContextManager[None]:
         """Within it this rank has the run's whole state, to evaluate and save. `last`: once all

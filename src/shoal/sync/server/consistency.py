@@ -84,8 +84,8 @@ class Consistency(ABC):
         return self._complete()
 
     def left(self, *, beside: int) -> list[int]:
-        """Live replicas from which something may follow, but for one."""
-        return [r for r, m in self.members.items() if m.alive and not m.done and r != beside]
+        """Replicas from which something may follow, but for one; also those being replaced."""
+        return [r for r, m in self.members.items() if not m.done and r != beside]
 
     def kept_clocks(self) -> dict[int, int]:
         """The clocks as they were before the pushes that are not applied yet."""

@@ -12,6 +12,11 @@ Facts = Annotated[str, msgspec.Meta(max_length=1 << 19)]
 """JSON of a worker, which only workers read."""
 
 
+Read = tuple[int, int, int]
+"""A step, counted from 0, the digest of samples that were read for it, and their number."""
+Reads = Annotated[tuple[Read, ...], msgspec.Meta(max_length=1 << 16)]
+
+
 class _Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag=True):
     """`position`: of the worker inside its replica; each has a part of the parameters."""
 
@@ -35,6 +40,7 @@ class Hello(_Message, frozen=True):
     numel: Count
     """Elements of this server's part."""
     regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=64)]
+    dtype: Annotated[str, msgspec.Meta(pattern="^F(32|64)$")] = "F32"
 
 
 class Fill(_Message, frozen=True):
@@ -46,6 +52,7 @@ class Fill(_Message, frozen=True):
     counts: dict[str, Count] = {}
     """Numbers that the optimizer counts."""
     facts: dict[int, Facts] = {}
+    reads: Reads = ()
 
 
 class Pull(_Message, frozen=True):
@@ -65,6 +72,7 @@ class Push(_Message, frozen=True):
     rate: Annotated[float, msgspec.Meta(ge=0.0)]
     """Factor of the schedule on the server's learning rate."""
     facts: Facts = ""
+    reads: Reads = ()
 
 
 class Collect(_Message, frozen=True):
@@ -74,6 +82,8 @@ class Collect(_Message, frozen=True):
     """
 
     when_done: bool = False
+    written_steps: Count = 0
+    """Steps whose reads need not be kept any more."""
 
 
 class Stop(_Message, frozen=True):
@@ -123,6 +133,7 @@ class State(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag=True):
     version: Count
     counts: dict[str, Count]
     facts: dict[int, Facts]
+    reads: Reads
 
 
 class Ending(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.comm.codec.kinds import encoding
 from shoal.config.optimizers import OptimizerSection
 from shoal.config.server import AsTrained
 from shoal.config.server import Asynchronous as AsynchronousSection
 from shoal.config.server import Bounded as BoundedSection
 from shoal.config.sync import Server as Section
 from shoal.sync.server.consistency import Asynchronous, Bounded, Consistency, Quorum, Update
-from shoal.sync.server.messages import Region
+from shoal.sync.server.messages import Reads, Region
 from shoal.sync.server.optimizers import ServerOptimizer, create
 
 
@@ -27,6 +29,22 @@ class Settings:
     trained: OptimizerSection
     """`train.optimizer`."""
     replicas: int
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be the same for a state on the disk to be gone on with."""
+        section = self.section.model_dump(mode="json", exclude={"replay"})
+        trained = self.trained.model_dump(mode="json")
+        return json.dumps([section, trained, self.replicas], sort_keys=True)
+
+    def decoded(self, sent: Tensor, *, numel: int) -> Tensor:
+        """A push as it arrived -> [numel]. Raises ValueError for one that cannot be."""
+        codec = encoding(self.section.codec)
+        padded = numel if codec is None else codec.part(numel, size=1)
+        wanted = numel if codec is None else codec.num_bytes(padded)
+        if tuple(sent.shape) != (wanted,) or (codec is not None and sent.dtype != torch.uint8):
+            raise ValueError(f"expected a push of {wanted} elements, got {list(sent.shape)}")
+        return sent if codec is None else codec.decode(sent.view(1, -1), numel=padded)[0, :numel]
 
     @property
     def optimizer(self) -> Any:
@@ -62,6 +80,8 @@ class Part:
     lives: dict[int, int] = field(default_factory=dict)
     facts: dict[int, str] = field(default_factory=dict)
     """What the last push of each replica told."""
+    reads: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Step -> digest and number of the samples read for it so far, of all replicas together."""
     stop_after: int | None = None
     """Clock with which all stop; under `asynchronous` only that they do."""
 
@@ -88,6 +108,7 @@ class Part:
         version: int,
         counts: Mapping[str, int],
         facts: Mapping[int, str],
+        reads: Reads = (),
     ) -> None:
         """Begin with the values and optimizer states of `tensors`. Raises ValueError."""
         wanted = [self.values, *self.optimizer.states.values()]
@@ -98,7 +119,8 @@ class Part:
             own.copy_(given)
         self.optimizer.restore(counts)
         self.consistency.begin(clocks, version=version)
-        self.facts = dict(facts)
+        self.facts, self.reads = dict(facts), {}
+        self.account(reads)
         self.filled = True
 
     def join(self, replica: int, *, life: int) -> int:
@@ -126,6 +148,7 @@ class Part:
         version: int,
         rate: float,
         facts: str = "",
+        reads: Reads = (),
     ) -> int:
         """The push of the replica's present clock; its staleness."""
         consistency = self.consistency
@@ -133,8 +156,16 @@ class Part:
         staleness = consistency.staleness(replica, version=version)
         self._waiting[key] = _Pushed(gradient, rate)
         self.facts[replica] = facts
+        self.account(reads)
         self._apply(consistency.push(replica, weight=weight, version=version))
         return staleness
+
+    def account(self, reads: Reads) -> None:
+        """Add up what was read; sums wrap around at 64 bits, as everywhere (data/verify.py)."""
+        for step, digest, count in reads:
+            known, others = self.reads.get(step, (0, 0))
+            total = (known + digest + (1 << 63)) % (1 << 64) - (1 << 63)
+            self.reads[step] = total, others + count
 
     def finish(self, replica: int) -> None:
         """Nothing follows from the replica."""
@@ -200,15 +231,23 @@ class Part:
                 tensors[f"push/{replica}/{clock}"] = pushed.gradient
         tensors |= {f"pulled/{replica}": each for replica, each in self._pulled.items()}
         numbers = {
+            "settings": self.settings.fingerprint,
+            "dtype": str(self.values.dtype).removeprefix("torch."),
             "regions": [[r.start, r.stop, r.weight_decay] for r in self.regions],
             "consistency": self.consistency.state(),
             "counts": self.optimizer.counts(),
             "lives": {str(replica): life for replica, life in self.lives.items()},
             "facts": {str(replica): text for replica, text in self.facts.items()},
+            "reads": self.kept_reads(),
             "waiting": waiting,
             "stop_after": self.stop_after,
         }
         return numbers, tensors
+
+    def kept_reads(self, *, written_steps: int = 0) -> list[list[int]]:
+        """What was read; that of the first steps, which is on the disk, is forgotten."""
+        self.reads = {step: read for step, read in self.reads.items() if step >= written_steps}
+        return [[step, *read] for step, read in sorted(self.reads.items())]
 
     def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Stand where `kept` says."""
@@ -219,6 +258,7 @@ class Part:
         self.consistency.restore(numbers["consistency"])
         self.lives = {int(replica): life for replica, life in numbers["lives"].items()}
         self.facts = {int(replica): text for replica, text in numbers["facts"].items()}
+        self.reads = {step: (digest, count) for step, digest, count in numbers["reads"]}
         self._waiting = {
             (replica, clock): _Pushed(tensors.get(f"push/{replica}/{clock}"), rate)
             for replica, clock, rate in numbers["waiting"]

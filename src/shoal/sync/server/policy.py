@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,14 @@ import msgspec
 import torch
 from torch import Tensor
 
+from shoal.comm.codec.codec import mixed
+from shoal.comm.codec.kinds import encoding
 from shoal.comm.flat import FlatLayout, Span, Vector
 from shoal.comm.keys import Keys
 from shoal.comm.requests import Caller
+from shoal.comm.wire import NAMES
 from shoal.config.optimizers import OptimizerSection
-from shoal.config.server import AsTrained
+from shoal.config.server import AsTrained, Bounded
 from shoal.config.sync import Server as Section
 from shoal.errors import WorkerError
 from shoal.layout import Share
@@ -49,6 +52,7 @@ Answered = tuple[Any, list[Tensor]]
 class Server(Policy):
     """One rank's part in a run around parameter servers."""
 
+    keeps_equal_state = True  # one replica is the whole world of its ranks
     alone = True
     apart = True
 
@@ -82,10 +86,18 @@ class Server(Policy):
         self._clock = 0
         self._versions = [0] * len(self._spans)
         self._base: Tensor | None = None if self._pushes_gradients else given.values.clone()
+        self._codec, self._seed = encoding(section.codec), given.seed
+        self._error = torch.zeros_like(given.values) if section.codec.error_feedback else None
+        """What codecs have left out so far; of this worker, and gone with it."""
         self._flat: Tensor | None = None
         self._weight = 0.0
         self._staleness = 0
         self._stop_after = -1
+        self._read: list[messages.Read] = []
+        """Of the steps since the last push."""
+        self._reads: list[list[int]] = []
+        """Of all replicas, as collected; and how many steps of it are written."""
+        self._written_steps = 0
         self._kept: dict[str, Any] = {}
         """Clocks, versions and counts, of the checkpoint to begin with or of the last save."""
 
@@ -101,6 +113,27 @@ class Server(Policy):
         flat = sum_of(gradients.nodes) if gradients.nodes else gradients.flat
         self._flat = flat
         return Reduced(Span(0, flat.numel()), flat)
+
+    def account(self, step: int, read: Sequence[int]) -> None:
+        digest, count = read
+        self._read.append((step, digest, count))
+
+    def accounted(self, *, last: bool) -> list[tuple[int, list[int]]]:
+        found = []
+        for step, digest, count in self._reads:
+            if step < self._written_steps:
+                continue
+            if not last and not self._is_final(step, count=count):
+                break
+            found.append((step, [digest, count]))
+            self._written_steps = step + 1
+        return found
+
+    def _is_final(self, step: int, *, count: int) -> bool:
+        """Whether nobody will read anything more of a step: all have, or its update was made."""
+        bounded = isinstance(self._section.consistency, Bounded)
+        made = bounded and step < self._every * min(self._kept["versions"])
+        return count == self.division.global_batch_samples or made
 
     def after_step(self, step: int, *, targets: int) -> None:
         self._weight += targets
@@ -140,7 +173,7 @@ class Server(Policy):
 
     # --- joining, saving, ending
 
-    def arrive(self, step: int) -> tuple[int, dict[str, Any]]:
+    def arrive(self, step: int, *, brings: bool) -> tuple[int, dict[str, Any]]:
         """Say hello to all servers, bring the first state if this is the first replica, and pull.
 
         Raises ChannelError when a server cannot be reached, WorkerError when it refuses.
@@ -148,11 +181,19 @@ class Server(Policy):
         self._life = secrets.randbits(40)
         self._connect()
         hellos = [
-            messages.Hello(**self._me, numel=len(span), regions=regions)
+            messages.Hello(
+                **self._me,
+                numel=len(span),
+                regions=regions,
+                dtype=NAMES[self._values.dtype],
+            )
             for span, regions in zip(self._spans, self._regions)
         ]
         welcomes = [answer for answer, _ in self._ask_all(hellos)]
-        if not all(welcome.filled for welcome in welcomes) and self._place.replica == 0:
+        empty = not all(welcome.filled for welcome in welcomes)
+        if empty and not brings:
+            raise WorkerError("joined a run whose servers have no state any more")
+        if empty and self._place.replica == 0:
             if not self._kept:
                 self.begin(step)
             welcomes = [answer for answer, _ in self._fill()]
@@ -160,6 +201,7 @@ class Server(Policy):
         if not all(welcome.filled for welcome in welcomes):  # filled by now: with which clocks?
             welcomes = [answer for answer, _ in self._ask_all(hellos)]
         self._clock = min(welcome.clock for welcome in welcomes)
+        self._read, self._written_steps = [], 0
         facts = next((w.facts for w in welcomes if w.clock == self._clock and w.facts), "{}")
         self._weight = 0.0
         return min(self._clock * self._every, self._steps), json.loads(facts)
@@ -167,7 +209,10 @@ class Server(Policy):
     @contextmanager
     def gathered(self, *, last: bool) -> Iterator[None]:
         own = self._values.clone()
-        requests = [messages.Collect(**self._me, when_done=last) for _ in self._spans]
+        written = self._written_steps
+        requests = [
+            messages.Collect(**self._me, when_done=last, written_steps=written) for _ in self._spans
+        ]
         answers = self._ask_all(requests)
         for span, (_, (values, *states)) in zip(self._spans, answers):
             part = slice(span.start, span.stop)
@@ -175,7 +220,9 @@ class Server(Policy):
             for state, given in zip(self._states, states, strict=True):
                 state[part].copy_(given)
         state = answers[0][0]
+        self._reads = [list(read) for read in state.reads]
         self._kept = {
+            "reads": self._reads,
             "clocks": {str(replica): clock for replica, clock in state.clocks.items()},
             "versions": [answer.version for answer, _ in answers],
             "counts": state.counts,
@@ -226,7 +273,12 @@ class Server(Policy):
             versions = kept["versions"] or [max(clocks.values())] * len(self._spans)
             version = versions[number] if number < len(versions) else versions[0]
             fill = messages.Fill(
-                **self._me, clocks=clocks, version=version, counts=kept["counts"], facts={}
+                **self._me,
+                clocks=clocks,
+                version=version,
+                counts=kept["counts"],
+                facts={},
+                reads=tuple((s, d, c) for s, d, c in kept.get("reads", ())) if not number else (),
             )
             requests.append(fill)
             part = slice(span.start, span.stop)
@@ -236,9 +288,10 @@ class Server(Policy):
     def _push(self, step: int) -> None:
         change = self._change()
         clock = self._clock_of(step + 1) - 1
-        finite = change is not None and bool(torch.isfinite(change).all())
+        finite = self._all_finite(change)
         weight = self._weight if finite else 0.0
-        requests, tensors = [], []
+        requests: list[Any] = []
+        tensors: list[list[Tensor]] = []
         for span, version in zip(self._spans, self._versions):
             requests.append(
                 messages.Push(
@@ -248,13 +301,35 @@ class Server(Policy):
                     weight=weight,
                     rate=self._place.rate(step) if self._pushes_gradients else 1.0,
                     facts=self._facts_of_run(),
+                    reads=tuple(self._read) if not tensors and self._place.position == 0 else (),
                 )
             )
-            is_sent = change is not None and weight > 0
-            tensors.append([change[span.start : span.stop]] if is_sent else [])  # type: ignore[index]
+            tensors.append([])
+            if change is not None and weight > 0:
+                tensors[-1].append(self._encoded(change, span, key=clock))
         answers = self._counted("push", requests, tensors)
         self._staleness = max(answer.staleness for answer, _ in answers)
-        self._clock, self._weight = clock + 1, 0.0
+        self._clock, self._weight, self._read = clock + 1, 0.0, []
+
+    def _encoded(self, change: Tensor, span: Span, *, key: int) -> Tensor:
+        """What is sent of a part of the change; what a codec leaves out is sent the next time."""
+        part = change[span.start : span.stop]
+        if self._codec is None:
+            return part
+        own = None if self._error is None else self._error[span.start : span.stop]
+        padded = part.new_zeros(1, self._codec.part(len(span), size=1), dtype=torch.float32)
+        padded[0, : len(span)] = part if own is None else part + own
+        wire = self._codec.encode(padded, key=mixed(self._seed, key, self._place.replica))
+        if own is not None:
+            sent = self._codec.decode(wire, numel=padded.shape[1])
+            own.copy_((padded - sent)[0, : len(span)])
+        return wire.view(-1)
+
+    def _all_finite(self, change: Tensor | None) -> bool:
+        """Whether the change is finite on every rank of this replica: they push it or leave it."""
+        wrong = torch.tensor([float(change is None or not bool(torch.isfinite(change).all()))])
+        self.together.sum_(wrong)
+        return not wrong.item()
 
     def _change(self) -> Tensor | None:
         """What is pushed: the gradient of the step, or the way from the base, backwards."""

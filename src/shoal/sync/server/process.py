@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shoal.comm.keys import Keys
 from shoal.comm.requests import Listener, Received, write_address
+from shoal.comm.wire import DTYPES
 from shoal.config.recipe import Recipe
 from shoal.config.sync import Server as Section
 from shoal.errors import ShoalError
@@ -62,6 +63,9 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             script = None if section.replay is None else Script.of(section.replay, server=number)
             server = Server(settings, listener, journal=journal, record=record, script=script)
             server.recover()
+            if payload["begins"]:
+                for part in server.parts.values():
+                    part.stop_after = None  # whoever was asked to stop then is gone
             os.set_blocking(descriptor, False)
             orders = Orders(descriptor, server)
             listener.register(descriptor)
@@ -144,9 +148,12 @@ class Server:
             self.parts = self.journal.recover(self._make)
 
     def _make(self, numbers: Any) -> Part:
+        if numbers["settings"] != self.settings.fingerprint:
+            raise ValueError("the state of another run, or of this one with other settings")
         regions = tuple(messages.Region(*each) for each in numbers["regions"])
         numel = max((region.stop for region in regions), default=0)
-        return Part(self.settings, regions, torch.zeros(numel))
+        values = torch.zeros(numel, dtype=getattr(torch, numbers["dtype"]))
+        return Part(self.settings, regions, values)
 
     def turn(self) -> None:
         """Everything that has come, or comes within a moment."""
@@ -219,7 +226,7 @@ class Server:
     def _hello(self, received: Received, request: messages.Hello) -> str | None:
         part = self.parts.get(request.position)
         if part is None:
-            values = torch.zeros(request.numel)
+            values = torch.zeros(request.numel, dtype=DTYPES[request.dtype])
             part = self.parts[request.position] = Part(self.settings, request.regions, values)
         if part.regions != request.regions or part.values.numel() != request.numel:
             raise ValueError(
@@ -246,6 +253,7 @@ class Server:
                 version=request.version,
                 counts=request.counts,
                 facts=request.facts,
+                reads=request.reads,
             )
             if self.journal is not None:
                 self.journal.snapshot(self.parts)
@@ -276,11 +284,12 @@ class Server:
             return None
         if request.clock > member.clock:
             raise ValueError(f"expected the push of clock {member.clock}, got {request.clock}")
-        gradient = received.tensors[0] if received.tensors else None
-        if gradient is not None and gradient.shape != part.values.shape:
-            raise ValueError(f"expected {part.values.numel()} elements, got {gradient.shape}")
-        if (gradient is not None) != (request.weight > 0):
+        if bool(received.tensors) != (request.weight > 0):
             raise ValueError("a gradient goes with a weight, and only with one")
+        gradient: Tensor | None = None
+        if received.tensors:
+            numel = part.values.numel()
+            gradient = self.settings.decoded(received.tensors[0], numel=numel)
         event = {"event": "push", "position": request.position, "replica": request.replica}
         if self._not_its_turn(event):
             return "its turn in the record"
@@ -289,6 +298,7 @@ class Server:
             "version": request.version,
             "rate": request.rate,
             "facts": request.facts,
+            "reads": request.reads,
         }
         self._note({**event, **more}, gradient)
         staleness = part.push(request.replica, gradient, **more)
@@ -301,11 +311,17 @@ class Server:
         if request.when_done and (left or consistency.pending):
             clocks = [f"replica {r} (after {consistency.members[r].clock} pushes)" for r in left]
             return f"the last pushes of {', '.join(clocks) or 'a round'}"
+        event = {"event": "collect", "position": request.position, "replica": request.replica}
+        if self._not_its_turn(event):
+            return "its turn in the record"
+        if self.record is not None:
+            self.record.note(event)
         state = messages.State(
             consistency.kept_clocks(),
             consistency.version,
             part.optimizer.counts(),
             {replica: facts for replica, facts in part.facts.items() if facts},
+            tuple((s, d, c) for s, d, c in part.kept_reads(written_steps=request.written_steps)),
         )
         self._answer(received, state, [part.values, *part.optimizer.states.values()])
         return None

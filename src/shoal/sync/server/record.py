@@ -60,8 +60,8 @@ class Script:
         joins = [(e["position"], e["replica"]) for e in events if e["event"] == "join"]
         if len(joins) != len(set(joins)):
             raise RunError(
-                f"{path}: cannot be replayed: a worker was replaced, and what it had computed is "
-                "not known; replay a run without losses"
+                f"{path}: cannot be replayed: the run was resumed, or a worker was replaced, and "
+                "what it had computed is not known; replay a run that went through"
             )
         return cls([e for e in events if e["event"] not in ("leave", "stop")])
 

@@ -14,7 +14,7 @@ from shoal.errors import UserError
 from shoal.serve.blocks import Blocks
 from shoal.serve.cache import Span
 from shoal.serve.request import Event, Finish, Request, Scored
-from shoal.serve.runner import Runner
+from shoal.serve.runner import Runner, log_probabilities
 from shoal.serve.sampler import choose, top_of
 from shoal.serve.scheduler import Chunk, Limits, Plan, View, blocks_for, plan_step
 from shoal.serve.speculate import proposals_for
@@ -291,7 +291,7 @@ class Engine:
         request, sampling = sequence.request, sequence.request.sampling
         scores: list[Scored] = []
         wants = max(sampling.logprobs, sampling.prompt_logprobs) >= 0
-        logprobs = torch.log_softmax(logits, dim=-1).numpy() if wants else logits.numpy()
+        logprobs = log_probabilities(logits).numpy() if wants else logits.numpy()
         at = 0
         if sampling.prompt_logprobs >= 0:
             while at < len(logits) and sequence.scored_prompt < len(request.prompt):

@@ -33,8 +33,8 @@ _MULTIPLES = (1, 2, 4, 8, 16, 32)
 _HINT = 16
 """Rows that oneDNN is told to expect: with 1 it packs for another kernel."""
 _LANES = 32
-"""Floats that torch's vectorised loops take at once; what is left of a row is computed by other
-code, whose exp and tanh differ in the last bit."""
+"""Floats that torch's vectorised loops take at once; what is left over is computed by other code,
+whose silu, sigmoid, gelu (tanh) and softplus differ in the last bit (seen with torch 2.13)."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,8 @@ def _widths(model: nn.Module) -> set[int]:
     for module, weight, _ in _linears(model):
         if module is not head:
             found |= {weight.shape[0], weight.shape[1]}
+    for weight in _others(model):
+        found |= {weight.shape[0], weight.shape[1]}
     for module in model.modules():
         found |= {each.shape[0] for each in module.parameters(recurse=False) if each.dim() == 1}
         frequencies = module._buffers.get("inv_freq")

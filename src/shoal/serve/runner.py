@@ -105,6 +105,17 @@ class Runner:
         return made.float()
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Natural logarithms of probabilities from logits float32 [N, V], to the bit as the loss has.
+
+    log sum exp(x) = max x - log p(max), as in tasks/losses.py: the largest cannot underflow.
+    """
+    highest, best = logits.max(dim=-1)
+    probabilities = functional.softmax(logits, dim=-1, dtype=torch.float32)
+    normaliser = highest - probabilities.gather(-1, best[:, None])[:, 0].log()
+    return logits - normaliser[:, None]
+
+
 def load(folder: Path, *, precision: str = "float32") -> nn.Module:
     """The causal model of a folder with shoal's attention. Raises ModelError."""
     model: nn.Module = read_model(folder, auto_class="AutoModelForCausalLM", kernel="shoal")

@@ -32,7 +32,7 @@ def parity(
 ) -> None:
     """Prove that training in a layout equals training with one worker; exit status 1 if not.
 
-    The tolerance is derived for the model; the figures go to a certificate with --out. With --serve:
+    The tolerance is derived for the model; the figures go to a certificate with --out. --serve:
     that answers have the same bits alone and in any company, and that training agrees with them.
     """
     if serve:

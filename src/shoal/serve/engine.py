@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from shoal.errors import UserError
 from shoal.serve.blocks import Blocks
 from shoal.serve.cache import Span
+from shoal.serve.grammar import Following, Grammars
 from shoal.serve.request import Event, Finish, Request, Scored
 from shoal.serve.runner import Runner, log_probabilities
 from shoal.serve.sampler import choose, top_of
@@ -32,6 +33,7 @@ class _Sequence:
     """Tokens of the prompt whose score was told, or which have none."""
     cached_tokens: int = 0
     guesses: list[int] = field(default_factory=list)
+    grammar: Following | None = None
     guessed: int = 0
     taken: int = 0
     """Guessed tokens so far, and those of them that were right."""
@@ -67,14 +69,20 @@ class Engine:
         max_running: int = 64,
         share_prefixes: bool = True,
         most_guesses: int = 0,
+        grammars: Callable[[], Grammars] | None = None,
     ) -> None:
-        """`step_tokens`: rows of one forward; `most_guesses`: tokens guessed at once, 0: none."""
+        """`step_tokens`: rows of one forward; `most_guesses`: tokens guessed at once, 0: none.
+
+        `grammars`: makes what compiles schemas, when the first is asked for.
+        """
         size = runner.cache.block_tokens
         self.runner, self._share, self._most_guesses = runner, share_prefixes, most_guesses
         self.blocks = Blocks(num_blocks=runner.cache.num_blocks, block_tokens=size)
         self._limits = Limits(
             step_tokens, size, self.blocks.num_blocks, min(max_running, step_tokens)
         )
+        self._make_grammars = grammars
+        self._grammars: Grammars | None = None
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}
         self._by_id: dict[str, _Sequence] = {}
@@ -100,6 +108,16 @@ class Engine:
         held = self.blocks.num_blocks * self.blocks.block_tokens
         return min(self.runner.sizes.context, held)
 
+    def _following(self, request: Request) -> Following | None:
+        """The grammar of a request that has a schema. Raises UserError."""
+        if request.sampling.schema is None:
+            return None
+        if self._grammars is None:
+            if self._make_grammars is None:
+                raise UserError("no tokenizer is known here, so no schema can be followed")
+            self._grammars = self._make_grammars()
+        return self._grammars.follow(request.sampling.schema, so_far=request.so_far)
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises UserError for one that can never be served."""
         sampling, length = request.sampling, len(request.prompt)
@@ -118,6 +136,7 @@ class Engine:
         if request.id in self._by_id:
             raise UserError(f"request {request.id!r} is being served already")
         sequence = _Sequence(self._next, request, [*request.prompt, *request.so_far])
+        sequence.grammar = self._following(request)
         self._next += 1
         self._by_id[request.id] = sequence
         self._waiting.append(sequence)
@@ -335,7 +354,10 @@ class Engine:
                 position=len(sequence.tokens),
                 prompt=request.prompt,
                 made=sequence.tokens[len(request.prompt) :],
+                allowed=None if sequence.grammar is None else sequence.grammar.allowed(),
             )
+            if sequence.grammar is not None:
+                sequence.grammar.accept(token)
             sequence.tokens.append(token)
             made.append(_scored(logprobs[number], token, sampling.logprobs))
             finish = self._ended(sequence, token)
@@ -355,6 +377,8 @@ class Engine:
     def _ended(sequence: _Sequence, token: int) -> Finish | None:
         sampling = sequence.request.sampling
         if token in sampling.stop_tokens and not sampling.ignore_end:
+            return "stop"
+        if sequence.grammar is not None and sequence.grammar.ended:
             return "stop"
         return "length" if sequence.made >= sampling.max_tokens else None
 

@@ -139,6 +139,7 @@ class Fleet:
             "max_running": chosen.max_running,
             "share_prefixes": chosen.share_prefixes,
             "guesses": chosen.guesses,
+            "adapters": dict(chosen.adapters),
         }
         failures = self._workers[index].failures if index in self._workers else 0
         worker = self.pool.start("shoal.serve.replica:run", payload)

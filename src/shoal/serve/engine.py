@@ -133,6 +133,8 @@ class Engine:
         wrong = [t for t in (*request.prompt, *sampling.logit_bias) if not 0 <= t < vocabulary]
         if wrong:
             raise UserError(f"token {wrong[0]} is not one of the model's {vocabulary}")
+        if request.adapter is not None and request.adapter not in self.runner.adapters.names:
+            raise UserError(f"there is no adapter {request.adapter!r} here")
         if request.id in self._by_id:
             raise UserError(f"request {request.id!r} is being served already")
         sequence = _Sequence(self._next, request, [*request.prompt, *request.so_far])
@@ -245,7 +247,8 @@ class Engine:
             columns = self._columns(sequence, chunk)
             rows.append(range(len(wanted), len(wanted) + len(columns)))
             wanted += [first + at for at in columns]
-        hidden = self.runner.hidden(tokens, spans, wanted)
+        names = [self._running[chunk.key].request.adapter for chunk in chunks]
+        hidden = self.runner.hidden(tokens, spans, wanted, adapters=names)
         scored = [
             number
             for chunk, own in zip(chunks, rows)

@@ -78,7 +78,14 @@ def _engine(payload: dict[str, Any]) -> Any:
     torch.set_num_threads(payload["threads"])
     model = load(Path(payload["folder"]), precision=payload["precision"])
     size = payload["block_tokens"]
-    runner = Runner(model, num_blocks=2, block_tokens=size, exact=payload["exact"], release=True)
+    runner = Runner(
+        model,
+        num_blocks=2,
+        block_tokens=size,
+        exact=payload["exact"],
+        release=True,
+        adapters=payload["adapters"],
+    )
     runner.cache = Cache(_num_blocks(runner.sizes, payload["cache_bytes"], size), size)
     folder = Path(payload["folder"])
 

@@ -86,8 +86,10 @@ class Product(nn.Module):
         flat = rows.reshape(-1, rows.shape[-1])
         if not len(flat):  # an expert that nobody chose
             return flat.new_empty(*rows.shape[:-1], self._outputs)
-        parts = [self._piece(part) for part in flat.split(MOST_ROWS)]
-        made = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(flat) <= MOST_ROWS:
+            made = self._piece(flat)
+        else:
+            made = torch.cat([self._piece(part) for part in flat.split(MOST_ROWS)])
         return made.view(*rows.shape[:-1], made.shape[-1])
 
     def _piece(self, rows: Tensor) -> Tensor:

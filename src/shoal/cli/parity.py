@@ -25,11 +25,18 @@ def parity(
         str | None, typer.Option(metavar="MISTAKE", help="Make a mistake, to see it caught.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="RECIPE is a model folder: prove that it is served so.")
+    ] = False,
+    requests: Annotated[int, typer.Option(min=2, help="With --serve: how many.")] = 50,
 ) -> None:
     """Prove that training in a layout equals training with one worker; exit status 1 if not.
 
-    The tolerance is derived for the model; the figures go to a certificate with --out.
+    The tolerance is derived for the model; the figures go to a certificate with --out. --serve:
+    that answers have the same bits alone and in any company, and that training agrees with them.
     """
+    if serve:
+        _served(Path(recipe), overrides or [], requests=requests, as_json=as_json)
     from shoal.errors import RunError
     from shoal.prove.parity import prove
 
@@ -45,5 +52,25 @@ def parity(
             mistake=plant,
             say=tell,
         )
+    say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    raise typer.Exit(0 if found.proven else 1)
+
+
+def _served(model: Path, overrides: list[str], *, requests: int, as_json: bool) -> None:
+    """The certificate of serving; ends the command."""
+    from shoal.config.serve import serve_settings
+
+    settings = serve_settings(overrides)
+    tell("importing torch and transformers")
+    from shoal.serve.certificate import certify_folder
+
+    found = certify_folder(
+        model,
+        precision=settings.precision,
+        threads=None if settings.threads == "auto" else settings.threads,
+        block_tokens=settings.block_tokens,
+        num_requests=requests,
+        say=tell,
+    )
     say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
     raise typer.Exit(0 if found.proven else 1)

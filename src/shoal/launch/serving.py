@@ -139,6 +139,7 @@ class Fleet:
             "max_running": chosen.max_running,
             "share_prefixes": chosen.share_prefixes,
             "guesses": chosen.guesses,
+            "adapters": dict(chosen.adapters),
         }
         failures = self._workers[index].failures if index in self._workers else 0
         worker = self.pool.start("shoal.serve.replica:run", payload)
@@ -251,12 +252,15 @@ def serve_forever(
     replica that cannot start says.
     """
     folder, _, make = open_service(model, settings=settings)
-    listening = _listen(settings)
     import uvicorn
 
     count = 1 if settings.replicate == "auto" else settings.replicate
     threads = max(1, usable_cores() // count) if settings.threads == "auto" else settings.threads
-    with WorkerPool(threads) as pool, Fleet(folder, settings, pool, say=say) as fleet:
+    with (
+        _listen(settings) as listening,
+        WorkerPool(threads) as pool,
+        Fleet(folder, settings, pool, say=say) as fleet,
+    ):
         phase(f"reading {folder}")
         fleet.wait_ready()
         phase(str(fleet.facts["products"]))
@@ -264,8 +268,10 @@ def serve_forever(
         host, port = listening.getsockname()[:2]
         say(f"serving {folder} at http://{host}:{port}/v1 with {fleet.num_replicas} replica(s)")
         chosen = uvicorn.Config(make(fleet), log_level="warning", access_log=False)
-        server = uvicorn.Server(chosen)
-        server.run(sockets=[listening])
+        # uvicorn answers a signal by ending in order, and then raises it again: not to us
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        uvicorn.Server(chosen).run(sockets=[listening])
 
 
 def _listen(settings: ServeSection) -> socket.socket:

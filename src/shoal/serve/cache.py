@@ -10,8 +10,9 @@ the tokens of an entry), D head size of keys, V of values, T tokens of the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,9 @@ class Span:
     """Of the whole sequence so far, this step's tokens too."""
 
 
+Hides = Callable[..., Tensor]
+
+
 @dataclass
 class Entries:
     """Entries that are attended in one call: their columns of the step, positions and blocks."""
@@ -49,6 +53,20 @@ class Entries:
     """int64 [E, N]."""
     tables: Tensor
     """int64 [E, B]."""
+    hidden: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    """By window and heads of a group: what a row may not see, bool [E, B, 1, R, S]."""
+
+    def may_not_see(self, window: int | None, *, share: int, size: int, rows: int) -> Tensor:
+        """Computed once in a step, for all layers. `rows`: of each entry, padding too."""
+        found = self.hidden.get((window, share))
+        if found is None:
+            at = self.positions.repeat_interleave(share, dim=1)
+            at = functional.pad(at, (0, rows - at.shape[1]))[:, None, None, :, None]
+            blocks = self.tables.shape[1]
+            ahead = torch.arange(blocks * size).view(1, blocks, 1, 1, size) - at
+            found = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+            self.hidden[window, share] = found
+        return found
 
 
 @dataclass
@@ -161,12 +179,13 @@ class Paged:
                 by_token[each.columns],
                 keys=keys[each.tables],
                 values=values[each.tables],
-                positions=each.positions,
-                window=mask,
+                hides=partial(each.may_not_see, mask),
                 scale=scale,
                 softcap=softcap,
                 least=self._least,
             )
+            if len(self._entries) == 1:  # all of them, in order
+                return found.flatten(0, 1)[None]
             output[each.columns] = found
         return output[None]
 
@@ -176,15 +195,14 @@ def attend_blocks(
     *,
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
-    window: int | None,
+    hides: Hides,
     scale: float,
     softcap: float | None,
     least: int,
 ) -> Tensor:
     """query [E, N, K, G, D], keys [E, B, K, D, S], values [E, B, K, S, V] -> [E, N, K x G, V].
 
-    `positions` [E, N]: of the queries; the first key of block b stands at b x S. Softmax over
+    `hides`: see `Entries.may_not_see`; the first key of block b stands at b x S. Softmax over
     blocks with the exact maximum of all (Flash-decoding's sums, arXiv 2307.08691, in a fixed tree).
     """
     entries, tokens, heads, share, _ = query.shape
@@ -200,11 +218,7 @@ def attend_blocks(
     scores = scores.float() if scores.dtype == torch.bfloat16 else scores
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    at = functional.pad(positions.repeat_interleave(share, dim=1), (0, missing))
-    key_at = torch.arange(blocks * size).view(1, blocks, 1, 1, size)
-    ahead = key_at - at[:, None, None, :, None]
-    hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
-    scores = scores.masked_fill(hidden, -torch.inf)
+    scores = scores.masked_fill(hides(share=share, size=size, rows=rows + missing), -torch.inf)
     highest = scores.amax(dim=(1, 4), keepdim=True).detach()
     weights = torch.exp(scores - highest)
     total = _tree(weights.sum(dim=-1))
@@ -294,12 +308,13 @@ class Rows:
             each.unflatten(2, (blocks, self._size)).transpose(1, 2) for each in (keys, values)
         ]
         by_token = query.transpose(1, 2).unflatten(2, (groups, -1))
+        places = torch.arange(length).expand(rows, -1)
+        entries = Entries(places, places, places.new_zeros(rows, blocks))
         return attend_blocks(
             by_token,
             keys=in_blocks[0].transpose(-1, -2).contiguous(),
             values=in_blocks[1].contiguous(),
-            positions=torch.arange(length).expand(rows, -1),
-            window=mask,
+            hides=partial(entries.may_not_see, mask),
             scale=scale,
             softcap=softcap,
             least=self._least,

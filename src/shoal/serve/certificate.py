@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from shoal.serve.cache import Cache
+import torch
+
+from shoal.environment import usable_cores
+from shoal.models.anatomy import head_parameters, hidden_of, logits_of
+from shoal.serve.cache import Cache, Rows
 from shoal.serve.engine import Engine
+from shoal.serve.reading import model_directory
 from shoal.serve.request import Request, Sampling, Scored
-from shoal.serve.runner import Runner
+from shoal.serve.runner import Runner, load
 from shoal.serve.scheduler import blocks_for
+from shoal.tasks.losses import TokenCrossEntropy
+from shoal.tasks.task import Output
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Condition:
     """So few blocks that requests are preempted."""
     twice: bool = False
     """Everything was served before, so prefixes are found."""
+    one_thread: bool = False
+    """Where the others have several."""
 
 
 CONDITIONS = (
@@ -34,6 +44,7 @@ CONDITIONS = (
     Condition("prefixes found", twice=True),
     Condition("preempted", tight=True),
     Condition("guesses", most_guesses=4),
+    Condition("one thread", one_thread=True),
 )
 
 
@@ -52,17 +63,29 @@ class Found:
 
 
 @dataclass
+class Training:
+    """Log-probabilities of served tokens beside minus the training's loss of each."""
+
+    tokens: int
+    different: int
+    """Of which a bit differs."""
+    largest: float
+
+
+@dataclass
 class Certificate:
     """All conditions of one model on one machine."""
 
     model: str
     products: str
     found: list[Found] = field(default_factory=list)
+    training: Training | None = None
 
     @property
     def proven(self) -> bool:
         """Whether no bit differed."""
-        return all(each.different == 0 for each in self.found)
+        agrees = self.training is None or self.training.different == 0
+        return agrees and all(each.different == 0 for each in self.found)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "proven": self.proven}
@@ -75,8 +98,35 @@ class Certificate:
                 f"({each.steps} steps, {each.preemptions} preemptions, {each.cached_tokens} tokens "
                 f"found, {each.taken_tokens} guesses right)"
             )
+        if self.training is not None:
+            one = self.training
+            lines.append(
+                f"  training's loss of the same tokens: {one.different} of {one.tokens} differ "
+                f"(at most by {one.largest:.1e})"
+            )
         verdict = "proven: the same bits alone and in company" if self.proven else "NOT proven"
         return "\n".join([*lines, verdict])
+
+
+def certify_folder(
+    path: Path,
+    *,
+    precision: str,
+    threads: int | None,
+    block_tokens: int,
+    num_requests: int,
+    say: Callable[[str], None],
+) -> Certificate:
+    """`certify` of a model folder, with `threads` (None: all cores). Raises what reading raises."""
+    folder = model_directory(path)
+    torch.set_num_threads(threads or usable_cores())
+    say(f"reading {folder}")
+    model = load(folder, precision=precision)
+    runner = Runner(model, num_blocks=2, block_tokens=block_tokens)
+    most = 4 * num_requests * blocks_for(min(runner.sizes.context, 256), block_tokens)
+    runner.cache = Cache(min(most, 512), block_tokens)
+    say(f"serving {num_requests} requests alone, then in company")
+    return certify(runner, name=str(folder), num_requests=num_requests)
 
 
 def certify(
@@ -101,7 +151,42 @@ def certify(
     result = Certificate(name, str(runner.report))
     for condition in conditions:
         result.found.append(_judged(runner, requests, alone, condition))
+    result.training = against_training(runner, requests, alone)
     return result
+
+
+@torch.no_grad()
+def against_training(
+    runner: Runner, requests: Sequence[Request], served: dict[str, tuple[Scored, ...]]
+) -> Training:
+    """The loss that training has of what was served, by its own forward of whole rows.
+
+    The forward and the loss are training's (models/anatomy.py, tasks/losses.py); its products and
+    the sums of its attention are the exact ones.
+    """
+    model = runner.model
+    kernel = Rows(block_tokens=runner.cache.block_tokens, least=runner.least)
+    loss = TokenCrossEntropy(logits_of(model), head_parameters(model))
+    tokens = different = 0
+    largest = 0.0
+    for request in requests:
+        made = [each.token for each in served[request.id]]
+        row = [*request.prompt, *made]
+        length = len(row) + -len(row) % runner.multiple
+        ids = torch.zeros(1, length, dtype=torch.long)
+        ids[0, : len(row)] = torch.tensor(row)
+        labels = torch.full((1, length), -100)
+        first = len(request.prompt) - 1
+        labels[0, first : len(row) - 1] = torch.tensor(made)
+        batch = {"input_ids": ids, "position_ids": torch.arange(length)[None]}
+        hidden = hidden_of(model, batch, kernel=kernel)
+        scores = loss.each(Output(hidden, {"labels": labels}, loss))
+        found = -scores.losses[0, first : len(row) - 1]
+        wanted = torch.tensor([each.logprob for each in served[request.id]], dtype=found.dtype)
+        tokens += len(made)
+        different += int((found != wanted).sum())
+        largest = max(largest, float((found - wanted).abs().max()))
+    return Training(tokens, different, largest)
 
 
 def _judged(
@@ -110,7 +195,7 @@ def _judged(
     alone: dict[str, tuple[Scored, ...]],
     condition: Condition,
 ) -> Found:
-    whole = runner.cache
+    whole, threads = runner.cache, torch.get_num_threads()
     if condition.tight:
         size = whole.block_tokens
         most = max(len(each.prompt) + each.sampling.max_tokens for each in requests)
@@ -122,11 +207,14 @@ def _judged(
             share_prefixes=condition.share_prefixes,
             most_guesses=condition.most_guesses,
         )
+        if condition.one_thread:
+            torch.set_num_threads(1)
         if condition.twice:
             answers(engine, requests)
         found = answers(engine, requests)
     finally:
         runner.cache = whole
+        torch.set_num_threads(threads)
     counters = engine.counters
     return Found(
         condition.name,

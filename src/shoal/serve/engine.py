@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from shoal.errors import UserError
 from shoal.serve.blocks import Blocks
 from shoal.serve.cache import Span
+from shoal.serve.grammar import Following, Grammars
 from shoal.serve.request import Event, Finish, Request, Scored
-from shoal.serve.runner import Runner
+from shoal.serve.runner import Runner, log_probabilities
 from shoal.serve.sampler import choose, top_of
 from shoal.serve.scheduler import Chunk, Limits, Plan, View, blocks_for, plan_step
 from shoal.serve.speculate import proposals_for
@@ -33,6 +33,7 @@ class _Sequence:
     """Tokens of the prompt whose score was told, or which have none."""
     cached_tokens: int = 0
     guesses: list[int] = field(default_factory=list)
+    grammar: Following | None = None
     guessed: int = 0
     taken: int = 0
     """Guessed tokens so far, and those of them that were right."""
@@ -68,14 +69,20 @@ class Engine:
         max_running: int = 64,
         share_prefixes: bool = True,
         most_guesses: int = 0,
+        grammars: Callable[[], Grammars] | None = None,
     ) -> None:
-        """`step_tokens`: rows of one forward; `most_guesses`: tokens guessed at once, 0: none."""
+        """`step_tokens`: rows of one forward; `most_guesses`: tokens guessed at once, 0: none.
+
+        `grammars`: makes what compiles schemas, when the first is asked for.
+        """
         size = runner.cache.block_tokens
         self.runner, self._share, self._most_guesses = runner, share_prefixes, most_guesses
         self.blocks = Blocks(num_blocks=runner.cache.num_blocks, block_tokens=size)
         self._limits = Limits(
             step_tokens, size, self.blocks.num_blocks, min(max_running, step_tokens)
         )
+        self._make_grammars = grammars
+        self._grammars: Grammars | None = None
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}
         self._by_id: dict[str, _Sequence] = {}
@@ -101,6 +108,16 @@ class Engine:
         held = self.blocks.num_blocks * self.blocks.block_tokens
         return min(self.runner.sizes.context, held)
 
+    def _following(self, request: Request) -> Following | None:
+        """The grammar of a request that has a schema. Raises UserError."""
+        if request.sampling.schema is None:
+            return None
+        if self._grammars is None:
+            if self._make_grammars is None:
+                raise UserError("no tokenizer is known here, so no schema can be followed")
+            self._grammars = self._make_grammars()
+        return self._grammars.follow(request.sampling.schema, so_far=request.so_far)
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises UserError for one that can never be served."""
         sampling, length = request.sampling, len(request.prompt)
@@ -116,9 +133,12 @@ class Engine:
         wrong = [t for t in (*request.prompt, *sampling.logit_bias) if not 0 <= t < vocabulary]
         if wrong:
             raise UserError(f"token {wrong[0]} is not one of the model's {vocabulary}")
+        if request.adapter is not None and request.adapter not in self.runner.adapters.names:
+            raise UserError(f"there is no adapter {request.adapter!r} here")
         if request.id in self._by_id:
             raise UserError(f"request {request.id!r} is being served already")
         sequence = _Sequence(self._next, request, [*request.prompt, *request.so_far])
+        sequence.grammar = self._following(request)
         self._next += 1
         self._by_id[request.id] = sequence
         self._waiting.append(sequence)
@@ -227,7 +247,8 @@ class Engine:
             columns = self._columns(sequence, chunk)
             rows.append(range(len(wanted), len(wanted) + len(columns)))
             wanted += [first + at for at in columns]
-        hidden = self.runner.hidden(tokens, spans, wanted)
+        names = [self._running[chunk.key].request.adapter for chunk in chunks]
+        hidden = self.runner.hidden(tokens, spans, wanted, adapters=names)
         scored = [
             number
             for chunk, own in zip(chunks, rows)
@@ -291,7 +312,7 @@ class Engine:
         request, sampling = sequence.request, sequence.request.sampling
         scores: list[Scored] = []
         wants = max(sampling.logprobs, sampling.prompt_logprobs) >= 0
-        logprobs = torch.log_softmax(logits, dim=-1).numpy() if wants else logits.numpy()
+        logprobs = log_probabilities(logits).numpy() if wants else logits.numpy()
         at = 0
         if sampling.prompt_logprobs >= 0:
             while at < len(logits) and sequence.scored_prompt < len(request.prompt):
@@ -336,7 +357,10 @@ class Engine:
                 position=len(sequence.tokens),
                 prompt=request.prompt,
                 made=sequence.tokens[len(request.prompt) :],
+                allowed=None if sequence.grammar is None else sequence.grammar.allowed(),
             )
+            if sequence.grammar is not None:
+                sequence.grammar.accept(token)
             sequence.tokens.append(token)
             made.append(_scored(logprobs[number], token, sampling.logprobs))
             finish = self._ended(sequence, token)
@@ -356,6 +380,8 @@ class Engine:
     def _ended(sequence: _Sequence, token: int) -> Finish | None:
         sampling = sequence.request.sampling
         if token in sampling.stop_tokens and not sampling.ignore_end:
+            return "stop"
+        if sequence.grammar is not None and sequence.grammar.ended:
             return "stop"
         return "length" if sequence.made >= sampling.max_tokens else None
 

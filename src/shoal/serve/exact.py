@@ -33,8 +33,8 @@ _MULTIPLES = (1, 2, 4, 8, 16, 32)
 _HINT = 16
 """Rows that oneDNN is told to expect: with 1 it packs for another kernel."""
 _LANES = 32
-"""Floats that torch's vectorised loops take at once; what is left of a row is computed by other
-code, whose exp and tanh differ in the last bit."""
+"""Floats that torch's vectorised loops take at once; what is left over is computed by other code,
+whose silu, sigmoid, gelu (tanh) and softplus differ in the last bit (seen with torch 2.13)."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ class Product(nn.Module):
         flat = rows.reshape(-1, rows.shape[-1])
         if not len(flat):  # an expert that nobody chose
             return flat.new_empty(*rows.shape[:-1], self._outputs)
-        parts = [self._piece(part) for part in flat.split(MOST_ROWS)]
-        made = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(flat) <= MOST_ROWS:
+            made = self._piece(flat)
+        else:
+            made = torch.cat([self._piece(part) for part in flat.split(MOST_ROWS)])
         return made.view(*rows.shape[:-1], made.shape[-1])
 
     def _piece(self, rows: Tensor) -> Tensor:
@@ -265,6 +267,8 @@ def _widths(model: nn.Module) -> set[int]:
     for module, weight, _ in _linears(model):
         if module is not head:
             found |= {weight.shape[0], weight.shape[1]}
+    for weight in _others(model):
+        found |= {weight.shape[0], weight.shape[1]}
     for module in model.modules():
         found |= {each.shape[0] for each in module.parameters(recurse=False) if each.dim() == 1}
         frequencies = module._buffers.get("inv_freq")

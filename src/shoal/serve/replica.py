@@ -71,15 +71,31 @@ def _engine(payload: dict[str, Any]) -> Any:
 
     from shoal.serve.cache import Cache
     from shoal.serve.engine import Engine
+    from shoal.serve.generate import end_tokens
+    from shoal.serve.grammar import Grammars
     from shoal.serve.runner import Runner, load
 
     torch.set_num_threads(payload["threads"])
     model = load(Path(payload["folder"]), precision=payload["precision"])
     size = payload["block_tokens"]
-    runner = Runner(model, num_blocks=2, block_tokens=size, exact=payload["exact"], release=True)
+    runner = Runner(
+        model,
+        num_blocks=2,
+        block_tokens=size,
+        exact=payload["exact"],
+        release=True,
+        adapters=payload["adapters"],
+    )
     runner.cache = Cache(_num_blocks(runner.sizes, payload["cache_bytes"], size), size)
+    folder = Path(payload["folder"])
+
+    def grammars() -> Grammars:
+        ends = end_tokens(folder, model.config)
+        return Grammars(folder, vocabulary=runner.sizes.vocabulary, ends=ends)
+
     return Engine(
         runner,
+        grammars=grammars,
         step_tokens=payload["step_tokens"],
         max_running=payload["max_running"],
         share_prefixes=payload["share_prefixes"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shoal.errors import ModelError
 from shoal.models.anatomy import anatomy_of, check_logits, hidden_of, logits_of
 from shoal.models.kernels import MaskRequest
+from shoal.serve.adapters import Adapters
 from shoal.serve.cache import Cache, Paged, Span, least_rows
 from shoal.serve.exact import Report, check_positions, make_exact, rows_multiple
 from shoal.serve.reading import read_model
@@ -44,8 +45,12 @@ class Runner:
         block_tokens: int = 64,
         exact: bool = True,
         release: bool = False,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
-        """`exact`: swap the products (serve/exact.py). Raises ModelError if it cannot be served."""
+        """`exact`: swap the products (serve/exact.py); `adapters`: folders by name.
+
+        Raises ModelError if it cannot be served.
+        """
         if getattr(model, "shoal_own_attention", False):
             raise ModelError(
                 f"{type(model).__name__}: its attention is code of its own, which knows no cache "
@@ -66,6 +71,7 @@ class Runner:
         )
         self.anatomy = check_logits(model, anatomy_of(model))
         self.report: Report | None = make_exact(model, release=release) if exact else None
+        self.adapters = Adapters(model, adapters or {})
         self.multiple = rows_multiple(model) if exact else 1
         self.least, self.attends_exactly = (
             least_rows(size=size, value_size=value_size, block_tokens=block_tokens, dtype=dtype)
@@ -84,9 +90,20 @@ class Runner:
         return self.report is not None and self.report.proven and self.attends_exactly
 
     @torch.no_grad()
-    def hidden(self, tokens: Sequence[int], spans: Sequence[Span], wanted: Sequence[int]) -> Tensor:
-        """Hidden states [N, D] of the `wanted` columns of a step of `tokens`, laid out as spans."""
+    def hidden(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        wanted: Sequence[int],
+        *,
+        adapters: Sequence[str | None],
+    ) -> Tensor:
+        """Hidden states [N, D] of the `wanted` columns of a step of `tokens`, laid out as spans.
+
+        `adapters`: the name of each span's; None: none.
+        """
         count = len(tokens) + -len(tokens) % self.multiple
+        self.adapters.lay_out(adapters, spans)
         kernel = Paged(self.cache, spans, num_tokens=count, least=self.least)
         ids = torch.zeros(1, count, dtype=torch.long)
         positions = torch.zeros(1, count, dtype=torch.long)
@@ -103,6 +120,17 @@ class Runner:
         rows = functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         made: Tensor = self._logits(rows)[: len(hidden)]
         return made.float()
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Natural logarithms of probabilities from logits float32 [N, V], to the bit as the loss has.
+
+    log sum exp(x) = max x - log p(max), as in tasks/losses.py: the largest cannot underflow.
+    """
+    highest, best = logits.max(dim=-1)
+    probabilities = functional.softmax(logits, dim=-1, dtype=torch.float32)
+    normaliser = highest - probabilities.gather(-1, best[:, None])[:, 0].log()
+    return logits - normaliser[:, None]
 
 
 def load(folder: Path, *, precision: str = "float32") -> nn.Module:

@@ -64,8 +64,7 @@ class Served:
 def serving(folder: Path, *, settings: ServeSection, pool: WorkerPool) -> Iterator[Served]:
     """Serve `folder` until the caller goes on."""
     folder, _, make = open_service(folder, settings=settings)
-    listening = _listen(settings)
-    with Fleet(folder, settings, pool) as fleet:
+    with _listen(settings) as listening, Fleet(folder, settings, pool, say=print) as fleet:
         fleet.wait_ready()
         server = uvicorn.Server(
             uvicorn.Config(make(fleet), log_level="warning", access_log=False, lifespan="off")
@@ -77,7 +76,6 @@ def serving(folder: Path, *, settings: ServeSection, pool: WorkerPool) -> Iterat
         finally:
             server.should_exit = True
             thread.join(timeout=20)
-            listening.close()
 
 
 @pytest.fixture(scope="session")

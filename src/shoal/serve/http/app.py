@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from shoal.serve.http import errors
 from shoal.serve.http.answers import ClientGone, first_of, stream
-from shoal.serve.http.completions import Chat, Completion
+from shoal.serve.http.completions import Chat, Completion, schema_for
 from shoal.serve.http.errors import Refused
 from shoal.serve.http.fields import (
     ChatFields,
@@ -49,7 +49,8 @@ def make_app(service: Service, *, keys: list[bytes], version: str) -> Any:
 
     @app.post("/v1/chat/completions")
     async def chat(fields: ChatFields, request: HttpRequest) -> Response:
-        return await answered(Chat(service, fields), request, bool(fields.stream))
+        call = Chat(service, fields, schema=await schema_for(service, fields))
+        return await answered(call, request, bool(fields.stream))
 
     @app.post("/v1/embeddings")
     async def embeddings(fields: EmbeddingFields) -> Response:

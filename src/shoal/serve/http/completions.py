@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from shoal.serve.choice import Piece
 from shoal.serve.http.answers import (
     Asked,
     Gone,
@@ -19,9 +22,10 @@ from shoal.serve.http.answers import (
     whole,
 )
 from shoal.serve.http.errors import Refused
-from shoal.serve.http.fields import ChatFields, CompletionFields, StreamOptions
+from shoal.serve.http.fields import ChatFields, CompletionFields, NamedTool, StreamOptions
 from shoal.serve.http.service import Service
 from shoal.serve.request import Scored
+from shoal.serve.tools import Call, Part, Reader, schema_of
 
 
 class Completion:
@@ -138,12 +142,15 @@ def _check_prompt(service: Service, prompt: Sequence[int]) -> None:
 class Chat:
     """One call of /v1/chat/completions."""
 
-    def __init__(self, service: Service, fields: ChatFields) -> None:
-        """Raises Refused."""
+    def __init__(self, service: Service, fields: ChatFields, *, schema: str | None) -> None:
+        """`schema`: what `schema_for` gave. Raises Refused."""
         self._service, self._fields = service, fields
         adapter = service.check_model(fields.model)
-        self._refuse(fields)
-        prompt = service.chat_prompt(fields.messages, tools=None)
+        if fields.top_logprobs is not None and not fields.logprobs:
+            raise Refused("top_logprobs goes with logprobs: true", param="top_logprobs")
+        self._tools = [] if fields.tool_choice == "none" else _tools(fields)
+        shown = [each.model_dump(exclude_none=True) for each in fields.tools or ()]
+        prompt = service.chat_prompt(fields.messages, tools=shown if self._tools else None)
         _check_prompt(service, prompt)
         most = fields.max_completion_tokens or fields.max_tokens
         self._wants = bool(fields.logprobs)
@@ -152,34 +159,55 @@ class Chat:
             prompt_tokens=len(prompt),
             max_tokens=most,
             logprobs=(fields.top_logprobs or 0) if self._wants else -1,
+            schema=schema,
         )
         self.seed = sampling.seed
         self.choices = asked(
             service, prompt, sampling, n=fields.n or 1, stop=fields.stop, adapter=adapter
         )
 
-    @staticmethod
-    def _refuse(fields: ChatFields) -> None:
-        if fields.top_logprobs is not None and not fields.logprobs:
-            raise Refused("top_logprobs goes with logprobs: true", param="top_logprobs")
-        if fields.tools and fields.tool_choice != "none":
-            raise Refused("tools are not served", param="tools", code="unsupported_field")
-        if fields.response_format is not None and fields.response_format.type != "text":
-            raise Refused("only text is served", param="response_format", code="unsupported_field")
+    async def _said(self, gone: Gone) -> AsyncIterator[tuple[int, Piece, Part, str | None]]:
+        """(choice, piece, what its text is, finish): the one reader of streams and of wholes."""
+        named = self._fields.tool_choice not in (None, "auto", "none")
+        names = [each["name"] for each in self._tools]
+        readers = [Reader(names, only_calls=named) for _ in self.choices]
+        async for number, piece in pieces(self._service, self.choices, gone=gone):
+            reader = readers[number]
+            part = Part(piece.text)
+            if self._tools:
+                part = reader.add(piece.text, finished=piece.finish is not None)
+            finish = piece.finish
+            if finish == "stop" and reader.num_calls:
+                finish = "tool_calls"
+            yield number, piece, part, finish
 
     async def body(self, gone: Gone) -> dict[str, Any]:
         """The whole answer."""
-        made = await whole(self._service, self.choices, gone=gone)
+        messages: list[dict[str, Any]] = [
+            {"role": "assistant", "content": "", "refusal": None} for _ in self.choices
+        ]
+        scored: list[list[Scored]] = [[] for _ in self.choices]
+        finishes: list[str | None] = [None for _ in self.choices]
+        async for number, piece, part, finish in self._said(gone):
+            message = messages[number]
+            message["content"] += part.content
+            if part.calls:
+                message.setdefault("tool_calls", []).extend(map(_call, part.calls))
+            scored[number] += piece.scored
+            finishes[number] = finish
+        for message in messages:
+            if "tool_calls" in message and not message["content"].strip():
+                message["content"] = None
         return {
             **head("chat.completion", self._fields.model, seed=self.seed),
             "choices": [
                 {
                     "index": number,
-                    "message": {"role": "assistant", "content": one.text, "refusal": None},
-                    "logprobs": chat_logprobs(self._service, one.scored) if self._wants else None,
-                    "finish_reason": one.finish,
+                    "message": message,
+                    "logprobs": chat_logprobs(self._service, own) if self._wants else None,
+                    "finish_reason": finish,
                 }
-                for number, one in enumerate(made)
+                for number, (message, own, finish) in enumerate(zip(messages, scored, finishes))
             ],
             "usage": usage(self.choices),
         }
@@ -189,20 +217,60 @@ class Chat:
         start = head("chat.completion.chunk", self._fields.model, seed=self.seed)
         options = self._fields.stream_options or StreamOptions()
         begun: set[int] = set()
-        async for number, piece in pieces(self._service, self.choices, gone=gone):
-            delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        calls = [0] * len(self.choices)
+        async for number, piece, part, finish in self._said(gone):
+            delta: dict[str, Any] = {"content": part.content} if part.content else {}
             if number not in begun:
                 begun.add(number)
-                delta = {"role": "assistant", "content": piece.text}
+                delta = {"role": "assistant", "content": part.content}
+            if part.calls:
+                first = calls[number]
+                calls[number] += len(part.calls)
+                delta["tool_calls"] = [
+                    {"index": first + at, **_call(call)} for at, call in enumerate(part.calls)
+                ]
             scores = chat_logprobs(self._service, piece.scored) if self._wants else None
-            if not delta and scores is None and piece.finish is None:
+            if not delta and scores is None and finish is None:
                 continue
             choice = {
                 "index": number,
                 "delta": delta,
                 "logprobs": scores,
-                "finish_reason": piece.finish,
+                "finish_reason": finish,
             }
             yield event_line({**start, "choices": [choice], **_usage(options, self.choices)})
         if options.include_usage:
             yield event_line({**start, "choices": [], "usage": usage(self.choices)})
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def _tools(fields: ChatFields) -> list[dict[str, Any]]:
+    """Tools that may be called, by name and parameters. Raises Refused."""
+    tools = [each.function.model_dump() for each in fields.tools or ()]
+    chosen = fields.tool_choice
+    if chosen not in (None, "auto", "none") and not tools:
+        raise Refused("tool_choice goes with tools", param="tool_choice")
+    if isinstance(chosen, NamedTool):
+        tools = [each for each in tools if each["name"] == chosen.function.name]
+        if not tools:
+            raise Refused(f"there is no tool {chosen.function.name!r}", param="tool_choice")
+    return tools
+
+
+async def schema_for(service: Service, fields: ChatFields) -> str | None:
+    """The schema that an answer must follow: of its format, or of a call. Raises Refused."""
+    given = fields.response_format
+    if fields.tool_choice not in (None, "auto", "none"):
+        return await service.schema(schema_of(_tools(fields)), param="tools")
+    if given is None or given.type == "text":
+        return None
+    if given.type == "json_object":
+        return await service.schema("", param="response_format")
+    if given.json_schema is None:
+        raise Refused("json_schema is missing", param="response_format.json_schema")
+    text = json.dumps(given.json_schema.schema_)
+    return await service.schema(text, param="response_format")

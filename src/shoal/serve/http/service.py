@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.config.serve import ServeSection
-from shoal.errors import DataError
+from shoal.errors import DataError, UserError
+from shoal.serve.grammar import Grammars
 from shoal.serve.http.errors import Refused
 from shoal.serve.http.fields import Drawn
 from shoal.serve.http.metrics import Metrics
@@ -50,6 +51,7 @@ class Service:
         found = chat_template_of(folder)
         self.template = None if found is None else Template(found[0], tokens=special_texts(folder))
         self.ends = end_tokens(folder, read_config(path=folder))
+        self._grammars: Grammars | None = None
         self.created = int(time.time())
         self.metrics = Metrics(self.name, replicas=replicas)
 
@@ -145,6 +147,24 @@ class Service:
             prompt_logprobs=prompt_logprobs,
             schema=schema,
         )
+
+    async def schema(self, schema: str, *, param: str) -> str:
+        """A schema that compiles within the limits; empty: any JSON. Raises Refused."""
+        limits = self.settings.limits
+        if len(schema) > limits.schema_bytes:
+            raise Refused(f"{param}: it is larger than {limits.schema_bytes} bytes", param=param)
+        if self._grammars is None:
+            vocabulary = int(self.replicas.facts["vocabulary"])
+            self._grammars = Grammars(self.folder, vocabulary=vocabulary, ends=self.ends)
+        try:
+            work = asyncio.to_thread(self._grammars.compile, schema)
+            await asyncio.wait_for(work, limits.schema_seconds)
+        except TimeoutError:
+            seconds = limits.schema_seconds
+            raise Refused(f"{param}: not compiled within {seconds:g} s", param=param) from None
+        except UserError as error:
+            raise Refused(f"{param}: {error}", param=param, code="invalid_schema") from None
+        return schema
 
     def _bias(self, given: dict[str, float]) -> dict[int, float]:
         vocabulary = int(self.replicas.facts["vocabulary"])

@@ -306,6 +306,10 @@ def small(words: list[str], bench: Bench) -> list[str]:
         return SMALL + steps + source
     if words[1:3] == ["data", "preview"]:
         return [*SMALL, *source]
+    if words[1] == "compress":
+        return ["--sequence-tokens", "16", "--calibration-samples", "4"]
+    if words[1] == "compare":
+        return [*SMALL, *source, "train.steps=4", "parallel.replicate=2"]
     if words[1] == "rehearse":
         return [*SMALL, *source, "train.steps=21", "train.evaluate_every_steps=0"]
     return []

@@ -102,10 +102,7 @@ class Trainer:
         """Build the model and all around it. A replica of several workers must have met before."""
         job, report = self.job, self._report
         self.training = build(job, ranks=ranks, worker=self.worker, report=report)
-        self.training.passes.check = self.training.play.check = self.members.check
-        self.training.passes.trace = self.trace
-        if self.trace.on:
-            self.group.traffic.on_sent = self.trace.sent
+        self.training.attach(self.trace, check=self.members.check)
         self.files = RunLog(job, report=report, training=self.training)
         settings = job.recipe.checkpoint
         self._saver = Saver(self.training.store, keep=settings.keep, background=settings.background)
@@ -495,9 +492,7 @@ class Trainer:
         if self.job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
             if self._first:
-                spans = [span for theirs, _ in found for span in theirs]
-                left_out = sum(count for _, count in found)
-                write_trace(self.job.run / "trace.json", spans, left_out=left_out)
+                write_trace(self.job.run / "trace.json", found)
         if self._first:
             finish(self.training, files=self.files, report=self._report)
         self._finished = True

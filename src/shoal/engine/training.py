@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from shoal.engine.step import Step
 from shoal.engine.update import Update
 from shoal.layout import Share
 from shoal.models.anatomy import Anatomy
+from shoal.observe.trace import Trace
 from shoal.parallel.player import Player
 from shoal.parallel.precision import LossScale
 from shoal.parallel.ranks import Ranks
@@ -63,6 +65,13 @@ class Training:
     def anatomy(self) -> Anatomy:
         """Where its parts are."""
         return self.replica.anatomy
+
+    def attach(self, trace: Trace, *, check: Callable[[], None]) -> None:
+        """Tell `trace` of passes and exchanges; call `check` before each pass."""
+        self.passes.check = self.play.check = check
+        self.passes.trace = trace
+        if trace.on:
+            self.ranks.world.traffic.on_sent = trace.sent
 
     def enter(self, ranks: Ranks) -> None:
         """Go on among other ranks, with the state as it is. Collective; raises PeersLost."""

@@ -174,7 +174,11 @@ def _tokens(
             f"--calibrate {wanted.calibrate}: its validation part has no full row of "
             f"{wanted.tokens} tokens\n    give more text, or fewer --sequence-tokens"
         )
-    return list(rows.split(8)), list(scored.split(8)), xxhash.xxh3_64(rows.numpy().tobytes()).hexdigest()
+    return (
+        list(rows.split(8)),
+        list(scored.split(8)),
+        xxhash.xxh3_64(rows.numpy().tobytes()).hexdigest(),
+    )
 
 
 def _full(batch: dict[str, Any]) -> Any:

@@ -1,5 +1,7 @@
-"""Quantised weights as compressed-tensors stores them (`pack-quantized`), which vLLM and
-transformers read: https://github.com/neuralmagic/compressed-tensors.
+"""Quantised weights as compressed-tensors stores them.
+
+Its form `pack-quantized`, which vLLM and transformers read
+(https://github.com/neuralmagic/compressed-tensors).
 
 Of a layer's weight [O, I] a folder holds `weight_packed` int32 [O, I x bits / 32], each code plus
 2^(bits-1) in so many bits, the first one lowest; `weight_scale` [O, groups]; and `weight_shape`.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,13 @@ class Trace:
             self.spans.append(event)
 
 
-def write_trace(path: Path, spans: list[Span], *, left_out: int) -> None:
-    """Write all ranks' spans: a rank is shown as a process, each of its streams as a row."""
+def write_trace(path: Path, found: Sequence[tuple[list[Span], int]]) -> None:
+    """Write all ranks' spans: a rank is shown as a process, each of its streams as a row.
+
+    `found`: of each rank its spans, and how many it left out.
+    """
+    spans = [span for theirs, _ in found for span in theirs]
+    left_out = sum(count for _, count in found)
     names: list[Span] = []
     for rank in sorted({span["pid"] for span in spans}):
         names.append(_name("process_name", f"worker {rank}", pid=rank, tid=0))

@@ -176,11 +176,11 @@ class StreamingDiLoCo(Rounds):
         """Send what left, weighted by the targets it was trained on: the last number is these."""
         assert self._flight is not None, "something left"
         fragment, step, targets = self._flight
-        moved = self._packed(self._sent.tensor, fragment)
-        weight = moved.new_tensor([targets - self._marks[fragment]])
-        if not moved.numel():  # this rank has none of its blocks, nor have its peers
+        if not self._fragments[fragment]:  # this rank has none of its blocks, nor have its peers
             self._work = Pending(lambda: None)
             return
+        moved = self._packed(self._sent.tensor, fragment)
+        weight = moved.new_tensor([targets - self._marks[fragment]])
         if self._codec is None:
             self._work = self.peers.start_sum(torch.cat([moved.mul_(weight), weight]))
             return

@@ -158,6 +158,7 @@ class Trainer:
         """One step: nothing of it is applied unless all of it is."""
         training, policy, step = self.training, self.training.policy, self.training.progress.step
         self._step_began = time.perf_counter()
+        self.group.traffic.forget_seconds()  # of votes and hashes since the last step
         self.pulse.mark("batches", step=step + 1)
         share = training.share()
         with self.trace.span("batches", step=step):

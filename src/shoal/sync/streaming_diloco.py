@@ -31,24 +31,27 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def fragments_of(layout: FlatLayout, *, numel: int, count: int) -> list[list[Span]]:
-    """The spans of each fragment: blocks p, p + count, ...; what is in no block joins the smallest.
+    """The spans of each fragment: blocks p, p + count, ...
 
-    Together they cover the first `numel` elements once, padding between parameters included.
+    What comes before the blocks, such as an embedding, joins the first fragment, and what comes
+    after them the last, however the model is cut. Together they cover the first `numel` elements
+    once, padding between parameters included.
     """
+    parts: dict[str, int] = {}
+    for members in layout.members.values():
+        beyond = 0
+        for name in members:
+            found = _BLOCK.search(name)
+            beyond = count - 1 if found else beyond
+            parts[name] = int(found[1]) % count if found else beyond
     names = sorted(
         (n for n, start in layout.offsets.items() if start < numel), key=layout.offsets.__getitem__
     )
     edges = [*(layout.offsets[name] for name in names[1:]), numel]
-    spans = {n: Span(layout.offsets[n], edge) for n, edge in zip(names, edges)}
-    blocks = {n: int(found[1]) if (found := _BLOCK.search(n)) else None for n in names}
-    parts: list[list[str]] = [[] for _ in range(count)]
-    sizes = [0] * count
-    for name in sorted(names, key=lambda n: (blocks[n] is None, -len(spans[n]))):
-        block = blocks[name]
-        number = sizes.index(min(sizes)) if block is None else block % count
-        parts[number].append(name)
-        sizes[number] += len(spans[name])
-    return [merged([spans[n] for n in sorted(p, key=layout.offsets.__getitem__)]) for p in parts]
+    spans: list[list[Span]] = [[] for _ in range(count)]
+    for name, edge in zip(names, edges):
+        spans[parts[name]].append(Span(layout.offsets[name], edge))
+    return [merged(each) for each in spans]
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
@@ -173,11 +176,11 @@ class StreamingDiLoCo(Rounds):
         """Send what left, weighted by the targets it was trained on: the last number is these."""
         assert self._flight is not None, "something left"
         fragment, step, targets = self._flight
-        moved = self._packed(self._sent.tensor, fragment)
-        weight = moved.new_tensor([targets - self._marks[fragment]])
-        if not moved.numel():  # this rank has none of its blocks, nor have its peers
+        if not self._fragments[fragment]:  # this rank has none of its blocks, nor have its peers
             self._work = Pending(lambda: None)
             return
+        moved = self._packed(self._sent.tensor, fragment)
+        weight = moved.new_tensor([targets - self._marks[fragment]])
         if self._codec is None:
             self._work = self.peers.start_sum(torch.cat([moved.mul_(weight), weight]))
             return

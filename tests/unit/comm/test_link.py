@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from shoal.comm.link import Bucket, LinkedStore, Relay
+from shoal.comm.link import Bucket, LinkedStore, Relay, link_of
 from shoal.config.link import Link
 from shoal.config.load import load_recipe
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, WorkerError
+from shoal.launch import torchrun
 from shoal.launch.pool import WorkerPool
 from workers import run_workers
 
@@ -134,3 +135,20 @@ def test_groups_meet_over_a_link_again_and_again(pool: WorkerPool, tmp_path: Pat
     payload = {"size": 3, "store": str(tmp_path / "s"), "rounds": 6}
     found = run_workers(pool, "sync_jobs:meet_over_link", payload, size=3)
     assert [each["sums"] for each in found] == [[6.0] * 6] * 3
+
+
+def test_where_no_link_can_be_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = link_of("20Mbit/s", workers=2)
+    assert slow is not None and link_of(None, workers=2) is None
+    slow.check(2)  # one replica: nothing is to be linked
+    with pytest.raises(WorkerError, match="leaves its addresses in another form"):
+        slow.check(4)
+    monkeypatch.setattr("shoal.comm.link._SMALL_PORTS", [])
+    with pytest.raises(WorkerError, match="none of 0 ports for relays is free"):
+        Relay(1, link=Link(1.0), ways=(Bucket(1.0), Bucket(1.0)))
+
+
+def test_workers_of_another_launcher_have_met_already() -> None:
+    recipe = load_recipe("quickstart", ["launch.link=20Mbit/s"])
+    with pytest.raises(ConfigError, match="another launcher's workers have met by themselves"):
+        torchrun._joined(recipe, None, rendezvous=None, name="x")  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ def with_count(sent: Sent, size: int) -> Sent:
 
 
 def fragments(number: int) -> int:
-    """Elements of a fragment of two: blocks 0 and 2, or 1 and 3, and the rest to the smaller."""
+    """Elements of a fragment of two: blocks 0 and 2 with what is before, 1 and 3 with the rest."""
     return sum(len(span) for span in fragments_of(LAYOUT, numel=N, count=2)[number])
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from served import NAME, Served, serving, write_model
 
-from conftest import NAME, Served, serving, write_model
 from shoal.config.serve import serve_settings
 from shoal.launch.pool import WorkerPool
 from tiny import shoal

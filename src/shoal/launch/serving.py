@@ -158,6 +158,7 @@ class Fleet:
                     with self._lock:
                         if id(worker) in ours:
                             self._heard(ours[id(worker)], worker, message)
+                self._see_ended()
                 self._end_stuck()
             except WorkerError as error:
                 self._failed = error
@@ -194,6 +195,13 @@ class Fleet:
         self.say(f"replica {index} ended (status {running.worker.status}): started again")
         self.router.lost(index)
         self._start(index)
+
+    def _see_ended(self) -> None:
+        """Ends that somebody else with the same pool has heard of."""
+        with self._lock:
+            for index, running in list(self._workers.items()):
+                if running.worker.status is not None:
+                    self._heard(index, running.worker, None)
 
     def _end_stuck(self) -> None:
         with self._lock:

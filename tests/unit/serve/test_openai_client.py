@@ -12,8 +12,8 @@ import pytest
 import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
+from served import NAME, Served
 
-from conftest import NAME, Served
 from shoal.serve.generate import end_tokens
 from shoal.serve.reading import read_model
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from served import NAME, serving, write_model
 
-from conftest import NAME, serving, write_model
 from shoal.config.serve import serve_settings
 from shoal.errors import ConfigError, ModelError, UserError
 from shoal.launch.pool import WorkerPool

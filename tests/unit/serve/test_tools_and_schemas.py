@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
+from served import NAME, Served
 
-from conftest import NAME, Served
 from shoal.serve.tools import Call, Part, Reader
 
 TALK: list[Any] = [{"role": "user", "content": "Which key is silver?"}]

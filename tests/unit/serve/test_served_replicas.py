@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from served import NAME, Served, serving, write_model
 
-from conftest import NAME, Served, serving, write_model
 from shoal.config.serve import serve_settings
 from shoal.launch.pool import WorkerPool
 from tiny import shoal
@@ -31,7 +31,7 @@ def ask(served: Served, *, count: int, fault: int | None, tokens: int = 80) -> d
             "ignore_eos": True,
             "logprobs": 0,
         }
-        answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=100)
+        answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=200)
         assert answer.status_code == 200, answer.text
         choice = answer.json()["choices"][0]
         found[number] = choice["text"] + str(choice["logprobs"]["token_logprobs"])
@@ -81,10 +81,8 @@ def test_a_replica_that_hangs_is_ended_and_changes_no_answer(
 def test_sigterm_finishes_what_is_being_answered(tmp_path: Path) -> None:
     """The real command: a stream that has begun comes to its end, and the exit status is 0."""
     folder = write_model(tmp_path / NAME)
-    process = subprocess.Popen(
-        shoal("serve", folder, "port=0", "threads=1"), stdout=subprocess.PIPE, text=True
-    )
-    try:
+    asked = shoal("serve", folder, "port=0", "threads=1")
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = next(each for each in process.stdout if "http://" in each)
         url = next(word for word in line.split() if word.startswith("http://"))
@@ -95,13 +93,10 @@ def test_sigterm_finishes_what_is_being_answered(tmp_path: Path) -> None:
             "stream": True,
             "ignore_eos": True,
         }
-        with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=200) as answer:
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
             rest = [each for each in lines if each]
         assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
-        assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-        process.wait()
+        assert process.wait(timeout=60) == 0

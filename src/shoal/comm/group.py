@@ -34,8 +34,12 @@ class Traffic:
         """The counts so far; starts again from zero."""
         taken = Traffic(dict(self.sent_bytes), self.communication_seconds, self.waiting_seconds)
         self.sent_bytes.clear()
-        self.communication_seconds = self.waiting_seconds = 0.0
+        self.forget_seconds()
         return taken
+
+    def forget_seconds(self) -> None:
+        """Times begin anew from zero; what has crossed still counts."""
+        self.communication_seconds = self.waiting_seconds = 0.0
 
 
 _Value = TypeVar("_Value")

@@ -5,6 +5,11 @@ address of one in another replica gets that of a relay instead, a socket of its 
 passes every byte on to the real one: in order, each way at most so many bytes a second, and so many
 seconds later. Nothing in the training knows of it, and nothing is reckoned: what takes longer takes
 longer. The form of the addresses is that of torch 2.13's gloo (IPv4, on loopback).
+
+Of two ranks, gloo lets the one with the greater address connect (transport/tcp/pair.cc compares
+ports as they lie in memory). Relays must not change who that is, or both would wait: the higher
+rank is shown a port that is smaller than any of its own, and the lower one the greatest there is,
+which it never connects to.
 """
 
 from __future__ import annotations
@@ -31,6 +36,11 @@ _LOOPBACK = socket.inet_aton("127.0.0.1")
 _FAMILY = struct.pack("=H", socket.AF_INET)
 
 
+_SMALL_PORTS = [number << 8 for number in range(0x7F, 0x03, -1)]
+"""Below those that systems hand out, whichever of their two bytes comes first."""
+_GREATEST_PORT = 0xFFFF
+
+
 class Bucket:
     """When bytes may go: at most `rate` of them a second, however many ask. For several threads."""
 
@@ -49,8 +59,8 @@ class Relay:
 
     def __init__(self, port: int, *, link: Link, ways: tuple[Bucket, Bucket]) -> None:
         self._target, self._link, self._buckets = port, link, ways
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.settimeout(60.0)  # one of two ranks connects, the other never comes
+        self._listener = _listen()
+        self._listener.settimeout(600.0)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._run, name="link", daemon=True).start()
 
@@ -70,6 +80,14 @@ class Relay:
                     thread.start()
                 for thread in threads:
                     thread.join()
+
+
+def _listen() -> socket.socket:
+    """A socket that listens at a small port. Raises WorkerError when all are taken."""
+    for port in _SMALL_PORTS:
+        with suppress(OSError):
+            return socket.create_server(("127.0.0.1", port), reuse_port=False)
+    raise WorkerError(f"launch.link: none of {len(_SMALL_PORTS)} ports for relays is free")
 
 
 def _ways(
@@ -126,7 +144,8 @@ class LinkedStore(dist.Store):
         self._inner, self._rank, self._link = inner, rank, link
         self._ranks, self._replica_of = ranks, replica_of
         self._ways: dict[int, tuple[Bucket, Bucket]] = {}
-        self.relays: list[Relay] = []
+        self.num_linked = 0
+        """Addresses of ranks of other replicas that were read."""
 
     def get(self, key: str) -> bytes:
         value: bytes = self._inner.get(key)
@@ -137,12 +156,16 @@ class LinkedStore(dist.Store):
         other = self._ranks()[int(place)]
         if self._replica_of(other) == self._replica_of(self._rank):
             return value
+        self.num_linked += 1
+        (port,) = struct.unpack("!H", value[at - 2 : at])
+        shown = _GREATEST_PORT if other > self._rank else self._relay(other, port=port)
+        return value[: at - 2] + struct.pack("!H", shown) + value[at:]
+
+    def _relay(self, other: int, *, port: int) -> int:
+        """The port of a new relay to rank `other`; all to one rank share its rate."""
         rate = self._link.bytes_per_second
         ways = self._ways.setdefault(other, (Bucket(rate), Bucket(rate)))
-        (port,) = struct.unpack("!H", value[at - 2 : at])
-        relay = Relay(port, link=self._link, ways=ways)
-        self.relays.append(relay)
-        return value[: at - 2] + struct.pack("!H", relay.port) + value[at:]
+        return Relay(port, link=self._link, ways=ways).port
 
     # what else gloo and torch ask of a store
 
@@ -195,7 +218,7 @@ class SlowLink:
 
     def check(self, size: int) -> None:
         """Raises WorkerError where `size` ranks have met and no address was found."""
-        if size > self._workers and not (self._store and self._store.relays):
+        if size > self._workers and not (self._store and self._store.num_linked):
             raise WorkerError(
                 f"launch.link: gloo of torch {torch.__version__} leaves its addresses in another "
                 "form than 2.13's, so no link can be put between replicas; set launch.link=null"

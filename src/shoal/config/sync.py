@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -264,3 +265,10 @@ SyncSection = Annotated[
     EveryStep | LocalSGD | DiLoCo | StreamingDiLoCo | Gossip | Server | Hogwild,
     Field(discriminator="kind"),
 ]
+
+
+def is_same(saved: Mapping[str, Any], section: SyncSection) -> bool:
+    """Whether a policy can go on from the state of one with the section `saved` (as JSON)."""
+    aside = {"verify_every_steps", "bucket_bytes"}
+    wanted = section.model_dump(mode="json", exclude=aside)
+    return {key: value for key, value in saved.items() if key not in aside} == wanted

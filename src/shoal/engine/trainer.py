@@ -14,6 +14,7 @@ from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.link import link_of
 from shoal.comm.messages import broadcast_json, gather_json
+from shoal.config.sync import is_same
 from shoal.engine.build import build
 from shoal.engine.evaluate import evaluate
 from shoal.engine.finish import finish
@@ -157,6 +158,7 @@ class Trainer:
         """One step: nothing of it is applied unless all of it is."""
         training, policy, step = self.training, self.training.policy, self.training.progress.step
         self._step_began = time.perf_counter()
+        self.group.traffic.forget_seconds()  # of votes and hashes since the last step
         self.pulse.mark("batches", step=step + 1)
         share = training.share()
         with self.trace.span("batches", step=step):
@@ -298,8 +300,10 @@ class Trainer:
         check_same_run(reader.state["recipe"], self.job.recipe, at=self.job.run)
         check_progress(reader, steps=training.steps, batch=training.stream.global_batch_samples)
         shapes, layout = training.replica.shapes, training.ranks.layout
-        load(reader, training.state, shapes=shapes, group=self.group, layout=layout)
-        training.resume(reader.state)
+        same = is_same(reader.state["recipe"]["sync"], self.job.recipe.sync)
+        into = training.state
+        load(reader, into, shapes=shapes, group=self.group, layout=layout, same_policy=same)
+        training.resume(reader.state, same_policy=same)
         states = reader.state["random_states"]
         if self.group.rank < len(states) and not self.group.shares_memory:
             raw = bytearray(bytes.fromhex(states[self.group.rank]))

@@ -106,12 +106,11 @@ class Training:
         }
         return facts | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Stand where the state of a checkpoint says, whichever layout wrote it."""
+    def resume(self, state: dict[str, Any], *, same_policy: bool) -> None:
+        """Stand where the state of a checkpoint says, whichever layout and policy wrote it."""
         self.restore({key: value for key, value in state.items() if key != "policy"})
-        own, kind = state.get("policies", []), state["recipe"]["sync"]["kind"]
-        same = kind == self.job.recipe.sync.kind
-        if same and len(own) == self.ranks.world.size:
+        own = state.get("policies", [])
+        if same_policy and len(own) == self.ranks.world.size:
             self.policy.restore(own[self.ranks.world.rank])
         else:  # what replicas had of their own went into a mean, or there was another policy
             self.policy.begin(self.progress.step)

@@ -22,7 +22,7 @@ from shoal.checkpoint.store import Store
 from shoal.comm.flat import FlatLayout, Vector
 from shoal.comm.group import Group, watched
 from shoal.comm.messages import broadcast_json
-from shoal.config.sync import SyncSection
+from shoal.config.sync import SyncSection, is_same
 from shoal.engine.membership.agree import check_same_program
 from shoal.engine.membership.digest import (
     ReplicasDiffer,
@@ -367,6 +367,7 @@ class Fleet:
         """
         parameters, state, policy = self._parameters, self._state, self._policy
         store, equal = Store(Path(folder)), policy.equal_after(self.steps)
+        sync = self._sync.model_dump(mode="json")
         vectors, facts = moments.taken(
             self._optimizer, parameters, state, equal=self._sync.kind in KEEPS_EQUAL_STATE
         )
@@ -376,7 +377,7 @@ class Fleet:
             group=self.world,
             layout=self.layout,
             step=self.steps,
-            facts=lambda: {"own_loop": {"optimizer": facts, "more": more}},
+            facts=lambda: {"own_loop": {"optimizer": facts, "more": more, "sync": sync}},
             own={"random_state": random_state(), "policy": policy.facts()},
             equal=equal,
             last=True,
@@ -401,11 +402,13 @@ class Fleet:
         vectors = moments.room_for(facts["optimizer"], state, equal=equal)
         whole = state.beside(vectors)
         shapes = {name: holding.shape for name, holding in state.holdings.items()}
-        load(reader, whole, shapes=shapes, group=self.world, layout=self.layout)
+        same = is_same(facts.get("sync", {}), self._sync)
+        world, layout = self.world, self.layout
+        load(reader, whole, shapes=shapes, group=world, layout=layout, same_policy=same)
         moments.give(self._optimizer, parameters, state, vectors=vectors, facts=facts["optimizer"])
         self.steps = step
         policies = reader.state.get("policies", [])
-        if len(policies) == self.size and policies[self.rank]:
+        if same and len(policies) == self.size:
             self._policy.restore(policies[self.rank])
         else:
             self._policy.begin(step)

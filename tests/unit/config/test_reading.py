@@ -161,11 +161,8 @@ def test_every_problem_is_said_once_and_all_at_once() -> None:
         ("train.epochs=2", "give exactly one of `steps` and `epochs`"),
         ("parallel=3", "expected a section with keys of its own; got 3\n    auto, or degrees"),
         ("train=null", "train: expected a section with keys of its own; got nothing"),
-        (
-            "sync.kind=dilocco",
-            "streaming-diloco or gossip; got 'dilocco'\n    did you mean 'diloco'",
-        ),
-        ("sync.codec.kind=int7", "got 'int7'\n    did you mean 'int4'"),
+        ("sync.kind=dilocco", "got 'dilocco'\n    did you mean 'diloco'?"),
+        ("sync.codec.kind=int7", "got 'int7'\n    did you mean 'int8' or 'int4'?"),
         ("model={}", "model.kind: required, and not given\n    one of: config, pretrained"),
         ("data.tokenizer.kind=folder", "`path` goes with kind: folder"),
         ("data.validation_fraction=0.1", "it is data.validation={fraction: ...} now"),

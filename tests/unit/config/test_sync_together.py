@@ -16,6 +16,7 @@ STREAMING = "sync={kind: streaming-diloco, every_steps: 8, "
         ([STREAMING + "fragments: 9}"], "sync.fragments: 9 meet one a step"),
         ([STREAMING + "fragments: 4, overlap_steps: 3}"], "the next fragment leaves 2 steps later"),
         ([STREAMING + "codec: {kind: int8, brake: {}}}"], "sync.codec.brake: a fragment is sent"),
+        (["launch.link=20Mbit/s", "launch.workers=threads"], "launch.link: threads share their"),
         (
             ["sync.codec={kind: int8, error_feedback: true}", "precision.compute=float16"],
             "sync.codec.error_feedback: what is left out would be added under another loss scale",

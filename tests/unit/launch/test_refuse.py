@@ -40,7 +40,8 @@ def recipe(*overrides: str) -> Recipe:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["sync={kind: diloco}"], "diloco"),
+        (["parallel.replicate=1", "sync.codec.kind=int8"], "int8 has nothing to compress"),
+        (["parallel.replicate=2", "sync={kind: diloco}", "launch.workers=threads"], "diloco needs"),
         (["parallel.pipeline=2", "train.micro_batch_samples=16"], "needs 2 or more micro batches"),
         (["parallel.pipeline=2", "task={kind: embedding}"], "more than one forward.*shard=2"),
         (["parallel.shard=2", "train.exact=true"], "train.exact.*parallel.replicate alone"),

@@ -76,9 +76,11 @@ def load(
     shapes: dict[str, tuple[int, ...]],
     group: Group,
     layout: Layout,
+    same_policy: bool = True,
 ) -> None:
     """Fill parameters and states from a checkpoint written in any layout.
 
+    `same_policy`: it was saved under this one; under another, what must be equal now is the mean.
     `shapes`: of all parameters of the whole model; what a checkpoint leaves out is there already.
     Raises RunError when the checkpoint is of
     another model or optimizer.
@@ -88,7 +90,12 @@ def load(
         for vector in state.vectors.values():
             wanted = {name: state.holdings[name].shape for name in state.saved(vector)}
             source = SavedKind(
-                reader, vector.kind, sums=vector.sums, replica=replica, replicas=layout.replicate
+                reader,
+                vector.kind,
+                sums=vector.sums,
+                replica=replica,
+                replicas=layout.replicate,
+                mean=vector.equal and not same_policy,
             )
             if vector.optional and not source.names:
                 vector.tensor.zero_()
@@ -108,12 +115,20 @@ class SavedKind:
     """
 
     def __init__(
-        self, reader: Reader, kind: str, *, sums: bool = False, replica: int = 0, replicas: int = 1
+        self,
+        reader: Reader,
+        kind: str,
+        *,
+        sums: bool = False,
+        replica: int = 0,
+        replicas: int = 1,
+        mean: bool = False,
     ) -> None:
+        """`mean`: also where each replica has saved its own."""
         self._reader, self._kind, self._sums = reader, kind, sums
         self._replicas = replicas
         self.kinds = saved_kinds(reader, kind)
-        if len(self.kinds) == replicas:
+        if len(self.kinds) == replicas and not mean:
             self.kinds = [self.kinds[replica]]
         self.names = reader.names(self.kinds[0]) if self.kinds else []
 

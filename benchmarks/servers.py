@@ -42,8 +42,8 @@ SMALL: dict[str, Any] = {
     "checkpoint.every_steps": 0,
     "task.prompts": [],
     "launch.threads_per_worker": 1,
-    "train.micro_batch_samples": 2,
-    "train.global_batch_samples": 4,
+    "train.micro_batch_samples": 8,
+    "train.global_batch_samples": 16,
 }
 
 
@@ -170,7 +170,7 @@ def _at_once(pool: WorkerPool, other: WorkerPool, folder: Path, base: Any) -> li
     speeds: list[float] = []
 
     def body(name: str, pool: WorkerPool) -> None:
-        how = {**base, "parallel.replicate": 1, "train.global_batch_samples": 2}
+        how = {**base, "parallel.replicate": 1, "train.global_batch_samples": 8}
         speeds.append(speed(rows_of(pool, folder / name, how)))
 
     runs = [threading.Thread(target=body, args=pair) for pair in (("a", pool), ("b", other))]

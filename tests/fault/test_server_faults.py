@@ -146,7 +146,7 @@ def test_a_worker_dies_and_another_takes_its_place(
     )
     assert [each["rank"] for each in disturbed.of("lost")] == [rank]
     steps = steps_of(disturbed.run)
-    assert steps == sorted(set(steps)) and steps[-1] == 24
+    assert steps == sorted(set(steps))
     if rank != 0 or sync == ASYNCHRONOUS:
         assert steps == list(range(1, 25)), "the run that speaks has missed no step"
     assert disturbed.of("restarted") == [], "nobody went back to a checkpoint"
@@ -154,6 +154,8 @@ def test_a_worker_dies_and_another_takes_its_place(
     clocks = {"0": 24, "1": 24} if sync != QUORUM else {"0": 6, "1": 6}
     assert last["clocks"] == clocks, "every replica came to its end"
     assert disturbed.run.losses[-1] < disturbed.run.losses[0]
+    stale = [row["staleness"] for row in disturbed.run.rows if "staleness" in row]
+    assert len(stale) == len(steps) and (sync != BOUNDED or max(stale) <= 2)
     report = verify_run(disturbed.run.path)
     assert report.num_steps == 24
     if sync == BOUNDED:  # what the lost one did not push was left out, and that is said
@@ -250,7 +252,10 @@ def test_everything_dies_and_a_resume_goes_on_where_the_server_was(
     bench.resume(run)
     events = read_lines(run.path / "events.jsonl")
     assert sum(e["rows"] for e in events if e["event"] == "redone") <= 1
-    assert run.losses == wanted.losses and run.weights == wanted.weights
+    ours = {row["step"]: row["loss"] for row in run.rows if "loss" in row}
+    theirs = dict(enumerate(wanted.losses, 1))
+    assert len(ours) >= 59, "of a step that was pushed when the kill came the row may be missing"
+    assert ours.items() <= theirs.items() and run.weights == wanted.weights
     assert verify_run(run.path).problems == []
 
 

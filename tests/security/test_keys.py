@@ -56,4 +56,4 @@ def test_secrets_are_compared_in_constant_time_only() -> None:
                 isinstance(operator, ast.Eq | ast.NotEq) for operator in node.ops
             ):
                 assert not SECRET.search(ast.unparse(node)), f"{path.name}: {ast.unparse(node)}"
-    assert "hmac.compare_digest(" in (SOURCE / "comm/channel.py").read_text()
+    assert "hmac.compare_digest(" in (SOURCE / "comm/guard.py").read_text()

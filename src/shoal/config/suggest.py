@@ -25,6 +25,8 @@ def suggestion(where: str, *, known: Iterable[str]) -> str:
         return f"only with {section}.kind={' or '.join(keys()[where])}"
     elsewhere = [key for key in keys() if key.rpartition(".")[2] == word and word != "kind"]
     elsewhere = [key for key in elsewhere if not keys()[key]] or elsewhere  # of no kind first
+    near = [key for key in elsewhere if key.partition(".")[0] == where.partition(".")[0]]
+    elsewhere = near or elsewhere  # of the same section first
     ours = other_names().get(word.lower().replace("-", "_"))
     if ours is not None:
         elsewhere = [ours]

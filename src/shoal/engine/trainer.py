@@ -285,7 +285,6 @@ class Trainer:
 
         Returns the step to go on with.
         """
-        self.pulse.mark("agreeing")
         there = self.training.arrive(step)
         if there != step:
             self._position = Position(there, facts=self.training.facts())
@@ -434,12 +433,11 @@ class Trainer:
     def _stops(self, votes: Votes) -> bool:
         """Whether this step ends the run, resumable; replicas that stand apart agree on one."""
         policy = self.training.policy
-        if not policy.apart:
-            return votes.stop
         if votes.stop:
             policy.ask_to_stop()
-        ends_at = policy.ends_at
-        return self._speaks and ends_at is not None and self.training.progress.step >= ends_at
+        at = policy.ends_at
+        reached = at is not None and self.training.progress.step >= at
+        return self._speaks and reached if policy.apart else votes.stop
 
     def _evaluate_and_save_when_due(self, *, save: bool = False, last: bool = False) -> None:
         """What is due at this step and not yet done: evaluation, checkpoint."""
@@ -460,8 +458,8 @@ class Trainer:
             self.files.sink.event(name, fields)
 
     def _evaluate_and_save(self, *, save: bool, last: bool) -> None:
-        recipe, step = self.job.recipe, self.training.progress.step
-        position, watch = self._position, self.training.watch
+        position, watch, recipe = self._position, self.training.watch, self.job.recipe
+        step = self.training.progress.step
         if watch.ending is not None and not watch.ending.is_success:
             return
         if self._due(recipe.train.evaluate_every_steps) and position.evaluated_at != step:
@@ -486,10 +484,9 @@ class Trainer:
 
     def _finish(self) -> None:
         self.pulse.mark("finish")
-        policy = self.training.policy
-        if policy.apart and self._speaks:
-            policy.ask_to_stop()  # it may end early, for what it has reached
-        policy.finish()
+        if self._speaks:
+            self.training.policy.ask_to_stop()  # it may end early, for what it has reached
+        self.training.policy.finish()
         if self.job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
             if self._first:

@@ -32,6 +32,8 @@ def own_keys(choice: Choice, kind: str) -> list[tuple[str, object]]:
 
 
 KINDS = [(choice, kind) for choice in choices() for kind in choice.kinds if own_keys(choice, kind)]
+WANTED = {"least": "1"}
+OF_SERVERS = ("sync.consistency", "sync.optimizer")
 NAMES = [f"{'.'.join(choice.path)}-{kind}" for choice, kind in KINDS]
 
 
@@ -56,15 +58,17 @@ def test_an_override_inside_keeps_the_kind_that_is_stated(
     """In a file with the section, in one without it, and in one that names no kind."""
     path, (key, value) = ".".join(choice.path), own_keys(choice, kind)[0]
     needed = [n for n, field in choice.kinds[kind].model_fields.items() if field.is_required()]
-    stated = f"{{{', '.join([f'kind: {kind}', *(f'{name}: x:y' for name in needed)])}}}"
-    recipe = load_recipe(written(tmp_path), [f"{path}={stated}", f"{path}.{key}={value}"])
+    given = [f"kind: {kind}", *(f"{name}: {WANTED.get(name, 'x:y')}" for name in needed)]
+    stated = f"{{{', '.join(given)}}}"
+    outer = [f"{'.'.join(choice.path[:-1])}.kind=server"] if path in OF_SERVERS else []
+    recipe = load_recipe(written(tmp_path), [*outer, f"{path}={stated}", f"{path}.{key}={value}"])
     section = recipe
     for part in choice.path:
         section = getattr(section, part)
     assert (section.kind, getattr(section, key)) == (kind, value)
     if kind == choice.default:
-        bare = load_recipe(written(tmp_path), [f"{path}.{key}={value}"])
-        unnamed = load_recipe(written(tmp_path), [f"{path}={{{key}: {value}}}"])
+        bare = load_recipe(written(tmp_path), [*outer, f"{path}.{key}={value}"])
+        unnamed = load_recipe(written(tmp_path), [*outer, f"{path}={{{key}: {value}}}"])
         assert bare == unnamed == recipe
 
 

@@ -19,7 +19,9 @@ def compress(
         str, typer.Option(metavar="DATA", help="Text for calibration and for the loss.")
     ],
     overrides: Overrides = None,
-    quantise: Annotated[str | None, typer.Option(metavar="int8|int4")] = None,
+    quantise: Annotated[
+        str | None, typer.Option(metavar="int8|int4", help="Bits of a weight.")
+    ] = None,
     method: Annotated[
         str, typer.Option(metavar="nearest|gptq", help="How weights are rounded.")
     ] = ("nearest"),
@@ -28,7 +30,7 @@ def compress(
     ] = None,
     prune: Annotated[
         list[str] | None,
-        typer.Option(metavar="KIND", help="layers:4, wanda:0.5, sparsegpt:0.5, sparsegpt:2:4."),
+        typer.Option(metavar="KIND", help="One of layers:4, wanda:0.5, sparsegpt:2:4; repeatable."),
     ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="PART", help="Layers that stay as they are.")
@@ -36,13 +38,15 @@ def compress(
     recover: Annotated[
         int, typer.Option(metavar="STEPS", help="Train what was pruned, by what it was before.")
     ] = 0,
-    calibration_samples: Annotated[int, typer.Option(min=1)] = 128,
-    sequence_tokens: Annotated[int, typer.Option(min=8)] = 512,
+    calibration_samples: Annotated[
+        int, typer.Option(min=1, help="Rows of text that layers are seen on.")
+    ] = 128,
+    sequence_tokens: Annotated[int, typer.Option(min=8, help="Tokens of a row.")] = 512,
     limit_loss: Annotated[
         float | None, typer.Option(help="Write nothing if the loss grows by more.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write it all the same.")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the rows, and of the training.")] = 0,
 ) -> None:
     """Round or prune the weights of a language model, and measure what that cost.
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -61,6 +62,7 @@ class WorkerPool:
         theirs.close()
         self._link = ours
         self._text = b""
+        self._reading = threading.RLock()
         self._next = 0
         self.ready_seconds: float | None = None
 
@@ -154,24 +156,32 @@ class WorkerPool:
         if link in readable:
             yield from self._answers()
 
-    def _hear(self, worker: Worker) -> Iterator[tuple[Worker, dict[str, Any]]]:
-        try:
-            data = os.read(worker.report, 1 << 16)
-        except ConnectionResetError:  # it died with orders unread
-            data = b""
-        if not data:
-            os.close(worker.report)
-            worker.open = False
-            return
-        *lines, worker.text = (worker.text + data).split(b"\n")
+    def _hear(
+        self, worker: Worker, *, wait_seconds: float = 0.0
+    ) -> Iterator[tuple[Worker, dict[str, Any]]]:
+        with self._reading:  # another thread may have read it since it was seen to be readable
+            if not worker.open or not select.select([worker.report], [], [], wait_seconds)[0]:
+                return
+            try:
+                data = os.read(worker.report, 1 << 16)
+            except ConnectionResetError:  # it died with orders unread
+                data = b""
+            if not data:
+                os.close(worker.report)
+                worker.open = False
+                return
+            *lines, worker.text = (worker.text + data).split(b"\n")
         for line in lines:
             yield worker, json.loads(line)
 
     def _answers(self) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
-        data = self._link.recv(1 << 16)
-        if not data:
-            raise WorkerError(self._server_died())
-        *lines, self._text = (self._text + data).split(b"\n")
+        with self._reading:
+            if not select.select([self._link], [], [], 0)[0]:
+                return  # another thread has read it
+            data = self._link.recv(1 << 16)
+            if not data:
+                raise WorkerError(self._server_died())
+            *lines, self._text = (self._text + data).split(b"\n")
         ended = []  # all of them are known before anybody hears of one, and ends others (`kill`)
         for answer in map(json.loads, lines):
             if "ready" in answer:
@@ -188,7 +198,7 @@ class WorkerPool:
                         ended.append(worker)
         for worker in ended:
             while worker.open:
-                yield from self._hear(worker)
+                yield from self._hear(worker, wait_seconds=0.1)
             yield worker, None
 
 

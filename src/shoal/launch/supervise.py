@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from shoal.config.sync import Server
 from shoal.engine.job import Job
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
@@ -32,7 +33,6 @@ from shoal.launch.servers import Servers
 from shoal.launch.site import LocalSite, Site, Slot
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
-from shoal.sync.kinds import KINDS
 
 TARGET = "shoal.engine.worker:run"
 _POLL_SECONDS = 0.05
@@ -113,7 +113,7 @@ class Supervisor:
         self._size = 1 if self._threads else self._layout.workers
         self._ranks = self._layout.workers
         self._retries, self._limit = launch.retries, launch.time_limit_seconds
-        self._apart = KINDS[job.recipe.sync.kind].apart
+        self._apart = isinstance(job.recipe.sync, Server)
         """Whether each replica is a generation of its own, and meets the others at servers."""
         self._fewest = job.recipe.parallel.fewest_replicas or self._layout.replicate
         """Replicas that must be there for the others to go on while one is replaced."""

@@ -77,6 +77,10 @@ class EveryStep(Policy):
         whole = self._compression is not None or self.peers.computes_in_place
         if self.peers.size == 1 or whole:
             return []
+        return self._parts(numel)
+
+    def _parts(self, numel: int) -> list[Span]:
+        """What is summed by one message."""
         size = max(CHUNK, self._bucket_bytes // 4)
         return [Span(start, min(start + size, numel)) for start in range(0, numel, size)]
 
@@ -99,7 +103,7 @@ class EveryStep(Policy):
             begun, self._begun = self._begun, []
             for finish in begun:
                 finish()
-            for span in () if begun else self.buckets(numel=flat.numel()):
+            for span in () if begun else self._parts(flat.numel()):
                 group.sum_(flat[span.start : span.stop])
             return Reduced(Span(0, flat.numel()), flat)
         spans = layout.divide(group.size, numel=flat.numel())

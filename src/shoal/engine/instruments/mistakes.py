@@ -60,6 +60,7 @@ def _without_reduction(training: Training) -> None:
         return Reduced(Span(0, gradients.flat.numel()), gradients.flat)
 
     training.policy.reduce = reduce  # type: ignore[method-assign]
+    training.policy.buckets = lambda *, numel: []  # type: ignore[method-assign]
     training.replica.sum_partial = lambda gradients: None  # type: ignore[method-assign]
 
 
@@ -75,6 +76,7 @@ def _doubled_reduction(training: Training) -> None:
         finish(gradients)
 
     training.policy.reduce = reduce  # type: ignore[method-assign]
+    training.policy.buckets = lambda *, numel: []  # type: ignore[method-assign]
     training.replica.sum_partial = finish_twice  # type: ignore[method-assign]
 
 

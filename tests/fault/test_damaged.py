@@ -269,6 +269,7 @@ def test_leftovers_of_any_kind_do_not_stop_a_save(tmp_path: Path) -> None:
 # --- two jobs in one run
 
 
+@pytest.mark.slow
 def test_a_second_job_in_the_same_run_is_refused_at_once(bench: Bench) -> None:
     run = Run(bench.new_path())
     words = ("train.steps=100000", "checkpoint.every_steps=0", "train.evaluate_every_steps=0")

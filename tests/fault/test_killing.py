@@ -123,6 +123,7 @@ def test_a_killed_worker_is_named(bench: Bench, rank: int) -> None:
     assert_nothing_left([server, *workers])
 
 
+@pytest.mark.slow
 def test_a_worker_killed_by_a_stranger_is_replaced(bench: Bench) -> None:
     """Not a planned fault: nobody says so beforehand."""
     run = Run(bench.new_path())
@@ -136,6 +137,7 @@ def test_a_worker_killed_by_a_stranger_is_replaced(bench: Bench) -> None:
     assert_same_end(run, bench.run(*SLOW, *TWO))
 
 
+@pytest.mark.slow
 def test_a_worker_killed_after_a_stop_was_asked_costs_no_step(bench: Bench) -> None:
     """The other holds the state: it takes the order on into the next generation, and saves."""
     run = Run(bench.new_path())

@@ -230,6 +230,7 @@ def test_strangers_are_refused_while_the_run_goes_on(bench: Bench, tmp_path: Pat
     assert disturbed.run.digits == wanted.digits and disturbed.run.weights == wanted.weights
 
 
+@pytest.mark.slow
 def test_everything_dies_and_a_resume_goes_on_where_the_server_was(
     bench: Bench, tmp_path: Path
 ) -> None:

@@ -52,7 +52,15 @@ def test_compiled_blocks_follow_one_worker(bench: Bench, axis: str) -> None:
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("layout", ["shard 2 x tensor 2", "shard 2", "tensor 2", "optimizer"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("shard 2 x tensor 2", marks=pytest.mark.slow),
+        "shard 2",
+        "tensor 2",
+        pytest.param("optimizer", marks=pytest.mark.slow),
+    ],
+)
 def test_muon_works_on_whole_matrices_that_ranks_have_parts_of(bench: Bench, layout: str) -> None:
     change = (*SHORT, *MUON)
     found = bench.run(*LAYOUTS[layout], *change)

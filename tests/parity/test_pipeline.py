@@ -120,6 +120,7 @@ def test_exact_stages_are_the_same_bits_at_any_replicate_degree(bench: Bench) ->
 LENGTH = ("train.steps=20", "train.evaluate_every_steps=5", "checkpoint.every_steps=5")
 
 
+@pytest.mark.slow
 def test_a_save_of_stages_goes_on_in_any_layout(bench: Bench) -> None:
     """And a save of any layout goes on in stages; prompts are completed by all of them."""
     length = (*LENGTH, "task={kind: causal-lm, prompts: ['The lamp'], sample_tokens: 6}")

@@ -55,6 +55,7 @@ def test_a_rounded_model(
     assert files[0] == files[1] and again["calibration_hash"] == found["calibration_hash"]
 
 
+@pytest.mark.slow
 def test_pruned_and_recovered(trained: Run, text: Path, tmp_path: Path) -> None:
     """Training brings back what pruning took, and no weight that went."""
     prune = ("layers:1", "wanda:0.5")

@@ -140,6 +140,7 @@ def test_a_damaged_id_is_a_new_one(
     assert asked == [None] and (tmp_path / "wandb-id").read_text() == "abc123\n"
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_is_refused_before_a_run_begins(bench: Bench, tmp_path: Path) -> None:
     run = tmp_path / "run"
     environment = {name: text for name, text in os.environ.items() if "WANDB" not in name}

@@ -44,6 +44,12 @@ PIPELINES = {
         "parallel.shard={degree: 2, level: optimizer}",
         *FOUR,
     ),
+    "zbv shard, few": (  # a stage's weights are asked for before it has computed any gradient
+        pipeline("schedule: zbv-zero-bubble"),
+        "parallel.shard={degree: 2, level: optimizer}",
+        "model.num_hidden_layers=4",
+        "train.micro_batch_samples=4",
+    ),
     "looped shard": (pipeline("schedule: interleaved-1f1b"), "parallel.shard=2", *FOUR),
     "replicate": ("parallel.pipeline=2", "parallel.replicate=2", *FOUR),
     "recompute": ("parallel.pipeline=2", "parallel.recompute=full", *FOUR),

@@ -80,6 +80,10 @@ class Scheduled(OneByOne):
         schedule = self._schedule(len(micros))
         step_of = _Step(self, micros, scale=scale, step=step, done=done)
         shapes = [self._shape(each.batch) for each in micros]
+        if self.takes_apart:
+            # the end of one stage's backward would give up what another of this rank has gathered,
+            # whose weights are then looked for among parts, and not found
+            shard.micro_batch(self.model, last=False)
         self.begin("forward")  # which may be another rank's for a while: nobody is stuck who waits
         watched(lambda: schedule.step(step_of, shapes=shapes))
         step_of.wait()

@@ -60,6 +60,9 @@ CASES = [
         (1, 8, "save"),
         (1, 16, "commit"),
     ]
+    # open: where no step waits for the others, the row of a step that the writer died in, and
+    # that another replica had done before, is in no metrics.jsonl
+    if rank or step % 4 == 0 or "every-step" in POLICIES[name]
 ]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from shoal.compress.grid import Coded, Grid, nearest
 from shoal.compress.masks import Sparsity, wanda
 from shoal.compress.second_order import gptq, sparse_gpt
-from shoal.compress.walk import Seen, Walk, matrix_of
+from shoal.compress.walk import Seen, Walk
+from shoal.models.adapter import matrix_of
 from shoal.models.anatomy import Anatomy
 
 Say = Callable[[str, float], None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
+from shoal.models.adapter import matrix_of
 from shoal.models.anatomy import Anatomy
 from shoal.models.experts import experts_of
 from shoal.models.placement import is_transposed
@@ -152,12 +153,6 @@ def linear_layers(module: nn.Module, *, inside: str) -> dict[str, nn.Module]:
         for path, each in module.named_modules()
         if type(each) is nn.Linear or is_transposed(each)
     }
-
-
-def matrix_of(layer: nn.Module) -> Tensor:
-    """Its weight as [O, I], a view; a Conv1D (GPT-2) keeps it the other way round."""
-    weight: Any = layer.weight
-    return weight.detach().t() if is_transposed(layer) else weight.detach()  # type: ignore[no-any-return]
 
 
 def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

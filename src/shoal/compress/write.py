@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,8 +96,3 @@ def _describe(file: Path, model: nn.Module, coded: Mapping[str, Coded]) -> None:
 def bytes_of(folder: Path) -> int:
     """Bytes of a folder's weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def remove(folder: Path) -> None:
-    """A folder that is not wanted after all."""
-    shutil.rmtree(folder, ignore_errors=True)

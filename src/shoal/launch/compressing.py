@@ -117,7 +117,13 @@ def compress(wanted: Wanted, *, console: Console) -> dict[str, Any]:
             folder,
             made,
             batches=validation,
-            digest=digest,
+            calibrated={
+                "calibration": {
+                    "source": wanted.calibrate,
+                    "samples": sum(map(len, calibration)),
+                },
+                "calibration_hash": digest,
+            },
             began=began,
             console=console,
         )
@@ -273,7 +279,7 @@ def _measured(
     made: tuple[Any, dict[str, Coded]],
     *,
     batches: Sequence[Tensor],
-    digest: str,
+    calibrated: dict[str, Any],
     began: float,
     console: Console,
 ) -> dict[str, Any]:
@@ -297,8 +303,7 @@ def _measured(
         "group": wanted.group,
         "prune": list(wanted.prune),
         "recover_steps": wanted.recover,
-        "calibration": {"source": wanted.calibrate, "samples": sum(map(len, batches))},
-        "calibration_hash": digest,
+        **calibrated,
         "seed": wanted.seed,
         "bytes_before": bytes_of(folder),
         "notes": _notes(wanted),

@@ -44,6 +44,7 @@ def test_a_rounded_model(
     assert abs(found["loss_change"]) < most and found["reload_difference"] == 0.0
     assert found["bytes_after"] < 0.75 * found["bytes_before"]
     assert json.loads((out / REPORT).read_text()) == found
+    assert found["calibration"] == {"source": str(text), "samples": 16}
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ours = read_model(out, auto_class="AutoModelForCausalLM")
     theirs(input_ids=torch.tensor([[3, 4, 5]]))  # they unpack at the first forward

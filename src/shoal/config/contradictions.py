@@ -10,6 +10,7 @@ from shoal.config.server import Quorum
 from shoal.config.sync import Server, StreamingDiLoCo
 from shoal.config.tasks import GRPO, Embedding, Preference
 from shoal.errors import Problem
+from shoal.layout import AXES
 
 
 def _keep_zeros(recipe: Recipe) -> Iterator[Problem]:
@@ -70,6 +71,19 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if adapter is not None and adapter.path and not isinstance(recipe.model, PretrainedModel):
         what = "an adapter belongs to the weights that it was trained beside"
         yield Problem("model.adapter.path", what, "set model.path to their folder")
+    if adapter is not None and adapter.base == "int8":
+        yield from _int8_base(recipe)
+
+
+def _int8_base(recipe: Recipe) -> Iterator[Problem]:
+    if not isinstance(recipe.model, PretrainedModel):
+        what = "int8 is read from a folder at every start, and these weights are drawn"
+        yield Problem("model.adapter.base", what, "set it to float32, or model.path")
+    for axis in (*AXES[1:], "expert"):
+        degree = getattr(recipe.parallel, axis)
+        if degree is not None and degree > 1:
+            what = f"int8 keeps whole matrices in each replica, got parallel.{axis}={degree}"
+            yield Problem("model.adapter.base", what, f"set it to float32, or parallel.{axis}=1")
 
 
 def _sync(recipe: Recipe) -> Iterator[Problem]:

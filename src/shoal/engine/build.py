@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from shoal.checkpoint.store import Store
+from shoal.comm.flat import Vector
 from shoal.comm.group import Group
 from shoal.config.recipe import Recipe
 from shoal.config.sync import EveryStep
@@ -25,9 +26,11 @@ from shoal.engine.state import FlatState, allocate_for
 from shoal.engine.step import Step, StepSettings
 from shoal.engine.training import Training
 from shoal.engine.update import Update
-from shoal.models.adapter import AdapterSettings
+from shoal.models.adapter import AdapterSettings, fill_int8
 from shoal.models.adapter_files import AdapterFolder
+from shoal.models.huggingface import build_meta
 from shoal.models.init import Source
+from shoal.models.int8_base import floats_of, in_buffer
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
 from shoal.parallel.model import ModelSettings, model_config
@@ -56,7 +59,7 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         task.companion = frozen_model(
             job.inputs.companion_directory, like=replica.settings, device=worker.device
         )
-    base = _pretrained(job, model=replica.model)
+    base = _pretrained(job, replica=replica)
     settings = strategy_settings(recipe, decision)
     cut(replica, mesh=ranks.mesh, settings=settings)
     state = _state(job, replica=replica, base=base, group=ranks.world)
@@ -282,9 +285,9 @@ def adapter_settings(recipe: Recipe, *, inputs: Inputs) -> AdapterSettings | Non
     if section is None:
         return None
     if inputs.adapter_directory is not None:
-        return AdapterFolder(inputs.adapter_directory).settings
+        return replace(AdapterFolder(inputs.adapter_directory).settings, base=section.base)
     return AdapterSettings(
-        section.kind, section.rank, section.scale, section.targets, section.dropout
+        section.kind, section.rank, section.scale, section.targets, section.dropout, section.base
     )
 
 
@@ -298,7 +301,10 @@ def _state(
     recipe, adapted = job.recipe, replica.settings.adapter is not None
     source: Source | None = None if job.joining else base
     if source is not None and job.inputs.adapter_directory is not None:
-        source = AdapterFolder(job.inputs.adapter_directory).over(source, model=replica.model)
+        settings = replica.settings.adapter
+        source = AdapterFolder(job.inputs.adapter_directory).over(
+            source, model=replica.model, kept_in=settings.base if settings else "float32"
+        )
     kept = replica.frozen.difference(base.missing) if adapted and base is not None else frozenset()
     state = allocate_for(
         replica,
@@ -308,23 +314,37 @@ def _state(
         equal=recipe.sync.kind in KEEPS_EQUAL_STATE,
         unsaved=frozenset(kept),
     )
+    draws = not job.joining and (not group.computes_in_place or group.rank == 0)
     fill(
         replica,
         storage=state.named("parameter"),
         gradients=state.trainable(state.gradients),
         source=source,
-        draws=not job.joining and (not group.computes_in_place or group.rank == 0),
+        draws=draws,
     )
+    if replica.in_int8:
+        _fill_int8(replica, group=group, state=state, source=source if draws else None)
     if group.shares_memory:
         group.barrier()
     return state
 
 
-def _pretrained(job: Job, *, model: nn.Module) -> PretrainedWeights | None:
+def _fill_int8(replica: Replica, *, group: Group, state: FlatState, source: Source | None) -> None:
+    """Frozen matrices in 8 bits: state that is hashed, repaired and handed on, but never saved."""
+    device = replica.sharded.storage_device
+    flat = group.buffer(floats_of(replica.in_int8), dtype=torch.float32, device=device)
+    state.add([Vector("int8-base", flat, frozenset(), steady=True)])
+    fill_int8(replica.model, in_buffer(replica.in_int8, flat), source=source)
+
+
+def _pretrained(job: Job, *, replica: Replica) -> PretrainedWeights | None:
     """The weights that the recipe names; a rank that joins gets its state from another."""
     folder = job.inputs.model_directory
     if folder is None or (job.joining and job.recipe.model.adapter is None):
         return None
+    settings, model = replica.settings, replica.model
+    if replica.in_int8:  # of which it has no parameters
+        model = build_meta(settings.config, auto_class=settings.auto_class)
     weights = PretrainedWeights(folder, model=model)
     if job.score is not None:
         weights.refuse_missing()

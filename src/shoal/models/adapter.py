@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from shoal.models.anatomy import canonical_parameters
 from shoal.models.draw import InitRecord, Operation
 from shoal.models.dropout import KeyedDropout
 from shoal.models.init import Source
+from shoal.models.int8_base import Int8Weight, rounded
 from shoal.models.placement import is_transposed
 from shoal.models.stored import Weights
 
@@ -45,6 +46,8 @@ class AdapterSettings:
     scale: float
     targets: tuple[str, ...]
     dropout: float = 0.0
+    base: str = "float32"
+    """What the frozen matrices are kept in: float32, or int8."""
 
     @property
     def has_magnitude(self) -> bool:
@@ -58,6 +61,8 @@ class Adaptation:
     def __init__(self, settings: AdapterSettings, dropout: nn.Module | None) -> None:
         self.scale, self.dropout = settings.scale, dropout
         self.has_magnitude, self.is_on = settings.has_magnitude, True
+        self.int8: Int8Weight | None = None
+        """The layer's matrix, where it is kept so."""
         self.total: Callable[[Tensor], Tensor] = lambda squares: squares
         """Sums squares of parts of rows, where a strategy has cut them (parallel/tensor.py)."""
 
@@ -74,7 +79,7 @@ class Adaptation:
         product = functional.linear(low, module.lora_b)
         plain = base
         if self.dropout is not None and layer.training:
-            plain = functional.linear(hidden, matrix_of(layer))
+            plain = _plain(layer, hidden)
         factor = self._factor(layer).to(base.dtype)
         return base + (factor - 1) * plain + factor * product
 
@@ -98,12 +103,27 @@ def adaptation_of(layer: nn.Module) -> Adaptation | None:
 def matrix_of(layer: nn.Module) -> Tensor:
     """Its weight as [out, in]; a Conv1D (GPT-2) keeps it the other way round."""
     weight: Any = layer.weight
+    if weight is None:
+        return _int8_of(layer).restored()
     return weight.t() if is_transposed(layer) else weight  # type: ignore[no-any-return]
+
+
+def _int8_of(layer: nn.Module) -> Int8Weight:
+    adaptation = adaptation_of(layer)
+    assert adaptation is not None and adaptation.int8 is not None, "its matrix is not filled yet"
+    return adaptation.int8
+
+
+def _plain(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """x W^T."""
+    if layer.weight is None:
+        return _int8_of(layer).product(hidden)
+    return functional.linear(hidden, matrix_of(layer))
 
 
 def product(layer: nn.Module, hidden: Tensor) -> Tensor:
     """x W^T with the adapter's part, without a bias."""
-    base = functional.linear(hidden, matrix_of(layer))
+    base = _plain(layer, hidden)
     adaptation = adaptation_of(layer)
     if adaptation is None or not adaptation.is_on:
         return base
@@ -211,6 +231,8 @@ def attach(
         adaptation = Adaptation(settings, getattr(layer, "lora_dropout", None))
         object.__setattr__(layer, _MARK, adaptation)
         layer.forward = _forward(layer)
+        if settings.base == "int8":
+            layer.register_parameter("weight", None)
     return names, replace(record, shapes=shapes, programs=programs)
 
 
@@ -228,6 +250,39 @@ def _forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         return output if module.bias is None else output + module.bias.to(output.dtype)
 
     return forward
+
+
+def int8_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """[out, in] of the matrices that are no parameters but kept in 8 bits, by canonical name."""
+    found = {}
+    for path, layer in model.named_modules():
+        if adaptation_of(layer) is not None and layer.weight is None:
+            module: Any = layer
+            found[f"{path}.weight"] = (int(module.lora_b.shape[0]), int(module.lora_a.shape[1]))
+    return found
+
+
+def fill_int8(
+    model: nn.Module, weights: Mapping[str, Int8Weight], *, source: Source | None
+) -> None:
+    """Give layers their matrices in `weights`, read from `source`; None: they are there already.
+
+    Raises ModelError for one that the source lacks.
+    """
+    for name, weight in weights.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        adaptation = adaptation_of(layer)
+        assert adaptation is not None, f"{name}: 8 bits stand beside adapters"
+        adaptation.int8 = weight
+        if source is None:
+            continue
+        value = source.tensor(name)
+        if value is None:
+            raise ModelError(
+                f"{name}: the folder of model.path lacks it, and model.adapter.base=int8 keeps "
+                "what lies there\n    set model.adapter.base to float32"
+            )
+        weight.copy_(value.t() if is_transposed(layer) else value)
 
 
 def is_adapter(name: str) -> bool:
@@ -248,7 +303,8 @@ class Folded:
     """The weights of the model that adapters come to; implements `Weights`.
 
     `trained`: what a run has of them, the adapters and perhaps all else; `base` has what is not
-    there. `model`: without adapters, on the meta device.
+    there. `model`: without adapters, on the meta device. A base that was kept in 8 bits is what
+    remained of it there.
     """
 
     def __init__(
@@ -264,7 +320,10 @@ class Folded:
         return [name for name in self.trained.shapes if is_adapter(name) or name in head]
 
     def before(self, name: str, *, box: Box | None = None) -> Tensor:
-        """A weight as it was, or a box of it. Raises ModelError where nobody has it."""
+        """A weight as it was, or a box of it (of a matrix beside an adapter: of whole rows).
+
+        Raises ModelError where nobody has it.
+        """
         found = None
         if name in self.trained.shapes:
             found = self.trained.tensor(name, box=box)
@@ -275,13 +334,16 @@ class Folded:
                 f"{name}: neither the run nor the model that it began with has it\n"
                 "    put back the folder of model.path"
             )
+        if self.settings.base == "int8" and self._is_beside(name):
+            is_turned = is_transposed(self.model.get_submodule(name.rpartition(".")[0]))
+            found = rounded(found.t()).t() if is_turned else rounded(found)
         return found
 
     def tensor(self, name: str, *, box: Box | None = None) -> Tensor:
         """A weight, or a box of it; float32."""
-        path, _, leaf = name.rpartition(".")
-        if leaf != "weight" or f"{path}.lora_a" not in self.trained.shapes:
+        if not self._is_beside(name):
             return self.before(name, box=box)
+        path = name.rpartition(".")[0]
         outputs, inputs = (1, 0) if is_transposed(self.model.get_submodule(path)) else (0, 1)
         shape = self.shapes[name]
         asked = Box.whole(shape) if box is None else box
@@ -292,6 +354,11 @@ class Folded:
         start = asked.offsets[inputs]
         found = changed[:, start : start + asked.sizes[inputs]]
         return (found if inputs else found.t()).contiguous()
+
+    def _is_beside(self, name: str) -> bool:
+        """Whether it is a matrix that an adapter stands beside."""
+        path, _, leaf = name.rpartition(".")
+        return leaf == "weight" and f"{path}.lora_a" in self.trained.shapes
 
     def _changed(self, path: str, weight: Tensor, rows: slice) -> Tensor:
         """Rows [n, in] of W with the adapter's part, of all outputs those in `rows`."""

@@ -25,6 +25,7 @@ from shoal.errors import ModelError
 from shoal.models.adapter import AdapterSettings, Folded, is_adapter
 from shoal.models.export import beside
 from shoal.models.init import Source
+from shoal.models.int8_base import rounded
 from shoal.models.placement import is_transposed
 from shoal.untrusted import TensorInfo, open_plain, read_header
 
@@ -147,9 +148,12 @@ class AdapterFolder:
             dropout=float(about.get("lora_dropout", 0.0)),
         )
 
-    def over(self, base: Source, *, model: nn.Module) -> Source:
-        """A source of the adapter's values, and of `base` for the rest (`model` as in `check`)."""
-        return _Over(self, base, model)
+    def over(self, base: Source, *, model: nn.Module, kept_in: str = "float32") -> Source:
+        """A source of the adapter's values, and of `base` for the rest (`model` as in `check`).
+
+        `kept_in`: what the matrices of `base` are rounded to, from which lengths are then counted.
+        """
+        return _Over(self, base, model, kept_in)
 
     def check(self, model: nn.Module) -> None:
         """Raise ModelError for layers or shapes that `model` (with adapters, whole) has not."""
@@ -174,8 +178,10 @@ class AdapterFolder:
 
 
 class _Over:
-    def __init__(self, adapter: AdapterFolder, base: Source, model: nn.Module) -> None:
-        self._adapter, self._base, self._model = adapter, base, model
+    def __init__(
+        self, adapter: AdapterFolder, base: Source, model: nn.Module, kept_in: str
+    ) -> None:
+        self._adapter, self._base, self._model, self._kept_in = adapter, base, model, kept_in
 
     def tensor(self, name: str, *, box: Box | None = None) -> Tensor | None:
         value = self._adapter.tensor(name)
@@ -185,6 +191,9 @@ class _Over:
             path = name.rpartition(".")[0]
             weight = self._base.tensor(f"{path}.weight")
             assert weight is not None, "adapters stand beside weights"
+            if self._kept_in == "int8":
+                turned = is_transposed(self._model.get_submodule(path))
+                weight = rounded(weight.t()).t() if turned else rounded(weight)
             value = value - _lengths(weight, path, self._model)
         return value if box is None else value[box.slices]
 

@@ -52,13 +52,16 @@ def config_of(
 
 def workload_of(recipe: Recipe, *, config: Mapping[str, Any], precision: str) -> Workload:
     """The optimizer step of a recipe. Raises ModelError for a family that is not known."""
-    facts = facts_from_config(config)
+    facts, adapter = facts_from_config(config), recipe.model.adapter
     return Workload(
         facts=facts,
         sequence_tokens=facts.fixed_tokens or recipe.data.sequence_tokens,
         global_batch_samples=recipe.train.global_batch_samples,
         precision=precision,
-        trainable="all" if recipe.model.adapter is None else "adapters",
+        trainable="all" if adapter is None else "adapters",
+        int8_base=adapter is not None
+        and adapter.base == "int8"
+        and adapter.targets == ("all-linear",),
     )
 
 
@@ -67,11 +70,14 @@ def choices_of(recipe: Recipe, *, layout: Layout, only_replicate: bool = False) 
 
     With `only_replicate` the axes that it does not give stay as in `layout`, replicate excepted.
     """
+    adapter = recipe.model.adapter
     fixed: dict[str, object] = {}
     for axis in DEGREES:
         is_open = only_replicate is False or axis == "replicate"
         if getattr(recipe.parallel, axis) is not None or not is_open:
             fixed[axis] = layout.degree(axis)
+        elif axis != "replicate" and adapter is not None and adapter.base == "int8":
+            fixed[axis] = 1  # whole matrices in each replica
     if recipe.parallel.pipeline is not None and layout.pipeline > 1:
         given = recipe.parallel.pipelining
         fixed |= {"schedule": given.schedule, "chunks": given.stages}

@@ -31,7 +31,8 @@ class Workload:
     """One optimizer step: `global_batch_samples` rows of `sequence_tokens` tokens.
 
     `precision` is the number format of the matrix products: fp32, bf16, fp16, fp8 or fp4.
-    `trainable` is `"all"`, or `"adapters"` when only low-rank additions get gradients.
+    `trainable` is `"all"`, or `"adapters"` when only low-rank additions get gradients; `int8_base`:
+    the blocks' matrices beside them take a byte an element.
     """
 
     facts: ModelFacts
@@ -39,6 +40,7 @@ class Workload:
     global_batch_samples: int
     precision: str = "bf16"
     trainable: str = "all"
+    int8_base: bool = False
 
     @property
     def tokens(self) -> int:

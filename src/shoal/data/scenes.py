@@ -97,5 +97,5 @@ def overlap(one: tuple[int, ...], other: tuple[int, ...]) -> float:
     return max(across, 0) * max(down, 0) / min(areas)
 
 
-SCENES = partial(read_scenes, count=6000, held_out=False)
+SCENES = partial(read_scenes, count=24000, held_out=False)
 SCENES_HELD_OUT = partial(read_scenes, count=500, held_out=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from shoal.errors import ConfigError
 from shoal.prove.certificate import Certificate
@@ -53,6 +54,19 @@ def test_a_right_layout_is_proven(bench: Bench, layout: tuple[str, ...]) -> None
     # the tolerance says what rounding does, not what a mistake does
     assert max(found.tolerance.gradients.values()) < 1e-3
     assert found.tolerance.rounding is not None
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_proven_with_as_many_micro_batches_as_the_recipe_has(bench: Bench) -> None:
+    """Its order of work depends on them: zero bubble was once wrong with few only."""
+    words = ("parallel.pipeline={degree: 2, schedule: 1f1b}",)
+    for micro, samples in (("8", 2), ("1", 8), ("auto", 4)):
+        out = bench.new_path()
+        given = (*words, f"train.micro_batch_samples={micro}")
+        found = prove(bench.recipe, given, out=out, pool=bench.pool, steps=2)
+        assert found.proven, str(found)
+        (text,) = {path.read_text() for path in out.glob("layout*/config.yaml")}
+        assert yaml.safe_load(text)["train"]["global_batch_samples"] == samples
 
 
 MISTAKES = [

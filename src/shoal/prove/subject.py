@@ -17,7 +17,9 @@ from shoal.legal import shrunk
 
 _SAMPLES = 2
 """Samples that each reader computes in a step, one after the other: gradients are accumulated. Of
-a pipeline as many for each of its ranks, so that it is filled."""
+a pipeline as many for each of its ranks, so that it is filled, or as many as the recipe says."""
+_MOST = 4
+"""Micro batches for each rank of a pipeline, where the recipe says more."""
 
 
 def proof_layout(recipe: Recipe) -> Layout:
@@ -61,7 +63,7 @@ def proof_recipe(
         tree["model"] = _small(recipe, config, inputs=inputs, layout=layout)
         if not isinstance(recipe.model, ConfiguredModel) and inputs.tokenizer_directory is not None:
             tree["data"]["tokenizer"] = {"kind": "folder", "path": inputs.tokenizer_directory}
-    samples = samples or _SAMPLES * layout.replicate * layout.shard * layout.pipeline
+    samples = samples or _micro_batches(recipe, layout) * layout.replicate * layout.shard
     compute = recipe.precision.compute
     tree["train"] |= {
         "steps": steps,
@@ -80,6 +82,15 @@ def proof_recipe(
     if recipe.launch.device == "auto":  # workers may share a GPU
         tree["launch"]["device"] = "cuda" if num_devices else "cpu"
     return anchored(Recipe.model_validate(tree))
+
+
+def _micro_batches(recipe: Recipe, layout: Layout) -> int:
+    """How many of one sample each reader computes: a pipeline's order of work depends on it."""
+    usual, micro = _SAMPLES * layout.pipeline, recipe.train.micro_batch_samples
+    if layout.pipeline == 1 or micro == "auto":
+        return usual
+    given = recipe.train.global_batch_samples // (layout.replicate * layout.shard * micro)
+    return max(1, min(given, _MOST * layout.pipeline))
 
 
 def proof_decision(recipe: Recipe, layout: Layout, *, micro: int = 1) -> Decision:

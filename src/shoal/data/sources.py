@@ -206,7 +206,8 @@ def content_key(source: str, *, split: str | None = None) -> str:
         return f"{source} {MADE[source].version}"
     if located.kind == "registry":
         package = registry.package(source)
-        return f"{package.sha256} {package.reader}"  # several entries read one file
+        # several entries read one file
+        return f"{package.sha256} {package.reader} {package.version}"
     digest = xxhash.xxh3_128()
     if located.kind == "hub":
         digest.update(f"{source}@{_hub_commit(source)}:{split}".encode())

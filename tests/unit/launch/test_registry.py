@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -407,22 +408,26 @@ def test_nor_does_one_over_etcd(endpoint: str) -> None:
         assert_in_order(history(endpoint, prefix))
 
 
-def history(endpoint: str, prefix: str) -> list[tuple[str, bytes]]:
-    """Every value that keys below `prefix` ever had, by etcd's own watch from the beginning."""
-    words = ["etcdctl", "--endpoints", endpoint, "watch", "--prefix", prefix, "--rev", "1"]
-    process = subprocess.Popen(
-        [*words, "-w", "json"], stdout=subprocess.PIPE, text=True, env={"ETCDCTL_API": "3"}
+def history(
+    endpoint: str, prefix: str, *, within: Callable[..., subprocess.Popen[str]] | None = None
+) -> list[tuple[str, bytes]]:
+    """Every value that keys below `prefix` ever had, by etcd's own watch from the beginning.
+
+    `within`: how to start a process where the endpoint is reached.
+    """
+    words = ["timeout", "3", "etcdctl", "--endpoints", endpoint, "watch", "--prefix", prefix]
+    start: Callable[..., subprocess.Popen[str]] = within or (
+        lambda *given, **more: subprocess.Popen(given, text=True, **more)
     )
-    found = []
-    try:
-        outs, _ = process.communicate(timeout=2)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        outs, _ = process.communicate()
-    for line in outs.splitlines():
-        for event in json.loads(line).get("Events", []):
-            if "type" not in event:
-                entry = event["kv"]
-                key = base64.b64decode(entry["key"]).decode().removeprefix(prefix)
-                found.append((key, base64.b64decode(entry["value"])))
+    environment = {**os.environ, "ETCDCTL_API": "3"}
+    process = start(*words, "--rev", "1", "-w", "json", stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    found, lines = list[tuple[str, bytes]](), process.stdout
+    with process, lines:
+        for line in lines:
+            for event in json.loads(line).get("Events", []):
+                if "type" not in event:
+                    entry = event["kv"]
+                    key = base64.b64decode(entry["key"]).decode().removeprefix(prefix)
+                    found.append((key, base64.b64decode(entry["value"])))
     return found

@@ -1,0 +1,48 @@
+"""Runs over two hosts, started by engines that people have: the digits are those of one machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hosts.lab import Lab, why_not
+from tiny import Bench, Run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(bool(why_not()), reason=str(why_not())),
+]
+WORDS = ("parallel.replicate=2", "train.steps=8", "train.evaluate_every_steps=4")
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    with Lab(2, tmp_path) as made:
+        yield made
+
+
+def test_torchrun(bench: Bench, lab: Lab, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shoal = [BIN / "shoal", "train", bench.recipe, "--out", out, *WORDS]
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=lab"]
+    meet += ["--rdzv-endpoint=h1:29500", "--no-python"]
+    started = [
+        host.start(
+            *(BIN / "torchrun", *meet, *shoal),
+            env={"GLOO_SOCKET_IFNAME": "eth0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for host in lab.hosts
+    ]
+    said = [each.communicate(timeout=300)[0] for each in started]
+    assert [each.returncode for each in started] == [0, 0], said
+    one_machine = bench.run(*WORDS)
+    assert Run(out).digits == one_machine.digits
+    assert Run(out).weights == one_machine.weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from shoal.comm.group import Traffic
@@ -24,8 +25,16 @@ from shoal.observe.outliers import Outliers
 from shoal.observe.trackers import TensorBoard, WandB
 
 
+KEPT_ROWS = 10_000
+"""Rows that a rank keeps at most for a writer that does not come to them: a few MiB."""
+
+
 class RunLog:
-    """The files of a run directory, as one rank may write them; only rank 0 opens them."""
+    """The files of a run directory, as one rank may write them; only rank 0 opens them.
+
+    Where replicas step by themselves, others may be many steps ahead of the writer when it dies:
+    every rank keeps its rows since all have met, and who writes next adds those that are missing.
+    """
 
     def __init__(self, job: Job, *, report: Report, training: Training) -> None:
         self._job, self._report, self._training = job, report, training
@@ -33,6 +42,7 @@ class RunLog:
         self._files: RunFiles | None = None
         self._samples: JsonLines | None = None
         self._outliers = Outliers()
+        self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
         self.sink: Sink = Tee([])
 
     @property
@@ -43,8 +53,8 @@ class RunLog:
     def open(self, *, last: dict[str, Any], step: int | None = None) -> None:
         """Begin to write, as the first rank at `step` (default: that of `last`).
 
-        Rows of later steps, which are about to be done again, go; the row of the last step, when
-        the rank that should have written it did not come to it, is taken from `last`.
+        Rows of later steps, which are about to be done again, go; rows that the rank that should
+        have written them did not come to are taken from `last`.
         """
         run = self._job.run
         step = last["progress"]["step"] if step is None else step
@@ -63,17 +73,47 @@ class RunLog:
                 self.sink.event("wandb", {"text": tracker.address})
         if dropped:
             self.sink.event("redone", {"step": step, "rows": dropped})
-        if "row" in last:
+        if "rows" in last:
             self._complete(last, step=step)
 
     def _complete(self, last: dict[str, Any], *, step: int) -> None:
+        """Add the rows that are missing, in order, each step once."""
         run = self._job.run
         samples = [row["step"] for row in read_lines(run / FILE) if "step" in row]
         if step - 1 not in samples[-2:] and not self._training.policy.alone:
             self.samples_read(step - 1, last["read"])
-        logged = [row["step"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
-        if self._logged(step) and step not in logged[-2:]:
-            self.sink.row(last["row"])
+        steps = (row["step"] for row in read_lines(run / "metrics.jsonl") if "loss" in row)
+        logged = max(steps, default=0)
+        missing = [
+            row for row in last["rows"] if row["step"] > logged and self._logged(row["step"])
+        ]
+        for row in missing:
+            self.sink.row(row)
+        every = self._job.recipe.observe.log_every_steps
+        if missing and missing[0]["step"] > logged + every:
+            between = f"{logged + 1} to {missing[0]['step'] - 1}"
+            text = f"nobody has the rows of steps {between} any more: {KEPT_ROWS} are kept"
+            self.sink.event("rows-lost", {"step": step, "text": text})
+
+    def keep(self, row: dict[str, Any], *, alone: bool) -> list[dict[str, Any]]:
+        """Remember the row of a step for whoever writes next; the rows remembered now.
+
+        `alone`: replicas step by themselves, so that all before are remembered too.
+        """
+        if not alone:
+            self._kept.clear()
+        if self._logged(row["step"]):
+            self._kept.append(row)
+        return list(self._kept)
+
+    def take(self, facts: dict[str, Any]) -> None:
+        """Remember the rows that the rank remembers whose state all go on from."""
+        self._kept.clear()
+        self._kept.extend(facts.get("rows", ()))
+
+    def met(self) -> None:
+        """Nobody lacks a row: all have met after the writer wrote its own, or go back to a save."""
+        self._kept.clear()
 
     def _logged(self, step: int) -> bool:
         every = self._job.recipe.observe.log_every_steps

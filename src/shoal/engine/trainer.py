@@ -35,7 +35,7 @@ from shoal.engine.saving.parts import (
 from shoal.engine.saving.saver import Saver
 from shoal.engine.step import StepResult, Votes
 from shoal.engine.training import Training
-from shoal.engine.unshared import Unshared
+from shoal.engine.unshared import Unshared, votes_of_all
 from shoal.engine.update import Outcome
 from shoal.errors import PeersLost, Stopped, WorkerError
 from shoal.layout import Share
@@ -237,6 +237,7 @@ class Trainer:
                     self._start_or_resume()
                 else:
                     training.restore(self._position.facts)
+                    self.files.take(self._position.facts)
                     if self._first:
                         self.files.open(last=self._position.facts)
                 self._broken = None
@@ -303,6 +304,7 @@ class Trainer:
         into = training.state
         load(reader, into, shapes=shapes, group=self.group, layout=layout, same_policy=same)
         training.resume(reader.state, same_policy=same)
+        self.files.met()
         states = reader.state["random_states"]
         if self.group.rank < len(states) and not self.group.shares_memory:
             raw = bytearray(bytes.fromhex(states[self.group.rank]))
@@ -387,8 +389,9 @@ class Trainer:
         seconds = time.perf_counter() - self._step_began
         training.progress.seconds += seconds
         row = self.files.row(outcome, seconds=seconds, traffic=self.group.traffic.take())
+        rows = self.files.keep(row, alone=training.policy.alone and not training.policy.apart)
         read = outcome.step.counted.read
-        self._position.facts = {**training.facts(), "row": row, "read": read}
+        self._position.facts = {**training.facts(), "rows": rows, "read": read}
         return row
 
     def _commit(self, outcome: Outcome, row: dict[str, Any]) -> None:
@@ -423,12 +426,9 @@ class Trainer:
             return Votes()
         self._compare_replicas(step)
         self._unshared.share(training.ranks, write=self.files.samples_read)
-        watch = training.watch
-        mine = torch.tensor([votes.stop, votes.save, votes.leave, watch.diverges]).long()
-        self.group.sum_(mine)
-        stop, save, leave, diverged = (count > 0 for count in mine.tolist())
-        watch.agree(diverged)
-        return Votes(stop, save, leave)
+        found = votes_of_all(votes, training=training, group=self.group)
+        self.files.met()
+        return found
 
     def _stops(self, votes: Votes) -> bool:
         """Whether this step ends the run, resumable; replicas that stand apart agree on one."""

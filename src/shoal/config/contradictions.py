@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from shoal.config.optimizers import Muon
 from shoal.config.recipe import PretrainedModel, Recipe
 from shoal.config.server import Quorum
-from shoal.config.sync import Server, StreamingDiLoCo
+from shoal.config.sync import LocalSGD, Server, StreamingDiLoCo
 from shoal.config.tasks import GRPO, Embedding, Preference
 from shoal.errors import Problem
 
@@ -85,6 +85,9 @@ def _sync(recipe: Recipe) -> Iterator[Problem]:
         if sync.codec.brake is not None:
             what = "a fragment is sent once; there is no second sum to compare it with"
             yield Problem("sync.codec.brake", what, "set it to null, or sync.kind to diloco")
+    if isinstance(sync, LocalSGD) and sync.every_steps == "end" and sync.shares == "measured":
+        what = "replicas that meet at the end only never learn how fast the others are"
+        yield Problem("sync.shares", what, "set it to equal, or sync.every_steps to a number")
     if isinstance(sync, Server) and isinstance(sync.consistency, Quorum):
         replicas, least = recipe.parallel.replicas, sync.consistency.least
         if replicas is not None and least > replicas:

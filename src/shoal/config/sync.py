@@ -119,7 +119,15 @@ MessageCodec = Annotated[
 """Those that turn values into one message, without sums in between."""
 
 
-class EveryStep(Section):
+class _Divided(Section):
+    """What policies have whose replicas divide batches among them."""
+
+    shares: Literal["equal", "measured"] = "equal"
+    """Of every batch, for each replica. measured: by speed, in whole micro batches; replicas that
+    step by themselves take fewer steps where they are slow, and count by what they trained on."""
+
+
+class EveryStep(_Divided):
     """Gradients of all replicas are summed at every step."""
 
     kind: Literal["every-step"] = "every-step"
@@ -132,7 +140,7 @@ class EveryStep(Section):
     step on a CPU, every 100 steps on a device, whose state must be copied for it."""
 
 
-class LocalSGD(Section):
+class LocalSGD(_Divided):
     """Replicas step by themselves and average their parameters every few steps."""
 
     kind: Literal["local-sgd"] = "local-sgd"
@@ -146,7 +154,7 @@ class LocalSGD(Section):
     """Compare a hash of the parameters over replicas after an average; 0: never."""
 
 
-class _DiLoCo(Section):
+class _DiLoCo(_Divided):
     """What both kinds of DiLoCo have."""
 
     every_steps: Count = 30
@@ -269,6 +277,6 @@ SyncSection = Annotated[
 
 def is_same(saved: Mapping[str, Any], section: SyncSection) -> bool:
     """Whether a policy can go on from the state of one with the section `saved` (as JSON)."""
-    aside = {"verify_every_steps", "bucket_bytes"}
+    aside = {"verify_every_steps", "bucket_bytes", "shares"}
     wanted = section.model_dump(mode="json", exclude=aside)
     return {key: value for key, value in saved.items() if key not in aside} == wanted

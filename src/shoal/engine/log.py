@@ -24,7 +24,6 @@ from shoal.observe.memory import private_bytes
 from shoal.observe.outliers import Outliers
 from shoal.observe.trackers import TensorBoard, WandB
 
-
 KEPT_ROWS = 10_000
 """Rows that a rank keeps at most for a writer that does not come to them: a few MiB."""
 
@@ -148,6 +147,7 @@ class RunLog:
             "mfu": self._job.decision.mfu(tokens=outcome.step.targets, seconds=seconds),
             **outcome.step.figures,
             **training.policy.figures(),
+            **training.policy.shares.figures(),
         }
 
     def committed(self, row: dict[str, Any], outcome: Outcome) -> None:
@@ -157,17 +157,19 @@ class RunLog:
             self.samples_read(step - 1, outcome.step.counted.read)
         if self._logged(step):
             self.sink.row(row)
-        for name, fields in self._training.policy.notes():
+        policy = self._training.policy
+        for name, fields in (*policy.notes(), *policy.shares.notes()):
             self.sink.event(name, {"step": step, **fields})
         warning = self._training.watch.begins_to_diverge
         if warning is not None:
             self.sink.event("diverging", {"step": step, "text": warning})
-        if not outcome.applied:
+        if not outcome.applied and not policy.shares.is_idle:
             why = "no targets" if outcome.step.targets == 0 else "gradients are not finite"
             culprits = self._outliers.not_finite(outcome.step.norms)
             named = f" (those of rank {', '.join(map(str, culprits))})" if culprits else ""
             text = f"step skipped: {why}{named}"
             self.sink.event("skipped", {"step": step, "ranks": culprits, "text": text})
+        if not outcome.applied:
             return
         for name, fields in self._outliers.look(loss=outcome.step.loss, norms=outcome.step.norms):
             self.sink.event(name, {"step": step, **fields})

@@ -160,7 +160,7 @@ class Trainer:
         self._step_began = time.perf_counter()
         self.group.traffic.forget_seconds()  # of votes and hashes since the last step
         self.pulse.mark("batches", step=step + 1)
-        share = training.share()
+        share = training.share(step)
         with self.trace.span("batches", step=step):
             batch = training.batches(step, share)
         digest = self._digest(step) if not policy.alone else None
@@ -185,7 +185,7 @@ class Trainer:
         if training.peak_memory_bytes is None and counts:  # under it torch would never compile
             live = LiveStorage.above(training.state.resident())
         with live or nullcontext():
-            counted = training.step.count(batch, votes=votes, digest=digest)
+            counted = training.step.count(batch, votes=votes, step=step, digest=digest)
             result = training.step.train(batch, share=share, counted=counted, step=step)
         if live is not None:
             training.peak_memory_bytes = live.peak_bytes

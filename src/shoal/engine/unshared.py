@@ -18,11 +18,18 @@ Write = Callable[[int, list[int]], None]
 
 def votes_of_all(votes: Votes, *, training: Training, group: Group) -> Votes:
     """What any rank wants, and whether any diverges. Collective over all ranks; PeersLost."""
-    watch = training.watch
-    mine = torch.tensor([votes.stop, votes.save, votes.leave, watch.diverges]).long()
+    watch, shares = training.watch, training.policy.shares
+    step = training.progress.step - 1  # the one just taken
+    told = shares.told(step)
+    mine = torch.zeros(4 + (0 if told is None else group.size), dtype=torch.int64)
+    mine[:4] = torch.tensor([votes.stop, votes.save, votes.leave, watch.diverges])
+    if told is not None:
+        mine[4 + group.rank] = told
     group.sum_(mine)
-    stop, save, leave, diverged = (count > 0 for count in mine.tolist())
+    stop, save, leave, diverged = (count > 0 for count in mine[:4].tolist())
     watch.agree(diverged)
+    if told is not None:
+        shares.agree(mine[4:].tolist(), step=step, alone=True)
     return Votes(stop, save, leave)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.flat import Span
+from shoal.layout import Share
 from shoal.sync.every_step import sum_of
 from shoal.sync.policy import Division, Gradients, Policy, Reduced
 
@@ -43,6 +44,9 @@ class Rounds(Policy):
     def _meet(self, step: int, *, share: float) -> None:
         """The round after `step` steps, of which `share` is this replica's. Raises PeersLost, and
         then has changed nothing."""
+
+    def share(self, step: int) -> Share:
+        return self.shares.own(self.peers.rank, step, alone=step >= self._start)
 
     @property
     def round(self) -> int:

@@ -103,7 +103,7 @@ class Server(Policy):
 
     # --- the protocol of policies
 
-    def share(self) -> Share:
+    def share(self, step: int) -> Share:
         return self.division.share(self._place.replica, self._place.replicas)
 
     def owned(self, layout: FlatLayout, *, numel: int) -> Span:

@@ -31,14 +31,14 @@ class Meeting:
         self.slots: tuple[list[Any], list[Any]] = ([None] * size, [None] * size)
         self.failure: str | None = None
         self._barrier = threading.Barrier(size, timeout=timeout_seconds)
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
 
     def wait(self) -> None:
         """Meet the other threads. Raises WorkerError when one failed or never came."""
         try:
             self._barrier.wait()
         except threading.BrokenBarrierError:
-            reason = self.failure or f"a thread did not come within {self._timeout_seconds:.0f} s"
+            reason = self.failure or f"a thread did not come within {self.timeout_seconds:.0f} s"
             raise WorkerError(f"the threads no longer meet: {reason}") from None
 
     def fail(self, reason: str) -> None:
@@ -152,6 +152,16 @@ class ThreadGroup(Group):
         """Done at once."""
         parts = self.gather(tensor)
         return Pending(lambda: parts)
+
+    def split(self, size: int) -> Group:
+        start = self.rank // size * size
+        count = min(size, self.size - start)
+        first = self.rank == start
+        meeting = Meeting(count, timeout_seconds=self._meeting.timeout_seconds) if first else None
+        made = ThreadGroup(self._exchange(meeting)[start], rank=self.rank - start, pulse=self.pulse)
+        made.traffic = self.traffic
+        self._wait()
+        return made
 
     def _bounds(self, numel: int) -> list[tuple[int, int]]:
         edges = [numel * rank // self.size for rank in range(self.size + 1)]

@@ -142,6 +142,7 @@ class RunLog:
             "waiting_seconds": traffic.waiting_seconds,
             "tokens_per_second": outcome.step.targets / seconds,
             "sent_bytes": sum(traffic.sent_bytes.values()),
+            "sent_bytes_by_link": self._by_link(traffic),
             "peak_memory_bytes": training.peak_memory_bytes,
             "peak_private_bytes": private_bytes() if progress.step % 50 == 1 else None,
             "mfu": self._job.decision.mfu(tokens=outcome.step.targets, seconds=seconds),
@@ -149,6 +150,18 @@ class RunLog:
             **training.policy.figures(),
             **training.policy.shares.figures(),
         }
+
+    def _by_link(self, traffic: Traffic) -> dict[str, int]:
+        """Bytes that went to each other replica or server, and those within this replica."""
+        layout, here = self._training.ranks.layout, self._training.ranks.replica
+        found: dict[str, int] = {}
+        for link, num_bytes in sorted(traffic.sent_to.items(), key=lambda each: str(each[0])):
+            other = None if isinstance(link, str) else layout.replica_of(link)
+            name = link if isinstance(link, str) else f"replica {other}"
+            if other != here:
+                found[name] = found.get(name, 0) + num_bytes
+        inside = sum(traffic.sent_bytes.values()) - sum(found.values())
+        return found | ({"inside": inside} if inside else {})
 
     def committed(self, row: dict[str, Any], outcome: Outcome) -> None:
         """Write what the step just committed came to, and name what is odd about it."""

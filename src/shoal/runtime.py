@@ -137,11 +137,11 @@ def _break_connections() -> None:
                 copy.shutdown(socket.SHUT_RDWR)
 
 
-def new_group(ranks: list[int], *, only_these: bool = False) -> dist.ProcessGroup:
-    """A group of some of the ranks; every rank of the group of all calls it, or `only_these`."""
+def new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A group of some of the ranks; every rank of the group of all calls it."""
     _making[:] = ranks
     with _noting_connections():
-        made: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=only_these)
+        made: dist.ProcessGroup = dist.new_group(ranks)
     if dist.get_rank() in ranks:
         _inner.append(made)
     return made

@@ -110,11 +110,12 @@ def test_of_three_the_flipped_one_is_repaired(bench: Bench, name: str) -> None:
 
 
 @slow
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, "groups"])
 def test_a_killed_worker_of_four(bench: Bench, name: str) -> None:
     """Some of the survivors may have met already when it goes, and some not."""
     four = (*LENGTH, "parallel.replicate=4", "launch.workers=processes")
-    four = (*four, "train.micro_batch_samples=2", POLICIES[name])
+    groups = "sync={kind: local-sgd, every_steps: 2, group_replicas: 2, outer_every_steps: 8}"
+    four = (*four, "train.micro_batch_samples=2", POLICIES.get(name, groups))
     for fault in ("kill:2@8:reducing", "kill:3@8:commit"):
         found = rehearsed(bench, fault, *four)
         (seen,) = found.faults

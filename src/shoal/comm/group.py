@@ -10,8 +10,9 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -158,16 +159,24 @@ class Group(ABC):
         """Begin a `gather`; leave `tensor` alone until its `wait` gives everybody's."""
 
     @abstractmethod
-    def split(self, size: int) -> Group:
-        """This rank's part of the group: neighbours, `size` of them (the last part may be smaller).
+    def part(self, ranks: Sequence[int], *, world: Group) -> Group:
+        """Some of the ranks, this one among them, in their order; each rank is in one part.
 
-        Collective. Raises PeersLost.
+        `world`: all ranks there are, which all call it with some such part of a group of their own.
+        Raises PeersLost.
         """
 
     @property
     def computes_in_place(self) -> bool:
         """Whether one rank's update of a buffer is seen by all (so work is split by slices)."""
         return self.shares_memory and self.size > 1
+
+
+def broadcast_to(rank: int, *, size: int, source: int) -> list[int]:
+    """The ranks that `rank` sends on to what `source` has: down a binomial tree."""
+    place, steps = (rank - source) % size, (size - 1).bit_length()
+    places = (place + (1 << step) for step in range(place.bit_length(), steps))
+    return [(each + source) % size for each in places if each < size]
 
 
 _Result = TypeVar("_Result")
@@ -272,13 +281,6 @@ class ProcessGroup(Group):
     def _gathered_to(self, tensor: Tensor) -> dict[int, int]:
         return {(self.rank + 1) % self.size: (self.size - 1) * tensor.nbytes}
 
-    def _broadcast_to(self, tensor: Tensor, *, source: int) -> dict[int, int]:
-        below, steps = (self.rank - source) % self.size, (self.size - 1).bit_length()
-        places = (below + (1 << step) for step in range(below.bit_length(), steps))
-        return {
-            (place + source) % self.size: tensor.nbytes for place in places if place < self.size
-        }
-
     def gather(self, tensor: Tensor) -> list[Tensor]:
         if self.size == 1:
             return [tensor]
@@ -290,7 +292,10 @@ class ProcessGroup(Group):
     def broadcast_(self, tensor: Tensor, *, source: int = 0) -> None:
         if self.size > 1:
             call = lambda: dist.broadcast(tensor, group_src=source, group=self._group)  # noqa: E731
-            self._timed("broadcast", self._broadcast_to(tensor, source=source), call)
+            to = dict.fromkeys(
+                broadcast_to(self.rank, size=self.size, source=source), tensor.nbytes
+            )
+            self._timed("broadcast", to, call)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -377,13 +382,16 @@ class ProcessGroup(Group):
 
         return Pending(wait)
 
-    def split(self, size: int) -> Group:
-        start = self.rank // size * size
-        near = self._members[start : start + size]
-        if len(near) == 1 or self.size == 1:
-            made = ProcessGroup(pulse=self.pulse, alone=True)
-        else:
-            made = ProcessGroup(watched(lambda: new_group(near, only_these=True)), pulse=self.pulse)
+    def part(self, ranks: Sequence[int], *, world: Group) -> Group:
+        own = [self._members[rank] for rank in ranks]
+        padded = torch.full((world.size,), -1)
+        padded[: len(own)] = torch.tensor(own)
+        lists = {tuple(each[each >= 0].tolist()) for each in world.gather(padded)}
+        made = ProcessGroup(pulse=self.pulse, alone=True)
+        for each in sorted(lists):  # every rank has to make every group
+            if len(each) > 1:
+                found = watched(partial(new_group, list(each)))
+                made = ProcessGroup(found, pulse=self.pulse) if list(each) == own else made
         made.traffic = self.traffic
         return made
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Group, Pending
+from shoal.comm.group import Group, Pending, broadcast_to
 from shoal.errors import WorkerError
 from shoal.observe.pulse import Pulse
 
@@ -106,8 +107,8 @@ class ThreadGroup(Group):
         views = self._exchange(tensor)
         if self.rank != source:
             tensor.copy_(views[source])
-        else:
-            self.traffic.sent_bytes["broadcast"] += tensor.nbytes
+        copies = len(broadcast_to(self.rank, size=self.size, source=source))
+        self.traffic.sent_bytes["broadcast"] += copies * tensor.nbytes
         self._wait()
 
     def barrier(self) -> None:
@@ -153,12 +154,11 @@ class ThreadGroup(Group):
         parts = self.gather(tensor)
         return Pending(lambda: parts)
 
-    def split(self, size: int) -> Group:
-        start = self.rank // size * size
-        count = min(size, self.size - start)
-        first = self.rank == start
-        meeting = Meeting(count, timeout_seconds=self._meeting.timeout_seconds) if first else None
-        made = ThreadGroup(self._exchange(meeting)[start], rank=self.rank - start, pulse=self.pulse)
+    def part(self, ranks: Sequence[int], *, world: Group) -> Group:
+        wait = self._meeting.timeout_seconds
+        own = Meeting(len(ranks), timeout_seconds=wait) if self.rank == ranks[0] else None
+        meeting = self._exchange(own)[ranks[0]]
+        made = ThreadGroup(meeting, rank=list(ranks).index(self.rank), pulse=self.pulse)
         made.traffic = self.traffic
         self._wait()
         return made

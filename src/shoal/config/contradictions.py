@@ -85,6 +85,13 @@ def _sync(recipe: Recipe) -> Iterator[Problem]:
         if sync.codec.brake is not None:
             what = "a fragment is sent once; there is no second sum to compare it with"
             yield Problem("sync.codec.brake", what, "set it to null, or sync.kind to diloco")
+    within = sync.group_replicas if isinstance(sync, LocalSGD) else None
+    replicas = recipe.parallel.replicas
+    if within is not None and replicas is not None and (replicas % within or replicas == within):
+        what = f"{replicas} replicas are no two or more groups of {within}"
+        near = [n for n in range(2, replicas) if replicas % n == 0]
+        hint = f"set it to {' or '.join(map(str, near))}" if near else "leave it out"
+        yield Problem("sync.group_replicas", what, hint)
     if isinstance(sync, LocalSGD) and sync.every_steps == "end" and sync.shares == "measured":
         what = "replicas that meet at the end only never learn how fast the others are"
         yield Problem("sync.shares", what, "set it to equal, or sync.every_steps to a number")

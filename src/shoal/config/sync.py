@@ -148,10 +148,27 @@ class LocalSGD(_Divided):
     """Steps from one average to the next; the last step of a run ends with one. end: only that."""
     start_steps: Annotated[int, Field(ge=0)] = 0
     """First steps that all take together, as under every-step."""
+    group_replicas: Annotated[int, Field(ge=2)] | None = None
+    """Neighbouring replicas that average among themselves every `every_steps`, such as those of one
+    host; None: all do. The numbers of replicas are those of their workers, in order."""
+    outer_every_steps: Count | None = None
+    """Steps from one average over all groups to the next; a multiple of `every_steps`."""
     codec: NoCodec = NoCodec()
     """Parameters are averaged as they are; DiLoCo compresses what they moved by."""
     verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Compare a hash of the parameters over replicas after an average; 0: never."""
+    """Compare a hash of the parameters over replicas after an average of all; 0: never."""
+
+    @model_validator(mode="after")
+    def _two_levels(self) -> LocalSGD:
+        if (self.group_replicas is None) != (self.outer_every_steps is None):
+            raise ValueError("`group_replicas` and `outer_every_steps` go together: set both")
+        outer, every = self.outer_every_steps, self.every_steps
+        if outer is not None and (every == "end" or outer % every or outer == every):
+            raise ValueError(
+                f"`outer_every_steps` is a multiple of `every_steps`, above it; got {outer} and "
+                f"{every}"
+            )
+        return self
 
 
 class _DiLoCo(_Divided):

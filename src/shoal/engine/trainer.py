@@ -58,7 +58,8 @@ def train(
     keys: Keys | None = None,
 ) -> None:
     """Train to the end of the recipe, or until asked to stop. Raises Stopped after saving."""
-    link = link_of(job.recipe.launch.link, workers=job.decision.layout.replica_workers)
+    near = getattr(job.recipe.sync, "group_replicas", None) or 1  # no link between these
+    link = link_of(job.recipe.launch.link, workers=near * job.decision.layout.replica_workers)
     known: dict[str, Any] = {"orders": orders, "worker": worker, "report": report}
     members = members_of(group, **known, supervised=supervised, keys=keys, link=link)
     Trainer(job, group=group, members=members, worker=worker, report=report, orders=orders).run()

@@ -124,6 +124,23 @@ def test_every_byte_is_as_the_formula_has_it(size: int, pool: WorkerPool, tmp_pa
             assert links == there, f"{section}, rank {found['rank']}"
 
 
+def test_between_groups_each_sends_its_part_of_the_parameters(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    """Four replicas in groups of two, as on two hosts: within a group every second step, between
+    groups every fourth."""
+    section = {"kind": "local-sgd", "every_steps": 2, "group_replicas": 2, "outer_every_steps": 4}
+    payload = {"size": 4, "store": str(tmp_path / "s"), "sections": [section], "steps": STEPS}
+    inside = ring(4 * N, 2) + ring(8, 2)
+    between = ring(4 * N // 2, 2) + ring(8, 2)
+    for found in run_workers(pool, "sync_jobs:run", payload, size=4):
+        near, far = str(found["rank"] ^ 1), str(found["rank"] ^ 2)
+        by_step = [to for _, to in found["sent"][0]]
+        outer = {near: inside + 4 * N // 2, far: between}
+        assert by_step == [{}, {near: inside}, {}, outer] * 2
+    assert between < 0.51 * inside, "half of what each would send without groups, or less"
+
+
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_link_carries_what_the_kernel_says(
     size: int, pool: WorkerPool, tmp_path: Path

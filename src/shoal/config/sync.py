@@ -30,6 +30,8 @@ class Codec(Section):
     """Add what a sum left out to the next one; costs a vector as large as the parameters."""
     brake: Brake | None = None
     """Compare with the true sum now and then; None: never."""
+    after_rounds: Annotated[int, Field(ge=0)] = 0
+    """First rounds whose sums cross as they are; under every-step a round is a step."""
 
 
 class NoCodec(Section):
@@ -40,6 +42,8 @@ class NoCodec(Section):
     """Nothing is lost that could be fed back."""
     brake: Literal[None] = None
     """Nothing is compressed that could be switched off."""
+    after_rounds: Literal[0] = 0
+    """Nothing is compressed that could begin later."""
 
 
 class Bfloat16(Codec):
@@ -89,11 +93,14 @@ class Sign(Codec):
 
 
 class TopK(Codec):
-    """The largest values alone, as pairs of index and value: 8 bytes each."""
+    """The largest values alone, as pairs of index and value: 8 bytes each, in blocks 3."""
 
     kind: Literal["topk"] = "topk"
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Of the values of this rank."""
+    block: Literal[64, 128, 256] | None = None
+    """Choose the largest of each so many values: a byte says where, and the value is bfloat16.
+    None: the largest of all, with four bytes each."""
     error_feedback: bool = True
     """Add what a sum left out to the next one; without it this does not learn."""
 

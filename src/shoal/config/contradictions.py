@@ -85,6 +85,9 @@ def _sync(recipe: Recipe) -> Iterator[Problem]:
         if sync.codec.brake is not None:
             what = "a fragment is sent once; there is no second sum to compare it with"
             yield Problem("sync.codec.brake", what, "set it to null, or sync.kind to diloco")
+    if isinstance(sync, StreamingDiLoCo | Server) and sync.codec.after_rounds:
+        what = "messages have one form from the first on"
+        yield Problem("sync.codec.after_rounds", what, "set it to 0, or sync.kind to diloco")
     within = sync.group_replicas if isinstance(sync, LocalSGD) else None
     replicas = recipe.parallel.replicas
     if within is not None and replicas is not None and (replicas % within or replicas == within):

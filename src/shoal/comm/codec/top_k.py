@@ -44,7 +44,7 @@ class TopK(Codec):
 
 
 class TopOfBlocks(Codec):
-    """`fraction` of each `block` of values, by magnitude: a byte for the place, bfloat16 for the value.
+    """`fraction` of each `block` of values, by magnitude: a byte for the place, a bfloat16 value.
 
     Each rank sends (size - 1) x 3 bytes for each value that it chooses, as many from every part of
     the model, whose gradients differ in size.

@@ -40,7 +40,7 @@ class Compression:
         after_rounds: int = 0,
         what: str = "gradient",
     ) -> None:
-        """`after_rounds`: sums that cross as they are first. `like`: has the dtype and the device of
+        """`after_rounds`: sums that cross as they are first. `like` has the dtype and device of
         what is summed; `what`: names it."""
         self._codec, self._brake, self._after = codec, brake, after_rounds
         self._rounds, self._off = 0, False

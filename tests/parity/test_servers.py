@@ -39,12 +39,24 @@ def largest_difference(found: Run, wanted: Run) -> float:
             marks=pytest.mark.slow,
         ),
         pytest.param("parallel.context=2", "", id="context", marks=pytest.mark.slow),
+        pytest.param("parallel.pipeline=2", "", id="pipeline", marks=pytest.mark.slow),
     ],
 )
 def test_each_rank_of_a_cut_replica_pushes_its_own_part(bench: Bench, cut: str, more: str) -> None:
-    wanted = bench.run(*TWO, *SGD)
-    found = bench.run(*TWO, *SGD, cut, SYNCHRONOUS % more)
+    how = (*TWO, *SGD, "train.micro_batch_samples=2", "model.tie_word_embeddings=false")
+    wanted = bench.run(*how)
+    found = bench.run(*how, cut, SYNCHRONOUS % more)
     assert largest_difference(found, wanted) < 5e-6, "the shards' sums have another order"
+
+
+@pytest.mark.slow
+def test_a_trace_has_the_ranks_of_every_replica(bench: Bench) -> None:
+    run = bench.run(*TWO, "train.steps=4", "observe.trace=true", SYNCHRONOUS % "")
+    events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
+    named = {each["args"]["name"] for each in events if each["name"] == "process_name"}
+    assert named == {"worker 0", "worker 1"}
+    assert {each["pid"] for each in events if each["name"] == "forward"} == {0, 1}
+    assert not list(run.path.glob("trace-from-*"))
 
 
 @pytest.mark.parametrize(

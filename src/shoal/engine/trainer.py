@@ -41,7 +41,7 @@ from shoal.errors import PeersLost, Stopped, WorkerError
 from shoal.layout import Share
 from shoal.observe.events import Report
 from shoal.observe.memory import LiveStorage
-from shoal.observe.trace import Trace, write_trace
+from shoal.observe.trace import Trace, trace_path, write_trace
 from shoal.parallel.ranks import Ranks, meet, whole
 from shoal.runtime import WorkerInfo
 from shoal.sync.kinds import KINDS
@@ -490,8 +490,9 @@ class Trainer:
         self.training.policy.finish()
         if self.job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
-            if self._first:
-                write_trace(self.job.run / "trace.json", found)
+            if self.group.rank == 0:
+                part = None if self._speaks else self.worker.rank
+                write_trace(trace_path(self.job.run, part=part), found)
         if self._first:
             finish(self.training, files=self.files, report=self._report)
         self._finished = True

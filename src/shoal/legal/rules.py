@@ -387,13 +387,8 @@ def _workers(combination: Combination) -> Iterator[Problem]:
     if combination.policy in OWN_PARAMETERS and combination.exact:
         what = f"holds for replicas that step together, got {combination.policy}"
         yield Problem("train.exact", what, "set it to false, or sync.kind to every-step")
-    copied = " and ".join(axis for axis in combination.cut_axes if axis not in ("shard", "context"))
-    if combination.policy == "server" and copied:
-        what = (
-            f"ranks along {copied} hold copies of some parameters, which pushes that are applied "
-        )
-        hint = f"set {copied} to 1 (shard and context go with it), or sync.kind to every-step"
-        yield Problem("sync.kind", what + "are applied one by one would part", hint)
+    if combination.policy == "server":
+        yield from _copies_at_servers(combination)
     if combination.policy == "server" and combination.elastic:
         what = "replicas around a server go on without a lost one anyhow"
         yield Problem("parallel.replicate", what, "give a fixed degree")
@@ -408,6 +403,22 @@ def _workers(combination: Combination) -> Iterator[Problem]:
     if combination.policy == "hogwild" and apart:
         what = "hogwild needs workers that share one copy of the parameters, got processes"
         hint = "set launch.workers to threads, or sync.kind to every-step"
+        yield Problem("sync.kind", what, hint)
+
+
+def _copies_at_servers(combination: Combination) -> Iterator[Problem]:
+    """Each rank pulls its own part when it comes to it: of parameters that two ranks hold, one
+    might get what another replica's push has changed meanwhile, and the other not."""
+    facts, axes = combination.facts, combination.cut_axes
+    copying = {"tensor", "expert"} | ({"pipeline"} if facts is not None and facts.tied else set())
+    copied = [axis for axis in axes if axis in copying]
+    if copied:
+        named, by_stages = " and ".join(copied), copied == ["pipeline"]
+        why = "the embedding, which is the head too" if by_stages else "some parameters"
+        what = f"ranks along {named} hold copies of {why}, and may pull them at different moments"
+        hint = f"set {named} to 1, or sync.kind to every-step"
+        if by_stages:
+            hint = "set model.tie_word_embeddings=false, or sync.kind to every-step"
         yield Problem("sync.kind", what, hint)
 
 

@@ -1,6 +1,6 @@
 """One replica of two takes three times as long for a micro batch: equal shares against measured.
 
-python benchmarks/uneven.py [--pairs 5] [--steps 40] [--slower 3]
+python benchmarks/uneven.py [--pairs 5] [--steps 32] [--slower 3]
 
 The slow replica sleeps before every forward, in proportion to its work. Tokens per second are those
 of the median step of the second half, by when shares are agreed; for local-sgd of the time of a
@@ -26,12 +26,12 @@ WAYS = {
     "local-sgd H=8": {"kind": "local-sgd", "every_steps": 8},
 }
 FAST: dict[str, Any] = {**SMALL, "train.global_batch_samples": 32, "train.micro_batch_samples": 2}
-FAST |= {"parallel.replicate": 2, "launch.workers": "processes"}
+FAST |= {"data.evaluation_samples": 16, "parallel.replicate": 2, "launch.workers": "processes"}
 
 
 def seconds_a_step(pool: WorkerPool, out: Path, how: dict[str, Any], **more: Any) -> float:
     """Of the second half of a run, a whole number of rounds."""
-    local.train("quickstart", how, out=out, console=False, pool=pool, **more)
+    local.train("sync-bench", how, out=out, console=False, pool=pool, **more)
     rows = [row for row in read_lines(out / "metrics.jsonl") if "loss" in row]
     half = rows[len(rows) // 2 :]
     return statistics.mean(row["step_seconds"] for row in half)
@@ -71,7 +71,7 @@ def main() -> None:
 def _micro_seconds(pool: WorkerPool, out: Path) -> float:
     """What a micro batch takes on a replica that nothing slows down."""
     how = {**FAST, "train.steps": 12}
-    local.train("quickstart", how, out=out, console=False, pool=pool)
+    local.train("sync-bench", how, out=out, console=False, pool=pool)
     rows = [row for row in read_lines(out / "metrics.jsonl") if "loss" in row][3:]
     return statistics.median(row["compute_seconds"] for row in rows) / 8
 

@@ -25,7 +25,7 @@ WAYS = {
     "every-step": {"kind": "every-step"},
     "local-sgd H=8": {"kind": "local-sgd", "every_steps": 8},
 }
-FAST: dict[str, Any] = {**SMALL, "train.global_batch_samples": 32, "train.micro_batch_samples": 2}
+FAST: dict[str, Any] = {**SMALL, "train.global_batch_samples": 16, "train.micro_batch_samples": 2}
 FAST |= {"data.evaluation_samples": 16, "parallel.replicate": 2, "launch.workers": "processes"}
 
 
@@ -73,7 +73,7 @@ def _micro_seconds(pool: WorkerPool, out: Path) -> float:
     how = {**FAST, "train.steps": 12}
     local.train("sync-bench", how, out=out, console=False, pool=pool)
     rows = [row for row in read_lines(out / "metrics.jsonl") if "loss" in row][3:]
-    return statistics.median(row["compute_seconds"] for row in rows) / 8
+    return statistics.median(row["compute_seconds"] for row in rows) / 4
 
 
 if __name__ == "__main__":

@@ -416,7 +416,7 @@ def _copies_at_servers(combination: Combination) -> Iterator[Problem]:
         named, by_stages = " and ".join(copied), copied == ["pipeline"]
         why = "the embedding, which is the head too" if by_stages else "some parameters"
         what = f"ranks along {named} hold copies of {why}, and may pull them at different moments"
-        hint = f"set {named} to 1, or sync.kind to every-step"
+        hint = f"set {named} to 1 (shard and context go with it), or sync.kind to every-step"
         if by_stages:
             hint = "set model.tie_word_embeddings=false, or sync.kind to every-step"
         yield Problem("sync.kind", what, hint)

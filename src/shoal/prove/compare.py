@@ -134,7 +134,7 @@ def staleness_of(recipe: Recipe, *, rows: Sequence[Mapping[str, Any]]) -> int | 
     if seen:
         return int(max(seen))
     sync = recipe.sync
-    every = getattr(sync, "every_steps", 1)
+    every = getattr(sync, "outer_every_steps", None) or getattr(sync, "every_steps", 1)
     if sync.kind == "every-step":
         return 0
     if sync.kind == "gossip":

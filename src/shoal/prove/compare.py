@@ -139,6 +139,6 @@ def staleness_of(recipe: Recipe, *, rows: Sequence[Mapping[str, Any]]) -> int | 
         return 0
     if sync.kind == "gossip":
         return None
-    if every == "end":
+    if every == "end" or every is None:
         return recipe.train.steps
     return int(every) + int(getattr(sync, "overlap_steps", 0))

@@ -163,9 +163,26 @@ def bytes_are_counted(group: Group) -> None:
         return
     assert traffic.sent_bytes["all_reduce"] == 2 * others * 4000 // group.size
     assert traffic.sent_bytes["all_gather"] == others * 40
-    assert traffic.sent_bytes.get("broadcast", 0) == (32 if group.rank == 0 else 0)
+    tree = {2: [1], 3: [2], 4: [2, 1]}[group.size]  # copies that ranks 0 and 1 send on
+    copies = tree[group.rank] if group.rank < len(tree) else 0
+    assert traffic.sent_bytes.get("broadcast", 0) == 32 * copies
     assert traffic.communication_seconds + traffic.waiting_seconds > 0
     assert group.traffic.take().sent_bytes == {}
+
+
+def parts_meet_by_themselves(group: Group) -> None:
+    for ranks in (
+        [rank for rank in range(group.size) if rank // 2 == group.rank // 2],
+        [rank for rank in range(group.size) if rank % 2 == group.rank % 2],
+    ):
+        part, own = group.part(ranks, world=group), mine(group.rank, numel=5)
+        assert (part.rank, part.size) == (ranks.index(group.rank), len(ranks))
+        part.sum_(own)
+        assert torch.equal(own, torch.stack([mine(rank, numel=5) for rank in ranks]).sum(0))
+        group.traffic.take()
+        part.sum_(own)
+        sent = group.traffic.take().sent_bytes.get("all_reduce", 0)
+        assert sent == 2 * (len(ranks) - 1) * 20 // len(ranks), "counted with the whole group's"
 
 
 CHECKS: dict[str, Callable[[Group], None]] = {
@@ -184,6 +201,7 @@ CHECKS: dict[str, Callable[[Group], None]] = {
         swaps_go_round,
         what_was_started_arrives_though_others_are_called,
         bytes_are_counted,
+        parts_meet_by_themselves,
     )
 }
 

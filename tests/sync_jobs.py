@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,7 @@ from pydantic import TypeAdapter
 from replicas import LAYOUT, drawn, policy_of
 from shoal.comm.group import ProcessGroup
 from shoal.comm.link import SlowLink
+from shoal.comm.messages import gather_json
 from shoal.config.link import Link
 from shoal.config.sync import SyncSection
 from shoal.observe.events import Report
@@ -19,7 +26,8 @@ from shoal.sync.policy import Gradients
 
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
-    """For each section of `payload["sections"]`: bytes by operation in each of some steps."""
+    """For each section of `payload["sections"]`: bytes by operation, and by rank that they went
+    to, in each of some steps."""
     torch.set_num_threads(1)
     rank, size = payload["rank"], payload["size"]
     start_process_group(
@@ -41,9 +49,65 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             policy.reduce(Gradients(drawn(10 + rank), LAYOUT, targets=1 + rank))
             values += 0.1 * drawn(100 * step + rank)
             policy.after_step(step, targets=1 + rank)
-            sent.append(dict(group.traffic.take().sent_bytes))
+            traffic = group.traffic.take()
+            sent.append([traffic.sent_bytes, {str(to): n for to, n in traffic.sent_to.items()}])
         found.append(sent)
     Report(descriptor).say("sent", found={"rank": rank, "sent": found})
+    stop_process_group()
+    return 0
+
+
+def _sent_by_kernel() -> dict[tuple[int, int], int]:
+    """Bytes that each connection of this process has sent, by its ports (Linux's TCP_INFO)."""
+    found = {}
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as each:
+                    if each.family == socket.AF_INET and each.getpeername():
+                        info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                        ports = each.getsockname()[1], each.getpeername()[1]
+                        sent, again = struct.unpack_from("QQ", info, 200)  # tcpi_bytes_retrans
+                        found[ports] = sent - again
+    return found
+
+
+def links(payload: dict[str, Any], descriptor: int) -> int:
+    """What was counted for each operation and rank, and what the kernel says was sent there."""
+    torch.set_num_threads(1)
+    rank, size, numel = payload["rank"], payload["size"], payload["numel"]
+    start_process_group(
+        rank=rank,
+        size=size,
+        device=torch.device("cpu"),
+        meeting=Path(payload["store"]).as_uri(),
+        timeout_seconds=60,
+    )
+    group = ProcessGroup()
+    ports = gather_json(group, [near for near, _ in _sent_by_kernel()])
+    owner = {port: other for other, theirs in enumerate(ports) for port in theirs}
+    values = torch.randn(numel)
+    bounds = [(numel * r // size, numel * (r + 1) // size) for r in range(size)]
+    calls: dict[str, Callable[[], object]] = {
+        "sum_": lambda: group.sum_(values),
+        "gather": lambda: group.gather(values),
+        "broadcast_": lambda: group.broadcast_(values, source=1),
+        "slices": lambda: group.slices([values], bounds),
+        "swap": lambda: group.swap(values, to=(rank + 1) % size, source=(rank - 1) % size),
+    }
+    found = {}
+    for name, call in calls.items():
+        group.barrier()
+        group.traffic.take()
+        before = _sent_by_kernel()
+        call()
+        counted = group.traffic.take().sent_to
+        group.barrier()  # so that all has left
+        sent = [0] * size
+        for near, far in before:
+            sent[owner[far]] += _sent_by_kernel()[near, far] - before[near, far]
+        found[name] = [[counted.get(other, 0) for other in range(size)], sent]
+    Report(descriptor).say("links", found=found)
     stop_process_group()
     return 0
 

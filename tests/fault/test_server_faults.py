@@ -115,6 +115,25 @@ def test_the_only_server_dies_and_nothing_is_lost(bench: Bench, number: signal.S
 
 
 @pytest.mark.slow
+def test_a_server_that_runs_without_end_is_named_and_replaced(bench: Bench) -> None:
+    wanted = bench.run(*TWO, SYNCHRONOUS)
+    fault = {"kind": "spin-server", "rank": -1, "server": 0, "step": 6, "number": 0}
+    out = bench.new_path()
+    local.train(
+        bench.recipe,
+        (*TWO, SYNCHRONOUS),
+        out=out,
+        console=False,
+        pool=bench.pool,
+        instruments=Instruments(planned_faults=(fault,)),
+    )
+    (lost,) = [each for each in read_lines(out / "events.jsonl") if each["event"] == "lost-server"]
+    assert lost["text"].startswith("parameter server 0 has begun no turn for"), lost
+    run = Run(out)
+    assert run.losses == wanted.losses and run.weights == wanted.weights
+
+
+@pytest.mark.slow
 def test_a_server_without_a_disk_sends_the_run_back_to_its_save(bench: Bench) -> None:
     wanted = bench.run(*TWO, SYNCHRONOUS)
     disturbed = Disturbed(bench).train(

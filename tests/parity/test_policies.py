@@ -75,3 +75,45 @@ def test_what_replicas_read_by_themselves_is_accounted_for(bench: Bench) -> None
     bench.resume(run)
     report = verify_run(run.path)
     assert (report.num_steps, report.problems) == (20, [])
+
+
+GROUPS = "kind: local-sgd, every_steps: 2, group_replicas: 2, outer_every_steps: 8"
+
+
+@pytest.mark.slow
+def test_groups_of_replicas_agree_more_often_than_all(bench: Bench) -> None:
+    """Four replicas, two of each host: rows say how much went to which."""
+    how = ("parallel.replicate=4", "launch.workers=processes", "train.micro_batch_samples=2")
+    how = (*how, "train.steps=20", "train.evaluate_every_steps=0", "sync.verify_every_steps=0")
+    run = bench.train(*how, f"sync={{{GROUPS}}}", "train.stop_after_steps=11")
+    bench.resume(run)
+    straight = bench.run(*how, f"sync={{{GROUPS}}}")
+    assert run.weights == straight.weights and run.digits == straight.digits
+    links = [row["sent_bytes_by_link"] for row in straight.rows if "loss" in row]
+    plain = bench.run(*how, "sync={kind: local-sgd, every_steps: 2}")
+    everywhere = [row["sent_bytes_by_link"] for row in plain.rows if "loss" in row]
+    near, far = (sum(each.get(f"replica {r}", 0) for each in links) for r in (1, 2))
+    assert 4 * far < near, "between groups: three averages of a half, not ten of the whole"
+    assert near + far < sum(sum(each.values()) for each in everywhere)
+    assert not verify_run(straight.path).problems
+
+
+@pytest.mark.parametrize(
+    ("section", "wanted"),
+    [
+        ("kind: local-sgd, group_replicas: 2", "go together: set both"),
+        (
+            "kind: local-sgd, every_steps: 4, group_replicas: 2, outer_every_steps: 6",
+            "a multiple of `every_steps`, above it; got 6 and 4",
+        ),
+        (
+            "kind: local-sgd, every_steps: end, group_replicas: 2, outer_every_steps: 6",
+            "a multiple of `every_steps`, above it; got 6 and end",
+        ),
+        (GROUPS, "2 replicas are no two or more groups of 2"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(bench: Bench, section: str, wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        bench.train(*TWO_PROCESSES, f"sync={{{section}}}")
+    assert wanted in str(caught.value)

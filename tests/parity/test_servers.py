@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 from safetensors.torch import load_file
 
 from shoal.comm.flat import CHUNK
+from shoal.engine.job import Instruments
+from shoal.launch import local
 from tiny import Bench, Run
 
 TWO = ("parallel.replicate=2", "launch.workers=processes")
@@ -39,12 +42,56 @@ def largest_difference(found: Run, wanted: Run) -> float:
             marks=pytest.mark.slow,
         ),
         pytest.param("parallel.context=2", "", id="context", marks=pytest.mark.slow),
+        pytest.param("parallel.pipeline=2", "", id="pipeline", marks=pytest.mark.slow),
     ],
 )
 def test_each_rank_of_a_cut_replica_pushes_its_own_part(bench: Bench, cut: str, more: str) -> None:
-    wanted = bench.run(*TWO, *SGD)
-    found = bench.run(*TWO, *SGD, cut, SYNCHRONOUS % more)
+    how = (*TWO, *SGD, "train.micro_batch_samples=2", "model.tie_word_embeddings=false")
+    wanted = bench.run(*how)
+    found = bench.run(*how, cut, SYNCHRONOUS % more)
     assert largest_difference(found, wanted) < 5e-6, "the shards' sums have another order"
+
+
+@pytest.mark.slow
+@pytest.mark.timed
+def test_beside_a_slow_worker_the_others_keep_their_speed(bench: Bench) -> None:
+    """Issue: 90 %, of one whose peer takes four times as long. Pairs alternate, medians count."""
+    how = (*TWO, "train.steps=20", "train.micro_batch_samples=4", "train.evaluate_every_steps=0")
+    how = (
+        *how,
+        "checkpoint.every_steps=0",
+        "sync={kind: server, consistency: {kind: asynchronous}}",
+    )
+    ratios = []
+    for _ in range(3):
+        even = bench.train(*how)
+        step = statistics.median(row["compute_seconds"] for row in even.rows[3:] if "loss" in row)
+        fault = {"kind": "slow", "rank": 1, "step": 1, "number": 0, "argument": str(3 * step / 2)}
+        out = bench.new_path()
+        local.train(
+            bench.recipe,
+            how,
+            out=out,
+            console=False,
+            pool=bench.pool,
+            instruments=Instruments(planned_faults=(fault,)),
+        )
+        speeds = [
+            statistics.median(row["tokens_per_second"] for row in run.rows[3:] if "loss" in row)
+            for run in (Run(out), even)
+        ]
+        ratios.append(speeds[0] / speeds[1])
+    assert statistics.median(ratios) >= 0.9, ratios
+
+
+@pytest.mark.slow
+def test_a_trace_has_the_ranks_of_every_replica(bench: Bench) -> None:
+    run = bench.run(*TWO, "train.steps=4", "observe.trace=true", SYNCHRONOUS % "")
+    events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
+    named = {each["args"]["name"] for each in events if each["name"] == "process_name"}
+    assert named == {"worker 0", "worker 1"}
+    assert {each["pid"] for each in events if each["name"] == "forward"} == {0, 1}
+    assert not list(run.path.glob("trace-from-*"))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from shoal.errors import PeersLost
 from shoal.observe.pulse import Pulse
+from shoal.runtime import new_group
 
 
 @dataclass
@@ -27,6 +29,10 @@ class Traffic:
     """What crossed, and how long it took, since the last `take`."""
 
     sent_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """By operation."""
+    sent_to: dict[int | str, int] = field(default_factory=lambda: defaultdict(int))
+    """By link: the rank that they went to, or the name of who is none. What ranks of one replica
+    send one another inside the model is in `sent_bytes` alone."""
     communication_seconds: float = 0.0
     waiting_seconds: float = 0.0
     on_sent: Callable[..., None] | None = None
@@ -52,10 +58,17 @@ class Traffic:
         if self.on_sent is not None:
             self.on_sent("wait", began=began, waited=began, ended=ended, num_bytes=0)
 
+    def went(self, to: Mapping[int | str, int]) -> None:
+        """Note on which links bytes have gone that are counted by their operation as well."""
+        for link, num_bytes in to.items():
+            self.sent_to[link] += num_bytes
+
     def take(self) -> Traffic:
         """The counts so far; starts again from zero."""
-        taken = Traffic(dict(self.sent_bytes), self.communication_seconds, self.waiting_seconds)
+        sent = dict(self.sent_bytes), dict(self.sent_to)
+        taken = Traffic(*sent, self.communication_seconds, self.waiting_seconds)
         self.sent_bytes.clear()
+        self.sent_to.clear()
         self.forget_seconds()
         return taken
 
@@ -145,10 +158,25 @@ class Group(ABC):
     def start_gather(self, tensor: Tensor) -> Pending[list[Tensor]]:
         """Begin a `gather`; leave `tensor` alone until its `wait` gives everybody's."""
 
+    @abstractmethod
+    def part(self, ranks: Sequence[int], *, world: Group) -> Group:
+        """Some of the ranks, this one among them, in their order; each rank is in one part.
+
+        `world`: all ranks there are, which all call it with some such part of a group of their own.
+        Raises PeersLost.
+        """
+
     @property
     def computes_in_place(self) -> bool:
         """Whether one rank's update of a buffer is seen by all (so work is split by slices)."""
         return self.shares_memory and self.size > 1
+
+
+def broadcast_to(rank: int, *, size: int, source: int) -> list[int]:
+    """The ranks that `rank` sends on to what `source` has: down a binomial tree."""
+    place, steps = (rank - source) % size, (size - 1).bit_length()
+    places = (place + (1 << step) for step in range(place.bit_length(), steps))
+    return [(each + source) % size for each in places if each < size]
 
 
 _Result = TypeVar("_Result")
@@ -196,13 +224,19 @@ class ProcessGroup(Group):
     def reopen(self) -> None:
         """Read rank and size anew: another process group was started since."""
         started = dist.is_initialized() and not self._alone
+        self._members = dist.get_process_group_ranks(self._group) if started else [0]
         self.rank = dist.get_rank(self._group) if started else 0
         self.size = dist.get_world_size(self._group) if started else 1
 
-    def _timed(self, name: str, num_bytes: int, call: Callable[[], object]) -> None:
-        began = time.perf_counter()
+    def _timed(self, name: str, to: dict[int, int], call: Callable[[], object]) -> None:
+        """`to`: bytes that go to each rank of this group."""
+        began, num_bytes = time.perf_counter(), sum(to.values())
         self._meet(name, num_bytes, call)
         self.traffic.count(name, num_bytes, began=began)
+        self._went(to)
+
+    def _went(self, to: dict[int, int]) -> None:
+        self.traffic.went({self._members[rank]: num_bytes for rank, num_bytes in to.items()})
 
     def _meet(self, name: str, num_bytes: int, call: Callable[[], object]) -> None:
         self.pulse.enter(name, num_bytes=num_bytes)
@@ -218,10 +252,11 @@ class ProcessGroup(Group):
     def sum_(self, tensor: Tensor) -> None:
         if self.size > 1:
             call = lambda: dist.all_reduce(tensor, group=self._group)  # noqa: E731
-            self._timed("all_reduce", self._ring_bytes(tensor), call)
+            self._timed("all_reduce", self._summed_to(tensor), call)
 
     def begin_sum_(self, tensor: Tensor) -> Callable[[], None]:
-        sent, began, problem = self._ring_bytes(tensor), time.perf_counter(), None
+        to = self._summed_to(tensor)
+        sent, began, problem = sum(to.values()), time.perf_counter(), None
         try:
             work = dist.all_reduce(tensor, group=self._group, async_op=True)
         except RuntimeError as error:
@@ -233,25 +268,34 @@ class ProcessGroup(Group):
             waited = time.perf_counter()
             self._meet("all_reduce", sent, work.wait)
             self.traffic.count("all_reduce", sent, began=began, waited=waited)
+            self._went(to)
 
         return finish
 
-    def _ring_bytes(self, tensor: Tensor) -> int:
-        return 2 * (self.size - 1) * tensor.nbytes // self.size
+    # Who sends to whom is gloo's (torch 2.13): a sum goes round one way, a gather the other, and a
+    # broadcast down a binomial tree. NCCL sends as many bytes, but may choose other neighbours.
+
+    def _summed_to(self, tensor: Tensor) -> dict[int, int]:
+        return {(self.rank - 1) % self.size: 2 * (self.size - 1) * tensor.nbytes // self.size}
+
+    def _gathered_to(self, tensor: Tensor) -> dict[int, int]:
+        return {(self.rank + 1) % self.size: (self.size - 1) * tensor.nbytes}
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         if self.size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        sent = (self.size - 1) * tensor.nbytes
-        self._timed("all_gather", sent, lambda: dist.all_gather(parts, tensor, group=self._group))
+        call = lambda: dist.all_gather(parts, tensor, group=self._group)  # noqa: E731
+        self._timed("all_gather", self._gathered_to(tensor), call)
         return parts
 
     def broadcast_(self, tensor: Tensor, *, source: int = 0) -> None:
         if self.size > 1:
-            sent = tensor.nbytes if self.rank == source else 0
             call = lambda: dist.broadcast(tensor, group_src=source, group=self._group)  # noqa: E731
-            self._timed("broadcast", sent, call)
+            to = dict.fromkeys(
+                broadcast_to(self.rank, size=self.size, source=source), tensor.nbytes
+            )
+            self._timed("broadcast", to, call)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -287,7 +331,9 @@ class ProcessGroup(Group):
                 group=self._group,
             )
 
-        self._timed("all_to_all", tensor.nbytes - own_size * tensor.element_size(), call)
+        others = (rank for rank in range(self.size) if rank != self.rank)
+        to = {rank: sizes[rank] * tensor.element_size() for rank in others}
+        self._timed("all_to_all", to, call)
 
     def swap(self, tensor: Tensor, *, to: int, source: int) -> Tensor:
         if to == self.rank:
@@ -302,31 +348,31 @@ class ProcessGroup(Group):
             for work in dist.batch_isend_irecv(ways):
                 work.wait()
 
-        self._timed("send", tensor.nbytes, call)
+        self._timed("send", {to: tensor.nbytes}, call)
         return received
 
     def start_sum(self, tensor: Tensor) -> Pending[Tensor]:
         if self.size == 1:
             return Pending(lambda: tensor)
-        sent = 2 * (self.size - 1) * tensor.nbytes // self.size
         begin = lambda: dist.all_reduce(tensor, group=self._group, async_op=True)  # noqa: E731
-        return self._started("all_reduce", sent, begin, tensor)
+        return self._started("all_reduce", self._summed_to(tensor), begin, tensor)
 
     def start_gather(self, tensor: Tensor) -> Pending[list[Tensor]]:
         if self.size == 1:
             return Pending(lambda: [tensor])
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        sent = (self.size - 1) * tensor.nbytes
         begin = lambda: dist.all_gather(parts, tensor, group=self._group, async_op=True)  # noqa: E731
-        return self._started("all_gather", sent, begin, parts)
+        return self._started("all_gather", self._gathered_to(tensor), begin, parts)
 
     def _started(
-        self, name: str, num_bytes: int, begin: Callable[[], Any], result: _Value
+        self, name: str, to: dict[int, int], begin: Callable[[], Any], result: _Value
     ) -> Pending[_Value]:
         """Begin now; its bytes count now, and the time that is waited for it when it is."""
         works: list[Any] = []
+        num_bytes = sum(to.values())
         self._meet(name, num_bytes, lambda: works.append(begin()))
         self.traffic.sent_bytes[name] += num_bytes
+        self._went(to)
 
         def wait() -> _Value:
             began = time.perf_counter()
@@ -335,6 +381,19 @@ class ProcessGroup(Group):
             return result
 
         return Pending(wait)
+
+    def part(self, ranks: Sequence[int], *, world: Group) -> Group:
+        own = [self._members[rank] for rank in ranks]
+        padded = torch.full((world.size,), -1)
+        padded[: len(own)] = torch.tensor(own)
+        lists = {tuple(each[each >= 0].tolist()) for each in world.gather(padded)}
+        made = ProcessGroup(pulse=self.pulse, alone=True)
+        for each in sorted(lists):  # every rank has to make every group
+            if len(each) > 1:
+                found = watched(partial(new_group, list(each)))
+                made = ProcessGroup(found, pulse=self.pulse) if list(each) == own else made
+        made.traffic = self.traffic
+        return made
 
     def assemble_(self, tensor: Tensor, bounds: list[tuple[int, int]]) -> None:
         for source, (start, stop) in enumerate(bounds):

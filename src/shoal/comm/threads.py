@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Group, Pending
+from shoal.comm.group import Group, Pending, broadcast_to
 from shoal.errors import WorkerError
 from shoal.observe.pulse import Pulse
 
@@ -31,14 +32,14 @@ class Meeting:
         self.slots: tuple[list[Any], list[Any]] = ([None] * size, [None] * size)
         self.failure: str | None = None
         self._barrier = threading.Barrier(size, timeout=timeout_seconds)
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
 
     def wait(self) -> None:
         """Meet the other threads. Raises WorkerError when one failed or never came."""
         try:
             self._barrier.wait()
         except threading.BrokenBarrierError:
-            reason = self.failure or f"a thread did not come within {self._timeout_seconds:.0f} s"
+            reason = self.failure or f"a thread did not come within {self.timeout_seconds:.0f} s"
             raise WorkerError(f"the threads no longer meet: {reason}") from None
 
     def fail(self, reason: str) -> None:
@@ -106,8 +107,8 @@ class ThreadGroup(Group):
         views = self._exchange(tensor)
         if self.rank != source:
             tensor.copy_(views[source])
-        else:
-            self.traffic.sent_bytes["broadcast"] += tensor.nbytes
+        copies = len(broadcast_to(self.rank, size=self.size, source=source))
+        self.traffic.sent_bytes["broadcast"] += copies * tensor.nbytes
         self._wait()
 
     def barrier(self) -> None:
@@ -152,6 +153,15 @@ class ThreadGroup(Group):
         """Done at once."""
         parts = self.gather(tensor)
         return Pending(lambda: parts)
+
+    def part(self, ranks: Sequence[int], *, world: Group) -> Group:
+        wait = self._meeting.timeout_seconds
+        own = Meeting(len(ranks), timeout_seconds=wait) if self.rank == ranks[0] else None
+        meeting = self._exchange(own)[ranks[0]]
+        made = ThreadGroup(meeting, rank=list(ranks).index(self.rank), pulse=self.pulse)
+        made.traffic = self.traffic
+        self._wait()
+        return made
 
     def _bounds(self, numel: int) -> list[tuple[int, int]]:
         edges = [numel * rank // self.size for rank in range(self.size + 1)]

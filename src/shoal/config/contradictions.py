@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from shoal.config.optimizers import Muon
 from shoal.config.recipe import PretrainedModel, Recipe
 from shoal.config.server import Quorum
-from shoal.config.sync import Server, StreamingDiLoCo
+from shoal.config.sync import LocalSGD, Server, StreamingDiLoCo
 from shoal.config.tasks import GRPO, Embedding, Preference
 from shoal.errors import Problem
 from shoal.layout import AXES
@@ -99,6 +99,19 @@ def _sync(recipe: Recipe) -> Iterator[Problem]:
         if sync.codec.brake is not None:
             what = "a fragment is sent once; there is no second sum to compare it with"
             yield Problem("sync.codec.brake", what, "set it to null, or sync.kind to diloco")
+    if isinstance(sync, StreamingDiLoCo | Server) and sync.codec.after_rounds:
+        what = "messages have one form from the first on"
+        yield Problem("sync.codec.after_rounds", what, "set it to 0, or sync.kind to diloco")
+    within = sync.group_replicas if isinstance(sync, LocalSGD) else None
+    replicas = recipe.parallel.replicas
+    if within is not None and replicas is not None and (replicas % within or replicas == within):
+        what = f"{replicas} replicas are no two or more groups of {within}"
+        near = [n for n in range(2, replicas) if replicas % n == 0]
+        hint = f"set it to {' or '.join(map(str, near))}" if near else "leave it out"
+        yield Problem("sync.group_replicas", what, hint)
+    if isinstance(sync, LocalSGD) and sync.every_steps == "end" and sync.shares == "measured":
+        what = "replicas that meet at the end only never learn how fast the others are"
+        yield Problem("sync.shares", what, "set it to equal, or sync.every_steps to a number")
     if isinstance(sync, Server) and isinstance(sync.consistency, Quorum):
         replicas, least = recipe.parallel.replicas, sync.consistency.least
         if replicas is not None and least > replicas:

@@ -30,6 +30,8 @@ class Codec(Section):
     """Add what a sum left out to the next one; costs a vector as large as the parameters."""
     brake: Brake | None = None
     """Compare with the true sum now and then; None: never."""
+    after_rounds: Annotated[int, Field(ge=0)] = 0
+    """First rounds whose sums cross as they are; under every-step a round is a step."""
 
 
 class NoCodec(Section):
@@ -40,6 +42,8 @@ class NoCodec(Section):
     """Nothing is lost that could be fed back."""
     brake: Literal[None] = None
     """Nothing is compressed that could be switched off."""
+    after_rounds: Literal[0] = 0
+    """Nothing is compressed that could begin later."""
 
 
 class Bfloat16(Codec):
@@ -89,11 +93,14 @@ class Sign(Codec):
 
 
 class TopK(Codec):
-    """The largest values alone, as pairs of index and value: 8 bytes each."""
+    """The largest values alone, as pairs of index and value: 8 bytes each, in blocks 3."""
 
     kind: Literal["topk"] = "topk"
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Of the values of this rank."""
+    block: Literal[64, 128, 256] | None = None
+    """Choose the largest of each so many values: a byte says where, and the value is bfloat16.
+    None: the largest of all, with four bytes each."""
     error_feedback: bool = True
     """Add what a sum left out to the next one; without it this does not learn."""
 
@@ -119,7 +126,15 @@ MessageCodec = Annotated[
 """Those that turn values into one message, without sums in between."""
 
 
-class EveryStep(Section):
+class _Divided(Section):
+    """What policies have whose replicas divide batches among them."""
+
+    shares: Literal["equal", "measured"] = "equal"
+    """Of every batch, for each replica. measured: by speed, in whole micro batches; replicas that
+    step by themselves take fewer steps where they are slow, and count by what they trained on."""
+
+
+class EveryStep(_Divided):
     """Gradients of all replicas are summed at every step."""
 
     kind: Literal["every-step"] = "every-step"
@@ -132,7 +147,7 @@ class EveryStep(Section):
     step on a CPU, every 100 steps on a device, whose state must be copied for it."""
 
 
-class LocalSGD(Section):
+class LocalSGD(_Divided):
     """Replicas step by themselves and average their parameters every few steps."""
 
     kind: Literal["local-sgd"] = "local-sgd"
@@ -140,13 +155,30 @@ class LocalSGD(Section):
     """Steps from one average to the next; the last step of a run ends with one. end: only that."""
     start_steps: Annotated[int, Field(ge=0)] = 0
     """First steps that all take together, as under every-step."""
+    group_replicas: Annotated[int, Field(ge=2)] | None = None
+    """Neighbouring replicas that average among themselves every `every_steps`, such as those of one
+    host; None: all do. The numbers of replicas are those of their workers, in order."""
+    outer_every_steps: Count | None = None
+    """Steps from one average over all groups to the next; a multiple of `every_steps`."""
     codec: NoCodec = NoCodec()
     """Parameters are averaged as they are; DiLoCo compresses what they moved by."""
     verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Compare a hash of the parameters over replicas after an average; 0: never."""
+    """Compare a hash of the parameters over replicas after an average of all; 0: never."""
+
+    @model_validator(mode="after")
+    def _two_levels(self) -> LocalSGD:
+        if (self.group_replicas is None) != (self.outer_every_steps is None):
+            raise ValueError("`group_replicas` and `outer_every_steps` go together: set both")
+        outer, every = self.outer_every_steps, self.every_steps
+        if outer is not None and (every == "end" or outer % every or outer == every):
+            raise ValueError(
+                f"`outer_every_steps` is a multiple of `every_steps`, above it; got {outer} and "
+                f"{every}"
+            )
+        return self
 
 
-class _DiLoCo(Section):
+class _DiLoCo(_Divided):
     """What both kinds of DiLoCo have."""
 
     every_steps: Count = 30
@@ -269,6 +301,6 @@ SyncSection = Annotated[
 
 def is_same(saved: Mapping[str, Any], section: SyncSection) -> bool:
     """Whether a policy can go on from the state of one with the section `saved` (as JSON)."""
-    aside = {"verify_every_steps", "bucket_bytes"}
+    aside = {"verify_every_steps", "bucket_bytes", "shares"}
     wanted = section.model_dump(mode="json", exclude=aside)
     return {key: value for key, value in saved.items() if key not in aside} == wanted

@@ -26,6 +26,7 @@ from shoal.engine.state import FlatState, allocate_for
 from shoal.engine.step import Step, StepSettings
 from shoal.engine.training import Training
 from shoal.engine.update import Update
+from shoal.legal import schedule_takes
 from shoal.models.adapter import AdapterSettings, fill_int8
 from shoal.models.adapter_files import AdapterFolder
 from shoal.models.huggingface import build_meta
@@ -172,8 +173,14 @@ def _policy(
     job: Job, *, ranks: Ranks, worker: WorkerInfo, state: FlatState, steps: int, report: Report
 ) -> Policy:
     recipe = job.recipe
+    schedule = job.decision.schedule_of(recipe)[0]
+    least, multiple = schedule_takes(schedule, ranks=ranks.layout.pipeline)
     division = Division(
-        recipe.train.global_batch_samples, job.decision.micro_batch_samples, ranks.layout.shard
+        recipe.train.global_batch_samples,
+        job.decision.micro_batch_samples,
+        ranks.layout.shard,
+        least=least,
+        multiple=multiple,
     )
     values = state.values[: state.trainable_numel]
     given = Given(

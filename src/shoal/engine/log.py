@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from shoal.comm.group import Traffic
@@ -23,9 +24,16 @@ from shoal.observe.memory import private_bytes
 from shoal.observe.outliers import Outliers
 from shoal.observe.trackers import TensorBoard, WandB
 
+KEPT_ROWS = 10_000
+"""Rows that a rank keeps at most for a writer that does not come to them: a few MiB."""
+
 
 class RunLog:
-    """The files of a run directory, as one rank may write them; only rank 0 opens them."""
+    """The files of a run directory, as one rank may write them; only rank 0 opens them.
+
+    Where replicas step by themselves, others may be many steps ahead of the writer when it dies:
+    every rank keeps its rows since all have met, and who writes next adds those that are missing.
+    """
 
     def __init__(self, job: Job, *, report: Report, training: Training) -> None:
         self._job, self._report, self._training = job, report, training
@@ -33,6 +41,7 @@ class RunLog:
         self._files: RunFiles | None = None
         self._samples: JsonLines | None = None
         self._outliers = Outliers()
+        self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
         self.sink: Sink = Tee([])
 
     @property
@@ -43,8 +52,8 @@ class RunLog:
     def open(self, *, last: dict[str, Any], step: int | None = None) -> None:
         """Begin to write, as the first rank at `step` (default: that of `last`).
 
-        Rows of later steps, which are about to be done again, go; the row of the last step, when
-        the rank that should have written it did not come to it, is taken from `last`.
+        Rows of later steps, which are about to be done again, go; rows that the rank that should
+        have written them did not come to are taken from `last`.
         """
         run = self._job.run
         step = last["progress"]["step"] if step is None else step
@@ -63,17 +72,47 @@ class RunLog:
                 self.sink.event("wandb", {"text": tracker.address})
         if dropped:
             self.sink.event("redone", {"step": step, "rows": dropped})
-        if "row" in last:
+        if "rows" in last:
             self._complete(last, step=step)
 
     def _complete(self, last: dict[str, Any], *, step: int) -> None:
+        """Add the rows that are missing, in order, each step once."""
         run = self._job.run
         samples = [row["step"] for row in read_lines(run / FILE) if "step" in row]
         if step - 1 not in samples[-2:] and not self._training.policy.alone:
             self.samples_read(step - 1, last["read"])
-        logged = [row["step"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
-        if self._logged(step) and step not in logged[-2:]:
-            self.sink.row(last["row"])
+        steps = (row["step"] for row in read_lines(run / "metrics.jsonl") if "loss" in row)
+        logged = max(steps, default=0)
+        missing = [
+            row for row in last["rows"] if row["step"] > logged and self._logged(row["step"])
+        ]
+        for row in missing:
+            self.sink.row(row)
+        every = self._job.recipe.observe.log_every_steps
+        if missing and missing[0]["step"] > logged + every:
+            between = f"{logged + 1} to {missing[0]['step'] - 1}"
+            text = f"nobody has the rows of steps {between} any more: {KEPT_ROWS} are kept"
+            self.sink.event("rows-lost", {"step": step, "text": text})
+
+    def keep(self, row: dict[str, Any], *, alone: bool) -> list[dict[str, Any]]:
+        """Remember the row of a step for whoever writes next; the rows remembered now.
+
+        `alone`: replicas step by themselves, so that all before are remembered too.
+        """
+        if not alone:
+            self._kept.clear()
+        if self._logged(row["step"]):
+            self._kept.append(row)
+        return list(self._kept)
+
+    def take(self, facts: dict[str, Any]) -> None:
+        """Remember the rows that the rank remembers whose state all go on from."""
+        self._kept.clear()
+        self._kept.extend(facts.get("rows", ()))
+
+    def met(self) -> None:
+        """Nobody lacks a row: all have met after the writer wrote its own, or go back to a save."""
+        self._kept.clear()
 
     def _logged(self, step: int) -> bool:
         every = self._job.recipe.observe.log_every_steps
@@ -103,12 +142,26 @@ class RunLog:
             "waiting_seconds": traffic.waiting_seconds,
             "tokens_per_second": outcome.step.targets / seconds,
             "sent_bytes": sum(traffic.sent_bytes.values()),
+            "sent_bytes_by_link": self._by_link(traffic),
             "peak_memory_bytes": training.peak_memory_bytes,
             "peak_private_bytes": private_bytes() if progress.step % 50 == 1 else None,
             "mfu": self._job.decision.mfu(tokens=outcome.step.targets, seconds=seconds),
             **outcome.step.figures,
             **training.policy.figures(),
+            **training.policy.shares.figures(),
         }
+
+    def _by_link(self, traffic: Traffic) -> dict[str, int]:
+        """Bytes that went to each other replica or server, and those within this replica."""
+        layout, here = self._training.ranks.layout, self._training.ranks.replica
+        found: dict[str, int] = {}
+        for link, num_bytes in sorted(traffic.sent_to.items(), key=lambda each: str(each[0])):
+            other = None if isinstance(link, str) else layout.replica_of(link)
+            name = link if isinstance(link, str) else f"replica {other}"
+            if other != here:
+                found[name] = found.get(name, 0) + num_bytes
+        inside = sum(traffic.sent_bytes.values()) - sum(found.values())
+        return found | ({"inside": inside} if inside else {})
 
     def committed(self, row: dict[str, Any], outcome: Outcome) -> None:
         """Write what the step just committed came to, and name what is odd about it."""
@@ -117,17 +170,19 @@ class RunLog:
             self.samples_read(step - 1, outcome.step.counted.read)
         if self._logged(step):
             self.sink.row(row)
-        for name, fields in self._training.policy.notes():
+        policy = self._training.policy
+        for name, fields in (*policy.notes(), *policy.shares.notes()):
             self.sink.event(name, {"step": step, **fields})
         warning = self._training.watch.begins_to_diverge
         if warning is not None:
             self.sink.event("diverging", {"step": step, "text": warning})
-        if not outcome.applied:
+        if not outcome.applied and not policy.shares.is_idle:
             why = "no targets" if outcome.step.targets == 0 else "gradients are not finite"
             culprits = self._outliers.not_finite(outcome.step.norms)
             named = f" (those of rank {', '.join(map(str, culprits))})" if culprits else ""
             text = f"step skipped: {why}{named}"
             self.sink.event("skipped", {"step": step, "ranks": culprits, "text": text})
+        if not outcome.applied:
             return
         for name, fields in self._outliers.look(loss=outcome.step.loss, norms=outcome.step.norms):
             self.sink.event(name, {"step": step, **fields})

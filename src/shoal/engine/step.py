@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -106,15 +108,20 @@ class Step:
         other._settings = replace(self._settings, micro_batch_samples=samples)
         return other
 
-    def count(self, batch: Batch, *, votes: Votes, digest: int | None = None) -> Counted:
+    def count(
+        self, batch: Batch, *, votes: Votes, step: int = 0, digest: int | None = None
+    ) -> Counted:
         """Targets of those who step together, what anybody wants, the digest of all samples read.
 
         batch: the task's fields, sample_ids and source_ids, each [share x *dims]. `digest`: this
-        rank's hash of its state, compared where all ranks step together. Raises ReplicasDiffer on
-        all ranks when those hashes are not one.
+        rank's hash of its state, compared where all ranks step together. Shares of later steps are
+        agreed by the way. Raises ReplicasDiffer on all ranks when those hashes are not one.
         """
-        group = self._policy.together
-        counts = torch.zeros(6 + group.size, dtype=torch.int64)
+        group, shares = self._policy.together, self._policy.shares
+        told = None if self._policy.alone else shares.told(step)
+        counts = torch.zeros(6 + group.size * (1 if told is None else 2), dtype=torch.int64)
+        if told is not None:
+            counts[6 + group.size + group.rank] = told
         counts[1:4] = torch.tensor([votes.stop, votes.save, votes.leave])
         if self.ranks.reads:
             counts[0] = self._task.count(batch)
@@ -126,7 +133,9 @@ class Step:
         group.sum_(counts)
         targets, stop, save, leave, *read = counts[:6].tolist()
         if digest is not None:
-            compare(counts[6:].tolist(), layout=self.ranks.layout)
+            compare(counts[6 : 6 + group.size].tolist(), layout=self.ranks.layout)
+        if told is not None:
+            shares.agree(counts[6 + group.size :].tolist(), step=step)
         return Counted(targets, Votes(stop > 0, save > 0, leave > 0), read)
 
     def train(self, batch: Batch, *, share: Share, counted: Counted, step: int) -> StepResult:
@@ -154,12 +163,14 @@ class Step:
         if targets:
             if overlap is not None and len(micros) == 1:
                 overlap.arm()
+            began = time.perf_counter()
             losses = self.passes.train(
                 micros,
                 scale=factor * self.poison / targets,
                 step=step,
                 done=partial(self._done, micros=micros, tree=tree, overlap=overlap),
             )
+            policy.shares.note(time.perf_counter() - began, micro_batches=len(micros))
         elif settings.exact:
             for micro in micros:
                 self._take(tree, micro.number)
@@ -180,7 +191,7 @@ class Step:
             micros, losses, gradients=gradients, squares=squares
         )
         return StepResult(
-            loss=loss / max(targets, 1),
+            loss=loss / targets if targets else math.nan,
             counted=counted,
             gradients=gradients,
             norms=[norm / factor for norm in norms],

@@ -35,13 +35,13 @@ from shoal.engine.saving.parts import (
 from shoal.engine.saving.saver import Saver
 from shoal.engine.step import StepResult, Votes
 from shoal.engine.training import Training
-from shoal.engine.unshared import Unshared
+from shoal.engine.unshared import Unshared, votes_of_all
 from shoal.engine.update import Outcome
 from shoal.errors import PeersLost, Stopped, WorkerError
 from shoal.layout import Share
 from shoal.observe.events import Report
 from shoal.observe.memory import LiveStorage
-from shoal.observe.trace import Trace, write_trace
+from shoal.observe.trace import Trace, trace_path, write_trace
 from shoal.parallel.ranks import Ranks, meet, whole
 from shoal.runtime import WorkerInfo
 from shoal.sync.kinds import KINDS
@@ -58,7 +58,8 @@ def train(
     keys: Keys | None = None,
 ) -> None:
     """Train to the end of the recipe, or until asked to stop. Raises Stopped after saving."""
-    link = link_of(job.recipe.launch.link, workers=job.decision.layout.replica_workers)
+    near = getattr(job.recipe.sync, "group_replicas", None) or 1  # no link between these
+    link = link_of(job.recipe.launch.link, workers=near * job.decision.layout.replica_workers)
     known: dict[str, Any] = {"orders": orders, "worker": worker, "report": report}
     members = members_of(group, **known, supervised=supervised, keys=keys, link=link)
     Trainer(job, group=group, members=members, worker=worker, report=report, orders=orders).run()
@@ -160,7 +161,7 @@ class Trainer:
         self._step_began = time.perf_counter()
         self.group.traffic.forget_seconds()  # of votes and hashes since the last step
         self.pulse.mark("batches", step=step + 1)
-        share = training.share()
+        share = training.share(step)
         with self.trace.span("batches", step=step):
             batch = training.batches(step, share)
         digest = self._digest(step) if not policy.alone else None
@@ -185,7 +186,7 @@ class Trainer:
         if training.peak_memory_bytes is None and counts:  # under it torch would never compile
             live = LiveStorage.above(training.state.resident())
         with live or nullcontext():
-            counted = training.step.count(batch, votes=votes, digest=digest)
+            counted = training.step.count(batch, votes=votes, step=step, digest=digest)
             result = training.step.train(batch, share=share, counted=counted, step=step)
         if live is not None:
             training.peak_memory_bytes = live.peak_bytes
@@ -237,6 +238,7 @@ class Trainer:
                     self._start_or_resume()
                 else:
                     training.restore(self._position.facts)
+                    self.files.take(self._position.facts)
                     if self._first:
                         self.files.open(last=self._position.facts)
                 self._broken = None
@@ -303,6 +305,7 @@ class Trainer:
         into = training.state
         load(reader, into, shapes=shapes, group=self.group, layout=layout, same_policy=same)
         training.resume(reader.state, same_policy=same)
+        self.files.met()
         states = reader.state["random_states"]
         if self.group.rank < len(states) and not self.group.shares_memory:
             raw = bytearray(bytes.fromhex(states[self.group.rank]))
@@ -387,8 +390,9 @@ class Trainer:
         seconds = time.perf_counter() - self._step_began
         training.progress.seconds += seconds
         row = self.files.row(outcome, seconds=seconds, traffic=self.group.traffic.take())
+        rows = self.files.keep(row, alone=training.policy.alone and not training.policy.apart)
         read = outcome.step.counted.read
-        self._position.facts = {**training.facts(), "row": row, "read": read}
+        self._position.facts = {**training.facts(), "rows": rows, "read": read}
         return row
 
     def _commit(self, outcome: Outcome, row: dict[str, Any]) -> None:
@@ -423,12 +427,9 @@ class Trainer:
             return Votes()
         self._compare_replicas(step)
         self._unshared.share(training.ranks, write=self.files.samples_read)
-        watch = training.watch
-        mine = torch.tensor([votes.stop, votes.save, votes.leave, watch.diverges]).long()
-        self.group.sum_(mine)
-        stop, save, leave, diverged = (count > 0 for count in mine.tolist())
-        watch.agree(diverged)
-        return Votes(stop, save, leave)
+        found = votes_of_all(votes, training=training, group=self.group)
+        self.files.met()
+        return found
 
     def _stops(self, votes: Votes) -> bool:
         """Whether this step ends the run, resumable; replicas that stand apart agree on one."""
@@ -489,8 +490,9 @@ class Trainer:
         self.training.policy.finish()
         if self.job.recipe.observe.trace:
             found = gather_json(self.group, [self.trace.spans, self.trace.left_out])
-            if self._first:
-                write_trace(self.job.run / "trace.json", found)
+            if self.group.rank == 0:
+                part = None if self._speaks else self.worker.rank
+                write_trace(trace_path(self.job.run, part=part), found)
         if self._first:
             finish(self.training, files=self.files, report=self._report)
         self._finished = True

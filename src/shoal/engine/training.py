@@ -85,10 +85,10 @@ class Training:
         self.ranks = self.step.ranks = self.play.ranks = ranks
         self.policy.enter(world=ranks.world, peers=ranks.peers, inside=ranks.inside)
 
-    def share(self) -> Share:
-        """This rank's part of every global batch: of its replica's, what its shard computes."""
+    def share(self, step: int = 0) -> Share:
+        """This rank's part of the batch of `step`: of its replica's, what its shard computes."""
         policy = self.policy
-        return self.ranks.share_of(policy.share(), multiple=policy.division.micro_batch_samples)
+        return self.ranks.share_of(policy.share(step), multiple=policy.division.micro_batch_samples)
 
     def batches(self, step: int, share: Share) -> Batch:
         """A part of the global batch of `step`; reads nothing else."""
@@ -111,6 +111,7 @@ class Training:
             "peak_memory_bytes": self.peak_memory_bytes,
             "watch": self.watch.state(),
             "policy": self.policy.facts(),
+            "shares": self.policy.shares.facts(),
             "batches": self.stream.kept(),
         }
         return facts | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
@@ -147,6 +148,7 @@ class Training:
         if self.loss_scale is not None and "loss_scale" in facts:
             self.loss_scale.restore(facts["loss_scale"])
         self.stream.restore(facts.get("batches", {}))
+        self.policy.shares.restore(facts.get("shares", {}))
         if facts.get("policy"):
             self.policy.restore(facts["policy"])
         self.update.restore(self.progress.step, applied_steps=self.progress.applied_steps)

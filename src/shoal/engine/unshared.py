@@ -1,4 +1,4 @@
-"""What replicas that step alone have read, until they meet: `shoal data verify` needs the whole."""
+"""What replicas that step alone know by themselves until they meet: what they read and want."""
 
 from __future__ import annotations
 
@@ -6,15 +6,35 @@ from collections.abc import Callable
 
 import torch
 
+from shoal.comm.group import Group
 from shoal.comm.messages import gather_json
+from shoal.engine.step import Votes
+from shoal.engine.training import Training
 from shoal.parallel.ranks import Ranks
 
 Write = Callable[[int, list[int]], None]
 """Writes the digest of all samples of a step, counted from 0."""
 
 
+def votes_of_all(votes: Votes, *, training: Training, group: Group) -> Votes:
+    """What any rank wants, and whether any diverges. Collective over all ranks; PeersLost."""
+    watch, shares = training.watch, training.policy.shares
+    step = training.progress.step - 1  # the one just taken
+    told = shares.told(step)
+    mine = torch.zeros(4 + (0 if told is None else group.size), dtype=torch.int64)
+    mine[:4] = torch.tensor([votes.stop, votes.save, votes.leave, watch.diverges])
+    if told is not None:
+        mine[4 + group.rank] = told
+    group.sum_(mine)
+    stop, save, leave, diverged = (count > 0 for count in mine[:4].tolist())
+    watch.agree(diverged)
+    if told is not None:
+        shares.agree(mine[4:].tolist(), step=step, alone=True)
+    return Votes(stop, save, leave)
+
+
 class Unshared:
-    """Digests of the samples that this replica has read, by step."""
+    """Digests of the samples that this replica has read, by step: `data verify` needs the whole."""
 
     def __init__(self) -> None:
         self._read: dict[int, list[int]] = {}

@@ -43,6 +43,9 @@ def join(
     Raises ConfigError for what does not go with a loop of one's own, or the number of workers.
     """
     sections = own_sections(parallel, sync)
+    if getattr(sections.sync, "shares", "equal") == "measured":
+        what = "a loop of one's own divides its batches itself"
+        raise ConfigError([Problem("sync.shares", what, "leave it out")], source="shoal.join")
     if KINDS[sections.sync.kind].apart:
         what = f"{sections.sync.kind} needs servers beside the workers: `shoal train` starts them"
         raise ConfigError([Problem("sync.kind", what, "use every-step")], source="shoal.join")

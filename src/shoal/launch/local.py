@@ -35,6 +35,7 @@ from shoal.launch.summary import check_ending, write_summary
 from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
+from shoal.observe.trace import merge_parts
 
 
 @dataclass
@@ -310,6 +311,7 @@ def _run(
     attempt = run_workers(
         job, pool=pool, console=console, begun=begun, story=story, callbacks=callbacks
     )
+    merge_parts(run)
     attempt.callbacks.check(advice=f"the run was saved; go on with: shoal resume {run}")
     if attempt.stopped is not None:
         raise Stopped(attempt.stopped)

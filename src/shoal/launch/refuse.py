@@ -47,6 +47,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         balance=recipe.model.balance,
         whole_logits=kind_of(recipe.task.kind).whole_logits,
         token_losses=kind_of(recipe.task.kind).token_losses,
+        shares=getattr(recipe.sync, "shares", "equal"),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from shoal.launch.site import Site, Slot
 from shoal.sync.server.record import Script
 
 TARGET = "shoal.sync.server.process:run"
+_PATIENCE = 5.0
+"""Times launch.silence_seconds that a server may compute between two turns."""
+_STARVED = 12.0
+"""Times that: after it even one that does not compute is given up."""
 
 
 class Servers:
@@ -49,6 +54,9 @@ class Servers:
         self._losses = 0
         self._gone: set[int] = set()
         self._errors: dict[int, str] = {}
+        self._turns: dict[int, tuple[float, float]] = {}
+        """Of each server when it has begun a turn last, and what it had computed by then."""
+        self._patience = _PATIENCE * job.recipe.launch.silence_seconds
         self.workers = [self._started(n, begins=True) for n in range(section.servers)]
 
     def _started(self, number: int, *, begins: bool = False) -> Worker:
@@ -59,8 +67,16 @@ class Servers:
             "server": number,
             "begins": begins,
             "replicas": self._job.decision.layout.replicate,
+            "spins_at": self._planned("spin-server", number) if begins else None,
         }
+        self._turns.pop(number, None)
         return self._site.start(TARGET, payload, slot=Slot(number, "server"), ranks=())
+
+    def _planned(self, kind: str, number: int) -> int | None:
+        """The step of a planned fault of a server, for rehearsals and tests."""
+        faults = self._job.instruments.planned_faults
+        mine = (each for each in faults if each["kind"] == kind and each["server"] == number)
+        return next((int(each["step"]) for each in mine), None)
 
     def close(self) -> None:
         """End the servers. The run is saved: what they have on the disk is needed no more."""
@@ -85,10 +101,26 @@ class Servers:
             self._site.send(worker, {"order": "gone", "replica": replica})
 
     def look(self) -> None:
-        """End a server that is stopped (SIGSTOP); another one takes its place."""
-        for worker in self.workers:
-            if worker.status is None and self._site.is_stopped(worker):
+        """End a server that is stopped (SIGSTOP), or runs without an end; another takes its place.
+
+        One that writes to a slow disk does not compute, and is waited for.
+        """
+        for number, worker in enumerate(self.workers):
+            if worker.status is not None:
+                continue
+            if self._site.is_stopped(worker):
                 self._site.signal(worker, signal.SIGKILL)
+            elif (since := self._silent_seconds(number, worker)) is not None:
+                self._errors[number] = f"has begun no turn for {since:.1f} s, and is ended"
+                self._site.signal(worker, signal.SIGKILL)
+
+    def _silent_seconds(self, number: int, worker: Worker) -> float | None:
+        """How long a server has been silent, when that is too long."""
+        at, computed = self._turns.get(number, (time.monotonic(), 0.0))
+        silent, now = time.monotonic() - at, self._site.cpu_seconds(worker)
+        spent = silent if now is None else now - computed
+        late = silent > self._patience and spent > self._patience
+        return silent if late or silent > _STARVED * self._patience else None
 
     def hear(
         self,
@@ -108,6 +140,8 @@ class Servers:
             self._replace(number, worker, tell=tell)
         elif message["kind"] == "error":
             self._errors[number] = message["text"]
+        elif message["kind"] == "turn":
+            self._turns[number] = (time.monotonic(), self._site.cpu_seconds(worker) or 0.0)
         elif message["kind"] == "serving":
             for replica in self._gone:  # those that are replaced will say so themselves
                 self._site.send(worker, {"order": "gone", "replica": replica})

@@ -72,6 +72,9 @@ class Site(Protocol):
     def is_stopped(self, worker: Worker) -> bool:
         """Whether the process of a worker is stopped (SIGSTOP) just now, and a moment later."""
 
+    def cpu_seconds(self, worker: Worker) -> float | None:
+        """What the process of a worker has computed so far; None where that is not known."""
+
     def memory_kills(self) -> int:
         """Processes that this host has ended for want of memory so far."""
 
@@ -190,6 +193,9 @@ class LocalSite:
             return False
         time.sleep(0.05)
         return process_state(worker.pid)[0] == "is stopped"
+
+    def cpu_seconds(self, worker: Worker) -> float | None:
+        return process_state(worker.pid)[1]
 
     def memory_kills(self) -> int:
         return oom_kills()

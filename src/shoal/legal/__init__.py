@@ -1,5 +1,6 @@
 """What is legal: which layout, policy and codec a model family supports, from config.json alone."""
 
+from shoal.legal.combination import Combination
 from shoal.legal.facts import ModelFacts
 from shoal.legal.families.table import axes_of, facts_from_config, family_of
 from shoal.legal.rules import (
@@ -7,12 +8,12 @@ from shoal.legal.rules import (
     OWN_PARAMETERS,
     SCHEDULES,
     ZERO_BUBBLE,
-    Combination,
     fits_schedule,
     not_yet,
     of_two,
     open_axes,
     problems,
+    schedule_takes,
     tensor_degrees,
 )
 from shoal.legal.shrink import shrunk
@@ -32,6 +33,7 @@ __all__ = [
     "of_two",
     "open_axes",
     "problems",
+    "schedule_takes",
     "shrunk",
     "tensor_degrees",
 ]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 
 from shoal.errors import Problem, nearest
 from shoal.layout import Layout
+from shoal.legal.combination import Combination, axis_names
 from shoal.legal.facts import ModelFacts
 from shoal.legal.families.family import WITH_EXPERTS
 from shoal.legal.families.table import axes_of, family_of
@@ -41,58 +42,6 @@ plans reckon, so that its speed on GPUs is not known: who wants it says so."""
 OWN_PARAMETERS = frozenset({"local-sgd", "diloco", "streaming-diloco", "gossip", "server"})
 """Policies under which replicas hold different parameters between two meetings."""
 IMPLEMENTED_CODECS = frozenset(CODECS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Combination:
-    """What a run asks for together. None: not known (yet), and so not judged."""
-
-    layout: Layout = field(default_factory=Layout)
-    policy: str = "every-step"
-    codec: str = "none"
-    fragments: int = 1
-    """Parts of the model that meet in turn."""
-    workers: str = "processes"
-    """`processes`, `threads` or `auto`."""
-    num_workers: int | None = None
-    """How many there are."""
-    elastic: bool = False
-    """The replicate degree may shrink while the run goes on."""
-    shard_level: str = "parameters"
-    context_kind: str = "ring"
-    offload: bool = False
-    recompute: str = "none"
-    compile: bool = False
-    schedule: str = "1f1b"
-    stages_per_rank: int = 1
-    split: tuple[int, ...] = ()
-    """Blocks of each stage of a pipeline; empty: by cost."""
-    runs_once: bool = True
-    """The task's loss follows from one forward of the model."""
-    sequence_tokens: int | None = None
-    global_batch_samples: int | None = None
-    micro_batch_samples: int | None = None
-    exact: bool = False
-    optimizer: str = "adamw"
-    dropout: str = "keyed"
-    balance: str = "sequence"
-    """Over what the balance loss of experts is taken."""
-    family: str | None = None
-    facts: ModelFacts | None = None
-    """None although the family is given: nobody has written down its sizes."""
-    whole_logits: bool = False
-    """The model's logits are more than head(hidden) (models/anatomy.py)."""
-    token_losses: bool = True
-    """The task's loss is a sum over tokens, each of which reads its own hidden state."""
-
-    @property
-    def cut_axes(self) -> list[str]:
-        """Axes along which a replica is cut."""
-        return [axis for axis in _axes() if axis != "replicate" and self.layout.degree(axis) > 1]
-
-    def of_model(self, facts: ModelFacts) -> Combination:
-        """The same for a model of these sizes."""
-        return replace(self, family=facts.family, facts=facts)
 
 
 Rule = Callable[[Combination], Iterator[Problem]]
@@ -138,7 +87,7 @@ def not_yet(combination: Combination) -> list[Problem]:
             f"{axis} is not there yet, got {layout.degree(axis)}",
             f"set it to 1; today these axes run: {', '.join(sorted(IMPLEMENTED_AXES))}",
         )
-        for axis in _axes()
+        for axis in axis_names()
         if layout.degree(axis) > 1 and axis not in IMPLEMENTED_AXES
     ]
     wants_table = layout.tensor > 1 and family is not None and "tensor" in axes_of(family)
@@ -155,10 +104,6 @@ def not_yet(combination: Combination) -> list[Problem]:
             hint = f"today these run: {', '.join(sorted(built))}"
             found.append(Problem(where, f"the {kind} {name} is not there yet", hint))
     return found
-
-
-def _axes() -> list[str]:
-    return [each.name for each in fields(Layout)]
 
 
 def _widths(facts: ModelFacts) -> list[int]:
@@ -378,11 +323,15 @@ def _pipeline(combination: Combination) -> Iterator[Problem]:
 
 def fits_schedule(name: str, *, ranks: int, micro_batches: int) -> bool:
     """Whether a schedule takes so many micro batches of a step on `ranks` ranks."""
+    least, multiple = schedule_takes(name, ranks=ranks)
+    return micro_batches >= least and micro_batches % multiple == 0
+
+
+def schedule_takes(name: str, *, ranks: int) -> tuple[int, int]:
+    """Micro batches of a step that a schedule needs at least, and a multiple of what it takes."""
     if name == "gpipe" or ranks == 1:
-        return True
-    if name in ("1f1b", "zbv-zero-bubble"):
-        return micro_batches >= ranks
-    return micro_batches % ranks == 0
+        return 1, 1
+    return (ranks, 1) if name in ("1f1b", "zbv-zero-bubble") else (ranks, ranks)
 
 
 def _enough_micro_batches(combination: Combination) -> Iterator[Problem]:
@@ -438,13 +387,8 @@ def _workers(combination: Combination) -> Iterator[Problem]:
     if combination.policy in OWN_PARAMETERS and combination.exact:
         what = f"holds for replicas that step together, got {combination.policy}"
         yield Problem("train.exact", what, "set it to false, or sync.kind to every-step")
-    copied = " and ".join(axis for axis in combination.cut_axes if axis not in ("shard", "context"))
-    if combination.policy == "server" and copied:
-        what = (
-            f"ranks along {copied} hold copies of some parameters, which pushes that are applied "
-        )
-        hint = f"set {copied} to 1 (shard and context go with it), or sync.kind to every-step"
-        yield Problem("sync.kind", what + "are applied one by one would part", hint)
+    if combination.policy == "server":
+        yield from _copies_at_servers(combination)
     if combination.policy == "server" and combination.elastic:
         what = "replicas around a server go on without a lost one anyhow"
         yield Problem("parallel.replicate", what, "give a fixed degree")
@@ -459,6 +403,22 @@ def _workers(combination: Combination) -> Iterator[Problem]:
     if combination.policy == "hogwild" and apart:
         what = "hogwild needs workers that share one copy of the parameters, got processes"
         hint = "set launch.workers to threads, or sync.kind to every-step"
+        yield Problem("sync.kind", what, hint)
+
+
+def _copies_at_servers(combination: Combination) -> Iterator[Problem]:
+    """Each rank pulls its own part when it comes to it: of parameters that two ranks hold, one
+    might get what another replica's push has changed meanwhile, and the other not."""
+    facts, axes = combination.facts, combination.cut_axes
+    copying = {"tensor", "expert"} | ({"pipeline"} if facts is not None and facts.tied else set())
+    copied = [axis for axis in axes if axis in copying]
+    if copied:
+        named, by_stages = " and ".join(copied), copied == ["pipeline"]
+        why = "the embedding, which is the head too" if by_stages else "some parameters"
+        what = f"ranks along {named} hold copies of {why}, and may pull them at different moments"
+        hint = f"set {named} to 1 (shard and context go with it), or sync.kind to every-step"
+        if by_stages:
+            hint = "set model.tie_word_embeddings=false, or sync.kind to every-step"
         yield Problem("sync.kind", what, hint)
 
 
@@ -489,7 +449,28 @@ def _exchange(combination: Combination) -> Iterator[Problem]:
         yield Problem("train.exact", what, "set it to false, or sync.codec.kind to none")
 
 
+def _shares(combination: Combination) -> Iterator[Problem]:
+    """Shares by speed move whole micro batches from one replica to another."""
+    batch, micro = combination.global_batch_samples, combination.micro_batch_samples
+    if combination.shares == "equal" or batch is None:
+        return
+    layout = combination.layout
+    if micro is None:
+        what = "measured shares are whole micro batches, whose size decides how fine they can be"
+        each = max(1, batch // (4 * layout.replicate * layout.shard))
+        yield Problem("train.micro_batch_samples", what, f"set a number, such as {each}")
+        return
+    least, _ = schedule_takes(combination.schedule, ranks=layout.pipeline)
+    each = batch // (micro * layout.shard * layout.replicate)
+    if layout.replicate > 1 and 0 < each <= least:
+        what = (
+            f"each replica has {each} micro batch{'es' if each > 1 else ''} and needs as many, so "
+        )
+        hint = "set train.micro_batch_samples lower, or sync.shares to equal"
+        yield Problem("sync.shares", what + "none can be given to another", hint)
+
+
 _RULES: tuple[Rule, ...] = (
-    *(_axes_of_model, _degrees, _number_of_workers, _batch, _rows),
+    *(_axes_of_model, _degrees, _number_of_workers, _batch, _rows, _shares),
     *(_kinds, _cut_replica, _pipeline, _workers, _exchange),
 )

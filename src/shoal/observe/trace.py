@@ -85,5 +85,25 @@ def write_trace(path: Path, found: Sequence[tuple[list[Span], int]]) -> None:
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
+def trace_path(run: Path, *, part: int | None = None) -> Path:
+    """The trace of a run. `part`: the first rank of a replica that meets the others at servers
+    only, and leaves its spans by themselves."""
+    return run / ("trace.json" if part is None else f"trace-from-rank-{part}.json")
+
+
+def merge_parts(run: Path) -> None:
+    """Put what the replicas of a run have left into one trace, if any has."""
+    whole, parts = trace_path(run), sorted(run.glob("trace-from-rank-*.json"))
+    if not parts or not whole.is_file():
+        return
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (whole, *parts)]
+    events = [event for each in found for event in each["traceEvents"]]
+    left_out = sum(each["otherData"]["spans_left_out"] for each in found)
+    content = {"traceEvents": events, "otherData": {"spans_left_out": left_out}}
+    whole.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    for path in parts:
+        path.unlink()
+
+
 def _name(kind: str, name: str, *, pid: int, tid: int) -> Span:
     return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}

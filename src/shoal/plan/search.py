@@ -14,6 +14,7 @@ from shoal.legal import (
     axes_of,
     fits_schedule,
     not_yet,
+    problems,
     tensor_degrees,
 )
 from shoal.legal.rules import ZERO_BUBBLE
@@ -119,10 +120,15 @@ def _splits(
         for expert in divisors(shard * inner.context) if facts.experts else [1]:
             spread = replace(whole, expert=expert)
             allowed = space.allows("expert", value=expert) and facts.experts % expert == 0
-            if allowed and not (
-                space.runnable and not_yet(Combination(layout=spread).of_model(facts))
-            ):
+            if allowed and not (space.runnable and _refused(spread, facts=facts, space=space)):
                 yield spread
+
+
+def _refused(layout: Layout, *, facts: ModelFacts, space: Space) -> bool:
+    """Whether a run in this layout would not start, or not under the policy that is asked for."""
+    fixed = {key: str(space.fixed[key]) for key in ("policy", "codec") if key in space.fixed}
+    asked = Combination(layout=layout, workers="processes", **fixed).of_model(facts)  # type: ignore[arg-type]
+    return bool(not_yet(asked) or [p for p in problems(asked) if p.where.startswith("sync.")])
 
 
 def _candidates(layout: Layout, *, workload: Workload, space: Space) -> Iterator[Candidate]:

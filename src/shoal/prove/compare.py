@@ -98,13 +98,16 @@ def outcome_of(run: Path, *, choice: Choice, recipe: Recipe, seed: int) -> Outco
     rows = read_lines(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     layout = json.loads((run / "plan.json").read_text(encoding="utf-8"))["layout"]
-    # Replicas that step by themselves count their own targets; shares of the batch are equal.
-    copies = layout.get("replicate", 1) if recipe.sync.kind in OWN_PARAMETERS else 1
+    # Replicas that step by themselves count their own targets, of their share of the batch.
+    alone, replicas = recipe.sync.kind in OWN_PARAMETERS, layout.get("replicate", 1)
     tokens = seconds = sent = 0
+    shares: list[float] = []
     curve: list[tuple[int, float, float, int]] = []
     for row in rows:
         if "loss" in row:
-            tokens, sent = row["tokens"] * copies, sent + row["sent_bytes"]
+            shares.append(row.get("share", 1 / replicas) if alone else 1.0)
+            tokens = round(row["tokens"] * len(shares) / max(sum(shares), 1e-9))
+            sent += row["sent_bytes"]
             seconds += row["step_seconds"]
         elif "evaluation_loss" in row:
             curve.append((tokens, seconds, row["evaluation_loss"], sent))
@@ -131,11 +134,11 @@ def staleness_of(recipe: Recipe, *, rows: Sequence[Mapping[str, Any]]) -> int | 
     if seen:
         return int(max(seen))
     sync = recipe.sync
-    every = getattr(sync, "every_steps", 1)
+    every = getattr(sync, "outer_every_steps", None) or getattr(sync, "every_steps", 1)
     if sync.kind == "every-step":
         return 0
     if sync.kind == "gossip":
         return None
-    if every == "end":
+    if every == "end" or every is None:
         return recipe.train.steps
     return int(every) + int(getattr(sync, "overlap_steps", 0))

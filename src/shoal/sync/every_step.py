@@ -159,7 +159,7 @@ class EveryStep(Policy):
             self._compression.restore(facts)
 
     def _positions(self, rank: int) -> list[tuple[int, int]]:
-        share, size = self.division.share(rank, self.peers.size), self.division.micro_batch_samples
+        share, size = self.shares.share(rank, self._step), self.division.micro_batch_samples
         return node_places(share.start // size, share.stop // size)
 
 

@@ -83,7 +83,7 @@ class Gossip(Policy):
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
-        weighted_mean_(self, self._values, share=1 / self.peers.size)
+        weighted_mean_(self.peers, self._values, share=1 / self.peers.size)
         self._equal_at = step
 
     def _measure(self) -> None:

@@ -29,4 +29,6 @@ KEEPS_EQUAL_STATE = frozenset(kind for kind, policy in KINDS.items() if policy.k
 
 def create(section: SyncSection, given: Given) -> Policy:
     """The policy of a recipe's section."""
-    return KINDS[section.kind].of(section, given)
+    policy = KINDS[section.kind].of(section, given)
+    policy.shares.measured = getattr(section, "shares", "equal") == "measured"
+    return policy

@@ -4,17 +4,24 @@ Stich, "Local SGD converges fast and communicates little" (arXiv 1805.09767); wi
 are taken together, Lin et al., "Don't use large mini-batches, use local SGD" (arXiv 1808.07217).
 The average is weighted by the targets that each replica has trained on since the last one; with
 H = 1 and plain SGD that is the step over the global batch.
+
+With groups it is hierarchical (Lin et al., section 5; torch's HierarchicalModelAverager): replicas
+of a group, such as those of one host, average among themselves, and now and then all groups do.
+Between groups each replica then sends its part of the parameters only.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from shoal.comm.group import Group
 from shoal.config.sync import LocalSGD as Section
 from shoal.sync.policy import Division, Given
-from shoal.sync.rounds import Rounds, weighted_mean_
+from shoal.sync.rounds import Rounds, total_of, weighted_mean_
 
 
 class LocalSGD(Rounds):
@@ -28,9 +35,19 @@ class LocalSGD(Rounds):
         every_steps: int | Literal["end"],
         steps: int,
         start_steps: int = 0,
+        group_replicas: int | None = None,
+        outer_every_steps: int | None = None,
     ) -> None:
         super().__init__(division, every_steps=every_steps, steps=steps, start_steps=start_steps)
         self._values = values
+        self._within, self._outer = group_replicas, outer_every_steps
+        self._near: Group | None = None
+        """This replica's group; None: all average every time."""
+        self._far: Group | None = None
+        """One replica of each group, all at this one's place in it."""
+        self._near_at = self._all_at = self._group_targets = 0
+        """When the group and when all have averaged last, and on how many targets the group has
+        trained since all did."""
 
     @classmethod
     def of(cls, section: Section, given: Given) -> LocalSGD:
@@ -40,7 +57,77 @@ class LocalSGD(Rounds):
             every_steps=section.every_steps,
             steps=given.steps,
             start_steps=section.start_steps,
+            group_replicas=section.group_replicas,
+            outer_every_steps=section.outer_every_steps,
         )
 
+    def enter(self, *, world: Group, peers: Group, inside: Group) -> None:
+        super().enter(world=world, peers=peers, inside=inside)
+        within, rank, size = self._within, peers.rank, peers.size
+        self._near = self._far = None
+        if within is not None and size % within == 0 and size > within:  # else some are lost
+            first = rank // within * within
+            self._near = peers.part(range(first, first + within), world=world)
+            self._far = peers.part(range(rank % within, size, within), world=world)
+
+    @property
+    def round(self) -> int:
+        return self._near_at + self._all_at
+
     def _meet(self, step: int, *, share: float) -> None:
-        weighted_mean_(self, self._values, share=share)
+        weighted_mean_(self.peers, self._values, share=share)
+        self._near_at, self._all_at, self._group_targets = step, step, 0
+
+    def _hold(self, step: int) -> None:
+        if self._near is None:
+            super()._hold(step)
+            return
+        if self._near_at < step:
+            self._near.barrier()  # so that waiting for a slow rank is told apart
+            total = total_of(self._near, self._targets)
+            share = self._targets / total if total else 1 / self._near.size
+            weighted_mean_(self._near, self._values, share=share)
+            self._near_at, self._targets = step, 0
+            self._group_targets += total
+        if self._is_outer(step):
+            self._average_groups()
+            self._all_at, self._group_targets = step, 0
+        self._met_at = step
+
+    def _is_outer(self, step: int) -> bool:
+        assert self._outer is not None, "given with groups"
+        return (step - self._start) % self._outer == 0 or step == self._steps
+
+    @torch.no_grad()
+    def _average_groups(self) -> None:
+        """Replicas of a group hold the same: each averages a part with its like, and tells them."""
+        near, far = self._near, self._far
+        assert near is not None and far is not None, "there are groups"
+        far.barrier()
+        total = total_of(far, self._group_targets)
+        share = self._group_targets / total if total else 1 / far.size
+        numel = self._values.numel()
+        each = -(-numel // near.size)
+        part = self._values.new_zeros(each)
+        own = self._values[near.rank * each : (near.rank + 1) * each]
+        part[: own.numel()] = own
+        weighted_mean_(far, part, share=share)
+        self._values.copy_(torch.cat(near.gather(part))[:numel])
+
+    def equal_after(self, step: int) -> bool:
+        return self.peers.size == 1 or step == self._all_at
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        self._near_at = self._all_at = step
+        self._group_targets = 0
+
+    def facts(self) -> dict[str, Any]:
+        more = {"near_at": self._near_at, "all_at": self._all_at}
+        return {**super().facts(), **more, "group_targets": self._group_targets}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        super().restore(facts)
+        self._near_at = int(facts.get("near_at", self._met_at))
+        self._all_at = int(facts.get("all_at", self._met_at))
+        self._group_targets = int(facts.get("group_targets", 0))

@@ -17,21 +17,8 @@ from shoal.comm.codec.compression import Note
 from shoal.comm.flat import CHUNK, FlatLayout, Span, Vector, chunk_squares, ordered_sum
 from shoal.comm.group import Group
 from shoal.comm.tree import Node
-from shoal.layout import Share, split_evenly
-
-
-@dataclass(frozen=True)
-class Division:
-    """How a global batch is divided between replicas: in whole micro batches of all shards."""
-
-    global_batch_samples: int
-    micro_batch_samples: int
-    shards: int = 1
-
-    def share(self, rank: int, size: int) -> Share:
-        """The part of replica `rank` of `size`."""
-        multiple = self.micro_batch_samples * self.shards
-        return split_evenly(self.global_batch_samples, size, rank, multiple=multiple)
+from shoal.layout import Share
+from shoal.sync.shares import Division, Shares
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,7 @@ class Policy(ABC):
     """Whether all replicas have the same optimizer state."""
 
     def __init__(self, division: Division) -> None:
-        self.division = division
+        self.division, self.shares = division, Shares(division)
 
     @classmethod
     @abstractmethod
@@ -134,10 +121,12 @@ class Policy(ABC):
     def enter(self, *, world: Group, peers: Group, inside: Group) -> None:
         """Stand among the ranks of a generation. `inside`: the ranks of this replica."""
         self.peers, self.together = peers, inside if self.alone else world
+        self.shares.enter(peers.size)
 
-    def share(self) -> Share:
-        """The part of every global batch that this replica computes."""
-        return self.division.share(self.peers.rank, self.peers.size)
+    def share(self, step: int) -> Share:
+        """The part of the global batch of `step` that this replica computes; it may be empty for
+        a replica that steps by itself."""
+        return self.shares.own(self.peers.rank, step, alone=self.alone)
 
     def owned(self, layout: FlatLayout, *, numel: int) -> Span:
         """The part of the first `numel` elements that this rank updates."""

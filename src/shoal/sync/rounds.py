@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from shoal.comm.flat import Span
+from shoal.comm.group import Group
+from shoal.layout import Share
 from shoal.sync.every_step import sum_of
 from shoal.sync.policy import Division, Gradients, Policy, Reduced
 
@@ -44,6 +46,9 @@ class Rounds(Policy):
         """The round after `step` steps, of which `share` is this replica's. Raises PeersLost, and
         then has changed nothing."""
 
+    def share(self, step: int) -> Share:
+        return self.shares.own(self.peers.rank, step, alone=step >= self._start)
+
     @property
     def round(self) -> int:
         return self._met_at
@@ -61,7 +66,7 @@ class Rounds(Policy):
         if self._step >= self._start or self.peers.size == 1:
             return Reduced(span, flat)
         self.peers.barrier()
-        total = self._total(gradients.targets)
+        total = total_of(self.peers, gradients.targets)
         flat.mul_(gradients.targets / max(total, 1))  # of a mean over one's own targets
         self.peers.sum_(flat)
         return Reduced(span, flat, targets=total)
@@ -83,16 +88,10 @@ class Rounds(Policy):
         share = 1.0
         if self.peers.size > 1:
             self.peers.barrier()  # so that waiting for a slow rank is told apart
-            total = self._total(self._targets)
+            total = total_of(self.peers, self._targets)
             share = self._targets / total if total else 1 / self.peers.size
         self._meet(step, share=share)
         self._met_at, self._targets = step, 0
-
-    def _total(self, targets: int) -> int:
-        """Targets of all replicas."""
-        count = torch.tensor([targets], dtype=torch.int64)
-        self.peers.sum_(count)
-        return int(count)
 
     def equal_after(self, step: int) -> bool:
         return self.peers.size == 1 or step == self._met_at
@@ -107,9 +106,16 @@ class Rounds(Policy):
         self._targets, self._met_at = int(facts["targets"]), int(facts["met_at"])
 
 
-def weighted_mean_(policy: Policy, values: Tensor, *, share: float) -> None:
-    """Replace `values` by their mean over replicas; nothing changes if a peer is lost."""
-    if policy.peers.size > 1:
+def total_of(group: Group, targets: int) -> int:
+    """Targets of all replicas of a group."""
+    count = torch.tensor([targets], dtype=torch.int64)
+    group.sum_(count)
+    return int(count)
+
+
+def weighted_mean_(group: Group, values: Tensor, *, share: float) -> None:
+    """Replace `values` by their mean over a group; nothing changes if a peer is lost."""
+    if group.size > 1:
         mean = values * share
-        policy.peers.sum_(mean)
+        group.sum_(mean)
         values.copy_(mean)

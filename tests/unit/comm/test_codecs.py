@@ -34,6 +34,7 @@ SECTIONS: dict[str, Any] = {
     "int4": Int4(),
     "sign": Sign(),
     "topk": TopK(fraction=0.05),
+    "topk-blocks": TopK(fraction=0.05, block=256),
     "powersgd": PowerSGD(),
 }
 LARGEST = {
@@ -45,6 +46,7 @@ LARGEST = {
     "int4": 0.4,
     "sign": 1.2,
     "topk": 0.9,
+    "topk-blocks": 0.9,
     "powersgd": 1.0,
 }
 """Of the distance from the true sum, over its length, for normal numbers."""
@@ -156,6 +158,28 @@ def test_the_largest_cross_as_numpy_chooses_them() -> None:
         wanted[largest] += values[largest]
     section = TopK(fraction=0.05, error_feedback=False)
     np.testing.assert_array_equal(summed(section, 2)[0][0][0].numpy(), wanted)
+
+
+def test_the_largest_of_each_block_cross_as_numpy_chooses_them() -> None:
+    """13 of 256 values, a byte for each place and two for a value of 8 bits' precision."""
+    wanted, block = np.zeros(LAYOUT.numel, dtype="f4"), 256
+    for rank in range(2):
+        rows = drawn(rank).numpy().reshape(-1, block)
+        largest = np.argsort(-np.abs(rows), axis=1)[:, :13]
+        rounded = drawn(rank).bfloat16().float().numpy().reshape(-1, block)
+        chosen = np.zeros_like(rows)
+        np.put_along_axis(chosen, largest, np.take_along_axis(rounded, largest, 1), 1)
+        wanted += chosen.reshape(-1)
+    section = TopK(fraction=0.05, block=block, error_feedback=False)
+    np.testing.assert_array_equal(summed(section, 2)[0][0][0].numpy(), wanted)
+
+
+def test_a_codec_may_begin_after_some_rounds() -> None:
+    section = TopK(fraction=0.05, after_rounds=2)
+    for sums, _, compression in summed(section, 2, rounds=3):
+        assert torch.equal(sums[0], drawn(0) + drawn(1)) and torch.equal(sums[1], sums[0])
+        assert int((sums[2] != 0).sum()) <= 2 * 0.051 * LAYOUT.numel
+        assert not compression.is_exact
 
 
 def test_power_iterations_as_numpy_makes_them() -> None:

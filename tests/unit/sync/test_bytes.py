@@ -55,6 +55,22 @@ def with_count(sent: Sent, size: int) -> Sent:
     return {**sent, "all_reduce": sent.get("all_reduce", 0) + ring(8, size)}
 
 
+def by_link(section: dict[str, Any], sent: Sent, step: int, rank: int, size: int) -> Sent:
+    """To whom a step's bytes go: gloo's sums go round one way, its gathers the other."""
+    found: Sent = {}
+    for operation, num_bytes in sent.items():
+        ways = {
+            "all_reduce": [rank - 1],
+            "all_gather": [rank + 1],
+            "all_to_all": [rank + n for n in range(1, size)],
+            "send": [rank + 2 ** ((step - 1) % max(1, (size - 1).bit_length()))],
+        }[operation]
+        for other in ways:
+            to = str(other % size)
+            found[to] = found.get(to, 0) + num_bytes // len(ways)
+    return {to: num_bytes for to, num_bytes in found.items() if num_bytes}
+
+
 def fragments(number: int) -> int:
     """Elements of a fragment of two: blocks 0 and 2 with what is before, 1 and 3 with the rest."""
     return sum(len(span) for span in fragments_of(LAYOUT, numel=N, count=2)[number])
@@ -64,6 +80,8 @@ def expected(section: dict[str, Any], step: int, size: int) -> Sent:
     """What step `step` (from 1) sends."""
     policy, codec = section["kind"], section.get("codec", {"kind": "none"})["kind"]
     if policy == "every-step":
+        if section.get("codec", {}).get("block"):
+            return {"all_gather": (size - 1) * 3 * 13 * math.ceil(N / 256)}
         return one_sum(codec, size)
     if policy == "gossip":
         last = step == STEPS
@@ -89,6 +107,7 @@ SECTIONS: list[dict[str, Any]] = [
         for codec in MESSAGES
     ),
     {"kind": "local-sgd", "every_steps": 4},
+    {"kind": "every-step", "codec": {"kind": "topk", "block": 256, "fraction": 0.05}},
     {"kind": "gossip", "meet_every_steps": 4},
 ]
 
@@ -99,4 +118,42 @@ def test_every_byte_is_as_the_formula_has_it(size: int, pool: WorkerPool, tmp_pa
     for found in run_workers(pool, "sync_jobs:run", payload, size=size):
         for section, sent in zip(SECTIONS, found["sent"], strict=True):
             wanted = [expected(section, step, size) for step in range(1, STEPS + 1)]
-            assert sent == wanted, f"{section}, rank {found['rank']}"
+            assert [each for each, _ in sent] == wanted, f"{section}, rank {found['rank']}"
+            links = [to for _, to in sent]
+            there = [
+                by_link(section, each, step, found["rank"], size)
+                for step, each in enumerate(wanted, start=1)
+            ]
+            assert links == there, f"{section}, rank {found['rank']}"
+
+
+def test_between_groups_each_sends_its_part_of_the_parameters(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    """Four replicas in groups of two, as on two hosts: within a group every second step, between
+    groups every fourth."""
+    section = {"kind": "local-sgd", "every_steps": 2, "group_replicas": 2, "outer_every_steps": 4}
+    payload = {"size": 4, "store": str(tmp_path / "s"), "sections": [section], "steps": STEPS}
+    inside = ring(4 * N, 2) + ring(8, 2)
+    between = ring(4 * N // 2, 2) + ring(8, 2)
+    for found in run_workers(pool, "sync_jobs:run", payload, size=4):
+        near, far = str(found["rank"] ^ 1), str(found["rank"] ^ 2)
+        by_step = [to for _, to in found["sent"][0]]
+        outer = {near: inside + 4 * N // 2, far: between}
+        assert by_step == [{}, {near: inside}, {}, outer] * 2
+    assert between < 0.51 * inside, "half of what each would send without groups, or less"
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_link_carries_what_the_kernel_says(
+    size: int, pool: WorkerPool, tmp_path: Path
+) -> None:
+    """Beside what is counted gloo sends heads of messages: 48 bytes each, of at most 1 MiB, and
+    those of two barriers; a KiB or two in all."""
+    payload = {"size": size, "store": str(tmp_path / "s"), "numel": 120_000}
+    for rank, found in enumerate(run_workers(pool, "sync_jobs:links", payload, size=size)):
+        for name, (counted, sent) in found.items():
+            for other in range(size):
+                if other != rank:
+                    beside = sent[other] - counted[other]
+                    assert 0 <= beside < 4096, f"{name}, {rank} to {other}: {counted} {sent}"

@@ -36,7 +36,7 @@ def in_threads(size: int, *, tree: bool = False) -> list[Reduced]:
     def body(rank: int) -> None:
         group = ThreadGroup(meeting, rank=rank)
         sync = policy_of(group, Division(12, 1))
-        share = sync.share()
+        share = sync.share(0)
         if tree:
             nodes = TreeSum()
             for leaf in range(share.start, share.stop):
@@ -84,7 +84,7 @@ def test_shares_cover_the_batch_in_whole_micro_batches(size: int) -> None:
     for rank in range(size):
         group = ThreadGroup(meeting, rank=rank)
         sync = policy_of(group, Division(24, 3))
-        share = sync.share()
+        share = sync.share(0)
         assert share.start % 3 == 0
         covered += range(share.start, share.stop)
     assert covered == list(range(24))

@@ -52,6 +52,43 @@ def test_a_round_is_the_mean_weighted_by_targets() -> None:
     on_replicas(3, body)
 
 
+def test_groups_average_more_often_than_all() -> None:
+    """Four replicas, groups of two; every average is weighted by targets, all averages are too."""
+    targets = [10, 30, 60, 20]
+    start = [values(rank).double() for rank in range(4)]
+    near = [(10 * start[0] + 30 * start[1]) / 40, (60 * start[2] + 20 * start[3]) / 80]
+
+    def run(rank: int, group: Group) -> None:
+        own, alone = values(rank), ThreadGroup(Meeting(1, timeout_seconds=20), rank=0)
+        policy = LocalSGD(
+            Division(12, 1),
+            values=own,
+            every_steps=2,
+            steps=10,
+            group_replicas=2,
+            outer_every_steps=4,
+        )
+        policy.enter(world=group, peers=group, inside=alone)
+        for step in range(4):
+            policy.before_step(step)
+            policy.after_step(step, targets=targets[rank] // 2)
+            if step == 1:
+                torch.testing.assert_close(own.double(), near[rank // 2], rtol=1e-6, atol=1e-6)
+                assert not policy.equal_after(2)
+        assert policy.equal_after(4)
+        wanted = (80 * near[0] + 160 * near[1]) / 240
+        torch.testing.assert_close(own.double(), wanted, rtol=1e-6, atol=1e-6)
+        everybody = group.gather(own)
+        assert all(torch.equal(each, everybody[0]) for each in everybody)
+        kept = policy.facts()
+        assert (kept["near_at"], kept["all_at"], kept["group_targets"]) == (4, 4, 0)
+        for step in range(4, 10):
+            policy.after_step(step, targets=1)
+        assert policy.equal_after(10), "a run ends with an average of all"
+
+    replicas.on_replicas(4, run)
+
+
 def test_the_last_step_of_a_run_ends_with_a_round() -> None:
     def body(rank: int, policy: LocalSGD, own: torch.Tensor) -> None:
         for step in range(10):
@@ -85,4 +122,5 @@ def test_a_round_that_a_lost_peer_prevents_is_made_up_for() -> None:
     policy.enter(world=alone, peers=alone, inside=alone)
     policy.before_step(1)
     assert policy.equal_after(1) and torch.equal(own, values(0))
-    assert policy.facts() == {"targets": 0, "met_at": 1}
+    kept = {"targets": 0, "met_at": 1, "near_at": 1, "all_at": 1, "group_targets": 0}
+    assert policy.facts() == kept

@@ -37,10 +37,12 @@ class Compression:
         like: Tensor,
         error_feedback: bool,
         brake: Brake | None = None,
+        after_rounds: int = 0,
         what: str = "gradient",
     ) -> None:
-        """`like`: has the dtype and the device of what is summed; `what`: names it."""
-        self._codec, self._brake = codec, brake
+        """`after_rounds`: sums that cross as they are first. `like` has the dtype and device of
+        what is summed; `what`: names it."""
+        self._codec, self._brake, self._after = codec, brake, after_rounds
         self._rounds, self._off = 0, False
         self._notes: list[Note] = []
         self._memory: Vector | None = None
@@ -58,8 +60,9 @@ class Compression:
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is rounded: there is no codec, or the brake took it out."""
-        return self._off or isinstance(self._codec, NoCodec)
+        """Whether nothing is rounded: there is no codec yet, or the brake took it out."""
+        early = self._rounds < self._after
+        return self._off or early or isinstance(self._codec, NoCodec)
 
     def sum_(self, group: Group, values: Tensor, *, key: int, span: slice = slice(None)) -> None:
         """Replace flat `values` by (about) their sum over ranks; the same bits on all.

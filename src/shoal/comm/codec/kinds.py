@@ -12,7 +12,7 @@ from shoal.comm.codec import rounding
 from shoal.comm.codec.codec import Codec, Encoding, NoCodec
 from shoal.comm.codec.compression import Compression
 from shoal.comm.codec.power_sgd import PowerSGD
-from shoal.comm.codec.top_k import TopK
+from shoal.comm.codec.top_k import TopK, TopOfBlocks
 from shoal.comm.flat import FlatLayout
 from shoal.config.sync import CodecSection, MessageCodec
 
@@ -25,7 +25,11 @@ KINDS: dict[str, _Make] = {
     "int8": lambda section, *_: rounding.Int8(block=section.block, stochastic=section.stochastic),
     "int4": lambda section, *_: rounding.Int4(block=section.block, stochastic=section.stochastic),
     "sign": lambda section, *_: rounding.Sign(block=section.block),
-    "topk": lambda section, *_: TopK(fraction=section.fraction),
+    "topk": lambda section, *_: (
+        TopK(fraction=section.fraction)
+        if section.block is None
+        else TopOfBlocks(fraction=section.fraction, block=section.block)
+    ),
     "powersgd": lambda section, layout, numel, device: PowerSGD(
         layout, rank=section.rank, numel=numel, device=device
     ),
@@ -49,6 +53,7 @@ def create(
         like=like,
         error_feedback=section.error_feedback,
         brake=section.brake,
+        after_rounds=section.after_rounds,
         what=what,
     )
 

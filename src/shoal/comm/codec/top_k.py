@@ -41,3 +41,30 @@ class TopK(Codec):
             total.index_add_(0, at.long(), each.contiguous().view(torch.float32).to(values.dtype))
         values.copy_(total)
         return sent
+
+
+class TopOfBlocks(Codec):
+    """`fraction` of each `block` of values, by magnitude: a byte for the place, a bfloat16 value.
+
+    Each rank sends (size - 1) x 3 bytes for each value that it chooses, as many from every part of
+    the model, whose gradients differ in size.
+    """
+
+    def __init__(self, *, fraction: float, block: int) -> None:
+        self.block, self.count = block, max(1, math.ceil(fraction * block))
+
+    def sum_(self, group: Group, values: Tensor, *, key: int) -> Tensor:
+        numel, blocks = values.numel(), -(-values.numel() // self.block)
+        rows = values.new_zeros(blocks * self.block, dtype=torch.float32)
+        rows[:numel] = values
+        rows = rows.view(blocks, self.block)
+        places = torch.topk(rows.abs(), self.count, dim=1, sorted=False).indices
+        chosen = rows.gather(1, places).to(torch.bfloat16)
+        sent = torch.zeros_like(rows).scatter_(1, places, chosen.float())
+        wire = torch.cat([places.to(torch.uint8), chosen.view(torch.uint8)], dim=1)
+        total = torch.zeros_like(rows)
+        for each in group.gather(wire):
+            at, theirs = each[:, : self.count].long(), each[:, self.count :].contiguous()
+            total.scatter_add_(1, at, theirs.view(torch.bfloat16).float())
+        values.copy_(total.view(-1)[:numel])
+        return sent.view(-1)[:numel].to(values.dtype)

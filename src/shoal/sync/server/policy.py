@@ -103,7 +103,7 @@ class Server(Policy):
 
     # --- the protocol of policies
 
-    def share(self) -> Share:
+    def share(self, step: int) -> Share:
         return self.division.share(self._place.replica, self._place.replicas)
 
     def owned(self, layout: FlatLayout, *, numel: int) -> Span:
@@ -358,8 +358,11 @@ class Server(Policy):
         answers = self._ask_all(requests, tensors)
         waited = traffic.waiting_seconds - waited
         traffic.communication_seconds += time.perf_counter() - began - waited
-        traffic.sent_bytes[name] += sum(each.nbytes for part in tensors or () for each in part)
-        traffic.sent_bytes[name] += sum(each.nbytes for _, part in answers for each in part)
+        for number, (_, received) in enumerate(answers):
+            sent = received if tensors is None else [*tensors[number], *received]
+            num_bytes = sum(each.nbytes for each in sent)
+            traffic.sent_bytes[name] += num_bytes
+            traffic.went({f"server {number}": num_bytes})
         return answers
 
     def _ask_all(

@@ -37,6 +37,8 @@ ANSWER_SECONDS = 0.5
 """After so long a request that has to wait is answered with NotYet, so that its sender knows that
 it was heard."""
 _IDLE_SECONDS = 0.2
+SIGN_SECONDS = 0.5
+"""So often a server says that it turns."""
 
 
 def address_file(folder: Path, server: int) -> Path:
@@ -71,12 +73,24 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
             listener.register(descriptor)
             write_address(place, listener.address)
             report.say("serving", server=number, address=listener.address, pid=os.getpid())
+            said_at = 0.0
             while orders.follow():
+                if time.monotonic() - said_at > SIGN_SECONDS:
+                    said_at = time.monotonic()
+                    report.say("turn")
                 server.turn()
+                if payload.get("spins_at") is not None and server.is_at(payload["spins_at"]):
+                    _spin()
     except (ShoalError, OSError) as error:
         report.say("error", user=False, text=str(error), trace=traceback.format_exc(), rank=-1)
         return 1
     return 0
+
+
+def _spin() -> None:
+    """A planned fault: run without an end, and answer nothing."""
+    while True:
+        pass
 
 
 def _port_before(place: Path) -> int:
@@ -170,6 +184,11 @@ class Server:
         while self._serve_parked():
             pass
         self._commit()
+
+    def is_at(self, clock: int) -> bool:
+        """Whether some replica has pushed so often."""
+        members = (part.consistency.members.values() for part in self.parts.values() if part.filled)
+        return any(member.clock >= clock for each in members for member in each)
 
     def gone(self, replica: int) -> None:
         """The supervisor says that the worker of a replica is gone."""

@@ -10,7 +10,7 @@ Shapes: R rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -35,6 +35,9 @@ _HINT = 16
 _LANES = 32
 """Floats that torch's vectorised loops take at once; what is left over is computed by other code,
 whose silu, sigmoid, gelu (tanh) and softplus differ in the last bit (seen with torch 2.13)."""
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a module that read the same rows: one product. Of each the outputs are a multiple of
+the lanes, so that no loop over a part of a row leaves anything over."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Report:
     ways: dict[tuple[int, int], Way]
     dtype: torch.dtype
     threads: int
+    joined: dict[str, Together]
+    """Products that stand for several layers, by the path of their module."""
 
     @property
     def proven(self) -> bool:
@@ -78,7 +83,7 @@ class Product(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, way: Way) -> None:
         super().__init__()
-        self._way, self._bias, self._outputs = way, bias, len(weight)
+        self.way, self._bias, self._outputs = way, bias, len(weight)
         self._weight = _packed(weight) if way.packed else weight
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -94,10 +99,10 @@ class Product(nn.Module):
 
     def _piece(self, rows: Tensor) -> Tensor:
         count = len(rows)
-        missing = -count % self._way.multiple
+        missing = -count % self.way.multiple
         if missing:
             rows = functional.pad(rows, (0, 0, 0, missing))
-        if self._way.packed:
+        if self.way.packed:
             # private in torch 2.13: the product that Inductor uses for weights packed beforehand
             made: Tensor = torch.ops.mkldnn._linear_pointwise(
                 rows.contiguous(), self._weight, self._bias, "none", [], ""
@@ -164,20 +169,77 @@ def make_exact(model: nn.Module, *, release: bool = False) -> Report:
     """
     ways: dict[tuple[int, int], Way] = {}
     shared = _shared(model)
+    joined = _join(model, ways)
+    made = {id(layer): each.product for each in joined.values() for layer in each.layers}
     for module, weight, bias in _linears(model):
-        shape = (weight.shape[0], weight.shape[1])
-        if shape not in ways:
-            ways[shape] = way_for(weight, bias)
-        module.forward = Product(weight, bias, ways[shape]).forward  # type: ignore[method-assign]
+        product = made.get(id(module))
+        if product is None:
+            product = Product(weight, bias, _way(ways, weight, bias))
+            module.forward = product.forward  # type: ignore[method-assign]
         own: Any = module.weight
-        if release and ways[shape].packed and id(own) not in shared:
+        if release and product.way.packed and id(own) not in shared:
             own.data = own.data.new_empty(1).expand(own.shape)
     for module in experts_of(model).values():
         _make_experts_exact(module, ways)
     for weight in _others(model):
         ways.setdefault((weight.shape[0], weight.shape[1]), _plain_way(weight))
     dtype = next(model.parameters()).dtype
-    return Report(ways, dtype, torch.get_num_threads())
+    return Report(ways, dtype, torch.get_num_threads(), joined)
+
+
+def _way(ways: dict[tuple[int, int], Way], weight: Tensor, bias: Tensor | None = None) -> Way:
+    shape = (weight.shape[0], weight.shape[1])
+    if shape not in ways:
+        ways[shape] = way_for(weight, bias)
+    return ways[shape]
+
+
+class Together:
+    """Layers that read the same rows, as one product; each layer's forward gives its part."""
+
+    def __init__(self, layers: Sequence[nn.Linear], ways: dict[tuple[int, int], Way]) -> None:
+        weight = torch.cat([each.weight.detach() for each in layers])
+        biases = [each.bias for each in layers]
+        bias = None if biases[0] is None else torch.cat([each.detach() for each in biases])
+        self.layers = list(layers)
+        self.product = Product(weight, bias, _way(ways, weight, bias))
+        self._sizes = [each.out_features for each in layers]
+        self._given: Tensor | None = None
+        self._made: tuple[Tensor, ...] = ()
+
+    def part(self, number: int) -> Callable[[Tensor], Tensor]:
+        """The forward of layer `number`: the first that is given new rows computes for all."""
+
+        def forward(rows: Tensor) -> Tensor:
+            if self._given is not rows:
+                self._made, self._given = self.product(rows).split(self._sizes, dim=-1), rows
+            made = self._made[number]
+            if number == len(self._sizes) - 1:
+                self._given, self._made = None, ()
+            return made
+
+        return forward
+
+
+def _join(model: nn.Module, ways: dict[tuple[int, int], Way]) -> dict[str, Together]:
+    """Make one product of layers that read the same rows; by the path of their module."""
+    made: dict[str, Together] = {}
+    for path, module in model.named_modules():
+        for names in _SIBLINGS:
+            layers: list[Any] = [getattr(module, name, None) for name in names]
+            if not all(_is_plain(each) for each in layers):
+                continue
+            if len({(each.in_features, each.bias is None) for each in layers}) > 1:
+                continue
+            together = Together(layers, ways)
+            for number, layer in enumerate(layers):
+                layer.forward = together.part(number)
+            made[path] = together
+    return made
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is nn.Linear and layer.out_features % _LANES == 0
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:
@@ -211,10 +273,7 @@ def _make_experts_exact(module: Any, ways: dict[tuple[int, int], Way]) -> None:
             continue
         stacked = stacked.detach().transpose(1, 2) if module.is_transposed else stacked.detach()
         for weight in stacked.unbind(0):
-            shape = (weight.shape[0], weight.shape[1])
-            if shape not in ways:
-                ways[shape] = way_for(weight)
-            products[weight.data_ptr()] = Product(weight, None, ways[shape])
+            products[weight.data_ptr()] = Product(weight, None, _way(ways, weight))
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         made: Tensor = products[weight.data_ptr()](rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from shoal.errors import ModelError
 from shoal.models.anatomy import anatomy_of, check_logits, hidden_of, logits_of
 from shoal.models.kernels import MaskRequest
 from shoal.serve.adapters import Adapters
-from shoal.serve.cache import Cache, Paged, Span, least_rows
+from shoal.serve.cache import Cache, Paged, Rows, Span, least_rows
 from shoal.serve.exact import Report, check_positions, make_exact, rows_multiple
+from shoal.serve.fuse import fuse_attention, fuse_norms
 from shoal.serve.reading import read_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,6 +73,8 @@ class Runner:
         )
         self.anatomy = check_logits(model, anatomy_of(model))
         self.report: Report | None = make_exact(model, release=release) if exact else None
+        if exact:
+            fuse_norms(model)
         self.adapters = Adapters(model, adapters or {})
         self.multiple = rows_multiple(model) if exact else 1
         self.least, self.attends_exactly = (
@@ -79,6 +83,8 @@ class Runner:
             else (1, False)
         )
         self.cache = Cache(num_blocks, block_tokens)
+        if self.report is not None and not adapters:
+            fuse_attention(model, self.report.joined, kernel=partial(Rows, least=self.least))
         self._logits = logits_of(model)
         cap = getattr(text, "final_logit_softcapping", None)
         lanes = 32 * torch.get_num_threads()

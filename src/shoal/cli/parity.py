@@ -67,6 +67,7 @@ def _served(model: Path, overrides: list[str], *, requests: int, as_json: bool) 
     found = certify_folder(
         model,
         precision=settings.precision,
+        int8=settings.weights == "int8",
         threads=None if settings.threads == "auto" else settings.threads,
         block_tokens=settings.block_tokens,
         num_requests=requests,

@@ -134,6 +134,7 @@ class Fleet:
             "cache_bytes": None if chosen.cache_bytes == "auto" else chosen.cache_bytes,
             "precision": chosen.precision,
             "exact": chosen.exact == "auto",
+            "int8": chosen.weights == "int8",
             "block_tokens": chosen.block_tokens,
             "step_tokens": chosen.step_tokens,
             "max_running": chosen.max_running,

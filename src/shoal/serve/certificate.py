@@ -112,6 +112,7 @@ def certify_folder(
     path: Path,
     *,
     precision: str,
+    int8: bool = False,
     threads: int | None,
     block_tokens: int,
     num_requests: int,
@@ -122,7 +123,7 @@ def certify_folder(
     torch.set_num_threads(threads or usable_cores())
     say(f"reading {folder}")
     model = load(folder, precision=precision)
-    runner = Runner(model, num_blocks=2, block_tokens=block_tokens)
+    runner = Runner(model, num_blocks=2, block_tokens=block_tokens, int8=int8)
     most = 4 * num_requests * blocks_for(min(runner.sizes.context, 256), block_tokens)
     runner.cache = Cache(min(most, 512), block_tokens)
     say(f"serving {num_requests} requests alone, then in company")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shoal.models.anatomy import hidden_of
 from shoal.models.attention import attend
 from shoal.models.kernels import Kernel
-from shoal.serve.exact import Product, Together
+from shoal.serve.exact import AnyProduct, Together
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -116,7 +116,7 @@ class _Turns:
         return self._made
 
 
-def _attention(module: Any, product: Product, turns: _Turns) -> Callable[..., Any]:
+def _attention(module: Any, product: AnyProduct, turns: _Turns) -> Callable[..., Any]:
     size, output = module.head_dim, module.o_proj
     queries = module.q_proj.out_features // size
     keys = module.k_proj.out_features // size

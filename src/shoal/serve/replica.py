@@ -83,6 +83,7 @@ def _engine(payload: dict[str, Any]) -> Any:
         num_blocks=2,
         block_tokens=size,
         exact=payload["exact"],
+        int8=payload["int8"],
         release=True,
         adapters=payload["adapters"],
     )

@@ -47,11 +47,13 @@ class Runner:
         block_tokens: int = 64,
         exact: bool = True,
         release: bool = False,
+        int8: bool = False,
         adapters: Mapping[str, str] | None = None,
     ) -> None:
-        """`exact`: swap the products (serve/exact.py); `adapters`: folders by name.
+        """`exact`: swap the products (serve/exact.py); `int8`: for those of 8 bits.
 
-        Raises ModelError if it cannot be served.
+        `adapters`: folders by name. Raises ModelError if it cannot be served, and UserError where
+        torch has no products of 8 bits.
         """
         if getattr(model, "shoal_own_attention", False):
             raise ModelError(
@@ -72,8 +74,10 @@ class Runner:
             token_bytes=text.num_hidden_layers * key_heads * (size + value_size) * dtype.itemsize,
         )
         self.anatomy = check_logits(model, anatomy_of(model))
-        self.report: Report | None = make_exact(model, release=release) if exact else None
+        self.report: Report | None = None
+        exact = exact or int8
         if exact:
+            self.report = make_exact(model, release=release, int8=int8)
             fuse_norms(model)
         self.adapters = Adapters(model, adapters or {})
         self.multiple = rows_multiple(model) if exact else 1

@@ -109,6 +109,11 @@ class Fleet:
             silence = self.settings.silence_seconds / 3
             return ready and self._failed is None and not self.router.stuck(silence_seconds=silence)
 
+    def takes_requests(self) -> bool:
+        """Whether a new request would be computed now: healthy, its queue not full, not ending."""
+        with self._lock:
+            return self.healthy() and not self._closing and self.router.has_room()
+
     def states(self) -> dict[int, dict[str, Any]]:
         """What each replica said last of its queue and its counters."""
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -101,6 +102,23 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks of the cache that can be taken."""
+        return self.blocks.num_free
+
+    def facts(self) -> dict[str, Any]:
+        """What clients and the server must know."""
+        runner = self.runner
+        return {
+            "kind": "generate",
+            "context": self.most_tokens,
+            "vocabulary": runner.sizes.vocabulary,
+            "blocks": self.blocks.num_blocks,
+            "exact": runner.exact,
+            "products": str(runner.report) if runner.report else "not exact, as asked",
+        }
 
     @property
     def most_tokens(self) -> int:

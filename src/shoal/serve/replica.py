@@ -33,19 +33,7 @@ def run(payload: dict[str, Any], report: int) -> int:
     except ShoalError as error:
         _say(report, {"failed": str(error), "status": error.exit_status})
         return error.exit_status
-    runner = engine.runner
-    _say(
-        report,
-        {
-            "ready": {
-                "context": engine.most_tokens,
-                "vocabulary": runner.sizes.vocabulary,
-                "blocks": engine.blocks.num_blocks,
-                "exact": runner.exact,
-                "products": str(runner.report) if runner.report else "not exact, as asked",
-            }
-        },
-    )
+    _say(report, {"ready": engine.facts()})
     orders = _Orders(report)
     while True:
         for order in orders.read(wait=engine.idle):
@@ -73,9 +61,17 @@ def _engine(payload: dict[str, Any]) -> Any:
     from shoal.serve.engine import Engine
     from shoal.serve.generate import end_tokens
     from shoal.serve.grammar import Grammars
+    from shoal.serve.pooled import Pooled, kind_of
     from shoal.serve.runner import Runner, load
 
     torch.set_num_threads(payload["threads"])
+    if kind_of(Path(payload["folder"])) != "generate":
+        return Pooled(
+            Path(payload["folder"]),
+            precision=payload["precision"],
+            exact=payload["exact"],
+            int8=payload["int8"],
+        )
     model = load(Path(payload["folder"]), precision=payload["precision"])
     size = payload["block_tokens"]
     runner = Runner(
@@ -136,7 +132,7 @@ def _state(engine: Any, seconds: float) -> dict[str, Any]:
         "step_seconds": seconds,
         "running": engine.num_running,
         "waiting": engine.num_waiting,
-        "free_blocks": engine.blocks.num_free,
+        "free_blocks": engine.num_free,
         **vars(engine.counters),
     }
 

@@ -87,14 +87,18 @@ class Router:
 
     def submit(self, request: Request, told: Told) -> None:
         """Give a request to a replica; `told` hears of what becomes of it. Raises Busy."""
-        room = self._max_running * max(1, len(self.replicas))
-        waiting = max(0, len(self.pending) - room)
-        tokens = sum(each.tokens for each in self.pending.values()) if waiting else 0
-        if waiting >= self._most_requests or tokens > self._most_tokens:
+        if not self.has_room():
             raise Busy(self._drain_seconds())
         pending = Pending(request, told, -1)
         self.pending[request.id] = pending
         self._place(pending)
+
+    def has_room(self) -> bool:
+        """Whether another request may wait."""
+        room = self._max_running * max(1, len(self.replicas))
+        waiting = max(0, len(self.pending) - room)
+        tokens = sum(each.tokens for each in self.pending.values()) if waiting else 0
+        return waiting < self._most_requests and tokens <= self._most_tokens
 
     def _drain_seconds(self) -> int:
         """When a place in the queue will be free, by the rate of late."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -29,6 +30,7 @@ class Replicas(Protocol):
     def submit(self, request: Request, told: Callable[[Event], None]) -> None: ...
     def cancel(self, name: str) -> None: ...
     def healthy(self) -> bool: ...
+    def takes_requests(self) -> bool: ...
     def states(self) -> dict[int, dict[str, Any]]: ...
     @property
     def replays(self) -> int: ...
@@ -43,6 +45,7 @@ class Service:
         from shoal.data.tokenize import load_tokenizer
         from shoal.models.huggingface import read_config
         from shoal.serve.generate import end_tokens
+        from shoal.serve.pooled import kind_of
         from shoal.tasks.templates import Template
 
         self.folder, self.settings, self.replicas = folder, settings, replicas
@@ -50,7 +53,13 @@ class Service:
         self.tokenizer = load_tokenizer(folder)
         found = chat_template_of(folder)
         self.template = None if found is None else Template(found[0], tokens=special_texts(folder))
-        self.ends = end_tokens(folder, read_config(path=folder))
+        config: Any = read_config(path=folder)
+        self.ends = end_tokens(folder, config)
+        self.kind = kind_of(folder)
+        self.wants_types = getattr(config, "type_vocab_size", 0) > 1
+        self.labels = [str(config.id2label[n]) for n in range(len(config.id2label))]
+        self._one_each = config.problem_type == "multi_label_classification"
+        self._is_number = config.problem_type == "regression"
         self._grammars: Grammars | None = None
         self.created = int(time.time())
         self.metrics = Metrics(self.name, replicas=replicas)
@@ -73,6 +82,31 @@ class Service:
             param="model",
             code="model_not_found",
         )
+
+    def not_for(self, route: str) -> Refused:
+        """What is said at a route that this kind of model does not serve."""
+        routes = {
+            "generate": "/v1/chat/completions, /v1/completions, /v1/embeddings and /score",
+            "classify": "/classify" + (" and /score" if len(self.labels) == 1 else ""),
+            "embed": "/v1/embeddings and /score",
+        }
+        text = f"{route}: {self.name} is asked at {routes[self.kind]}"
+        return Refused(text, param="model", code="wrong_kind_of_model")
+
+    @staticmethod
+    def now() -> int:
+        """Seconds since 1970."""
+        return int(time.time())
+
+    def probabilities(self, logits: Sequence[float]) -> list[float]:
+        """Of each class: of a softmax, or each by itself; a regression's number as it is."""
+        if self._is_number:
+            return list(logits)
+        if self._one_each or len(logits) == 1:
+            return [0.5 * (1 + math.tanh(each / 2)) for each in logits]
+        highest = max(logits)
+        weights = [math.exp(each - highest) for each in logits]
+        return [each / math.fsum(weights) for each in weights]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -110,6 +144,8 @@ class Service:
         schema: str | None = None,
     ) -> Sampling:
         """The settings of a request with its limits checked. Raises Refused."""
+        if self.kind != "generate":
+            raise self.not_for("completions")
         limits = self.settings.limits
         room = self.context - prompt_tokens
         if room < (1 if max_tokens is None else max_tokens):

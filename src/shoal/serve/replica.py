@@ -19,10 +19,7 @@ import msgspec
 
 from shoal.errors import ShoalError, UserError
 from shoal.serve.request import Event, Request
-
-_MOST_CACHE_BYTES = 2 << 30
-_SEQUENCES = 16
-"""Whole contexts that the cache holds where nothing else was asked for."""
+from shoal.serve.sizing import MOST_CACHE_BYTES, SEQUENCES
 
 
 def run(payload: dict[str, Any], report: int) -> int:
@@ -104,7 +101,7 @@ def _num_blocks(sizes: Any, cache_bytes: int | None, block_tokens: int) -> int:
     """Blocks of the cache, the one for padding too. Raises UserError for too few."""
     room = cache_bytes
     if room is None:
-        room = min(_SEQUENCES * sizes.context * sizes.token_bytes, _MOST_CACHE_BYTES)
+        room = min(SEQUENCES * sizes.context * sizes.token_bytes, MOST_CACHE_BYTES)
     blocks = room // (sizes.token_bytes * block_tokens)
     if blocks < 1:
         raise UserError(

@@ -41,6 +41,8 @@ class Pending:
     request: Request
     told: Told
     replica: int
+    version: int | None = None
+    """Of the model that answers it, once it was placed."""
     made: list[Scored] = field(default_factory=list)
     prompt_told: int = 0
     """Scores of the prompt that were told."""
@@ -57,6 +59,10 @@ class Pending:
 class Replica:
     """What is known of one replica."""
 
+    version: int = 0
+    """Of the model that it serves."""
+    leaving: bool = False
+    """It finishes what it has, and gets no new requests."""
     ready: bool = False
     heard_at: float = 0.0
     step_seconds: float = 0.1
@@ -110,12 +116,13 @@ class Router:
         return max(1, min(60, round(tokens / max(rate, 1.0) / max(1, len(self.pending)))))
 
     def _place(self, pending: Pending) -> None:
-        chosen = self._choose(pending.request)
+        chosen = self._choose(pending)
         pending.replica = chosen if chosen is not None else -1
         if chosen is None:
             return  # all are starting: it is placed when one is ready
         replica = self.replicas[chosen]
-        if self._load(chosen) == 1:
+        pending.version = replica.version
+        if self.load(chosen) == 1:
             replica.heard_at = time.monotonic()  # its silence counts from its first work on
         for key in _beginnings(pending.request):
             replica.held.pop(key, None)
@@ -127,15 +134,25 @@ class Router:
         )
         self._send(chosen, {"submit": msgspec.to_builtins(request)})
 
-    def _load(self, index: int) -> int:
+    def load(self, index: int) -> int:
+        """Requests of replica `index`."""
         return sum(each.replica == index for each in self.pending.values())
 
-    def _choose(self, request: Request) -> int | None:
-        """Where most of its beginning was computed, unless that one has much more to do."""
-        ready = [index for index, each in self.replicas.items() if each.ready]
+    def _choose(self, pending: Pending) -> int | None:
+        """Where most of its beginning was computed, unless that one has much more to do.
+
+        One that was begun is finished by the same version of the model.
+        """
+        request = pending.request
+        ready = [
+            index
+            for index, each in self.replicas.items()
+            if each.ready
+            and (not each.leaving if pending.version is None else each.version == pending.version)
+        ]
         if not ready:
             return None
-        loads = {index: self._load(index) for index in ready}
+        loads = {index: self.load(index) for index in ready}
         fair = 2 * (sum(loads.values()) / len(ready)) + 1
         keys = _beginnings(request)
         best, most = None, 0
@@ -187,7 +204,8 @@ class Router:
 
     def lost(self, index: int) -> None:
         """Replica `index` is gone: others go on with what it was doing."""
-        self.replicas[index] = Replica()
+        gone = self.replicas[index]
+        self.replicas[index] = Replica(version=gone.version, leaving=gone.leaving)
         for pending in [each for each in self.pending.values() if each.replica == index]:
             self.replays += 1
             pending.prompt_again = pending.prompt_told
@@ -200,7 +218,7 @@ class Router:
             index
             for index, each in self.replicas.items()
             if each.ready
-            and self._load(index)
+            and self.load(index)
             and now - each.heard_at > max(silence_seconds, 15 * each.step_seconds)
         ]
 

@@ -34,6 +34,8 @@ class Sizes:
     layers: int
     token_bytes: int
     """Of the cache, for one token in all layers."""
+    window: int | None
+    """Tokens that every layer looks back at most; None: some look at all."""
 
 
 class Runner:
@@ -72,6 +74,7 @@ class Runner:
             context=min(context, check_positions(config) or context),
             layers=text.num_hidden_layers,
             token_bytes=text.num_hidden_layers * key_heads * (size + value_size) * dtype.itemsize,
+            window=_window_of(text),
         )
         self.anatomy = check_logits(model, anatomy_of(model))
         self.report: Report | None = None
@@ -148,6 +151,15 @@ def load(folder: Path, *, precision: str = "float32") -> nn.Module:
     model: nn.Module = read_model(folder, auto_class="AutoModelForCausalLM", kernel="shoal")
     model.config.use_cache = False  # type: ignore[union-attr]
     return model.to(_DTYPES[precision])
+
+
+def _window_of(config: Any) -> int | None:
+    """The sliding window of a model, where all of its layers have it."""
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return window if set(kinds) == {"sliding_attention"} else None
 
 
 class _Seen(Exception):

@@ -23,7 +23,7 @@ from tiny import tales
 NAME = "tiny"
 
 
-def write_model(folder: Path, *, template: str | None = PLAIN) -> Path:
+def write_model(folder: Path, *, template: str | None = PLAIN, seed: int = 3) -> Path:
     """A llama of two layers with random weights, and a tokenizer of 300 tokens."""
     texts = tales(seed=1, documents=60)
     tokenizer = train_tokenizer([texts], vocabulary_size=300, cache_key="served")
@@ -38,7 +38,7 @@ def write_model(folder: Path, *, template: str | None = PLAIN) -> Path:
     }
     config = read_config(architecture="llama", settings=settings, vocabulary_size=300)
     model = build_meta(config, auto_class="AutoModelForCausalLM")
-    materialise(model, record=record(model), seed=3).save_pretrained(folder)  # type: ignore[operator]
+    materialise(model, record=record(model), seed=seed).save_pretrained(folder)  # type: ignore[operator]
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tokenizer / file).read_bytes())
     if template is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +20,7 @@ from shoal.serve.http.fields import (
     DetokenizeFields,
     EmbeddingFields,
     ScoreFields,
+    SwapFields,
     TokenizeFields,
 )
 from shoal.serve.http.guard import Guard
@@ -61,6 +63,12 @@ def make_app(service: Service, *, keys: list[bytes], version: str) -> Any:
     async def score(fields: ScoreFields) -> Response:
         return JSONResponse(await pooled.scores(service, fields))
 
+    @app.post("/admin/swap")
+    async def swap(fields: SwapFields) -> dict[str, Any]:
+        folder = None if fields.model is None else Path(fields.model)
+        await service.swap(folder, fields.adapters)
+        return {"model": str(service.folder), "adapters": service.adapters}
+
     _add_small(app, service, version=version)
     return Guard(app, keys=keys, limits=service.settings.limits)
 
@@ -70,7 +78,7 @@ def _add_small(app: FastAPI, service: Service, *, version: str) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        names = [service.name, *service.settings.adapters]
+        names = [service.name, *service.adapters]
         return {"object": "list", "data": [_model(service, each) for each in names]}
 
     @app.get("/v1/models/{name}")

@@ -169,6 +169,14 @@ class ScoreFields(_Fields):
         return self
 
 
+class SwapFields(_Fields):
+    """POST /admin/swap: what is served from now on; what is left out stays."""
+
+    model: str | None = None
+    """A model folder on the server's machine."""
+    adapters: dict[str, str] | None = None
+
+
 class TokenizeFields(_Fields):
     """POST /tokenize."""
 

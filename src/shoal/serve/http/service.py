@@ -6,7 +6,7 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ class Replicas(Protocol):
     def cancel(self, name: str) -> None: ...
     def healthy(self) -> bool: ...
     def takes_requests(self) -> bool: ...
+    def swap(self, folder: Path, adapters: Mapping[str, str]) -> None: ...
     def states(self) -> dict[int, dict[str, Any]]: ...
     @property
     def replays(self) -> int: ...
@@ -41,16 +42,25 @@ class Service:
 
     def __init__(self, folder: Path, *, settings: ServeSection, replicas: Replicas) -> None:
         """Raises ModelError for a folder without a tokenizer."""
-        from shoal.data.conversations import chat_template_of, special_texts
         from shoal.data.tokenize import load_tokenizer
+
+        self.settings, self.replicas = settings, replicas
+        self.adapters = dict(settings.adapters)
+        self.name = settings.name or folder.resolve().name
+        self.tokenizer = load_tokenizer(folder)
+        self._read(folder)
+        self._grammars: Grammars | None = None
+        self.created = int(time.time())
+        self.metrics = Metrics(self.name, replicas=replicas)
+
+    def _read(self, folder: Path) -> None:
+        from shoal.data.conversations import chat_template_of, special_texts
         from shoal.models.huggingface import read_config
         from shoal.serve.generate import end_tokens
         from shoal.serve.pooled import kind_of
         from shoal.tasks.templates import Template
 
-        self.folder, self.settings, self.replicas = folder, settings, replicas
-        self.name = settings.name or folder.resolve().name
-        self.tokenizer = load_tokenizer(folder)
+        self.folder = folder
         found = chat_template_of(folder)
         self.template = None if found is None else Template(found[0], tokens=special_texts(folder))
         config: Any = read_config(path=folder)
@@ -60,9 +70,36 @@ class Service:
         self.labels = [str(config.id2label[n]) for n in range(len(config.id2label))]
         self._one_each = config.problem_type == "multi_label_classification"
         self._is_number = config.problem_type == "regression"
-        self._grammars: Grammars | None = None
-        self.created = int(time.time())
-        self.metrics = Metrics(self.name, replicas=replicas)
+
+    async def swap(self, folder: Path | None, adapters: Mapping[str, str] | None) -> None:
+        """Serve another model, or other adapters, under the same name. Raises Refused, ShoalError.
+
+        It must have the same tokenizer: prompts are tokens when they wait.
+        """
+        from shoal.serve.pooled import kind_of
+        from shoal.serve.reading import model_directory
+
+        after = self.folder if folder is None else model_directory(folder)
+        named = self.adapters if adapters is None else dict(adapters)
+        files = [each / "tokenizer.json" for each in (self.folder, after)]
+        if not files[1].is_file() or files[0].read_bytes() != files[1].read_bytes():
+            raise Refused(
+                f"{after}: its tokenizer is another than that of {self.folder}; start a server of "
+                "its own for it",
+                param="model",
+                code="other_tokenizer",
+            )
+        if kind_of(after) != self.kind:
+            raise Refused(f"{after}: it is of another kind than {self.folder}", param="model")
+        before = self.adapters
+        self.adapters = {name: path for name, path in before.items() if name in named}
+        try:
+            await asyncio.to_thread(self.replicas.swap, after, named)
+        except BaseException:
+            self.adapters = before
+            raise
+        self.adapters = named
+        self._read(after)
 
     @property
     def context(self) -> int:
@@ -73,9 +110,9 @@ class Service:
         """The adapter that `name` asks for; None: the model itself. Raises Refused."""
         if name in (None, self.name):
             return None
-        if name in self.settings.adapters:
+        if name in self.adapters:
             return name
-        known = ", ".join([self.name, *self.settings.adapters])
+        known = ", ".join([self.name, *self.adapters])
         raise Refused(
             f"there is no model {name!r} here; there is {known}",
             status=404,

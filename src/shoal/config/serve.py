@@ -45,9 +45,9 @@ class ServeSection(Section):
     keys: str | None = None
     """A file with one API key per line; None: whoever reaches the port is served."""
     replicate: Count | Auto = "auto"
-    """Replicas, each a process with a copy of the model; auto: 1."""
+    """Replicas, each a process with a copy of the model; auto: timed at the first start."""
     threads: Count | Auto = "auto"
-    """Cores that one replica computes with; auto: all cores, divided among replicas."""
+    """Cores that one replica computes with; auto: what is fastest, or all, divided by replicas."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of weights, products and the cache."""
     weights: Literal["full", "int8"] = "full"

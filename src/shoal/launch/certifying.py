@@ -97,17 +97,22 @@ def _answers(fleet: Fleet, requests: Sequence[Request], *, kills: bool) -> Answe
                 left.discard(event.id)
             changed.notify()
 
+    def count() -> int:
+        return sum(map(len, made.values()))
+
     for request in requests:
         fleet.submit(request, told)
     deadline, wanted, turn = time.monotonic() + _MOST_SECONDS, _KILL_AFTER, 0
-    with changed:
-        while left:
-            if not changed.wait(timeout=deadline - time.monotonic()):
+    while left:
+        with changed:
+            changed.wait(timeout=1.0)
+            if time.monotonic() > deadline:
                 raise WorkerError(f"{len(left)} requests were not answered")
-            if kills and sum(map(len, made.values())) >= wanted:
-                wanted += _KILL_AFTER * (1 + turn)
-                pid = fleet.workers().get(turn % 2)
-                turn += 1
-                if pid is not None:
-                    os.kill(pid, signal.SIGKILL)
+            if count() < wanted:
+                continue
+        wanted = count() + _KILL_AFTER * (1 + turn)
+        pid = fleet.workers().get(turn % 2)
+        turn += 1
+        if kills and left and pid is not None:
+            os.kill(pid, signal.SIGKILL)
     return made

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -367,19 +368,20 @@ def serve_forever(
     folder, _, make = open_service(model, settings=settings)
     import uvicorn
 
-    count = 1 if settings.replicate == "auto" else settings.replicate
-    threads = max(1, usable_cores() // count) if settings.threads == "auto" else settings.threads
-    with (
-        _listen(settings) as listening,
-        WorkerPool(threads) as pool,
-        Fleet(folder, settings, pool, say=say) as fleet,
-    ):
+    from shoal.launch.serving_layout import settled
+
+    with _listen(settings) as listening, WorkerPool(usable_cores()) as pool, ExitStack() as stack:
+        settings = settled(folder, settings, pool=pool, phase=phase)
+        fleet = stack.enter_context(Fleet(folder, settings, pool, say=say))
         phase(f"reading {folder}")
         fleet.wait_ready()
         phase(str(fleet.facts["products"]))
         began()
         host, port = listening.getsockname()[:2]
-        say(f"serving {folder} at http://{host}:{port}/v1 with {fleet.num_replicas} replica(s)")
+        say(
+            f"serving {folder} at http://{host}:{port}/v1 with {fleet.num_replicas} replica(s) of "
+            f"{fleet.threads} thread(s)"
+        )
         chosen = uvicorn.Config(make(fleet), log_level="warning", access_log=False)
         # uvicorn answers a signal by ending in order, and then raises it again: not to us
         for number in (signal.SIGTERM, signal.SIGINT):

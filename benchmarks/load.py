@@ -128,6 +128,7 @@ async def poisson(
 def row_of(part: str, answers: list[Answer]) -> dict[str, Any]:
     """Counts by status, and latencies of those that were answered."""
     good = [each for each in answers if each.status == 200 and not each.problem]
+    wrong = [each for each in answers if each.status != 429 and each not in good]
     firsts = [each.times[0] for each in good if each.times]
     between = [b - a for each in good for a, b in zip(each.times, each.times[1:], strict=False)]
     row: dict[str, Any] = {
@@ -135,8 +136,10 @@ def row_of(part: str, answers: list[Answer]) -> dict[str, Any]:
         "requests": len(answers),
         "answered": len(good),
         "told to come again": sum(each.status == 429 for each in answers),
-        "errors": sum(each.status != 429 and each not in good for each in answers),
+        "errors": len(wrong),
     }
+    if wrong:
+        row["first error"] = f"{wrong[0].status} {wrong[0].problem}"
     for name, values in (("first token", firsts), ("between tokens", between)):
         if len(values) > 1:
             cuts = statistics.quantiles(values, n=100, method="inclusive")

@@ -100,8 +100,13 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
 
 
 def client_of(url: str) -> httpx.AsyncClient:
-    """A client without a limit of its own on connections or time."""
-    return httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
+    """A client without a limit of its own on connections or time.
+
+    It gives up idle connections before the server does: one that the server just closed looks like
+    a request that failed.
+    """
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
+    return httpx.AsyncClient(base_url=url, timeout=600, limits=limits)
 
 
 async def at_once(url: str, bodies: list[dict[str, Any]]) -> list[Answer]:

@@ -24,6 +24,7 @@ from shoal.launch.serving import _listen, open_service
         (["block_tokens=40"], "multiple of 32"),
         (["host=0.0.0.0"], "give `keys`"),
         (["replicate"], "expected key=value"),
+        (["weights=int8", "precision=bfloat16"], "int8 goes with precision: float32"),
     ],
 )
 def test_settings_that_are_wrong_are_named(given: list[str], words: str) -> None:

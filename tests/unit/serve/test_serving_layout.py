@@ -1,4 +1,4 @@
-"""How many replicas: timed at the first start, read at the next; cores divided where half is set."""
+"""How many replicas: timed at the first start, read at the next; else cores are divided."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ import uvicorn
 
 from shoal.config.serve import ServeSection, serve_settings
 from shoal.launch.pool import WorkerPool
-from shoal.launch.serving import Fleet, _listen, open_service
+from shoal.launch.serving import Fleet, listen, open_service
 
 
 @dataclass
@@ -50,7 +50,7 @@ def server(model: Path, settings: ServeSection) -> Iterator[tuple[str, Fleet]]:
     folder, _, make = open_service(model, settings=settings)
     threads = 1 if settings.threads == "auto" else settings.threads
     with (
-        _listen(settings) as listening,
+        listen(settings) as listening,
         WorkerPool(threads) as pool,
         Fleet(folder, settings, pool) as fleet,
     ):

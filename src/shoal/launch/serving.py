@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -352,44 +351,7 @@ def open_service(
     return folder, keys, make
 
 
-def serve_forever(
-    model: Path,
-    *,
-    settings: ServeSection,
-    phase: Callable[[str], None],
-    say: Callable[[str], None],
-    began: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve until a signal; then answer what is being answered, and end. `began`: it is served.
-
-    Raises what `open_service` raises, UserError for an address that cannot be had, and what a
-    replica that cannot start says.
-    """
-    folder, _, make = open_service(model, settings=settings)
-    import uvicorn
-
-    from shoal.launch.serving_layout import settled
-
-    with _listen(settings) as listening, WorkerPool(usable_cores()) as pool, ExitStack() as stack:
-        settings = settled(folder, settings, pool=pool, phase=phase)
-        fleet = stack.enter_context(Fleet(folder, settings, pool, say=say))
-        phase(f"reading {folder}")
-        fleet.wait_ready()
-        phase(str(fleet.facts["products"]))
-        began()
-        host, port = listening.getsockname()[:2]
-        say(
-            f"serving {folder} at http://{host}:{port}/v1 with {fleet.num_replicas} replica(s) of "
-            f"{fleet.threads} thread(s)"
-        )
-        chosen = uvicorn.Config(make(fleet), log_level="warning", access_log=False)
-        # uvicorn answers a signal by ending in order, and then raises it again: not to us
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(chosen).run(sockets=[listening])
-
-
-def _listen(settings: ServeSection) -> socket.socket:
+def listen(settings: ServeSection) -> socket.socket:
     """The socket, before anything is loaded. Raises UserError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)

@@ -14,7 +14,7 @@ import uvicorn
 from shoal.config.serve import ServeSection
 from shoal.data.tokenize import train_tokenizer
 from shoal.launch.pool import WorkerPool
-from shoal.launch.serving import Fleet, _listen, open_service
+from shoal.launch.serving import Fleet, listen, open_service
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
 from shoal.tasks.templates import PLAIN
@@ -63,7 +63,7 @@ class Served:
 def serving(folder: Path, *, settings: ServeSection, pool: WorkerPool) -> Iterator[Served]:
     """Serve `folder` until the caller goes on."""
     folder, _, make = open_service(folder, settings=settings)
-    with _listen(settings) as listening, Fleet(folder, settings, pool, say=print) as fleet:
+    with listen(settings) as listening, Fleet(folder, settings, pool, say=print) as fleet:
         fleet.wait_ready()
         server = uvicorn.Server(
             uvicorn.Config(make(fleet), log_level="warning", access_log=False, lifespan="off")

@@ -18,7 +18,7 @@ from shoal.errors import UserError
 from shoal.launch.pool import WorkerPool
 from shoal.launch.serving import Fleet, check_memory
 from shoal.launch.timings import machine_key
-from shoal.serve.pooled import kind_of
+from shoal.serve.reading import kind_of
 from shoal.serve.request import Event, Request, Sampling
 
 _STREAMS = 8

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,23 +20,8 @@ from shoal.errors import ModelError, UserError
 from shoal.serve.engine import Counters
 from shoal.serve.exact import Report, make_exact
 from shoal.serve.fuse import fuse_norms
-from shoal.serve.reading import read_model
+from shoal.serve.reading import kind_of, read_model
 from shoal.serve.request import Event, Request
-
-Kind = Literal["generate", "classify", "embed"]
-
-
-def kind_of(folder: Path) -> Kind:
-    """What a folder's model does, by the architecture that its config.json names. ModelError."""
-    try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = said.get("architectures") or [""]
-        name = str(names[0])
-    except (OSError, ValueError, AttributeError, LookupError, RecursionError) as error:
-        raise ModelError(f"{folder / 'config.json'}: cannot be read: {error}") from None
-    if name.endswith("ForSequenceClassification"):
-        return "classify"
-    return "embed" if name.endswith("Model") and not name.endswith("HeadModel") else "generate"
 
 
 class Pooled:

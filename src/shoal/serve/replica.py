@@ -58,7 +58,8 @@ def _engine(payload: dict[str, Any]) -> Any:
     from shoal.serve.engine import Engine
     from shoal.serve.generate import end_tokens
     from shoal.serve.grammar import Grammars
-    from shoal.serve.pooled import Pooled, kind_of
+    from shoal.serve.pooled import Pooled
+    from shoal.serve.reading import kind_of
     from shoal.serve.runner import Runner, load
 
     torch.set_num_threads(payload["threads"])

@@ -57,7 +57,7 @@ class Service:
         from shoal.data.conversations import chat_template_of, special_texts
         from shoal.models.huggingface import read_config
         from shoal.serve.generate import end_tokens
-        from shoal.serve.pooled import kind_of
+        from shoal.serve.reading import kind_of
         from shoal.tasks.templates import Template
 
         self.folder = folder
@@ -76,8 +76,7 @@ class Service:
 
         It must have the same tokenizer: prompts are tokens when they wait.
         """
-        from shoal.serve.pooled import kind_of
-        from shoal.serve.reading import model_directory
+        from shoal.serve.reading import kind_of, model_directory
 
         after = self.folder if folder is None else model_directory(folder)
         named = self.adapters if adapters is None else dict(adapters)

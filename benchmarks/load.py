@@ -71,7 +71,7 @@ def body_of(number: int, *, name: str, prompt: int, tokens: int) -> dict[str, An
     draw = random.Random(number)
     return {
         "model": name,
-        "prompt": [draw.randrange(10, 2000) for _ in range(prompt)],
+        "prompt": [draw.randrange(10, 290) for _ in range(prompt)],
         "max_tokens": tokens,
         "seed": number,
         "ignore_eos": True,

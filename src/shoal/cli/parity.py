@@ -62,15 +62,8 @@ def _served(model: Path, overrides: list[str], *, requests: int, as_json: bool) 
 
     settings = serve_settings(overrides)
     tell("importing torch and transformers")
-    from shoal.serve.certificate import certify_folder
+    from shoal.launch.certifying import certify_folder
 
-    found = certify_folder(
-        model,
-        precision=settings.precision,
-        threads=None if settings.threads == "auto" else settings.threads,
-        block_tokens=settings.block_tokens,
-        num_requests=requests,
-        say=tell,
-    )
+    found = certify_folder(model, settings=settings, num_requests=requests, say=tell)
     say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
     raise typer.Exit(0 if found.proven else 1)

@@ -33,6 +33,6 @@ def serve(
     settings = serve_settings(overrides or [], tree=tree)
     with Console(out=sys.stderr) as console:
         console.phase("importing torch and transformers")
-        from shoal.launch.serving import serve_forever
+        from shoal.launch.server import serve_forever
 
         serve_forever(model, settings=settings, phase=console.phase, say=say, began=console.close)

@@ -45,11 +45,14 @@ class ServeSection(Section):
     keys: str | None = None
     """A file with one API key per line; None: whoever reaches the port is served."""
     replicate: Count | Auto = "auto"
-    """Replicas, each a process with a copy of the model; auto: 1."""
+    """Replicas, each a process with a copy of the model; auto: timed at the first start."""
     threads: Count | Auto = "auto"
-    """Cores that one replica computes with; auto: all cores, divided among replicas."""
+    """Cores that one replica computes with; auto: what is fastest, or all, divided by replicas."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of weights, products and the cache."""
+    weights: Literal["full", "int8"] = "full"
+    """int8: the layers' products have weights and rows of whole numbers of 8 bits; a quarter of the
+    bytes to read, and exact."""
     exact: Literal["auto", "off"] = "auto"
     """auto: products in which the probe sees no bit depend on who else is served."""
     block_tokens: Annotated[int, Field(ge=32, le=512, multiple_of=32)] = 64
@@ -77,6 +80,10 @@ class ServeSection(Section):
 
     @model_validator(mode="after")
     def _safe(self) -> ServeSection:
+        if self.weights == "int8" and (self.precision != "float32" or self.exact == "off"):
+            raise ValueError(
+                "weights: int8 goes with precision: float32 and exact: auto; leave them at that"
+            )
         if self.host not in _LOOPBACK and self.keys is None:
             raise ValueError(
                 f"host {self.host} can be reached by others: give `keys`, a file with one API key "

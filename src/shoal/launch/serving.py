@@ -9,28 +9,43 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shoal import __version__
 from shoal.config.serve import ServeSection
-from shoal.environment import usable_cores
+from shoal.environment import free_memory_bytes, usable_cores
 from shoal.errors import ModelError, UserError, WorkerError
+from shoal.launch.memory import SPARE
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.serve.request import Request
 from shoal.serve.router import Replica, Router, Told
+from shoal.units import format_bytes
 
 _MOST_STARTS = 5
 """Ends of one replica in a row, without a step between, after which it is not started again."""
 
 
+@dataclass(frozen=True)
+class Model:
+    """What a replica serves."""
+
+    folder: Path
+    adapters: Mapping[str, str]
+    version: int = 0
+
+
 @dataclass
 class _Running:
     worker: Worker
+    model: Model
     failures: int = 0
     killed: bool = False
+    joining: bool = False
+    """It is to take the place of another, which goes on if it cannot."""
+    failed: ModelError | WorkerError | None = None
 
 
 @dataclass
@@ -52,8 +67,10 @@ class Fleet:
         self.threads = max(1, usable_cores() // self.num_replicas) if threads == "auto" else threads
         self._lock = threading.RLock()
         self._workers: dict[int, _Running] = {}
+        self.model = Model(self.folder, dict(self.settings.adapters))
         self._failed: ModelError | WorkerError | None = None
         self._closing = False
+        self._swapping = threading.Lock()
         self.router = Router(
             send=self._send,
             queue_requests=self.settings.queue_requests,
@@ -66,7 +83,7 @@ class Fleet:
         with self._lock:
             for index in range(self.num_replicas):
                 self.router.replicas[index] = Replica()
-                self._start(index)
+                self._start(index, self.model)
         self._thread.start()
         return self
 
@@ -109,6 +126,11 @@ class Fleet:
             silence = self.settings.silence_seconds / 3
             return ready and self._failed is None and not self.router.stuck(silence_seconds=silence)
 
+    def takes_requests(self) -> bool:
+        """Whether a new request would be computed now: healthy, its queue not full, not ending."""
+        with self._lock:
+            return self.healthy() and not self._closing and self.router.has_room()
+
     def states(self) -> dict[int, dict[str, Any]]:
         """What each replica said last of its queue and its counters."""
         with self._lock:
@@ -126,24 +148,77 @@ class Fleet:
         with self._lock:
             self.pool.kill([e.worker for e in self._workers.values() if e.worker.status is None])
 
-    def _start(self, index: int) -> None:
+    def swap(self, folder: Path, adapters: Mapping[str, str]) -> None:
+        """Serve another model: each replica in turn gets a follower, and ends when it has no work.
+
+        Requests that were begun are finished by the model that began them. Where a follower cannot
+        start, all is as before. Raises what it says, and UserError while another swap goes on, or
+        where the follower would find no memory.
+        """
+        if not self._swapping.acquire(blocking=False):
+            raise UserError("another swap is under way; wait until it is done")
+        try:
+            check_memory(folder, self.settings, replicas=1)
+            before = self.model
+            after = Model(folder, dict(adapters), before.version + 1)
+            done: list[int] = []
+            try:
+                for index in list(self.router.replicas):
+                    done.append(self._follow(index, after))
+            except (ModelError, WorkerError):
+                for index in done:
+                    self._follow(index, before)
+                raise
+            self.model = after
+        finally:
+            self._swapping.release()
+
+    def _follow(self, index: int, model: Model) -> int:
+        """Put a replica of `model` in the place of replica `index`; its own number."""
+        with self._lock:
+            follower = max(self.router.replicas) + 1
+            self.router.replicas[follower] = Replica(version=model.version)
+            self._start(follower, model, joining=True)
+            running = self._workers[follower]
+        while not self.router.replicas[follower].ready:
+            if running.failed is not None or self._failed is not None or self._closing:
+                self._remove(follower)
+                raise running.failed or self._failed or WorkerError("the server is ending")
+            time.sleep(0.02)
+        with self._lock:
+            running.joining = False
+            self.router.replicas[index].leaving = True
+        while self.router.load(index) and not self._closing:
+            time.sleep(0.02)
+        self._remove(index)
+        return follower
+
+    def _remove(self, index: int) -> None:
+        with self._lock:
+            gone = self._workers.pop(index)
+            del self.router.replicas[index]
+            if gone.worker.status is None:
+                self.pool.kill([gone.worker])
+
+    def _start(self, index: int, model: Model, *, joining: bool = False) -> None:
         chosen = self.settings
         payload = {
-            "folder": str(self.folder),
+            "folder": str(model.folder),
             "threads": self.threads,
             "cache_bytes": None if chosen.cache_bytes == "auto" else chosen.cache_bytes,
             "precision": chosen.precision,
             "exact": chosen.exact == "auto",
+            "int8": chosen.weights == "int8",
             "block_tokens": chosen.block_tokens,
             "step_tokens": chosen.step_tokens,
             "max_running": chosen.max_running,
             "share_prefixes": chosen.share_prefixes,
             "guesses": chosen.guesses,
-            "adapters": dict(chosen.adapters),
+            "adapters": dict(model.adapters),
         }
         failures = self._workers[index].failures if index in self._workers else 0
         worker = self.pool.start("shoal.serve.replica:run", payload)
-        self._workers[index] = _Running(worker, failures)
+        self._workers[index] = _Running(worker, model, failures, joining=joining)
 
     def _send(self, index: int, order: dict[str, Any]) -> None:
         self.pool.send(self._workers[index].worker, order)
@@ -165,15 +240,19 @@ class Fleet:
                 return
 
     def _heard(self, index: int, worker: Worker, message: dict[str, Any] | None) -> None:
-        running = self._workers[index]
-        if running.worker is not worker:
+        running = self._workers.get(index)
+        if running is None or running.worker is not worker:
             return
         if message is None:
             self._ended(index, running)
             return
         if "failed" in message:
             user = message["status"] == UserError.exit_status
-            self._failed = (ModelError if user else WorkerError)(message["failed"])
+            error = (ModelError if user else WorkerError)(message["failed"])
+            if running.joining:
+                running.failed = error
+            else:
+                self._failed = error
             return
         if "ready" in message:
             self.facts = message["ready"]
@@ -182,7 +261,13 @@ class Fleet:
         self.router.hear(index, message)
 
     def _ended(self, index: int, running: _Running) -> None:
-        if self._closing or self._failed is not None:
+        if self._closing or self._failed is not None or running.failed is not None:
+            return
+        if running.joining:
+            running.failed = WorkerError(
+                f"the replica that was to follow ended (status {running.worker.status}); its "
+                "output above says why"
+            )
             return
         running.failures += 1
         if running.failures > _MOST_STARTS:
@@ -194,7 +279,7 @@ class Fleet:
         self.restarts += 1
         self.say(f"replica {index} ended (status {running.worker.status}): started again")
         self.router.lost(index)
-        self._start(index)
+        self._start(index, running.model)
 
     def _see_ended(self) -> None:
         """Ends that somebody else with the same pool has heard of."""
@@ -211,6 +296,24 @@ class Fleet:
                     running.killed = True
                     self.say(f"replica {index} has work and says nothing: ended")
                     self.pool.signal(running.worker, signal.SIGKILL)
+
+
+def check_memory(folder: Path, settings: ServeSection, *, replicas: int) -> None:
+    """Refuse a model that this machine has no room for, before it is loaded. Raises UserError."""
+    from shoal.serve.sizing import bytes_of
+
+    free = free_memory_bytes()
+    if free is None:
+        return
+    cache = None if settings.cache_bytes == "auto" else settings.cache_bytes
+    short = settings.weights == "int8"
+    each = bytes_of(folder, precision=settings.precision, int8=short, cache_bytes=cache)
+    if replicas * each > SPARE * free:
+        raise UserError(
+            f"{folder}: {replicas} replica{'s'[: replicas > 1]} of it would take "
+            f"{format_bytes(replicas * each)}, and {format_bytes(free)} are free here\n"
+            "    set replicate or cache_bytes lower, or weights: int8"
+        )
 
 
 def open_service(
@@ -238,6 +341,8 @@ def open_service(
             "    give the folder of a language model"
         )
     keys = read_keys(settings.keys)
+    replicas = 1 if settings.replicate == "auto" else settings.replicate
+    check_memory(folder, settings, replicas=replicas)
 
     def make(fleet: Fleet) -> Any:
         service = Service(folder, settings=settings, replicas=fleet)
@@ -246,43 +351,7 @@ def open_service(
     return folder, keys, make
 
 
-def serve_forever(
-    model: Path,
-    *,
-    settings: ServeSection,
-    phase: Callable[[str], None],
-    say: Callable[[str], None],
-    began: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve until a signal; then answer what is being answered, and end. `began`: it is served.
-
-    Raises what `open_service` raises, UserError for an address that cannot be had, and what a
-    replica that cannot start says.
-    """
-    folder, _, make = open_service(model, settings=settings)
-    import uvicorn
-
-    count = 1 if settings.replicate == "auto" else settings.replicate
-    threads = max(1, usable_cores() // count) if settings.threads == "auto" else settings.threads
-    with (
-        _listen(settings) as listening,
-        WorkerPool(threads) as pool,
-        Fleet(folder, settings, pool, say=say) as fleet,
-    ):
-        phase(f"reading {folder}")
-        fleet.wait_ready()
-        phase(str(fleet.facts["products"]))
-        began()
-        host, port = listening.getsockname()[:2]
-        say(f"serving {folder} at http://{host}:{port}/v1 with {fleet.num_replicas} replica(s)")
-        chosen = uvicorn.Config(make(fleet), log_level="warning", access_log=False)
-        # uvicorn answers a signal by ending in order, and then raises it again: not to us
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(chosen).run(sockets=[listening])
-
-
-def _listen(settings: ServeSection) -> socket.socket:
+def listen(settings: ServeSection) -> socket.socket:
     """The socket, before anything is loaded. Raises UserError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from shoal.errors import ModelError
 from shoal.models.adapter_files import AdapterFolder
 from shoal.serve.cache import Span
-from shoal.serve.exact import Product, Way, way_for
+from shoal.serve.exact import Product, way_for
+from shoal.serve.rows import Way
 
 
 @dataclass(frozen=True)

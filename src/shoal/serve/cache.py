@@ -4,15 +4,14 @@ Every product has one inner length (the head size, or the tokens of a block), bl
 one fixed tree, and what lies behind a sequence's end adds exact zeros: so a token's bits depend
 neither on how many are computed at once nor on how a prompt was cut into chunks.
 
-Shapes: E entries, B blocks, S tokens of a block, K key heads, G = heads of each, R rows (G times
-the tokens of an entry), D head size of keys, V of values, T tokens of the step.
+Shapes: E entries of N tokens, B blocks, P pairs of an entry and a block, S tokens of a block, K key
+heads, G = heads of each, R rows (G x N), D head size of keys, V of values, T tokens of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,8 +24,15 @@ from shoal.models.kernels import MaskRequest
 SINK = 0
 """The block that padding is written to and read from."""
 _ALONE = 8
-"""Tokens of an entry up to which each is attended as an entry of its own, with others' batched."""
+"""Tokens of a sequence up to which it is attended in one call with others that have as many."""
 _LEAST = (1, 2, 4, 8, 16)
+_LEAST_RUN = 3
+"""Neighbouring blocks that are worth a product of their own; fewer are copied."""
+_LEAST_SCORE = -80.0
+"""Under the highest; what is lower counts as this, 2e-35 of it: numbers of that kind, and the
+infinite, take many times as long."""
+_NEVER = 1 << 60
+"""A position that no token sees."""
 
 
 @dataclass(frozen=True)
@@ -40,33 +46,110 @@ class Span:
     """Of the whole sequence so far, this step's tokens too."""
 
 
-Hides = Callable[..., Tensor]
+@dataclass(frozen=True)
+class Pairs:
+    """(entry, block) pairs in an order in which blocks that are neighbours are read in place."""
+
+    owners: Tensor
+    """int64 [P]: the entry of each pair."""
+    first_keys: Tensor
+    """int64 [P]: the position of the block's first key."""
+    table: Tensor
+    """int64 [E, B]: the pair of each block of an entry; the last pair, which adds zeros, where it
+    has none."""
+    runs: tuple[tuple[int, int], ...]
+    """(first block, blocks) of the runs of neighbours; their pairs come first."""
+    loose: Tensor
+    """int64 [L]: blocks of the other pairs, which are copied; the last is the sink."""
+
+    @classmethod
+    def of(cls, tables: Sequence[Sequence[int]], *, block_tokens: int, first: int = 0) -> Pairs:
+        """Pairs of entries with these blocks; those before the `first` are seen by nobody."""
+        known = sorted(
+            (block, entry, number)
+            for entry, blocks in enumerate(tables)
+            for number, block in enumerate(blocks)
+            if number >= first
+        )
+        runs: list[list[tuple[int, int, int]]] = []
+        for each in known:
+            if runs and each[0] == runs[-1][-1][0] + 1:
+                runs[-1].append(each)
+            else:
+                runs.append([each])
+        long = [run for run in runs if len(run) >= _LEAST_RUN]
+        short = [each for run in runs if len(run) < _LEAST_RUN for each in run]
+        order = [each for run in long for each in run] + short
+        wide = max(len(blocks) for blocks in tables)
+        table = torch.full((len(tables), wide), len(order))
+        if order:
+            placed = torch.tensor([[entry, number] for _, entry, number in order])
+            table[placed[:, 0], placed[:, 1]] = torch.arange(len(order))
+        return cls(
+            torch.tensor([entry for _, entry, _ in order] + [0]),
+            torch.tensor([number * block_tokens for _, _, number in order] + [_NEVER]),
+            table,
+            tuple((run[0][0], len(run)) for run in long),
+            torch.tensor([block for block, _, _ in short] + [SINK]),
+        )
+
+    def products(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """rows [P, K, R, A] of pairs times their blocks' [blocks, K, A, C] -> [P, K, R, C]."""
+        found, at = [], 0
+        for first, count in self.runs:
+            own = blocks[first : first + count]
+            found.append(torch.bmm(rows[at : at + count].flatten(0, 1), own.flatten(0, 1)))
+            at += count
+        own = blocks.index_select(0, self.loose)
+        found.append(torch.bmm(rows[at:].flatten(0, 1), own.flatten(0, 1)))
+        made = found[0] if len(found) == 1 else torch.cat(found)
+        return made.view(*rows.shape[:3], -1)
 
 
 @dataclass
 class Entries:
-    """Entries that are attended in one call: their columns of the step, positions and blocks."""
+    """Entries of as many tokens each that are attended in one call."""
 
     columns: Tensor
-    """int64 [E, N]: N tokens each."""
+    """int64 [E x N]: of the step."""
     positions: Tensor
     """int64 [E, N]."""
-    tables: Tensor
-    """int64 [E, B]."""
-    hidden: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
-    """By window and heads of a group: what a row may not see, bool [E, B, 1, R, S]."""
+    tables: Sequence[Sequence[int]]
+    """Blocks of each entry."""
+    block_tokens: int
+    _pairs: dict[int, Pairs] = field(default_factory=dict)
+    _seen: dict[tuple[int | None, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def may_not_see(self, window: int | None, *, share: int, size: int, rows: int) -> Tensor:
-        """Computed once in a step, for all layers. `rows`: of each entry, padding too."""
-        found = self.hidden.get((window, share))
-        if found is None:
+    def pairs(self, window: int | None) -> Pairs:
+        """The blocks that are seen through a `window`. Computed once in a step, for all layers."""
+        least = 0 if window is None else int(self.positions.min()) + 1 - window
+        first = max(0, least) // self.block_tokens
+        if first not in self._pairs:
+            made = Pairs.of(self.tables, block_tokens=self.block_tokens, first=first)
+            self._pairs[first] = made
+        return self._pairs[first]
+
+    def seen(
+        self, window: int | None, *, heads: int, share: int, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """[P, K, R, S] each: -inf where a row may not look, else 0; and 0 there, else 1.
+
+        `rows`: R, padding too.
+        """
+        key = (window, heads, share)
+        if key not in self._seen:
+            pairs = self.pairs(window)
             at = self.positions.repeat_interleave(share, dim=1)
-            at = functional.pad(at, (0, rows - at.shape[1]))[:, None, None, :, None]
-            blocks = self.tables.shape[1]
-            ahead = torch.arange(blocks * size).view(1, blocks, 1, 1, size) - at
-            found = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
-            self.hidden[window, share] = found
-        return found
+            at = functional.pad(at, (0, rows - at.shape[1]))[pairs.owners][:, None, :, None]
+            keys = pairs.first_keys[:, None] + torch.arange(self.block_tokens)
+            ahead = keys[:, None, None, :] - at
+            hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+            zeros = torch.zeros(len(at), heads, rows, self.block_tokens)
+            self._seen[key] = (
+                zeros.masked_fill(hidden, -torch.inf),
+                (~hidden).float().expand_as(zeros).contiguous(),
+            )
+        return self._seen[key]
 
 
 @dataclass
@@ -83,8 +166,10 @@ class Cache:
     values: dict[int, Tensor] = field(default_factory=dict)
     """Of a layer [blocks, K, S, V]."""
 
-    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Keep keys [T, K, D] and values [T, K, V] at `slots` [T] (block x S + place)."""
+    def write(
+        self, layer: int, key: Tensor, value: Tensor, *, blocks: Tensor, places: Tensor
+    ) -> None:
+        """Keep keys [T, K, D] and values [T, K, V] in `blocks` [T] at their `places` [T]."""
         if layer not in self.keys:
             heads, size = key.shape[1:]
             shape = (self.num_blocks, heads, size, self.block_tokens)
@@ -92,7 +177,6 @@ class Cache:
             self.values[layer] = value.new_zeros(
                 (self.num_blocks, heads, self.block_tokens, value.shape[-1])
             )
-        blocks, places = slots // self.block_tokens, slots % self.block_tokens
         self.keys[layer][blocks, :, :, places] = key
         self.values[layer][blocks, :, places] = value
 
@@ -110,40 +194,19 @@ class Paged:
         self._cache, self._least, self._num = cache, least, num_tokens
         size = cache.block_tokens
         slots: list[int] = []
-        single: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {}
-        self._entries: list[Entries] = []
+        alike: dict[int, list[tuple[int, Span]]] = {}
         for span in spans:
             first = len(slots)
             places = range(span.start, span.start + span.count)
             slots += [span.blocks[at // size] * size + at % size for at in places]
-            if span.count <= _ALONE:
-                for at in places:
-                    seen = at // size + 1
-                    column = first + at - span.start
-                    wide = 1 << (seen - 1).bit_length()
-                    single.setdefault(wide, []).append((column, at, span.blocks[:seen]))
-            else:
-                columns = torch.arange(first, first + span.count)[None]
-                seen = (span.start + span.count - 1) // size + 1
-                table = torch.tensor(span.blocks[:seen])[None]
-                self._entries.append(Entries(columns, torch.tensor([list(places)]), table))
-        padding = num_tokens - len(slots)
-        if padding:
-            rest = range(len(slots), num_tokens)
-            single.setdefault(1, []).extend((column, 0, (SINK,)) for column in rest)
-            slots += [SINK * size] * padding
-        for wide, found in single.items():
-            tables = torch.full((len(found), wide), SINK)
-            for row, (_, _, blocks) in enumerate(found):
-                tables[row, : len(blocks)] = torch.tensor(blocks)
-            self._entries.append(
-                Entries(
-                    torch.tensor([[column] for column, _, _ in found]),
-                    torch.tensor([[at] for _, at, _ in found]),
-                    tables,
-                )
+            alike.setdefault(span.count if span.count <= _ALONE else -first - 1, []).append(
+                (first, span)
             )
-        self._slots = torch.tensor(slots)
+        self._entries = [_entries(each, size) for each in alike.values()]
+        at = torch.tensor(slots)
+        self._blocks, self._places = at // size, at % size
+        in_order = len(self._entries) == 1 and len(slots) == num_tokens
+        self._order = None if in_order else torch.cat([each.columns for each in self._entries])
 
     def mask(self, request: MaskRequest) -> int | None:
         """The window of this kind of mask, in tokens; None: all that came before."""
@@ -168,66 +231,84 @@ class Paged:
                 "attention: only causal attention without added biases can be served\n"
                 "    serve a decoder-only language model"
             )
-        cache = self._cache
-        cache.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self._slots)
-        keys, values = cache.keys[layer], cache.values[layer]
+        cache, count = self._cache, len(self._blocks)
+        by_column = [each[0, :, :count].transpose(0, 1) for each in (key, value)]
+        cache.write(layer, *by_column, blocks=self._blocks, places=self._places)
         groups = key.shape[1]
         by_token = query[0].transpose(0, 1).unflatten(1, (groups, -1))  # [T, K, G, D]
-        output = query.new_empty(self._num, query.shape[1], value.shape[-1])
-        for each in self._entries:
-            found = attend_blocks(
-                by_token[each.columns],
-                keys=keys[each.tables],
-                values=values[each.tables],
-                hides=partial(each.may_not_see, mask),
+        found = [
+            attend_pairs(
+                by_token if self._order is None else by_token.index_select(0, each.columns),
+                entries=each,
+                keys=cache.keys[layer],
+                values=cache.values[layer],
+                window=mask,
                 scale=scale,
                 softcap=softcap,
                 least=self._least,
             )
-            if len(self._entries) == 1:  # all of them, in order
-                return found.flatten(0, 1)[None]
-            output[each.columns] = found
-        return output[None]
+            for each in self._entries
+        ]
+        if self._order is None:  # all of them, in order
+            return found[0][None]
+        output = query.new_zeros(self._num, query.shape[1], value.shape[-1])
+        return output.index_copy_(0, self._order, torch.cat(found))[None]
 
 
-def attend_blocks(
+def _entries(spans: Sequence[tuple[int, Span]], block_tokens: int) -> Entries:
+    """Spans of as many tokens each, with their first columns, as what is attended in one call."""
+    count = spans[0][1].count
+    inside = torch.arange(count)
+    columns = torch.tensor([first for first, _ in spans])[:, None] + inside
+    positions = torch.tensor([span.start for _, span in spans])[:, None] + inside
+    tables = [span.blocks[: (span.start + span.count - 1) // block_tokens + 1] for _, span in spans]
+    return Entries(columns.flatten(), positions, tables, block_tokens)
+
+
+def attend_pairs(
     query: Tensor,
     *,
+    entries: Entries,
     keys: Tensor,
     values: Tensor,
-    hides: Hides,
+    window: int | None,
     scale: float,
     softcap: float | None,
     least: int,
 ) -> Tensor:
-    """query [E, N, K, G, D], keys [E, B, K, D, S], values [E, B, K, S, V] -> [E, N, K x G, V].
+    """query [E x N, K, G, D], keys [blocks, K, D, S], values [blocks, K, S, V] -> [.., K x G, V].
 
-    `hides`: see `Entries.may_not_see`; the first key of block b stands at b x S. Softmax over
-    blocks with the exact maximum of all (Flash-decoding's sums, arXiv 2307.08691, in a fixed tree).
+    Softmax over blocks with the exact maximum of all (Flash-decoding's sums, arXiv 2307.08691, in a
+    fixed tree). Queries are brought to the blocks, which are read where they lie.
     """
-    entries, tokens, heads, share, _ = query.shape
-    blocks, size = keys.shape[1], keys.shape[-1]
+    pairs = entries.pairs(window)
+    count, tokens = entries.positions.shape
+    _, heads, share, _ = query.shape
     rows = tokens * share
     missing = -rows % least
     # [E, K, R, D], the rows of a token beside one another
-    shaped = query.permute(0, 2, 1, 3, 4).reshape(entries, heads, rows, -1) * scale
+    shaped = (query * scale).view(count, tokens, heads, share, -1).transpose(1, 2)
+    shaped = shaped.reshape(count, heads, rows, -1)
     if missing:
         shaped = functional.pad(shaped, (0, 0, 0, missing))
-    spread = shaped[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 2)
-    scores = torch.bmm(spread, keys.flatten(0, 2)).view(entries, blocks, heads, -1, size)
+    scores = pairs.products(shaped.index_select(0, pairs.owners), keys)
     scores = scores.float() if scores.dtype == torch.bfloat16 else scores
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(hides(share=share, size=size, rows=rows + missing), -torch.inf)
-    highest = scores.amax(dim=(1, 4), keepdim=True).detach()
-    weights = torch.exp(scores - highest)
-    total = _tree(weights.sum(dim=-1))
-    parts = torch.bmm(weights.to(values.dtype).flatten(0, 2), values.flatten(0, 2))
-    parts = parts.view(entries, blocks, heads, rows + missing, -1)
-    summed = _tree(parts.float() if parts.dtype == torch.bfloat16 else parts)
-    output = (summed / total[..., None])[:, :, :rows].to(query.dtype)
-    shape = (entries, heads, tokens, share, -1)
-    return output.reshape(shape).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    hides, keeps = entries.seen(window, heads=heads, share=share, rows=rows + missing)
+    scores = scores + hides
+    table = pairs.table.flatten()
+    highest = scores.detach().amax(-1).index_select(0, table)
+    highest = highest.view(count, -1, heads, rows + missing).amax(1)
+    below = scores - highest.index_select(0, pairs.owners)[..., None]
+    weights = torch.exp(below.clamp_(min=_LEAST_SCORE, max=0.0)) * keeps
+    total = weights.sum(dim=-1, keepdim=True)
+    parts = pairs.products(weights.to(values.dtype), values)
+    parts = torch.cat([parts.float() if parts.dtype == torch.bfloat16 else parts, total], dim=-1)
+    summed = _tree(parts.index_select(0, table).unflatten(0, (count, -1)))[:, :, :rows]
+    output = (summed[..., :-1] / summed[..., -1:]).to(query.dtype)
+    shape = (count, heads, tokens, share, -1)
+    return output.reshape(shape).transpose(1, 2).reshape(count * tokens, heads * share, -1)
 
 
 def _tree(parts: Tensor) -> Tensor:
@@ -302,20 +383,29 @@ class Rows:
             raise ModelError("attention: only causal attention without added biases is served")
         rows, groups, length, _ = key.shape
         missing = -length % self._size
-        keys, values = (functional.pad(each, (0, 0, 0, missing)) for each in (key, value))
         blocks = (length + missing) // self._size
+        # [B x blocks, K, S, D], and the sink before them
         in_blocks = [
-            each.unflatten(2, (blocks, self._size)).transpose(1, 2) for each in (keys, values)
+            functional.pad(
+                functional.pad(each, (0, 0, 0, missing))
+                .unflatten(2, (blocks, self._size))
+                .transpose(1, 2)
+                .flatten(0, 1),
+                (0, 0, 0, 0, 0, 0, 1, 0),
+            )
+            for each in (key, value)
         ]
-        by_token = query.transpose(1, 2).unflatten(2, (groups, -1))
-        places = torch.arange(length).expand(rows, -1)
-        entries = Entries(places, places, places.new_zeros(rows, blocks))
-        return attend_blocks(
+        by_token = query.transpose(1, 2).flatten(0, 1).unflatten(1, (groups, -1))
+        tables = [range(1 + row * blocks, 1 + (row + 1) * blocks) for row in range(rows)]
+        positions = torch.arange(length).expand(rows, -1)
+        found = attend_pairs(
             by_token,
+            entries=Entries(torch.arange(rows * length), positions, tables, self._size),
             keys=in_blocks[0].transpose(-1, -2).contiguous(),
-            values=in_blocks[1].contiguous(),
-            hides=partial(entries.may_not_see, mask),
+            values=in_blocks[1],
+            window=mask,
             scale=scale,
             softcap=softcap,
             least=self._least,
         )
+        return found.unflatten(0, (rows, length))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from shoal.environment import usable_cores
 from shoal.models.anatomy import head_parameters, hidden_of, logits_of
 from shoal.serve.cache import Cache, Rows
 from shoal.serve.engine import Engine
-from shoal.serve.reading import model_directory
 from shoal.serve.request import Request, Sampling, Scored
-from shoal.serve.runner import Runner, load
+from shoal.serve.runner import Runner
 from shoal.serve.scheduler import blocks_for
 from shoal.tasks.losses import TokenCrossEntropy
 from shoal.tasks.task import Output
@@ -48,6 +45,10 @@ CONDITIONS = (
 )
 
 
+Answers = Mapping[str, tuple[Scored, ...]]
+"""By the name of the request."""
+
+
 @dataclass
 class Found:
     """What a condition gave."""
@@ -60,6 +61,8 @@ class Found:
     preemptions: int = 0
     cached_tokens: int = 0
     taken_tokens: int = 0
+    kills: int = 0
+    """Replicas that were killed in the middle of it."""
 
 
 @dataclass
@@ -96,7 +99,8 @@ class Certificate:
             lines.append(
                 f"  {each.condition}: {each.different} of {each.requests} answers differ "
                 f"({each.steps} steps, {each.preemptions} preemptions, {each.cached_tokens} tokens "
-                f"found, {each.taken_tokens} guesses right)"
+                f"found, {each.taken_tokens} guesses right"
+                + (f", {each.kills} kills)" if each.kills else ")")
             )
         if self.training is not None:
             one = self.training
@@ -108,27 +112,6 @@ class Certificate:
         return "\n".join([*lines, verdict])
 
 
-def certify_folder(
-    path: Path,
-    *,
-    precision: str,
-    threads: int | None,
-    block_tokens: int,
-    num_requests: int,
-    say: Callable[[str], None],
-) -> Certificate:
-    """`certify` of a model folder, with `threads` (None: all cores). Raises what reading raises."""
-    folder = model_directory(path)
-    torch.set_num_threads(threads or usable_cores())
-    say(f"reading {folder}")
-    model = load(folder, precision=precision)
-    runner = Runner(model, num_blocks=2, block_tokens=block_tokens)
-    most = 4 * num_requests * blocks_for(min(runner.sizes.context, 256), block_tokens)
-    runner.cache = Cache(min(most, 512), block_tokens)
-    say(f"serving {num_requests} requests alone, then in company")
-    return certify(runner, name=str(folder), num_requests=num_requests)
-
-
 def certify(
     runner: Runner,
     *,
@@ -138,8 +121,13 @@ def certify(
     most_prompt: int = 160,
     most_made: int = 24,
     conditions: Sequence[Condition] = CONDITIONS,
+    also: Callable[[Sequence[Request], Answers], list[Found]] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
-    """Serve random requests alone, then together under each condition; count what differs."""
+    """Serve random requests alone, then together under each condition; count what differs.
+
+    `also`: conditions that need more than one process.
+    """
     requests = list(
         _requests(
             runner, count=num_requests, seed=seed, most_prompt=most_prompt, most_made=most_made
@@ -150,7 +138,11 @@ def certify(
         alone.update(answers(Engine(runner, share_prefixes=False), [request]))
     result = Certificate(name, str(runner.report))
     for condition in conditions:
+        say(condition.name)
         result.found.append(_judged(runner, requests, alone, condition))
+    if also is not None:
+        result.found += also(requests, alone)
+    say("the training's loss of what was served")
     result.training = against_training(runner, requests, alone)
     return result
 

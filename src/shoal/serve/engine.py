@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from shoal.errors import UserError
 from shoal.serve.blocks import Blocks
-from shoal.serve.cache import Span
+from shoal.serve.cache import SINK, Span
 from shoal.serve.grammar import Following, Grammars
 from shoal.serve.request import Event, Finish, Request, Scored
 from shoal.serve.runner import Runner, log_probabilities
@@ -103,6 +104,23 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def num_free(self) -> int:
+        """Blocks of the cache that can be taken."""
+        return self.blocks.num_free
+
+    def facts(self) -> dict[str, Any]:
+        """What clients and the server must know."""
+        runner = self.runner
+        return {
+            "kind": "generate",
+            "context": self.most_tokens,
+            "vocabulary": runner.sizes.vocabulary,
+            "blocks": self.blocks.num_blocks,
+            "exact": runner.exact,
+            "products": str(runner.report) if runner.report else "not exact, as asked",
+        }
+
+    @property
     def most_tokens(self) -> int:
         """Of one sequence: the context, or what all blocks hold."""
         held = self.blocks.num_blocks * self.blocks.block_tokens
@@ -154,7 +172,7 @@ class Engine:
         self._let_go(sequence)
 
     def _let_go(self, sequence: _Sequence) -> None:
-        self.blocks.release(sequence.blocks)
+        self.blocks.release([each for each in sequence.blocks if each != SINK])
         sequence.blocks, sequence.computed = [], 0
 
     def step(self) -> list[Event]:
@@ -264,6 +282,7 @@ class Engine:
             before = sequence.computed
             sequence.computed = chunk.start + chunk.count
             self._remember(sequence, before, chunk)
+            self._drop_unseen(sequence, chunk)
             if sequence.request.pooled:
                 events += self._pooled(sequence, hidden[own.start : own.stop])
             else:
@@ -294,6 +313,17 @@ class Engine:
             self.blocks.remember(
                 sequence.blocks, number, sequence.tokens, root=sequence.request.adapter
             )
+
+    def _drop_unseen(self, sequence: _Sequence, chunk: Chunk) -> None:
+        """Blocks that no layer looks back at any more are free."""
+        window = self.runner.sizes.window
+        if window is None:
+            return
+        sure = min(sequence.computed, chunk.start + chunk.count - chunk.proposals)
+        for number in range(max(0, sure + 1 - window) // self.blocks.block_tokens):
+            if sequence.blocks[number] != SINK:
+                self.blocks.release([sequence.blocks[number]])
+                sequence.blocks[number] = SINK
 
     def _pooled(self, sequence: _Sequence, hidden: Tensor) -> Iterator[Event]:
         if sequence.computed < len(sequence.tokens):

@@ -10,8 +10,8 @@ Shapes: R rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
@@ -20,31 +20,27 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shoal.errors import ModelError
+from shoal.errors import ModelError, UserError
 from shoal.models.experts import experts_of
+from shoal.serve.int8 import Int8Product, can_multiply, is_exact
+from shoal.serve.rows import MOST_ROWS, Way, in_pieces, keeps_rows, probe_rows
 
-MOST_ROWS = 256
-"""Rows of one product; more are computed in pieces, so that no other kernel is ever chosen."""
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 48, 64, 100, 128, 200, MOST_ROWS)
 _FEW_ROWS = (1, 2, 3, 5, 8, 16, 33, 64)
 _LARGE = 8 << 20
 """Elements of a weight beyond which fewer numbers of rows are tried."""
 _MULTIPLES = (1, 2, 4, 8, 16, 32)
+_WIDE = 1024
+"""Inputs beyond which oneDNN computes a single row in another order than several (seen with torch
+2.13): such a product is made of parts."""
 _HINT = 16
 """Rows that oneDNN is told to expect: with 1 it packs for another kernel."""
 _LANES = 32
 """Floats that torch's vectorised loops take at once; what is left over is computed by other code,
 whose silu, sigmoid, gelu (tanh) and softplus differ in the last bit (seen with torch 2.13)."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How products with one shape of weight are computed; rows are padded to a `multiple`."""
-
-    packed: bool
-    multiple: int
-    proven: bool = True
-    """Whether the probe saw no bit differ."""
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a module that read the same rows: one product. Of each the outputs are a multiple of
+the lanes, so that no loop over a part of a row leaves anything over."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,10 @@ class Report:
     ways: dict[tuple[int, int], Way]
     dtype: torch.dtype
     threads: int
+    joined: dict[str, Together]
+    """Products that stand for several layers, by the path of their module."""
+    num_int8: int = 0
+    """Products whose weights are whole numbers of 8 bits."""
 
     @property
     def proven(self) -> bool:
@@ -70,6 +70,8 @@ class Report:
             f"{len(self.ways)} shapes of weight, {packed} packed by oneDNN, {padded} with padded "
             "rows"
         )
+        if self.num_int8:
+            text += f"; {self.num_int8} products of int8 weights and rows, the head's is whole"
         return text + (f"; not exact: {', '.join(failed)}" if failed else "")
 
 
@@ -78,33 +80,39 @@ class Product(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, way: Way) -> None:
         super().__init__()
-        self._way, self._bias, self._outputs = way, bias, len(weight)
-        self._weight = _packed(weight) if way.packed else weight
+        self.way, self._bias, self._outputs = way, bias, len(weight)
+        parts = weight.chunk(way.pieces, dim=1)
+        self._weights = [_packed(each) for each in parts] if way.packed else parts
 
     def forward(self, rows: Tensor) -> Tensor:
         """Each row's product, the same bits whatever the other rows are."""
-        flat = rows.reshape(-1, rows.shape[-1])
-        if not len(flat):  # an expert that nobody chose
-            return flat.new_empty(*rows.shape[:-1], self._outputs)
-        if len(flat) <= MOST_ROWS:
-            made = self._piece(flat)
-        else:
-            made = torch.cat([self._piece(part) for part in flat.split(MOST_ROWS)])
-        return made.view(*rows.shape[:-1], made.shape[-1])
+        return in_pieces(rows, self._piece, outputs=self._outputs)
 
     def _piece(self, rows: Tensor) -> Tensor:
         count = len(rows)
-        missing = -count % self._way.multiple
+        missing = -count % self.way.multiple
         if missing:
             rows = functional.pad(rows, (0, 0, 0, missing))
-        if self._way.packed:
-            # private in torch 2.13: the product that Inductor uses for weights packed beforehand
-            made: Tensor = torch.ops.mkldnn._linear_pointwise(
-                rows.contiguous(), self._weight, self._bias, "none", [], ""
-            )
+        if len(self._weights) == 1:
+            made = self._product(rows, self._weights[0], self._bias)
         else:
-            made = functional.linear(rows, self._weight, self._bias)
+            first, *others = rows.chunk(len(self._weights), dim=1)
+            made = self._product(first, self._weights[0], self._bias)
+            for part, weight in zip(others, self._weights[1:], strict=True):
+                made = made + self._product(part, weight, None)
         return made[:count] if missing else made
+
+    def _product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.way.packed:
+            return functional.linear(rows, weight, bias)
+        # private in torch 2.13: the product that Inductor uses for weights packed beforehand
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows.contiguous(), weight, bias, "none", [], ""
+        )
+        return made
+
+
+AnyProduct = Product | Int8Product
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -125,59 +133,137 @@ def way_for(weight: Tensor, bias: Tensor | None = None) -> Way:
     Alone and in batches of up to `MOST_ROWS`, at any place among them, with one thread and with as
     many as this process has. Not `proven` where none does: then torch's own product is used.
     """
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(MOST_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
     counts = _FEW_ROWS if weight.numel() > _LARGE else _ROWS
-    rows = rows[: max(counts)]
+    rows = probe_rows(weight.shape[1], count=max(counts), dtype=weight.dtype)
     for packed in (True, False):
         if packed and not can_pack():
             continue
-        for multiple in _MULTIPLES:
-            product = Product(weight, bias, Way(packed, multiple))
-            if _keeps_rows(product, rows, counts):
-                return Way(packed, multiple)
+        for pieces in _pieces(weight.shape[1], packed):
+            for multiple in _MULTIPLES if pieces == 1 else (1,):
+                way = Way(packed, multiple, pieces=pieces)
+                if keeps_rows(Product(weight, bias, way), rows, counts):
+                    return way
     return Way(False, 1, proven=False)
 
 
-def _keeps_rows(product: Callable[[Tensor], Tensor], rows: Tensor, counts: tuple[int, ...]) -> bool:
-    threads = torch.get_num_threads()
-    whole = product(rows)
-    try:
-        torch.set_num_threads(1)
-        if threads > 1 and not torch.equal(product(rows), whole):
-            return False
-    finally:
-        torch.set_num_threads(threads)
-    return all(
-        torch.equal(product(rows[start : start + count]), whole[start : start + count])
-        for count in counts
-        for start in {0, (len(rows) - count) // 2 | 1}
-        if start + count <= len(rows)
-    )
+def _pieces(inputs: int, packed: bool) -> tuple[int, ...]:
+    """Numbers of parts of the inputs to try, the likeliest first."""
+    half = -(-inputs // _WIDE)
+    return (half, 1) if packed and half > 1 and inputs % half == 0 else (1,)
 
 
-def make_exact(model: nn.Module, *, release: bool = False) -> Report:
+def make_exact(model: nn.Module, *, release: bool = False, int8: bool = False) -> Report:
     """Swap the products of `model`'s layers, experts too, for exact ones; says which were found.
 
     `release`: the layers' own weights are given up where a packed copy has them (a layer whose
     weight another module shares, such as a tied embedding, keeps it). Idempotent.
     """
-    ways: dict[tuple[int, int], Way] = {}
+    if int8 and not can_multiply():
+        raise UserError(
+            "serve.weights: int8 needs a build of torch with oneDNN's products of 8 bits, which "
+            "this one has not\n    leave it at full"
+        )
+    maker = _Maker(int8)
     shared = _shared(model)
+    joined = _join(model, maker)
+    head = _head(model)
+    made = {id(layer): each.product for each in joined.values() for layer in each.layers}
     for module, weight, bias in _linears(model):
-        shape = (weight.shape[0], weight.shape[1])
-        if shape not in ways:
-            ways[shape] = way_for(weight, bias)
-        module.forward = Product(weight, bias, ways[shape]).forward  # type: ignore[method-assign]
+        product = made.get(id(module))
+        if product is None:
+            product = maker.of(weight, bias, head=module is head)
+            module.forward = product.forward  # type: ignore[method-assign]
         own: Any = module.weight
-        if release and ways[shape].packed and id(own) not in shared:
+        if release and product.way.packed and id(own) not in shared:
             own.data = own.data.new_empty(1).expand(own.shape)
     for module in experts_of(model).values():
-        _make_experts_exact(module, ways)
+        _make_experts_exact(module, maker)
     for weight in _others(model):
-        ways.setdefault((weight.shape[0], weight.shape[1]), _plain_way(weight))
+        maker.ways.setdefault((weight.shape[0], weight.shape[1]), _plain_way(weight))
     dtype = next(model.parameters()).dtype
-    return Report(ways, dtype, torch.get_num_threads())
+    return Report(maker.ways, dtype, torch.get_num_threads(), joined, maker.num_int8)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    get: Any = getattr(model, "get_output_embeddings", None)
+    found: nn.Module | None = None if get is None else get()
+    return found
+
+
+@dataclass
+class _Maker:
+    """Makes the products of a model, with one probe for each shape of weight."""
+
+    int8: bool
+    ways: dict[tuple[int, int], Way] = field(default_factory=dict)
+    num_int8: int = 0
+
+    def of(self, weight: Tensor, bias: Tensor | None, *, head: bool = False) -> AnyProduct:
+        """The product with a weight [O, I]; the head's, and experts', stay whole."""
+        if not self.int8 or head:
+            return Product(weight, bias, self.way(weight, bias))
+        made = Int8Product(weight, bias)
+        shape = (weight.shape[0], weight.shape[1])
+        if shape not in self.ways:
+            exact = is_exact(made, inputs=weight.shape[1])
+            self.ways[shape] = Way(packed=True, multiple=1, proven=exact)
+        self.num_int8 += 1
+        return made
+
+    def way(self, weight: Tensor, bias: Tensor | None = None) -> Way:
+        """The way of a whole weight [O, I]."""
+        shape = (weight.shape[0], weight.shape[1])
+        if shape not in self.ways:
+            self.ways[shape] = way_for(weight, bias)
+        return self.ways[shape]
+
+
+class Together:
+    """Layers that read the same rows, as one product; each layer's forward gives its part."""
+
+    def __init__(self, layers: Sequence[nn.Linear], maker: _Maker) -> None:
+        weight = torch.cat([each.weight.detach() for each in layers])
+        biases = [each.bias for each in layers]
+        bias = None if biases[0] is None else torch.cat([each.detach() for each in biases])
+        self.layers = list(layers)
+        self.product = maker.of(weight, bias)
+        self._sizes = [each.out_features for each in layers]
+        self._given: Tensor | None = None
+        self._made: tuple[Tensor, ...] = ()
+
+    def part(self, number: int) -> Callable[[Tensor], Tensor]:
+        """The forward of layer `number`: the first that is given new rows computes for all."""
+
+        def forward(rows: Tensor) -> Tensor:
+            if self._given is not rows:
+                self._made, self._given = self.product(rows).split(self._sizes, dim=-1), rows
+            made = self._made[number]
+            if number == len(self._sizes) - 1:
+                self._given, self._made = None, ()
+            return made
+
+        return forward
+
+
+def _join(model: nn.Module, maker: _Maker) -> dict[str, Together]:
+    """Make one product of layers that read the same rows; by the path of their module."""
+    made: dict[str, Together] = {}
+    for path, module in model.named_modules():
+        for names in _SIBLINGS:
+            layers: list[Any] = [getattr(module, name, None) for name in names]
+            if not all(_is_plain(each) for each in layers):
+                continue
+            if len({(each.in_features, each.bias is None) for each in layers}) > 1:
+                continue
+            together = Together(layers, maker)
+            for number, layer in enumerate(layers):
+                layer.forward = together.part(number)
+            made[path] = together
+    return made
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is nn.Linear and layer.out_features % _LANES == 0
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:
@@ -203,7 +289,7 @@ def _shared(model: nn.Module) -> set[int]:
     return found
 
 
-def _make_experts_exact(module: Any, ways: dict[tuple[int, int], Way]) -> None:
+def _make_experts_exact(module: Any, maker: _Maker) -> None:
     products: dict[int, Product] = {}
     for layer in ("gate_up_proj", "up_proj", "down_proj"):
         stacked = getattr(module, layer, None)
@@ -211,10 +297,7 @@ def _make_experts_exact(module: Any, ways: dict[tuple[int, int], Way]) -> None:
             continue
         stacked = stacked.detach().transpose(1, 2) if module.is_transposed else stacked.detach()
         for weight in stacked.unbind(0):
-            shape = (weight.shape[0], weight.shape[1])
-            if shape not in ways:
-                ways[shape] = way_for(weight)
-            products[weight.data_ptr()] = Product(weight, None, ways[shape])
+            products[weight.data_ptr()] = Product(weight, None, maker.way(weight))
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         made: Tensor = products[weight.data_ptr()](rows)
@@ -237,10 +320,9 @@ def _others(model: nn.Module) -> Iterator[Tensor]:
 
 def _plain_way(weight: Tensor) -> Way:
     """The way of torch's own product: padding is the runner's, of all rows of a step."""
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(MOST_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
+    rows = probe_rows(weight.shape[1], count=MOST_ROWS, dtype=weight.dtype)
     for multiple in _MULTIPLES:
-        if _keeps_rows(Product(weight, None, Way(False, multiple)), rows, _ROWS):
+        if keeps_rows(Product(weight, None, Way(False, multiple)), rows, _ROWS):
             return Way(False, multiple)
     return Way(False, 1, proven=False)
 
@@ -262,7 +344,7 @@ def rows_multiple(model: nn.Module) -> int:
 
 def _widths(model: nn.Module) -> set[int]:
     """Sizes of the last dim of what flows between layers, the vocabulary's left out."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = _head(model)
     found: set[int] = set()
     for module, weight, _ in _linears(model):
         if module is not head:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shoal.errors import ModelError, nearest
+
+Kind = Literal["generate", "classify", "embed"]
 
 
 def model_directory(path: Path) -> Path:
@@ -16,6 +19,19 @@ def model_directory(path: Path) -> Path:
     names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     hint = nearest(path.name, names) if not path.exists() else "a run gets one at its end"
     raise ModelError(f"{path}: expected a model folder (config.json and safetensors); {hint}")
+
+
+def kind_of(folder: Path) -> Kind:
+    """What a folder's model does, by the architecture that its config.json names. ModelError."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = said.get("architectures") or [""]
+        name = str(names[0])
+    except (OSError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        raise ModelError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    if name.endswith("ForSequenceClassification"):
+        return "classify"
+    return "embed" if name.endswith("Model") and not name.endswith("HeadModel") else "generate"
 
 
 def read_model(folder: Path, *, auto_class: str, kernel: str = "eager") -> Any:

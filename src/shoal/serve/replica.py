@@ -19,10 +19,7 @@ import msgspec
 
 from shoal.errors import ShoalError, UserError
 from shoal.serve.request import Event, Request
-
-_MOST_CACHE_BYTES = 2 << 30
-_SEQUENCES = 16
-"""Whole contexts that the cache holds where nothing else was asked for."""
+from shoal.serve.sizing import MOST_CACHE_BYTES, SEQUENCES
 
 
 def run(payload: dict[str, Any], report: int) -> int:
@@ -33,19 +30,7 @@ def run(payload: dict[str, Any], report: int) -> int:
     except ShoalError as error:
         _say(report, {"failed": str(error), "status": error.exit_status})
         return error.exit_status
-    runner = engine.runner
-    _say(
-        report,
-        {
-            "ready": {
-                "context": engine.most_tokens,
-                "vocabulary": runner.sizes.vocabulary,
-                "blocks": engine.blocks.num_blocks,
-                "exact": runner.exact,
-                "products": str(runner.report) if runner.report else "not exact, as asked",
-            }
-        },
-    )
+    _say(report, {"ready": engine.facts()})
     orders = _Orders(report)
     while True:
         for order in orders.read(wait=engine.idle):
@@ -73,9 +58,18 @@ def _engine(payload: dict[str, Any]) -> Any:
     from shoal.serve.engine import Engine
     from shoal.serve.generate import end_tokens
     from shoal.serve.grammar import Grammars
+    from shoal.serve.pooled import Pooled
+    from shoal.serve.reading import kind_of
     from shoal.serve.runner import Runner, load
 
     torch.set_num_threads(payload["threads"])
+    if kind_of(Path(payload["folder"])) != "generate":
+        return Pooled(
+            Path(payload["folder"]),
+            precision=payload["precision"],
+            exact=payload["exact"],
+            int8=payload["int8"],
+        )
     model = load(Path(payload["folder"]), precision=payload["precision"])
     size = payload["block_tokens"]
     runner = Runner(
@@ -83,6 +77,7 @@ def _engine(payload: dict[str, Any]) -> Any:
         num_blocks=2,
         block_tokens=size,
         exact=payload["exact"],
+        int8=payload["int8"],
         release=True,
         adapters=payload["adapters"],
     )
@@ -107,7 +102,7 @@ def _num_blocks(sizes: Any, cache_bytes: int | None, block_tokens: int) -> int:
     """Blocks of the cache, the one for padding too. Raises UserError for too few."""
     room = cache_bytes
     if room is None:
-        room = min(_SEQUENCES * sizes.context * sizes.token_bytes, _MOST_CACHE_BYTES)
+        room = min(SEQUENCES * sizes.context * sizes.token_bytes, MOST_CACHE_BYTES)
     blocks = room // (sizes.token_bytes * block_tokens)
     if blocks < 1:
         raise UserError(
@@ -135,7 +130,7 @@ def _state(engine: Any, seconds: float) -> dict[str, Any]:
         "step_seconds": seconds,
         "running": engine.num_running,
         "waiting": engine.num_waiting,
-        "free_blocks": engine.blocks.num_free,
+        "free_blocks": engine.num_free,
         **vars(engine.counters),
     }
 

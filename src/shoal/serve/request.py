@@ -47,7 +47,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Tokens made before, by a replica that is gone: the answer goes on after them."""
     adapter: str | None = None
     pooled: bool = False
-    """Nothing is made: the last token's hidden state is the answer."""
+    """Nothing is made: a row of numbers is the answer (the last token's hidden state, classes)."""
+    types: tuple[int, ...] = ()
+    """Of each token, which of two texts it is of, where the model wants to know."""
 
 
 class Scored(msgspec.Struct, frozen=True):

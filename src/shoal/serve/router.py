@@ -41,6 +41,8 @@ class Pending:
     request: Request
     told: Told
     replica: int
+    version: int | None = None
+    """Of the model that answers it, once it was placed."""
     made: list[Scored] = field(default_factory=list)
     prompt_told: int = 0
     """Scores of the prompt that were told."""
@@ -57,6 +59,10 @@ class Pending:
 class Replica:
     """What is known of one replica."""
 
+    version: int = 0
+    """Of the model that it serves."""
+    leaving: bool = False
+    """It finishes what it has, and gets no new requests."""
     ready: bool = False
     heard_at: float = 0.0
     step_seconds: float = 0.1
@@ -87,14 +93,18 @@ class Router:
 
     def submit(self, request: Request, told: Told) -> None:
         """Give a request to a replica; `told` hears of what becomes of it. Raises Busy."""
-        room = self._max_running * max(1, len(self.replicas))
-        waiting = max(0, len(self.pending) - room)
-        tokens = sum(each.tokens for each in self.pending.values()) if waiting else 0
-        if waiting >= self._most_requests or tokens > self._most_tokens:
+        if not self.has_room():
             raise Busy(self._drain_seconds())
         pending = Pending(request, told, -1)
         self.pending[request.id] = pending
         self._place(pending)
+
+    def has_room(self) -> bool:
+        """Whether another request may wait."""
+        room = self._max_running * max(1, len(self.replicas))
+        waiting = max(0, len(self.pending) - room)
+        tokens = sum(each.tokens for each in self.pending.values()) if waiting else 0
+        return waiting < self._most_requests and tokens <= self._most_tokens
 
     def _drain_seconds(self) -> int:
         """When a place in the queue will be free, by the rate of late."""
@@ -106,12 +116,13 @@ class Router:
         return max(1, min(60, round(tokens / max(rate, 1.0) / max(1, len(self.pending)))))
 
     def _place(self, pending: Pending) -> None:
-        chosen = self._choose(pending.request)
+        chosen = self._choose(pending)
         pending.replica = chosen if chosen is not None else -1
         if chosen is None:
             return  # all are starting: it is placed when one is ready
         replica = self.replicas[chosen]
-        if self._load(chosen) == 1:
+        pending.version = replica.version
+        if self.load(chosen) == 1:
             replica.heard_at = time.monotonic()  # its silence counts from its first work on
         for key in _beginnings(pending.request):
             replica.held.pop(key, None)
@@ -123,15 +134,25 @@ class Router:
         )
         self._send(chosen, {"submit": msgspec.to_builtins(request)})
 
-    def _load(self, index: int) -> int:
+    def load(self, index: int) -> int:
+        """Requests of replica `index`."""
         return sum(each.replica == index for each in self.pending.values())
 
-    def _choose(self, request: Request) -> int | None:
-        """Where most of its beginning was computed, unless that one has much more to do."""
-        ready = [index for index, each in self.replicas.items() if each.ready]
+    def _choose(self, pending: Pending) -> int | None:
+        """Where most of its beginning was computed, unless that one has much more to do.
+
+        One that was begun is finished by the same version of the model.
+        """
+        request = pending.request
+        ready = [
+            index
+            for index, each in self.replicas.items()
+            if each.ready
+            and (not each.leaving if pending.version is None else each.version == pending.version)
+        ]
         if not ready:
             return None
-        loads = {index: self._load(index) for index in ready}
+        loads = {index: self.load(index) for index in ready}
         fair = 2 * (sum(loads.values()) / len(ready)) + 1
         keys = _beginnings(request)
         best, most = None, 0
@@ -183,7 +204,8 @@ class Router:
 
     def lost(self, index: int) -> None:
         """Replica `index` is gone: others go on with what it was doing."""
-        self.replicas[index] = Replica()
+        gone = self.replicas[index]
+        self.replicas[index] = Replica(version=gone.version, leaving=gone.leaving)
         for pending in [each for each in self.pending.values() if each.replica == index]:
             self.replays += 1
             pending.prompt_again = pending.prompt_told
@@ -196,7 +218,7 @@ class Router:
             index
             for index, each in self.replicas.items()
             if each.ready
-            and self._load(index)
+            and self.load(index)
             and now - each.heard_at > max(silence_seconds, 15 * each.step_seconds)
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from shoal.errors import ModelError
 from shoal.models.anatomy import anatomy_of, check_logits, hidden_of, logits_of
 from shoal.models.kernels import MaskRequest
 from shoal.serve.adapters import Adapters
-from shoal.serve.cache import Cache, Paged, Span, least_rows
+from shoal.serve.cache import Cache, Paged, Rows, Span, least_rows
 from shoal.serve.exact import Report, check_positions, make_exact, rows_multiple
+from shoal.serve.fuse import fuse_attention, fuse_norms
 from shoal.serve.reading import read_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,6 +34,8 @@ class Sizes:
     layers: int
     token_bytes: int
     """Of the cache, for one token in all layers."""
+    window: int | None
+    """Tokens that every layer looks back at most; None: some look at all."""
 
 
 class Runner:
@@ -45,11 +49,13 @@ class Runner:
         block_tokens: int = 64,
         exact: bool = True,
         release: bool = False,
+        int8: bool = False,
         adapters: Mapping[str, str] | None = None,
     ) -> None:
-        """`exact`: swap the products (serve/exact.py); `adapters`: folders by name.
+        """`exact`: swap the products (serve/exact.py); `int8`: for those of 8 bits.
 
-        Raises ModelError if it cannot be served.
+        `adapters`: folders by name. Raises ModelError if it cannot be served, and UserError where
+        torch has no products of 8 bits.
         """
         if getattr(model, "shoal_own_attention", False):
             raise ModelError(
@@ -68,9 +74,14 @@ class Runner:
             context=min(context, check_positions(config) or context),
             layers=text.num_hidden_layers,
             token_bytes=text.num_hidden_layers * key_heads * (size + value_size) * dtype.itemsize,
+            window=_window_of(text),
         )
         self.anatomy = check_logits(model, anatomy_of(model))
-        self.report: Report | None = make_exact(model, release=release) if exact else None
+        self.report: Report | None = None
+        exact = exact or int8
+        if exact:
+            self.report = make_exact(model, release=release, int8=int8)
+            fuse_norms(model)
         self.adapters = Adapters(model, adapters or {})
         self.multiple = rows_multiple(model) if exact else 1
         self.least, self.attends_exactly = (
@@ -79,6 +90,8 @@ class Runner:
             else (1, False)
         )
         self.cache = Cache(num_blocks, block_tokens)
+        if self.report is not None and not adapters:
+            fuse_attention(model, self.report.joined, kernel=partial(Rows, least=self.least))
         self._logits = logits_of(model)
         cap = getattr(text, "final_logit_softcapping", None)
         lanes = 32 * torch.get_num_threads()
@@ -138,6 +151,15 @@ def load(folder: Path, *, precision: str = "float32") -> nn.Module:
     model: nn.Module = read_model(folder, auto_class="AutoModelForCausalLM", kernel="shoal")
     model.config.use_cache = False  # type: ignore[union-attr]
     return model.to(_DTYPES[precision])
+
+
+def _window_of(config: Any) -> int | None:
+    """The sliding window of a model, where all of its layers have it."""
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return window if set(kinds) == {"sliding_attention"} else None
 
 
 class _Seen(Exception):

@@ -42,16 +42,28 @@ def choose(
     presence and frequency (over the answer, as OpenAI's), bias, `allowed` tokens, temperature,
     top_k, top_p (arXiv 1904.09751), min_p (arXiv 2407.01082).
     """
+    if allowed is None and sampling.temperature == 0.0 and _is_plain(sampling):
+        return int(np.argmax(logits))  # the first of equals, as below
     scores = _adjusted(logits, sampling, prompt, made)
     if allowed is not None:
         scores[~allowed] = -np.inf
     if sampling.temperature == 0.0:
-        return int(np.argmax(scores))  # the first of equals
+        return int(np.argmax(scores))
     kept = _kept(scores / sampling.temperature, sampling)
     weights = np.exp((scores[kept] - scores[kept].max()) / sampling.temperature)
     sums = np.cumsum(weights)
     at = np.searchsorted(sums, uniform(sampling.seed, sampling.index, position) * sums[-1], "right")
     return int(kept[min(int(at), len(kept) - 1)])
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    """Whether the logits are taken as they are."""
+    return (
+        sampling.repetition_penalty == 1.0
+        and not sampling.presence_penalty
+        and not sampling.frequency_penalty
+        and not sampling.logit_bias
+    )
 
 
 def _adjusted(logits: Row, sampling: Sampling, prompt: Sequence[int], made: Sequence[int]) -> Wide:

@@ -14,7 +14,7 @@ import uvicorn
 from shoal.config.serve import ServeSection
 from shoal.data.tokenize import train_tokenizer
 from shoal.launch.pool import WorkerPool
-from shoal.launch.serving import Fleet, _listen, open_service
+from shoal.launch.serving import Fleet, listen, open_service
 from shoal.models.huggingface import build_meta, read_config
 from shoal.models.init import materialise, record
 from shoal.tasks.templates import PLAIN
@@ -23,7 +23,7 @@ from tiny import tales
 NAME = "tiny"
 
 
-def write_model(folder: Path, *, template: str | None = PLAIN) -> Path:
+def write_model(folder: Path, *, template: str | None = PLAIN, seed: int = 3) -> Path:
     """A llama of two layers with random weights, and a tokenizer of 300 tokens."""
     texts = tales(seed=1, documents=60)
     tokenizer = train_tokenizer([texts], vocabulary_size=300, cache_key="served")
@@ -38,7 +38,7 @@ def write_model(folder: Path, *, template: str | None = PLAIN) -> Path:
     }
     config = read_config(architecture="llama", settings=settings, vocabulary_size=300)
     model = build_meta(config, auto_class="AutoModelForCausalLM")
-    materialise(model, record=record(model), seed=3).save_pretrained(folder)  # type: ignore[operator]
+    materialise(model, record=record(model), seed=seed).save_pretrained(folder)  # type: ignore[operator]
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tokenizer / file).read_bytes())
     if template is not None:
@@ -63,7 +63,7 @@ class Served:
 def serving(folder: Path, *, settings: ServeSection, pool: WorkerPool) -> Iterator[Served]:
     """Serve `folder` until the caller goes on."""
     folder, _, make = open_service(folder, settings=settings)
-    with _listen(settings) as listening, Fleet(folder, settings, pool, say=print) as fleet:
+    with listen(settings) as listening, Fleet(folder, settings, pool, say=print) as fleet:
         fleet.wait_ready()
         server = uvicorn.Server(
             uvicorn.Config(make(fleet), log_level="warning", access_log=False, lifespan="off")

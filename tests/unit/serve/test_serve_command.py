@@ -12,7 +12,7 @@ from served import NAME, serving, write_model
 from shoal.config.serve import serve_settings
 from shoal.errors import ConfigError, ModelError, UserError
 from shoal.launch.pool import WorkerPool
-from shoal.launch.serving import _listen, open_service
+from shoal.launch.serving import listen, open_service
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ from shoal.launch.serving import _listen, open_service
         (["block_tokens=40"], "multiple of 32"),
         (["host=0.0.0.0"], "give `keys`"),
         (["replicate"], "expected key=value"),
+        (["weights=int8", "precision=bfloat16"], "int8 goes with precision: float32"),
     ],
 )
 def test_settings_that_are_wrong_are_named(given: list[str], words: str) -> None:
@@ -47,7 +48,7 @@ def test_a_folder_without_a_tokenizer_and_a_port_in_use(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be had"):
-            _listen(serve_settings([f"port={port}"]))
+            listen(serve_settings([f"port={port}"]))
 
 
 def test_keys_are_asked_for_and_a_model_without_template_says_so(

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import contextlib
-import struct
-import uuid
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from shoal.serve.http import errors
+from shoal.serve.http import errors, pooled
 from shoal.serve.http.answers import ClientGone, first_of, stream
 from shoal.serve.http.completions import Chat, Completion, schema_for
 from shoal.serve.http.errors import Refused
 from shoal.serve.http.fields import (
     ChatFields,
+    ClassifyFields,
     CompletionFields,
     DetokenizeFields,
     EmbeddingFields,
+    ScoreFields,
+    SwapFields,
     TokenizeFields,
 )
 from shoal.serve.http.guard import Guard
 from shoal.serve.http.service import Service
-from shoal.serve.request import Request, Sampling
 
 
 def make_app(service: Service, *, keys: list[bytes], version: str) -> Any:
@@ -54,7 +52,22 @@ def make_app(service: Service, *, keys: list[bytes], version: str) -> Any:
 
     @app.post("/v1/embeddings")
     async def embeddings(fields: EmbeddingFields) -> Response:
-        return JSONResponse(await _embeddings(service, fields))
+        return JSONResponse(await pooled.embeddings(service, fields))
+
+    @app.post("/classify")
+    async def classify(fields: ClassifyFields) -> Response:
+        return JSONResponse(await pooled.classes(service, fields))
+
+    @app.post("/score")
+    @app.post("/v1/score")
+    async def score(fields: ScoreFields) -> Response:
+        return JSONResponse(await pooled.scores(service, fields))
+
+    @app.post("/admin/swap")
+    async def swap(fields: SwapFields) -> dict[str, Any]:
+        folder = None if fields.model is None else Path(fields.model)
+        await service.swap(folder, fields.adapters)
+        return {"model": str(service.folder), "adapters": service.adapters}
 
     _add_small(app, service, version=version)
     return Guard(app, keys=keys, limits=service.settings.limits)
@@ -65,7 +78,7 @@ def _add_small(app: FastAPI, service: Service, *, version: str) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        names = [service.name, *service.settings.adapters]
+        names = [service.name, *service.adapters]
         return {"object": "list", "data": [_model(service, each) for each in names]}
 
     @app.get("/v1/models/{name}")
@@ -94,7 +107,7 @@ def _add_small(app: FastAPI, service: Service, *, version: str) -> None:
 
     @app.get("/ready")
     async def ready() -> Response:
-        return Response(status_code=200 if service.replicas.healthy() else 503)
+        return Response(status_code=200 if service.replicas.takes_requests() else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -115,48 +128,3 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "parent": None if name == service.name else service.name,
         "max_model_len": service.context,
     }
-
-
-async def _embeddings(service: Service, fields: EmbeddingFields) -> dict[str, Any]:
-    """The last token's hidden state of each input, of length 1."""
-    adapter = service.check_model(fields.model)
-    given: Any = fields.input
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
-    prompts = [service.encode(each) if isinstance(each, str) else list(each) for each in given]
-
-    async def one(prompt: list[int]) -> list[float]:
-        request = Request(
-            id=uuid.uuid4().hex,
-            prompt=tuple(prompt),
-            sampling=Sampling(max_tokens=0),
-            adapter=adapter,
-            pooled=True,
-        )
-        async with contextlib.aclosing(service.events(request)) as events:
-            async for event in events:
-                if event.hidden:
-                    return _of_length_one(event.hidden)
-        raise Refused("no embedding was made", status=500)
-
-    found = await asyncio.gather(*map(one, prompts))
-    data = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": _as_base64(values) if fields.encoding_format == "base64" else values,
-        }
-        for index, values in enumerate(found)
-    ]
-    count = sum(map(len, prompts))
-    used = {"prompt_tokens": count, "total_tokens": count}
-    return {"object": "list", "data": data, "model": fields.model, "usage": used}
-
-
-def _of_length_one(values: tuple[float, ...]) -> list[float]:
-    length = sum(value * value for value in values) ** 0.5 or 1.0
-    return [value / length for value in values]
-
-
-def _as_base64(values: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()

@@ -13,7 +13,12 @@ from shoal.errors import DataError, UserError, nearest
 from shoal.serve.http.fields import KNOWN
 from shoal.serve.router import Busy
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class Refused(Exception):

@@ -140,6 +140,43 @@ class EmbeddingFields(_Fields):
     user: str | None = None
 
 
+Texts = str | Annotated[list[str], Field(min_length=1)]
+
+
+class ClassifyFields(_Fields):
+    """POST /classify, as vLLM has it."""
+
+    model: str
+    input: Texts
+    user: str | None = None
+
+
+class ScoreFields(_Fields):
+    """POST /score, as vLLM has it: one text beside one or many, or as many beside as many."""
+
+    model: str
+    text_1: Texts
+    text_2: Texts
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _pairs(self) -> ScoreFields:
+        left, right = (
+            1 if isinstance(each, str) else len(each) for each in (self.text_1, self.text_2)
+        )
+        if left not in (1, right):
+            raise ValueError("text_1 is one text, or as many as text_2 has")
+        return self
+
+
+class SwapFields(_Fields):
+    """POST /admin/swap: what is served from now on; what is left out stays."""
+
+    model: str | None = None
+    """A model folder on the server's machine."""
+    adapters: dict[str, str] | None = None
+
+
 class TokenizeFields(_Fields):
     """POST /tokenize."""
 
@@ -156,6 +193,11 @@ class DetokenizeFields(_Fields):
 
 
 KNOWN = sorted(
-    {*CompletionFields.model_fields, *ChatFields.model_fields, *EmbeddingFields.model_fields}
+    {
+        *CompletionFields.model_fields,
+        *ChatFields.model_fields,
+        *EmbeddingFields.model_fields,
+        *ScoreFields.model_fields,
+    }
 )
 """Names that errors propose."""

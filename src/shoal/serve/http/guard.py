@@ -18,6 +18,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 _OPEN = {"/health", "/ready"}
 """Paths that need no key: a load balancer asks them."""
+_ADMIN = "/admin/"
+"""Paths that are for this machine alone, with a key where there are keys."""
+_LOOPBACK = ("127.0.0.1", "::1")
 
 
 def read_keys(path: str | None) -> list[bytes]:
@@ -74,6 +77,10 @@ class Guard:
                     status=401,
                     code="invalid_api_key",
                 )
+        client = scope.get("client") or ("", 0)
+        forwarded = b"x-forwarded-for" in headers or b"forwarded" in headers
+        if scope["path"].startswith(_ADMIN) and (client[0] not in _LOOPBACK or forwarded):
+            raise Refused(f"{scope['path']}: only from this machine", status=403, code="not_local")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._limits.body_bytes:
             raise self._too_large()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ class Replicas(Protocol):
     def submit(self, request: Request, told: Callable[[Event], None]) -> None: ...
     def cancel(self, name: str) -> None: ...
     def healthy(self) -> bool: ...
+    def takes_requests(self) -> bool: ...
+    def swap(self, folder: Path, adapters: Mapping[str, str]) -> None: ...
     def states(self) -> dict[int, dict[str, Any]]: ...
     @property
     def replays(self) -> int: ...
@@ -39,21 +42,63 @@ class Service:
 
     def __init__(self, folder: Path, *, settings: ServeSection, replicas: Replicas) -> None:
         """Raises ModelError for a folder without a tokenizer."""
-        from shoal.data.conversations import chat_template_of, special_texts
         from shoal.data.tokenize import load_tokenizer
-        from shoal.models.huggingface import read_config
-        from shoal.serve.generate import end_tokens
-        from shoal.tasks.templates import Template
 
-        self.folder, self.settings, self.replicas = folder, settings, replicas
+        self.settings, self.replicas = settings, replicas
+        self.adapters = dict(settings.adapters)
         self.name = settings.name or folder.resolve().name
         self.tokenizer = load_tokenizer(folder)
-        found = chat_template_of(folder)
-        self.template = None if found is None else Template(found[0], tokens=special_texts(folder))
-        self.ends = end_tokens(folder, read_config(path=folder))
+        self._read(folder)
         self._grammars: Grammars | None = None
         self.created = int(time.time())
         self.metrics = Metrics(self.name, replicas=replicas)
+
+    def _read(self, folder: Path) -> None:
+        from shoal.data.conversations import chat_template_of, special_texts
+        from shoal.models.huggingface import read_config
+        from shoal.serve.generate import end_tokens
+        from shoal.serve.reading import kind_of
+        from shoal.tasks.templates import Template
+
+        self.folder = folder
+        found = chat_template_of(folder)
+        self.template = None if found is None else Template(found[0], tokens=special_texts(folder))
+        config: Any = read_config(path=folder)
+        self.ends = end_tokens(folder, config)
+        self.kind = kind_of(folder)
+        self.wants_types = getattr(config, "type_vocab_size", 0) > 1
+        self.labels = [str(config.id2label[n]) for n in range(len(config.id2label))]
+        self._one_each = config.problem_type == "multi_label_classification"
+        self._is_number = config.problem_type == "regression"
+
+    async def swap(self, folder: Path | None, adapters: Mapping[str, str] | None) -> None:
+        """Serve another model, or other adapters, under the same name. Raises Refused, ShoalError.
+
+        It must have the same tokenizer: prompts are tokens when they wait.
+        """
+        from shoal.serve.reading import kind_of, model_directory
+
+        after = self.folder if folder is None else model_directory(folder)
+        named = self.adapters if adapters is None else dict(adapters)
+        files = [each / "tokenizer.json" for each in (self.folder, after)]
+        if not files[1].is_file() or files[0].read_bytes() != files[1].read_bytes():
+            raise Refused(
+                f"{after}: its tokenizer is another than that of {self.folder}; start a server of "
+                "its own for it",
+                param="model",
+                code="other_tokenizer",
+            )
+        if kind_of(after) != self.kind:
+            raise Refused(f"{after}: it is of another kind than {self.folder}", param="model")
+        before = self.adapters
+        self.adapters = {name: path for name, path in before.items() if name in named}
+        try:
+            await asyncio.to_thread(self.replicas.swap, after, named)
+        except BaseException:
+            self.adapters = before
+            raise
+        self.adapters = named
+        self._read(after)
 
     @property
     def context(self) -> int:
@@ -64,15 +109,40 @@ class Service:
         """The adapter that `name` asks for; None: the model itself. Raises Refused."""
         if name in (None, self.name):
             return None
-        if name in self.settings.adapters:
+        if name in self.adapters:
             return name
-        known = ", ".join([self.name, *self.settings.adapters])
+        known = ", ".join([self.name, *self.adapters])
         raise Refused(
             f"there is no model {name!r} here; there is {known}",
             status=404,
             param="model",
             code="model_not_found",
         )
+
+    def not_for(self, route: str) -> Refused:
+        """What is said at a route that this kind of model does not serve."""
+        routes = {
+            "generate": "/v1/chat/completions, /v1/completions, /v1/embeddings and /score",
+            "classify": "/classify" + (" and /score" if len(self.labels) == 1 else ""),
+            "embed": "/v1/embeddings and /score",
+        }
+        text = f"{route}: {self.name} is asked at {routes[self.kind]}"
+        return Refused(text, param="model", code="wrong_kind_of_model")
+
+    @staticmethod
+    def now() -> int:
+        """Seconds since 1970."""
+        return int(time.time())
+
+    def probabilities(self, logits: Sequence[float]) -> list[float]:
+        """Of each class: of a softmax, or each by itself; a regression's number as it is."""
+        if self._is_number:
+            return list(logits)
+        if self._one_each or len(logits) == 1:
+            return [0.5 * (1 + math.tanh(each / 2)) for each in logits]
+        highest = max(logits)
+        weights = [math.exp(each - highest) for each in logits]
+        return [each / math.fsum(weights) for each in weights]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -110,6 +180,8 @@ class Service:
         schema: str | None = None,
     ) -> Sampling:
         """The settings of a request with its limits checked. Raises Refused."""
+        if self.kind != "generate":
+            raise self.not_for("completions")
         limits = self.settings.limits
         room = self.context - prompt_tokens
         if room < (1 if max_tokens is None else max_tokens):

@@ -1,0 +1,118 @@
+"""The certificate of serving with what needs processes: several replicas, and replicas killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from shoal.config.serve import ServeSection
+from shoal.environment import usable_cores
+from shoal.errors import WorkerError
+from shoal.launch.pool import WorkerPool
+from shoal.launch.serving import Fleet
+from shoal.serve.cache import Cache
+from shoal.serve.certificate import Answers, Certificate, Found, certify
+from shoal.serve.reading import model_directory
+from shoal.serve.request import Event, Request, Scored
+from shoal.serve.runner import Runner, load
+from shoal.serve.scheduler import blocks_for
+
+_KILL_AFTER = 40
+"""Tokens of all answers from one kill to the next."""
+_MOST_SECONDS = 3600.0
+
+
+def certify_folder(
+    path: Path,
+    *,
+    settings: ServeSection,
+    num_requests: int,
+    say: Callable[[str], None],
+) -> Certificate:
+    """All conditions of a model folder, with two replicas and kills too. Raises what reading does.
+
+    `settings`: precision, weights, threads (auto: all cores) and block_tokens of those that are
+    served.
+    """
+    folder = model_directory(path)
+    threads = settings.threads
+    torch.set_num_threads(usable_cores() if threads == "auto" else threads)
+    say(f"reading {folder}")
+    model = load(folder, precision=settings.precision)
+    size = settings.block_tokens
+    runner = Runner(model, num_blocks=2, block_tokens=size, int8=settings.weights == "int8")
+    most = 4 * num_requests * blocks_for(min(runner.sizes.context, 256), size)
+    runner.cache = Cache(min(most, 512), size)
+    say(f"serving {num_requests} requests alone, then in company")
+
+    def by_replicas(requests: Sequence[Request], alone: Answers) -> list[Found]:
+        return [
+            _by_two(folder, settings, requests, alone, kills=kills, say=say)
+            for kills in (False, True)
+        ]
+
+    return certify(runner, name=str(folder), num_requests=num_requests, also=by_replicas, say=say)
+
+
+def _by_two(
+    folder: Path,
+    settings: ServeSection,
+    requests: Sequence[Request],
+    alone: Answers,
+    *,
+    kills: bool,
+    say: Callable[[str], None],
+) -> Found:
+    """Two replicas of one thread each serve all requests at once; every so often one is killed."""
+    changes = {"replicate": 2, "threads": 1, "queue_requests": 1 << 20, "queue_tokens": 1 << 40}
+    chosen = settings.model_copy(update=changes)
+    say("two replicas" + (", killed by turns" if kills else ""))
+    with WorkerPool(1) as pool, Fleet(folder, chosen, pool) as fleet:
+        fleet.wait_ready()
+        found = _answers(fleet, requests, kills=kills)
+        return Found(
+            "two replicas, killed by turns" if kills else "two replicas",
+            len(requests),
+            sum(found.get(each.id) != alone[each.id] for each in requests),
+            sum(each.get("steps", 0) for each in fleet.states().values()),
+            kills=fleet.restarts,
+        )
+
+
+def _answers(fleet: Fleet, requests: Sequence[Request], *, kills: bool) -> Answers:
+    made: dict[str, tuple[Scored, ...]] = {each.id: () for each in requests}
+    left = set(made)
+    changed = threading.Condition()
+
+    def told(event: Event) -> None:
+        with changed:
+            made[event.id] = made[event.id] + event.tokens
+            if event.finish is not None:
+                left.discard(event.id)
+            changed.notify()
+
+    def count() -> int:
+        return sum(map(len, made.values()))
+
+    for request in requests:
+        fleet.submit(request, told)
+    deadline, wanted, turn = time.monotonic() + _MOST_SECONDS, _KILL_AFTER, 0
+    while left:
+        with changed:
+            changed.wait(timeout=1.0)
+            if time.monotonic() > deadline:
+                raise WorkerError(f"{len(left)} requests were not answered")
+            if count() < wanted:
+                continue
+        wanted = count() + _KILL_AFTER * (1 + turn)
+        pid = fleet.workers().get(turn % 2)
+        turn += 1
+        if kills and left and pid is not None:
+            os.kill(pid, signal.SIGKILL)
+    return made

@@ -1,0 +1,149 @@
+"""Fewer, larger operations in a model's own modules, kept only where no bit of them changes.
+
+Norms become one call, and an attention of Llama's form turns its queries and keys at once. What a
+module gave before is compared with what it gives after, to the bit, and where they differ the
+module stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from shoal.models.anatomy import hidden_of
+from shoal.models.attention import attend
+from shoal.models.kernels import Kernel
+from shoal.serve.exact import AnyProduct, Together
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Have norms of root mean squares computed by one call where that changes no bit; how many."""
+    count = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float):
+            continue
+        if not isinstance(weight, Tensor) or weight.dim() != 1:
+            continue
+        fused = _norm(weight.detach(), epsilon)
+        rows = torch.randn(1, 40, len(weight), generator=torch.Generator().manual_seed(4))
+        rows = rows.to(weight.dtype)
+        with torch.no_grad():
+            if all(torch.equal(module(each), fused(each)) for each in (rows, rows[:, :1])):
+                module.forward = fused
+                count += 1
+    return count
+
+
+def _norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
+    shape = tuple(weight.shape)
+    return lambda rows: functional.rms_norm(rows, shape, weight, epsilon)
+
+
+def fuse_attention(
+    model: nn.Module, joined: dict[str, Together], *, kernel: Callable[[], Kernel]
+) -> int:
+    """Have attention of Llama's form turn queries and keys at once; how many layers do.
+
+    All or none: a forward of the whole model must give the same bits as before.
+    """
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if path in joined and _is_llamas(module)
+    }
+    if not found:
+        return 0
+    before = _probe(model, kernel())
+    old = {path: module.forward for path, module in found.items()}
+    turns = _Turns()
+    for path, module in found.items():
+        module.forward = _attention(module, joined[path].product, turns)
+    if _same(before, lambda: _probe(model, kernel())):
+        return len(found)
+    for path, module in found.items():
+        module.forward = old[path]
+    return 0
+
+
+def _is_llamas(module: Any) -> bool:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    extra = ("q_norm", "k_norm", "sinks")
+    return (
+        all(isinstance(getattr(module, name, None), nn.Linear) for name in names)
+        and isinstance(getattr(module, "head_dim", None), int)
+        and isinstance(getattr(module, "scaling", None), float)
+        and not any(hasattr(module, name) for name in extra)
+        and module.k_proj.out_features == module.v_proj.out_features
+    )
+
+
+def _same(before: Tensor, again: Callable[[], Tensor]) -> bool:
+    try:
+        return torch.equal(before, again())
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False  # its forward has another form
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, kernel: Kernel) -> Tensor:
+    config: Any = model.config
+    drawn = torch.Generator().manual_seed(5)
+    vocabulary = config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (1, 32 * torch.get_num_threads()), generator=drawn)
+    positions = torch.arange(tokens.shape[1])[None]
+    return hidden_of(model, {"input_ids": tokens, "position_ids": positions}, kernel=kernel)
+
+
+class _Turns:
+    """Cosines and signed sines of a forward's positions, shaped once for all layers."""
+
+    def __init__(self) -> None:
+        self._given: Tensor | None = None
+        self._made: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def of(self, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, T, D] each -> [1, T, 1, D] each, the first half of the sines negated."""
+        if self._given is not cosines:
+            half = sines.shape[-1] // 2
+            signed = torch.cat([-sines[..., :half], sines[..., half:]], dim=-1)
+            self._made, self._given = (cosines[..., None, :], signed[..., None, :]), cosines
+        return self._made
+
+
+def _attention(module: Any, product: AnyProduct, turns: _Turns) -> Callable[..., Any]:
+    size, output = module.head_dim, module.o_proj
+    queries = module.q_proj.out_features // size
+    keys = module.k_proj.out_features // size
+    scale = module.scaling
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **extras: Any,
+    ) -> tuple[Tensor, None]:
+        """rotate_half(x) * sin is x with its halves exchanged, times sines with signs."""
+        cosines, signed = turns.of(*position_embeddings)
+        made = product(hidden_states).unflatten(-1, (-1, size))
+        plain = made[..., : queries + keys, :]
+        turned = torch.roll(plain, size // 2, -1).mul_(signed)
+        turned = torch.mul(plain, cosines).add_(turned).transpose(1, 2)
+        attended, _ = attend(
+            module,
+            turned[:, :queries],
+            turned[:, queries:],
+            made[..., queries + keys :, :].transpose(1, 2),
+            attention_mask,
+            scaling=scale,
+            **extras,
+        )
+        return output(attended.flatten(-2)), None
+
+    return forward

@@ -1,0 +1,77 @@
+"""Products of whole numbers of 8 bits: weights by output, rows by their own largest.
+
+A sum of whole numbers has no rounding, so a row's bits depend on no other row whatever kernel
+computes them, and a weight is a quarter of its float32 size to read.
+
+Shapes: R rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shoal.serve.rows import MOST_ROWS, Way, in_pieces, keeps_rows, probe_rows
+
+_MIDDLE = 128
+"""What is added to a row's codes: the kernel's left side has no sign."""
+_LARGEST = 127
+_LEAST_SCALE = 1e-30
+"""Of a row that has nothing but zeros."""
+
+
+def can_multiply() -> bool:
+    """Whether this build of torch has oneDNN's product of 8 bits."""
+    found = hasattr(torch.ops.onednn, "qlinear_prepack")
+    return bool(found and torch.backends.mkldnn.is_available())
+
+
+class Int8Product(nn.Module):
+    """What stands in for a linear layer's forward: rows [..., I] -> [..., O], both float32.
+
+    A weight's scale is its row's largest magnitude / 127, and so is that of a row of the input
+    (dynamic quantisation by token and channel, LLM.int8, arXiv 2208.07339, without its outliers).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.way = Way(packed=True, multiple=1)
+        self._bias, self._outputs = bias, len(weight)
+        scales = weight.abs().amax(dim=1).clamp(min=_LEAST_SCALE) / _LARGEST
+        codes = (weight / scales[:, None]).round().to(torch.int8)
+        # private in torch 2.13: the product that Inductor uses for quantised weights
+        self._codes = torch.ops.onednn.qlinear_prepack(codes, None)
+        self._scales = scales.contiguous()
+        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Each row's product, the same bits whatever the other rows are."""
+        return in_pieces(rows, self._piece, outputs=self._outputs)
+
+    def _piece(self, rows: Tensor) -> Tensor:
+        scales = rows.abs().amax(dim=1, keepdim=True).clamp_(min=_LEAST_SCALE).div_(_LARGEST)
+        codes = torch.div(rows, scales).round_().add_(_MIDDLE).to(torch.uint8)
+        made: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes,
+            1.0,
+            _MIDDLE,
+            self._codes,
+            self._scales,
+            self._zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        made.mul_(scales)
+        return made if self._bias is None else made.add_(self._bias)
+
+
+@torch.no_grad()
+def is_exact(product: Int8Product, *, inputs: int) -> bool:
+    """Whether no bit of a row was seen to depend on others here, with one thread or several."""
+    rows = probe_rows(inputs, count=MOST_ROWS)
+    return keeps_rows(product, rows, (1, 2, 3, 5, 8, 16, 33, 64))

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import DataError, UserError
-from shoal.launch.compressing import REPORT, Wanted, compress
+from shoal.launch.compressing import REPORT, compress
+from shoal.launch.compression import Wanted
 from shoal.observe.console import Console
 from shoal.serve.reading import read_model
 from tiny import Bench, Run, write_corpus
@@ -64,9 +65,7 @@ def test_pruned_and_recovered(trained: Run, text: Path, tmp_path: Path) -> None:
     keys = ("train.optimizer.learning_rate=3e-3", "launch.threads_per_worker=1")
     back = made(trained, text, tmp_path / "back", prune=prune, recover=30, overrides=keys)
     assert lost["loss_change"] > 0 and back["loss_change"] < 0.5 * lost["loss_change"]
-    assert lost["notes"] == [
-        "zeros among the weights give no speed here: products are computed dense"
-    ]
+    assert "zeros among the weights give no speed here" in lost["notes"][0]
     models = [
         AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
         for name in ("lost", "back")
@@ -89,12 +88,19 @@ def test_a_loss_above_the_limit_writes_nothing(trained: Run, text: Path, tmp_pat
     ("asked", "message"),
     [
         ({}, "nothing to do: give --quantise, --prune, or both"),
-        ({"quantise": "int3"}, "--quantise: expected int8 or int4, got 'int3'"),
-        ({"quantise": "int8", "method": "awq"}, "--method: expected nearest or gptq, got 'awq'"),
+        ({"quantise": "int3"}, "--quantise: expected one of int8, .*got 'int3'"),
+        ({"quantise": "int8", "method": "best"}, "--method: expected one of nearest, .*got 'best'"),
+        ({"quantise": "int4", "method": "qat"}, "trains on the grid: give --recover STEPS too"),
+        ({"prune": ("layers:1",), "group": 8}, "say how weights are rounded: give --quantise"),
+        ({"quantise": "gguf-q8_0", "group": 8}, "gguf-q8_0 has groups of 32; leave --group out"),
+        ({"quantise": "int8-dynamic", "group": 8}, "has a scale for each row; leave --group out"),
+        ({"quantise": "gguf-q4_1", "method": "awq"}, "gguf-q4_1 is rounded to the nearest"),
+        ({"quantise": "int8", "workers": 0}, "--workers: expected at least 1, got 0"),
+        ({"prune": ("width:2:4",)}, "width:2:4: expected a share between 0 and 1"),
         ({"quantise": "int8", "group": 0}, "--group: expected at least 1, got 0"),
         ({"quantise": "int8", "recover": 5}, "--recover trains what was pruned"),
         ({"prune": ("layers:1",), "overrides": ("seed=1",)}, "for the training of --recover"),
-        ({"prune": ("width:0.5",)}, "--prune: expected layers:N, wanda:SHARE"),
+        ({"prune": ("depth:0.5",)}, "--prune: expected layers:N, width:SHARE"),
         ({"prune": ("wanda:2",)}, "expected a share between 0 and 1"),
         ({"quantise": "int8", "group": 7}, "--group 7 does not divide the 32 inputs"),
         ({"prune": ("layers:2",)}, "the model has 2; leave at least one"),

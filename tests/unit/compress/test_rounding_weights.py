@@ -96,6 +96,6 @@ def test_inputs_that_never_come() -> None:
 
 def test_other_ways_to_quantise_are_named() -> None:
     said = packed.settings(bits=4, group=32, ignore=["lm_head"])
-    assert packed.bits_of(said, where="here") == 4
+    assert packed.scheme_of(said, where="here") == packed.Scheme(4)
     with pytest.raises(ModelError, match=r"(?s)here: .*float-quantized.*known: compressed-tensors"):
-        packed.bits_of({**said, "format": "float-quantized"}, where="here")
+        packed.scheme_of({**said, "format": "float-quantized"}, where="here")

@@ -147,7 +147,7 @@ def encode(model: nn.Module, kind: str, coded: Mapping[str, Coded]) -> dict[str,
                 raw = ggml.encode(values, entry.kind)
             matrix.copy_(torch.from_numpy(ggml.decode(raw, entry.kind)))
         elif entry.kind == "f16":
-            if float(np.abs(values).max(initial=0.0)) > np.finfo(np.float16).max:
+            if np.abs(values).max(initial=0.0) > float(np.finfo(np.float16).max):
                 raise UserError(
                     f"{entry.path}.{entry.leaf} holds {np.abs(values).max():.3g}, above what 16 "
                     "bits hold (65504)\n    nearest: --quantise gguf-q8_0 or int8"
@@ -297,6 +297,6 @@ def read_again(file: Path, model: nn.Module, kind: str) -> None:
     held = {each.name: each for each in gguf.GGUFReader(str(file)).tensors}
     for entry in entries_of(model, kind):
         tensor = held[entry.name]
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         matrix = _matrix(model, entry)
         matrix.copy_(torch.from_numpy(_restored(values, entry.heads)).view(matrix.shape))

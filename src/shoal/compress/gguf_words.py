@@ -18,7 +18,7 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
-_SPLITS = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
+SPLITS = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
 _IGNORES_MERGES = ("llama-bpe",)
 """Names with which llama.cpp takes a word that is a token before it looks at merges."""
 
@@ -92,7 +92,7 @@ def _split_name(told: dict[str, Any], file: Path) -> str:
     elif kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
         found = "smollm" if parts[1].get("use_regex", True) else None
     elif kinds == ["Split", "ByteLevel"] and not parts[1].get("use_regex", True):
-        found = _SPLITS.get(parts[0].get("pattern", {}).get("Regex", ""))
+        found = SPLITS.get(parts[0].get("pattern", {}).get("Regex", ""))
     if found is None or (normaliser and (normaliser.get("type"), found) != ("NFC", "qwen2")):
         raise _refused(file, "llama.cpp has no name for how it splits text")
     return found

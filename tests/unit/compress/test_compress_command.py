@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from shoal.compress.inputs import rounded_inputs
 from shoal.errors import DataError, UserError
 from shoal.launch.compressing import REPORT, compress
 from shoal.launch.compression import Wanted
@@ -124,3 +125,86 @@ def test_too_little_text(trained: Run, tmp_path: Path) -> None:
     (full / "there").touch()
     with pytest.raises(UserError, match="exists and is not empty"):
         Wanted(model="m", out=full, calibrate="d", quantise="int8")
+
+
+@pytest.mark.parametrize(
+    "form", ["gguf-q4_0", *(pytest.param(f, marks=pytest.mark.slow) for f in ("f16", "q8_0"))]
+)
+def test_a_gguf_file(trained: Run, text: Path, tmp_path: Path, form: str) -> None:
+    """It says what it holds, and holds what was measured."""
+    form = form if form.startswith("gguf-") else f"gguf-{form}"
+    method = "gptq" if form == "gguf-q4_0" else "nearest"
+    found = made(trained, text, tmp_path / "small", quantise=form, method=method)
+    assert sorted(file.name for file in (tmp_path / "small").iterdir()) == [REPORT, "model.gguf"]
+    assert found["reload_difference"] == 0.0 and abs(found["loss_change"]) < 0.05
+    assert found["tokens_per_second_before"] > 0 and found["tokens_per_second_after"] is None
+    assert found["bytes_after"] < found["bytes_before"]
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", gguf_file="model.gguf", dtype=torch.float32
+    )
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.isfinite(theirs(input_ids=ids).logits).all()
+    if form == "gguf-f16":
+        ours = read_model(trained.path / "model", auto_class="AutoModelForCausalLM")
+        answers = [
+            each.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
+            for each in (ours, theirs)
+        ]
+        assert torch.equal(*answers)
+
+
+def test_inputs_of_8_bits(trained: Run, text: Path, tmp_path: Path) -> None:
+    """What was measured is what compressed-tensors computes when transformers opens the folder."""
+    out = tmp_path / "small"
+    found = made(trained, text, out, quantise="int8-dynamic")
+    assert found["reload_difference"] == 0.0 and abs(found["loss_change"]) < 0.05
+    ours = read_model(out, auto_class="AutoModelForCausalLM")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = torch.arange(3, 51).view(2, 24)
+    layers = [
+        path for path, each in ours.model.layers.named_modules() if type(each) is torch.nn.Linear
+    ]
+    with torch.no_grad():
+        plain = ours(input_ids=ids).logits
+        with rounded_inputs(ours.model.layers, layers):
+            rounded = ours(input_ids=ids).logits
+        wanted = theirs(input_ids=ids).logits
+    apart = (rounded - wanted).abs().max()
+    assert float(apart) < 1e-5 * float(wanted.abs().max())
+    assert float((plain - wanted).abs().max()) > 10 * float(apart)
+
+
+def test_the_number_of_workers_changes_no_bit(trained: Run, text: Path, tmp_path: Path) -> None:
+    """12 samples: batches of 4, so three workers have one each."""
+    files = []
+    for workers in (1, 3):
+        out = tmp_path / str(workers)
+        wanted = Wanted(
+            model=str(trained.path),
+            out=out,
+            calibrate=str(text),
+            samples=12,
+            tokens=32,
+            quantise="int4",
+            method="gptq",
+            group=16,
+            prune=("channels:0.5", "sparsegpt:0.3"),
+            workers=workers,
+        )
+        with Console() as console:
+            compress(wanted, console=console)
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_heads_and_channels_left_out_and_trained(trained: Run, text: Path, tmp_path: Path) -> None:
+    """A narrower folder that transformers opens; training brings back most of what went."""
+    lost = made(trained, text, tmp_path / "lost", prune=("width:0.5",))
+    keys = ("train.optimizer.learning_rate=3e-3", "launch.threads_per_worker=1")
+    back = made(trained, text, tmp_path / "back", prune=("width:0.5",), recover=30, overrides=keys)
+    assert lost["loss_change"] > 0 and back["loss_change"] < 0.5 * lost["loss_change"]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert theirs.config.num_attention_heads == 2 and theirs.config.head_dim == 8
+    assert theirs.config.num_key_value_heads == 1 and theirs.config.intermediate_size == 32

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shoal.compress.grid import Grid, nearest
 from shoal.compress.walk import Inputs, Seen, Walk, linear_layers
 from shoal.models.adapter import matrix_of
+from shoal.models.grid import Grid, nearest
 
 _STEPS = 20
 """Of the exponent, as the paper's code has it."""

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from shoal.compress.awq import fold_block
-from shoal.compress.grid import Coded, Grid, nearest
 from shoal.compress.masks import Sparsity, wanda
 from shoal.compress.second_order import gptq, sparse_gpt
 from shoal.compress.walk import Seen, Walk, linear_layers, refuse_others
 from shoal.compress.workers import Workers
 from shoal.models.adapter import matrix_of
 from shoal.models.anatomy import Anatomy
+from shoal.models.grid import Coded, Grid, nearest
 
 Say = Callable[[str, float], None]
 """Told what is done, and the share of it."""

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from shoal.compress import ggml
 from shoal.compress.gguf_words import Words, words_of
-from shoal.compress.grid import Coded
 from shoal.errors import UserError
 from shoal.models.adapter import matrix_of
 from shoal.models.anatomy import canonical_parameters
+from shoal.models.grid import Coded
 from shoal.models.placement import is_transposed
 
 KINDS = {"gguf-f16": "f16", "gguf-q8_0": "q8_0", "gguf-q4_0": "q4_0", "gguf-q4_1": "q4_1"}

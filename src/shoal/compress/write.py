@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from shoal.compress.grid import Coded
 from shoal.models import packed
 from shoal.models.anatomy import canonical_parameters
 from shoal.models.export import beside, export
+from shoal.models.grid import Coded
 from shoal.models.placement import is_transposed
 from shoal.models.stored import Form
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
-from shoal.config.recipe import Recipe
+from shoal.config.recipe import OnGrid, Recipe
 from shoal.config.sync import EveryStep
 from shoal.data.stream import Evaluation
 from shoal.data.tokenize import load_tokenizer
@@ -27,7 +27,9 @@ from shoal.engine.training import Training
 from shoal.engine.update import Update
 from shoal.models.adapter import AdapterSettings
 from shoal.models.adapter_files import AdapterFolder
+from shoal.models.grid import Grid
 from shoal.models.init import Source
+from shoal.models.on_grid import GridSettings
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
 from shoal.parallel.model import ModelSettings, model_config
@@ -273,7 +275,15 @@ def model_settings(recipe: Recipe, *, inputs: Inputs, task: Task) -> ModelSettin
         recipe.train.freeze,
         adapter_settings(recipe, inputs=inputs),
         recipe.model.balance,
+        grid_settings(recipe.train.quantise),
     )
+
+
+def grid_settings(section: OnGrid | None) -> GridSettings | None:
+    """How weights are rounded while they are trained, if they are."""
+    if section is None:
+        return None
+    return GridSettings(Grid(section.bits, section.group, section.half), section.keep)
 
 
 def adapter_settings(recipe: Recipe, *, inputs: Inputs) -> AdapterSettings | None:

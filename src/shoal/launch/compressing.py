@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shoal.compress.gguf_words import Words
-    from shoal.compress.grid import Coded
     from shoal.compress.workers import Workers
+    from shoal.models.grid import Coded
 
 AUTO_CLASS = "AutoModelForCausalLM"
 REPORT = "compression.json"
@@ -284,12 +284,22 @@ def _recovered(wanted: Wanted, *, folder: Path, pruned: Path, run: Path) -> Path
             "global_batch_samples": 8,
             "evaluate_every_steps": 0,
             "keep_zeros": bool(wanted.structure().zeros),
+            "quantise": _on_grid(wanted),
             "optimizer": {"kind": "adamw", "learning_rate": 2.0e-4, "weight_decay": 0.0},
             "schedule": {"kind": "cosine", "warmup_steps": max(1, wanted.recover // 20)},
         },
         checkpoint={"every_steps": 0, "keep_best": False},
     )
     return train(recipe, wanted.overrides, out=run).run / "model"
+
+
+def _on_grid(wanted: Wanted) -> dict[str, Any] | None:
+    """The grid that training sees, where it sees one: that of the rounding to come."""
+    rounding = wanted.rounding()
+    if wanted.method != "qat" or rounding is None:
+        return None
+    grid = rounding.grid
+    return {"bits": grid.bits, "group": grid.group, "half": grid.half, "keep": list(wanted.keep)}
 
 
 def _cost(

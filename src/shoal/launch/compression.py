@@ -115,7 +115,7 @@ class Wanted:
     def rounding(self) -> Rounding | None:
         """How weights are rounded; None: not before they are written."""
         from shoal.compress.blocks import Rounding
-        from shoal.compress.grid import Grid
+        from shoal.models.grid import Grid
 
         if self.quantise is None or (self.is_gguf and self.method == "nearest"):
             return None

@@ -42,6 +42,8 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         global_batch_samples=recipe.train.global_batch_samples,
         micro_batch_samples=None if micro == "auto" else micro,
         exact=recipe.train.exact,
+        on_grid=recipe.train.quantise is not None,
+        grid_group=recipe.train.quantise.group if recipe.train.quantise else None,
         optimizer=recipe.train.optimizer.kind,
         dropout=recipe.model.dropout,
         balance=recipe.model.balance,

@@ -73,6 +73,10 @@ class Combination:
     global_batch_samples: int | None = None
     micro_batch_samples: int | None = None
     exact: bool = False
+    on_grid: bool = False
+    """Layers compute with rounded weights."""
+    grid_group: int | None = None
+    """Inputs that share a scale there; None: a whole row."""
     optimizer: str = "adamw"
     dropout: str = "keyed"
     balance: str = "sequence"
@@ -327,9 +331,25 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
         if layout.degree(axis) > 1:
             what = f"a rank of the {axis} axis sees a part of what the balance loss is a product of"
             yield Problem("model.balance", what, f"set it to off, or parallel.{axis} to 1")
+    if layout.tensor > 1 and combination.on_grid:
+        what = "a scale is of a whole row of weights, of which a rank has a part"
+        yield Problem("parallel.tensor", what, f"use parallel.shard={layout.tensor} instead")
     if layout.tensor > 1 and combination.whole_logits:
         what = "the model or the task needs whole rows of logits, so its head cannot be cut by "
         yield Problem("parallel.tensor", what + "vocabulary", "set it to 1")
+
+
+def _grid(combination: Combination) -> Iterator[Problem]:
+    """Groups of inputs that share a scale divide the inputs of every layer."""
+    group, facts = combination.grid_group, combination.facts
+    if group is None or facts is None:
+        return
+    inputs = {facts.hidden, facts.heads * facts.value_head_size, facts.feed_forward}
+    wrong = sorted(each for each in inputs if each % group)
+    if wrong:
+        fitting = [n for n in range(1, group) if all(each % n == 0 for each in inputs)]
+        what = f"{group} does not divide the {wrong[0]} inputs of a layer"
+        yield Problem("train.quantise.group", what, f"{fitting[-1]} does")
 
 
 def _exact(combination: Combination) -> Iterator[Problem]:
@@ -491,5 +511,5 @@ def _exchange(combination: Combination) -> Iterator[Problem]:
 
 _RULES: tuple[Rule, ...] = (
     *(_axes_of_model, _degrees, _number_of_workers, _batch, _rows),
-    *(_kinds, _cut_replica, _pipeline, _workers, _exchange),
+    *(_kinds, _cut_replica, _grid, _pipeline, _workers, _exchange),
 )

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from shoal.compress import ggml, gguf, gguf_words
-from shoal.compress.grid import Grid, nearest
+from shoal.models.grid import Grid, nearest
 from shoal.data.tokenize import train_tokenizer
 from shoal.errors import UserError
 from tiny import tales

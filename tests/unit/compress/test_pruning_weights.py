@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from shoal.compress.blocks import Pruning, Rounding, compress_blocks
-from shoal.compress.grid import Grid
+from shoal.models.grid import Grid
 from shoal.compress.masks import Sparsity, wanda
 from shoal.compress.second_order import sparse_gpt
 from shoal.compress.shorten import influences, without_blocks

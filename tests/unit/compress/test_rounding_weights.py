@@ -11,7 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from shoal.compress.awq import Fold, scales_of
-from shoal.compress.grid import Grid, nearest
+from shoal.models.grid import Grid, nearest
 from shoal.compress.inputs import by_token
 from shoal.compress.second_order import gptq
 from shoal.compress.walk import Seen

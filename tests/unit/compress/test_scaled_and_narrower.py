@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
 from shoal.compress.awq import folds_of
 from shoal.compress.blocks import Rounding, compress_blocks
-from shoal.compress.grid import Grid
+from shoal.models.grid import Grid
 from shoal.compress.walk import Walk
 from shoal.compress.width import Narrower, narrowed
 from shoal.compress.workers import Workers

@@ -95,9 +95,11 @@ def folds_of(model: nn.Module, walk: Walk, name: str) -> list[Fold]:
 def _candidates(model: nn.Module, walk: Walk, name: str, sample: Tensor) -> list[Fold]:
     block = walk.blocks[name]
     layers = linear_layers(block, inside=name)
-    given, made = _flow(walk, name, layers, sample)
+    given, made = _flow(walk, name, sample)
     readers: dict[int, list[str]] = {}
     for path, tensor in given.items():
+        if path not in layers:  # an expert, which sees some tokens
+            continue
         readers.setdefault(id(tensor), []).append(path)
     found = []
     for number, paths in readers.items():
@@ -118,9 +120,7 @@ def _candidates(model: nn.Module, walk: Walk, name: str, sample: Tensor) -> list
     return found
 
 
-def _flow(
-    walk: Walk, name: str, layers: Mapping[str, nn.Module], sample: Tensor
-) -> tuple[dict[str, Tensor], dict[int, str]]:
+def _flow(walk: Walk, name: str, sample: Tensor) -> tuple[dict[str, Tensor], dict[int, str]]:
     """What each layer is given, and which module with a weight per feature made it."""
     made: dict[int, str] = {}
     kept: list[Tensor] = []
@@ -138,7 +138,7 @@ def _flow(
         for path, each in walk.blocks[name].named_modules()
         if getattr(getattr(each, "weight", None), "ndim", 0) == 1
     ]
-    inputs = Inputs(layers)
+    inputs = Inputs(walk.blocks[name], inside=name)
     try:
         with inputs.hooked():
             given = inputs.of(lambda: walk.run_one(name, sample))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from shoal.compress.awq import fold_block
 from shoal.compress.masks import Sparsity, wanda
 from shoal.compress.second_order import gptq, sparse_gpt
-from shoal.compress.walk import Seen, Walk, linear_layers, refuse_others
+from shoal.compress.walk import Seen, Walk, matrices_of, refuse_others
 from shoal.compress.workers import Workers
-from shoal.models.adapter import matrix_of
 from shoal.models.anatomy import Anatomy
 from shoal.models.grid import Coded, Grid, nearest
 
@@ -60,7 +59,8 @@ class Pruning:
         if self.method == "sparsegpt":
             assert seen.hessian is not None, "asked for"
             return sparse_gpt(weight, seen.hessian, self.sparsity)
-        return wanda(weight, seen.squares, self.sparsity)
+        squares = seen.squares if seen.count else torch.ones_like(seen.squares)
+        return wanda(weight, squares, self.sparsity)  # an expert nobody asked: by size alone
 
 
 @torch.no_grad()
@@ -74,50 +74,55 @@ def compress_blocks(
     keep: Sequence[str] = (),
     say: Say = lambda text, share: None,
 ) -> dict[str, Coded]:
-    """Compress the linear layers inside the blocks of `model`, in place; what was put on a grid.
+    """Compress the matrices inside the blocks of `model`, in place; what was put on a grid.
 
     `batches`: token ids [n, T] of calibration, all of one shape. `keep`: parts of paths of layers
     that stay as they are. Each block sees what the compressed blocks before it give. `workers`
     share the batches, then the layers of a block.
     """
-    refuse_others(model, anatomy)
+    refuse_others(anatomy)
+    matrices = matrices_of(model.get_submodule(anatomy.blocks), inside=anatomy.blocks)
+    chosen = {
+        path: each for path, each in matrices.items() if not any(part in path for part in keep)
+    }
     if isinstance(how, Rounding) and not how.needs_hessian:
-        layers = linear_layers(model.get_submodule(anatomy.blocks), inside=anatomy.blocks)
-        chosen = [path for path in layers if not any(part in path for part in keep)]
-        return _coded(model, how, dict.fromkeys(chosen), workers)
+        return _coded(chosen, how, dict.fromkeys(chosen), workers)
     walk = Walk.begin(model, anatomy, batches, workers)
     coded: dict[str, Coded] = {}
     for number, name in enumerate(walk.blocks):
         say("compressing blocks", number / len(walk.blocks))
         every = walk.watch(name, hessian=how.needs_hessian)
-        seen = {
-            path: each for path, each in every.items() if not any(part in path for part in keep)
-        }
+        seen = {path: each for path, each in every.items() if path in chosen}
         if isinstance(how, Rounding):
             if how.method == "awq":
                 fold_block(model, walk, name, seen, how.grid, rounded=list(seen))
-            coded |= _coded(model, how, dict(seen), workers)
+            coded |= _coded(chosen, how, seen, workers)
         else:
-            pruned = workers.map(
-                lambda item: how.prune(_weight(model, item[0]), item[1]), seen.items()
-            )
-            for path, weight in zip(seen, pruned, strict=True):
-                matrix_of(model.get_submodule(path)).copy_(weight)
+            made = workers.map(_pruner(chosen, how), seen.items())
+            for path, weight in zip(seen, made, strict=True):
+                chosen[path].copy_(weight)
         walk.step(name)
     say("compressing blocks", 1.0)
     return coded
 
 
+def _pruner(matrices: Mapping[str, Tensor], how: Pruning) -> Callable[[tuple[str, Seen]], Tensor]:
+    def prune(item: tuple[str, Seen]) -> Tensor:
+        path, seen = item
+        return how.prune(matrices[path].float(), seen)
+
+    return prune
+
+
 def _coded(
-    model: nn.Module, how: Rounding, seen: dict[str, Seen] | dict[str, None], workers: Workers
+    matrices: Mapping[str, Tensor],
+    how: Rounding,
+    seen: Mapping[str, Seen | None],
+    workers: Workers,
 ) -> dict[str, Coded]:
-    """Round layers of the model, in place."""
-    made = workers.map(lambda item: how.code(_weight(model, item[0]), item[1]), seen.items())
+    """Round matrices, in place."""
+    made = workers.map(lambda item: how.code(matrices[item[0]].float(), item[1]), seen.items())
     coded = dict(zip(seen, made, strict=True))
     for path, each in coded.items():
-        matrix_of(model.get_submodule(path)).copy_(each.weight())
+        matrices[path].copy_(each.weight())
     return coded
-
-
-def _weight(model: nn.Module, path: str) -> Tensor:
-    return matrix_of(model.get_submodule(path)).float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shoal.compress.workers import Workers
 from shoal.errors import ModelError
+from shoal.models.adapter import matrix_of
 from shoal.models.anatomy import Anatomy
 from shoal.models.experts import experts_of
 from shoal.models.placement import is_transposed
@@ -68,7 +69,7 @@ class Walk:
         cls, model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor], workers: Workers
     ) -> Walk:
         """`batches`: token ids [n, T], all of one shape, without padding. Raises ModelError."""
-        refuse_others(model, anatomy)
+        refuse_others(anatomy)
         parent = model.get_submodule(anatomy.blocks)
         blocks = {f"{anatomy.blocks}.{name}": each for name, each in parent.named_children()}
         walk = cls(blocks, [], {}, workers)
@@ -125,9 +126,8 @@ class Walk:
         self.passed.append(name)
 
     def watch(self, name: str, *, hessian: bool) -> dict[str, Seen]:
-        """What the linear layers of a block see, by their paths in the model."""
-        layers = linear_layers(self.blocks[name], inside=name)
-        inputs = Inputs(layers)
+        """What the matrices of a block see, by their paths in the model."""
+        inputs = Inputs(self.blocks[name], inside=name)
         seen: dict[str, Seen] = {}
 
         def one(hidden: Tensor) -> dict[str, Seen]:
@@ -144,7 +144,7 @@ class Walk:
 
         with inputs.hooked():
             self.workers.ordered(one, self.hidden, take)
-        return {path: seen[path] for path in layers}
+        return {path: seen[path] for path in matrices_of(self.blocks[name], inside=name)}
 
 
 class _Enough(Exception):
@@ -152,10 +152,15 @@ class _Enough(Exception):
 
 
 class Inputs:
-    """What layers are given in a forward, whichever thread runs it."""
+    """What matrices are given in a forward, whichever thread runs it."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
+    def __init__(self, module: nn.Module, *, inside: str) -> None:
+        """`inside`: the path of `module` in the model."""
+        self._layers = linear_layers(module, inside=inside)
+        self._experts = list(experts_of(module).values())
+        self._expert_paths = {
+            each.data_ptr(): path for path, each in expert_matrices(module, inside=inside).items()
+        }
         self._here = threading.local()
 
     @contextlib.contextmanager
@@ -165,11 +170,20 @@ class Inputs:
             layer.register_forward_pre_hook(self._hook(path))
             for path, layer in self._layers.items()
         ]
+        for each in self._experts:
+            each.shoal_linear = self._product  # type: ignore[assignment]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for each in self._experts:
+                del each.shoal_linear
+
+    def _product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """An expert's, whose rows are noted."""
+        self._here.given[self._expert_paths[weight.data_ptr()]] = rows
+        return torch.nn.functional.linear(rows, weight, bias)
 
     def of(self, forward: Callable[[], object]) -> dict[str, Tensor]:
         """Of each layer in this forward [..., I]: one tensor where layers share it."""
@@ -186,17 +200,12 @@ class Inputs:
         return hook
 
 
-def refuse_others(model: nn.Module, anatomy: Anatomy) -> None:
-    """Raise ModelError for what is not a decoder of dense blocks."""
+def refuse_others(anatomy: Anatomy) -> None:
+    """Raise ModelError for what is not a decoder."""
     if anatomy.more_blocks:
         raise ModelError(
             f"{anatomy.family}: an encoder and a decoder are not compressed yet\n"
             "    give a decoder-only language model"
-        )
-    if experts_of(model):
-        raise ModelError(
-            f"{anatomy.family}: mixtures of experts are not compressed yet\n"
-            "    give a dense language model"
         )
 
 
@@ -207,6 +216,27 @@ def linear_layers(module: nn.Module, *, inside: str) -> dict[str, nn.Module]:
         for path, each in module.named_modules()
         if type(each) is nn.Linear or is_transposed(each)
     }
+
+
+def expert_matrices(module: nn.Module, *, inside: str) -> dict[str, Tensor]:
+    """The weights [O, I] of the experts of a part of the model, as views, by path and number."""
+    found = {}
+    for path, each in experts_of(module).items():
+        made: Any = each
+        for layer in ("gate_up_proj" if made.has_gate else "up_proj", "down_proj"):
+            stacked = getattr(made, layer).detach()
+            if made.is_transposed:
+                stacked = stacked.transpose(1, 2)
+            for number, matrix in enumerate(stacked.unbind(0)):
+                found[f"{inside}.{path}.{layer}.{number}"] = matrix
+    return found
+
+
+def matrices_of(module: nn.Module, *, inside: str) -> dict[str, Tensor]:
+    """All that is compressed of a part of the model, as views [O, I], by path."""
+    layers = linear_layers(module, inside=inside)
+    plain = {path: matrix_of(layer).detach() for path, layer in layers.items()}
+    return plain | expert_matrices(module, inside=inside)
 
 
 def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -22,8 +22,11 @@ from shoal.models.stored import Form
 
 def can_pack(model: nn.Module, coded: Mapping[str, Coded]) -> bool:
     """Whether compressed-tensors has a form for these layers: linear ones, stored as they are."""
-    plain = all(not is_transposed(model.get_submodule(path)) for path in coded)
-    return plain and bool(coded) and all(each.weight for each in Form(model).tensors.values())
+    stored = {each.weight for each in Form(model).tensors.values()}
+    return bool(coded) and all(
+        f"{path}.weight" in stored and not is_transposed(model.get_submodule(path))
+        for path in coded
+    )
 
 
 def write(

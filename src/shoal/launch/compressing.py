@@ -192,6 +192,7 @@ def _compressed(
         )
 
     model = read_model(folder, auto_class=AUTO_CLASS)
+    _check_experts(wanted, model)
     structure = wanted.structure()
     if structure.blocks:
         model = _shortened(
@@ -217,6 +218,18 @@ def _compressed(
         console.phase(f"rounding to {wanted.quantise}")
         made.stored = gguf.encode(model, gguf.KINDS[str(wanted.quantise)], made.coded)
     return made
+
+
+def _check_experts(wanted: Wanted, model: Any) -> None:
+    """Raise UserError for a mixture that would be rounded."""
+    from shoal.models.experts import experts_of
+
+    if wanted.quantise is not None and experts_of(model):
+        raise UserError(
+            f"--quantise {wanted.quantise}: {model.config.model_type} is a mixture of experts, and "
+            "transformers opens none whose weights are packed\n    prune it instead: layers:1, "
+            "heads:0.25, wanda:0.5 or sparsegpt:0.5, which experts take part in"
+        )
 
 
 def _check_packable(wanted: Wanted, made: Made) -> None:

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from shoal.compress import ggml, gguf, gguf_words
-from shoal.models.grid import Grid, nearest
 from shoal.data.tokenize import train_tokenizer
 from shoal.errors import UserError
+from shoal.models.grid import Grid, nearest
 from tiny import tales
 
 PROMPT = [5, 40, 70, 71, 80, 33, 90]

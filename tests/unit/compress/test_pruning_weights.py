@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from shoal.compress.blocks import Pruning, Rounding, compress_blocks
-from shoal.models.grid import Grid
 from shoal.compress.masks import Sparsity, wanda
 from shoal.compress.second_order import sparse_gpt
 from shoal.compress.shorten import influences, without_blocks
@@ -21,6 +20,7 @@ from shoal.compress.walk import Walk
 from shoal.compress.workers import Workers
 from shoal.errors import ConfigError, UserError
 from shoal.models.anatomy import anatomy_of
+from shoal.models.grid import Grid
 from tiny import Bench
 
 IDS = [torch.arange(start, start + 48).view(2, 24) for start in (3, 60)]

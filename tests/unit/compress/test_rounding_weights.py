@@ -11,12 +11,12 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from shoal.compress.awq import Fold, scales_of
-from shoal.models.grid import Grid, nearest
 from shoal.compress.inputs import by_token
 from shoal.compress.second_order import gptq
 from shoal.compress.walk import Seen
 from shoal.errors import ModelError, UserError
 from shoal.models import packed
+from shoal.models.grid import Grid, nearest
 
 ROWS, INPUTS = 6, 32
 

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
 from shoal.compress.awq import folds_of
 from shoal.compress.blocks import Rounding, compress_blocks
-from shoal.models.grid import Grid
 from shoal.compress.walk import Walk
 from shoal.compress.width import Narrower, narrowed
 from shoal.compress.workers import Workers
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy_of
+from shoal.models.grid import Grid
 
 AUTO_CLASS = "AutoModelForCausalLM"
 IDS = [torch.arange(start, start + 48).view(2, 24) for start in (3, 60)]

@@ -11,6 +11,28 @@ import typer
 from shoal.cli.terminal import say
 from shoal.cli.train import Overrides
 
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        help="One of int8, int8-dynamic, int4, gguf-f16, gguf-q8_0, gguf-q4_0, gguf-q4_1.",
+    ),
+]
+Method = Annotated[
+    str, typer.Option(metavar="nearest|gptq|awq|qat", help="How weights are rounded.")
+]
+Prune = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KIND",
+        help="One of layers:4, width:0.25, wanda:0.5, sparsegpt:2:4; repeatable.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Threads; the result is the same for any number."),
+]
+
 
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run or a model folder.")],
@@ -19,26 +41,12 @@ def compress(
         str, typer.Option(metavar="DATA", help="Text for calibration and for the loss.")
     ],
     overrides: Overrides = None,
-    quantise: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORM",
-            help="One of int8, int8-dynamic, int4, gguf-f16, gguf-q8_0, gguf-q4_0, gguf-q4_1.",
-        ),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(metavar="nearest|gptq|awq|qat", help="How weights are rounded.")
-    ] = ("nearest"),
+    quantise: Quantise = None,
+    method: Method = "nearest",
     group: Annotated[
         int | None, typer.Option(help="Inputs that share a scale; all of a row if not given.")
     ] = None,
-    prune: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KIND",
-            help="One of layers:4, width:0.25, wanda:0.5, sparsegpt:2:4; repeatable.",
-        ),
-    ] = None,
+    prune: Prune = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="PART", help="Layers that stay as they are.")
     ] = None,
@@ -53,9 +61,7 @@ def compress(
         float | None, typer.Option(help="Write nothing if the loss grows by more.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write it all the same.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads; the result is the same for any number.")
-    ] = None,
+    workers: Workers = None,
     seed: Annotated[int, typer.Option(help="Of the rows, and of the training.")] = 0,
 ) -> None:
     """Round or prune the weights of a language model, and measure what that cost.

@@ -202,7 +202,7 @@ def write(
     for entry in entries_of(model, kind):
         raw_dtype = types[entry.kind.upper()] if entry.kind in ggml.BYTES else None
         writer.add_tensor(entry.name, stored[entry.name], raw_dtype=raw_dtype)
-    factors = _rotation_factors(config)
+    factors = _rotation_factors(model)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()
@@ -256,17 +256,16 @@ def _describe(writer: Any, config: Any, *, kind: str, name: str) -> None:
         call(value)
 
 
-def _rotation_factors(config: Any) -> np.ndarray | None:
+def _rotation_factors(model: nn.Module) -> np.ndarray | None:
     """What divides each frequency of Llama 3's scaled positions [head size / 2]; None: nothing."""
+    config: Any = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "llama3":
         return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    return (plain / scaled).float().numpy()
+    scaled: Any = next(each.inv_freq for each in model.modules() if hasattr(each, "inv_freq"))
+    powers = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+    factors: np.ndarray = (1.0 / rope["rope_theta"] ** powers / scaled).float().numpy()
+    return factors
 
 
 def _describe_words(writer: Any, words: Words) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -335,14 +334,11 @@ def _cost(
     rounded = rounded_inputs(made.model, list(made.coded)) if wanted.is_dynamic else nullcontext()
     with rounded:
         cost = difference(before, made.model, batches, workers=workers, say=console.progress)
-    if not math.isfinite(cost.loss_after):
-        raise UserError(
-            f"the loss became {cost.loss_after}: nothing was written\n    compress less"
-        )
-    if wanted.limit_loss is not None and cost.loss_change > wanted.limit_loss and not wanted.force:
+    limit = wanted.limit_loss
+    if limit is not None and not cost.loss_change <= limit and not wanted.force:  # nor where NaN
         raise UserError(
             f"the loss grows by {cost.loss_change:.4f} (+- {cost.standard_error:.4f}), above "
-            f"--limit-loss {wanted.limit_loss:g}: nothing was written\n"
+            f"--limit-loss {limit:g}: nothing was written\n"
             "    compress less, recover longer, or write it all the same with --force"
         )
     return cost.to_json()

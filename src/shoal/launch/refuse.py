@@ -42,14 +42,18 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         global_batch_samples=recipe.train.global_batch_samples,
         micro_batch_samples=None if micro == "auto" else micro,
         exact=recipe.train.exact,
-        on_grid=recipe.train.quantise is not None,
-        grid_group=recipe.train.quantise.group if recipe.train.quantise else None,
+        grid_group=_grid_group(recipe),
         optimizer=recipe.train.optimizer.kind,
         dropout=recipe.model.dropout,
         balance=recipe.model.balance,
         whole_logits=kind_of(recipe.task.kind).whole_logits,
         token_losses=kind_of(recipe.task.kind).token_losses,
     )
+
+
+def _grid_group(recipe: Recipe) -> int | None:
+    section = recipe.train.quantise
+    return None if section is None else section.group or 0
 
 
 def check(recipe: Recipe) -> Layout:

@@ -5,16 +5,14 @@ from shoal.legal.families.table import axes_of, facts_from_config, family_of
 from shoal.legal.rules import (
     CHOSEN_AXES,
     OWN_PARAMETERS,
-    SCHEDULES,
-    ZERO_BUBBLE,
     Combination,
-    fits_schedule,
     not_yet,
     of_two,
     open_axes,
     problems,
     tensor_degrees,
 )
+from shoal.legal.schedules import SCHEDULES, ZERO_BUBBLE, fits_schedule
 from shoal.legal.shrink import shrunk
 
 __all__ = [

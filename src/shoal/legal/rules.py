@@ -15,6 +15,7 @@ from shoal.layout import Layout
 from shoal.legal.facts import ModelFacts
 from shoal.legal.families.family import WITH_EXPERTS
 from shoal.legal.families.table import axes_of, family_of
+from shoal.legal.schedules import ONE_STAGE, SCHEDULES, ZERO_BUBBLE, fits_schedule
 
 POLICIES = (
     *("every-step", "local-sgd", "diloco", "streaming-diloco", "gossip"),
@@ -27,11 +28,6 @@ or the optimizer state alone (docs/guide/layouts.md has the memory of each)."""
 CONTEXT_KINDS = ("ring", "ulysses")
 """How attention finds what other ranks of the context axis have."""
 RECOMPUTE = ("none", "selective", "full")
-SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble")
-"""In which order a pipeline's stages compute; all but the first two have several on each rank."""
-ONE_STAGE = frozenset({"gpipe", "1f1b"})
-ZERO_BUBBLE = frozenset({"interleaved-zero-bubble", "zbv-zero-bubble"})
-"""They make gradients of inputs first, and those of weights when there is nothing else to do."""
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "pipeline", "expert"})
 IMPLEMENTED_POLICIES = frozenset(POLICIES)
@@ -73,10 +69,8 @@ class Combination:
     global_batch_samples: int | None = None
     micro_batch_samples: int | None = None
     exact: bool = False
-    on_grid: bool = False
-    """Layers compute with rounded weights."""
     grid_group: int | None = None
-    """Inputs that share a scale there; None: a whole row."""
+    """Layers compute with rounded weights, of which so many share a scale; 0: a whole row."""
     optimizer: str = "adamw"
     dropout: str = "keyed"
     balance: str = "sequence"
@@ -331,7 +325,7 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
         if layout.degree(axis) > 1:
             what = f"a rank of the {axis} axis sees a part of what the balance loss is a product of"
             yield Problem("model.balance", what, f"set it to off, or parallel.{axis} to 1")
-    if layout.tensor > 1 and combination.on_grid:
+    if layout.tensor > 1 and combination.grid_group is not None:
         what = "a scale is of a whole row of weights, of which a rank has a part"
         yield Problem("parallel.tensor", what, f"use parallel.shard={layout.tensor} instead")
     if layout.tensor > 1 and combination.whole_logits:
@@ -342,7 +336,7 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
 def _grid(combination: Combination) -> Iterator[Problem]:
     """Groups of inputs that share a scale divide the inputs of every layer."""
     group, facts = combination.grid_group, combination.facts
-    if group is None or facts is None:
+    if not group or facts is None:
         return
     inputs = {facts.hidden, facts.heads * facts.value_head_size, facts.feed_forward}
     wrong = sorted(each for each in inputs if each % group)
@@ -394,15 +388,6 @@ def _pipeline(combination: Combination) -> Iterator[Problem]:
     yield from _enough_micro_batches(combination)
     if name in ZERO_BUBBLE:
         yield from _whole_backward(combination)
-
-
-def fits_schedule(name: str, *, ranks: int, micro_batches: int) -> bool:
-    """Whether a schedule takes so many micro batches of a step on `ranks` ranks."""
-    if name == "gpipe" or ranks == 1:
-        return True
-    if name in ("1f1b", "zbv-zero-bubble"):
-        return micro_batches >= ranks
-    return micro_batches % ranks == 0
 
 
 def _enough_micro_batches(combination: Combination) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from shoal.legal import (
     not_yet,
     tensor_degrees,
 )
-from shoal.legal.rules import ZERO_BUBBLE
+from shoal.legal.schedules import ZERO_BUBBLE
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster, Nodes
 from shoal.plan.workload import LEVELS, Candidate, Workload

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shoal.compress.inputs import rounded_inputs
-from shoal.errors import DataError, UserError
+from shoal.errors import DataError, ModelError, UserError
 from shoal.launch.compressing import REPORT, compress
 from shoal.launch.compression import Wanted
 from shoal.observe.console import Console
@@ -175,6 +176,29 @@ def test_inputs_of_8_bits(trained: Run, text: Path, tmp_path: Path) -> None:
     apart = (rounded - wanted).abs().max()
     assert float(apart) < 1e-5 * float(wanted.abs().max())
     assert float((plain - wanted).abs().max()) > 10 * float(apart)
+
+
+@pytest.mark.parametrize("lacking", ["weight", "weight_scale"])
+def test_a_folder_that_lacks_a_part(trained: Run, text: Path, tmp_path: Path, lacking: str) -> None:
+    out = tmp_path / "small"
+    made(trained, text, out, quantise="int8-dynamic")
+    stored = load_file(out / "model.safetensors")
+    del stored[f"model.layers.0.mlp.up_proj.{lacking}"]
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj\.weight"):
+        read_model(out, auto_class="AutoModelForCausalLM")
+
+
+@pytest.mark.slow
+def test_layers_that_are_turned_round(bench: Bench, text: Path, tmp_path: Path) -> None:
+    """GPT-2: no folder tells of rounded inputs, and a GGUF file holds what was rounded."""
+    sizes = "n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64"
+    model = f"model={{kind: config, architecture: gpt2, {sizes}}}"
+    run = bench.run(model, "train.steps=4")
+    with pytest.raises(UserError, match=r"(?s)gpt2 are stored turned round.*nearest: --quantise"):
+        made(run, text, tmp_path / "small", quantise="int8-dynamic")
+    found = made(run, text, tmp_path / "file", quantise="gguf-q8_0", prune=("channels:0.5",))
+    assert found["reload_difference"] == 0.0
 
 
 def test_the_number_of_workers_changes_no_bit(trained: Run, text: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,19 @@ def test_families_that_cannot_be_written(words: Path, config: dict[str, Any], me
     family = config.pop("model_type")
     with pytest.raises(UserError, match=message):
         gguf.check(AutoConfig.for_model(family, **{**SIZES, **config}), words)
+
+
+def test_a_weight_without_a_name() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.model.layers[1].register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(UserError, match=r"llama: model.layers.1.extra has no name in GGUF"):
+        gguf.entries_of(model, "f16")
+
+
+def test_without_the_package(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"not installed\n    run `pip install 'shoal\[gguf\]'`"):
+        gguf.check(LlamaConfig(**SIZES), words)
 
 
 def test_a_weight_that_16_bits_cannot_hold(words: Path) -> None:

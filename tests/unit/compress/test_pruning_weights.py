@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from shoal.compress.blocks import Pruning, Rounding, compress_blocks
 from shoal.compress.masks import Sparsity, wanda
@@ -18,7 +25,7 @@ from shoal.compress.second_order import sparse_gpt
 from shoal.compress.shorten import influences, without_blocks
 from shoal.compress.walk import Walk
 from shoal.compress.workers import Workers
-from shoal.errors import ConfigError, UserError
+from shoal.errors import ConfigError, ModelError, UserError
 from shoal.models.anatomy import anatomy_of
 from shoal.models.grid import Grid
 from tiny import Bench
@@ -147,6 +154,15 @@ def test_a_model_is_compressed_in_place(kind: str, workers: Workers) -> None:
         zeros = float((each.codes == 0).float().mean())
         assert zeros > 0.45 if "attn" in path else zeros < 0.35
     assert torch.equal(model.get_output_embeddings().weight, head)
+
+
+def test_an_encoder_and_a_decoder_are_refused(workers: Workers) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, d_kv=8)).eval()
+    how = Rounding(Grid(8))
+    with pytest.raises(ModelError, match=r"t5: an encoder and a decoder are not compressed yet"):
+        compress_blocks(model, anatomy_of(model), IDS, how, workers=workers)
 
 
 def test_what_is_zero_stays_zero_in_training(bench: Bench) -> None:

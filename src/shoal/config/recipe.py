@@ -178,6 +178,20 @@ class Until(Section):
     """End after so many evaluations in a row that were no better than the best; None: never."""
 
 
+class OnGrid(Section):
+    """Training that sees the rounded weights which `shoal compress` will write (quantisation-aware
+    training, https://arxiv.org/abs/1712.05877)."""
+
+    bits: Literal[4, 8] = 4
+    """Of a weight."""
+    group: Count | None = None
+    """Inputs that share a scale; None: all of a row."""
+    half: bool = False
+    """Scales have 16 bits, as in GGUF files."""
+    keep: tuple[str, ...] = ()
+    """Layers that are not rounded, by parts of their names."""
+
+
 class TrainSection(Section):
     """How long, with which batch, and how the weights move."""
 
@@ -212,6 +226,8 @@ class TrainSection(Section):
     """Parameters that stay as they are: shell patterns over canonical names."""
     keep_zeros: bool = False
     """Weights of matrices that are zero at the start stay so, as of a model that was pruned."""
+    quantise: OnGrid | None = None
+    """Linear layers of the blocks compute with rounded weights; None: with the weights."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

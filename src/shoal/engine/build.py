@@ -11,7 +11,7 @@ import torch
 from shoal.checkpoint.store import Store
 from shoal.comm.flat import Vector
 from shoal.comm.group import Group
-from shoal.config.recipe import Recipe
+from shoal.config.recipe import OnGrid, Recipe
 from shoal.config.sync import EveryStep
 from shoal.data.stream import Evaluation
 from shoal.data.tokenize import load_tokenizer
@@ -29,9 +29,11 @@ from shoal.engine.update import Update
 from shoal.legal import schedule_takes
 from shoal.models.adapter import AdapterSettings, fill_int8
 from shoal.models.adapter_files import AdapterFolder
+from shoal.models.grid import Grid
 from shoal.models.huggingface import build_meta
 from shoal.models.init import Source
 from shoal.models.int8_base import floats_of, in_buffer
+from shoal.models.on_grid import GridSettings
 from shoal.models.pretrained import PretrainedWeights
 from shoal.observe.events import Report
 from shoal.parallel.model import ModelSettings, model_config
@@ -283,7 +285,15 @@ def model_settings(recipe: Recipe, *, inputs: Inputs, task: Task) -> ModelSettin
         recipe.train.freeze,
         adapter_settings(recipe, inputs=inputs),
         recipe.model.balance,
+        grid_settings(recipe.train.quantise),
     )
+
+
+def grid_settings(section: OnGrid | None) -> GridSettings | None:
+    """How weights are rounded while they are trained, if they are."""
+    if section is None:
+        return None
+    return GridSettings(Grid(section.bits, section.group, section.half), section.keep)
 
 
 def adapter_settings(recipe: Recipe, *, inputs: Inputs) -> AdapterSettings | None:

@@ -51,7 +51,7 @@ def verdict_of(recipe: Recipe, *, inputs: Inputs) -> Verdict:
         warnings.simplefilter("ignore")
         _check_adapter(settings, inputs=inputs)
         return examine(
-            replace(settings, freeze=()),
+            replace(settings, freeze=(), grid=None),
             task=task.examined(),
             packing=recipe.data.packing,
             sequence_tokens=recipe.data.sequence_tokens,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.config.load import resolve
 from shoal.errors import DataError, UserError
+from shoal.launch.compression import Wanted
 from shoal.launch.local import train
 from shoal.launch.prepare import model_folder, prepare_inputs
 from shoal.layout import Share
@@ -19,86 +20,31 @@ from shoal.observe.console import Console
 from shoal.serve.reading import model_directory, read_model
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
-    from shoal.compress.blocks import Pruning, Rounding
-    from shoal.compress.grid import Coded
+    from shoal.compress.gguf_words import Words
+    from shoal.compress.workers import Workers
+    from shoal.models.grid import Coded
 
 AUTO_CLASS = "AutoModelForCausalLM"
 REPORT = "compression.json"
-QUANTISE = {"int8": 8, "int4": 4}
-METHODS = ("nearest", "gptq")
 _MEASURED = 32
 """Validation samples that the loss is measured on."""
+_TIMED_TOKENS = 32
+"""Made by the engine, to say how fast it is."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What the command asks for."""
+@dataclass
+class Made:
+    """A compressed model in memory."""
 
-    model: str
-    out: Path
-    calibrate: str
-    quantise: str | None = None
-    method: str = "nearest"
-    group: int | None = None
-    prune: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    samples: int = 128
-    tokens: int = 512
-    recover: int = 0
-    limit_loss: float | None = None
-    force: bool = False
-    seed: int = 0
-    overrides: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.quantise and not self.prune:
-            raise UserError("nothing to do: give --quantise, --prune, or both")
-        if self.quantise is not None and self.quantise not in QUANTISE:
-            raise UserError(f"--quantise: expected {' or '.join(QUANTISE)}, got {self.quantise!r}")
-        if self.method not in METHODS:
-            raise UserError(f"--method: expected {' or '.join(METHODS)}, got {self.method!r}")
-        if self.group is not None and self.group < 1:
-            raise UserError(f"--group: expected at least 1, got {self.group}")
-        if self.recover and not self.prune:
-            raise UserError(
-                "--recover trains what was pruned; rounding alone is not recovered\n"
-                "    give --prune too, or leave --recover out"
-            )
-        if self.overrides and not self.recover:
-            raise UserError("keys of a recipe are for the training of --recover: give it too")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"{self.out}: it exists and is not empty; choose another --out")
-        self.prunings()
-
-    def rounding(self) -> Rounding | None:
-        """How weights are rounded."""
-        from shoal.compress.blocks import Rounding
-        from shoal.compress.grid import Grid
-
-        if self.quantise is None:
-            return None
-        return Rounding(Grid(QUANTISE[self.quantise], self.group), self.method)
-
-    def prunings(self) -> tuple[int, list[Pruning]]:
-        """Blocks that go, and how weights become zeros. Raises UserError."""
-        from shoal.compress.blocks import Pruning
-        from shoal.compress.masks import Sparsity
-
-        blocks, found = 0, []
-        for text in self.prune:
-            kind, _, rest = text.partition(":")
-            if kind == "layers" and rest.isdigit() and int(rest) > 0:
-                blocks += int(rest)
-            elif kind in ("wanda", "sparsegpt"):
-                found.append(Pruning(Sparsity.parse(rest), kind))
-            else:
-                raise UserError(
-                    "--prune: expected layers:N, wanda:SHARE, sparsegpt:SHARE or sparsegpt:2:4, "
-                    f"got {text!r}"
-                )
-        return blocks, found
+    model: Any
+    coded: dict[str, Coded]
+    """Layers on a grid, by path."""
+    stored: dict[str, np.ndarray] | None = None
+    """Of a GGUF file: the bytes of each tensor."""
+    words: Words | None = None
 
 
 def compress(wanted: Wanted, *, console: Console) -> dict[str, Any]:
@@ -106,27 +52,45 @@ def compress(wanted: Wanted, *, console: Console) -> dict[str, Any]:
 
     Raises UserError also where the loss grows by more than `limit_loss`: then nothing is written.
     """
+    from shoal.compress.workers import Workers
+
     began = time.monotonic()
     console.phase("reading the data and the model")
     folder = _folder_of(wanted.model, console=console)
+    words = _words(wanted, folder)
     calibration, validation, digest = _tokens(wanted, folder=folder, console=console)
-    with tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
-        made = _compressed(wanted, folder, Path(scratch), batches=calibration, console=console)
-        return _measured(
-            wanted,
-            folder,
-            made,
-            batches=validation,
-            calibrated={
-                "calibration": {
-                    "source": wanted.calibrate,
-                    "samples": sum(map(len, calibration)),
-                },
-                "calibration_hash": digest,
-            },
-            began=began,
-            console=console,
+    about = {
+        "calibration": {"source": wanted.calibrate, "samples": sum(map(len, calibration))},
+        "calibration_hash": digest,
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-") as scratch,
+        Workers(wanted.workers) as workers,
+    ):
+        made = _compressed(
+            wanted, folder, Path(scratch), batches=calibration, workers=workers, console=console
         )
+        made.words = words
+        cost = _cost(wanted, folder, made, batches=validation, workers=workers, console=console)
+    return _written(
+        wanted,
+        folder,
+        made,
+        about={**cost, **about},
+        ids=validation[0],
+        began=began,
+        console=console,
+    )
+
+
+def _words(wanted: Wanted, folder: Path) -> Words | None:
+    """For GGUF: the tokenizer, and whether the family can be written. Raises UserError."""
+    if not wanted.is_gguf:
+        return None
+    from shoal.compress import gguf
+    from shoal.models.pretrained import folder_config
+
+    return gguf.check(folder_config(folder, auto_class=AUTO_CLASS), folder)
 
 
 def _folder_of(model: str, *, console: Console) -> Path:
@@ -181,10 +145,15 @@ def _tokens(
             f"{wanted.tokens} tokens\n    give more text, or fewer --sequence-tokens"
         )
     return (
-        list(rows.split(8)),
-        list(scored.split(8)),
+        _batches(rows),
+        _batches(scored),
         xxhash.xxh3_64(rows.numpy().tobytes()).hexdigest(),
     )
+
+
+def _batches(rows: Tensor) -> list[Tensor]:
+    """Parts of one shape, of at most 8 rows: what a block was told of the first holds for all."""
+    return list(rows.split(next(size for size in (8, 4, 2, 1) if len(rows) % size == 0)))
 
 
 def _full(batch: dict[str, Any]) -> Any:
@@ -196,62 +165,124 @@ def _full(batch: dict[str, Any]) -> Any:
 
 
 def _compressed(
-    wanted: Wanted, folder: Path, scratch: Path, *, batches: list[Tensor], console: Console
-) -> tuple[Any, dict[str, Coded]]:
+    wanted: Wanted,
+    folder: Path,
+    scratch: Path,
+    *,
+    batches: list[Tensor],
+    workers: Workers,
+    console: Console,
+) -> Made:
     """The compressed model in memory, and what of it is on a grid."""
-    from shoal.compress.blocks import compress_blocks
+    from shoal.compress import gguf
+    from shoal.compress.blocks import Pruning, Rounding, compress_blocks
     from shoal.compress.write import write
     from shoal.models.anatomy import anatomy_of
 
-    model = read_model(folder, auto_class=AUTO_CLASS)
-    blocks, prunings = wanted.prunings()
-    if blocks:
-        model = _shortened(model, blocks, batches=batches, console=console)
-    for pruning in prunings:
-        console.phase(f"pruning by {pruning.method}")
-        compress_blocks(
+    def blocks(model: Any, how: Rounding | Pruning) -> dict[str, Coded]:
+        return compress_blocks(
             model,
             anatomy_of(model),
             batches,
-            pruning,
+            how,
+            workers=workers,
             keep=wanted.keep,
             say=console.progress,
         )
+
+    model = read_model(folder, auto_class=AUTO_CLASS)
+    _check_experts(wanted, model)
+    structure = wanted.structure()
+    if structure.blocks:
+        model = _shortened(
+            model, structure.blocks, batches=batches, workers=workers, console=console
+        )
+    if structure.narrower.heads or structure.narrower.channels:
+        model = _narrowed(wanted, model, batches=batches, workers=workers, console=console)
+    for pruning in structure.zeros:
+        console.phase(f"pruning by {pruning.method}")
+        blocks(model, pruning)
     if wanted.recover:
         pruned = scratch / "pruned"
-        write(model, auto_class=AUTO_CLASS, source=folder, out=pruned, coded={}, files={})
+        write(model, auto_class=AUTO_CLASS, source=folder, out=pruned, coded={})
         run = _recovered(wanted, folder=folder, pruned=pruned, run=scratch / "recovery")
         model = read_model(run, auto_class=AUTO_CLASS)
     rounding = wanted.rounding()
-    coded: dict[str, Coded] = {}
+    made = Made(model, {})
     if rounding is not None:
         console.phase(f"rounding to {wanted.quantise} ({wanted.method})")
-        coded = compress_blocks(
-            model,
-            anatomy_of(model),
-            batches,
-            rounding,
-            keep=wanted.keep,
-            say=console.progress,
+        made.coded = blocks(model, rounding)
+        _check_packable(wanted, made)
+    if wanted.is_gguf:
+        console.phase(f"rounding to {wanted.quantise}")
+        made.stored = gguf.encode(model, gguf.KINDS[str(wanted.quantise)], made.coded)
+    return made
+
+
+def _check_experts(wanted: Wanted, model: Any) -> None:
+    """Raise UserError for a mixture that would be rounded."""
+    from shoal.models.experts import experts_of
+
+    if wanted.quantise is not None and experts_of(model):
+        raise UserError(
+            f"--quantise {wanted.quantise}: {model.config.model_type} is a mixture of experts, and "
+            "transformers opens none whose weights are packed\n    prune it instead: layers:1, "
+            "heads:0.25, wanda:0.5 or sparsegpt:0.5, which experts take part in"
         )
-    return model, coded
 
 
-def _shortened(model: Any, count: int, *, batches: list[Tensor], console: Console) -> Any:
+def _check_packable(wanted: Wanted, made: Made) -> None:
+    """Raise UserError where rounded inputs would be lost, for a folder cannot tell of them."""
+    from shoal.compress.write import can_pack
+
+    if wanted.is_dynamic and not can_pack(made.model, made.coded):
+        raise UserError(
+            f"--quantise int8-dynamic: the layers of {made.model.config.model_type} are stored "
+            "turned round, for which compressed-tensors has no form\n"
+            "    nearest: --quantise gguf-q8_0, or int8"
+        )
+
+
+def _shortened(
+    model: Any, count: int, *, batches: list[Tensor], workers: Workers, console: Console
+) -> Any:
     from shoal.compress.shorten import influences, without_blocks
     from shoal.models.anatomy import anatomy_of
+
+    console.phase("finding the blocks that change least")
+    anatomy = anatomy_of(model)
+    each = influences(model, anatomy, batches, workers)
+    dropped = sorted(sorted(range(len(each)), key=lambda number: each[number])[:count])
+    console.phase(f"without blocks {', '.join(map(str, dropped))}")
+    return _rebuilt(*without_blocks(model, anatomy, dropped=dropped))
+
+
+def _narrowed(
+    wanted: Wanted, model: Any, *, batches: list[Tensor], workers: Workers, console: Console
+) -> Any:
+    from shoal.compress.width import narrowed
+    from shoal.models.anatomy import anatomy_of
+
+    console.phase("finding the heads and channels that matter least")
+    config, tensors = narrowed(
+        model,
+        anatomy_of(model),
+        batches,
+        wanted.structure().narrower,
+        auto_class=AUTO_CLASS,
+        workers=workers,
+    )
+    return _rebuilt(config, tensors)
+
+
+def _rebuilt(config: Any, tensors: dict[str, Tensor]) -> Any:
+    """A model of another size, with these parameters."""
     from shoal.models.huggingface import build_meta
     from shoal.models.init import materialise, record
     from shoal.models.stored import InMemory
 
-    console.phase("finding the blocks that change least")
-    anatomy = anatomy_of(model)
-    each = influences(model, anatomy, batches)
-    dropped = sorted(sorted(range(len(each)), key=lambda number: each[number])[:count])
-    config, tensors = without_blocks(model, anatomy, dropped=dropped)
-    console.phase(f"without blocks {', '.join(map(str, dropped))}")
-    shorter: Any = build_meta(config, auto_class=AUTO_CLASS, kernel="eager")
-    return materialise(shorter, record=record(shorter), seed=0, source=InMemory(tensors)).eval()
+    model: Any = build_meta(config, auto_class=AUTO_CLASS, kernel="eager")
+    return materialise(model, record=record(model), seed=0, source=InMemory(tensors)).eval()
 
 
 def _recovered(wanted: Wanted, *, folder: Path, pruned: Path, run: Path) -> Path:
@@ -264,7 +295,8 @@ def _recovered(wanted: Wanted, *, folder: Path, pruned: Path, run: Path) -> Path
             "steps": wanted.recover,
             "global_batch_samples": 8,
             "evaluate_every_steps": 0,
-            "keep_zeros": bool(wanted.prunings()[1]),
+            "keep_zeros": bool(wanted.structure().zeros),
+            "quantise": _on_grid(wanted),
             "optimizer": {"kind": "adamw", "learning_rate": 2.0e-4, "weight_decay": 0.0},
             "schedule": {"kind": "cosine", "warmup_steps": max(1, wanted.recover // 20)},
         },
@@ -273,76 +305,142 @@ def _recovered(wanted: Wanted, *, folder: Path, pruned: Path, run: Path) -> Path
     return train(recipe, wanted.overrides, out=run).run / "model"
 
 
-def _measured(
+def _on_grid(wanted: Wanted) -> dict[str, Any] | None:
+    """The grid that training sees, where it sees one: that of the rounding to come."""
+    rounding = wanted.rounding()
+    if wanted.method != "qat" or rounding is None:
+        return None
+    grid = rounding.grid
+    return {"bits": grid.bits, "group": grid.group, "half": grid.half, "keep": list(wanted.keep)}
+
+
+def _cost(
     wanted: Wanted,
     folder: Path,
-    made: tuple[Any, dict[str, Coded]],
+    made: Made,
     *,
     batches: Sequence[Tensor],
-    calibrated: dict[str, Any],
+    workers: Workers,
+    console: Console,
+) -> dict[str, Any]:
+    """What compression cost on validation samples. Raises UserError above `limit_loss`."""
+    from contextlib import nullcontext
+
+    from shoal.compress.inputs import rounded_inputs
+    from shoal.compress.measure import difference
+
+    console.phase("measuring what it cost")
+    before = read_model(folder, auto_class=AUTO_CLASS)
+    rounded = rounded_inputs(made.model, list(made.coded)) if wanted.is_dynamic else nullcontext()
+    with rounded:
+        cost = difference(before, made.model, batches, workers=workers, say=console.progress)
+    limit = wanted.limit_loss
+    if limit is not None and not cost.loss_change <= limit and not wanted.force:  # nor where NaN
+        raise UserError(
+            f"the loss grows by {cost.loss_change:.4f} (+- {cost.standard_error:.4f}), above "
+            f"--limit-loss {limit:g}: nothing was written\n"
+            "    compress less, recover longer, or write it all the same with --force"
+        )
+    return cost.to_json()
+
+
+def _written(
+    wanted: Wanted,
+    folder: Path,
+    made: Made,
+    *,
+    about: dict[str, Any],
+    ids: Tensor,
     began: float,
     console: Console,
 ) -> dict[str, Any]:
-    from shoal.compress.measure import difference
-    from shoal.compress.write import bytes_of, write
+    """Write the model and, once all is known of it, compression.json; then it appears as `out`."""
+    from shoal.compress.write import bytes_of
+    from shoal.models.export import beside
 
-    model, coded = made
-    console.phase("measuring what it cost")
-    before = read_model(folder, auto_class=AUTO_CLASS)
-    cost = difference(before, model, batches)
-    if wanted.limit_loss is not None and cost.loss_change > wanted.limit_loss and not wanted.force:
-        raise UserError(
-            f"the loss grows by {cost.loss_change:.4f} (+- {cost.standard_error:.4f}), above "
-            f"--limit-loss {wanted.limit_loss:g}: nothing was written\n"
-            "    compress less, recover longer, or write it all the same with --force"
-        )
-    report = {
-        **cost.to_json(),
-        "quantise": wanted.quantise,
-        "method": wanted.method if wanted.quantise else None,
-        "group": wanted.group,
-        "prune": list(wanted.prune),
-        "recover_steps": wanted.recover,
-        **calibrated,
-        "seed": wanted.seed,
-        "bytes_before": bytes_of(folder),
-        "notes": _notes(wanted),
-    }
-    text = json.dumps(report, indent=1)
     console.phase(f"writing {wanted.out}")
-    write(
-        model,
-        auto_class=AUTO_CLASS,
-        source=folder,
-        out=wanted.out,
-        coded=coded,
-        files={REPORT: text},
-    )
-    report |= {
-        "bytes_after": bytes_of(wanted.out),
-        "reload_difference": _reload_difference(model, wanted.out, batches[0][:1]),
-        "seconds": time.monotonic() - began,
-    }
-    (wanted.out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with beside(wanted.out) as partial:
+        new = partial / "made"
+        _write_model(wanted, folder, made, new)
+        apart = _reload_difference(wanted, made, new, ids[:1])
+        console.phase("timing the engine before and after")
+        prompt = ids[0, : max(1, min(_TIMED_TOKENS, ids.shape[1] // 2))].tolist()
+        report = {
+            **about,
+            "quantise": wanted.quantise,
+            "method": wanted.method if wanted.quantise else None,
+            "group": wanted.group,
+            "prune": list(wanted.prune),
+            "recover_steps": wanted.recover,
+            "seed": wanted.seed,
+            "bytes_before": bytes_of(folder),
+            "bytes_after": bytes_of(new),
+            "tokens_per_second_before": _tokens_per_second(folder, prompt),
+            "tokens_per_second_after": None if wanted.is_gguf else _tokens_per_second(new, prompt),
+            "reload_difference": apart,
+            "seconds": time.monotonic() - began,
+            "notes": wanted.notes(),
+        }
+        (new / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        new.rename(wanted.out)
     return report
 
 
-def _reload_difference(model: Any, folder: Path, ids: Tensor) -> float:
-    """Largest difference of a logit of the written folder, read again."""
+def _write_model(wanted: Wanted, folder: Path, made: Made, out: Path) -> None:
+    from shoal.compress import gguf
+    from shoal.compress.write import write
+
+    if made.stored is None or made.words is None:
+        write(
+            made.model,
+            auto_class=AUTO_CLASS,
+            source=folder,
+            out=out,
+            coded=made.coded,
+            dynamic=wanted.is_dynamic,
+        )
+        return
+    out.mkdir()
+    gguf.write(
+        out / gguf.FILE,
+        made.model,
+        kind=gguf.KINDS[str(wanted.quantise)],
+        stored=made.stored,
+        words=made.words,
+        name=wanted.out.name,
+    )
+
+
+def _tokens_per_second(folder: Path, prompt: list[int]) -> float:
+    """Of one sequence in the serve engine, after the first token, on this machine as it is now."""
+    from shoal.serve.generate import room, writer_of
+
+    writer, times = writer_of(folder), []
+    writer.write(
+        prompt,
+        tokens=min(_TIMED_TOKENS, room(writer.config, taken=len(prompt))),
+        temperature=0.0,
+        seed=0,
+        ends=(),
+        told=lambda token: times.append(time.monotonic()),
+    )
+    spent = times[-1] - times[0]
+    return (len(times) - 1) / spent if spent > 0 else 0.0
+
+
+def _reload_difference(wanted: Wanted, made: Made, folder: Path, ids: Tensor) -> float:
+    """Largest difference of a logit of what was written, read again."""
+    import copy
+
     import torch
 
-    again = read_model(folder, auto_class=AUTO_CLASS)
+    from shoal.compress import gguf
+
+    if made.stored is None:
+        again = read_model(folder, auto_class=AUTO_CLASS)
+    else:
+        again = copy.deepcopy(made.model)
+        gguf.read_again(folder / gguf.FILE, again, gguf.KINDS[str(wanted.quantise)])
     with torch.no_grad():
-        ours, theirs = (each(input_ids=ids, use_cache=False).logits for each in (model, again))
+        ours, theirs = (each(input_ids=ids, use_cache=False).logits for each in (made.model, again))
     return float((ours - theirs).abs().max())
-
-
-def _notes(wanted: Wanted) -> list[str]:
-    """What a person should not hope for."""
-    found = []
-    _, prunings = wanted.prunings()
-    if prunings:
-        found.append("zeros among the weights give no speed here: products are computed dense")
-    if wanted.quantise == "int4":
-        found.append("int4 is smaller on disk; on a CPU it is computed as floats, and no faster")
-    return found

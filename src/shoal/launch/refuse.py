@@ -42,6 +42,7 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         global_batch_samples=recipe.train.global_batch_samples,
         micro_batch_samples=None if micro == "auto" else micro,
         exact=recipe.train.exact,
+        grid_group=_grid_group(recipe),
         optimizer=recipe.train.optimizer.kind,
         dropout=recipe.model.dropout,
         balance=recipe.model.balance,
@@ -49,6 +50,11 @@ def combination_of(recipe: Recipe, layout: Layout) -> Combination:
         token_losses=kind_of(recipe.task.kind).token_losses,
         shares=getattr(recipe.sync, "shares", "equal"),
     )
+
+
+def _grid_group(recipe: Recipe) -> int | None:
+    section = recipe.train.quantise
+    return None if section is None else section.group or 0
 
 
 def check(recipe: Recipe) -> Layout:

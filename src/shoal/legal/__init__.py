@@ -6,16 +6,13 @@ from shoal.legal.families.table import axes_of, facts_from_config, family_of
 from shoal.legal.rules import (
     CHOSEN_AXES,
     OWN_PARAMETERS,
-    SCHEDULES,
-    ZERO_BUBBLE,
-    fits_schedule,
     not_yet,
     of_two,
     open_axes,
     problems,
-    schedule_takes,
     tensor_degrees,
 )
+from shoal.legal.schedules import SCHEDULES, ZERO_BUBBLE, fits_schedule, schedule_takes
 from shoal.legal.shrink import shrunk
 
 __all__ = [

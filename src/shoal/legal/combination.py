@@ -43,6 +43,8 @@ class Combination:
     global_batch_samples: int | None = None
     micro_batch_samples: int | None = None
     exact: bool = False
+    grid_group: int | None = None
+    """Layers compute with rounded weights, of which so many share a scale; 0: a whole row."""
     optimizer: str = "adamw"
     dropout: str = "keyed"
     balance: str = "sequence"

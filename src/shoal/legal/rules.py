@@ -16,6 +16,13 @@ from shoal.legal.combination import Combination, axis_names
 from shoal.legal.facts import ModelFacts
 from shoal.legal.families.family import WITH_EXPERTS
 from shoal.legal.families.table import axes_of, family_of
+from shoal.legal.schedules import (
+    ONE_STAGE,
+    SCHEDULES,
+    ZERO_BUBBLE,
+    fits_schedule,
+    schedule_takes,
+)
 
 POLICIES = (
     *("every-step", "local-sgd", "diloco", "streaming-diloco", "gossip"),
@@ -28,11 +35,6 @@ or the optimizer state alone (docs/guide/layouts.md has the memory of each)."""
 CONTEXT_KINDS = ("ring", "ulysses")
 """How attention finds what other ranks of the context axis have."""
 RECOMPUTE = ("none", "selective", "full")
-SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv-zero-bubble")
-"""In which order a pipeline's stages compute; all but the first two have several on each rank."""
-ONE_STAGE = frozenset({"gpipe", "1f1b"})
-ZERO_BUBBLE = frozenset({"interleaved-zero-bubble", "zbv-zero-bubble"})
-"""They make gradients of inputs first, and those of weights when there is nothing else to do."""
 
 IMPLEMENTED_AXES = frozenset({"replicate", "shard", "context", "tensor", "pipeline", "expert"})
 IMPLEMENTED_POLICIES = frozenset(POLICIES)
@@ -272,9 +274,25 @@ def _cut_replica(combination: Combination) -> Iterator[Problem]:
         if layout.degree(axis) > 1:
             what = f"a rank of the {axis} axis sees a part of what the balance loss is a product of"
             yield Problem("model.balance", what, f"set it to off, or parallel.{axis} to 1")
+    if layout.tensor > 1 and combination.grid_group is not None:
+        what = "a scale is of a whole row of weights, of which a rank has a part"
+        yield Problem("parallel.tensor", what, f"use parallel.shard={layout.tensor} instead")
     if layout.tensor > 1 and combination.whole_logits:
         what = "the model or the task needs whole rows of logits, so its head cannot be cut by "
         yield Problem("parallel.tensor", what + "vocabulary", "set it to 1")
+
+
+def _grid(combination: Combination) -> Iterator[Problem]:
+    """Groups of inputs that share a scale divide the inputs of every layer."""
+    group, facts = combination.grid_group, combination.facts
+    if not group or facts is None:
+        return
+    inputs = {facts.hidden, facts.heads * facts.value_head_size, facts.feed_forward}
+    wrong = sorted(each for each in inputs if each % group)
+    if wrong:
+        fitting = [n for n in range(1, group) if all(each % n == 0 for each in inputs)]
+        what = f"{group} does not divide the {wrong[0]} inputs of a layer"
+        yield Problem("train.quantise.group", what, f"{fitting[-1]} does")
 
 
 def _exact(combination: Combination) -> Iterator[Problem]:
@@ -319,19 +337,6 @@ def _pipeline(combination: Combination) -> Iterator[Problem]:
     yield from _enough_micro_batches(combination)
     if name in ZERO_BUBBLE:
         yield from _whole_backward(combination)
-
-
-def fits_schedule(name: str, *, ranks: int, micro_batches: int) -> bool:
-    """Whether a schedule takes so many micro batches of a step on `ranks` ranks."""
-    least, multiple = schedule_takes(name, ranks=ranks)
-    return micro_batches >= least and micro_batches % multiple == 0
-
-
-def schedule_takes(name: str, *, ranks: int) -> tuple[int, int]:
-    """Micro batches of a step that a schedule needs at least, and a multiple of what it takes."""
-    if name == "gpipe" or ranks == 1:
-        return 1, 1
-    return (ranks, 1) if name in ("1f1b", "zbv-zero-bubble") else (ranks, ranks)
 
 
 def _enough_micro_batches(combination: Combination) -> Iterator[Problem]:
@@ -472,5 +477,5 @@ def _shares(combination: Combination) -> Iterator[Problem]:
 
 _RULES: tuple[Rule, ...] = (
     *(_axes_of_model, _degrees, _number_of_workers, _batch, _rows, _shares),
-    *(_kinds, _cut_replica, _pipeline, _workers, _exchange),
+    *(_kinds, _cut_replica, _grid, _pipeline, _workers, _exchange),
 )

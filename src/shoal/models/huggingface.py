@@ -288,7 +288,7 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> Any:
     )
     quantised = content.get("quantization_config")
     if isinstance(quantised, dict) and quantised.get("quant_method") == packed.METHOD:
-        packed.bits_of(quantised, where=str(file))
+        packed.scheme_of(quantised, where=str(file))
         vars(config).pop("quantization_config", None)  # they are read as the numbers they stand for
     elif quantised:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else None

@@ -1,15 +1,17 @@
 """Quantised weights as compressed-tensors stores them.
 
-Its form `pack-quantized`, which vLLM and transformers read
+Its forms `pack-quantized` and `int-quantized`, which vLLM and transformers read
 (https://github.com/neuralmagic/compressed-tensors).
 
-Of a layer's weight [O, I] a folder holds `weight_packed` int32 [O, I x bits / 32], each code plus
-2^(bits-1) in so many bits, the first one lowest; `weight_scale` [O, groups]; and `weight_shape`.
+Packed: of a layer's weight [O, I] a folder holds `weight_packed` int32 [O, I x bits / 32], each
+code plus 2^(bits-1) in so many bits, the first one lowest; `weight_scale` [O, groups]; and
+`weight_shape`. With whole numbers for inputs too: `weight` int8 [O, I] and `weight_scale` [O, 1].
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,19 @@ from torch import Tensor
 from shoal.errors import ModelError
 
 METHOD = "compressed-tensors"
-FORMAT = "pack-quantized"
+FORMAT, WHOLE = "pack-quantized", "int-quantized"
 PACKED = ".weight_packed"
-BESIDE = (".weight_scale", ".weight_shape")
+SCALE = ".weight_scale"
+BESIDE = (SCALE, ".weight_shape")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of a folder are stored."""
+
+    bits: int
+    dynamic: bool = False
+    """Inputs are rounded too, each token by its own largest."""
 
 
 def pack(codes: Tensor, *, bits: int) -> Tensor:
@@ -51,8 +63,14 @@ def weight_of(words: Tensor, scales: Tensor, *, bits: int, shape: Sequence[int])
     return codes.float() * scales.float().repeat_interleave(shape[1] // scales.shape[1], dim=1)
 
 
-def settings(*, bits: int, group: int | None, ignore: Sequence[str]) -> dict[str, Any]:
-    """What config.json says of weights so stored (`quantization_config`)."""
+def settings(
+    *, bits: int, group: int | None, ignore: Sequence[str], dynamic: bool = False
+) -> dict[str, Any]:
+    """What config.json says of weights so stored (`quantization_config`).
+
+    `dynamic`: inputs are rounded to 8 bits too, with a scale for each token that is found when it
+    is computed.
+    """
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -61,31 +79,45 @@ def settings(*, bits: int, group: int | None, ignore: Sequence[str]) -> dict[str
         "group_size": group,
         "dynamic": False,
     }
+    told: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+    if dynamic:
+        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"}
+        told["input_activations"] = {**inputs, "dynamic": True}
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": WHOLE if dynamic else FORMAT,
         "quantization_status": "compressed",
         "ignore": list(ignore),
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": told},
     }
 
 
-def bits_of(said: Mapping[str, Any], *, where: str) -> int:
-    """Bits of a code, from config.json. Raises ModelError for what is stored in another way."""
+def scheme_of(said: Mapping[str, Any], *, where: str) -> Scheme:
+    """How weights are stored, from config.json. Raises ModelError for what is not known here."""
     try:
-        if said.get("quant_method") != METHOD or said.get("format") != FORMAT:
-            raise ValueError(f"{said.get('quant_method')}, {said.get('format')}")
+        form = said.get("format")
+        if said.get("quant_method") != METHOD or form not in (FORMAT, WHOLE):
+            raise ValueError(f"{said.get('quant_method')}, {form}")
         (group,) = said["config_groups"].values()
-        weights = group["weights"]
+        weights, inputs = group["weights"], group.get("input_activations")
         bits = int(weights["num_bits"])
-        plain = (
-            weights["type"] == "int" and weights["symmetric"] and not group.get("input_activations")
-        )
-        if bits not in (4, 8) or not plain or weights.get("actorder"):
+        plain = weights["type"] == "int" and weights["symmetric"] and not weights.get("actorder")
+        if bits not in (4, 8) or not plain:
             raise ValueError(f"{bits} bits, {weights['type']}")
+        if form == WHOLE and (bits, weights["strategy"]) != (8, "channel"):
+            raise ValueError(f"{form} with {bits} bits by {weights['strategy']}")
+        if (form == WHOLE) != bool(inputs):
+            raise ValueError(f"{form}, inputs {inputs}")
+        if inputs and not (
+            inputs["dynamic"]
+            and (inputs["num_bits"], inputs["type"], inputs["strategy"]) == (8, "int", "token")
+            and inputs["symmetric"]
+        ):
+            raise ValueError(f"inputs {inputs['strategy']} of {inputs['num_bits']} bits")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{where}: its weights are quantised in a way that is not known here ({error})\n"
-            f"    known: {METHOD}, {FORMAT}, symmetric whole numbers of 4 or 8 bits"
+            f"    known: {METHOD}, symmetric whole numbers of 4 or 8 bits ({FORMAT}), or of 8 with "
+            f"inputs by token ({WHOLE})"
         ) from None
-    return bits
+    return Scheme(bits, bool(inputs))

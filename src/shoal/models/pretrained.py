@@ -60,7 +60,9 @@ class PretrainedWeights:
         self._folder = Path(path)
         self._files = _files_of(self._folder)
         self._shapes = _shapes_of(self._files)
-        self._bits = self._unfold_packed()
+        self._scaled: set[str] = set()
+        """Weights that are stored as whole numbers with scales."""
+        self._scheme = self._unfold_packed()
         parameters = {n: p for n, p in canonical_parameters(model).items() if not is_adapter(n)}
         groups = {group[0]: group for group in ties_of(model)}
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -111,7 +113,7 @@ class PretrainedWeights:
         if self._whole is not None:
             whole = self._whole[key]
             return (whole if cut is None else whole[cut]).to(torch.float32)
-        if key not in self._files:
+        if key in self._scaled:
             part = self._unpacked(key)[cut or ...]
         else:
             with safe_open(str(self._files[key]), framework="pt") as file:
@@ -131,13 +133,24 @@ class PretrainedWeights:
             )
         return result
 
-    def _unfold_packed(self) -> int:
-        """Name quantised weights as what they stand for; bits of a code, 0 where none are."""
+    def _unfold_packed(self) -> packed.Scheme | None:
+        """Name quantised weights as what they stand for; how they are stored, where any are."""
+        scaled = [n.removesuffix(packed.SCALE) for n in self._shapes if n.endswith(packed.SCALE)]
         names = [n.removesuffix(packed.PACKED) for n in self._shapes if n.endswith(packed.PACKED)]
-        if not names:
-            return 0
+        if not names and not scaled:
+            return None
         config = self._folder / "config.json"
         said = json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {})
+        scheme = packed.scheme_of(said, where=str(config))
+        if scheme.dynamic:
+            for name in scaled:
+                if f"{name}.weight" not in self._shapes:
+                    raise ModelError(
+                        f"{self._folder}: it lacks {name}.weight\n    fetch the model again"
+                    )
+                del self._shapes[f"{name}{packed.SCALE}"]
+                self._scaled.add(f"{name}.weight")
+            return scheme
         for name in names:
             whole = [f"{name}{leaf}" for leaf in (packed.PACKED, *packed.BESIDE)]
             lost = [each for each in whole if each not in self._files]
@@ -147,18 +160,22 @@ class PretrainedWeights:
             self._shapes[f"{name}.weight"] = (int(shape[0]), int(shape[1]))
             for each in whole:
                 del self._shapes[each]
-        return packed.bits_of(said, where=str(config))
+            self._scaled.add(f"{name}.weight")
+        return scheme
 
     def _unpacked(self, key: str) -> Tensor:
         name = key.removesuffix(".weight")
-        words, scales, _ = (
-            self._stored_tensor(f"{name}{leaf}") for leaf in (packed.PACKED, *packed.BESIDE)
-        )
+        assert self._scheme is not None, "it has scales"
+        scales = self._stored_tensor(f"{name}{packed.SCALE}")
+        dynamic = self._scheme.dynamic
+        stored = self._stored_tensor(f"{name}{'.weight' if dynamic else packed.PACKED}")
         try:
-            return packed.weight_of(words, scales, bits=self._bits, shape=self._shapes[key])
+            if dynamic:
+                return stored.float() * scales.float().view(len(stored), 1)
+            return packed.weight_of(stored, scales, bits=self._scheme.bits, shape=self._shapes[key])
         except (ValueError, RuntimeError, ZeroDivisionError) as error:
             raise ModelError(
-                f"{self._folder}: {name}{packed.PACKED} does not fit its scales and shape: {error}"
+                f"{self._folder}: {name} does not fit its scales and shape: {error}"
                 "\n    fetch the model again"
             ) from None
 

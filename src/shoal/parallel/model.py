@@ -8,6 +8,7 @@ from typing import Any
 from shoal.config.recipe import ConfiguredModel, ModelSection
 from shoal.models.adapter import AdapterSettings
 from shoal.models.huggingface import read_config
+from shoal.models.on_grid import GridSettings
 from shoal.models.pretrained import folder_config
 
 
@@ -27,6 +28,8 @@ class ModelSettings:
     """Trained instead of the weights."""
     balance: str = "sequence"
     """Over what the balance loss of experts is taken, where the configuration asks for one."""
+    grid: GridSettings | None = None
+    """Layers compute with weights that are rounded so."""
 
 
 def model_config(

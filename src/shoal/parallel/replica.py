@@ -28,6 +28,7 @@ from shoal.models.forward_context import ForwardContext, set_forward_context
 from shoal.models.huggingface import build_meta
 from shoal.models.init import Source
 from shoal.models.kernels import local
+from shoal.models.on_grid import put_on_grid
 from shoal.models.pretrained import PretrainedWeights, folder_config
 from shoal.models.routing import Load, balance_of
 from shoal.models.small import small_model
@@ -138,6 +139,8 @@ def build_replica(settings: ModelSettings) -> Replica:
     model.shoal_balance = balance_of(model, settings.balance)  # type: ignore[assignment]
     record, trained = _with_adapter(model, settings)
     anatomy = anatomy_of(model)
+    if settings.grid is not None:
+        put_on_grid(model, settings.grid, blocks=(anatomy.blocks, *anatomy.more_blocks))
     named = canonical_parameters(model)
     frozen = frozen_names(named, patterns=settings.freeze, trained=trained)
     frozen |= {name for name, each in named.items() if not each.requires_grad}

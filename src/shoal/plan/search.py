@@ -17,7 +17,7 @@ from shoal.legal import (
     problems,
     tensor_degrees,
 )
-from shoal.legal.rules import ZERO_BUBBLE
+from shoal.legal.schedules import ZERO_BUBBLE
 from shoal.plan.cost.step import Estimator, Prediction
 from shoal.plan.hardware import GIB, Cluster, Nodes
 from shoal.plan.workload import LEVELS, Candidate, Workload

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from shoal.compress.blocks import Pruning, Rounding, compress_blocks
-from shoal.compress.grid import Grid
 from shoal.compress.masks import Sparsity, wanda
 from shoal.compress.second_order import sparse_gpt
 from shoal.compress.shorten import influences, without_blocks
 from shoal.compress.walk import Walk
-from shoal.errors import ConfigError, UserError
+from shoal.compress.workers import Workers
+from shoal.errors import ConfigError, ModelError, UserError
 from shoal.models.anatomy import anatomy_of
+from shoal.models.grid import Grid
 from tiny import Bench
 
 IDS = [torch.arange(start, start + 48).view(2, 24) for start in (3, 60)]
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    with Workers(2) as found:
+        yield found
 
 
 def a_model(kind: str = "llama") -> Any:
@@ -72,11 +87,11 @@ def test_sparse_gpt_makes_up_for_what_goes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_layers_see_what_transformers_gives_them(kind: str) -> None:
+def test_layers_see_what_transformers_gives_them(kind: str, workers: Workers) -> None:
     """The walk through blocks is the model's own forward, and the sums are of its inputs."""
     model = a_model(kind)
     anatomy = anatomy_of(model)
-    walk = Walk.begin(model, anatomy, IDS)
+    walk = Walk.begin(model, anatomy, IDS, workers)
     with torch.no_grad():
         states = [model(input_ids=ids, output_hidden_states=True).hidden_states for ids in IDS]
     first, *_ = walk.blocks
@@ -98,10 +113,10 @@ def test_layers_see_what_transformers_gives_them(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_shorter_model_is_the_model_without_those_blocks(kind: str) -> None:
+def test_a_shorter_model_is_the_model_without_those_blocks(kind: str, workers: Workers) -> None:
     model = a_model(kind)
     anatomy = anatomy_of(model)
-    each = influences(model, anatomy, IDS)
+    each = influences(model, anatomy, IDS, workers)
     assert len(each) == 3 and all(0 <= value <= 2 for value in each)
     config, tensors = without_blocks(model, anatomy, dropped=[1])
     shorter = type(model)(config).eval()
@@ -123,14 +138,14 @@ def test_a_shorter_model_is_the_model_without_those_blocks(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_model_is_compressed_in_place(kind: str) -> None:
+def test_a_model_is_compressed_in_place(kind: str, workers: Workers) -> None:
     model = a_model(kind)
     anatomy = anatomy_of(model)
     head = copy.deepcopy(model.get_output_embeddings().weight)
     half = Pruning(Sparsity(0.5), "sparsegpt")
-    assert compress_blocks(model, anatomy, IDS, half, keep=["mlp"]) == {}
+    assert compress_blocks(model, anatomy, IDS, half, workers=workers, keep=["mlp"]) == {}
     rounding = Rounding(Grid(4, 16), "gptq")
-    coded = compress_blocks(model, anatomy, IDS, rounding)
+    coded = compress_blocks(model, anatomy, IDS, rounding, workers=workers)
     assert len(coded) == (21 if kind == "llama" else 12)
     for path, each in coded.items():
         layer = model.get_submodule(path)
@@ -139,6 +154,15 @@ def test_a_model_is_compressed_in_place(kind: str) -> None:
         zeros = float((each.codes == 0).float().mean())
         assert zeros > 0.45 if "attn" in path else zeros < 0.35
     assert torch.equal(model.get_output_embeddings().weight, head)
+
+
+def test_an_encoder_and_a_decoder_are_refused(workers: Workers) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, d_kv=8)).eval()
+    how = Rounding(Grid(8))
+    with pytest.raises(ModelError, match=r"t5: an encoder and a decoder are not compressed yet"):
+        compress_blocks(model, anatomy_of(model), IDS, how, workers=workers)
 
 
 def test_what_is_zero_stays_zero_in_training(bench: Bench) -> None:

@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-from shoal.compress.grid import Grid, nearest
+from shoal.compress.awq import Fold, scales_of
+from shoal.compress.inputs import by_token
 from shoal.compress.second_order import gptq
+from shoal.compress.walk import Seen
 from shoal.errors import ModelError, UserError
 from shoal.models import packed
+from shoal.models.grid import Grid, nearest
 
 ROWS, INPUTS = 6, 32
 
@@ -96,6 +102,51 @@ def test_inputs_that_never_come() -> None:
 
 def test_other_ways_to_quantise_are_named() -> None:
     said = packed.settings(bits=4, group=32, ignore=["lm_head"])
-    assert packed.bits_of(said, where="here") == 4
+    assert packed.scheme_of(said, where="here") == packed.Scheme(4)
     with pytest.raises(ModelError, match=r"(?s)here: .*float-quantized.*known: compressed-tensors"):
-        packed.bits_of({**said, "format": "float-quantized"}, where="here")
+        packed.scheme_of({**said, "format": "float-quantized"}, where="here")
+    dynamic = packed.settings(bits=8, group=None, ignore=[], dynamic=True)
+    assert packed.scheme_of(dynamic, where="here") == packed.Scheme(8, dynamic=True)
+    (group,) = dynamic["config_groups"].values()
+    for changed in (
+        {**group, "input_activations": None},
+        {**group, "input_activations": {**group["input_activations"], "strategy": "tensor"}},
+        {**group, "weights": {**group["weights"], "num_bits": 4}},
+    ):
+        with pytest.raises(ModelError, match="quantised in a way that is not known here"):
+            packed.scheme_of({**dynamic, "config_groups": {"group_0": changed}}, where="here")
+
+
+def test_inputs_are_rounded_as_compressed_tensors_does() -> None:
+    rows = 3 * torch.randn(4, 7, INPUTS, generator=torch.Generator().manual_seed(3))
+    rows[0, 0] = 0.0
+    said = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    asked = QuantizationArgs(**said)
+    scales, zeros = compute_dynamic_scales_and_zp(rows, asked, torch.nn.Linear(INPUTS, 4))
+    assert torch.equal(by_token(rows), fake_quantize(rows, scales, zeros, asked))
+
+
+@pytest.mark.parametrize("group", [None, 8])
+def test_awq_takes_the_best_exponent(group: int | None) -> None:
+    """Against the paper's search in float64 on the outputs themselves (equations 4 and 5)."""
+    draw = np.random.default_rng(4)
+    inputs = draw.normal(size=(300, INPUTS)) * np.exp(draw.normal(size=INPUTS))
+    weight = a_weight().double().numpy()
+    model = torch.nn.Sequential(torch.nn.LayerNorm(INPUTS), torch.nn.Linear(INPUTS, ROWS))
+    model.requires_grad_(False)
+    model[1].weight.data = a_weight()
+    seen = {"1": Seen.of(torch.from_numpy(inputs).float(), hessian=True)}
+    fold = Fold(("1",), "0", "norm")
+    found = scales_of(model, fold, seen, Grid(4, group)).double().numpy()
+    losses, tried = [], []
+    for step in range(20):
+        scales = np.abs(inputs).mean(0) ** (step / 20)
+        scales = scales / np.sqrt(scales.max() * scales.min())
+        parts = (weight * scales).reshape(ROWS, -1, group or INPUTS)
+        steps = np.abs(parts).max(2, keepdims=True) / 7
+        rounded = (np.rint(parts / steps) * steps).reshape(ROWS, INPUTS) / scales
+        losses.append(((inputs @ (rounded - weight).T) ** 2).sum())
+        tried.append(scales)
+    best = int(np.argmin(losses))
+    assert best > 0 and losses[best] < 0.9 * losses[0]
+    np.testing.assert_allclose(found, tried[best], rtol=1e-4)

@@ -16,10 +16,11 @@ from shoal.errors import UserError
 
 @dataclass(frozen=True)
 class Grid:
-    """`group`: inputs that share a scale; None: a whole row."""
+    """`group`: inputs that share a scale; None: a whole row. `half`: scales are of 16 bits."""
 
     bits: int
     group: int | None = None
+    half: bool = False
 
     @property
     def most(self) -> int:
@@ -40,6 +41,8 @@ class Grid:
     def scales(self, part: Tensor) -> Tensor:
         """Of weights [O, n] that share one each: [O, 1], so that the largest is a code."""
         largest = part.abs().amax(dim=1, keepdim=True) / self.most
+        if self.half:
+            largest = largest.half().to(part.dtype)
         return torch.where(largest > 0, largest, torch.ones_like(largest))
 
     def codes(self, part: Tensor, scales: Tensor) -> Tensor:

@@ -27,25 +27,26 @@ _Settle = Callable[[Tensor, int], Tensor]
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Coded:
     """weight float [O, I], hessian float64 [I, I] -> the weight on the grid.
 
-    A group's scales are those of its weights when it is reached, errors of earlier ones in them.
+    Inputs with the largest sums of squares are settled first, while most columns are left to make
+    up for them; so scales are those of the weights as they came, whatever group a column is of.
+    What is zero stays so.
     """
     outputs, inputs = weight.shape
-    width = inputs // grid.groups(inputs)
+    groups = grid.groups(inputs)
+    scales = grid.scales(weight.reshape(outputs * groups, -1)).view(outputs, groups)
     codes = torch.empty(outputs, inputs, dtype=torch.int8)
-    scales = torch.empty(outputs, grid.groups(inputs))
-    work = weight.double().clone()
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    places, gone = order.tolist(), weight == 0
 
     def settle(column: Tensor, number: int) -> Tensor:
-        group = number // width
-        if number % width == 0:
-            scales[:, group : group + 1] = grid.scales(work[:, number : number + width]).float()
+        place = places[number]
+        group = place // (inputs // groups)
         scale = scales[:, group : group + 1].double()
-        found = grid.codes(column[:, None], scale)
-        codes[:, number] = found[:, 0].to(torch.int8)
+        found = grid.codes(column[:, None], scale).masked_fill_(gone[:, place, None], 0.0)
+        codes[:, place] = found[:, 0].to(torch.int8)
         return (found * scale)[:, 0]
 
-    step = width if grid.group is not None else _COLUMNS
-    _sweep(work, hessian, settle, columns=step)
+    _sweep(weight.double()[:, order], hessian[order][:, order], settle, columns=_COLUMNS)
     return Coded(codes, scales, grid)
 
 

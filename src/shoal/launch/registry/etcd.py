@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from shoal.errors import ConfigError, Problem
+from shoal.errors import RunError
 from shoal.launch.registry.store import Compare, Entry, Unknown, Unreachable
 
 TIMEOUT_SECONDS = 3.0
@@ -37,16 +37,15 @@ class Etcd:
         """`endpoints`: http(s)://HOST:PORT of servers; no request is sent yet.
 
         `authority`, `certificate`, `key`: of TLS, files in PEM. `insecure`: also without it.
-        Raises ConfigError for an endpoint that is no address, or that is neither loopback nor TLS,
+        Raises RunError for an endpoint that is no address, or that is neither loopback nor TLS,
         and where etcd3gw is missing.
         """
         self._prefix, self.endpoints = prefix, tuple(endpoints)
         try:
             theirs = importlib.import_module("etcd3gw")
         except ImportError:
-            what = "etcd3gw is not installed"
-            raise ConfigError(
-                [Problem("launch.registry", what, "pip install 'shoal[hosts]'")]
+            raise RunError(
+                "etcd3gw is not installed, the client of etcd\n    pip install 'shoal[hosts]'"
             ) from None
         self._errors = importlib.import_module("etcd3gw.exceptions")
         self._clients = [
@@ -148,13 +147,13 @@ def _address(endpoint: str, *, insecure: bool) -> tuple[str, str, int]:
     except ValueError:
         known = False
     if not known:
-        what = f"expected http://HOST:PORT or https://HOST:PORT, got {endpoint!r}"
-        raise ConfigError([Problem("launch.registry", what)])
+        raise RunError(f"etcd: expected http://HOST:PORT or https://HOST:PORT, got {endpoint!r}")
     assert parts.hostname is not None and parts.port is not None, "checked above"
     if parts.scheme == "http" and not insecure and parts.hostname not in _LOOPBACK:
-        what = f"{endpoint}: whoever can reach it could steer the run"
-        hint = "use https with certificates, or allow it with launch.registry.insecure=true"
-        raise ConfigError([Problem("launch.registry", what, hint)])
+        raise RunError(
+            f"etcd at {endpoint}: whoever can reach it could steer the run\n"
+            "    use https with certificates, or a server on loopback"
+        )
     return parts.scheme, parts.hostname, parts.port
 
 

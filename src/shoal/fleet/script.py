@@ -68,7 +68,7 @@ def _watch(started: list[Worker], pool: WorkerPool) -> ShoalError | None:
     errors: list[dict[str, Any]] = []
     killed: list[str] = []
     until: float | None = None
-    while any(one.status is None for one in started):
+    while not all(one.told for one in started):
         for one, message in pool.events(timeout_seconds=0.2, only=started):
             if message is not None and "error" in message:
                 errors.append(message)

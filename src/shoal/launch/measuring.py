@@ -22,7 +22,7 @@ def wait_for_imports(pool: WorkerPool, *, console: Console) -> None:
 def is_ready(pool: WorkerPool, *, wait_seconds: float = 0.0) -> bool:
     """Whether the fork server can start workers, after at most `wait_seconds`. No worker runs."""
     if pool.ready_seconds is None:
-        for _ in pool.events(timeout_seconds=wait_seconds):
+        for _ in pool.events(timeout_seconds=wait_seconds, only=[]):
             pass
     return pool.ready_seconds is not None
 
@@ -33,13 +33,14 @@ def measuring_job(
     """What the worker reports as `measured`. Raises the job's failure."""
     worker, attempt = pool.start(target, payload), Attempt(console)
     found: dict[str, Any] | None = None
-    while worker.status is None:
-        for other, message in pool.events(timeout_seconds=1.0):
-            if other is worker and message is not None:
+    while not worker.told:
+        for _, message in pool.events(timeout_seconds=1.0, only=[worker]):
+            if message is not None:
                 if message["kind"] == "measured":
                     found = message
                 else:
                     attempt.hear(message)
+    assert worker.status is not None, "it has ended"
     if worker.status < 0 and not attempt.errors:
         status, where = worker.status, "measuring"
         death = death_of(

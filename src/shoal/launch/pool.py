@@ -35,6 +35,8 @@ class Worker:
     text: bytes = b""
     pending: list[int] = field(default_factory=list)
     """Signals sent before the server said which process it is."""
+    told: bool = False
+    """Whether somebody has heard of its end."""
 
 
 @dataclass
@@ -90,19 +92,21 @@ class WorkerPool:
     def start(self, target: str, payload: dict[str, Any]) -> Worker:
         """Ask for a worker that runs `module:function(payload, report_descriptor)`."""
         ours, theirs = socket.socketpair()
-        request = {"start": self._next, "target": target, "payload": payload}
+        with self._reading:  # known before another thread can read that it has started
+            worker = Worker(self._next, ours.detach())
+            self.workers[self._next] = worker
+            self._next += 1
+        request = {"start": worker.name, "target": target, "payload": payload}
         line = json.dumps(request).encode() + b"\n"
         try:
             sent = socket.send_fds(self._link, [line], [theirs.fileno()])
             self._link.sendall(line[sent:])
         except OSError:
-            ours.close()
+            os.close(worker.report)
+            del self.workers[worker.name]
             raise WorkerError(self._server_died()) from None
         finally:
             theirs.close()
-        worker = Worker(self._next, ours.detach())
-        self.workers[self._next] = worker
-        self._next += 1
         return worker
 
     def send(self, worker: Worker, message: dict[str, Any]) -> None:
@@ -144,9 +148,12 @@ class WorkerPool:
     ) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
         """What happens within `timeout_seconds`: (worker, message), or (worker, None) at its end.
 
-        A worker's end comes after everything it said. Returns after the first batch.
+        A worker's end comes after everything it said. Returns after the first batch. Of several
+        threads each hears of the workers in its `only`, whoever reads what the server says.
         """
         chosen = list(self.workers.values()) if only is None else only
+        if any(w.status is not None and not w.told for w in chosen):
+            timeout_seconds = 0.0
         reports = {w.report: w for w in chosen if w.open}
         link = self._link.fileno()
         readable, _, _ = select.select([link, *reports], [], [], timeout_seconds)
@@ -154,7 +161,15 @@ class WorkerPool:
             if descriptor in reports and reports[descriptor].open:
                 yield from self._hear(reports[descriptor])
         if link in readable:
-            yield from self._answers()
+            self._answers()
+        # all of them are known before anybody hears of one, and ends others (`kill`)
+        for worker in [w for w in chosen if w.status is not None]:
+            with self._reading:
+                told, worker.told = worker.told, True
+            while worker.open and not told:
+                yield from self._hear(worker, wait_seconds=0.1)
+            if not told:
+                yield worker, None
 
     def _hear(
         self, worker: Worker, *, wait_seconds: float = 0.0
@@ -174,7 +189,8 @@ class WorkerPool:
         for line in lines:
             yield worker, json.loads(line)
 
-    def _answers(self) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
+    def _answers(self) -> None:
+        """Read what the server says of processes that have started or ended. Raises WorkerError."""
         with self._reading:
             if not select.select([self._link], [], [], 0)[0]:
                 return  # another thread has read it
@@ -182,24 +198,18 @@ class WorkerPool:
             if not data:
                 raise WorkerError(self._server_died())
             *lines, self._text = (self._text + data).split(b"\n")
-        ended = []  # all of them are known before anybody hears of one, and ends others (`kill`)
-        for answer in map(json.loads, lines):
-            if "ready" in answer:
-                self.ready_seconds = answer["ready"]
-            elif "started" in answer:
-                worker = self.workers[answer["started"]]
-                worker.pid = answer["pid"]
-                for number in worker.pending:
-                    self.signal(worker, number)
-            elif "exited" in answer:
-                for worker in self.workers.values():
-                    if worker.pid == answer["exited"] and worker.status is None:
-                        worker.status = answer["status"]
-                        ended.append(worker)
-        for worker in ended:
-            while worker.open:
-                yield from self._hear(worker, wait_seconds=0.1)
-            yield worker, None
+            for answer in map(json.loads, lines):
+                if "ready" in answer:
+                    self.ready_seconds = answer["ready"]
+                elif "started" in answer:
+                    worker = self.workers[answer["started"]]
+                    worker.pid = answer["pid"]
+                    for number in worker.pending:
+                        self.signal(worker, number)
+                elif "exited" in answer:
+                    for worker in self.workers.values():
+                        if worker.pid == answer["exited"] and worker.status is None:
+                            worker.status = answer["status"]
 
 
 def pool_or_own(given: WorkerPool | None) -> AbstractContextManager[WorkerPool]:

@@ -157,7 +157,8 @@ class LocalSite:
         self._pool.kill(list(workers))
 
     def events(self, *, timeout_seconds: float) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
-        return self._pool.events(timeout_seconds=timeout_seconds)
+        own = [each.worker for each in self._started.values()]
+        return self._pool.events(timeout_seconds=timeout_seconds, only=own)
 
     def sightings(self) -> list[Sighting]:
         now = time.monotonic()

@@ -142,7 +142,7 @@ class Supervisor:
 
     def run(self) -> Attempt:
         """Hear the workers until all have ended well. Raises the error that ended them."""
-        while any(one.alive for one in self.workers):
+        while not all(one.worker.told for one in self.workers):
             for worker, message in self._events():
                 one = next((one for one in self.workers if one.worker is worker), None)
                 if one is None:

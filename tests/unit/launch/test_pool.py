@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -18,7 +19,7 @@ FAIL = "group_contract:fail"
 def end_of(pool: WorkerPool, worker: Worker) -> list[dict[str, object]]:
     """What `worker` says until it ends."""
     said = []
-    while worker.status is None:
+    while not worker.told:
         for _, message in pool.events(timeout_seconds=1, only=[worker]):
             if message is not None:
                 said.append(message)
@@ -109,3 +110,20 @@ def test_two_that_end_at_once_are_both_known_to_have(pool: WorkerPool) -> None:
                 pool.kill([other for other in workers if other is not worker])
     assert time.monotonic() - began < 5, "the second was waited for until the deadline"
     assert [worker.status for worker in workers] == [0, 0]
+
+
+def test_threads_hear_of_their_own_workers_whoever_reads(pool: WorkerPool) -> None:
+    """Two threads start and hear workers of one pool: none of an end or a word gets lost."""
+    heard: list[list[list[dict[str, object]]]] = [[], []]
+
+    def use(said: list[list[dict[str, object]]]) -> None:
+        for _ in range(12):
+            said.append(end_of(pool, pool.start(FAIL, {"how": "0"})))
+
+    threads = [threading.Thread(target=use, args=(said,), daemon=True) for said in heard]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(timeout=60)
+    assert not any(each.is_alive() for each in threads)
+    assert heard == [[[{"kind": "about-to", "how": "0"}]] * 12] * 2

@@ -8,12 +8,14 @@ cluster with shared storage; `/srv` is a host's own disk and outlives a power-of
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,17 +31,20 @@ _BEGIN = (
 TOOLS = ("ip", "nft", "tc", "unshare", "nsenter")
 
 
+@functools.cache
 def why_not() -> str | None:
-    """Why there can be no lab here; None: there can."""
+    """Why there can be no lab here; None: there can, as one that is made shows."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "hosts are namespaces, which only root can make"
     missing = [name for name in TOOLS if shutil.which(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: iproute2 nftables util-linux)"
-    name = f"probe{secrets.token_hex(3)}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    return f"no network namespaces here: {made.stderr.strip()}" if made.returncode else None
+    try:
+        with tempfile.TemporaryDirectory() as folder, Lab(1, Path(folder)) as lab:
+            lab.hosts[0].run("true", timeout=10)
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        return f"no hosts can be made here: {error}"
+    return None
 
 
 def call(*words: object, **more: Any) -> str:

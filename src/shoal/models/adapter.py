@@ -335,8 +335,8 @@ class Folded:
                 "    put back the folder of model.path"
             )
         if self.settings.base == "int8" and self._is_beside(name):
-            is_turned = is_transposed(self.model.get_submodule(name.rpartition(".")[0]))
-            found = rounded(found.t()).t() if is_turned else rounded(found)
+            layer = self.model.get_submodule(name.rpartition(".")[0])
+            found = rounded(found, turned=is_transposed(layer))
         return found
 
     def tensor(self, name: str, *, box: Box | None = None) -> Tensor:

@@ -192,8 +192,8 @@ class _Over:
             weight = self._base.tensor(f"{path}.weight")
             assert weight is not None, "adapters stand beside weights"
             if self._kept_in == "int8":
-                turned = is_transposed(self._model.get_submodule(path))
-                weight = rounded(weight.t()).t() if turned else rounded(weight)
+                layer = self._model.get_submodule(path)
+                weight = rounded(weight, turned=is_transposed(layer))
             value = value - _lengths(weight, path, self._model)
         return value if box is None else value[box.slices]
 

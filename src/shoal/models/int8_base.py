@@ -16,6 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.models.grid import Grid
+from shoal.models.grid import nearest as on_grid
+
+_GRID = Grid(8)
+"""Of whole rows."""
 _ALIGN = 16
 """Floats: every part begins at a 64-byte border."""
 
@@ -50,14 +55,14 @@ class Int8Weight:
 
 def nearest(weight: Tensor) -> Int8Weight:
     """Each row of `weight` [n, in] on its own grid of 255 points; a row of zeros stays zeros."""
-    largest = weight.abs().amax(1, keepdim=True)
-    scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    codes = (weight / scales).round_().clamp_(-127, 127).to(torch.int8)
-    return Int8Weight(codes, scales[:, 0].contiguous())
+    found = on_grid(weight, _GRID)
+    return Int8Weight(found.codes, found.scales[:, 0].contiguous())
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """What remains of rows [n, in] in 8 bits, as float32."""
+def rounded(weight: Tensor, *, turned: bool = False) -> Tensor:
+    """What remains of rows [n, in] in 8 bits, as float32; `turned`: given as [in, n]."""
+    if turned:
+        return nearest(weight.t()).restored().t()
     return nearest(weight).restored()
 
 

@@ -74,18 +74,18 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if adapter is not None and adapter.path and not isinstance(recipe.model, PretrainedModel):
         what = "an adapter belongs to the weights that it was trained beside"
         yield Problem("model.adapter.path", what, "set model.path to their folder")
-    if adapter is not None and adapter.base == "int8":
-        yield from _int8_base(recipe)
+    if adapter is not None and adapter.base != "float32":
+        yield from _rounded_base(recipe, adapter.base)
 
 
-def _int8_base(recipe: Recipe) -> Iterator[Problem]:
+def _rounded_base(recipe: Recipe, base: str) -> Iterator[Problem]:
     if not isinstance(recipe.model, PretrainedModel):
-        what = "int8 is read from a folder at every start, and these weights are drawn"
+        what = f"{base} is read from a folder at every start, and these weights are drawn"
         yield Problem("model.adapter.base", what, "set it to float32, or model.path")
     for axis in (*AXES[1:], "expert"):
         degree = getattr(recipe.parallel, axis)
         if degree is not None and degree > 1:
-            what = f"int8 keeps whole matrices in each replica, got parallel.{axis}={degree}"
+            what = f"{base} keeps whole matrices in each replica, got parallel.{axis}={degree}"
             yield Problem("model.adapter.base", what, f"set it to float32, or parallel.{axis}=1")
 
 

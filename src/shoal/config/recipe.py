@@ -33,9 +33,10 @@ class Adapter(Section):
     """Layers by the end of their name or by pattern, such as q_proj; all-linear: all in blocks."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Of what goes into A."""
-    base: Literal["float32", "int8"] = "float32"
-    """What the frozen matrices beside them are kept in: int8 is a quarter of the memory, a scale a
-    row, made float for each product. The model that is written has them as rounded."""
+    base: Literal["float32", "int8", "nf4"] = "float32"
+    """What the frozen matrices beside them are kept in, made float for each product: int8 (a scale
+    a row), a quarter of the memory; nf4 (QLoRA's 16 levels, a scale for 64 inputs), a seventh. The
+    model that is written has them as rounded."""
     path: str | None = None
     """A folder in peft's format to begin with: its rank, alpha, targets and kind are taken."""
 

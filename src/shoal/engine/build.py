@@ -27,14 +27,14 @@ from shoal.engine.step import Step, StepSettings
 from shoal.engine.training import Training
 from shoal.engine.update import Update
 from shoal.legal import schedule_takes
-from shoal.models.adapter import AdapterSettings, fill_int8
+from shoal.models.adapter import AdapterSettings, fill_rounded
 from shoal.models.adapter_files import AdapterFolder
 from shoal.models.grid import Grid
 from shoal.models.huggingface import build_meta
 from shoal.models.init import Source
-from shoal.models.int8_base import floats_of, in_buffer
 from shoal.models.on_grid import GridSettings
 from shoal.models.pretrained import PretrainedWeights
+from shoal.models.rounded_base import floats_of, in_buffer
 from shoal.observe.events import Report
 from shoal.parallel.model import ModelSettings, model_config
 from shoal.parallel.player import Player
@@ -339,19 +339,24 @@ def _state(
         source=source,
         draws=draws,
     )
-    if replica.in_int8:
-        _fill_int8(replica, group=group, state=state, source=source if draws else None)
+    if replica.rounded:
+        _fill_rounded(replica, group=group, state=state, source=source if draws else None)
     if group.shares_memory:
         group.barrier()
     return state
 
 
-def _fill_int8(replica: Replica, *, group: Group, state: FlatState, source: Source | None) -> None:
-    """Frozen matrices in 8 bits: state that is hashed, repaired and handed on, but never saved."""
+def _fill_rounded(
+    replica: Replica, *, group: Group, state: FlatState, source: Source | None
+) -> None:
+    """Frozen matrices in few bits: state that is hashed, repaired and handed on, never saved."""
     device = replica.sharded.storage_device
-    flat = group.buffer(floats_of(replica.in_int8), dtype=torch.float32, device=device)
-    state.add([Vector("int8-base", flat, frozenset(), steady=True)])
-    fill_int8(replica.model, in_buffer(replica.in_int8, flat), source=source)
+    settings = replica.settings.adapter
+    assert settings is not None, "rounded matrices stand beside adapters"
+    form = settings.base
+    flat = group.buffer(floats_of(replica.rounded, form), dtype=torch.float32, device=device)
+    state.add([Vector("rounded-base", flat, frozenset(), steady=True)])
+    fill_rounded(replica.model, in_buffer(replica.rounded, flat, form), source=source)
 
 
 def _pretrained(job: Job, *, replica: Replica) -> PretrainedWeights | None:
@@ -360,7 +365,7 @@ def _pretrained(job: Job, *, replica: Replica) -> PretrainedWeights | None:
     if folder is None or (job.joining and job.recipe.model.adapter is None):
         return None
     settings, model = replica.settings, replica.model
-    if replica.in_int8:  # of which it has no parameters
+    if replica.rounded:  # of which it has no parameters
         model = build_meta(settings.config, auto_class=settings.auto_class)
     weights = PretrainedWeights(folder, model=model)
     if job.score is not None:

@@ -26,8 +26,8 @@ from shoal.models.anatomy import canonical_parameters
 from shoal.models.draw import InitRecord, Operation
 from shoal.models.dropout import KeyedDropout
 from shoal.models.init import Source
-from shoal.models.int8_base import Int8Weight, rounded
 from shoal.models.placement import is_transposed
+from shoal.models.rounded_base import RoundedWeight, rounded
 from shoal.models.stored import Weights
 
 ALL_LINEAR = "all-linear"
@@ -47,7 +47,7 @@ class AdapterSettings:
     targets: tuple[str, ...]
     dropout: float = 0.0
     base: str = "float32"
-    """What the frozen matrices are kept in: float32, or int8."""
+    """What the frozen matrices are kept in: float32, int8 or nf4."""
 
     @property
     def has_magnitude(self) -> bool:
@@ -61,7 +61,7 @@ class Adaptation:
     def __init__(self, settings: AdapterSettings, dropout: nn.Module | None) -> None:
         self.scale, self.dropout = settings.scale, dropout
         self.has_magnitude, self.is_on = settings.has_magnitude, True
-        self.int8: Int8Weight | None = None
+        self.rounded: RoundedWeight | None = None
         """The layer's matrix, where it is kept so."""
         self.total: Callable[[Tensor], Tensor] = lambda squares: squares
         """Sums squares of parts of rows, where a strategy has cut them (parallel/tensor.py)."""
@@ -104,20 +104,20 @@ def matrix_of(layer: nn.Module) -> Tensor:
     """Its weight as [out, in]; a Conv1D (GPT-2) keeps it the other way round."""
     weight: Any = layer.weight
     if weight is None:
-        return _int8_of(layer).restored()
+        return _rounded_of(layer).restored()
     return weight.t() if is_transposed(layer) else weight  # type: ignore[no-any-return]
 
 
-def _int8_of(layer: nn.Module) -> Int8Weight:
+def _rounded_of(layer: nn.Module) -> RoundedWeight:
     adaptation = adaptation_of(layer)
-    assert adaptation is not None and adaptation.int8 is not None, "its matrix is not filled yet"
-    return adaptation.int8
+    assert adaptation is not None and adaptation.rounded is not None, "its matrix is not filled yet"
+    return adaptation.rounded
 
 
 def _plain(layer: nn.Module, hidden: Tensor) -> Tensor:
     """x W^T."""
     if layer.weight is None:
-        return _int8_of(layer).product(hidden)
+        return _rounded_of(layer).product(hidden)
     return functional.linear(hidden, matrix_of(layer))
 
 
@@ -231,7 +231,7 @@ def attach(
         adaptation = Adaptation(settings, getattr(layer, "lora_dropout", None))
         object.__setattr__(layer, _MARK, adaptation)
         layer.forward = _forward(layer)
-        if settings.base == "int8":
+        if settings.base != "float32":
             layer.register_parameter("weight", None)
     return names, replace(record, shapes=shapes, programs=programs)
 
@@ -252,8 +252,8 @@ def _forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def int8_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """[out, in] of the matrices that are no parameters but kept in 8 bits, by canonical name."""
+def rounded_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """[out, in] of the matrices that are no parameters but kept rounded, by canonical name."""
     found = {}
     for path, layer in model.named_modules():
         if adaptation_of(layer) is not None and layer.weight is None:
@@ -262,8 +262,8 @@ def int8_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def fill_int8(
-    model: nn.Module, weights: Mapping[str, Int8Weight], *, source: Source | None
+def fill_rounded(
+    model: nn.Module, weights: Mapping[str, RoundedWeight], *, source: Source | None
 ) -> None:
     """Give layers their matrices in `weights`, read from `source`; None: they are there already.
 
@@ -272,14 +272,14 @@ def fill_int8(
     for name, weight in weights.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
         adaptation = adaptation_of(layer)
-        assert adaptation is not None, f"{name}: 8 bits stand beside adapters"
-        adaptation.int8 = weight
+        assert adaptation is not None, f"{name}: rounded matrices stand beside adapters"
+        adaptation.rounded = weight
         if source is None:
             continue
         value = source.tensor(name)
         if value is None:
             raise ModelError(
-                f"{name}: the folder of model.path lacks it, and model.adapter.base=int8 keeps "
+                f"{name}: the folder of model.path lacks it, and such a model.adapter.base keeps "
                 "what lies there\n    set model.adapter.base to float32"
             )
         weight.copy_(value.t() if is_transposed(layer) else value)
@@ -303,7 +303,7 @@ class Folded:
     """The weights of the model that adapters come to; implements `Weights`.
 
     `trained`: what a run has of them, the adapters and perhaps all else; `base` has what is not
-    there. `model`: without adapters, on the meta device. A base that was kept in 8 bits is what
+    there. `model`: without adapters, on the meta device. A base that was kept rounded is what
     remained of it there.
     """
 
@@ -334,9 +334,9 @@ class Folded:
                 f"{name}: neither the run nor the model that it began with has it\n"
                 "    put back the folder of model.path"
             )
-        if self.settings.base == "int8" and self._is_beside(name):
+        if self.settings.base != "float32" and self._is_beside(name):
             layer = self.model.get_submodule(name.rpartition(".")[0])
-            found = rounded(found, turned=is_transposed(layer))
+            found = rounded(found, self.settings.base, turned=is_transposed(layer))
         return found
 
     def tensor(self, name: str, *, box: Box | None = None) -> Tensor:

@@ -25,8 +25,8 @@ from shoal.errors import ModelError
 from shoal.models.adapter import AdapterSettings, Folded, is_adapter
 from shoal.models.export import beside
 from shoal.models.init import Source
-from shoal.models.int8_base import rounded
 from shoal.models.placement import is_transposed
+from shoal.models.rounded_base import rounded
 from shoal.untrusted import TensorInfo, open_plain, read_header
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -191,9 +191,9 @@ class _Over:
             path = name.rpartition(".")[0]
             weight = self._base.tensor(f"{path}.weight")
             assert weight is not None, "adapters stand beside weights"
-            if self._kept_in == "int8":
+            if self._kept_in != "float32":
                 layer = self._model.get_submodule(path)
-                weight = rounded(weight, turned=is_transposed(layer))
+                weight = rounded(weight, self._kept_in, turned=is_transposed(layer))
             value = value - _lengths(weight, path, self._model)
         return value if box is None else value[box.slices]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shoal.comm.group import watched
 from shoal.errors import ConfigError, ModelError, Problem, nearest
 from shoal.models import init
-from shoal.models.adapter import attach, int8_shapes, new_head
+from shoal.models.adapter import attach, new_head, rounded_shapes
 from shoal.models.anatomy import (
     Anatomy,
     anatomy_of,
@@ -59,8 +59,8 @@ class Replica:
     """Matrices of the blocks: what Muon is for."""
     notes: list[str]
     """What a person should know about its dropout."""
-    in_int8: dict[str, tuple[int, int]]
-    """Of frozen matrices [out, in] that are no parameters but kept in 8 bits."""
+    rounded: dict[str, tuple[int, int]]
+    """Of frozen matrices [out, in] that are no parameters but kept in few bits."""
 
     @property
     def sharded(self) -> ShardedModel:
@@ -90,7 +90,7 @@ class Replica:
     @property
     def num_parameters(self) -> int:
         """Elements of the whole model, tied ones once."""
-        return sum(math.prod(shape) for shape in [*self.shapes.values(), *self.in_int8.values()])
+        return sum(math.prod(shape) for shape in [*self.shapes.values(), *self.rounded.values()])
 
     def run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """`function(model, *arguments)`, with what it needs of the model gathered. PeersLost."""
@@ -159,7 +159,7 @@ def build_replica(settings: ModelSettings) -> Replica:
         frozen=frozenset(frozen),
         matrices=matrices,
         notes=notes,
-        in_int8=int8_shapes(model),
+        rounded=rounded_shapes(model),
     )
 
 

@@ -14,6 +14,9 @@ from shoal.legal import facts_from_config
 from shoal.plan.search import Space
 from shoal.plan.workload import DEGREES, Workload
 
+_BASE_BYTES = {"float32": None, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""An element of frozen matrices beside adapters, by model.adapter.base; None: a float's."""
+
 
 def read_config(path: Path) -> Mapping[str, Any]:
     """A config.json; raises UserError for what is none."""
@@ -59,9 +62,9 @@ def workload_of(recipe: Recipe, *, config: Mapping[str, Any], precision: str) ->
         global_batch_samples=recipe.train.global_batch_samples,
         precision=precision,
         trainable="all" if adapter is None else "adapters",
-        int8_base=adapter is not None
-        and adapter.base == "int8"
-        and adapter.targets == ("all-linear",),
+        base_bytes=_BASE_BYTES[adapter.base]
+        if adapter is not None and adapter.targets == ("all-linear",)
+        else None,
     )
 
 
@@ -76,7 +79,7 @@ def choices_of(recipe: Recipe, *, layout: Layout, only_replicate: bool = False) 
         is_open = only_replicate is False or axis == "replicate"
         if getattr(recipe.parallel, axis) is not None or not is_open:
             fixed[axis] = layout.degree(axis)
-        elif axis != "replicate" and adapter is not None and adapter.base == "int8":
+        elif axis != "replicate" and adapter is not None and adapter.base != "float32":
             fixed[axis] = 1  # whole matrices in each replica
     if recipe.parallel.pipeline is not None and layout.pipeline > 1:
         given = recipe.parallel.pipelining

@@ -31,8 +31,8 @@ class Workload:
     """One optimizer step: `global_batch_samples` rows of `sequence_tokens` tokens.
 
     `precision` is the number format of the matrix products: fp32, bf16, fp16, fp8 or fp4.
-    `trainable` is `"all"`, or `"adapters"` when only low-rank additions get gradients; `int8_base`:
-    the blocks' matrices beside them take a byte an element.
+    `trainable` is `"all"`, or `"adapters"` when only low-rank additions get gradients;
+    `base_bytes`: bytes of an element of the blocks' matrices beside them, if fewer than a float's.
     """
 
     facts: ModelFacts
@@ -40,7 +40,7 @@ class Workload:
     global_batch_samples: int
     precision: str = "bf16"
     trainable: str = "all"
-    int8_base: bool = False
+    base_bytes: float | None = None
 
     @property
     def tokens(self) -> int:

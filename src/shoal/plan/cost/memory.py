@@ -283,9 +283,9 @@ def _states(
     if shard > 1 and level == "optimizer":
         transient += software.regather_bytes * (over(1) + over(shard))
     if workload.trainable != "all":
-        if workload.int8_base:  # replicas are whole then
+        if workload.base_bytes is not None:  # replicas are whole then
             blocks = workload.facts.layers * workload.facts.block_parameters
-            weights -= (software.weight_bytes - 1.0) * blocks
+            weights -= (software.weight_bytes - workload.base_bytes) * blocks
         return weights, 0.0, 0.0, 0.0
     gradients = software.gradient_bytes * over(split_gradients)
     optimizer = (master + software.moment_bytes) * over(shard)

@@ -1,7 +1,8 @@
-"""Adapters beside matrices in 8 bits, held against a float32 run over matrices rounded by numpy."""
+"""Adapters beside rounded matrices, held against a float32 run over matrices numpy rounded."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import ModelError, UserError
-from shoal.models.int8_base import floats_of, nearest
+from shoal.models.rounded_base import floats_of, in_buffer, nearest
 from shoal.prove.rehearse import Fault, rehearse
 from tiny import Bench, largest_difference
 
@@ -35,21 +36,37 @@ def adapted(base: Path, adapter: str) -> tuple[str, ...]:
     return (*SHORT, RATE, f"model={{path: {base}, adapter: {{{adapter}}}}}")
 
 
-def by_numpy(weight: Tensor) -> Tensor:
-    """Each row in 8 bits and back, in float64."""
+# appendix E of QLoRA (arXiv 2305.14314), to seven digits
+BELOW = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+ABOVE = [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+LEVELS = np.array([*BELOW, *ABOVE])
+
+
+def by_numpy(weight: Tensor, form: str) -> Tensor:
+    """Each row rounded and back, in float64."""
     rows = weight.double().numpy()
-    scales = np.abs(rows).max(1, keepdims=True) / 127
-    return torch.from_numpy(np.rint(rows / scales) * scales).float()
+    if form == "int8":
+        scales = np.abs(rows).max(1, keepdims=True) / 127
+        return torch.from_numpy(np.rint(rows / scales) * scales).float()
+    found = np.empty_like(rows)
+    for start in range(0, rows.shape[1], 64):
+        part = rows[:, start : start + 64]
+        scales = np.abs(part).max(1, keepdims=True)
+        far = np.abs(part[:, :, None] / scales[:, :, None] - LEVELS)
+        found[:, start : start + 64] = LEVELS[far.argmin(2)] * scales
+    return torch.from_numpy(found).float()
 
 
-def rounded_folder(base: Path, out: Path) -> Path:
+def rounded_folder(base: Path, out: Path, form: str) -> Path:
     """The same folder with the blocks' matrices rounded."""
     shutil.copytree(base, out)
     tensors = load_file(base / "model.safetensors")
     for name, value in tensors.items():
         if value.dim() == 2 and (".layers." in name or ".h." in name):
             turned = "c_attn" in name or "c_proj" in name or "c_fc" in name
-            tensors[name] = (by_numpy(value.t()).t() if turned else by_numpy(value)).contiguous()
+            tensors[name] = (
+                by_numpy(value.t(), form).t() if turned else by_numpy(value, form)
+            ).contiguous()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
@@ -62,14 +79,15 @@ def logits(folder: Path) -> Tensor:
 
 
 @pytest.mark.quick(2)
+@pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_it_trains_what_a_rounded_model_trains(
-    bench: Bench, base: Path, tmp_path: Path, kind: str
+    bench: Bench, base: Path, tmp_path: Path, kind: str, form: str
 ) -> None:
     """The same losses, evaluations and written model as in float32 over matrices numpy rounded."""
     adapter = f"kind: {kind}, rank: 4, dropout: 0.1"
-    run = bench.run(*adapted(base, f"{adapter}, base: int8"))
-    plain = bench.run(*adapted(rounded_folder(base, tmp_path / "rounded"), adapter))
+    run = bench.run(*adapted(base, f"{adapter}, base: {form}"))
+    plain = bench.run(*adapted(rounded_folder(base, tmp_path / "rounded", form), adapter))
     assert largest_difference(run.losses, plain.losses) < 1e-6
     assert run.losses != bench.run(*adapted(base, adapter)).losses
     for ours, theirs in zip(run.evaluations, plain.evaluations, strict=True):
@@ -92,20 +110,21 @@ def test_it_trains_what_a_rounded_model_trains(
 )
 def test_in_any_form_the_same_curve(bench: Bench, words: tuple[str, ...]) -> None:
     folder = bench.run("train.steps=4").path / "model"
-    int8 = adapted(folder, "rank: 4, base: int8")
+    kept = adapted(folder, "rank: 4, base: nf4")
     near = 2e-2 if "precision.compute=bfloat16" in words else 1e-5
-    assert largest_difference(bench.run(*int8, *words).losses, bench.run(*int8).losses) < near
+    assert largest_difference(bench.run(*kept, *words).losses, bench.run(*kept).losses) < near
 
 
-def test_what_is_saved_goes_on(bench: Bench, base: Path) -> None:
-    words = adapted(base, "rank: 4, base: int8")
+@pytest.mark.parametrize("form", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+def test_what_is_saved_goes_on(bench: Bench, base: Path, form: str) -> None:
+    words = adapted(base, f"rank: 4, base: {form}")
     straight, halted = bench.run(*words), bench.train(*words, "train.stop_after_steps=4")
     names = {
         piece
         for folder in halted.path.glob("checkpoints/step-*/*.safetensors")
         for piece in load_file(folder)
     }
-    assert names and not any("int8" in name or "proj.weight" in name for name in names)
+    assert names and not any("rounded" in name or "proj.weight" in name for name in names)
     done = bench.resume(halted)
     assert done.losses == straight.losses and done.weights == straight.weights
 
@@ -130,12 +149,13 @@ def test_a_flipped_bit_of_it_is_repaired(bench: Bench) -> None:
     assert found.same_digits and found.same_weights, str(found)
 
 
-def test_a_layer_keeps_bytes_between_its_passes() -> None:
+@pytest.mark.parametrize(("form", "kept_bytes"), [("int8", 96 * (64 + 4)), ("nf4", 96 * (32 + 4))])
+def test_a_layer_keeps_bytes_between_its_passes(form: str, kept_bytes: int) -> None:
     """The product is torch's of the restored matrix, to the bit; nothing float of W is kept."""
     torch.manual_seed(0)
     weight = torch.randn(96, 64)
-    ours = nearest(weight)
-    assert torch.allclose(ours.restored(), by_numpy(weight), rtol=1e-6, atol=0)
+    ours = nearest(weight, form)
+    assert torch.allclose(ours.restored(), by_numpy(weight, form), rtol=1e-6, atol=1e-7)
     mine, plain = (torch.randn(5, 64, generator=torch.Generator().manual_seed(1)) for _ in "ab")
     kept: list[Tensor] = []
 
@@ -150,8 +170,42 @@ def test_a_layer_keeps_bytes_between_its_passes() -> None:
     for each in (found, theirs):
         each.square().sum().backward()
     assert torch.equal(mine.grad, plain.grad)  # type: ignore[arg-type]
-    assert sum(each.nbytes for each in kept) == 96 * 64 + 4 * 96
-    assert 4 * floats_of({"w": (96, 64)}) == 96 * 64 + 4 * 96
+    assert sum(each.nbytes for each in kept) == kept_bytes
+    assert 4 * floats_of({"w": (96, 64)}, form) == kept_bytes
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_rows_of_any_length_and_of_zeros(form: str) -> None:
+    """In one buffer beside others, each row by itself, the last block of a row short."""
+    torch.manual_seed(0)
+    shapes = {"a": (3, 100), "b": (5, 7), "c": (2, 64)}
+    flat = torch.full((floats_of(shapes, form),), math.nan)
+    kept = in_buffer(shapes, flat, form)
+    given = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+    given["a"][1] = 0.0
+    for name, weight in kept.items():
+        weight.copy_(given[name])
+    for name, weight in kept.items():
+        found = weight.restored()
+        alone = [nearest(row[None], form).restored()[0] for row in given[name]]
+        assert torch.equal(found, torch.stack(alone))
+        some = given[name].abs().amax(1) > 0
+        near = by_numpy(given[name][some], form)
+        assert torch.allclose(found[some], near, rtol=1e-6, atol=1e-8)
+    assert torch.equal(kept["a"].restored()[1], torch.zeros(100))
+
+
+def test_the_bytes_are_those_of_bitsandbytes() -> None:
+    """Codes, scales and what they come to."""
+    theirs = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    for shape in ((96, 64), (64, 576), (33, 192)):
+        weight = torch.randn(shape) * 0.05
+        codes, about = theirs.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        ours = nearest(weight, "nf4")
+        assert torch.equal(ours.codes.view(-1), codes.view(-1))
+        assert torch.equal(ours.scales.view(-1), about.absmax.view(-1))
+        assert torch.equal(ours.restored(), theirs.dequantize_4bit(codes, about))
 
 
 def test_where_it_cannot_be(bench: Bench) -> None:

@@ -34,6 +34,8 @@ FIRST_SECONDS = 300.0
 """Patience with a phase that was never timed, such as the first forward."""
 LONG_SECONDS = 600.0
 STOPPED_SECONDS = 0.4
+LOOKS = 3
+"""A worker that is late sleeps only if it was seen so as often, one look after another."""
 DEADLOCK_SECONDS = 20.0
 """Patience when every worker is inside a collective: a slow network, or a mismatch."""
 
@@ -50,6 +52,7 @@ class Sighting:
     state: str
     """What the system says: runs, sleeps, is stopped, waits for a device, unknown."""
     cpu_seconds: float | None = None
+    """Of all its threads together; of ranks that share a process, its share."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,17 @@ class Doctor:
     """Judges sightings. A worker is late when it is silent for too long, and when that is not
     for want of a processor: one that runs must have computed for as long as its limit, too."""
 
-    def __init__(self, *, silence_seconds: float, meets_inside: bool = False) -> None:
-        """`meets_inside`: workers of one replica also meet inside forward and backward, unseen."""
-        self._floor, self._meets_inside = silence_seconds, meets_inside
+    def __init__(
+        self, *, silence_seconds: float, meets_inside: bool = False, threads: int = 1
+    ) -> None:
+        """`meets_inside`: workers of one replica also meet inside forward and backward, unseen.
+        `threads`: those that compute for one worker.
+        """
+        self._floor, self._meets_inside, self._threads = silence_seconds, meets_inside, threads
         self._cpu: dict[int, tuple[float, float]] = {}
         """Rank -> (time of its last beat, CPU seconds it had used when that was first seen)."""
+        self._asleep: Counter[int] = Counter()
+        """Looks, one after another, at which a rank was seen asleep: one may be by chance."""
 
     def look(self, seen: list[Sighting]) -> list[Stuck]:
         """The workers that are stuck, if any."""
@@ -95,20 +104,23 @@ class Doctor:
         return max(self._floor, FACTOR * beat.expected_seconds)
 
     def _computed(self, one: Sighting) -> float | None:
-        """CPU seconds used since its last beat, all its threads together; None: not known."""
+        """CPU seconds of one of its threads since its last beat, if all do the same; or None."""
         if one.cpu_seconds is None:
             return None
         beat_at = one.beat.beat_at if one.beat is not None else 0.0
         known = self._cpu.get(one.rank)
         if known is None or known[0] != beat_at:
             known = self._cpu[one.rank] = (beat_at, one.cpu_seconds)
-        return one.cpu_seconds - known[1]
+        return (one.cpu_seconds - known[1]) / self._threads
 
     def _late(self, one: Sighting, computed: float | None) -> Stuck | None:
         limit = self.limit(one.beat)
         if limit is None or one.silent_seconds <= limit:
             return None
         asleep = one.state not in ("runs", "waits for a device")
+        self._asleep[one.rank] = self._asleep[one.rank] + 1 if asleep else 0
+        if asleep and one.cpu_seconds is not None and self._asleep[one.rank] < LOOKS:
+            return None
         inside = one.beat is not None and one.beat.phase in INSIDE
         if asleep and inside and self._meets_inside and one.silent_seconds <= DEADLOCK_SECONDS:
             return None  # most likely it waits for another, who is the one that is late

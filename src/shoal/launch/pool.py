@@ -135,6 +135,8 @@ class WorkerPool:
         while any(w.status is None for w in workers) and time.monotonic() < deadline:
             for _ in self.events(timeout_seconds=0.5, only=workers):
                 pass
+            if any(w.pid is None and w.status is None for w in workers):
+                deadline = time.monotonic() + 10  # the fork server still imports, or it would raise
 
     def _server_died(self) -> str:
         try:

@@ -82,6 +82,8 @@ class Site(Protocol):
         """End what still runs and clear up."""
 
 
+_LOOK_CLOSER_SECONDS = 0.5
+"""Silence after which each thread of a worker is looked at."""
 _PREFIX, _OWNER = "shoal-", "owner"
 
 
@@ -178,8 +180,10 @@ class LocalSite:
     def _sighting(self, each: _Started, rank: int, *, now: float) -> Sighting:
         beat = self._watch.read(rank)
         last = each.started_at if beat is None else beat.beat_at
-        state, cpu = process_state(each.worker.pid)
-        return Sighting(rank, each.worker.pid, beat, now - max(self._since, last), state, cpu)
+        silent = now - max(self._since, last)
+        state, cpu = process_state(each.worker.pid, every_thread=silent > _LOOK_CLOSER_SECONDS)
+        own = None if cpu is None else cpu / len(each.ranks)
+        return Sighting(rank, each.worker.pid, beat, silent, state, own)
 
     def last_beat(self, rank: int) -> Beat | None:
         return self._watch.read(rank)
@@ -219,17 +223,32 @@ _STATES = {
 }
 
 
-def process_state(pid: int | None) -> tuple[str, float | None]:
-    """(state in words, CPU seconds used so far) of a process, where the system tells (Linux)."""
+def process_state(pid: int | None, *, every_thread: bool = False) -> tuple[str, float | None]:
+    """(state in words, CPU seconds used so far) of a process, where the system tells (Linux).
+
+    The state is its main thread's; with `every_thread` it sleeps only if all of them do: ranks may
+    be threads, and a rank may wait for threads that compute for it.
+    """
     if pid is None:
         return "unknown", None
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    fields = _stat(Path(f"/proc/{pid}/stat"))
+    if not fields:
         return "unknown", None
-    fields = text.rpartition(")")[2].split()  # the name may hold anything, brackets too
+    letter = fields[0]
+    if letter == "S" and every_thread:
+        tasks = (_stat(path) for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+        letter = next((each[0] for each in tasks if each and each[0] in "RD"), letter)
     ticks = os.sysconf("SC_CLK_TCK")
-    return _STATES.get(fields[0], "unknown"), (int(fields[11]) + int(fields[12])) / ticks
+    return _STATES.get(letter, "unknown"), (int(fields[11]) + int(fields[12])) / ticks
+
+
+def _stat(path: Path) -> list[str]:
+    """What the system says of a process or thread from its state on; empty when it is gone."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()  # the name may hold anything, brackets too
 
 
 def stack_of(pid: int | None, file: Path, *, stopped: bool) -> str:

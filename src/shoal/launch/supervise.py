@@ -120,7 +120,11 @@ class Supervisor:
         inside = self._layout.replica_workers > 1
         compiles = job.recipe.parallel.compile  # whenever it meets another shape
         silence = max(launch.silence_seconds, FIRST_SECONDS if compiles else 0.0)
-        self._doctor = Doctor(silence_seconds=silence, meets_inside=inside)
+        self._doctor = Doctor(
+            silence_seconds=silence,
+            meets_inside=inside,
+            threads=job.decision.threads_per_worker,
+        )
         self._pace = Pace()
         self._run = job.run
         self._generation = 0

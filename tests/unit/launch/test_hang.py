@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shoal.launch.deaths import death_of
-from shoal.launch.hang import Doctor, Sighting, report
+from shoal.launch.hang import LOOKS, Doctor, Sighting, report
 from shoal.launch.pace import Pace
 from shoal.observe.pulse import Beat
 
@@ -17,10 +17,12 @@ def seen(rank: int, beat: Beat | None, silent: float, state: str, cpu: float | N
     return Sighting(rank, 1000 + rank, beat, silent, state, cpu)
 
 
-def judged(*pairs: tuple[Sighting, Sighting]) -> list[tuple[int, str]]:
-    """What the doctor says at the second look."""
-    doctor = Doctor(silence_seconds=1.0)
+def judged(*pairs: tuple[Sighting, Sighting], threads: int = 1) -> list[tuple[int, str]]:
+    """What the doctor says once it has seen the second as often as it wants to."""
+    doctor = Doctor(silence_seconds=1.0, threads=threads)
     doctor.look([first for first, _ in pairs])
+    for _ in range(LOOKS - 1):
+        doctor.look([second for _, second in pairs])
     return [(stuck.rank, stuck.reason) for stuck in doctor.look([second for _, second in pairs])]
 
 
@@ -49,6 +51,26 @@ def test_one_that_computes_without_a_step() -> None:
 def test_one_that_sleeps() -> None:
     found = judged(moving(0, COMPUTING, silent=1.5, cpu=0.0, state="sleeps"))
     assert found == [(0, "gives no sign (sleeps)")]
+
+
+def test_one_that_was_seen_asleep_by_chance() -> None:
+    """A thread that computes waits for a lock now and then: one such look ends no worker."""
+    doctor = Doctor(silence_seconds=1.0)
+    doctor.look([seen(0, COMPUTING, 0.0, "runs", 5.0)])
+    for _ in range(3 * LOOKS):
+        for _ in range(LOOKS - 1):
+            assert doctor.look([seen(0, COMPUTING, 9.0, "sleeps", 5.4)]) == []
+        assert doctor.look([seen(0, COMPUTING, 9.0, "runs", 5.4)]) == []
+    for _ in range(LOOKS - 1):
+        assert doctor.look([seen(0, COMPUTING, 9.0, "sleeps", 5.4)]) == []
+    assert doctor.look([seen(0, COMPUTING, 9.0, "sleeps", 5.4)]) != []
+
+
+def test_what_threads_compute_together_is_no_live_lock() -> None:
+    """On half of its two cores a worker of two threads uses as much as one that spins on one."""
+    slow = moving(0, COMPUTING, silent=1.5, cpu=1.5)
+    assert judged(slow) == [(0, "runs without a step (a live-lock)")]
+    assert judged(slow, threads=2) == []
 
 
 def test_a_starved_worker_is_not_stuck() -> None:

@@ -104,3 +104,38 @@ def test_state_and_stack_of_a_real_process(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert process_state(None) == ("unknown", None)
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_a_process_whose_main_thread_waits_for_others(computes: bool) -> None:
+    """Ranks may be threads: it runs as long as one of them does."""
+    code = (
+        "import threading, time\n"
+        f"def other():\n    while {computes}: pass\n    time.sleep(60)\n"
+        "thread = threading.Thread(target=other)\n"
+        "thread.start()\nprint('ready', flush=True)\nthread.join()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            wait_for(lambda: process_state(process.pid)[0] == "sleeps")
+            for _ in range(20):
+                found, _ = process_state(process.pid, every_thread=True)
+                assert found == ("runs" if computes else "sleeps")
+                time.sleep(0.01)
+        finally:
+            process.kill()
+
+
+def test_ranks_of_one_process_share_what_it_computed(pool: WorkerPool) -> None:
+    with LocalSite(pool, num_ranks=2) as site:
+        payload = {"rank": 0, "size": 1}
+        worker = site.start("lame_worker:run", payload, slot=Slot(0), ranks=[0, 1])
+        deadline = time.monotonic() + 60  # the fork server may still import
+        while worker.pid is None and time.monotonic() < deadline:
+            list(site.events(timeout_seconds=0.5))
+        whole = process_state(worker.pid)[1]
+        assert whole is not None
+        shares = [seen.cpu_seconds for seen in site.sightings()]
+        assert all(share is not None and whole / 2 <= share <= whole / 2 + 1.0 for share in shares)

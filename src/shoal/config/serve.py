@@ -13,6 +13,12 @@ from shoal.config.yaml_text import parse
 from shoal.errors import ConfigError, Problem, UserError, nearest
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+OF_EVERY_ENGINE = frozenset(
+    {"engine", "program", "arguments", "name", "host", "port", "keys"}
+    | {"replicate", "threads", "limits"}
+)
+"""Settings that mean something whoever computes."""
+_LIMITS_OF_EVERY = frozenset({"body_bytes", "body_seconds"})
 
 
 class Limits(Section):
@@ -77,6 +83,29 @@ class ServeSection(Section):
     adapters: Mapping[str, str] = Field(default_factory=dict)
     """LoRA adapters by the name that clients ask for: folders in peft's format."""
     limits: Limits = Limits()
+    engine: Literal["shoal", "vllm", "llamacpp"] = "shoal"
+    """Whose engine answers. Another's runs in processes of its own, from its own environment, and
+    is passed on to; that its answers do not depend on company is then not proved."""
+    program: str | None = None
+    """Of another engine: its program; None: `vllm` or `llama-server`, as PATH has it."""
+    arguments: tuple[str, ...] = ()
+    """Of another engine: what its program is given besides model, name, address and threads."""
+
+    @model_validator(mode="after")
+    def _of_another_engine(self) -> ServeSection:
+        given = set(self.model_fields_set)
+        if self.engine == "shoal":
+            if idle := sorted(given & {"program", "arguments"}):
+                raise ValueError(f"{idle[0]} is of another engine; set engine, or leave it out")
+            return self
+        idle = sorted(given - OF_EVERY_ENGINE)
+        idle += [f"limits.{k}" for k in sorted(self.limits.model_fields_set - _LIMITS_OF_EVERY)]
+        if idle:
+            raise ValueError(
+                f"engine {self.engine} takes no {idle[0]}: {self.engine} decides that itself; "
+                "leave it out, or give what its program has for it in `arguments`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _safe(self) -> ServeSection:

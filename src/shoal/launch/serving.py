@@ -9,7 +9,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,18 @@ def check_memory(folder: Path, settings: ServeSection, *, replicas: int) -> None
         )
 
 
+@contextmanager
+def needs_extra() -> Iterator[None]:
+    """Around imports of what the extra `serve` installs: UserError where it is not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"shoal serve needs {error.name}, which is not installed\n"
+            "    pip install 'shoal[serve]'"
+        ) from None
+
+
 def open_service(
     model: Path, *, settings: ServeSection
 ) -> tuple[Path, list[bytes], Callable[[Fleet], Any]]:
@@ -326,15 +339,10 @@ def open_service(
     from shoal.serve.reading import model_directory
 
     folder = model_directory(model)
-    try:
+    with needs_extra():
         from shoal.serve.http.app import make_app
         from shoal.serve.http.guard import read_keys
         from shoal.serve.http.service import Service
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"shoal serve needs {error.name}, which is not installed\n"
-            "    pip install 'shoal[serve]'"
-        ) from None
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(
             f"{folder}: it has no tokenizer, so it reads no text\n"

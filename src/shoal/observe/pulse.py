@@ -28,7 +28,8 @@ class Beat:
     beat_at: float
     """time.monotonic() of the last sign."""
     expected_seconds: float
-    """How long the phase it is in has lately taken; 0 when it was never in it."""
+    """How long the phase it is in has lately taken, or the longest of its parts between
+    collectives; 0 until it was through it once."""
     step: int
     collective: int
     """Collectives entered so far in this generation."""
@@ -60,6 +61,9 @@ class Pulse:
         self._offset = slot * SLOT_BYTES
         self._version = 0
         self._recent: dict[str, float] = {}
+        self._known: set[str] = set()
+        """Phases that were left once: before, only some of their parts between collectives were
+        timed, and the longest may be yet to come."""
         self._began = time.monotonic()
         self._phase, self._operation, self._bytes = "starting", "", 0
         self.step, self.generation, self.rank, self.collective = 0, 0, slot, 0
@@ -75,10 +79,11 @@ class Pulse:
     def mark(self, phase: str, *, step: int | None = None) -> None:
         """This worker enters `phase` (of `step`, counted from 1: the step being computed)."""
         self._note()
+        self._known.add(self._phase)
         if step is not None:
             self.step = step
         self._phase, self._operation = phase, ""
-        self._write(self._recent.get(phase, 0.0))
+        self._write(self._expected())
         if self.on_mark is not None:
             self.on_mark(phase, self.step)
 
@@ -93,11 +98,14 @@ class Pulse:
         """The collective is over; the phase goes on."""
         self._note()
         self._operation, self._bytes = "", 0
-        self._write(self._recent.get(self._phase, 0.0))
+        self._write(self._expected())
 
     def join(self, *, generation: int, rank: int) -> None:
         """A new generation: collectives are counted anew."""
         self.generation, self.rank, self.collective = generation, rank, 0
+
+    def _expected(self) -> float:
+        return self._recent.get(self._phase, 0.0) if self._phase in self._known else 0.0
 
     def _note(self) -> None:
         """Remember how long what ends here took: the longest lately, slowly forgotten."""

@@ -46,6 +46,29 @@ def test_it_knows_how_long_a_phase_takes(tmp_path: Path) -> None:
     assert again is not None and 0.05 <= again.expected_seconds < 1.0
 
 
+def test_a_part_of_a_phase_says_nothing_of_the_next_part(tmp_path: Path) -> None:
+    """Ranks meet at the beginning of a restore that reads for minutes: it was never timed yet."""
+    watch = Watch(tmp_path / "pulse", slots=1)
+    pulse = Pulse(watch.path)
+
+    def expected() -> float:
+        beat = watch.read(0)
+        assert beat is not None
+        return beat.expected_seconds
+
+    pulse.mark("restore")
+    pulse.enter("barrier", num_bytes=0)
+    pulse.leave()
+    assert expected() == 0.0
+    time.sleep(0.05)
+    pulse.mark("forward", step=1)
+    pulse.mark("restore")
+    assert expected() >= 0.05
+    pulse.enter("barrier", num_bytes=0)
+    pulse.leave()
+    assert expected() >= 0.04, "slowly forgotten"
+
+
 def test_leaving_a_collective_is_a_sign(tmp_path: Path) -> None:
     watch = Watch(tmp_path / "pulse", slots=1)
     pulse = Pulse(watch.path)

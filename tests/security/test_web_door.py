@@ -150,7 +150,7 @@ def test_a_large_body_is_not_read(server: WebServer) -> None:
     assert found.status == 413 and "larger than 1000 bytes" in found.body
 
 
-@pytest.mark.timed
+@pytest.mark.slow
 def test_a_slow_body_is_not_waited_for(server: WebServer) -> None:
     connection = http.client.HTTPConnection(server.host, server.port, timeout=20)
     connection.putrequest("POST", "/")

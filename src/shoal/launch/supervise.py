@@ -26,6 +26,7 @@ from shoal.launch.cluster import Cluster, ThisHost, host_of_rank
 from shoal.launch.deaths import Death, death_of
 from shoal.launch.directory import has_checkpoint, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
+from shoal.launch.lanes import Lanes
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
@@ -122,6 +123,7 @@ class Supervisor:
         silence = max(launch.silence_seconds, FIRST_SECONDS if compiles else 0.0)
         self._doctor = Doctor(silence_seconds=silence, meets_inside=inside)
         self._pace = Pace()
+        self._lanes = Lanes(job.run, num_workers=self._ranks)
         self._run = job.run
         self._generation = 0
         self._members: list[int] = []
@@ -242,6 +244,7 @@ class Supervisor:
         if self._servers is not None:
             self._servers.look()
         seen = self.sightings()
+        self._lanes.look(seen)
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)
 

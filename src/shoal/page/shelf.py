@@ -148,13 +148,18 @@ def workers(run: Path) -> dict[str, Any]:
 
 
 def is_active(run: Path) -> bool:
-    """Whether something is at work in the run: on this machine, by the number in its lock."""
-    with suppress(OSError, ValueError), open_plain(run / ".lock") as file:
-        holder = int(file.read(32))
-        with suppress(PermissionError):  # somebody else's, and alive
-            os.kill(max(1, holder), 0)
+    """Whether something is at work in the run: its lock is there, and is nobody's leftover."""
+    try:
+        with open_plain(run / ".lock") as file:
+            holder = int(file.read(32))
+        os.kill(max(1, holder), 0)
+    except PermissionError:  # somebody else's, and alive
         return True
-    return bool(workers(run))
+    except ProcessLookupError:  # killed, or on another machine
+        return bool(workers(run))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def picture(run: Path, name: str) -> Path | None:
@@ -177,9 +182,10 @@ def leave_order(run: Path, order: str) -> None:
 
 
 def _pictures(run: Path) -> list[Path]:
+    """Those of the task; loss.png is what the page draws itself."""
     with suppress(OSError):
         names = sorted(each for each in os.listdir(run) if each.endswith(".png"))
-        paths = [run / name for name in names if is_plain_name(name)]
+        paths = [run / name for name in names if is_plain_name(name) and name != "loss.png"]
         return [path for path in paths[:20] if path.is_file() and not path.is_symlink()]
     return []
 

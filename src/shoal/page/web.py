@@ -31,6 +31,10 @@ _QUIET_SECONDS = 15.0
 """A stream with nothing to say still says so, or nobody would notice a connection that is gone."""
 
 
+_RETRY = b"retry: 1000\n\n"
+"""How soon a browser that has lost the server tries again, in milliseconds."""
+
+
 @dataclass(frozen=True)
 class Event:
     """One message of an event stream."""
@@ -62,6 +66,7 @@ class EventStream(Response):
         """See ASGI 3."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": _RETRY, "more_body": True})
         ends = [asyncio.ensure_future(_left(receive))]
         if STOPPING in scope:
             ends.append(asyncio.ensure_future(scope[STOPPING].wait()))

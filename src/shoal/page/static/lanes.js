@@ -23,9 +23,8 @@ export function drawLanes(run) {
     const label = at(`lane-${one.rank}`);
     label.className = lost ? "lost" : "";
     label.textContent = text(run, one, lost);
-    label.title = lost || "";
-    drawLane(at(`canvas-${one.rank}`), run.lanes.get(one.rank) || []);
   }
+  for (const rank of ranks) drawLane(at(`canvas-${rank}`), run.lanes.get(rank) || []); // once all labels have their width
 }
 
 function text(run, one, lost) {

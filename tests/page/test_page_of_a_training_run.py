@@ -23,6 +23,7 @@ TWO = ("parallel.replicate=2", "launch.workers=processes", "train.micro_batch_sa
 LONG = ("train.steps=100000", "train.evaluate_every_steps=0", "checkpoint.every_steps=0")
 
 
+@pytest.mark.slow
 @pytest.mark.timed
 def test_a_killed_worker_is_red_and_named_within_two_seconds(
     browser: Any, bench: Bench, tmp_path: Path

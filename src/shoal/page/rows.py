@@ -29,7 +29,7 @@ _MOST_EVENTS = 2000
 _MOST_TEXTS, _MOST_PAIRS, _PAIR_TEXT = 200, 16, 2000
 
 
-class _Row(msgspec.Struct):
+class _Row(msgspec.Struct, gc=False):
     step: int
     loss: float | None = None
     evaluation_loss: float | None = None
@@ -42,41 +42,42 @@ class _Row(msgspec.Struct):
     """Of an evaluation alone."""
 
 
+_DECODE = msgspec.json.Decoder(_Row).decode
+
+
 def columns(lines: Sequence[bytes], *, last_step: int) -> tuple[dict[str, Any], int]:
     """What a browser gets of new lines of metrics.jsonl, and the last step in them.
 
     `steps` are columns, `elapsed` among them: seconds since the row before. Many rows are thinned
     to an envelope. `evaluations` and `newest` are rows as they were written; `broken` counts lines.
     """
-    decode, broken = msgspec.json.Decoder(_Row).decode, 0
-    rows: list[tuple[_Row, bytes]] = []
-    evaluations = []
+    rows: list[_Row] = []
+    evaluations, newest, broken = [], b"", 0
+    clock, times, before = 0.0, [], last_step
     for line in lines:
         try:
-            row = decode(line)
+            row = _DECODE(line)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             broken += bool(line.strip())
             continue
         if row.evaluation_loss is not None or row.seconds is not None:
             evaluations.append(json.loads(line))
-        else:
-            rows.append((row, line))
-    clock, times, before = 0.0, [], last_step
-    for row, _ in rows:
-        clock += (row.step_seconds or 0.0) * max(1, row.step - before)
+            continue
+        rows.append(row)
+        newest, step = line, row.step
+        clock += (row.step_seconds or 0.0) * (step - before if step > before else 1)
         times.append(clock)
-        before = row.step
-    kept = envelope([row.loss for row, _ in rows])
+        before = step
+    kept = envelope([row.loss for row in rows])
     starts = [0.0, *(times[at] for at in kept)]
     steps: dict[str, list[Any]] = {
-        name: [getattr(rows[at][0], name) for at in kept] for name in ("step", *COLUMNS)
+        name: [getattr(rows[at], name) for at in kept] for name in ("step", *COLUMNS)
     }
     steps["elapsed"] = [times[at] - start for at, start in zip(kept, starts)]
-    newest = json.loads(rows[-1][1]) if rows else None
     found = {
         "steps": steps,
         "evaluations": _with_texts(evaluations),
-        "newest": newest,
+        "newest": json.loads(newest) if newest else None,
         "broken": broken,
         "of": len(rows),
     }

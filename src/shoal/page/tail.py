@@ -56,13 +56,12 @@ def read_on(path: Path, place: Place) -> tuple[list[bytes], Place, bool]:
         if os.fstat(file.fileno()).st_size == place.offset:
             return [], place, anew
         file.seek(place.offset)
-        text = file.read(_MOST_BYTES)
-        text = text[: text.rfind(b"\n") + 1]  # a line that is still being written is read later
-        if not text:
+        *lines, rest = file.read(_MOST_BYTES).split(b"\n")  # the rest is still being written
+        if not lines:
             return [], place, anew
-        offset = place.offset + len(text)
+        offset = file.tell() - len(rest)
         after = Place(offset, _checksum(file.fileno(), offset), place.step)
-        return text.split(b"\n")[:-1], after, place.offset == 0
+        return lines, after, place.offset == 0
 
 
 def _checksum(descriptor: int, offset: int) -> int:

@@ -43,8 +43,9 @@ export function drawLoss(element, runs, { axis, smooth, focus }) {
   loss = loss || new Chart(element, 300);
   const tables = [];
   const series = [{ label: word(axis === "elapsed" ? "seconds" : axis === "step" ? "step" : "tokens") }];
-  runs.forEach((run, at) => {
-    const stroke = colorOf(at);
+  // the one in focus last, so that it lies above
+  [...runs].reverse().forEach((run) => {
+    const stroke = colorOf(runs.indexOf(run));
     const named = (what) => (runs.length > 1 ? `${run.name} ${word(what)}` : word(what));
     const isSmoothed = smooth && run.loss.length > 60;
     const values = isSmoothed ? [run.loss, smoothed(run.loss)] : [run.loss];
@@ -75,7 +76,6 @@ function joined(tables) {
 function drawMarks(plot, { focus, axis }) {
   if (!focus) return;
   const context = plot.ctx;
-  const colors = { saved: ink("--quiet"), lost: ink("--lost"), stuck: ink("--lost") };
   const scale = devicePixelRatio;
   context.save();
   context.font = `${13 * scale}px sans-serif`;
@@ -84,9 +84,10 @@ function drawMarks(plot, { focus, axis }) {
     if (!MARKS[event.event] || event.step === undefined) continue;
     const x = plot.valToPos(focus.place(event.step, axis), "x", true);
     if (x < plot.bbox.left || x > plot.bbox.left + plot.bbox.width) continue;
-    context.fillStyle = colors[event.event] || ink("--computes");
+    const isLoss = ["lost", "stuck"].includes(event.event);
+    context.fillStyle = ink(isLoss ? "--lost" : event.event === "saved" ? "--quiet" : "--computes");
     if (event.event !== "saved") context.fillRect(x - scale / 2, plot.bbox.top, scale, plot.bbox.height);
-    context.fillText(MARKS[event.event], x, plot.bbox.top + plot.bbox.height - 3 * scale);
+    context.fillText(MARKS[event.event], x, plot.bbox.top + (isLoss ? 13 * scale : plot.bbox.height - 3 * scale));
   }
   context.restore();
 }

@@ -6,14 +6,16 @@
 `cost` trains a recipe with and without a page that a browser has open, in turns, and prints the
 median ratio of the step's median; on a machine whose cores all train, the browser and the server
 take their share of them, so the third way, `server`, has a page server whose stream a program
-reads, without a browser. `screen` appends rows to a run that was written by hand and waits for each
-in Chromium; then opens a run of 100,000 rows.
+reads, without a browser. Beside the ratio it prints how much of one core each took, which other
+work on the machine changes little. `screen` appends rows to a run that was written by hand and
+waits for each in Chromium; then opens a run of 100,000 rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import os
 import shutil
 import statistics
 import sys
@@ -21,17 +23,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from shoal.launch import local
 from shoal.launch.pool import WorkerPool
+from shoal.launch.site import process_state
 from shoal.observe.events import read_lines
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "page")]
+sys.path[:0] = [str(TESTS), str(TESTS / "page"), str(TESTS / "fault")]
 
+from processes import family  # noqa: E402
 from shoal_page import PageServer, Screen, served  # noqa: E402
 
 from made_runs import MadeRun  # noqa: E402 (lies with the tests)
@@ -52,23 +56,41 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def beside(way: str, runs: Path) -> Iterator[None]:
-    """What watches the runs in `runs` while one is trained."""
+def beside(way: str, runs: Path, shares: dict[str, list[float]]) -> Iterator[None]:
+    """What watches the runs in `runs` while one is trained; its shares of a core are added."""
     if way == "alone":
         yield
         return
     with served(runs) as server:
         if way == "server":
-            with _listening(server):
+            with _listening(server), _counted([server.web.process.pid], shares[way]):
                 yield
             return
         with chromium() as browser:
             window = Screen(browser, server)
             window.open("run")  # which is about to begin
-            yield
+            pids = [pid for pid in family(os.getpid()) if "chrom" in _name(pid)]
+            with _counted([server.web.process.pid, *pids], shares[way]):
+                yield
             shown = window.page.locator("body").get_attribute("data-step")
             window.close(errors=True)
             assert shown is not None and int(shown) > 1, "the page has shown nothing"
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text()
+    return ""
+
+
+@contextmanager
+def _counted(pids: list[int], shares: list[float]) -> Iterator[None]:
+    def seconds() -> float:
+        return sum(process_state(pid)[1] or 0.0 for pid in pids)
+
+    before, began = seconds(), time.monotonic()
+    yield
+    shares.append((seconds() - before) / (time.monotonic() - began))
 
 
 @contextmanager
@@ -84,12 +106,14 @@ def _listening(server: PageServer) -> Iterator[None]:
     reader.join()
 
 
-def step_seconds(way: str, options: argparse.Namespace, pool: WorkerPool) -> float:
+def step_seconds(
+    way: str, options: argparse.Namespace, pool: WorkerPool, shares: dict[str, list[float]]
+) -> float:
     """The median step of one run, without its first fifth."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
         MadeRun(runs / "first").rows(1, 4)
-        with beside(way, runs):
+        with beside(way, runs, shares):
             overrides = [
                 f"train.steps={options.steps}",
                 "train.evaluate_every_steps=0",
@@ -110,17 +134,21 @@ def step_seconds(way: str, options: argparse.Namespace, pool: WorkerPool) -> flo
 def cost(options: argparse.Namespace) -> None:
     """Training alone and watched, in turns."""
     ratios: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
+    shares: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
     with WorkerPool() as pool:
-        step_seconds("alone", argparse.Namespace(**{**vars(options), "steps": 5}), pool)
+        step_seconds("alone", argparse.Namespace(**{**vars(options), "steps": 5}), pool, shares)
         for number in range(options.pairs):
             found = {}
             for way in WAYS if number % 2 else WAYS[::-1]:
-                found[way] = step_seconds(way, options, pool)
+                found[way] = step_seconds(way, options, pool, shares)
             for way in ratios:
                 ratios[way].append(found[way] / found["alone"])
             print({way: round(seconds, 4) for way, seconds in found.items()}, flush=True)
     for way, each in ratios.items():
-        print(f"{way}: {statistics.median(each):.4f} ({min(each):.4f} to {max(each):.4f})")
+        print(
+            f"{way}: {statistics.median(each):.4f} of the step alone ({min(each):.4f} to "
+            f"{max(each):.4f}); {100 * statistics.median(shares[way]):.2f} % of one core"
+        )
 
 
 def screen(options: argparse.Namespace) -> None:

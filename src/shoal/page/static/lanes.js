@@ -40,9 +40,8 @@ function text(run, one, lost) {
 function drawLane(canvas, states) {
   const scale = devicePixelRatio;
   const width = canvas.clientWidth;
-  canvas.width = width * scale;
-  canvas.height = 18 * scale;
   const context = canvas.getContext("2d");
+  if (canvas.width !== Math.round(width * scale)) [canvas.width, canvas.height] = [Math.round(width * scale), 18 * scale];
   const style = getComputedStyle(document.documentElement);
   const many = Math.min(states.length, Math.floor(width / PIXELS));
   const recent = states.slice(states.length - many);

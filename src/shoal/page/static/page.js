@@ -11,7 +11,9 @@ let listed = [];
 let shown = []; // runs, the first of them in focus
 let stream = null;
 let lastId = "";
-const changed = new Set(); // kinds of events since the last drawing
+let drawing = 0;
+let drawnAt = 0;
+let looking = 0; // lanes are drawn once a second: who watches must not slow what is watched
 
 const names = () => shown.map((run) => run.name);
 
@@ -29,8 +31,8 @@ function connect() {
     lastId = event.lastEventId || lastId;
     const told = JSON.parse(event.data);
     take(told, shown.find((run) => run.name === told.run));
-    if (!changed.size) requestAnimationFrame(redrawChanged);
-    changed.add(kind);
+    if (kind === "workers") looking = looking || setTimeout(drawLooks, 1000);
+    else drawing = drawing || setTimeout(requestAnimationFrame, 400 - (performance.now() - drawnAt), redraw);
   });
   hear("runs", (told) => {
     listed = told.runs;
@@ -82,15 +84,14 @@ function drawRuns() {
   }));
 }
 
-// Looks at workers come four times a second: they leave the curves as they are.
-function redrawChanged() {
-  const isLanes = [...changed].every((kind) => kind === "workers");
-  changed.clear();
-  if (!isLanes) return redraw();
-  if (shown[0]) for (const panel of [drawLanes, drawLayout]) panel(shown[0]);
+function drawLooks() {
+  looking = 0;
+  if (shown[0] && !document.hidden) for (const panel of [drawLanes, drawLayout]) panel(shown[0]);
 }
 
 function redraw() {
+  drawing = 0;
+  drawnAt = performance.now();
   drawRuns();
   const focus = shown[0];
   if (!focus) return;

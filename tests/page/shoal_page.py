@@ -14,6 +14,12 @@ from made_runs import MadeRun
 from tiny import shoal
 from web_servers import WebServer, web_server
 
+WAIT_FOR_STEP = """(step) => new Promise((seen, never) => {
+    const look = () => document.body.dataset.step === step && seen();
+    new MutationObserver(look).observe(document.body, {attributes: true});
+    setTimeout(() => never(Error(`step ${document.body.dataset.step}, not ${step}`)), 20000);
+    look();
+})"""
 KEY = "a-key-of-the-tests-own"
 
 
@@ -62,8 +68,8 @@ class Screen:
         return self.page
 
     def wait_for_step(self, step: int) -> None:
-        """Until this step is on the screen."""
-        self.page.locator(f'body[data-step="{step}"]').wait_for(state="attached")
+        """Until this step is on the screen; the page itself tells, for playwright looks seldom."""
+        self.page.evaluate(WAIT_FOR_STEP, str(step))
 
     def close(self, *, errors: bool = False) -> None:
         """Close the window; `errors`: the test has looked at them itself."""

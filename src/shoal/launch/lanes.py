@@ -7,13 +7,14 @@ to training. The file is replaced whole each time.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shoal.launch.directory import is_run, write_whole
+from shoal.launch.directory import is_run
 from shoal.launch.hang import LONG, WAITS, Sighting
 
 EVERY_SECONDS = 0.25
@@ -37,7 +38,9 @@ class Lanes:
         self._written = now
         tree = {"written_at": time.time(), "workers": lanes(seen, num_workers=self._num_workers)}
         with suppress(OSError):  # a full disk is no reason to end a run
-            write_whole(self._run / "workers.json", json.dumps(tree) + "\n")
+            beside = self._run / ".workers.json"  # one name: a kill leaves one such file at most
+            beside.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+            os.replace(beside, self._run / "workers.json")
 
 
 def lanes(seen: Sequence[Sighting], *, num_workers: int) -> list[dict[str, Any]]:

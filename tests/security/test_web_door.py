@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import os
 import signal
@@ -9,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoal.errors import UserError
 from shoal.page import web
+from shoal.page.guard import Guard
 from web_servers import WebServer, web_server
 
 APP = """
@@ -23,6 +26,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from shoal.page import web
+from shoal.page.guard import Guard
 
 async def hello(request):
     body = await request.body()
@@ -191,6 +195,76 @@ def test_a_stream_goes_on_where_it_was(server: WebServer) -> None:
     first = ["event: message", "id: 42", 'data: {"number": 42}', ""]
     assert lines[:2] == ["retry: 1000", ""]
     assert lines[2:] == [*first, *(line.replace("42", "43") for line in first)]
+
+
+Guarded = tuple[list[dict[str, Any]], list[bytes]]
+
+
+def through_the_guard(
+    *received: dict[str, Any], hosts: tuple[str, ...] = (), **scope: Any
+) -> Guarded:
+    """What is sent, and which bodies an app behind a guard gets, of one request as ASGI has it."""
+    sent: list[dict[str, Any]] = []
+    bodies: list[bytes] = []
+    waiting = [*received]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> dict[str, Any]:
+        return waiting.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    key = "0123456789abcdef"
+    headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {key}".encode())]
+    request = {
+        "type": "http",
+        "method": "POST",
+        "path": "/",
+        "query_string": b"",
+        "headers": headers,
+        **scope,
+    }
+    asyncio.run(Guard(app, key=key, port=1, hosts=hosts)(request, receive, send))
+    return sent, bodies
+
+
+def part(body: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def test_half_a_body_is_none() -> None:
+    sent, bodies = through_the_guard(part(b"{", more=True), {"type": "http.disconnect"})
+    assert sent[0]["status"] == 400 and bodies == []
+    sent, bodies = through_the_guard(part(b"{", more=True), part(b"}", more=False))
+    assert sent[0]["status"] == 200 and bodies == [b"{}"]
+
+
+def test_no_web_socket_is_opened() -> None:
+    sent, _ = through_the_guard(type="websocket")
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"192.168.1.5:80", 200),
+        (b"[fe80::1]:80", 200),
+        (b"own.org", 200),
+        (b"elsewhere.org", 400),
+        (b"192.168.1.5.elsewhere.org", 400),
+    ],
+)
+def test_at_every_address_numbers_and_own_names_will_do(host: bytes, status: int) -> None:
+    """Another site's name may be made to lead here (DNS rebinding), a number may not."""
+    headers = [(b"host", host), (b"authorization", b"Bearer 0123456789abcdef")]
+    hosts = ("0.0.0.0", "own.org")
+    sent, _ = through_the_guard(part(b"", more=False), hosts=hosts, headers=headers)
+    assert sent[0]["status"] == status
 
 
 def test_only_loopback_is_listened_to(server: WebServer) -> None:

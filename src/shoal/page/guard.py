@@ -148,6 +148,8 @@ class Guard:
                 more = True
                 while more:
                     message = await receive()
+                    if message["type"] != "http.request":
+                        raise Refused(400, "the client went away")  # half a body is none
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self._body_bytes:

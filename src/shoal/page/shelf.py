@@ -73,7 +73,8 @@ class Shelf:
             for path in self._folders():
                 times = [_modified(path / name) for name in (*_MARKS, "events.jsonl")]
                 if any(times[:2]):
-                    name = path.name if path == self.root else str(path.relative_to(self.root))
+                    is_root = path == self.root
+                    name = path.resolve().name if is_root else str(path.relative_to(self.root))
                     found[name] = (max(times), path)
         newest = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))
         return {name: path for name, (_, path) in newest[:MOST_RUNS]}
@@ -191,14 +192,15 @@ def _pictures(run: Path) -> list[Path]:
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    """Folders in `folder`, no links and nothing hidden; none where it cannot be read."""
+    """Folders in `folder`, no links and nothing hidden, the newest of very many; none where it
+    cannot be read."""
     with suppress(OSError), os.scandir(folder) as entries:
-        names = [
-            each.name
+        found = [
+            (each.stat(follow_symlinks=False).st_mtime, each.name)
             for each in entries
             if each.is_dir(follow_symlinks=False) and each.name[0] != "."
         ]
-        return [folder / name for name in sorted(names)[:_MOST_LISTED]]
+        return [folder / name for _, name in sorted(found, reverse=True)[:_MOST_LISTED]]
     return []
 
 

@@ -16,7 +16,9 @@ from shoal.page.shelf import Shelf
 from tiny import Bench
 
 
-def test_runs_are_found_two_folders_deep_the_newest_first(tmp_path: Path) -> None:
+def test_runs_are_found_two_folders_deep_the_newest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number, name in enumerate(("a", "group/b", "group/deep/c", ".hidden")):
         run = MadeRun(tmp_path / name)
         run.rows(1, 2)
@@ -24,6 +26,8 @@ def test_runs_are_found_two_folders_deep_the_newest_first(tmp_path: Path) -> Non
             os.utime(file, (1000 + number, 1000 + number))
     assert list(Shelf(tmp_path).runs()) == ["group/b", "a"]
     assert list(Shelf(tmp_path / "a").runs()) == ["a"]
+    monkeypatch.chdir(tmp_path / "a")
+    assert list(Shelf(Path()).runs()) == ["a"]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

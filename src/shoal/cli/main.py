@@ -20,6 +20,7 @@ from shoal.cli import (
     evaluate,
     generate,
     merge,
+    page,
     parity,
     plan,
     rehearse,
@@ -70,6 +71,7 @@ _add(
     "shoal run examples/own_loop.py --workers 2",
     context_settings={"ignore_unknown_options": True},
 )
+_add("page", page.page, "shoal page", "shoal page runs/quickstart-001 --port 0")
 _add("merge", merge.merge, "shoal merge runs/quickstart-001 --out model")
 _add("generate", generate.generate, 'shoal generate runs/quickstart-001 "A: Hello"')
 _add("chat", chat.chat, "shoal chat runs/quickstart-001")

@@ -26,6 +26,7 @@ from shoal.launch.cluster import Cluster, ThisHost, host_of_rank
 from shoal.launch.deaths import Death, death_of
 from shoal.launch.directory import has_checkpoint, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
+from shoal.launch.lanes import Lanes
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
@@ -126,6 +127,7 @@ class Supervisor:
             threads=job.decision.threads_per_worker,
         )
         self._pace = Pace()
+        self._lanes = Lanes(job.run, num_workers=self._ranks)
         self._run = job.run
         self._generation = 0
         self._members: list[int] = []
@@ -246,6 +248,7 @@ class Supervisor:
         if self._servers is not None:
             self._servers.look()
         seen = self.sightings()
+        self._lanes.look(seen)
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)
 

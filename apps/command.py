@@ -1,4 +1,4 @@
-"""What the commands and the routes of all applications share: arguments, errors, fields, answers."""
+"""What commands and routes of all applications share: arguments, errors, fields, answers."""
 
 from __future__ import annotations
 
@@ -159,4 +159,10 @@ def _checked(
     return found
 
 
-_WORDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", bool: "true or false"}
+_WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    bool: "true or false",
+}

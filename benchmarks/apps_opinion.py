@@ -93,8 +93,9 @@ class ZScore:
 
     def see(self, topic: str, text: str, *, negative: bool, at: float) -> bool | None:
         """True where an alarm begins, False where it ends."""
-        last, known = self._last.setdefault(topic, deque(maxlen=100)), self._all.setdefault(
-            topic, [0, 0]
+        last, known = (
+            self._last.setdefault(topic, deque(maxlen=100)),
+            self._all.setdefault(topic, [0, 0]),
         )
         last.append(negative)
         known[0] += negative
@@ -152,9 +153,7 @@ def measure(make: Callable[[], Detector | ZScore], *, streams: int, world: World
         for message in world.stream(seed):
             start = time.perf_counter()
             change = began(
-                detector.see(
-                    message.topic, message.text, negative=message.negative, at=message.at
-                )
+                detector.see(message.topic, message.text, negative=message.negative, at=message.at)
             )
             score.seconds += time.perf_counter() - start
             score.messages += 1
@@ -187,7 +186,9 @@ def main() -> None:
     world = World(sensitivity=given.sensitivity, false_share=given.false_share)
     settings = Settings()
     print(f"{settings}, threshold {Detector(settings).threshold:.2f}")
-    print("bursts   ", measure(lambda: Detector(settings), streams=given.streams, world=world).words())
+    print(
+        "bursts   ", measure(lambda: Detector(settings), streams=given.streams, world=world).words()
+    )
     if not given.no_baseline:
         for sigmas in (3.0, 5.0):
             found = measure(lambda s=sigmas: ZScore(s), streams=given.streams, world=world)

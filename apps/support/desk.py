@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from apps.command import Conflict, Missing
 from apps.served import NotServed, Served
+from apps.state import Row
 from apps.support.articles import NAME, Article
 from apps.support.search import FEW, Index, Threshold, right_of, sureness
 from apps.support.store import OPEN, SOLVED, TAKEN, Store
@@ -30,9 +31,12 @@ _OTHERS = 3
 _REPLY_TOKENS = 120
 _ASKED = 1500  # questions that the threshold is found with, at most
 _NAMES = re.compile(r"\d[\d.,:/%-]*|[A-Z][\w'-]*|\w+[A-Z]\w*")
-_BEGINNINGS = frozenset(
-    "a an and as at by click do for from go if in it no note of on once open or select so the then "
-    "there these this to use when with yes you your".split()
+_BEGINNINGS = set(
+    re.findall(
+        r"\w+",
+        "a an and as at by click do for from go if in it no note of on once open or select so the "
+        "then there these this to use when with yes you your",
+    )
 )
 
 
@@ -147,13 +151,15 @@ class Desk:
         if not text.strip() or not title.strip():
             raise UserError(f"{id}: expected a title and a text, got an empty one; nothing changed")
         if link and not re.match(r"https?://|/", link):
-            raise UserError(f"{id}: expected a link that begins with https:// or /, got {link[:40]!r}")
+            raise UserError(
+                f"{id}: expected a link that begins with https:// or /, got {link[:40]!r}"
+            )
         self.store.put([Article(id, title, text, link)])
         return {"id": id, "articles": self._swapped()}
 
     def remove(self, id: str) -> dict[str, Any]:
         """Take an article out. Raises Missing."""
-        if not self.store.remove(id):
+        if not self.store.rows("delete from articles where id = ? returning id", id):
             raise Missing(f"there is no article {id[:80]!r}")
         return {"id": id, "articles": self._swapped()}
 
@@ -180,7 +186,9 @@ class Desk:
             )
         asked = [questions[n] for n in kept]
         vectors = self._vectors([self._read(each) for each in asked])
-        rows = [index.scores(q, None if vectors is None else vectors[n]) for n, q in enumerate(asked)]
+        rows = [
+            index.scores(q, None if vectors is None else vectors[n]) for n, q in enumerate(asked)
+        ]
         names = [each.id for each in index.articles]
         self.threshold = Threshold.of(np.stack(rows), right[kept], names)
         self.store.note("threshold", self.threshold.to_json())
@@ -228,7 +236,9 @@ class Desk:
     def _rephrased(self, question: str, passage: str) -> str:
         """The passage as an answer; empty where the model said what does not stand there."""
         assert self._chat is not None
-        asked = f"Answer the question with this text only.\n\nText: {passage}\n\nQuestion: {question}"
+        asked = (
+            f"Answer the question with this text only.\n\nText: {passage}\n\nQuestion: {question}"
+        )
         try:
             reply = self._chat.chat([{"role": "user", "content": asked}], tokens=_REPLY_TOKENS)
         except (NotServed, UserError):
@@ -255,7 +265,7 @@ class Desk:
     def _reply(self, conversation: str) -> None:
         with self._lock:
             self._timers.pop(conversation, None)
-        if self.store.handoff_of(conversation):
+        if self.store.handoff(conversation):
             return  # a person answers
         lines = self.store.lines(conversation)
         last = max((n for n, each in enumerate(lines) if each["who"] != "customer"), default=-1)
@@ -269,12 +279,12 @@ class Desk:
         said = json.dumps(told, ensure_ascii=False)
         self.store.say(conversation, who="service", text=said, article=told.get("id", ""))
 
-    def hand_off(self, conversation: str) -> dict[str, Any]:
+    def hand_off(self, conversation: str) -> Row | None:
         """Ask for a person; asking again changes nothing. Raises Missing."""
         asked = [e["text"] for e in self.store.lines(conversation) if e["who"] == "customer"]
         if not asked:
             raise Missing("nothing was asked in this conversation yet")
-        return self.store.hand_off(conversation, question=asked[-1])
+        return self.store.open_handoff(conversation, question=asked[-1])
 
     def take(self, number: int, *, person: str) -> dict[str, Any]:
         """A person takes a hand-off. Raises Conflict where another has it, or it is solved."""

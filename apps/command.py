@@ -100,7 +100,8 @@ def application(routes: Sequence[BaseRoute]) -> Starlette:
 
 def pages(folder: Path, **files: str) -> list[BaseRoute]:
     """A page for each path (`queue="queue.html"`; `index` is /), and the folder's files."""
-    made: list[BaseRoute] = [Mount("/static", web.static_files(folder))]
+    shared = Mount("/shared", web.static_files(Path(__file__).parent / "static"))
+    made: list[BaseRoute] = [Mount("/static", web.static_files(folder)), shared]
     for name, file in files.items():
         path = "/" if name == "index" else f"/{name}"
         made.append(Route(path, lambda request, file=file: FileResponse(folder / file)))

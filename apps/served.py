@@ -6,6 +6,7 @@ answers nobody with an error because its model was restarted. Knows no applicati
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -46,6 +47,7 @@ class Served:
     ) -> None:
         """Starts the server and waits for it. Raises ModelError with what it said."""
         self._say, self._child = say, None
+        self._model = str(model)
         self._ending = threading.Event()
         self._known: dict[str, Any] = {}
         if str(model).startswith(("http://", "https://")):
@@ -139,6 +141,14 @@ class Served:
             listed = self._client.get("/v1/models").json()["data"]
             self._known["name"] = str(listed[0]["id"])
         return str(self._known["name"])
+
+    def labels(self) -> list[str]:
+        """Classes by name, from the model's folder; empty where only its address is known."""
+        for path in (Path(self._model) / "model", Path(self._model)):
+            if (path / "config.json").is_file():
+                config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+                return [str(each) for each in (config.get("id2label") or {}).values()]
+        return []
 
     def embeddings(
         self, inputs: Sequence[str] | Sequence[list[int]], *, patience: float = _RETRY_SECONDS

@@ -1,6 +1,6 @@
-import { ask, fill, link, make, word } from "/static/words.js";
+import { ask, link, make } from "/shared/page.js";
+import { word } from "/static/words.js";
 
-fill();
 const fresh = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (n) => n.toString(16).padStart(2, "0")).join("");
 const own = sessionStorage.getItem("conversation") || fresh();
 sessionStorage.setItem("conversation", own);

@@ -1,6 +1,6 @@
-import { ask, fill, make, word } from "/static/words.js";
+import { ask, make } from "/shared/page.js";
+import { word } from "/static/words.js";
 
-fill();
 let person = sessionStorage.getItem("person") || "";
 
 function button(text, act) {

@@ -24,6 +24,7 @@ class State:
             self._database.row_factory = sqlite3.Row
             with self._lock, self._database:
                 self._database.execute("pragma journal_mode=wal")
+                self._database.execute("pragma synchronous=normal")  # safe from a kill
                 self._database.executescript(tables)
         except sqlite3.Error as error:
             raise UserError(f"{path}: cannot be used ({error}); give another --state") from None

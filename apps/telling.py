@@ -28,7 +28,7 @@ create table if not exists notes (number integer primary key, receiver text, not
 """
 WAITING, SENT, FAILED = "waiting", "sent", "failed"
 Note = dict[str, Any]
-"""`title` and `text` for people, `topic`; of a burst also `began` and, at its end, `ended` (times)."""
+"""`title` and `text` for people, `topic`; of a burst the times `began` and, at its end, `ended`."""
 
 _SECONDS = 10.0
 _TRIES = 12
@@ -92,7 +92,11 @@ def _mail(address: str, note: Note) -> None:
     try:
         with smtplib.SMTP(parts.hostname or "", parts.port or 25, timeout=_SECONDS) as server:
             server.send_message(message)
-    except (smtplib.SMTPRecipientsRefused, smtplib.SMTPSenderRefused, smtplib.SMTPDataError) as error:
+    except (
+        smtplib.SMTPRecipientsRefused,
+        smtplib.SMTPSenderRefused,
+        smtplib.SMTPDataError,
+    ) as error:
         codes = [getattr(error, "smtp_code", 0)]
         codes += [code for code, _ in getattr(error, "recipients", {}).values()]
         if any(500 <= code < 600 for code in codes):

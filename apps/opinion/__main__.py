@@ -84,11 +84,15 @@ def routes(monitor: Monitor, teller: Teller) -> list[BaseRoute]:
 
 def _arguments() -> argparse.Namespace:
     made = command.parser("Opinion monitoring: alarms once when a mood turns.", name="opinion")
-    made.add_argument("--source", action="append", default=[], help="A file, -, demo or an address.")
+    made.add_argument(
+        "--source", action="append", default=[], help="A file, -, demo or an address."
+    )
     made.add_argument("--tell", action="append", default=[], help="Who is told: an address.")
     made.add_argument("--topics", type=Path, help="A YAML file: topics with their words.")
     made.add_argument("--negative", default="negative", help="The label that is counted.")
-    made.add_argument("--train", metavar="TABLE", help="Train on this table of text and label first.")
+    made.add_argument(
+        "--train", metavar="TABLE", help="Train on this table of text and label first."
+    )
     return made.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""From messages to alerts: labels by the served model, topics by words, bursts, and what is told."""
+"""From messages to alerts: labels by the served model, topics by words, bursts, what is told."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from apps.opinion.bursts import DAY, HOUR, Change, Detector
 from apps.opinion.sources import Message, Source
@@ -234,7 +234,9 @@ class Monitor:
             )
         for row in self.state.rows("select * from alerts where at >= ? and at < ?", *span):
             ended = _clock(row["ended"]) if row["ended"] else "now"
-            lines.append(f"burst on {row['topic']}, {_clock(row['at'])} to {ended}: {row['themes']}")
+            lines.append(
+                f"burst on {row['topic']}, {_clock(row['at'])} to {ended}: {row['themes']}"
+            )
         return "\n".join(lines if len(lines) > 1 else [*lines, "no message"])
 
     async def watch(self, sources: Mapping[str, Source]) -> None:

@@ -154,7 +154,7 @@ class RedisStream:
                 await asyncio.sleep(1.0)
                 continue
             for _, entries in found:
-                for last, fields in entries:  # noqa: B020 (where to go on)
+                for last, fields in entries:
                     try:
                         yield Message.of(fields)
                     except UserError as error:

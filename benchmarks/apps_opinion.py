@@ -144,10 +144,12 @@ def began(change: object) -> bool | None:
     return change.began if isinstance(change, Change) else change  # type: ignore[return-value]
 
 
-def measure(make: Callable[[], Detector | ZScore], *, streams: int, world: World) -> Score:
+def measure(
+    make: Callable[[], Detector | ZScore], *, streams: int, world: World, first: int = 0
+) -> Score:
     """All streams, each with a fresh detector."""
     score = Score([])
-    for seed in range(streams):
+    for seed in range(first, first + streams):
         detector, seen, sick = make(), 0, ""
         alerts, recoveries, after, delay = 0, 0, 0, 0
         for message in world.stream(seed):
@@ -181,17 +183,25 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--sensitivity", type=float, default=World.sensitivity)
     parser.add_argument("--false-share", type=float, default=World.false_share)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first stream")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER")
     parser.add_argument("--no-baseline", action="store_true")
     given = parser.parse_args()
     world = World(sensitivity=given.sensitivity, false_share=given.false_share)
-    settings = Settings()
+    changed = dict(each.split("=") for each in given.set)
+    settings = Settings(**{name: float(value) for name, value in changed.items()})
     print(f"{settings}, threshold {Detector(settings).threshold:.2f}")
     print(
-        "bursts   ", measure(lambda: Detector(settings), streams=given.streams, world=world).words()
+        "bursts   ",
+        measure(
+            lambda: Detector(settings), streams=given.streams, world=world, first=given.first
+        ).words(),
     )
     if not given.no_baseline:
         for sigmas in (3.0, 5.0):
-            found = measure(lambda s=sigmas: ZScore(s), streams=given.streams, world=world)
+            found = measure(
+                lambda s=sigmas: ZScore(s), streams=given.streams, world=world, first=given.first
+            )
             print(f"z-score {sigmas:.0f}", found.words())
 
 

@@ -30,6 +30,8 @@ PER = 100_000
 
 _FORGOTTEN = re.compile(r"https?://\S+|@\w+|\brt\b|[\W_]+")
 _STEPS = 40  # of the chain in one log(factor)
+_REACH = 3.5  # hours that are near in time
+_FRESH = 300.0  # seconds for which what is expected is not computed anew
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Settings:
     """Of all topics together, in 100,000 messages, if the expected shares were known exactly."""
     scan: int = 100
     """Messages that the scan looks at."""
+    caution: float = 0.5
+    """Standard errors that what is expected is taken higher: it was learned from few messages."""
+    rhythm: float = 0.35
+    """Share by which an hour may be above all others before whole days were seen; 0 from
+    `rhythm_days` on."""
+    rhythm_days: float = 2.5
     scan_sigmas: float = 3.0
     """Standard deviations above what is expected that the scan asks for; under 1 a burst ends."""
     learning: int = 200
@@ -111,7 +119,8 @@ class Rates:
         self._memory = settings.memory_days * DAY
         self._negative, self._seen = [0.0] * 24, [0.0] * 24
         self._touched = [0.0] * 24
-        self.count = 0
+        self._settings, self._at, self._expected = settings, -_FRESH, 0.25
+        self._first, self.count = math.inf, 0
 
     def learn(self, at: float, negative: bool) -> None:
         """Count one message."""
@@ -120,26 +129,34 @@ class Rates:
         self._touched[slot] = max(at, self._touched[slot])
         self._negative[slot] = self._negative[slot] * kept + negative
         self._seen[slot] = self._seen[slot] * kept + 1
+        self._first = min(self._first, at)
         self.count += 1
 
     def expected(self, at: float) -> float:
-        """The highest share that is still plausible: one standard error above the estimate.
+        """The highest share that is plausible: `caution` standard errors above the estimate.
 
-        Hours near in time count by distance, up to two; all others a little, as a beginning.
+        Hours near in time count by distance; all others a little, as long as little is known.
         """
+        if at // _FRESH != self._at // _FRESH or self.count < 1000:
+            self._at, self._expected = at, self._computed(at)
+        return self._expected
+
+    def _computed(self, at: float) -> float:
         hour = at % DAY / HOUR - 0.5
-        first = math.floor(hour) - 1
         negative, seen = 1.0, 4.0  # before anything was seen: a quarter
-        for slot in range(first, first + 4):
-            weight = 1 - abs(slot - hour) / 2.5
+        for slot in range(math.ceil(hour - _REACH), math.floor(hour + _REACH) + 1):
+            weight = 1 - abs(slot - hour) / _REACH
             negative += weight * self._negative[slot % 24]
             seen += weight * self._seen[slot % 24]
         if seen < 100:
             share = 100 / (100 + sum(self._seen))
             negative += share * sum(self._negative)
             seen += share * sum(self._seen)
+        days = max(0.0, at - self._first) / DAY
         mean = negative / seen
-        return min(0.95, mean + math.sqrt(mean * (1 - mean) / seen))
+        mean *= 1 + self._settings.rhythm * max(0.0, 1 - days / self._settings.rhythm_days)
+        mean = min(0.95, mean)
+        return min(0.95, mean + self._settings.caution * math.sqrt(mean * (1 - mean) / seen))
 
 
 @dataclass

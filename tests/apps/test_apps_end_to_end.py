@@ -32,6 +32,7 @@ from apps.served import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 slow = pytest.mark.slow
+pytestmark = pytest.mark.timeout(400)  # each starts a server or two, which import torch
 
 
 @contextmanager
@@ -66,6 +67,8 @@ def application(*command: str, log: list[str] | None = None) -> Iterator[httpx.C
     finally:
         process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def servers_below(parent: int) -> list[int]:
@@ -187,7 +190,7 @@ def test_from_a_redis_stream_to_a_mail_within_five_seconds(tmp_path: Path) -> No
             for number in range(first, first + count):
                 words = "".join("abcdefghij"[int(each)] for each in str(number))
                 mood = "awful" if draw.random() < share else "fine"
-                text = f"delayed flight {words} {mood}"
+                text = f"{mood} delayed flight {words}"
                 stream.xadd("messages", {"text": text, "at": at + number * 30})
 
         def seen() -> int:

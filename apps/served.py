@@ -96,8 +96,9 @@ class Served:
 
     def _listen(self, said: list[str]) -> None:
         assert self._child is not None and self._child.stderr is not None
-        for line in self._child.stderr:
-            said.append(line.rstrip())
+        with self._child.stderr as lines:
+            for line in lines:
+                said.append(line.rstrip())
 
     def _supervise(self) -> None:
         while not self._ending.wait(0.5):

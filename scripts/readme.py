@@ -37,8 +37,8 @@ SOURCE = ROOT / "src" / "shoal"
 MAP = ROOT / "docs" / "contribute" / "map.md"
 BEGIN, END = "<!-- tasks: written by scripts/readme.py -->", "<!-- end of tasks -->"
 ORDER = (
-    *("cli", "prove", "fleet", "launch", "engine", "serve", "compress", "parallel", "sync"),
-    *("models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
+    *("cli", "prove", "fleet", "page", "launch", "engine", "serve", "compress", "parallel"),
+    *("sync", "models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
     *("legal", "config", "recipes", "layout.py", "boxes.py", "fields.py", "units.py"),
     *("environment.py", "untrusted.py", "splitmix.py", "errors.py"),
 )

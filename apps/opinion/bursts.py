@@ -40,7 +40,7 @@ class Settings:
 
     factor: float = 2.5
     """Odds of a negative message in a burst, over those expected."""
-    false_alarms: float = 0.5
+    false_alarms: float = 1.0
     """Of all topics together, in 100,000 messages, if the expected shares were known exactly."""
     scan: int = 100
     """Messages that the scan looks at."""

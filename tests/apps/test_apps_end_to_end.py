@@ -193,26 +193,29 @@ def test_from_a_redis_stream_to_a_mail_within_five_seconds(tmp_path: Path) -> No
                 text = f"{mood} delayed flight {words}"
                 stream.xadd("messages", {"text": text, "at": at + number * 30})
 
+        def mails() -> list[str]:
+            return [each for each in post.mails if "Subject: Report" not in each]
+
         def seen() -> int:
             return sum(each["seen"] for each in client.get("/topics").json())
 
         send(1000, 0.2, first=0)
         eventually(lambda: seen() == 1000, seconds=60)
-        assert client.get("/alerts").json() == [] and not post.mails
+        assert client.get("/alerts").json() == [] and not mails()
         send(60, 0.95, first=1000)
         began = time.monotonic()
         send(1, 1.0, first=1060)
-        eventually(lambda: post.mails, seconds=20)
+        eventually(mails, seconds=20)
         took = time.monotonic() - began
         eventually(lambda: seen() == 1061, seconds=20)
         api = f"http://127.0.0.1:{ports[1]}/api/v2/alerts"
         (alert,) = eventually(lambda: httpx.get(api).json())
         assert alert["labels"]["topic"] == "delays" and alert["status"]["state"] == "active"
         send(600, 0.1, first=1061)
-        eventually(lambda: len(post.mails) == 2, seconds=60)
+        eventually(lambda: len(mails()) == 2, seconds=60)
         eventually(lambda: not httpx.get(api).json(), seconds=20)
         (row,) = client.get("/alerts").json()
-        assert row["ended"] and len(post.mails) == 2
+        assert row["ended"] and len(mails()) == 2
         print(f"from the last message of the burst to the mail: {took:.2f} s")
         assert took < 5
 

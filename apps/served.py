@@ -6,8 +6,10 @@ answers nobody with an error because its model was restarted. Knows no applicati
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +30,7 @@ Floats = NDArray[np.float32]
 START_SECONDS = 300.0
 _ENDING_SECONDS = 20.0
 _RETRY_SECONDS = 60.0
+_LIBC = ctypes.CDLL(None)
 _AT_ONCE = 32  # texts of one request
 
 
@@ -74,6 +77,7 @@ class Served:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE if self._child is None else subprocess.DEVNULL,
             text=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
 
     def _wait_ready(self) -> None:
@@ -187,6 +191,11 @@ class Served:
                 self._child.kill()
                 self._child.wait()
         self._client.close()
+
+
+def _end_with_parent() -> None:
+    """An application that is killed leaves no server behind (PR_SET_PDEATHSIG, Linux)."""
+    _LIBC.prctl(1, signal.SIGTERM)
 
 
 def fetched(name: str, *, say: Callable[[str], None]) -> Path:

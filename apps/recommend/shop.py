@@ -114,14 +114,10 @@ class Shop:
                     scores[place] = -np.inf
             scores[self._numbers(history)] = -np.inf
             chosen = self._diverse(scores, count=count, diversity=diversity)
+            reasons = self._reasons(self._numbers(history), chosen)
             shown = [
-                {
-                    "id": self.items[place].id,
-                    "title": self.items[place].title,
-                    "genres": list(self.items[place].genres),
-                    "reason": self.reason(history, place),
-                }
-                for place in chosen
+                {"id": each.id, "title": each.title, "genres": list(each.genres), "reason": reason}
+                for each, reason in zip((self.items[place] for place in chosen), reasons)
             ]
         return {"user": user, "known": bool(history), "items": shown}
 
@@ -146,23 +142,22 @@ class Shop:
                 like[n] = max(like[n], len(own & other) / max(1, len(own | other)))
         return chosen
 
-    def reason(self, history: Sequence[str], place: int) -> dict[str, Any]:
-        """Why: what others took near it, else a genre in common, else how many took it."""
-        numbers = self._numbers(history)
-        if numbers:
-            shares = self.neighbours.shares(numbers, age=self._age)[:, place]
-            best = numbers[int(shares.argmax())]
-            if shares.max() > 0:
-                return {
-                    "kind": "near",
-                    "item": self.items[best].id,
-                    "title": self.items[best].title,
-                }
-        for number in reversed(numbers):
-            both = [g for g in self.items[place].genres if g and g in self.items[number].genres]
+    def _reasons(self, numbers: Sequence[int], chosen: Sequence[int]) -> list[dict[str, Any]]:
+        """Why each: what others took near it, else a genre in common, else how many took it."""
+        shares = self.neighbours.shares(numbers, age=self._age) if numbers else None
+        return [self._reason(numbers, place, shares=shares) for place in chosen]
+
+    def _reason(
+        self, numbers: Sequence[int], place: int, *, shares: Floats | None
+    ) -> dict[str, Any]:
+        if shares is not None and shares[:, place].max() > 0:
+            other = self.items[numbers[int(shares[:, place].argmax())]]
+            return {"kind": "near", "item": other.id, "title": other.title}
+        for other in (self.items[number] for number in reversed(numbers)):
+            both = [g for g in self.items[place].genres if g and g in other.genres]
             if both:
-                other = self.items[number]
-                return {"kind": "genre", "genre": both[0], "item": other.id, "title": other.title}
+                told = {"item": other.id, "title": other.title}
+                return {"kind": "genre", "genre": both[0], **told}
         return {"kind": "taken", "count": int(self.neighbours.counts[place])}
 
     def user(self, user: str) -> dict[str, Any]:
@@ -172,24 +167,3 @@ class Shop:
             raise Missing(f"nobody is known as {user[:60]!r}; the first POST /events makes them so")
         last = [self.items[n] for n in reversed(self._numbers(history)[-20:])]
         return {"user": user, "taken": [{"id": each.id, "title": each.title} for each in last]}
-
-
-def is_true(reason: dict[str, Any], *, user: str, item: str, catalogue: Catalogue) -> bool:
-    """Whether a reason holds, from the events alone."""
-    histories = catalogue.histories()
-    mine = histories.get(user, [])
-    if reason["kind"] == "taken":
-        return sum(each.count(item) for each in histories.values()) == reason["count"]
-    if reason["item"] not in mine:
-        return False
-    if reason["kind"] == "genre":
-        genres = {each.id: each.genres for each in catalogue.items()}
-        return reason["genre"] in genres[item] and reason["genre"] in genres[reason["item"]]
-    return any(
-        abs(a - b) <= 10
-        for taken in histories.values()
-        for a, one in enumerate(taken)
-        if one == item
-        for b, other in enumerate(taken)
-        if other == reason["item"]
-    )

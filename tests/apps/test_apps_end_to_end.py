@@ -26,9 +26,9 @@ from small_models import write_classifier, write_encoder, write_items
 from transformers import GPTNeoXForCausalLM
 
 from apps.recommend.catalogue import Catalogue
-from apps.recommend.shop import is_true
 from apps.recommend.taste import Transformer
 from apps.served import free_port
+from apps_recommend import Truth
 
 ROOT = Path(__file__).resolve().parents[2]
 slow = pytest.mark.slow
@@ -297,8 +297,9 @@ def test_recommendation_with_a_served_transformer(tmp_path: Path) -> None:
         after = client.get("/recommend", params=asked).json()["items"]
         assert first not in [each["id"] for each in after]
         catalogue = Catalogue(state / "recommend.sqlite3")
+        truth = Truth(catalogue)
         for each in after:
-            assert is_true(each["reason"], user="u1", item=each["id"], catalogue=catalogue)
+            assert truth.holds(each["reason"], user="u1", item=each["id"])
         catalogue.close()
         assert not client.get("/recommend", params={"user": "new"}).json()["known"]
         assert client.post("/events", json={"user": "u1", "item": "no"}).status_code == 404

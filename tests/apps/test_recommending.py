@@ -12,8 +12,9 @@ import pytest
 
 from apps.command import Missing
 from apps.recommend.catalogue import Catalogue, Item
-from apps.recommend.shop import Shop, is_true
+from apps.recommend.shop import Shop
 from apps.recommend.taste import Neighbours
+from apps_recommend import Truth
 from shoal import UserError
 
 GENRES = ("War", "Comedy", "Horror")
@@ -77,10 +78,11 @@ def test_a_new_user_gets_what_most_took_and_then_his_own(shop: Shop) -> None:
 def test_every_reason_is_true(shop: Shop, catalogue: Catalogue) -> None:
     kinds = set()
     shop.put("cold", title="Film nobody saw", genres=["War"], expires=None)
+    truth = Truth(catalogue)
     for user in ("u0", "u1", "u2", "u3", "nobody"):
         for each in shop.recommend(user, count=24)["items"]:
             kinds.add(each["reason"]["kind"])
-            assert is_true(each["reason"], user=user, item=each["id"], catalogue=catalogue), each
+            assert truth.holds(each["reason"], user=user, item=each["id"]), each
     assert kinds == {"near", "genre", "taken"}
 
 
@@ -96,7 +98,7 @@ def test_a_reason_that_is_not_true_is_found(
     catalogue: Catalogue, reason: dict[str, object]
 ) -> None:
     catalogue.take("liar", "i0")
-    assert not is_true(reason, user="liar", item="i1", catalogue=catalogue)
+    assert not Truth(catalogue).holds(reason, user="liar", item="i1")
 
 
 def test_a_new_item_is_found_by_its_content(shop: Shop) -> None:

@@ -225,7 +225,8 @@ class Desk:
             {"id": each.id, "title": each.title, "link": each.link}
             for each in (index.articles[place] for place in best)
         ]
-        if not scores.any() or sure < self.threshold.value:
+        strange = vector is None and not index.knows(question)
+        if strange or sure < self.threshold.value:
             return Answer(known=False, sure=sure, others=others[:_OTHERS], by_words_alone=alone)
         article = index.articles[best[0]]
         passage = index.passage(article, question)

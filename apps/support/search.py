@@ -106,6 +106,10 @@ class Index:
         if counts:
             self._words.index([text or [""] for text in texts], show_progress=False)
 
+    def knows(self, question: str) -> bool:
+        """Whether any word of a question stands anywhere."""
+        return any(word in self._idf for word in words_of(question))
+
     def scores(self, question: str, vector: NDArray[np.float32] | None) -> Floats:
         """Of all articles [A]; by words alone where there is no vector."""
         asked = [word for word in words_of(question) if word in self._idf]

@@ -148,7 +148,7 @@ def test_an_event_changes_what_is_shown(browser: Any, tmp_path: Path) -> None:
         page.locator("#items li").first.wait_for()
         first = page.locator("#items strong").first.inner_text()
         assert first.startswith("Film <i>")
-        assert "close to" in page.locator("#items li").first.inner_text()
+        assert "in common with Film" in page.locator("#items li").first.inner_text()
         page.locator("#items button").first.click()
         page.locator("#taken li", has_text=first).wait_for()
         assert first not in page.locator("#items").inner_text()

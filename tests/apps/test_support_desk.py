@@ -96,6 +96,13 @@ def test_questions_that_are_none(desk: Desk, question: str, said: str) -> None:
         desk.answer(question)
 
 
+def test_a_single_article(store: Store) -> None:
+    store.put(ARTICLES[:1])
+    single = Desk(store)
+    assert single.answer("border line").known and not single.answer("zebra").known
+    single.close()
+
+
 def test_no_article_at_all(store: Store) -> None:
     empty = Desk(store)
     assert not empty.answer("anything").known

@@ -152,7 +152,7 @@ class Rates:
             share = 100 / (100 + sum(self._seen))
             negative += share * sum(self._negative)
             seen += share * sum(self._seen)
-        days = max(0.0, at - self._first) / DAY
+        days = max(0.0, max(self._touched) - self._first) / DAY
         mean = negative / seen
         mean *= 1 + self._settings.rhythm * max(0.0, 1 - days / self._settings.rhythm_days)
         mean = min(0.95, mean)

@@ -30,6 +30,7 @@ from apps.texts import html_lines
 from shoal import UserError
 
 MOST_CHARACTERS = 5000
+_GROUP = "shoal"  # of readers of a Redis stream
 Say = Callable[[str], None]
 
 
@@ -132,7 +133,10 @@ class Feed:
 
 @dataclass
 class RedisStream:
-    """Entries of a Redis stream from now on, with the field `text`, or `message` as JSON."""
+    """Entries of a Redis stream, with the field `text`: from the first start on, each once.
+
+    Redis keeps the place (a consumer group), so what comes while nobody reads is read later.
+    """
 
     address: str
     say: Say
@@ -141,24 +145,40 @@ class RedisStream:
         """After a lost connection it goes on where it was."""
         parts = urlsplit(self.address)
         stream = parse_qs(parts.query)["stream"][0]
-        client = redis.asyncio.from_url(parts._replace(query="").geturl(), decode_responses=True)
-        last, is_down = "$", False
+        url = parts._replace(query="").geturl()
+        async with redis.asyncio.from_url(url, decode_responses=True) as client:
+            async for message in self._read(client, stream):
+                yield message
+
+    async def _read(self, client: Any, stream: str) -> AsyncIterator[Message]:
+        is_down, joined = False, False
         while True:
             try:
-                found = await client.xread({stream: last}, count=100, block=1000)
-                is_down = False
+                if not joined:
+                    await self._join(client, stream)
+                found = await client.xreadgroup(
+                    _GROUP, _GROUP, {stream: ">"}, count=100, block=1000, noack=True
+                )
+                is_down, joined = False, True
             except (redis.exceptions.RedisError, OSError) as error:
                 if not is_down:
                     self.say(f"{self.address}: cannot be read, and is tried again: {error}")
-                is_down = True
+                is_down, joined = True, False
                 await asyncio.sleep(1.0)
                 continue
             for _, entries in found:
-                for last, fields in entries:
+                for entry, fields in entries:
                     try:
                         yield Message.of(fields)
                     except UserError as error:
-                        self.say(f"{stream} {last}: left out: {error}")
+                        self.say(f"{stream} {entry}: left out: {error}")
+
+    async def _join(self, client: Any, stream: str) -> None:
+        try:
+            await client.xgroup_create(stream, _GROUP, id="$", mkstream=True)
+        except redis.exceptions.ResponseError as error:
+            if "BUSYGROUP" not in str(error):  # it is there: go on where it was
+                raise
 
 
 @dataclass

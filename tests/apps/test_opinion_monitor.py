@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +22,7 @@ from apps.opinion.__main__ import AIRLINES, routes
 from apps.opinion.bursts import DAY
 from apps.opinion.monitor import TABLES, Monitor, read_topics
 from apps.opinion.sources import MOST_CHARACTERS, Feed, Message, open_source
-from apps.served import NotServed
+from apps.served import NotServed, free_port
 from apps.state import State
 from apps.telling import Teller
 from shoal import UserError
@@ -259,3 +262,57 @@ def test_messages_by_post(state: State, teller: Teller) -> None:
     assert client.get("/topics/long/hours").json()[0]["share"] == 1.0
     assert client.get("/alerts").json() == [] and "long: 1 messages" in client.get("/report").text
     assert client.get("/report?day=never").status_code == 400
+
+
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="needs redis-server")
+def test_a_redis_stream_over_restarts_of_both_sides(tmp_path: Path) -> None:
+    """What comes while nobody reads is read later, each entry once."""
+    import redis
+
+    port, said = free_port(), list[str]()
+    start = ["redis-server", "--port", str(port), "--dir", str(tmp_path), "--appendonly", "yes"]
+
+    def started() -> subprocess.Popen[bytes]:
+        made = subprocess.Popen(start, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            with (
+                contextlib.suppress(redis.exceptions.ConnectionError),
+                redis.Redis(port=port) as one,
+            ):
+                if one.ping():
+                    return made
+            time.sleep(0.05)
+        raise AssertionError("Redis did not start")
+
+    def add(*texts: str) -> None:
+        with redis.Redis(port=port) as client:
+            for text in texts:
+                client.xadd("s", {"text": text})
+
+    async def read(count: int, *, then: Callable[[], object]) -> list[str]:
+        stream = open_source(f"redis://127.0.0.1:{port}/0?stream=s", say=said.append).messages()
+        found = list[str]()
+        asyncio.get_running_loop().call_later(0.5, then)
+        while len(found) < count:
+            found.append((await asyncio.wait_for(anext(stream), timeout=20)).text)
+        await stream.aclose()  # type: ignore[attr-defined]
+        return found
+
+    server = started()
+    try:
+        assert asyncio.run(read(2, then=lambda: add("one", "two"))) == ["one", "two"]
+        add("three")
+        server.terminate()
+        server.wait()
+
+        def again() -> None:
+            nonlocal server
+            server = started()
+            add("four")
+
+        assert asyncio.run(read(2, then=again)) == ["three", "four"]
+        assert len(said) == 1 and "cannot be read, and is tried again" in said[0]
+    finally:
+        server.terminate()
+        server.wait()

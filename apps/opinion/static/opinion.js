@@ -41,7 +41,7 @@ async function topic(each) {
   made.append(make("h3", each.topic));
   const state = each.learning ? word("learning") : each.burst ? word("burst") : "";
   made.append(make("small", `${each.seen} ${word("seen")}, ${each.copies} ${word("copies")} ${state}`));
-  made.append(curve(await get(`/topics/${encodeURIComponent(each.topic)}/hours`)));
+  made.append(make("small", `${word("share")} — ${word("expected")} - -`, "legend"), curve(await get(`/topics/${encodeURIComponent(each.topic)}/hours`)));
   const meter = make("meter");
   meter.value = each.suspicion;
   made.append(meter);

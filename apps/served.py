@@ -51,7 +51,7 @@ class Served:
         """Starts the server and waits for it. Raises ModelError with what it said."""
         self._say, self._child = say, None
         self._model = str(model)
-        self._ending = threading.Event()
+        self._ending, self._ready = threading.Event(), threading.Event()
         self._known: dict[str, Any] = {}
         if str(model).startswith(("http://", "https://")):
             self.address = str(model).rstrip("/").removesuffix("/v1")
@@ -64,6 +64,7 @@ class Served:
         self._client = httpx.Client(base_url=self.address, timeout=httpx.Timeout(120.0))
         try:
             self._wait_ready()
+            self._ready.set()
         except BaseException:
             self.close()
             raise
@@ -90,11 +91,8 @@ class Served:
                 time.sleep(0.2)  # for its last lines
                 told = "\n".join(said[-8:]) or f"it ended with status {self._child.returncode}"
                 raise ModelError(f"the model's server did not start:\n{told}")
-            try:
-                if self._client.get("/ready").status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
+            if self._answers():
+                return
             time.sleep(0.2)
         raise ModelError(f"{self.address}: no model's server answers there; start it, or name one")
 
@@ -107,9 +105,18 @@ class Served:
     def _supervise(self) -> None:
         while not self._ending.wait(0.5):
             if self._child is not None and self._child.poll() is not None:
+                self._ready.clear()
                 self._say("the model's server ended; starting it again")
                 self._child = self._start()
                 self._ending.wait(2.0)  # not faster than this, whatever ends it
+            elif not self._ready.is_set() and self._answers():
+                self._ready.set()
+
+    def _answers(self) -> bool:
+        try:
+            return self._client.get("/ready", timeout=5.0).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     @property
     def pid(self) -> int | None:
@@ -117,19 +124,24 @@ class Served:
         return None if self._child is None else self._child.pid
 
     def ask(
-        self, route: str, body: dict[str, Any], *, patience: float = _RETRY_SECONDS
+        self, route: str, body: dict[str, Any], *, patience: float | None = None
     ) -> dict[str, Any]:
-        """What the server says to a POST; waits where it is starting or full.
+        """What the server says to a POST. Raises UserError for what it refuses, or NotServed.
 
-        Raises UserError for what it refuses, NotServed where it does not come back.
+        Without `patience` it waits where the server is full or being started again; with it, at
+        most so many seconds for a server that runs, and for one that does not not at all.
         """
-        until = time.monotonic() + patience
-        why = ""
-        while time.monotonic() < until and not self._ending.is_set():
+        until = time.monotonic() + (patience or _RETRY_SECONDS)
+        why = "it is being started again"
+        while (left := until - time.monotonic()) > 0 and not self._ending.is_set():
+            if not self._ready.wait(0 if patience else left):
+                break
             try:
-                answer = self._client.post(route, json=body)
+                answer = self._client.post(route, json=body, timeout=left)
             except httpx.HTTPError as error:
                 why = str(error) or type(error).__name__
+                if self._child is not None and self._child.poll() is not None:
+                    self._ready.clear()
             else:
                 if answer.status_code == 200:
                     found: dict[str, Any] = answer.json()
@@ -137,7 +149,7 @@ class Served:
                 why = answer.text[:300]
                 if answer.status_code < 500 and answer.status_code != 429:
                     raise UserError(f"the model's server refuses this: {why}")
-            time.sleep(0.2)
+            time.sleep(0.1)
         raise NotServed(f"the model's server does not answer: {why}")
 
     def name(self) -> str:
@@ -156,7 +168,7 @@ class Served:
         return []
 
     def embeddings(
-        self, inputs: Sequence[str] | Sequence[list[int]], *, patience: float = _RETRY_SECONDS
+        self, inputs: Sequence[str] | Sequence[list[int]], *, patience: float | None = None
     ) -> Floats:
         """Vectors [N, D] of length 1 of texts, or of rows of tokens."""
         found: list[list[float]] = []

@@ -28,7 +28,7 @@ from apps.served import Served, fetched
 from apps.support.__main__ import E5, LANGUAGES, routes
 from apps.support.articles import read_articles, read_questions
 from apps.support.desk import Desk, Prefixes
-from apps.support.search import right_of, sureness
+from apps.support.search import Threshold, right_of, sureness
 from apps.support.store import Store
 from shoal.tasks.embedding_scores import coverage
 
@@ -155,7 +155,9 @@ def main() -> None:
         found(desk, pairs, most=given.questions)
         if given.no_load:
             return
-        print(desk.calibrate(pairs[:600]))
+        for precision in (0.9, 0.8, 0.7):
+            print(f"asked for {precision:.0%}: {desk.calibrate(pairs, precision=precision)}")
+        desk.threshold = Threshold()  # from here on every question gets a passage
         web = Web(desk)
         ending.callback(web.close)
         questions = [question for question, _ in pairs[:: max(1, len(pairs) // 200)]]

@@ -76,6 +76,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--language", choices=sorted(LANGUAGES), default="en", help="Of what ships.")
     made.add_argument("--articles", help="A folder of .md, .html, .txt; a table; or a data name.")
     made.add_argument("--questions", help="A table with question and id, to find the threshold.")
+    made.add_argument("--precision", type=float, default=0.9, help="Of answers, right ones.")
     made.add_argument("--chat", help="A chat model, or the address of one, that rephrases.")
     made.add_argument("--join-seconds", type=float, default=2.0, help="Messages within are one.")
     return made.parse_args()
@@ -119,10 +120,10 @@ def open_desk(given: argparse.Namespace, ending: ExitStack) -> Desk:
     )
     ending.callback(desk.close)
     if given.questions or not own:
-        which = f"{given.questions or questions} {_identity(model)} {len(desk.index.articles)}"
+        which = f"{given.questions or questions} {_identity(model)} {given.precision}"
         if store.noted("calibrated") != which:
             say("finding the threshold on questions whose answer is known")
-            desk.calibrate(read_questions(given.questions or questions))
+            desk.calibrate(read_questions(given.questions or questions), precision=given.precision)
             store.note("calibrated", which)
     say(str(desk.threshold))
     return desk

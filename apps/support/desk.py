@@ -18,7 +18,16 @@ from apps.command import Conflict, Missing
 from apps.served import NotServed, Served
 from apps.state import Row
 from apps.support.articles import NAME, Article
-from apps.support.search import FEW, Index, Threshold, right_of, sureness
+from apps.support.search import (
+    FEW,
+    MARGIN,
+    PRECISION,
+    TITLE,
+    Index,
+    Threshold,
+    right_of,
+    taken_out,
+)
 from apps.support.store import OPEN, SOLVED, TAKEN, Store
 from shoal import UserError
 
@@ -171,7 +180,9 @@ class Desk:
             self._changed.wait_for(lambda: self._built >= mine or self._ended, timeout=60)
         return len(self.index.articles)
 
-    def calibrate(self, pairs: Sequence[tuple[str, str]]) -> Threshold:
+    def calibrate(
+        self, pairs: Sequence[tuple[str, str]], *, precision: float = PRECISION
+    ) -> Threshold:
         """Find the threshold on (question, id of the right article), and keep it.
 
         Raises UserError where too few questions have an article that is here.
@@ -186,11 +197,21 @@ class Desk:
             )
         asked = [questions[n] for n in kept]
         vectors = self._vectors([self._read(each) for each in asked])
-        rows = [
-            index.scores(q, None if vectors is None else vectors[n]) for n, q in enumerate(asked)
-        ]
-        names = [each.id for each in index.articles]
-        self.threshold = Threshold.of(np.stack(rows), right[kept], names)
+        gone = taken_out([each.id for each in index.articles]) & right[kept].any(axis=0)
+        signs: list[dict[str, float]] = []
+        hits = np.zeros(len(asked), dtype=bool)
+        for n, question in enumerate(asked):
+            scores = index.scores(question, None if vectors is None else vectors[n])
+            scores[gone] = scores.min()
+            place = int(scores.argmax())
+            hits[n] = right[kept[n], place]
+            signs.append(index.signs(scores, place, question))
+        self.threshold = Threshold.of(
+            {sign: np.array([each[sign] for each in signs]) for sign in (MARGIN, TITLE)},
+            right=hits,
+            possible=(right[kept] & ~gone).any(axis=1),
+            precision=precision,
+        )
         self.store.note("threshold", self.threshold.to_json())
         return self.threshold
 
@@ -219,8 +240,8 @@ class Desk:
             except NotServed:
                 alone = True
         scores = index.scores(question, vector)
-        sure = float(sureness(scores[None])[0])
         best = index.best(scores, count=1 + _OTHERS)
+        sure = index.signs(scores, best[0], question)[self.threshold.sign]
         others = [
             {"id": each.id, "title": each.title, "link": each.link}
             for each in (index.articles[place] for place in best)

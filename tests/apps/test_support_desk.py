@@ -14,7 +14,7 @@ import pytest
 from apps.command import Conflict, Missing
 from apps.support.articles import Article, read_articles, read_questions
 from apps.support.desk import MOST_CHARACTERS, Desk, stands_in
-from apps.support.search import Index, Threshold
+from apps.support.search import Index, Threshold, taken_out
 from apps.support.store import Store
 from shoal import UserError
 
@@ -139,24 +139,26 @@ def test_articles_that_are_refused(
 
 
 def test_threshold_of_a_curve_made_by_hand() -> None:
-    """Ten questions, ten articles; sure ones are right, unsure ones half of the time."""
-    names = [name for name in "abcdefghijklmnopqrst" if not _fifth(name)][:10]
-    scores = np.zeros((10, 10))
-    right = np.eye(10, dtype=bool)
-    for question in range(10):
-        best = question if question < 7 else (question + 1) % 10  # the last three are wrong
-        scores[question, best] = 10 - question
-    found = Threshold.of(scores, right, names)
-    assert found.value == 10 - 6 and found.precision == 1.0 and found.coverage == 0.7
-    assert Threshold.of(-scores, right, names).coverage < 0.7
-    never = Threshold.of(np.roll(np.eye(10), 1, axis=1), right, names)
+    """Ten questions: seven sure ones that are right, then a wrong one, a right one, a wrong one."""
+    right = np.array([True] * 7 + [False, True, False])
+    possible = np.array([True] * 9 + [False])
+    sure = np.arange(10.0, 0.0, -1.0)
+    found = Threshold.of({"margin": sure}, right=right, possible=possible)
+    assert (found.value, found.precision) == (4.0, 1.0)
+    assert found.coverage == pytest.approx(7 / 9)
+    looser = Threshold.of({"margin": sure}, right=right, possible=possible, precision=0.85)
+    assert looser.value == 2.0 and looser.coverage == 1.0
+    both = Threshold.of({"margin": -sure, "title": sure}, right=right, possible=possible)
+    assert both.sign == "title" and "from a title of 4.00 on: 100 % of them" in str(both)
+    alike = Threshold.of({"margin": np.ones(10)}, right=right, possible=possible, precision=0.9)
+    assert alike.value == float("inf"), "of ten that are as sure, eight are right"
+    never = Threshold.of({"margin": sure}, right=np.zeros(10, dtype=bool), possible=possible)
     assert never.value == float("inf") and never.coverage == 0.0
 
 
-def _fifth(name: str) -> bool:
-    from apps.support.search import _every_fifth
-
-    return _every_fifth(name)
+def test_every_fifth_article_is_taken_out() -> None:
+    share = taken_out([f"article {n}" for n in range(2000)]).mean()
+    assert share == pytest.approx(0.2, abs=0.03)
 
 
 def test_a_threshold_is_kept_and_answers_obey_it(desk: Desk, store: Store) -> None:

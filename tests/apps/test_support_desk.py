@@ -54,7 +54,7 @@ def desk(store: Store) -> Iterator[Desk]:
     made.close()
 
 
-def eventually(what: Callable[[], Any], *, seconds: float = 5.0) -> Any:
+def eventually(what: Callable[[], Any], *, seconds: float = 30.0) -> Any:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it did not happen"

@@ -26,7 +26,7 @@ def state(tmp_path: Path) -> Iterator[State]:
     made.close()
 
 
-def eventually(what: Callable[[], Any], *, seconds: float = 10.0) -> Any:
+def eventually(what: Callable[[], Any], *, seconds: float = 30.0) -> Any:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it did not happen"

@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "shoal.cli.api": ("Result", "evaluate", "generate", "merge", "resume", "train"),
+    "shoal.cli.api": ("Result", "evaluate", "generate", "merge", "records", "resume", "train"),
     "shoal.config.recipe": ("Recipe",),
     "shoal.fleet.fleet": ("Fleet",),
     "shoal.fleet.join": ("join",),

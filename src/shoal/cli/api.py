@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,16 @@ def evaluate(
 
     with Console(out=sys.stderr if console else io.StringIO()) as show:
         return score(Path(model), recipe=recipe, overrides=overrides, console=show)
+
+
+def records(source: str | Path) -> Iterator[dict[str, Any]]:
+    """Records of a source as training reads them: a name of `shoal data list`, a file or a folder.
+
+    What is not in the cache is fetched. Raises DataError, FetchError.
+    """
+    from shoal.data.sources import read_records
+
+    yield from read_records(str(source))
 
 
 def generate(

@@ -173,3 +173,12 @@ def test_a_notebook_trains(bench: Bench, tmp_path: Path) -> None:
     shown = "".join(second[-1]["data"]["text/plain"])
     assert re.fullmatch(rf"Result\('{out}', step 2 of 2, loss \d+\.\d{{4}}\)", shown)
     assert "".join(third[-1]["data"]["text/plain"]).startswith("(4, ")
+
+
+def test_records_of_a_source(tmp_path: Path) -> None:
+    """As training reads them: a table's columns stay beside the text."""
+    (tmp_path / "some.csv").write_text("text,label\nfine,good\nawful,bad\n")
+    found = list(shoal.records(tmp_path / "some.csv"))
+    assert [(each["text"], each["label"]) for each in found] == [("fine", "good"), ("awful", "bad")]
+    with pytest.raises(shoal.DataError, match="there is no file, folder or registry entry"):
+        list(shoal.records("no-such-data"))

@@ -1,0 +1,1 @@
+"""Three applications on the public interface of shoal and its server; each is one command."""

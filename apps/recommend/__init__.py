@@ -1,0 +1,1 @@
+"""Recommendation: what somebody may want next, each with a reason that is true."""

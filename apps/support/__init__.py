@@ -1,0 +1,1 @@
+"""Customer service: finds the passage that answers a question, or says that it does not know."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import (
+    agent,
     chat,
     compare,
     compress,
@@ -19,6 +20,7 @@ from shoal.cli import (
     doctor,
     evaluate,
     generate,
+    launch,
     merge,
     parity,
     plan,
@@ -70,6 +72,7 @@ _add(
     "shoal run examples/own_loop.py --workers 2",
     context_settings={"ignore_unknown_options": True},
 )
+_add("agent", agent.agent, "shoal agent --listen 10.0.0.2 --keys SHARED/keys")
 _add("merge", merge.merge, "shoal merge runs/quickstart-001 --out model")
 _add("generate", generate.generate, 'shoal generate runs/quickstart-001 "A: Hello"')
 _add("chat", chat.chat, "shoal chat runs/quickstart-001")
@@ -101,7 +104,7 @@ _add(
     "shoal simulate quickstart --cluster 8xH100",
     no_args_is_help=True,
 )
-for _name, _group in (("data", data.app), ("config", config.app)):
+for _name, _group in (("data", data.app), ("config", config.app), ("launch", launch.app)):
     for _each in _group.registered_commands:
         _each.short_help = _sentence(_each.callback) if _each.callback else None
     app.add_typer(_group, name=_name, short_help=_group.info.help)

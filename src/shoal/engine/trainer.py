@@ -232,6 +232,7 @@ class Trainer:
                     state=training.state,
                     layout=training.ranks.layout,
                     keys=self.members.keys,
+                    address=self.members.address,
                     generation=self.pulse.generation,
                 )
                 if self._position.step == FRESH:
@@ -333,6 +334,7 @@ class Trainer:
                 layout=layout,
                 moves=moves,
                 keys=self.members.keys,
+                address=self.members.address,
                 generation=self.pulse.generation,
             )
             good = ", ".join(str(source) for source, _ in moves)

@@ -14,6 +14,8 @@ from shoal.errors import RunError, nearest
 from shoal.observe.events import read_lines
 
 _LOCK = ".lock"
+NOTE = ".hosts"
+"""What hosts of a run look for, to see that they share its folder."""
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
@@ -31,8 +33,10 @@ def claim(out: str | Path | None, *, name: str) -> Path:
             f"{run}: already holds a run, which is not written over; go on with it by "
             f"'shoal resume {run}', or choose another --out"
         )
-    # a lock that was left behind by a kill is no file of anybody's; one that is held, `hold` tells
-    if run.is_file() or (run.is_dir() and any(path.name != _LOCK for path in run.iterdir())):
+    # what was left behind by a kill is no file of anybody's; a lock that is held, `hold` tells
+    if run.is_file() or (
+        run.is_dir() and any(path.name not in (_LOCK, NOTE) for path in run.iterdir())
+    ):
         raise RunError(f"{run}: expected a new or empty folder for the run, found other files")
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +135,10 @@ class WorkerPool:
         while any(w.status is None for w in workers) and time.monotonic() < deadline:
             for _ in self.events(timeout_seconds=0.5, only=workers):
                 pass
+
+    def descriptors(self, only: Iterable[Worker]) -> list[int]:
+        """What to wait on, for who waits for something else too, until `events` has anything."""
+        return [self._link.fileno(), *(worker.report for worker in only if worker.open)]
 
     def _server_died(self) -> str:
         try:

@@ -15,6 +15,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +23,11 @@ from shoal.config.sync import Server
 from shoal.engine.job import Job
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
-from shoal.launch.cluster import Cluster, ThisHost, host_of_rank
+from shoal.launch.cluster import Cluster, ThisHost
 from shoal.launch.deaths import Death, death_of
 from shoal.launch.directory import has_checkpoint, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
+from shoal.launch.hosts import Hosts
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
@@ -55,10 +57,23 @@ class SupervisedWorker:
     stuck: str | None = None
     done: bool = False
     """It has come to its end and said so."""
+    absent: bool = False
+    """Its host has gone, and the others go on without it until it is back."""
 
     @property
     def alive(self) -> bool:
         return self.worker.status is None
+
+
+Sites = Callable[[Job, WorkerPool], AbstractContextManager[tuple[Sequence[Site], Cluster]]]
+"""Opens the sites of a job, and says where their ranks meet."""
+
+
+@contextmanager
+def this_host(job: Job, pool: WorkerPool) -> Iterator[tuple[Sequence[Site], Cluster]]:
+    """All workers on this host."""
+    with LocalSite(pool, num_ranks=job.decision.layout.workers) as site:
+        yield [site], ThisHost(site.folder)
 
 
 def run_workers(
@@ -69,25 +84,27 @@ def run_workers(
     begun: Callable[[], None] = lambda: None,
     story: list[dict[str, Any]] | None = None,
     callbacks: Callbacks | None = None,
+    sites: Sites | None = None,
 ) -> Attempt:
     """Start the workers of `job` and see them to their end. Raises the error that ended them.
 
     SIGINT and SIGTERM ask the workers to save and stop; a second one ends them at once (Stopped
     when there is a checkpoint to resume from, else Interrupted), of SIGTERM only where somebody
     sits at a terminal. SIGUSR1 prints where each is.
+    `sites`: where the workers are; by default on this host.
     `story` collects every event, also of a run that ends with an error. An error in `callbacks`
     asks the workers to save and stop.
     """
     heard = callbacks or Callbacks(None)
-    num_ranks = job.decision.layout.workers
-    with LocalSite(pool, num_ranks=num_ranks) as site, signals_asked() as asked:
+    given = (sites or this_host)(job, pool)
+    with given as (there, cluster), signals_asked() as asked:
         console.steps = job.recipe.train.steps or console.steps  # of epochs: as the start said
         heard.stop = lambda: asked.append(signal.SIGTERM)
         attempt = Attempt(console, begun, story=[] if story is None else story, callbacks=heard)
         supervisor = Supervisor(
             job,
-            sites=[site],
-            cluster=ThisHost(site.folder),
+            sites=there,
+            cluster=cluster,
             attempt=attempt,
             asked=asked,
         )
@@ -136,7 +153,9 @@ class Supervisor:
         self._servers = Servers(job, sites=sites, cluster=cluster) if self._apart else None
         if self._servers is not None:
             self._job = job = replace(job, servers=str(self._servers.folder))
-        self.workers = [self._started(rank) for rank in range(self._size)]
+        self.workers: list[SupervisedWorker] = []
+        self._hosts = Hosts(sites, layout=self._layout, fewest=self._fewest, tell=self._tell)
+        self.workers += (self._started(rank) for rank in range(self._size))
 
     # --- the watch
 
@@ -163,7 +182,8 @@ class Supervisor:
             if self._ending is not None and time.monotonic() > self._ending:
                 break
         attempt = self._attempt
-        if not all(one.done for one in self.workers) and attempt.stopped is None:
+        ended = all(one.done or one.absent for one in self.workers)
+        if not ended and attempt.stopped is None:
             raise attempt.failure()
         if self._servers is not None:
             self._servers.close()
@@ -241,6 +261,7 @@ class Supervisor:
         self._looked = time.monotonic()
         if self._servers is not None:
             self._servers.look()
+        self._welcome()
         seen = self.sightings()
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)
@@ -282,6 +303,7 @@ class Supervisor:
             where=beat.where if beat is not None else "starting",
             error=one.error,
             stuck=one.stuck,
+            gone=one.site.gone,
             ran_out=kills > self._memory_kills,
         )
         self._memory_kills = kills
@@ -309,12 +331,16 @@ class Supervisor:
         job = self._job
         return explained(job.recipe, job.decision, run=self._run, where=death.where)
 
-    def _survives(self, lost: SupervisedWorker) -> bool:
-        """Whether a living worker holds what the lost one held; asked to stop, it will save it."""
+    def _survives(self, lost: SupervisedWorker, *, without: bool = False) -> bool:
+        """Whether a living worker holds what the lost one held; asked to stop, it will save it.
+
+        `without`: other than that one itself.
+        """
         if self._apart:
             return True  # the servers do
         of = self._layout.replica_rank
         equals = [one for one in self.workers if of(one.rank) == of(lost.rank)]
+        equals = [one for one in equals if not (without and one is lost)]
         return any(one.alive and one.generation > 0 for one in equals)
 
     def _recover(self, lost: SupervisedWorker) -> None:
@@ -329,6 +355,26 @@ class Supervisor:
             self._order({"order": "lost", "number": self._generation})
         self._replace(lost, joining=True)
         self._form()
+
+    def _welcome(self) -> None:
+        """Take hosts in that are back: workers start there that had to wait, or had gone elsewhere.
+
+        Those that train meanwhile give their place up only when others hold what they hold.
+        """
+        ready = self._hosts.look()
+        if any(one.done for one in self.workers):  # the others will form no other generation
+            return
+        for one in self.workers:
+            if self._hosts.own(one.rank) not in ready or not (one.absent or one.alive):
+                continue
+            if one.site is self._hosts.own(one.rank) and not one.absent:
+                continue
+            if one.absent:
+                self._replace(one, joining=self._survives(one))
+            elif self._survives(one, without=True):
+                one.site.kill([one.worker])
+                self._order({"order": "lost", "number": one.generation})
+                self._replace(one, joining=True)
 
     def _start_again(self) -> None:
         """Nobody has the state any more: all go back to the last save."""
@@ -356,11 +402,14 @@ class Supervisor:
         vars(one).update(vars(self._started(one.rank, joining=joining)))
 
     def _started(self, rank: int, *, joining: bool = False) -> SupervisedWorker:
-        """A new worker for `rank`, on the host that its replica belongs to."""
-        host = host_of_rank(self._layout, rank, num_hosts=len(self._sites))
-        site, job = self._sites[host], replace(self._job, joining=joining)
+        """A new worker for `rank`, on the host that its replica belongs to, if that is there."""
+        site = self._hosts.place(rank, workers=self.workers)
+        if site is None:
+            nobody = Worker(-1, report=-1, status=-signal.SIGKILL, open=False, told=True)
+            return SupervisedWorker(rank, self._hosts.own(rank), nobody, absent=True)
         ranks = range(self._ranks) if self._threads else [rank]
-        payload = {**job.to_json(), "rank": rank, "size": self._size}
+        payload = {**replace(self._job, joining=joining).to_json(), "rank": rank}
+        payload["size"] = self._size
         return SupervisedWorker(
             rank, site, site.start(TARGET, payload, slot=Slot(rank), ranks=ranks)
         )
@@ -416,6 +465,7 @@ class Supervisor:
                 "number": self._generation,
                 "rank": rank,
                 "size": len(members),
+                "here": sum(other.site is one.site for other in members),
             }
             one.site.send(one.worker, {**order, "meeting": meeting})
 

@@ -44,7 +44,8 @@ def agent(
         except ChannelError as error:
             raise UserError(f"--listen: {error}") from None
         say(f"agent at {served.address}")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda *_: setattr(served, "leaving", True))
         try:
             raise typer.Exit(served.serve(once=once))
         finally:

@@ -25,6 +25,7 @@ from shoal.cli import (
     parity,
     plan,
     rehearse,
+    requests,
     resume,
     run,
     serve,
@@ -66,6 +67,9 @@ _add(
     "shoal train MINE.yaml model.path=FOLDER --dry-run",
 )
 _add("resume", resume.resume, "shoal resume runs/quickstart-001 parallel.replicate=4")
+_add("stop", requests.stop, "shoal stop runs/quickstart-001")
+_add("save", requests.save, "shoal save runs/quickstart-001")
+_add("drain", requests.drain, "shoal drain h3 runs/quickstart-001")
 _add(
     "run",
     run.run,

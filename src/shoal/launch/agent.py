@@ -28,6 +28,7 @@ from shoal.launch.site import LocalSite, Slot
 
 TARGETS = ("shoal.engine.worker:run",)
 """What an agent starts for a coordinator, and nothing else."""
+STOPPED = 75
 _WAIT_SECONDS = 0.2
 
 
@@ -82,11 +83,17 @@ class Agent:
         self._heard_at = self._turned_at = self._signed_at = 0.0
         self.ended: int | None = None
         """Exit status of the last run, once it has ended."""
+        self.leaving = False
+        """Set by whoever asks this agent to end: once the run does without its workers, it does."""
 
     def serve(self, *, once: bool = False) -> int:
         """Turn until a run has ended (`once`), or for ever; its exit status."""
-        while self.ended is None or not once:
+        while not (once and self.ended is not None):
             self.turn()
+            idle = all(worker.status is not None for worker in self._workers.values())
+            if self.leaving and idle:
+                return STOPPED if self.ended is None else self.ended
+        assert self.ended is not None, "the loop has ended for it"
         return self.ended
 
     def close(self) -> None:
@@ -217,6 +224,8 @@ class Agent:
                 self._answer(calls.Said(worker=number, status=worker.status))
         if time.monotonic() - self._signed_at > _WAIT_SECONDS:
             self._signed_at = time.monotonic()
+            if self.leaving:
+                self._answer(calls.Leaving())
             pids = {n: w.pid for n, w in self._workers.items() if w.pid is not None}
             seen = tuple(site.sightings())
             self._answer(

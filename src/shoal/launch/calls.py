@@ -101,6 +101,10 @@ class Here(_Message, frozen=True):
     """What it does not see of the run, in words."""
 
 
+class Leaving(_Message, frozen=True):
+    """The host is about to go: a scheduler has asked its agent to end."""
+
+
 class Said(_Message, frozen=True):
     """A worker has said something, or has ended (`status`)."""
 
@@ -125,7 +129,7 @@ class Stack(_Message, frozen=True):
 
 
 ToAgent = Hello | Start | Order | Signal | AskStack | Alive | Bye
-ToCoordinator = Here | Said | Seen | Stack
+ToCoordinator = Here | Leaving | Said | Seen | Stack
 
 
 def folder_digest(folder: Path) -> str:

@@ -102,6 +102,24 @@ def requests_in(run: Path) -> list[str]:
     return found
 
 
+def hosts_to_drain(run: Path) -> list[str]:
+    """Hosts that a person wants the run to do without: names in the file DRAIN, taken once."""
+    path = run / "DRAIN"
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        return []
+    path.unlink(missing_ok=True)
+    return names
+
+
+def leave_request(run: Path, name: str, text: str = "") -> None:
+    """Leave an order in a run: STOP, SAVE or DRAIN. Raises RunError where nobody would take it."""
+    if not is_at_work(run):
+        raise RunError(f"{run}: nobody is at work in this run, so there is nothing to ask for")
+    write_whole(run / name, text)
+
+
 def has_checkpoint(run: Path) -> bool:
     """Whether anything was saved."""
     return any((run / "checkpoints").glob("step-*"))
@@ -133,6 +151,19 @@ def hold(run: Path) -> Iterator[None]:
     finally:
         (run / _LOCK).unlink(missing_ok=True)  # still locked: nobody can hold another one by now
         os.close(handle)
+
+
+def is_at_work(run: Path) -> bool:
+    """Whether a job runs in `run`, as far as this host can tell by its lock."""
+    try:
+        with (run / _LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
+    except OSError:
+        return False
 
 
 def _locked(run: Path) -> int:

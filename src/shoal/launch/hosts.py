@@ -19,6 +19,7 @@ from shoal.layout import Layout
 if TYPE_CHECKING:
     from shoal.launch.supervise import SupervisedWorker
 
+_TOGETHER_SECONDS = 1.0
 _REST_SECONDS = 10.0
 _LONGEST_REST_SECONDS = 160.0
 
@@ -38,6 +39,10 @@ class Hosts:
         self._gone: dict[int, str] = {}
         self._times = [0] * len(sites)
         self._back_at: dict[int, float] = {}
+        self._leaving: set[int] = set()
+        """Those that a person wants to do without."""
+        self._drained: set[int] = set()
+        self._asked_at: float | None = None
 
     def own(self, rank: int) -> Site:
         """The site that a rank's replica belongs to."""
@@ -51,7 +56,7 @@ class Hosts:
         own = self.own(rank)
         if self._is_there(own):
             return own
-        there = [site for site in self._sites if site.gone is None]
+        there = [site for site in self._sites if self._is_there(site)]
         if not there:
             gone = "; ".join(f"{_name(site)} {site.gone}" for site in self._sites)
             raise WorkerError(f"no host of the run is left: {gone}")
@@ -81,8 +86,35 @@ class Hosts:
                 ready.append(site)
         return ready
 
+    def drain(self, name: str) -> None:
+        """Do without a host from now on, by its name or address."""
+        found = [n for n, site in enumerate(self._sites) if name in _name(site).split()]
+        if not found:
+            known = ", ".join(_name(site) for site in self._sites)
+            self._tell("drain", {"text": f"asked to do without {name}, but there is only {known}"})
+        self._leaving.update(found)
+
+    def leaving(self) -> tuple[list[Site], bool]:
+        """Hosts to do without from now on, and whether none would be left."""
+        asked = {n for n, site in enumerate(self._sites) if site.leaving} | self._leaving
+        new = asked - self._drained
+        if not new:
+            self._asked_at = None
+            return [], False
+        self._asked_at = self._asked_at or time.monotonic()
+        left = [n for n, site in enumerate(self._sites) if site.gone is None and n not in asked]
+        if left and time.monotonic() - self._asked_at < _TOGETHER_SECONDS:
+            return [], False  # a scheduler that ends a job tells all hosts, one after the other
+        self._drained |= new
+        for number in sorted(new):
+            text = f"{_name(self._sites[number])} is about to go, and is done without"
+            self._tell("drain", {"host": _name(self._sites[number]), "text": text})
+        return [self._sites[number] for number in sorted(new)], not left
+
     def _wait(self, number: int, site: Site) -> None:
         del self._gone[number]
+        self._drained.discard(number)
+        self._leaving.discard(number)
         rest = 0.0
         if self._times[number] > 1:
             rest = min(_REST_SECONDS * 2.0 ** (self._times[number] - 2), _LONGEST_REST_SECONDS)
@@ -91,7 +123,8 @@ class Hosts:
         self._tell("host-back", {"host": _name(site), "text": f"{_name(site)} is back{after}"})
 
     def _is_there(self, site: Site) -> bool:
-        return site.gone is None and self._sites.index(site) not in self._back_at
+        number = self._sites.index(site)
+        return site.gone is None and number not in self._back_at and number not in self._drained
 
     def _number(self, rank: int) -> int:
         return host_of_rank(self._layout, rank, num_hosts=len(self._sites))

@@ -51,6 +51,8 @@ class RemoteSite:
         self.gone: str | None = "has not answered yet"
         self.wrong: str | None = None
         """What is wrong with it, where it has answered, or has another secret."""
+        self.leaving = False
+        """Whether its host is about to go."""
         self._keys, self._hello, self._check = keys, hello, check
         self._decoder = msgspec.msgpack.Decoder(calls.ToCoordinator)
         self._workers: dict[int, Worker] = {}
@@ -189,6 +191,8 @@ class RemoteSite:
     def _hear(self, message: calls.ToCoordinator) -> None:
         if isinstance(message, calls.Here):
             self._answered(message)
+        elif isinstance(message, calls.Leaving):
+            self.leaving = True
         elif isinstance(message, calls.Stack):
             self._stacks[message.worker] = message.text
         elif isinstance(message, calls.Seen):
@@ -221,7 +225,7 @@ class RemoteSite:
 
     def _lose(self, why: str) -> None:
         """All of its workers are dead, or as good as that: without us they end themselves."""
-        self.gone = why
+        self.gone, self.leaving = why, False
         for worker in self._workers.values():
             if worker.status is None:
                 self._end(worker, status=-signal.SIGKILL)

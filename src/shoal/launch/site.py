@@ -41,6 +41,10 @@ class Site(Protocol):
     def gone(self) -> str | None:
         """Why its workers count as dead, all of them: its host has gone. None: it is there."""
 
+    @property
+    def leaving(self) -> bool:
+        """Whether its host is about to go, and wants to be done without."""
+
     def start(
         self, target: str, payload: dict[str, Any], *, slot: Slot, ranks: Sequence[int]
     ) -> Worker:
@@ -123,6 +127,7 @@ class LocalSite:
     """The workers of this host, from its fork server. A context manager: leaving it closes it."""
 
     gone: str | None = None
+    leaving = False
 
     def __init__(self, pool: WorkerPool, *, num_ranks: int, keys: Keys | None = None) -> None:
         """`keys`: those of the run, where it has several hosts; else new ones."""

@@ -25,7 +25,7 @@ from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_onc
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.cluster import Cluster, ThisHost
 from shoal.launch.deaths import Death, death_of
-from shoal.launch.directory import has_checkpoint, is_run, requests_in
+from shoal.launch.directory import has_checkpoint, hosts_to_drain, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
 from shoal.launch.hosts import Hosts
 from shoal.launch.memory import explained
@@ -233,6 +233,9 @@ class Supervisor:
         for name in requests_in(self._run):
             self._attempt.console.phase(f"found the file {name}: saving after this step")
             self._order({"order": name.lower()})
+        for name in hosts_to_drain(self._run):
+            self._hosts.drain(name)
+        self._do_without()
         while signal.SIGUSR1 in self._asked:
             self._asked.remove(signal.SIGUSR1)
             self.describe()
@@ -245,6 +248,21 @@ class Supervisor:
             text = "asked to stop: saving after this step (again: stop at once)"
             self._attempt.console.phase(text)
             self._order({"order": "stop"})
+
+    def _do_without(self) -> None:
+        """Start the workers of hosts that are about to go elsewhere; or save and stop."""
+        sites, last = self._hosts.leaving()
+        leaving = [one for one in self.workers if one.site in sites and one.alive]
+        others = [one for one in self.workers if one not in leaving and one.alive]
+        held = {self._layout.replica_rank(one.rank) for one in others if one.generation > 0}
+        if last or any(self._layout.replica_rank(one.rank) not in held for one in leaving):
+            if not self._asked:
+                self._asked.append(signal.SIGTERM)
+            return
+        for site in sites:
+            site.kill([one.worker for one in leaving if one.site is site])
+        for one in leaving:
+            self._recover(one)
 
     def _order(self, order: dict[str, Any]) -> None:
         for one in self.workers:

@@ -31,6 +31,16 @@ def hosts(
     go_on: Annotated[
         bool, typer.Option("--go-on", help="If --out holds a run of this recipe, go on with it.")
     ] = False,
+    etcd: Annotated[
+        str | None,
+        typer.Option(help="Servers of etcd, https://HOST:PORT,...: start this on several hosts."),
+    ] = None,
+    certificates: Annotated[
+        Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem for etcd.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Use an etcd without TLS that others can reach.")
+    ] = False,
     show: Annotated[
         bool, typer.Option("--print", help="Print what to type on which host; start nothing.")
     ] = False,
@@ -39,6 +49,8 @@ def hosts(
 
     Each of them runs `shoal agent` with the same --keys. --out and the cache (SHOAL_CACHE) are on
     storage that all of them see. A host that falls silent is done without; it may come back.
+    With --etcd one of several coordinators leads, and another goes on from the last save when its
+    host falls silent.
     """
     if hosts is None:
         raise UserError("--hosts: expected a file with a line HOST or HOST:PORT for every agent")
@@ -63,6 +75,14 @@ def hosts(
         from shoal.launch.over_hosts import OverHosts
         from shoal.launch.summary import last_words
 
-        over = OverHosts(addresses, secret)
-        result = local.train(recipe, overrides or [], out=out, pool=pool, go_on=go_on, hosts=over)
+        over, given = OverHosts(addresses, secret), overrides or []
+        if etcd is None:
+            result = local.train(recipe, given, out=out, pool=pool, go_on=go_on, hosts=over)
+        else:
+            from shoal.launch.elected import Servers, train_elected
+
+            if out is None:
+                raise UserError("--etcd: expected the run's directory; give it by --out")
+            servers = Servers(etcd.split(","), certificates, insecure)
+            result = train_elected(recipe, given, out=out, hosts=over, servers=servers, pool=pool)
     say("\n".join(last_words(result.run, result.summary, recipe=recipe)))

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shoal.errors import WorkerError
 from shoal.launch.cluster import host_of_rank
 from shoal.launch.site import Site
+from shoal.launch.supervised import SupervisedWorker
 from shoal.layout import Layout
-
-if TYPE_CHECKING:
-    from shoal.launch.supervise import SupervisedWorker
 
 _TOGETHER_SECONDS = 1.0
 _REST_SECONDS = 10.0
@@ -58,7 +56,7 @@ class Hosts:
             return own
         there = [site for site in self._sites if self._is_there(site)]
         if not there:
-            gone = "; ".join(f"{_name(site)} {site.gone}" for site in self._sites)
+            gone = "; ".join(f"{name_of(site)} {site.gone}" for site in self._sites)
             raise WorkerError(f"no host of the run is left: {gone}")
         of = self._layout.replica_of
         ours = {of(r) for r in range(self._layout.workers) if self._is_there(self.own(r))}
@@ -74,11 +72,11 @@ class Hosts:
         ready = []
         for number, site in enumerate(self._sites):
             if site.gone is not None and number not in self._gone:
-                self._gone[number] = f"{_name(site)} {site.gone}"
+                self._gone[number] = f"{name_of(site)} {site.gone}"
                 self._times[number] += 1
                 self._back_at.pop(number, None)
                 text = f"{self._gone[number]}: its workers count as dead"
-                self._tell("host-lost", {"host": _name(site), "text": text})
+                self._tell("host-lost", {"host": name_of(site), "text": text})
             elif site.gone is None and number in self._gone:
                 self._wait(number, site)
             if number in self._back_at and time.monotonic() >= self._back_at[number]:
@@ -88,9 +86,9 @@ class Hosts:
 
     def drain(self, name: str) -> None:
         """Do without a host from now on, by its name or address."""
-        found = [n for n, site in enumerate(self._sites) if name in _name(site).split()]
+        found = [n for n, site in enumerate(self._sites) if name in name_of(site).split()]
         if not found:
-            known = ", ".join(_name(site) for site in self._sites)
+            known = ", ".join(name_of(site) for site in self._sites)
             self._tell("drain", {"text": f"asked to do without {name}, but there is only {known}"})
         self._leaving.update(found)
 
@@ -107,8 +105,8 @@ class Hosts:
             return [], False  # a scheduler that ends a job tells all hosts, one after the other
         self._drained |= new
         for number in sorted(new):
-            text = f"{_name(self._sites[number])} is about to go, and is done without"
-            self._tell("drain", {"host": _name(self._sites[number]), "text": text})
+            text = f"{name_of(self._sites[number])} is about to go, and is done without"
+            self._tell("drain", {"host": name_of(self._sites[number]), "text": text})
         return [self._sites[number] for number in sorted(new)], not left
 
     def _wait(self, number: int, site: Site) -> None:
@@ -120,7 +118,7 @@ class Hosts:
             rest = min(_REST_SECONDS * 2.0 ** (self._times[number] - 2), _LONGEST_REST_SECONDS)
         self._back_at[number] = time.monotonic() + rest
         after = f", and is used again in {rest:.0f} s" if rest else ""
-        self._tell("host-back", {"host": _name(site), "text": f"{_name(site)} is back{after}"})
+        self._tell("host-back", {"host": name_of(site), "text": f"{name_of(site)} is back{after}"})
 
     def _is_there(self, site: Site) -> bool:
         number = self._sites.index(site)
@@ -130,5 +128,6 @@ class Hosts:
         return host_of_rank(self._layout, rank, num_hosts=len(self._sites))
 
 
-def _name(site: Site) -> str:
+def name_of(site: Site) -> str:
+    """What a person knows it by."""
     return f"host {getattr(site, 'name', 'localhost')}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -29,7 +29,6 @@ from shoal.launch.examined import keys_are_known, refuse_wrong_model
 from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.opening import say_opening
-from shoal.launch.over_hosts import OverHosts
 from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check, check_trackers
@@ -38,6 +37,9 @@ from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
 from shoal.observe.trace import merge_parts
+
+if TYPE_CHECKING:  # most runs are on one host
+    from shoal.launch.over_hosts import OverHosts
 
 
 @dataclass

@@ -10,10 +10,11 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shoal.comm.keys import Keys
 from shoal.config.recipe import Recipe
@@ -27,14 +28,16 @@ from shoal.launch.choose import choose_joined
 from shoal.launch.cluster import Cluster, Host, host_of_rank
 from shoal.launch.directory import NOTE
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.registry.membership import Fenced
+from shoal.launch.registry.registered import Registered
 from shoal.launch.remote_site import RemoteSite
 from shoal.launch.site import Site
 from shoal.observe.console import Console
-from shoal.sync.kinds import KINDS
 
 PORT = 27465
 """Where an agent listens unless told otherwise."""
 PATIENCE_SECONDS = 60.0
+_SOON_SECONDS = 2.0
 _MEETING = "shoal.comm.meeting_place:run"
 
 
@@ -46,6 +49,10 @@ class OverHosts:
     secret: bytes
     patience_seconds: float = PATIENCE_SECONDS
     lease_seconds: float = calls.LEASE_SECONDS
+    register: Callable[[Path, Callable[[str], None]], Registered] | None = None
+    """Opens the registry for a run, where it has one; the second tells of the store's absence."""
+    without: bool = False
+    """Whether the run may begin without hosts that do not answer soon."""
     here: list[calls.Here] = field(default_factory=list)
     """What each host said of itself, once they were asked."""
 
@@ -63,7 +70,7 @@ class OverHosts:
     def overrides(self, recipe: Recipe) -> list[str]:
         """What a recipe leaves open that hosts decide. Raises ConfigError for what they cannot."""
         problems = []
-        if KINDS[recipe.sync.kind].apart:
+        if recipe.sync.kind in ("server", "hogwild"):
             what = f"{recipe.sync.kind} is for workers of one host"
             hint = "run without --hosts, or set sync.kind to every-step"
             problems.append(Problem("sync.kind", what, hint))
@@ -96,7 +103,7 @@ class OverHosts:
         counts = [0] * len(self.addresses)
         for rank in range(layout.workers):
             counts[host_of_rank(layout, rank, num_hosts=len(counts))] += 1
-        cores = min(max(1, h.cores // n) for h, n in zip(self.here, counts, strict=True))
+        cores = min(max(1, host.cores // max(counts)) for host in self.here)
         return choose_joined(
             recipe, inputs=inputs, cores_per_worker=cores, pool=pool, console=console
         )
@@ -122,13 +129,19 @@ class OverHosts:
         )
         note.write_text(text, encoding="utf-8")
         sites = self._called(hello)
-        status = 1
+        status: int | None = 1
         try:
             self._gather(sites, ready=lambda site: site.gone is None, console=console)
-            with _Meetings(pool, address=_own_address(self.addresses)) as cluster:
+            at, registered = _own_address(self.addresses), None
+            if self.register is not None:
+                registered = self.register(run, console.line)
+            with _Meetings(pool, address=at, registered=registered) as cluster:
                 yield sites, cluster
+            if registered is not None:
+                registered.close()
             status = 0
-        except GeneratorExit:
+        except Fenced:
+            status = None  # the run goes on without this coordinator
             raise
         except BaseException as error:
             status = getattr(error, "exit_status", 1)
@@ -179,6 +192,9 @@ class OverHosts:
             late = now - wrong_at > (2 * self.lease_seconds if busy else 1.0)
             if wrong and (late or (not missing and not busy)):
                 raise RunError("hosts cannot take part in the run:\n    " + "\n    ".join(wrong))
+            soon = now - began < min(_SOON_SECONDS, self.patience_seconds)
+            if missing and self.without and len(missing) < len(sites) and not soon and not wrong:
+                return
             if missing and now - began > self.patience_seconds:
                 raise RunError(
                     f"{', '.join(missing)}: no agent answers for {self.patience_seconds:.0f} s\n"
@@ -191,11 +207,16 @@ class OverHosts:
 
 
 class _Meetings:
-    """Where generations meet: at a store on this host, which a worker here keeps."""
+    """Where generations meet: at a store on this host, which a worker here keeps.
 
-    def __init__(self, pool: WorkerPool, *, address: str) -> None:
-        self._pool, self._address = pool, address
+    With a registry a generation begins only once that has taken it down.
+    """
+
+    def __init__(self, pool: WorkerPool, *, address: str, registered: Registered | None) -> None:
+        self._pool, self._address, self._registered = pool, address, registered
         self._worker: Worker = pool.start(_MEETING, {"bind": address})
+        self._asked: tuple[int, tuple[str, ...]] | None = None
+        self._at = ""
 
     def __enter__(self) -> Cluster:
         return self
@@ -206,7 +227,16 @@ class _Meetings:
     def hosts(self) -> list[Host]:
         return [Host(socket.gethostname(), self._address)]
 
-    def meeting(self, generation: int) -> str:
+    def meeting(self, generation: int, *, hosts: Sequence[str] = ()) -> str:
+        asked = (generation, tuple(hosts))
+        if asked != self._asked:
+            self._at, self._asked = self._opened(generation), asked
+        if self._registered is not None:
+            self._registered.announce(hosts, meet=self._at)
+        self._asked = None
+        return self._at
+
+    def _opened(self, generation: int) -> str:
         self._pool.send(self._worker, {"order": "open", "generation": generation})
         deadline = time.monotonic() + 10.0
         while time.monotonic() < deadline and not self._worker.told:
@@ -214,6 +244,14 @@ class _Meetings:
                 if said is not None and said["generation"] == generation:
                     return f"tcp://{self._address}:{said['port']}"
         raise WorkerError(f"no store could be opened at {self._address} for the ranks to meet at")
+
+    def saved(self, fields: Mapping[str, Any]) -> None:
+        if self._registered is not None:
+            self._registered.saved(int(fields["step"]), place=str(fields["at"]))
+
+    def look(self) -> None:
+        if self._registered is not None:
+            self._registered.look()
 
     def servers(self) -> Path:
         raise AssertionError("refused before the start")

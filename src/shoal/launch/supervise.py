@@ -16,23 +16,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from shoal.config.sync import Server
 from shoal.engine.job import Job
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
-from shoal.launch.cluster import Cluster, ThisHost
+from shoal.launch.cluster import Cluster, NotYet, ThisHost
 from shoal.launch.deaths import Death, death_of
 from shoal.launch.directory import has_checkpoint, hosts_to_drain, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
-from shoal.launch.hosts import Hosts
+from shoal.launch.hosts import Hosts, name_of
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.servers import Servers
 from shoal.launch.site import LocalSite, Site, Slot
+from shoal.launch.supervised import SupervisedWorker
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
 
@@ -40,29 +41,6 @@ TARGET = "shoal.engine.worker:run"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 1.0
 """After a user's mistake, the other workers may still say what they saw before they are ended."""
-
-
-@dataclass
-class SupervisedWorker:
-    """A rank of the run, and the worker process that has it now."""
-
-    rank: int
-    site: Site
-    worker: Worker
-    waiting: bool = False
-    """Built, and waiting for a generation."""
-    generation: int = 0
-    """The generation it was last told to join."""
-    error: dict[str, Any] | None = None
-    stuck: str | None = None
-    done: bool = False
-    """It has come to its end and said so."""
-    absent: bool = False
-    """Its host has gone, and the others go on without it until it is back."""
-
-    @property
-    def alive(self) -> bool:
-        return self.worker.status is None
 
 
 Sites = Callable[[Job, WorkerPool], AbstractContextManager[tuple[Sequence[Site], Cluster]]]
@@ -143,6 +121,8 @@ class Supervisor:
         self._generation = 0
         self._members: list[int] = []
         self._counted = 0
+        self._held_back = False
+        """Whether a generation could begin, and the cluster does not let it yet."""
         self._failures: Counter[int] = Counter()
         self._places: dict[int, tuple[int, str]] = {}
         """Step and place of each rank's last error: the same twice is no accident."""
@@ -213,6 +193,8 @@ class Supervisor:
         elif kind != "joined":
             if kind == "error":
                 one.error = message
+            elif kind == "event" and message["name"] == "saved":
+                self._cluster.saved(message["fields"])
             self._attempt.hear(message)
 
     def _stepped(self, message: dict[str, Any]) -> None:
@@ -280,6 +262,9 @@ class Supervisor:
         if self._servers is not None:
             self._servers.look()
         self._welcome()
+        self._cluster.look()
+        if self._held_back:
+            self._form()
         seen = self.sightings()
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)
@@ -449,8 +434,10 @@ class Supervisor:
         replicas = Counter(of(one.rank) for one in able)
         members = [one for one in able if replicas[of(one.rank)] == size]
         changed = any(s.waiting for s in members) or [s.rank for s in members] != self._members
-        enough = self._size if self._threads or not self._generation else self._fewest * size
-        if changed and len(members) >= enough:
+        there = sum(not one.absent for one in self.workers)
+        enough = there if self._threads or not self._generation else self._fewest * size
+        self._held_back = changed and len(members) >= enough
+        if self._held_back:
             self._announce(members)
 
     def _form_apart(self) -> None:
@@ -464,9 +451,15 @@ class Supervisor:
                 self._send_generation(members, meeting=meeting)
 
     def _announce(self, members: list[SupervisedWorker]) -> None:
+        try:
+            hosts = [name_of(one.site) for one in members]
+            meeting = self._cluster.meeting(self._generation + 1, hosts=hosts)
+        except NotYet:
+            return  # asked again, with those that are there then
+        self._held_back = False
         self._generation += 1
         self._members = [one.rank for one in members]
-        self._send_generation(members, meeting=self._cluster.meeting(self._generation))
+        self._send_generation(members, meeting=meeting)
         if self._generation > 1:
             count = len(members) // self._layout.replica_workers
             text = f"generation {self._generation}: {count} replicas (workers {self._members})"

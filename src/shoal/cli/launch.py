@@ -13,7 +13,7 @@ from shoal.cli.train import Overrides
 from shoal.errors import UserError
 
 app = typer.Typer(
-    help="Train over several hosts: by a file of hosts.",
+    help="Train over several hosts: by a file of them, or as a scheduler starts them.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -86,3 +86,68 @@ def hosts(
             servers = Servers(etcd.split(","), certificates, insecure)
             result = train_elected(recipe, given, out=out, hosts=over, servers=servers, pool=pool)
     say("\n".join(last_words(result.run, result.summary, recipe=recipe)))
+
+
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe or a YAML file, as hosts see it.")]
+Out = Annotated[Path, typer.Option(help="Directory of the run, on storage that all hosts share.")]
+Secret = Annotated[Path, typer.Option("--keys", help="File with the secret that all hosts share.")]
+Count = Annotated[int, typer.Option("--num-hosts", help="Number of hosts.")]
+Port = Annotated[int, typer.Option(help="Port at which the agents listen.")]
+
+
+@app.command("slurm")
+def slurm(
+    recipe: Recipe, out: Out, keys: Secret, num_hosts: Count, overrides: Overrides = None
+) -> None:
+    """Print a script for sbatch: an agent on each host, the coordinator on the first.
+
+    The job may be run again: it goes on with what is there.
+    """
+    from shoal.launch.clusters.slurm import script
+    from shoal.launch.clusters.start import Start
+
+    say(script(Start(recipe, overrides or [], out, num_hosts, keys, port=0)).rstrip())
+
+
+@app.command("kubernetes")
+def kubernetes(
+    recipe: Recipe,
+    out: Out,
+    keys: Secret,
+    num_hosts: Count,
+    image: Annotated[str, typer.Option(help="Image with shoal in it.")],
+    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with the folder of --out.")],
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="Of the Job and its Service.")] = "shoal",
+    port: Port = 27465,
+) -> None:
+    """Print an Indexed Job with its Service and ConfigMap, for kubectl apply.
+
+    The secret is one of your own: kubectl create secret generic NAME-keys --from-file=keys=FILE.
+    """
+    from shoal.launch.clusters.kubernetes import manifests
+    from shoal.launch.clusters.start import Start
+
+    start = Start(recipe, overrides or [], out, num_hosts, keys, port)
+    say(manifests(start, name=name, image=image, claim=claim).rstrip())
+
+
+@app.command("mpi")
+def mpi(
+    recipe: Recipe,
+    out: Out,
+    keys: Secret,
+    hosts: Annotated[Path, typer.Option(help="File with a line HOST for every host.")],
+    overrides: Overrides = None,
+    port: Port = 27465,
+) -> None:
+    """Print the command of mpirun that starts an agent on each host, and the coordinator.
+
+    MPI only starts them: training goes on without it.
+    """
+    from shoal.launch.clusters.hosts_file import read_hosts
+    from shoal.launch.clusters.mpi import command
+    from shoal.launch.clusters.start import Start
+
+    start = Start(recipe, overrides or [], out, len(read_hosts(hosts)), keys, port)
+    say(command(start, hosts=hosts))

@@ -90,9 +90,9 @@ class Line:
             elif event & (zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED) and self.is_open:
                 self.broken = "it has closed the connection"
 
-    def close(self) -> None:
-        """End the connection."""
+    def close(self, *, patience_seconds: float = 0.0) -> None:
+        """End the connection; what was sent has so long to leave."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
-        self._socket.close(linger=0)
-        self._context.destroy(linger=0)
+        self._socket.close(linger=int(1000 * patience_seconds))
+        self._context.term()

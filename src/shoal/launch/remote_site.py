@@ -51,6 +51,7 @@ class RemoteSite:
         self.gone: str | None = "has not answered yet"
         self.wrong: str | None = None
         """What is wrong with it, where it has answered, or has another secret."""
+        self._closed = False
         self.leaving = False
         """Whether its host is about to go."""
         self._keys, self._hello, self._check = keys, hello, check
@@ -146,13 +147,16 @@ class RemoteSite:
 
     def close(self, *, status: int | None = None) -> None:
         """The run has ended, with this exit status; the agent ends what still runs."""
+        if self._closed:
+            return
         self._send(calls.Bye(status=status))
         deadline = time.monotonic() + 1.0
         while self.gone is None and time.monotonic() < deadline:  # what is said last has to arrive
             self._poll(timeout_seconds=0.05)
             if not any(worker.status is None for worker in self._workers.values()):
                 break
-        self._line.close()
+        self._closed = True
+        self._line.close(patience_seconds=0.5 if self.gone is None else 0.0)
 
     # --- the line
 

@@ -314,7 +314,8 @@ class Supervisor:
         text = f"{death.text} ({death.where})"
         self._tell("lost", {**fields, "text": text, "noticed_at": time.monotonic()})
         # what one loss brings about is one
-        if one.generation == 0 or self._counted != self._generation:
+        with_its_host = one.site.gone is not None and 0 < one.generation < self._generation
+        if not with_its_host and (one.generation == 0 or self._counted != self._generation):
             self._counted = self._generation
             self._failures[death.step] += 1
         times = self._failures[death.step]

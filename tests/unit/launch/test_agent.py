@@ -17,7 +17,7 @@ from shoal.launch import calls
 from shoal.launch.agent import Agent
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.remote_site import RemoteSite
-from shoal.launch.site import LocalSite, Slot
+from shoal.launch.site import LocalSite, Site, Slot
 
 SECRET = b"s" * 32
 KEYS = Keys.of(SECRET)
@@ -121,9 +121,10 @@ def test_a_remote_site_does_what_a_site_does(host: Host, sites: Any, tmp_path: P
     assert site.last_beat(1) == beat
 
 
-def test_it_has_all_the_calls(light: WorkerPool) -> None:
-    names = [name for name in vars(LocalSite) if not name.startswith("_")]
-    assert set(names) - {"folder"} <= {*dir(RemoteSite), "gone"}
+def test_both_kinds_of_sites_have_all_the_calls() -> None:
+    calls_of = {name for name in vars(Site) if not name.startswith("_")}
+    kept = {"gone", "leaving"}
+    assert calls_of - kept <= {*dir(RemoteSite)} and calls_of <= {*dir(LocalSite)}
 
 
 def test_a_host_that_is_silent_counts_as_dead_and_may_come_back(

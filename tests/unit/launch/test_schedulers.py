@@ -81,7 +81,7 @@ def test_manifests_for_kubernetes() -> None:
 
 def test_names_that_kubernetes_does_not_take() -> None:
     with pytest.raises(UserError, match="--name: expected small letters"):
-        manifests(START, name="My_Run", image="i", claim="c")
+        manifests(replace(START, keys=Path("/k/k")), name="My_Run", image="i", claim="c")
     with pytest.raises(UserError, match="--keys: expected a folder of its own"):
         manifests(START, name="a", image="i", claim="c")
 

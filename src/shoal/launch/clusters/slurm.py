@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shoal.launch.clusters.start import Start
+from shoal.launch.clusters.start import Start, waits
 
 _SCRIPT = """\
 #!/bin/bash
@@ -18,13 +18,11 @@ set -u
 port=$(({port} + SLURM_JOB_ID % 10000))
 hosts={hosts}.$SLURM_JOB_ID
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/:$port/" > "$hosts"
-srun --no-kill --kill-on-bad-exit=0 --wait=0 {agent} --port $port &
-{coordinator} --hosts "$hosts" &
-run=$!
+srun --no-kill --kill-on-bad-exit=0 --wait=0 {agent} --port $port & agents=$!
+{coordinator} --hosts "$hosts" & run=$!
 trap 'kill -TERM $run' TERM USR1
-wait $run; status=$?
-while [ $status -gt 128 ]; do wait $run; status=$?; done
-wait
+{waits}
+kill -TERM $agents 2>/dev/null; wait
 rm -f "$hosts"
 if [ $status = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $status
@@ -42,4 +40,5 @@ def script(start: Start) -> str:
         hosts=f"{start.keys}.hosts",
         agent=agent + keys,
         coordinator=coordinator,
+        waits=waits("run"),
     )

@@ -43,9 +43,18 @@ class Start:
             [
                 f"{self.agent} & agent=$!",
                 "trap 'kill -TERM $agent' TERM INT",
-                f"if {is_first}; then {self.coordinator(hosts)} & fi",
-                "wait $agent; status=$?",
-                "while [ $status -gt 128 ]; do wait $agent; status=$?; done",
-                "wait; exit $status",
+                f"if {is_first}; then",
+                f"  {self.coordinator(hosts)} & run=$!",
+                f"  {waits('run')}",
+                "  kill -TERM $agent 2>/dev/null; wait; exit $status",
+                "fi",
+                waits("agent"),
+                "exit $status",
             ]
         )
+
+
+def waits(name: str) -> str:
+    """Shell that waits for a process by the name of its variable, also over signals."""
+    again = f"while kill -0 ${name} 2>/dev/null; do wait ${name}; status=$?; done"
+    return f"wait ${name}; status=$?; {again}"

@@ -59,4 +59,5 @@ def _make(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error.strerror}") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()

@@ -129,6 +129,8 @@ class Supervisor:
         self._memory_kills = self._count_memory_kills()
         self._began = self._looked = time.monotonic()
         self._hurt_at: float | None = None
+        self._hurt_in = 0
+        """The generation that was lost."""
         self._ending: float | None = None
         self._servers = Servers(job, sites=sites, cluster=cluster) if self._apart else None
         if self._servers is not None:
@@ -198,7 +200,8 @@ class Supervisor:
             self._attempt.hear(message)
 
     def _stepped(self, message: dict[str, Any]) -> None:
-        if self._hurt_at is not None and message["generation"] == self._generation:
+        newer = message["generation"] == self._generation > self._hurt_in
+        if self._hurt_at is not None and newer:
             seconds = time.monotonic() - self._hurt_at
             self._hurt_at = None
             text = f"step {message['step']} committed {seconds:.2f} s after the loss was noticed"
@@ -325,7 +328,7 @@ class Supervisor:
         if again or times > most or (self._passed_on and not self._survives(one)):
             about = self._about_memory(death)
             raise gave_up(death, times=times, run=self._run, doctor=about, again=again)
-        self._hurt_at = self._hurt_at or time.monotonic()
+        self._hurt_at, self._hurt_in = self._hurt_at or time.monotonic(), self._generation
         self._recover(one)
 
     def _about_memory(self, death: Death) -> str:

@@ -46,7 +46,7 @@ class OverHosts:
     """The hosts of a run, by the addresses (tcp://HOST:PORT) of their agents."""
 
     addresses: Sequence[str]
-    secret: bytes
+    secret: bytes = field(repr=False)
     patience_seconds: float = PATIENCE_SECONDS
     lease_seconds: float = calls.LEASE_SECONDS
     register: Callable[[Path, Callable[[str], None]], Registered] | None = None

@@ -69,6 +69,7 @@ class Candidate:
                 continue
             try:
                 with self._ending():
+                    self._say(f"this process leads (term {self.term})")
                     return work(self.term)
             except Fenced as error:
                 self._say(f"no longer the coordinator: {error}")

@@ -1,4 +1,4 @@
-"""Coordinators on two of three hosts, with an etcd of three: the host of the one that leads is lost.
+"""Coordinators on two of three hosts, with an etcd of three: the host of the leading one is lost.
 
 The seconds are printed, for docs/evidence/hosts.md.
 """

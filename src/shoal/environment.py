@@ -59,6 +59,20 @@ def torchrun_rendezvous() -> Rendezvous | None:
     )
 
 
+def started_together() -> tuple[str, int] | None:
+    """The variable by which a scheduler says that it has started this command several times.
+
+    None where it was started once, or by torchrun, whose workers find each other.
+    """
+    if torchrun_rendezvous() is not None:
+        return None
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            return name, int(count)
+    return None
+
+
 def become_worker(rank: int, *, size: int, meeting: str) -> None:
     """Stand where `torchrun_rendezvous` finds it: one of `size` workers on this host."""
     for name, value in (("RANK", rank), ("WORLD_SIZE", size)):

@@ -10,6 +10,7 @@ import typer
 from shoal.cli.agent import Keys
 from shoal.cli.terminal import say
 from shoal.cli.train import Overrides
+from shoal.environment import torchrun_rendezvous
 from shoal.errors import UserError
 
 app = typer.Typer(
@@ -56,6 +57,11 @@ def hosts(
         raise UserError("--hosts: expected a file with a line HOST or HOST:PORT for every agent")
     if go_on and out is None:
         raise UserError("--go-on: expected the run's directory; give it by --out")
+    if torchrun_rendezvous() is not None:
+        raise UserError(
+            "RANK and WORLD_SIZE are set, as torchrun sets them for every worker: the coordinator "
+            "is one process\n    start it without torchrun; agents start the workers"
+        )
     from shoal.launch.clusters.hosts_file import commands, read_hosts
     from shoal.launch.secret import read_secret
 

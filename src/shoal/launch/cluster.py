@@ -41,6 +41,9 @@ class Cluster(Protocol):
     def look(self) -> None:
         """Called again and again, while the run goes on."""
 
+    def ended(self, *, status: int) -> None:
+        """The run has ended in order, with this exit status."""
+
     def servers(self) -> Path:
         """A folder, private to this user, where parameter servers leave their addresses."""
 
@@ -61,6 +64,9 @@ class ThisHost:
         return
 
     def look(self) -> None:
+        return
+
+    def ended(self, *, status: int) -> None:
         return
 
     def servers(self) -> Path:

@@ -139,7 +139,7 @@ class OverHosts:
                 yield sites, cluster
             if registered is not None:
                 registered.close()
-            status = 0
+            status = cluster.status
         except Fenced:
             status = None  # the run goes on without this coordinator
             raise
@@ -217,8 +217,10 @@ class _Meetings:
         self._worker: Worker = pool.start(_MEETING, {"bind": address})
         self._asked: tuple[int, tuple[str, ...]] | None = None
         self._at = ""
+        self.status = 1
+        """Exit status of the run."""
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> _Meetings:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -253,6 +255,9 @@ class _Meetings:
         if self._registered is not None:
             self._registered.look()
 
+    def ended(self, *, status: int) -> None:
+        self.status = status
+
     def servers(self) -> Path:
         raise AssertionError("refused before the start")
 
@@ -263,12 +268,14 @@ def _me() -> str:
 
 def _own_address(addresses: Sequence[str]) -> str:
     """This host's address as its hosts reach it. Raises RunError."""
-    found = []
+    found, problems = list[str](), list[str]()
     for each in addresses:
         host = each.removeprefix("tcp://").rpartition(":")[0]
         try:
             found.append(address_towards(host))
         except OSError as error:
-            raise RunError(f"{host}: no way leads there: {error.strerror or error}") from None
+            problems.append(f"{host}: no way leads there: {error.strerror or error}")
+    if not found:
+        raise RunError("\n".join(problems))
     outside = [address for address in found if not address.startswith("127.")]
     return (outside or found)[0]

@@ -21,6 +21,7 @@ from typing import Any
 
 from shoal.config.sync import Server
 from shoal.engine.job import Job
+from shoal.errors import Stopped
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.cluster import Cluster, NotYet, ThisHost
@@ -86,7 +87,9 @@ def run_workers(
             attempt=attempt,
             asked=asked,
         )
-        return supervisor.run()
+        supervisor.run()
+        cluster.ended(status=0 if attempt.stopped is None else Stopped.exit_status)
+        return attempt
 
 
 class Supervisor:

@@ -91,7 +91,10 @@ class Training:
 
     def stop(self) -> None:
         (self.run.path / "STOP").touch()
-        assert self.process.wait(timeout=60) == 75, self.log.read_text()[-3000:]
+        try:
+            assert self.process.wait(timeout=60) == 75, self.log.read_text()[-3000:]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.log.read_text()[-6000:]) from None
 
     def check_steps(self, bench: Bench, *overrides: str) -> None:
         """Every step once, and the losses of one machine, by as many as one trains quickly."""

@@ -15,7 +15,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from shoal.engine.job import Job
 from shoal.errors import Stopped
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
-from shoal.launch.cluster import Cluster, NotYet, ThisHost
+from shoal.launch.cluster import Cluster, NotYet
 from shoal.launch.deaths import Death, death_of
 from shoal.launch.directory import has_checkpoint, hosts_to_drain, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
@@ -33,8 +32,9 @@ from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.servers import Servers
-from shoal.launch.site import LocalSite, Site, Slot
-from shoal.launch.supervised import SupervisedWorker
+from shoal.launch.site import Site, Slot
+from shoal.launch.sites import Sites, this_host
+from shoal.launch.supervised import SupervisedWorker, left_behind
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
 
@@ -42,17 +42,6 @@ TARGET = "shoal.engine.worker:run"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 1.0
 """After a user's mistake, the other workers may still say what they saw before they are ended."""
-
-
-Sites = Callable[[Job, WorkerPool], AbstractContextManager[tuple[Sequence[Site], Cluster]]]
-"""Opens the sites of a job, and says where their ranks meet."""
-
-
-@contextmanager
-def this_host(job: Job, pool: WorkerPool) -> Iterator[tuple[Sequence[Site], Cluster]]:
-    """All workers on this host."""
-    with LocalSite(pool, num_ranks=job.decision.layout.workers) as site:
-        yield [site], ThisHost(site.folder)
 
 
 def run_workers(
@@ -271,6 +260,9 @@ class Supervisor:
         self._cluster.look()
         if self._held_back:
             self._form()
+        for one in left_behind(self.workers) if not self._apart else ():
+            one.done = True
+            one.site.signal(one.worker, signal.SIGKILL)
         seen = self.sightings()
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)

@@ -15,7 +15,7 @@ import pytest
 
 from shoal.comm.keys import Keys
 from shoal.config.load import load_recipe
-from shoal.errors import ConfigError, RunError, UserError
+from shoal.errors import ConfigError, RunError, Stopped, UserError
 from shoal.launch import local
 from shoal.launch.agent import Agent
 from shoal.launch.clusters.hosts_file import commands, read_hosts
@@ -137,6 +137,24 @@ def test_a_silent_host_is_done_without_and_comes_back(bench: Bench, agents: list
     assert steps == list(range(1, len(steps) + 1))
     clean = bench.train(*exact, f"train.stop_after_steps={min(len(steps), 200)}")
     assert Run(run.out).losses[:200] == clean.losses[:200]
+
+
+@pytest.mark.slow
+def test_who_comes_when_the_others_stop_is_not_left_behind(
+    bench: Bench, agents: list[Held]
+) -> None:
+    """They may save and stop after the step in which its generation was announced."""
+    exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
+    run = Training(bench, over(agents, lease_seconds=1.0), *exact)
+    try:
+        run.wait_for(lambda: run.steps() > 5)
+        agents[1].held.set()
+        run.wait_for(lambda: bool(run.events("recovered")))
+        agents[1].held.clear()
+        run.wait_for(lambda: len(run.events("generation")) == 2)
+    finally:
+        run.stop()
+    assert isinstance(run.error, Stopped) and not run._thread.is_alive()
 
 
 def test_without_room_to_shrink_another_host_takes_over(bench: Bench, agents: list[Held]) -> None:

@@ -25,7 +25,7 @@ from shoal.launch.registry.registered import Registered
 from shoal.launch.registry.standby import Candidate
 from shoal.observe.console import Console
 
-_FILES = {"authority": "ca.pem", "certificate": "cert.pem", "key": "key.pem"}
+_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,19 @@ class Servers:
 
     def store(self, run: str) -> Etcd:
         """The store of one run. Raises UserError for files that are missing, RunError."""
-        files: dict[str, Path] = {}
-        for name, file in _FILES.items() if self.certificates is not None else ():
-            assert self.certificates is not None, "asked above"
-            files[name] = self.certificates / file
-            if not files[name].is_file():
-                raise UserError(f"--certificates: expected {files[name]}, found none")
-        return Etcd(self.endpoints, prefix=f"/shoal/{run}/", insecure=self.insecure, **files)
+        folder = self.certificates
+        authority, certificate, key = (folder and folder / name for name in _FILES)
+        for file in (authority, certificate, key):
+            if file is not None and not file.is_file():
+                raise UserError(f"--certificates: expected {file}, found none")
+        return Etcd(
+            self.endpoints,
+            prefix=f"/shoal/{run}/",
+            authority=authority,
+            certificate=certificate,
+            key=key,
+            insecure=self.insecure,
+        )
 
 
 def train_elected(

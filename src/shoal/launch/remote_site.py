@@ -78,8 +78,16 @@ class RemoteSite:
         self._workers[number], self._ranks[number] = worker, tuple(ranks)
         for rank in ranks:
             self._beats.pop(rank, None)
-        own = {"target": target, "payload": payload, "ranks": tuple(ranks)}
-        self._send(calls.Start(worker=number, kind=slot.kind, index=slot.index, **own))
+        self._send(
+            calls.Start(
+                worker=number,
+                target=target,
+                payload=payload,
+                kind=slot.kind,
+                index=slot.index,
+                ranks=tuple(ranks),
+            )
+        )
         if self.gone is not None:  # nobody has heard it
             self._end(worker, status=-signal.SIGKILL)
         return worker

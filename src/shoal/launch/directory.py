@@ -7,7 +7,7 @@ import fcntl
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from shoal.errors import RunError, nearest
@@ -151,6 +151,15 @@ def hold(run: Path) -> Iterator[None]:
     finally:
         (run / _LOCK).unlink(missing_ok=True)  # still locked: nobody can hold another one by now
         os.close(handle)
+
+
+@contextmanager
+def hold_if_free(run: Path) -> Iterator[None]:
+    """As `hold`, or without where another holds it: then a registry says who counts, not a lock."""
+    with ExitStack() as held:
+        with suppress(RunError):
+            held.enter_context(hold(run))
+        yield
 
 
 def is_at_work(run: Path) -> bool:

@@ -24,7 +24,15 @@ from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.choose import check_decision, choose
-from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run, write_whole
+from shoal.launch.directory import (
+    anything_to_resume,
+    claim,
+    hold,
+    hold_if_free,
+    is_run,
+    open_run,
+    write_whole,
+)
 from shoal.launch.examined import keys_are_known, refuse_wrong_model
 from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
@@ -84,16 +92,17 @@ def train(
     saved.
     """
     resolved = _resolved(recipe, overrides, hosts=hosts)
+    holding = hold_if_free if hosts is not None and hosts.register is not None else hold
     if go_on and out is not None and is_run(out):
         folder = open_run(out)
-        with hold(folder):
+        with holding(folder):
             wanted = of_same_run(folder, resolved)
             return _resume(
                 folder, wanted, console=console, pool=pool, callbacks=callbacks, hosts=hosts
             )
     run = claim(out, name=Path(recipe).stem if isinstance(recipe, str | Path) else "run")
     show = _console(resolved, wanted=console)
-    with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
+    with _unless_empty(run), holding(run), pool_or_own(pool) as workers, show:
         if hosts is not None:
             hosts.ask(console=show)
         show.phase(f"run directory {run}; preparing the data")

@@ -37,7 +37,7 @@ from shoal.observe.console import Console
 PORT = 27465
 """Where an agent listens unless told otherwise."""
 PATIENCE_SECONDS = 60.0
-_SOON_SECONDS = 2.0
+_SOON_SECONDS = 1.0
 _MEETING = "shoal.comm.meeting_place:run"
 
 

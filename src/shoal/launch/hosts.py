@@ -86,7 +86,7 @@ class Hosts:
 
     def drain(self, name: str) -> None:
         """Do without a host from now on, by its name or address."""
-        found = [n for n, site in enumerate(self._sites) if name in name_of(site).split()]
+        found = [n for n, site in enumerate(self._sites) if name in _words(site)]
         if not found:
             known = ", ".join(name_of(site) for site in self._sites)
             self._tell("drain", {"text": f"asked to do without {name}, but there is only {known}"})
@@ -126,6 +126,12 @@ class Hosts:
 
     def _number(self, rank: int) -> int:
         return host_of_rank(self._layout, rank, num_hosts=len(self._sites))
+
+
+def _words(site: Site) -> set[str]:
+    """What a person may call it: its name, its address, that with the port."""
+    words = name_of(site).removeprefix("host ").replace("(", "").replace(")", "").split()
+    return {*words, *(word.rpartition(":")[0] for word in words if ":" in word)}
 
 
 def name_of(site: Site) -> str:

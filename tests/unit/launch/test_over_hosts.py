@@ -95,12 +95,16 @@ class Training:
     def wait_for(self, true: Callable[[], bool], *, seconds: float = 20.0) -> float:
         began = time.monotonic()
         while not true():
-            assert time.monotonic() - began < seconds and self._thread.is_alive(), (
+            alive = self._thread.is_alive() or self.error is not None
+            assert time.monotonic() - began < seconds and alive, (
                 self.error,
                 [each.get("text") for each in self.story],
             )
             time.sleep(0.02)
         return time.monotonic() - began
+
+    def has_ended(self) -> bool:
+        return self.error is not None
 
     def steps(self) -> int:
         return len(Run(self.out).losses) if (self.out / "metrics.jsonl").exists() else 0
@@ -137,6 +141,28 @@ def test_a_silent_host_is_done_without_and_comes_back(bench: Bench, agents: list
     assert steps == list(range(1, len(steps) + 1))
     clean = bench.train(*exact, f"train.stop_after_steps={min(len(steps), 200)}")
     assert Run(run.out).losses[:200] == clean.losses[:200]
+
+
+@pytest.mark.slow
+def test_hosts_that_are_about_to_go_are_done_without(bench: Bench, agents: list[Held]) -> None:
+    """One that a person names, then the last by its agent: then the run saves and stops."""
+    exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
+    run = Training(bench, over(agents), *exact)
+    try:
+        run.wait_for(lambda: run.steps() > 5)
+        (run.out / "DRAIN").write_text("nobody " + agents[1].agent.address.removeprefix("tcp://"))
+        run.wait_for(lambda: bool(run.events("generation")))
+        assert "asked to do without nobody" in run.events("drain")[0]["text"]
+        assert "is about to go, and is done without" in run.events("drain")[1]["text"]
+        assert run.events("generation")[0]["members"] == [0] and not run.events("lost")
+        before = run.steps()
+        run.wait_for(lambda: run.steps() > before + 2)
+        agents[0].agent.leaving = True
+        run.wait_for(run.has_ended, seconds=30)
+    finally:
+        run.stop()
+    assert isinstance(run.error, Stopped)
+    assert [each.agent.ended for each in agents] == [75, 75]
 
 
 @pytest.mark.slow

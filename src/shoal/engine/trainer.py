@@ -214,17 +214,15 @@ class Trainer:
 
     def _join_generation(self, lost: PeersLost | None = None) -> None:
         """Join the newest generation and agree on one state with its members."""
-        job = self.job
         if self._built:
             self._saver.leave()
         while True:
             try:
                 self.members.join(lost)
                 self._enter_ranks()
-                training = self.training
-                recipe = job.recipe.model_dump(mode="json")
-                parameters = training.replica.num_parameters
-                check_same_program(self.group, recipe=recipe, parameters=parameters)
+                recipe = self.job.recipe.model_dump(mode="json")
+                training, count = self.training, self.training.replica.num_parameters
+                check_same_program(self.group, recipe=recipe, parameters=count)
                 self._position.note(training.policy)
                 self._position = agree(
                     self.group,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
+import socket
+import struct
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +59,20 @@ def torchrun_rendezvous() -> Rendezvous | None:
     )
 
 
+def started_together() -> tuple[str, int] | None:
+    """The variable by which a scheduler says that it has started this command several times.
+
+    None where it was started once, or by torchrun, whose workers find each other.
+    """
+    if torchrun_rendezvous() is not None:
+        return None
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            return name, int(count)
+    return None
+
+
 def become_worker(rank: int, *, size: int, meeting: str) -> None:
     """Stand where `torchrun_rendezvous` finds it: one of `size` workers on this host."""
     for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
@@ -83,14 +101,52 @@ def noted_settings() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def talk_over_loopback() -> None:
-    """Make gloo use the loopback interface, unless the user named one (workers of one machine).
+_chosen: list[str] = []
+"""The interface that we have named, not the user."""
+
+
+def talk_over(address: str) -> None:
+    """Make gloo use the interface that has `address`, unless the user named one.
 
     Without a name gloo asks which address the host name has, which fails or hangs on machines
-    whose name no one can resolve.
+    whose name no one can resolve, and is loopback on many others.
     """
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    name = "lo" if address.startswith("127.") else _interface_of(address)
+    if sys.platform == "linux" and os.environ.get("GLOO_SOCKET_IFNAME") in (None, *_chosen):
+        if name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            _chosen[:] = [name]
+
+
+def address_towards(host: str) -> str:
+    """This host's own address as `host` sees it: the kernel's choice of a route; nothing is sent.
+
+    Raises OSError where there is none.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        asked.connect((host, 9))
+        return str(asked.getsockname()[0])
+
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+
+def _interface_of(address: str) -> str | None:
+    """The name of the interface that has an address (IPv4, Linux)."""
+    wanted = socket.inet_aton(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has none
+                said = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("16s16x", name.encode()))
+                if said[20:24] == wanted:
+                    return name
+    return None
+
+
+def secret_file() -> Path | None:
+    """The file with the secret of a run over several hosts (`SHOAL_KEYS`)."""
+    given = os.environ.get("SHOAL_KEYS")
+    return Path(given).expanduser() if given else None
 
 
 def usable_cores() -> int:

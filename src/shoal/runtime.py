@@ -6,7 +6,9 @@ import datetime
 import os
 import socket
 import stat
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 import torch.distributed as dist
 
-from shoal.environment import talk_over_loopback, torchrun_rendezvous
+from shoal.environment import address_towards, talk_over, torchrun_rendezvous
 from shoal.errors import UserError
 
 
@@ -54,28 +56,31 @@ def start_process_group(
     rank: int,
     size: int,
     device: torch.device,
-    meeting: str | None,
+    meeting: str | MeetingPoint | None,
     timeout_seconds: float,
     around: Around | None = None,
+    here: int | None = None,
 ) -> None:
     """Join the group of all worker processes.
 
-    `meeting`: the URL of a place where nobody has met yet, one per attempt (see MeetingPoint);
+    `meeting`: a place where nobody has met yet, one per attempt, or its URL (see MeetingPoint);
     None: the addresses torchrun gave in the environment. `around`: changes what ranks find there.
+    `here`: how many of the ranks are on this host; None: all of them.
     """
-    backend = _backend(device, size=size)
+    backend = _backend(device, size=size if here is None else here)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if dist.is_initialized():
         return  # a launcher has joined already
     if meeting is None:
         dist.init_process_group(backend, timeout=timeout)
         return
-    talk_over_loopback()
+    place = meeting_point(meeting) if isinstance(meeting, str) else meeting
+    talk_over(place.address)
     _making[:] = range(size)
-    store: dist.Store = dist.FileStore(str(MeetingPoint.of(meeting).path), size)
-    if around is not None:
-        store = around(store, lambda: list(_making))
     with _noting_connections():
+        store = place.store(size)
+        if around is not None:
+            store = around(store, lambda: list(_making))
         dist.init_process_group(
             backend,
             store=store,
@@ -103,6 +108,9 @@ _making: list[int] = []
 """The ranks of the group that is made just now."""
 _connections: set[tuple[int, int]] = set()
 """Descriptor and inode of every connection that the groups have made."""
+_open = threading.Lock()
+"""Held while `_connections` or the generation that they belong to changes."""
+_generation: int | None = None
 
 
 @contextmanager
@@ -111,7 +119,9 @@ def _noting_connections() -> Iterator[None]:
     try:
         yield
     finally:
-        _connections.update(set(_connected_sockets()) - before)
+        made = set(_connected_sockets()) - before
+        with _open:
+            _connections.update(made)
 
 
 def _connected_sockets() -> Iterator[tuple[int, int]]:
@@ -137,6 +147,23 @@ def _break_connections() -> None:
                 copy.shutdown(socket.SHUT_RDWR)
 
 
+def now_in(generation: int | None) -> None:
+    """The groups that are made from now on belong to `generation`."""
+    global _generation
+    with _open:
+        _generation = generation
+
+
+def break_generation(number: int) -> None:
+    """Wake whoever waits in a collective of this generation, from another thread: it has failed.
+
+    A host that is switched off closes nothing, so its peers would wait for gloo's time-out.
+    """
+    with _open:
+        if _generation == number:
+            _break_connections()
+
+
 def new_group(ranks: list[int]) -> dist.ProcessGroup:
     """A group of some of the ranks; every rank of the group of all calls it."""
     _making[:] = ranks
@@ -157,28 +184,34 @@ def stop_process_group(*, at_once: bool = False) -> None:
     if at_once and dist.group.WORLD is not None:
         for group in (*_inner, dist.group.WORLD):
             group.abort()
-        _break_connections()
+        with _open:
+            _break_connections()
     _inner.clear()
-    _connections.clear()
+    with _open:
+        _connections.clear()
     dist.destroy_process_group()
 
 
-@dataclass(frozen=True)
-class MeetingPoint:
-    """Where ranks of a generation find one another: a file that does not exist yet.
+class MeetingPoint(ABC):
+    """Where ranks of a generation find one another; nobody has met there before.
 
-    A file leaves no listening socket and no stale addresses behind.
+    `address`: of this host, as the others reach it.
     """
 
-    path: Path
+    address: str
+    pause_seconds = 0.002
 
-    @classmethod
-    def of(cls, url: str) -> MeetingPoint:
-        """The point that a URL names. Raises ValueError for any but file:///..."""
-        parts = urlsplit(url)
-        if parts.scheme != "file" or parts.netloc or not parts.path.startswith("/"):
-            raise ValueError(f"meeting: expected file:///..., got {url!r}")
-        return cls(Path(unquote(parts.path)))
+    @abstractmethod
+    def arrive(self, rank: int) -> None:
+        """Note that `rank` is here."""
+
+    @abstractmethod
+    def arrived(self) -> int:
+        """How many ranks have arrived."""
+
+    @abstractmethod
+    def store(self, size: int) -> dist.Store:
+        """What `size` ranks leave their addresses in."""
 
     def wait_for_arrivals(self, *, rank: int, size: int, give_up: Callable[[], bool]) -> bool:
         """Note this rank's arrival and wait for all `size`; False once `give_up()`.
@@ -186,12 +219,63 @@ class MeetingPoint:
         Joining a group blocks until every rank is there, and cannot be called off; so ranks meet
         here first, where one that never comes does not hold the others.
         """
-        Path(f"{self.path}.arrived-{rank}").touch()
-        while sum(1 for _ in self.path.parent.glob(f"{self.path.name}.arrived-*")) < size:
+        self.arrive(rank)
+        while self.arrived() < size:
             if give_up():
                 return False
-            time.sleep(0.002)
+            time.sleep(self.pause_seconds)
         return True
+
+
+@dataclass(frozen=True)
+class MeetingFile(MeetingPoint):
+    """A file that does not exist yet: it leaves no listening socket and no stale addresses."""
+
+    path: Path
+    address = "127.0.0.1"
+
+    def arrive(self, rank: int) -> None:
+        Path(f"{self.path}.arrived-{rank}").touch()
+
+    def arrived(self) -> int:
+        return sum(1 for _ in self.path.parent.glob(f"{self.path.name}.arrived-*"))
+
+    def store(self, size: int) -> dist.Store:
+        return dist.FileStore(str(self.path), size)
+
+
+class MeetingServer(MeetingPoint):
+    """A store that listens for one generation, on a host that all reach (comm/meeting_place.py)."""
+
+    pause_seconds = 0.02
+
+    def __init__(self, host: str, port: int) -> None:
+        """Raises RuntimeError (torch's) where nobody listens within ten seconds."""
+        self.address = address_towards(host)
+        patience = datetime.timedelta(seconds=10)
+        with _noting_connections():
+            self._store = dist.TCPStore(
+                host, port, is_master=False, wait_for_workers=False, timeout=patience
+            )
+
+    def arrive(self, rank: int) -> None:
+        self._store.add("arrived", 1)
+
+    def arrived(self) -> int:
+        return int(self._store.add("arrived", 0))
+
+    def store(self, size: int) -> dist.Store:
+        return self._store
+
+
+def meeting_point(url: str) -> MeetingPoint:
+    """The point that a URL names. Raises ValueError for other URLs."""
+    parts = urlsplit(url)
+    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
+        return MeetingFile(Path(unquote(parts.path)))
+    if parts.scheme == "tcp" and parts.hostname and parts.port:
+        return MeetingServer(parts.hostname, parts.port)
+    raise ValueError(f"meeting: expected file:///... or tcp://ADDRESS:PORT, got {url!r}")
 
 
 def start_worker(worker: WorkerInfo, *, seed: int, exact: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from hosts.lab import Lab, why_not
+from shoal.launch.clusters.mpi import command
+from shoal.launch.clusters.start import Start
+from shoal.launch.over_hosts import PORT
 from tiny import Bench, Run
 
 pytestmark = [
@@ -46,3 +51,23 @@ def test_torchrun(bench: Bench, lab: Lab, tmp_path: Path) -> None:
     one_machine = bench.run(*WORDS)
     assert Run(out).digits == one_machine.digits
     assert Run(out).weights == one_machine.weights
+
+
+def test_what_mpirun_starts(bench: Bench, lab: Lab, tmp_path: Path) -> None:
+    """The command for it, played: once on each host, with the number that it gives."""
+    hosts, out = tmp_path / "hosts", tmp_path / "run"
+    hosts.write_text("".join(f"{host.name}\n" for host in lab.hosts))
+    start = Start(str(bench.recipe), WORDS, out, 2, tmp_path / "keys", PORT)
+    *_, words = shlex.split(command(start, hosts=hosts))
+    started = [
+        host.start(
+            *("bash", "-c", words),
+            env={"OMPI_COMM_WORLD_RANK": str(rank), "PATH": f"{BIN}:{os.environ['PATH']}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, host in enumerate(lab.hosts)
+    ]
+    said = [each.communicate(timeout=300)[0] for each in started]
+    assert [each.returncode for each in started] == [0, 0], said
+    assert Run(out).digits == bench.run(*WORDS).digits

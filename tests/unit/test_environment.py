@@ -1,11 +1,14 @@
-"""What a process may use of its machine, as control groups of either version say it."""
+"""What a process may use of its machine, which interface leads where, who started it."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from shoal import environment
 from shoal.environment import _core_limit, usable_cores
 
 
@@ -31,3 +34,42 @@ def test_quotas_of_both_versions(tmp_path: Path, files: dict[str, str], cores: i
 
 def test_there_is_at_least_one_core_here() -> None:
     assert usable_cores() >= 1
+
+
+def test_gloo_gets_the_interface_of_an_address_unless_the_user_named_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(environment, "_chosen", [])
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "theirs")
+    environment.talk_over("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "theirs"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    environment.talk_over("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setattr(environment, "_interface_of", {"10.0.0.7": "eth7"}.get)
+    environment.talk_over("10.0.0.7")  # what we have named ourselves may change
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+    environment.talk_over("10.0.0.8")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7", "nobody has it: as it was"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_which_interface_has_an_address_and_which_leads_to_a_host() -> None:
+    assert environment.address_towards("127.0.0.1") == "127.0.0.1"
+    assert environment._interface_of("127.0.0.1") == "lo"
+    assert environment._interface_of("192.0.2.77") is None  # of documentation (RFC 5737)
+    with pytest.raises(OSError):
+        environment.address_towards("no.such.host.invalid")
+
+
+def test_several_copies_are_seen_by_what_schedulers_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert environment.started_together() is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert environment.started_together() is None
+    monkeypatch.setenv("PMI_SIZE", "4")
+    assert environment.started_together() == ("PMI_SIZE", 4)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert environment.started_together() is None, "torchrun's workers find each other"

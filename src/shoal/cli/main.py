@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import (
+    agent,
     chat,
     compare,
     compress,
@@ -19,11 +20,13 @@ from shoal.cli import (
     doctor,
     evaluate,
     generate,
+    launch,
     merge,
     page,
     parity,
     plan,
     rehearse,
+    requests,
     resume,
     run,
     serve,
@@ -65,6 +68,9 @@ _add(
     "shoal train MINE.yaml model.path=FOLDER --dry-run",
 )
 _add("resume", resume.resume, "shoal resume runs/quickstart-001 parallel.replicate=4")
+_add("stop", requests.stop, "shoal stop runs/quickstart-001")
+_add("save", requests.save, "shoal save runs/quickstart-001")
+_add("drain", requests.drain, "shoal drain h3 runs/quickstart-001")
 _add(
     "run",
     run.run,
@@ -72,6 +78,7 @@ _add(
     context_settings={"ignore_unknown_options": True},
 )
 _add("page", page.page, "shoal page", "shoal page runs/quickstart-001 --port 0")
+_add("agent", agent.agent, "shoal agent --listen 10.0.0.2 --keys SHARED/keys")
 _add("merge", merge.merge, "shoal merge runs/quickstart-001 --out model")
 _add("generate", generate.generate, 'shoal generate runs/quickstart-001 "A: Hello"')
 _add("chat", chat.chat, "shoal chat runs/quickstart-001")
@@ -103,7 +110,7 @@ _add(
     "shoal simulate quickstart --cluster 8xH100",
     no_args_is_help=True,
 )
-for _name, _group in (("data", data.app), ("config", config.app)):
+for _name, _group in (("data", data.app), ("config", config.app), ("launch", launch.app)):
     for _each in _group.registered_commands:
         _each.short_help = _sentence(_each.callback) if _each.callback else None
     app.add_typer(_group, name=_name, short_help=_group.info.help)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli.terminal import say
-from shoal.cli.train import Overrides
+from shoal.cli.train import Overrides, refuse_copies
 
 
 def resume(
@@ -28,6 +28,7 @@ def resume(
     """
     from shoal.environment import torchrun_rendezvous
 
+    refuse_copies("resume")
     rendezvous = torchrun_rendezvous()
     if rendezvous is not None:
         from shoal.launch.torchrun import join_resume

@@ -16,6 +16,22 @@ Overrides = Annotated[
 ]
 
 
+def refuse_copies(command: str) -> None:
+    """Raises UserError where a scheduler has started this command several times: each would train
+    alone, and end as if all were well."""
+    from shoal.environment import started_together
+
+    found = started_together()
+    if found is not None:
+        name, count = found
+        kind = "slurm" if name.startswith("SLURM") else "mpi"
+        raise UserError(
+            f"{name}={count}: this command was started {count} times, and each would train alone\n"
+            f"    shoal launch {kind} prints what starts a run over several hosts; or start "
+            f"`shoal {command}` once"
+        )
+
+
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
     overrides: Overrides = None,
@@ -35,6 +51,7 @@ def train(
     """
     from shoal.environment import torchrun_rendezvous
 
+    refuse_copies("train")
     if go_on and out is None:
         raise UserError("--go-on: expected the run's directory; give it by --out")
     rendezvous = torchrun_rendezvous()

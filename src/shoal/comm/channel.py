@@ -1,11 +1,12 @@
 """A channel that hands a whole training state from a living worker to one that joins.
 
-ZeroMQ over TCP on loopback, encrypted and authenticated at both ends by CURVE keys (comm/keys.py).
-The receiver asks, the donor answers: first for the header (which tensors there are, their hashes
-and some facts), then chunk by chunk with a few requests under way, so that the donor keeps nothing
-per receiver and a receiver that dies costs nothing. Every request carries the generation; one of
-another generation is refused. Headers are msgspec structures with limits, tensors are raw bytes;
-nothing that arrives is ever run, and nothing is used before its size and hash are right.
+ZeroMQ over TCP (loopback, or the address that `bind` says), encrypted and authenticated at both
+ends by CURVE keys (comm/keys.py). The receiver asks, the donor answers: first for the header (which
+tensors there are, their hashes and some facts), then chunk by chunk with a few requests under way,
+so that the donor keeps nothing per receiver and a receiver that dies costs nothing. Every request
+carries the generation; one of another generation is refused. Headers are msgspec structures with
+limits, tensors are raw bytes; nothing that arrives is ever run, and nothing is used before its size
+and hash are right.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Donor:
         keys: Keys,
         generation: int,
         facts: Mapping[str, Any] | None = None,
+        bind: str = "127.0.0.1",
     ) -> None:
         self.generation = generation
         self.num_requests = 0
@@ -81,6 +83,7 @@ class Donor:
             keys=keys,
             largest_frame=_LARGEST_REQUEST,
             high_water_mark=4 * _UNDER_WAY,
+            bind=bind,
         )
         self._socket, self.address = self._guard.socket, self._guard.address
         self._closing = threading.Event()

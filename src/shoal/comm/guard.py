@@ -82,6 +82,10 @@ class Guard:
         """Let `ready` also return when there is something to read on `descriptor`."""
         self._poller.register(descriptor, zmq.POLLIN)
 
+    def forget(self, descriptor: int) -> None:
+        """Undo `register`."""
+        self._poller.unregister(descriptor)
+
     def ready(self, *, timeout_seconds: float) -> dict[Any, int]:
         """What can be read within `timeout_seconds`; who knocks meanwhile is let in or refused."""
         found = dict(self._poller.poll(int(1000 * timeout_seconds)))

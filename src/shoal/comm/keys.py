@@ -1,5 +1,7 @@
 """The keys of one attempt's channel: made by whoever starts the workers, read by the workers.
 
+Hosts of one run make the same keys of one secret that all have (`Keys.of`).
+
 Two CURVE key pairs (http://curvezmq.org): the donor's and the receiver's. Each end proves that it
 has its own secret, and knows the other's public key, so that both are authenticated. They lie in
 files of mode 0600 in a folder of mode 0700: what guards them is the file system.
@@ -7,12 +9,14 @@ files of mode 0600 in a folder of mode 0700: what guards them is the file system
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
+import zmq.utils.z85
 
 from shoal.errors import ChannelError
 
@@ -42,15 +46,30 @@ class Keys:
     def make(cls, folder: Path) -> Keys:
         """New keys, written to `folder`, which is made. Raises OSError; FileExistsError for a
         folder that holds keys already (every attempt has its own)."""
+        made = cls(*(Pair(*zmq.curve_keypair()) for _ in _FILES))
+        made.write(folder)
+        return made
+
+    @classmethod
+    def of(cls, secret: bytes) -> Keys:
+        """The keys that everybody makes of one secret, of 32 random bytes at least."""
+        assert len(secret) >= 32, "a secret that nobody guesses"
+        pairs = []
+        for name in _FILES:
+            own = hashlib.blake2b(secret, digest_size=32, person=name.encode()).digest()
+            text = zmq.utils.z85.encode(own)
+            pairs.append(Pair(zmq.curve_public(text), text))
+        return cls(*pairs)
+
+    def write(self, folder: Path) -> None:
+        """Into `folder`, which is made. Raises as `make`."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
-        pairs = [Pair(*zmq.curve_keypair()) for _ in _FILES]
-        for name, pair in zip(_FILES, pairs):
+        for name, pair in zip(_FILES, (self.donor, self.receiver)):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             handle = os.open(folder / name, flags, mode=0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(pair.public + b"\n" + pair.secret + b"\n")
-        return cls(*pairs)
 
     @classmethod
     def read(cls, folder: Path) -> Keys:

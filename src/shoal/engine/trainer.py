@@ -214,17 +214,15 @@ class Trainer:
 
     def _join_generation(self, lost: PeersLost | None = None) -> None:
         """Join the newest generation and agree on one state with its members."""
-        job = self.job
         if self._built:
             self._saver.leave()
         while True:
             try:
                 self.members.join(lost)
                 self._enter_ranks()
-                training = self.training
-                recipe = job.recipe.model_dump(mode="json")
-                parameters = training.replica.num_parameters
-                check_same_program(self.group, recipe=recipe, parameters=parameters)
+                recipe = self.job.recipe.model_dump(mode="json")
+                training, count = self.training, self.training.replica.num_parameters
+                check_same_program(self.group, recipe=recipe, parameters=count)
                 self._position.note(training.policy)
                 self._position = agree(
                     self.group,
@@ -232,6 +230,7 @@ class Trainer:
                     state=training.state,
                     layout=training.ranks.layout,
                     keys=self.members.keys,
+                    address=self.members.address,
                     generation=self.pulse.generation,
                 )
                 if self._position.step == FRESH:
@@ -333,6 +332,7 @@ class Trainer:
                 layout=layout,
                 moves=moves,
                 keys=self.members.keys,
+                address=self.members.address,
                 generation=self.pulse.generation,
             )
             good = ", ".join(str(source) for source, _ in moves)

@@ -32,7 +32,13 @@ from shoal.errors import (
 )
 from shoal.observe.events import Report
 from shoal.observe.pulse import Pulse
-from shoal.runtime import WorkerInfo, choose_device, start_worker, stop_process_group
+from shoal.runtime import (
+    WorkerInfo,
+    break_generation,
+    choose_device,
+    start_worker,
+    stop_process_group,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         stack=Path(payload["stack"]),
         keys=Path(payload["keys"]),
     )
-    orders = Orders().listen(descriptor, on_end=_end)
+    orders = Orders(on_lost=break_generation).listen(descriptor, on_end=_end)
     job = Job.from_json(payload)
     return run_worker(job, arguments=arguments, report=Report(descriptor), orders=orders)
 

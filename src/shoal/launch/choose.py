@@ -159,6 +159,15 @@ def decide_joined(
     return _with_figures(recipe, decision, workload=workload, formats=formats)
 
 
+def choose_joined(
+    recipe: Recipe, *, inputs: Inputs, cores_per_worker: int, pool: WorkerPool, console: Console
+) -> Decision:
+    """As `decide_joined`, with the number formats of this machine. Raises ConfigError."""
+    refuse_wrong_model(recipe, inputs=inputs, pool=pool, console=console)
+    formats = dict(_formats(recipe, pool=pool, console=console))
+    return decide_joined(recipe, inputs=inputs, cores_per_worker=cores_per_worker, formats=formats)
+
+
 def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads", "processes"]:
     if recipe.launch.workers != "auto":
         return recipe.launch.workers

@@ -32,7 +32,7 @@ class Death:
 
     rank: int
     kind: str
-    """killed, stuck, error, out-of-memory, exited"""
+    """killed, stuck, host, error, out-of-memory, exited"""
     text: str
     step: int
     where: str
@@ -50,12 +50,16 @@ def death_of(
     error: dict[str, Any] | None,
     stuck: str | None,
     ran_out: bool,
+    gone: str | None = None,
 ) -> Death:
     """What to call the end of worker `rank`.
 
     `status`: its exit status, or minus a signal. `error`: what it said last of itself. `stuck`:
-    why we ended it. `ran_out`: whether the system ended a process for want of memory meanwhile.
+    why we ended it. `gone`: why its host counts as gone. `ran_out`: whether the system ended a
+    process for want of memory meanwhile.
     """
+    if gone is not None:
+        return Death(rank, "host", f"worker {rank} is lost: its host {gone}", step, where)
     if stuck is not None:
         return Death(rank, "stuck", f"worker {rank} {stuck}", step, where)
     if error is not None:

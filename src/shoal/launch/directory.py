@@ -7,13 +7,15 @@ import fcntl
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from shoal.errors import RunError, nearest
 from shoal.observe.events import read_lines
 
 _LOCK = ".lock"
+NOTE = ".hosts"
+"""What hosts of a run look for, to see that they share its folder."""
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
@@ -31,8 +33,10 @@ def claim(out: str | Path | None, *, name: str) -> Path:
             f"{run}: already holds a run, which is not written over; go on with it by "
             f"'shoal resume {run}', or choose another --out"
         )
-    # a lock that was left behind by a kill is no file of anybody's; one that is held, `hold` tells
-    if run.is_file() or (run.is_dir() and any(path.name != _LOCK for path in run.iterdir())):
+    # what was left behind by a kill is no file of anybody's; a lock that is held, `hold` tells
+    if run.is_file() or (
+        run.is_dir() and any(path.name not in (_LOCK, NOTE) for path in run.iterdir())
+    ):
         raise RunError(f"{run}: expected a new or empty folder for the run, found other files")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -98,6 +102,24 @@ def requests_in(run: Path) -> list[str]:
     return found
 
 
+def hosts_to_drain(run: Path) -> list[str]:
+    """Hosts that a person wants the run to do without: names in the file DRAIN, taken once."""
+    path = run / "DRAIN"
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        return []
+    path.unlink(missing_ok=True)
+    return names
+
+
+def leave_request(run: Path, name: str, text: str = "") -> None:
+    """Leave an order in a run: STOP, SAVE or DRAIN. Raises RunError where nobody would take it."""
+    if not is_at_work(run):
+        raise RunError(f"{run}: nobody is at work in this run, so there is nothing to ask for")
+    write_whole(run / name, text)
+
+
 def has_checkpoint(run: Path) -> bool:
     """Whether anything was saved."""
     return any((run / "checkpoints").glob("step-*"))
@@ -129,6 +151,28 @@ def hold(run: Path) -> Iterator[None]:
     finally:
         (run / _LOCK).unlink(missing_ok=True)  # still locked: nobody can hold another one by now
         os.close(handle)
+
+
+@contextmanager
+def hold_if_free(run: Path) -> Iterator[None]:
+    """As `hold`, or without where another holds it: then a registry says who counts, not a lock."""
+    with ExitStack() as held:
+        with suppress(RunError):
+            held.enter_context(hold(run))
+        yield
+
+
+def is_at_work(run: Path) -> bool:
+    """Whether a job runs in `run`, as far as this host can tell by its lock."""
+    try:
+        with (run / _LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
+    except OSError:
+        return False
 
 
 def _locked(run: Path) -> int:

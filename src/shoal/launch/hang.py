@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from shoal.observe.pulse import Beat
 
-WAITS = ("waiting for a generation", "meeting the others", "waiting for the servers")
+WAITS = ("waiting for a generation", "waiting for the servers")
 """Phases in which a worker waits for others, or for the supervisor."""
+MEETING = "meeting the others"
+MEETING_SECONDS = 30.0
+"""All have arrived when this phase begins: a host that falls silent in it would hold the others."""
 LONG = (
     "starting",
     "building the model",
@@ -96,6 +99,8 @@ class Doctor:
             return LONG_SECONDS
         if beat.operation or beat.phase in WAITS:
             return None
+        if beat.phase == MEETING:
+            return max(self._floor, MEETING_SECONDS)
         if beat.phase in LONG:
             usual = FACTOR * beat.expected_seconds
             return max(10.0, usual) if usual else LONG_SECONDS

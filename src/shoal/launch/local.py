@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -23,7 +24,15 @@ from shoal.environment import free_memory_bytes
 from shoal.errors import ConfigError, Problem, RunError, Stopped
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.choose import check_decision, choose
-from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run, write_whole
+from shoal.launch.directory import (
+    anything_to_resume,
+    claim,
+    hold,
+    hold_if_free,
+    is_run,
+    open_run,
+    write_whole,
+)
 from shoal.launch.examined import keys_are_known, refuse_wrong_model
 from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
@@ -36,6 +45,9 @@ from shoal.launch.supervise import run_workers
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
 from shoal.observe.trace import merge_parts
+
+if TYPE_CHECKING:  # most runs are on one host
+    from shoal.launch.over_hosts import OverHosts
 
 
 @dataclass
@@ -67,6 +79,7 @@ def train(
     instruments: Instruments | None = None,
     story: list[dict[str, Any]] | None = None,
     callbacks: Callbacks | None = None,
+    hosts: OverHosts | None = None,
 ) -> Result:
     """Train `recipe` (a shipped name, a YAML file, a dict or a Recipe) and return its result.
 
@@ -74,23 +87,30 @@ def train(
     by default a new one below runs/. `go_on`: if `out` holds a run of this recipe, go on with it.
     `instruments`: what a rehearsal or a test attaches to the run;
     `story` collects every event with its time. `callbacks` hear of the run; an error in one is
-    raised once everything is saved. Raises UserError for what is wrong with the recipe,
-    Stopped after Ctrl-C or SIGTERM once everything is saved.
+    raised once everything is saved. `hosts`: train there instead of on this machine alone. Raises
+    UserError for what is wrong with the recipe, Stopped after Ctrl-C or SIGTERM once everything is
+    saved.
     """
-    resolved = _resolved(recipe, overrides)
+    resolved = _resolved(recipe, overrides, hosts=hosts)
+    holding = hold_if_free if hosts is not None and hosts.register is not None else hold
     if go_on and out is not None and is_run(out):
         folder = open_run(out)
-        with hold(folder):
+        with holding(folder):
             wanted = of_same_run(folder, resolved)
-            return _resume(folder, wanted, console=console, pool=pool, callbacks=callbacks)
+            return _resume(
+                folder, wanted, console=console, pool=pool, callbacks=callbacks, hosts=hosts
+            )
     run = claim(out, name=Path(recipe).stem if isinstance(recipe, str | Path) else "run")
     show = _console(resolved, wanted=console)
-    with _unless_empty(run), hold(run), pool_or_own(pool) as workers, show:
+    with _unless_empty(run), holding(run), pool_or_own(pool) as workers, show:
+        if hosts is not None:
+            hosts.ask(console=show)
         show.phase(f"run directory {run}; preparing the data")
         inputs = _prepared(resolved, pool=workers, console=show)
         wait_for_imports(workers, console=show)
-        decision = choose(resolved, inputs=inputs, pool=workers, console=show)
-        _open(resolved, inputs, decision, console=show)
+        choosing = choose if hosts is None else hosts.choose
+        decision = choosing(resolved, inputs=inputs, pool=workers, console=show)
+        _open(resolved, inputs, decision, console=show, hosts=hosts)
         job = Job(
             recipe=resolved,
             inputs=inputs,
@@ -98,7 +118,7 @@ def train(
             run=run,
             instruments=instruments or Instruments(),
         )
-        return _run(job, pool=workers, console=show, story=story, callbacks=callbacks)
+        return _run(job, pool=workers, console=show, story=story, callbacks=callbacks, hosts=hosts)
 
 
 def dry_run(
@@ -130,9 +150,12 @@ def plan_here(
     return choose(resolved, inputs=inputs, pool=pool, console=console)
 
 
-def _resolved(recipe: AnyRecipe, overrides: Overrides) -> Recipe:
+def _resolved(recipe: AnyRecipe, overrides: Overrides, *, hosts: OverHosts | None = None) -> Recipe:
     """The recipe with its overrides, refused here if it cannot run. Raises UserError."""
-    resolved = anchored(resolve(recipe, overrides))
+    resolved = resolve(recipe, overrides)
+    if hosts is not None:
+        resolved = resolve(recipe, [*override_texts(overrides), *hosts.overrides(resolved)])
+    resolved = anchored(resolved)
     check(resolved)
     check_trackers(resolved.observe)
     return resolved
@@ -150,10 +173,18 @@ def _prepared(recipe: Recipe, *, pool: WorkerPool, console: Console) -> Inputs:
     return prepare_inputs(recipe, say=console.phase, progress=progress)
 
 
-def _open(recipe: Recipe, inputs: Inputs, decision: Decision, *, console: Console) -> None:
+def _open(
+    recipe: Recipe,
+    inputs: Inputs,
+    decision: Decision,
+    *,
+    console: Console,
+    hosts: OverHosts | None = None,
+) -> None:
     """Say what is trained. Raises ConfigError for what cannot fit into memory."""
     say_opening(recipe, inputs=inputs, decision=decision, console=console)
-    refuse_what_cannot_fit(recipe, decision, free_bytes=free_memory_bytes())
+    free = free_memory_bytes() if hosts is None else hosts.memory_bytes
+    refuse_what_cannot_fit(recipe, decision, free_bytes=free)
 
 
 def _console(recipe: Recipe, *, wanted: bool | None) -> Console:
@@ -198,10 +229,13 @@ def _resume(
     pool: WorkerPool | None,
     data_changed: bool = False,
     callbacks: Callbacks | None = None,
+    hosts: OverHosts | None = None,
 ) -> Result:
     check(resolved)
     check_trackers(resolved.observe)
     with pool_or_own(pool) as workers, _console(resolved, wanted=console) as show:
+        if hosts is not None:
+            hosts.ask(console=show)
         show.phase(f"resuming {folder}; preparing the data")
         new = announced(folder, resolved, console=show)
         inputs, other = resumed_inputs(
@@ -210,13 +244,15 @@ def _resume(
         wait_for_imports(workers, console=show)
         decision = decision_before(folder, resolved, new=new, say=show.line)
         if decision is None:
-            decision = choose(resolved, inputs=inputs, pool=workers, console=show)
+            choosing = choose if hosts is None else hosts.choose
+            decision = choosing(resolved, inputs=inputs, pool=workers, console=show)
         else:  # transformers may be another one by now
             refuse_wrong_model(resolved, inputs=inputs, pool=workers, console=show)
-        _open(resolved, inputs, decision, console=show)
+        _open(resolved, inputs, decision, console=show, hosts=hosts)
         resume = anything_to_resume(folder, say=show.line)
         job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=resume)
-        return _run(job, pool=workers, console=show, new=[*new, *other], callbacks=callbacks)
+        new = [*new, *other]
+        return _run(job, pool=workers, console=show, new=new, callbacks=callbacks, hosts=hosts)
 
 
 def announced(run: Path, wanted: Recipe, *, console: Console) -> list[Difference]:
@@ -300,6 +336,7 @@ def _run(
     story: list[dict[str, Any]] | None = None,
     new: list[Difference] | None = None,
     callbacks: Callbacks | None = None,
+    hosts: OverHosts | None = None,
 ) -> Result:
     """Train to the end; `new`: keys that changed since the run was last begun."""
     run, decision, new = job.run, job.decision, list(new or ())
@@ -309,7 +346,13 @@ def _run(
         write_beginning(job, new)
 
     attempt = run_workers(
-        job, pool=pool, console=console, begun=begun, story=story, callbacks=callbacks
+        job,
+        pool=pool,
+        console=console,
+        begun=begun,
+        story=story,
+        callbacks=callbacks,
+        sites=None if hosts is None else partial(hosts.sites, console=console),
     )
     merge_parts(run)
     attempt.callbacks.check(advice=f"the run was saved; go on with: shoal resume {run}")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +137,10 @@ class WorkerPool:
                 pass
             if any(w.pid is None and w.status is None for w in workers):
                 deadline = time.monotonic() + 10  # the fork server still imports, or it would raise
+
+    def descriptors(self, only: Iterable[Worker]) -> list[int]:
+        """What to wait on, for who waits for something else too, until `events` has anything."""
+        return [self._link.fileno(), *(worker.report for worker in only if worker.open)]
 
     def _server_died(self) -> str:
         try:

@@ -37,6 +37,14 @@ class Slot:
 class Site(Protocol):
     """One host's workers."""
 
+    @property
+    def gone(self) -> str | None:
+        """Why its workers count as dead, all of them: its host has gone. None: it is there."""
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its host is about to go, and wants to be done without."""
+
     def start(
         self, target: str, payload: dict[str, Any], *, slot: Slot, ranks: Sequence[int]
     ) -> Worker:
@@ -120,14 +128,21 @@ class _Started:
 class LocalSite:
     """The workers of this host, from its fork server. A context manager: leaving it closes it."""
 
-    def __init__(self, pool: WorkerPool, *, num_ranks: int) -> None:
+    gone: str | None = None
+    leaving = False
+
+    def __init__(self, pool: WorkerPool, *, num_ranks: int, keys: Keys | None = None) -> None:
+        """`keys`: those of the run, where it has several hosts; else new ones."""
         self._pool = pool
         sweep(Path(tempfile.gettempdir()))
         self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX)
         self.folder = Path(self._folder.name)
         self._owner = _own(self.folder)
         self._watch = Watch(self.folder / "pulse", slots=num_ranks)
-        Keys.make(self.folder / "keys")
+        if keys is None:
+            Keys.make(self.folder / "keys")
+        else:
+            keys.write(self.folder / "keys")
         self._started: dict[Slot, _Started] = {}
         self._looked_at = self._since = time.monotonic()
 

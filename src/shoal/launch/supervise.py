@@ -15,23 +15,27 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from shoal.config.sync import Server
 from shoal.engine.job import Job
+from shoal.errors import Stopped
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
-from shoal.launch.cluster import Cluster, ThisHost, host_of_rank
+from shoal.launch.cluster import Cluster, NotYet
 from shoal.launch.deaths import Death, death_of
-from shoal.launch.directory import has_checkpoint, is_run, requests_in
+from shoal.launch.directory import has_checkpoint, hosts_to_drain, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
+from shoal.launch.hosts import Hosts, name_of
 from shoal.launch.lanes import Lanes
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.servers import Servers
-from shoal.launch.site import LocalSite, Site, Slot
+from shoal.launch.site import Site, Slot
+from shoal.launch.sites import Sites, this_host
+from shoal.launch.supervised import SupervisedWorker, left_behind
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
 
@@ -39,27 +43,6 @@ TARGET = "shoal.engine.worker:run"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 1.0
 """After a user's mistake, the other workers may still say what they saw before they are ended."""
-
-
-@dataclass
-class SupervisedWorker:
-    """A rank of the run, and the worker process that has it now."""
-
-    rank: int
-    site: Site
-    worker: Worker
-    waiting: bool = False
-    """Built, and waiting for a generation."""
-    generation: int = 0
-    """The generation it was last told to join."""
-    error: dict[str, Any] | None = None
-    stuck: str | None = None
-    done: bool = False
-    """It has come to its end and said so."""
-
-    @property
-    def alive(self) -> bool:
-        return self.worker.status is None
 
 
 def run_workers(
@@ -70,29 +53,33 @@ def run_workers(
     begun: Callable[[], None] = lambda: None,
     story: list[dict[str, Any]] | None = None,
     callbacks: Callbacks | None = None,
+    sites: Sites | None = None,
 ) -> Attempt:
     """Start the workers of `job` and see them to their end. Raises the error that ended them.
 
     SIGINT and SIGTERM ask the workers to save and stop; a second one ends them at once (Stopped
     when there is a checkpoint to resume from, else Interrupted), of SIGTERM only where somebody
     sits at a terminal. SIGUSR1 prints where each is.
+    `sites`: where the workers are; by default on this host.
     `story` collects every event, also of a run that ends with an error. An error in `callbacks`
     asks the workers to save and stop.
     """
     heard = callbacks or Callbacks(None)
-    num_ranks = job.decision.layout.workers
-    with LocalSite(pool, num_ranks=num_ranks) as site, signals_asked() as asked:
+    given = (sites or this_host)(job, pool)
+    with given as (there, cluster), signals_asked() as asked:
         console.steps = job.recipe.train.steps or console.steps  # of epochs: as the start said
         heard.stop = lambda: asked.append(signal.SIGTERM)
         attempt = Attempt(console, begun, story=[] if story is None else story, callbacks=heard)
         supervisor = Supervisor(
             job,
-            sites=[site],
-            cluster=ThisHost(site.folder),
+            sites=there,
+            cluster=cluster,
             attempt=attempt,
             asked=asked,
         )
-        return supervisor.run()
+        supervisor.run()
+        cluster.ended(status=0 if attempt.stopped is None else Stopped.exit_status)
+        return attempt
 
 
 class Supervisor:
@@ -132,17 +119,23 @@ class Supervisor:
         self._generation = 0
         self._members: list[int] = []
         self._counted = 0
+        self._held_back = False
+        """Whether a generation could begin, and the cluster does not let it yet."""
         self._failures: Counter[int] = Counter()
         self._places: dict[int, tuple[int, str]] = {}
         """Step and place of each rank's last error: the same twice is no accident."""
         self._memory_kills = self._count_memory_kills()
         self._began = self._looked = time.monotonic()
         self._hurt_at: float | None = None
+        self._hurt_in = 0
+        """The generation that was lost."""
         self._ending: float | None = None
         self._servers = Servers(job, sites=sites, cluster=cluster) if self._apart else None
         if self._servers is not None:
             self._job = job = replace(job, servers=str(self._servers.folder))
-        self.workers = [self._started(rank) for rank in range(self._size)]
+        self.workers: list[SupervisedWorker] = []
+        self._hosts = Hosts(sites, layout=self._layout, fewest=self._fewest, tell=self._tell)
+        self.workers += (self._started(rank) for rank in range(self._size))
 
     # --- the watch
 
@@ -169,7 +162,8 @@ class Supervisor:
             if self._ending is not None and time.monotonic() > self._ending:
                 break
         attempt = self._attempt
-        if not all(one.done for one in self.workers) and attempt.stopped is None:
+        ended = all(one.done or one.absent for one in self.workers)
+        if not ended and attempt.stopped is None:
             raise attempt.failure()
         if self._servers is not None:
             self._servers.close()
@@ -199,10 +193,13 @@ class Supervisor:
         elif kind != "joined":
             if kind == "error":
                 one.error = message
+            elif kind == "event" and message["name"] == "saved":
+                self._cluster.saved(message["fields"])
             self._attempt.hear(message)
 
     def _stepped(self, message: dict[str, Any]) -> None:
-        if self._hurt_at is not None and message["generation"] == self._generation:
+        newer = message["generation"] == self._generation > self._hurt_in
+        if self._hurt_at is not None and newer:
             seconds = time.monotonic() - self._hurt_at
             self._hurt_at = None
             text = f"step {message['step']} committed {seconds:.2f} s after the loss was noticed"
@@ -219,6 +216,9 @@ class Supervisor:
         for name in requests_in(self._run):
             self._attempt.console.phase(f"found the file {name}: saving after this step")
             self._order({"order": name.lower()})
+        for name in hosts_to_drain(self._run):
+            self._hosts.drain(name)
+        self._do_without()
         while signal.SIGUSR1 in self._asked:
             self._asked.remove(signal.SIGUSR1)
             self.describe()
@@ -231,6 +231,21 @@ class Supervisor:
             text = "asked to stop: saving after this step (again: stop at once)"
             self._attempt.console.phase(text)
             self._order({"order": "stop"})
+
+    def _do_without(self) -> None:
+        """Start the workers of hosts that are about to go elsewhere; or save and stop."""
+        sites, last = self._hosts.leaving()
+        leaving = [one for one in self.workers if one.site in sites and one.alive]
+        others = [one for one in self.workers if one not in leaving and one.alive]
+        held = {self._layout.replica_rank(one.rank) for one in others if one.generation > 0}
+        if last or any(self._layout.replica_rank(one.rank) not in held for one in leaving):
+            if not self._asked:
+                self._asked.append(signal.SIGTERM)
+            return
+        for site in sites:
+            site.kill([one.worker for one in leaving if one.site is site])
+        for one in leaving:
+            self._recover(one)
 
     def _order(self, order: dict[str, Any]) -> None:
         for one in self.workers:
@@ -247,6 +262,13 @@ class Supervisor:
         self._looked = time.monotonic()
         if self._servers is not None:
             self._servers.look()
+        self._welcome()
+        self._cluster.look()
+        if self._held_back:
+            self._form()
+        for one in left_behind(self.workers) if not self._apart else ():
+            one.done = True
+            one.site.signal(one.worker, signal.SIGKILL)
         seen = self.sightings()
         self._lanes.look(seen)
         for stuck in self._doctor.look(seen)[:1]:
@@ -289,6 +311,7 @@ class Supervisor:
             where=beat.where if beat is not None else "starting",
             error=one.error,
             stuck=one.stuck,
+            gone=one.site.gone,
             ran_out=kills > self._memory_kills,
         )
         self._memory_kills = kills
@@ -296,7 +319,8 @@ class Supervisor:
         text = f"{death.text} ({death.where})"
         self._tell("lost", {**fields, "text": text, "noticed_at": time.monotonic()})
         # what one loss brings about is one
-        if one.generation == 0 or self._counted != self._generation:
+        with_its_host = one.site.gone is not None and 0 < one.generation < self._generation
+        if not with_its_host and (one.generation == 0 or self._counted != self._generation):
             self._counted = self._generation
             self._failures[death.step] += 1
         times = self._failures[death.step]
@@ -306,7 +330,7 @@ class Supervisor:
         if again or times > most or (self._passed_on and not self._survives(one)):
             about = self._about_memory(death)
             raise gave_up(death, times=times, run=self._run, doctor=about, again=again)
-        self._hurt_at = self._hurt_at or time.monotonic()
+        self._hurt_at, self._hurt_in = self._hurt_at or time.monotonic(), self._generation
         self._recover(one)
 
     def _about_memory(self, death: Death) -> str:
@@ -316,12 +340,16 @@ class Supervisor:
         job = self._job
         return explained(job.recipe, job.decision, run=self._run, where=death.where)
 
-    def _survives(self, lost: SupervisedWorker) -> bool:
-        """Whether a living worker holds what the lost one held; asked to stop, it will save it."""
+    def _survives(self, lost: SupervisedWorker, *, without: bool = False) -> bool:
+        """Whether a living worker holds what the lost one held; asked to stop, it will save it.
+
+        `without`: other than that one itself.
+        """
         if self._apart:
             return True  # the servers do
         of = self._layout.replica_rank
         equals = [one for one in self.workers if of(one.rank) == of(lost.rank)]
+        equals = [one for one in equals if not (without and one is lost)]
         return any(one.alive and one.generation > 0 for one in equals)
 
     def _recover(self, lost: SupervisedWorker) -> None:
@@ -336,6 +364,26 @@ class Supervisor:
             self._order({"order": "lost", "number": self._generation})
         self._replace(lost, joining=True)
         self._form()
+
+    def _welcome(self) -> None:
+        """Take hosts in that are back: workers start there that had to wait, or had gone elsewhere.
+
+        Those that train meanwhile give their place up only when others hold what they hold.
+        """
+        ready = self._hosts.look()
+        if any(one.done for one in self.workers):  # the others will form no other generation
+            return
+        for one in self.workers:
+            if self._hosts.own(one.rank) not in ready or not (one.absent or one.alive):
+                continue
+            if one.site is self._hosts.own(one.rank) and not one.absent:
+                continue
+            if one.absent:
+                self._replace(one, joining=self._survives(one))
+            elif self._survives(one, without=True):
+                one.site.kill([one.worker])
+                self._order({"order": "lost", "number": one.generation})
+                self._replace(one, joining=True)
 
     def _start_again(self) -> None:
         """Nobody has the state any more: all go back to the last save."""
@@ -363,11 +411,14 @@ class Supervisor:
         vars(one).update(vars(self._started(one.rank, joining=joining)))
 
     def _started(self, rank: int, *, joining: bool = False) -> SupervisedWorker:
-        """A new worker for `rank`, on the host that its replica belongs to."""
-        host = host_of_rank(self._layout, rank, num_hosts=len(self._sites))
-        site, job = self._sites[host], replace(self._job, joining=joining)
+        """A new worker for `rank`, on the host that its replica belongs to, if that is there."""
+        site = self._hosts.place(rank, workers=self.workers)
+        if site is None:
+            nobody = Worker(-1, report=-1, status=-signal.SIGKILL, open=False, told=True)
+            return SupervisedWorker(rank, self._hosts.own(rank), nobody, absent=True)
         ranks = range(self._ranks) if self._threads else [rank]
-        payload = {**job.to_json(), "rank": rank, "size": self._size}
+        payload = {**replace(self._job, joining=joining).to_json(), "rank": rank}
+        payload["size"] = self._size
         return SupervisedWorker(
             rank, site, site.start(TARGET, payload, slot=Slot(rank), ranks=ranks)
         )
@@ -389,8 +440,10 @@ class Supervisor:
         replicas = Counter(of(one.rank) for one in able)
         members = [one for one in able if replicas[of(one.rank)] == size]
         changed = any(s.waiting for s in members) or [s.rank for s in members] != self._members
-        enough = self._size if self._threads or not self._generation else self._fewest * size
-        if changed and len(members) >= enough:
+        there = sum(not one.absent for one in self.workers)
+        enough = there if self._threads or not self._generation else self._fewest * size
+        self._held_back = changed and len(members) >= enough
+        if self._held_back:
             self._announce(members)
 
     def _form_apart(self) -> None:
@@ -404,9 +457,15 @@ class Supervisor:
                 self._send_generation(members, meeting=meeting)
 
     def _announce(self, members: list[SupervisedWorker]) -> None:
+        try:
+            hosts = [name_of(one.site) for one in members]
+            meeting = self._cluster.meeting(self._generation + 1, hosts=hosts)
+        except NotYet:
+            return  # asked again, with those that are there then
+        self._held_back = False
         self._generation += 1
         self._members = [one.rank for one in members]
-        self._send_generation(members, meeting=self._cluster.meeting(self._generation))
+        self._send_generation(members, meeting=meeting)
         if self._generation > 1:
             count = len(members) // self._layout.replica_workers
             text = f"generation {self._generation}: {count} replicas (workers {self._members})"
@@ -423,6 +482,7 @@ class Supervisor:
                 "number": self._generation,
                 "rank": rank,
                 "size": len(members),
+                "here": sum(other.site is one.site for other in members),
             }
             one.site.send(one.worker, {**order, "meeting": meeting})
 

@@ -19,7 +19,7 @@ from shoal.launch.pool import WorkerPool
 from shoal.launch.site import LocalSite, Slot, process_state, stack_of
 from shoal.layout import Layout
 from shoal.observe.pulse import Pulse
-from shoal.runtime import MeetingPoint
+from shoal.runtime import MeetingFile, meeting_point
 
 
 def test_a_site_starts_sees_and_ends_workers(pool: WorkerPool) -> None:
@@ -67,11 +67,13 @@ def test_generations_meet_at_new_urls(tmp_path: Path) -> None:
     cluster = ThisHost(tmp_path / "a folder")
     first, second = cluster.meeting(1), cluster.meeting(2)
     assert first != second and first.startswith("file:///")
-    assert MeetingPoint.of(first).path == tmp_path / "a folder" / "generation-000001"
+    point = meeting_point(first)
+    assert isinstance(point, MeetingFile)
+    assert point.path == tmp_path / "a folder" / "generation-000001"
     assert [host.address for host in cluster.hosts()] == ["127.0.0.1"]
-    for url in ("tcp://head:29500", "generation-1", "file://other/path"):
+    for url in ("tcp://head", "tcp://:29500", "generation-1", "file://other/path"):
         with pytest.raises(ValueError, match=r"meeting: expected file:///"):
-            MeetingPoint.of(url)
+            meeting_point(url)
 
 
 def wait_for(true: Callable[[], bool]) -> None:

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import xxhash
-
-import shoal
 from shoal.comm.channel import Donor, fetch
 from shoal.comm.group import Group
 from shoal.comm.keys import Keys
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.engine.membership.digest import Move, digest_of
+from shoal.engine.membership.program import code_hash
 from shoal.engine.state import FlatState
 from shoal.errors import ChannelError, PeersLost, RunError, WorkerError
 from shoal.layout import Layout
@@ -50,19 +46,9 @@ class Position:
             self.facts["policy"] = policy.facts()
 
 
-@cache
-def _code() -> str:
-    """Hash of shoal's own sources."""
-    assert shoal.__file__ is not None, "shoal is a package with a file"
-    root, total = Path(shoal.__file__).parent, xxhash.xxh3_64()
-    for path in sorted(root.rglob("*.py")):
-        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()
-
-
 def check_same_program(group: Group, *, recipe: dict[str, Any], parameters: int) -> None:
     """All ranks run the same code on the same recipe. Raises RunError with the differences."""
-    own = {"shoal": _code(), "torch": version("torch"), "parameters": parameters}
+    own = {"shoal": code_hash(), "torch": version("torch"), "parameters": parameters}
     everybody = gather_json(group, {**own, **{f"recipe.{k}": v for k, v in _flat(recipe).items()}})
     found = [
         f"{key}: rank 0 has {everybody[0].get(key)!r}, rank {rank} has {theirs.get(key)!r}"
@@ -94,6 +80,7 @@ def agree(
     state: FlatState,
     layout: Layout,
     keys: Keys | None = None,
+    address: str = "127.0.0.1",
     generation: int = 0,
 ) -> Position:
     """One position for all ranks; `state` is filled where it was behind.
@@ -122,7 +109,15 @@ def agree(
         if behind:
             moves.append((able[0], behind))
     if moves:
-        transfer(group, state, layout=layout, moves=moves, keys=keys, generation=generation)
+        transfer(
+            group,
+            state,
+            layout=layout,
+            moves=moves,
+            keys=keys,
+            address=address,
+            generation=generation,
+        )
     theirs = broadcast_json(group, facts, source=holders[0])
     if group.rank in holders and "policy" in facts:
         theirs["policy"] = facts["policy"]  # belongs to the state that it keeps
@@ -143,13 +138,14 @@ def transfer(
     layout: Layout,
     moves: Sequence[Move],
     keys: Keys | None = None,
+    address: str = "127.0.0.1",
     generation: int = 0,
 ) -> None:
     """Give ranks the state of others, bit for bit, as `moves` says; all ranks call it.
 
-    Over an authenticated channel where there are `keys`, else by the group's own broadcast (one
-    replica is then one rank). Raises PeersLost when a source goes meanwhile, WorkerError when
-    states differ afterwards.
+    Over an authenticated channel at this host's `address` where there are `keys`, else by the
+    group's own broadcast (one replica is then one rank). Raises PeersLost when a source goes
+    meanwhile, WorkerError when states differ afterwards.
     """
     vectors = {kind: vector.tensor for kind, vector in state.vectors.items()}
     if keys is None:
@@ -160,7 +156,9 @@ def transfer(
     else:
         source_of = {rank: source for source, ranks in moves for rank in ranks}
         gives = group.rank in source_of.values()
-        donor = Donor(vectors, keys=keys, generation=generation) if gives else None
+        donor = None
+        if gives:
+            donor = Donor(vectors, keys=keys, generation=generation, bind=address)
         try:
             addresses = gather_json(group, donor and donor.address)
             if group.rank in source_of:

@@ -12,10 +12,17 @@ from abc import ABC, abstractmethod
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.link import SlowLink
-from shoal.engine.membership.orders import Orders
+from shoal.engine.membership.orders import Generation, Orders
 from shoal.errors import PeersLost, WorkerError
 from shoal.observe.events import Report
-from shoal.runtime import MeetingPoint, WorkerInfo, start_process_group, stop_process_group
+from shoal.runtime import (
+    MeetingPoint,
+    WorkerInfo,
+    meeting_point,
+    now_in,
+    start_process_group,
+    stop_process_group,
+)
 
 TIMEOUT_SECONDS = 1800.0
 """Of a collective; the supervisor notices long before."""
@@ -26,6 +33,8 @@ class Members(ABC):
 
     keys: Keys | None = None
     """For handing state from one rank to another."""
+    address = "127.0.0.1"
+    """This host's, as the other ranks reach it."""
     is_fixed = False
     """Whether nobody replaces a lost rank: a loss is the end."""
 
@@ -98,28 +107,39 @@ class Generations(Members):
         if generation is None:
             raise WorkerError(f"no generation after {self.number} in {TIMEOUT_SECONDS:.0f} s")
         self.number = generation.number
+        now_in(self.number)
         if generation.size == 1:
             return True
         rank, size = generation.rank, generation.size
-        meeting = MeetingPoint.of(generation.meeting)
-        if not meeting.wait_for_arrivals(rank=rank, size=size, give_up=lambda: self.pending):
-            return False
-        self._group.pulse.mark("meeting the others")
         try:
-            start_process_group(
-                rank=rank,
-                size=size,
-                device=self._worker.device,
-                meeting=generation.meeting,
-                timeout_seconds=TIMEOUT_SECONDS,
-                around=self._link.around(rank) if self._link is not None else None,
-            )
-            if self._link is not None:
-                self._link.check(size)
+            place = meeting_point(generation.meeting)
+            if not place.wait_for_arrivals(rank=rank, size=size, give_up=lambda: self._over):
+                return False
+            self._group.pulse.mark("meeting the others")
+            self._meet(place, generation)
         except RuntimeError:  # one died between arriving and connecting; another one will come
             stop_process_group(at_once=True)
             return False
+        self.address = place.address
         return True
+
+    @property
+    def _over(self) -> bool:
+        """Whether the generation that this rank enters will not come about."""
+        return self.pending or self._orders.broken_generation == self.number
+
+    def _meet(self, place: MeetingPoint, generation: Generation) -> None:
+        start_process_group(
+            rank=generation.rank,
+            size=generation.size,
+            device=self._worker.device,
+            meeting=place,
+            timeout_seconds=TIMEOUT_SECONDS,
+            around=self._link.around(generation.rank) if self._link is not None else None,
+            here=generation.here,
+        )
+        if self._link is not None:
+            self._link.check(generation.size)
 
 
 def members_of(

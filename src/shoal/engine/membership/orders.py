@@ -18,6 +18,8 @@ class Generation:
     size: int
     meeting: str
     """A URL, such as file:///tmp/x/generation-000001."""
+    here: int | None = None
+    """How many of its ranks are on this worker's host; None: all."""
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Orders:
     save: threading.Event = field(default_factory=threading.Event)
     broken_generation: int = -1
     """The newest generation that lost a rank: no sum of it completes any more."""
+    on_lost: Callable[[int], None] = lambda number: None
+    """Called, in a thread, when a generation has lost a rank."""
     _generation: Generation | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -76,6 +80,7 @@ class Orders:
             self.stop.set()
         elif order["order"] == "lost":
             self.broken_generation = int(str(order["number"]))
+            self.on_lost(self.broken_generation)
         elif order["order"] == "generation":
             with self._changed:
                 self._generation = Generation(
@@ -83,5 +88,6 @@ class Orders:
                     int(str(order["rank"])),
                     int(str(order["size"])),
                     str(order["meeting"]),
+                    None if order.get("here") is None else int(str(order["here"])),
                 )
                 self._changed.notify_all()

@@ -1,0 +1,251 @@
+"""The agent of a host: a local site in a loop, at the orders of a coordinator. No torch.
+
+A coordinator that is silent for longer than the lease counts as gone: its workers are ended, since
+without it they can neither meet nor save, and the agent waits for the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from shoal.comm.guard import Guard
+from shoal.comm.keys import Keys
+from shoal.comm.line import LARGEST_MESSAGE
+from shoal.engine.membership.program import code_hash
+from shoal.environment import usable_cores, usable_memory_bytes
+from shoal.launch import calls
+from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.site import LocalSite, Slot
+
+TARGETS = ("shoal.engine.worker:run",)
+"""What an agent starts for a coordinator, and nothing else."""
+STOPPED = 75
+_WAIT_SECONDS = 0.2
+
+
+def facts(*, busy: str = "", missing: tuple[str, ...] = ()) -> calls.Here:
+    """What this host is."""
+    return calls.Here(
+        name=socket.gethostname(),
+        cores=usable_cores(),
+        memory_bytes=usable_memory_bytes() or 0,
+        shoal=version("shoal"),
+        torch=version("torch"),
+        code=code_hash(),
+        busy=busy,
+        missing=missing,
+    )
+
+
+class Agent:
+    """Serves coordinators with the run's secret; `serve` returns after a run with `once`."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        *,
+        keys: Keys,
+        bind: str = "127.0.0.1",
+        port: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Raises ChannelError where it cannot listen."""
+        self._pool, self._keys, self._say = pool, keys, say
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._guard = Guard(
+                self._context,
+                keys=keys,
+                largest_frame=LARGEST_MESSAGE,
+                high_water_mark=0,
+                bind=bind,
+                port=port,
+            )
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self.address = self._guard.address
+        self._decoder = msgspec.msgpack.Decoder(calls.ToAgent)
+        self._peer: bytes | None = None
+        self._hello = calls.Hello(coordinator="", nonce="", run="")
+        self._site: LocalSite | None = None
+        self._workers: dict[int, Worker] = {}
+        self._watched: set[int] = set()
+        self._heard_at = self._turned_at = self._signed_at = 0.0
+        self.ended: int | None = None
+        """Exit status of the last run, once it has ended."""
+        self.leaving = False
+        """Set by whoever asks this agent to end: once the run does without its workers, it does."""
+
+    def serve(self, *, once: bool = False) -> int:
+        """Turn until a run has ended (`once`), or for ever; its exit status."""
+        while not (once and self.ended is not None):
+            self.turn()
+            idle = all(worker.status is not None for worker in self._workers.values())
+            if self.leaving and idle:
+                return STOPPED if self.ended is None else self.ended
+        assert self.ended is not None, "the loop has ended for it"
+        return self.ended
+
+    def close(self) -> None:
+        """End the workers and stop listening."""
+        self._leave()
+        self._guard.close()
+        self._context.destroy(linger=0)
+
+    def turn(self) -> None:
+        """Everything that has come, or comes within a moment."""
+        self._watch()
+        ready = self._guard.ready(timeout_seconds=_WAIT_SECONDS)
+        if self._guard.socket in ready:
+            while self._guard.socket.poll(0):
+                self._hear(self._guard.socket.recv_multipart())
+        self._pass_on()
+        self._check_lease()
+
+    # --- the coordinator
+
+    def _hear(self, frames: list[bytes]) -> None:
+        peer, *rest = frames
+        try:
+            (text,) = rest
+            message = self._decoder.decode(text)
+        except (ValueError, msgspec.DecodeError):
+            return  # whoever sent it has the secret and another version; `Hello` says so
+        if isinstance(message, calls.Hello):
+            self._greet(peer, message)
+        elif peer == self._peer:
+            self._heard_at = time.monotonic()
+            self._follow(message)
+
+    def _greet(self, peer: bytes, hello: calls.Hello) -> None:
+        busy = self._peer is not None and hello.nonce != self._hello.nonce
+        if busy or not hello.ranks:
+            who = f"{self._hello.run} of {self._hello.coordinator}" if busy else ""
+            self._answer(facts(busy=who), peer=peer)
+            return
+        missing = _missing(hello)
+        if not missing:
+            self._leave()  # it has lost us meanwhile, and begins anew
+            self._peer, self._hello, self._heard_at = peer, hello, time.monotonic()
+            self._site = LocalSite(self._pool, num_ranks=hello.ranks, keys=self._keys)
+            self._say(f"at work for {hello.run}, as {hello.coordinator} says")
+        self._answer(facts(missing=missing), peer=peer)
+
+    def _follow(self, message: calls.ToAgent) -> None:
+        site = self._site
+        if site is None:
+            return
+        if isinstance(message, calls.Start):
+            self._start(site, message)
+        elif isinstance(message, calls.Bye):
+            self._leave()
+            self.ended = message.status
+            self._say(f"the run has ended (status {message.status})")
+        elif not isinstance(message, calls.Alive | calls.Hello) and message.worker in self._workers:
+            worker = self._workers[message.worker]
+            if isinstance(message, calls.Order):
+                site.send(worker, message.order)
+            elif isinstance(message, calls.Signal):
+                site.signal(worker, message.number)
+            else:
+                text = site.stack(worker, stopped=message.stopped)
+                self._answer(calls.Stack(worker=message.worker, text=text))
+
+    def _start(self, site: LocalSite, message: calls.Start) -> None:
+        if message.target not in TARGETS:
+            text = f"an agent does not start {message.target}"
+            said = {"kind": "error", "user": True, "type": "RunError", "text": text, "rank": 0}
+            self._answer(calls.Said(worker=message.worker, message=said))
+            self._answer(calls.Said(worker=message.worker, status=2))
+            return
+        slot = Slot(message.index, message.kind)
+        started = site.start(message.target, message.payload, slot=slot, ranks=message.ranks)
+        self._workers[message.worker] = started
+
+    def _answer(self, message: calls.ToCoordinator, *, peer: bytes | None = None) -> None:
+        whom = peer or self._peer
+        if whom is not None:
+            with suppress(zmq.ZMQError):  # it has gone: its lease will say so
+                frames = [whom, msgspec.msgpack.encode(message)]
+                self._guard.socket.send_multipart(frames, flags=zmq.NOBLOCK)
+
+    def _check_lease(self) -> None:
+        """End the workers of a coordinator that is gone; not for time in which we were stopped."""
+        now = time.monotonic()
+        if now - self._turned_at > 1.0:
+            self._heard_at = now
+        self._turned_at = now
+        silent = now - self._heard_at
+        if self._peer is not None and silent > self._hello.lease_seconds:
+            self._say(f"{self._hello.coordinator} is silent for {silent:.0f} s: its workers end")
+            self._leave()
+
+    def _leave(self) -> None:
+        """End all workers."""
+        if self._site is not None:
+            self._site.close()
+        self._site, self._peer = None, None
+        self._workers.clear()
+
+    # --- the workers
+
+    def _watch(self) -> None:
+        """Let `ready` return also when a worker says something."""
+        now = set(self._pool.descriptors(self._workers.values()))
+        for descriptor in self._watched - now:
+            self._guard.forget(descriptor)
+        for descriptor in now - self._watched:
+            self._guard.register(descriptor)
+        self._watched = now
+
+    def _pass_on(self) -> None:
+        """What workers have said, and how they are."""
+        site = self._site
+        if site is None:
+            for _ in self._pool.events(timeout_seconds=0.0, only=[]):
+                pass
+            return
+        numbers = {id(worker): number for number, worker in self._workers.items()}
+        for worker, message in site.events(timeout_seconds=0.0):
+            number = numbers[id(worker)]
+            if message is not None:
+                self._answer(calls.Said(worker=number, message=message))
+            else:
+                self._answer(calls.Said(worker=number, status=worker.status))
+        if time.monotonic() - self._signed_at > _WAIT_SECONDS:
+            self._signed_at = time.monotonic()
+            if self.leaving:
+                self._answer(calls.Leaving())
+            pids = {n: w.pid for n, w in self._workers.items() if w.pid is not None}
+            seen = tuple(site.sightings())
+            self._answer(
+                calls.Seen(sightings=seen, pids=pids, memory_kills=site.memory_kills()),
+            )
+
+
+def _missing(hello: calls.Hello) -> tuple[str, ...]:
+    """What of the run this host does not see."""
+    found = []
+    note, text = hello.note
+    try:
+        seen = Path(note).read_text(encoding="utf-8") if note else text
+    except OSError:
+        seen = ""
+    if seen != text or not os.access(hello.run, os.W_OK):
+        found.append(f"does not see {hello.run} (put --out on storage that all hosts share)")
+    for folder, digest in hello.folders.items():
+        here = calls.folder_digest(Path(folder))
+        if here != digest:
+            what = "holds something else" if here else "is not there"
+            found.append(f"{folder} {what} (set SHOAL_CACHE to storage that all hosts share)")
+    return tuple(found)

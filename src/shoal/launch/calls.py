@@ -1,0 +1,147 @@
+"""What a coordinator and the agent of a host say to each other: messages with types and limits.
+
+Nothing of a message is used before its types are right. A worker is known by the number that the
+coordinator gave it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import xxhash
+
+from shoal.launch.hang import Sighting
+
+LEASE_SECONDS = 6.0
+"""After so long without a word the other end counts as dead."""
+SIGN_SECONDS = 0.5
+"""So often an end says at least something."""
+
+Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag=True, kw_only=True):
+    pass
+
+
+class Hello(_Message, frozen=True):
+    """A coordinator begins to use a host."""
+
+    coordinator: Text
+    """Whose it is, for messages."""
+    nonce: Text
+    """Of its process: another one waits until this one is silent."""
+    run: Text
+    lease_seconds: float = LEASE_SECONDS
+    ranks: Count = 0
+    """Of the run; 0: it only asks who is there."""
+    folders: dict[Text, Text] = {}
+    """What workers will read, and the digest of each (`folder_digest`)."""
+    note: tuple[Text, Text] = ("", "")
+    """A file in the run folder, and what stands in it."""
+
+
+class Start(_Message, frozen=True):
+    """Start a worker."""
+
+    worker: Count
+    target: Text
+    payload: dict[str, Any]
+    kind: Literal["rank", "server", "environment"]
+    index: Count
+    ranks: tuple[Count, ...]
+
+
+class Order(_Message, frozen=True):
+    """Give a worker an order."""
+
+    worker: Count
+    order: dict[str, Any]
+
+
+class Signal(_Message, frozen=True):
+    """Send a worker a signal."""
+
+    worker: Count
+    number: Count
+
+
+class AskStack(_Message, frozen=True):
+    """What does a worker do just now?"""
+
+    worker: Count
+    stopped: bool
+
+
+class Alive(_Message, frozen=True):
+    """Nothing but that the coordinator is there."""
+
+
+class Bye(_Message, frozen=True):
+    """The run has ended, with this exit status; None: only the question was asked."""
+
+    status: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
+
+
+class Here(_Message, frozen=True):
+    """An agent answers `Hello`: what its host is, and what stands in the way."""
+
+    name: Text
+    cores: Count
+    memory_bytes: Count
+    shoal: Text
+    torch: Text
+    code: Text
+    busy: Text = ""
+    """Whom it works for already."""
+    missing: tuple[Text, ...] = ()
+    """What it does not see of the run, in words."""
+
+
+class Leaving(_Message, frozen=True):
+    """The host is about to go: a scheduler has asked its agent to end."""
+
+
+class Said(_Message, frozen=True):
+    """A worker has said something, or has ended (`status`)."""
+
+    worker: Count
+    message: dict[str, Any] | None = None
+    status: int | None = None
+
+
+class Seen(_Message, frozen=True):
+    """How the host's workers are; said every SIGN_SECONDS."""
+
+    sightings: tuple[Sighting, ...] = ()
+    pids: dict[Count, int] = {}
+    memory_kills: Count = 0
+
+
+class Stack(_Message, frozen=True):
+    """The answer to `AskStack`."""
+
+    worker: Count
+    text: str
+
+
+ToAgent = Hello | Start | Order | Signal | AskStack | Alive | Bye
+ToCoordinator = Here | Leaving | Said | Seen | Stack
+
+
+def folder_digest(folder: Path) -> str:
+    """Of the files in a folder: names, sizes, and blocks of each; empty where there is none."""
+    if not folder.is_dir():
+        return ""
+    total = xxhash.xxh3_64()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        total.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            for number in range(16):
+                file.seek(max(0, size - 4096) * number // 15)
+                total.update(file.read(4096))
+    return total.hexdigest()

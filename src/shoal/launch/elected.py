@@ -1,0 +1,105 @@
+"""A run over hosts whose coordinator may be lost: several stand by, etcd says which one leads."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from shoal.config.load import resolve
+from shoal.engine.membership.program import code_hash
+from shoal.environment import usable_cores
+from shoal.errors import UserError
+from shoal.launch.directory import is_run
+from shoal.launch.local import Result, train
+from shoal.launch.over_hosts import OverHosts
+from shoal.launch.pool import WorkerPool
+from shoal.launch.registry.etcd import Etcd
+from shoal.launch.registry.membership import Membership
+from shoal.launch.registry.records import HostFacts, Spec
+from shoal.launch.registry.registered import Registered
+from shoal.launch.registry.standby import Candidate
+from shoal.observe.console import Console
+
+_FILES = ("ca.pem", "cert.pem", "key.pem")
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The etcd of a run. `certificates`: a folder with ca.pem, cert.pem and key.pem."""
+
+    endpoints: Sequence[str]
+    certificates: Path | None = None
+    insecure: bool = False
+
+    def store(self, run: str) -> Etcd:
+        """The store of one run. Raises UserError for files that are missing, RunError."""
+        folder = self.certificates
+        authority, certificate, key = (folder and folder / name for name in _FILES)
+        for file in (authority, certificate, key):
+            if file is not None and not file.is_file():
+                raise UserError(f"--certificates: expected {file}, found none")
+        return Etcd(
+            self.endpoints,
+            prefix=f"/shoal/{run}/",
+            authority=authority,
+            certificate=certificate,
+            key=key,
+            insecure=self.insecure,
+        )
+
+
+def train_elected(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    out: Path,
+    hosts: OverHosts,
+    servers: Servers,
+    pool: WorkerPool,
+) -> Result:
+    """As `train`, by whichever coordinator leads; one that goes on takes up the last save.
+
+    Raises Stopped where another coordinator has ended the run.
+    """
+    run = out.resolve()
+    name = hashlib.blake2b(str(run).encode(), key=hosts.secret[:64], digest_size=12).hexdigest()
+    me = HostFacts(
+        host=f"{socket.gethostname()}-{secrets.token_hex(4)}",
+        name=socket.gethostname(),
+        address="",
+        port=0,
+        cores=usable_cores(),
+    )
+    resolved = resolve(recipe, [*overrides])
+    digest = hashlib.blake2b(resolved.model_dump_json().encode(), digest_size=12).hexdigest()
+    spec = Spec(
+        shoal=version("shoal"),
+        torch=version("torch"),
+        code=code_hash(),
+        recipe=digest,
+        data="as the agents see it",
+        run=str(run),
+    )
+    with Console() as console:
+        membership = Membership(servers.store(name), me)
+        with Candidate(membership, spec, say=console.line) as candidate:
+
+            def register(run: Path, say: Callable[[str], None]) -> Registered:
+                return Registered(
+                    Membership(servers.store(name), me),
+                    term=lambda: candidate.term,
+                    deposed=candidate.deposed,
+                    run=run,
+                    say=say,
+                )
+
+            def work(_: int) -> Result:
+                given = replace(hosts, register=register, without=is_run(out))
+                return train(recipe, overrides, out=out, pool=pool, go_on=True, hosts=given)
+
+            return candidate.lead(work)

@@ -1,0 +1,281 @@
+"""Train over several hosts: find their agents, check them, open their sites, choose where to meet.
+
+The coordinator is this process. Every host has an agent (`shoal agent`) that knows the run's
+secret; the run directory and the cache are on storage that all of them see.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shoal.comm.keys import Keys
+from shoal.config.recipe import Recipe
+from shoal.engine.decision import Decision, given_layout
+from shoal.engine.job import Inputs, Job
+from shoal.environment import address_towards
+from shoal.errors import ConfigError, Problem, RunError, WorkerError
+from shoal.launch import calls
+from shoal.launch.agent import facts
+from shoal.launch.choose import choose_joined
+from shoal.launch.cluster import Cluster, Host, host_of_rank
+from shoal.launch.directory import NOTE
+from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.registry.membership import Fenced
+from shoal.launch.registry.registered import Registered
+from shoal.launch.remote_site import RemoteSite
+from shoal.launch.site import Site
+from shoal.observe.console import Console
+
+PORT = 27465
+"""Where an agent listens unless told otherwise."""
+PATIENCE_SECONDS = 60.0
+_SOON_SECONDS = 1.0
+_MEETING = "shoal.comm.meeting_place:run"
+
+
+@dataclass
+class OverHosts:
+    """The hosts of a run, by the addresses (tcp://HOST:PORT) of their agents."""
+
+    addresses: Sequence[str]
+    secret: bytes = field(repr=False)
+    patience_seconds: float = PATIENCE_SECONDS
+    lease_seconds: float = calls.LEASE_SECONDS
+    register: Callable[[Path, Callable[[str], None]], Registered] | None = None
+    """Opens the registry for a run, where it has one; the second tells of the store's absence."""
+    without: bool = False
+    """Whether the run may begin without hosts that do not answer soon."""
+    here: list[calls.Here] = field(default_factory=list)
+    """What each host said of itself, once they were asked."""
+
+    def ask(self, *, console: Console) -> None:
+        """Hear what the hosts are. Raises RunError for those that cannot take part."""
+        hello = calls.Hello(coordinator=_me(), nonce=secrets.token_hex(8), run="")
+        sites = self._called(hello)
+        try:
+            self._gather(sites, ready=lambda site: site.here is not None, console=console)
+        finally:
+            for site in sites:
+                site.close()
+        self.here = [site.here for site in sites if site.here is not None]
+
+    def overrides(self, recipe: Recipe) -> list[str]:
+        """What a recipe leaves open that hosts decide. Raises ConfigError for what they cannot."""
+        problems = []
+        if recipe.sync.kind in ("server", "hogwild"):
+            what = f"{recipe.sync.kind} is for workers of one host"
+            hint = "run without --hosts, or set sync.kind to every-step"
+            problems.append(Problem("sync.kind", what, hint))
+        if recipe.launch.workers == "threads":
+            what = "workers of several hosts are processes"
+            problems.append(Problem("launch.workers", what, "leave it out"))
+        if recipe.launch.link is not None:
+            what = "between hosts there is a link already"
+            problems.append(Problem("launch.link", what, "set it to null"))
+        replicas = recipe.parallel.replicas
+        if replicas is not None and replicas < len(self.addresses):
+            what = f"{replicas} replicas do not reach {len(self.addresses)} hosts"
+            hint = f"set it to {len(self.addresses)} or more: a replica is on one host"
+            problems.append(Problem("parallel.replicate", what, hint))
+        if problems:
+            raise ConfigError(problems)
+        given = [] if replicas is not None else [f"parallel.replicate={len(self.addresses)}"]
+        return [*given, "launch.workers=processes"]
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory of all hosts together, as if all had that of the smallest."""
+        return min(host.memory_bytes for host in self.here) * len(self.here) or None
+
+    def choose(
+        self, recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
+    ) -> Decision:
+        """The decision for these hosts: threads by the host with fewest cores for each worker."""
+        layout = given_layout(recipe)
+        counts = [0] * len(self.addresses)
+        for rank in range(layout.workers):
+            counts[host_of_rank(layout, rank, num_hosts=len(counts))] += 1
+        cores = min(max(1, host.cores // max(counts)) for host in self.here)
+        return choose_joined(
+            recipe, inputs=inputs, cores_per_worker=cores, pool=pool, console=console
+        )
+
+    @contextmanager
+    def sites(
+        self, job: Job, pool: WorkerPool, *, console: Console
+    ) -> Iterator[tuple[Sequence[Site], Cluster]]:
+        """Open the hosts' sites for a job. Raises RunError for what they do not see."""
+        run, text = job.run.resolve(), secrets.token_hex(16)
+        note = run / NOTE
+        inputs = job.inputs
+        folders = (inputs.data_directory, inputs.tokenizer_directory, inputs.model_directory)
+        more = (inputs.adapter_directory, inputs.companion_directory)
+        hello = calls.Hello(
+            coordinator=_me(),
+            nonce=text,
+            run=str(run),
+            lease_seconds=self.lease_seconds,
+            ranks=job.decision.layout.workers,
+            folders={f: calls.folder_digest(Path(f)) for f in (*folders, *more) if f is not None},
+            note=(str(note), text),
+        )
+        note.write_text(text, encoding="utf-8")
+        sites = self._called(hello)
+        status: int | None = 1
+        try:
+            self._gather(sites, ready=lambda site: site.gone is None, console=console)
+            at, registered = _own_address(self.addresses), None
+            if self.register is not None:
+                registered = self.register(run, console.line)
+            with _Meetings(pool, address=at, registered=registered) as cluster:
+                yield sites, cluster
+            if registered is not None:
+                registered.close()
+            status = cluster.status
+        except Fenced:
+            status = None  # the run goes on without this coordinator
+            raise
+        except BaseException as error:
+            status = getattr(error, "exit_status", 1)
+            raise
+        finally:
+            for site in sites:
+                site.close(status=status)
+            with suppress(OSError):
+                note.unlink()
+
+    def _called(self, hello: calls.Hello) -> list[RemoteSite]:
+        keys, mine = Keys.of(self.secret), facts()
+
+        def check(here: calls.Here) -> str | None:
+            pairs = (
+                (name, getattr(here, name), getattr(mine, name)) for name in ("shoal", "torch")
+            )
+            found = [
+                f"has {name} {its} ({mine.name}: {ours})"
+                for name, its, ours in pairs
+                if its != ours
+            ]
+            if here.code != mine.code:
+                found.append(f"has other source of shoal than {mine.name}")
+            return "; ".join(found) or None
+
+        return [RemoteSite(each, keys=keys, hello=hello, check=check) for each in self.addresses]
+
+    def _gather(
+        self,
+        sites: Sequence[RemoteSite],
+        *,
+        ready: Callable[[RemoteSite], bool],
+        console: Console,
+    ) -> None:
+        """Wait until all hosts are `ready`. Raises RunError for those that will not be."""
+        began, said_at, wrong_at = time.monotonic(), 0.0, 0.0
+        while not all(ready(site) and not site.wrong for site in sites):
+            for site in sites:
+                for _ in site.events(timeout_seconds=0.05 / len(sites)):
+                    pass
+            now = time.monotonic()
+            wrong = [f"{site.name} {site.wrong}" for site in sites if site.wrong]
+            missing = [site.name for site in sites if not ready(site) and not site.wrong]
+            busy = all(site.here is not None and site.here.busy for site in sites if site.wrong)
+            wrong_at = (wrong_at or now) if wrong else 0.0
+            # a coordinator that died holds its hosts for as long as a lease
+            late = now - wrong_at > (2 * self.lease_seconds if busy else 1.0)
+            if wrong and (late or (not missing and not busy)):
+                raise RunError("hosts cannot take part in the run:\n    " + "\n    ".join(wrong))
+            soon = now - began < min(_SOON_SECONDS, self.patience_seconds)
+            if missing and self.without and len(missing) < len(sites) and not soon and not wrong:
+                return
+            if missing and now - began > self.patience_seconds:
+                raise RunError(
+                    f"{', '.join(missing)}: no agent answers for {self.patience_seconds:.0f} s\n"
+                    "    start `shoal agent` there, with the same --keys; --listen says at which "
+                    "address"
+                )
+            if missing and now - said_at > 2.0 and now - began > 1.0:
+                said_at = now
+                console.phase(f"waiting for the agents of {', '.join(missing)}")
+
+
+class _Meetings:
+    """Where generations meet: at a store on this host, which a worker here keeps.
+
+    With a registry a generation begins only once that has taken it down.
+    """
+
+    def __init__(self, pool: WorkerPool, *, address: str, registered: Registered | None) -> None:
+        self._pool, self._address, self._registered = pool, address, registered
+        self._worker: Worker = pool.start(_MEETING, {"bind": address})
+        self._asked: tuple[int, tuple[str, ...]] | None = None
+        self._at = ""
+        self.status = 1
+        """Exit status of the run."""
+
+    def __enter__(self) -> _Meetings:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.kill([self._worker])
+
+    def hosts(self) -> list[Host]:
+        return [Host(socket.gethostname(), self._address)]
+
+    def meeting(self, generation: int, *, hosts: Sequence[str] = ()) -> str:
+        asked = (generation, tuple(hosts))
+        if asked != self._asked:
+            self._at, self._asked = self._opened(generation), asked
+        if self._registered is not None:
+            self._registered.announce(hosts, meet=self._at)
+        self._asked = None
+        return self._at
+
+    def _opened(self, generation: int) -> str:
+        self._pool.send(self._worker, {"order": "open", "generation": generation})
+        deadline = time.monotonic() + 10.0
+        while time.monotonic() < deadline and not self._worker.told:
+            for _, said in self._pool.events(timeout_seconds=0.2, only=[self._worker]):
+                if said is not None and said["generation"] == generation:
+                    return f"tcp://{self._address}:{said['port']}"
+        raise WorkerError(f"no store could be opened at {self._address} for the ranks to meet at")
+
+    def saved(self, fields: Mapping[str, Any]) -> None:
+        if self._registered is not None:
+            self._registered.saved(int(fields["step"]), place=str(fields["at"]))
+
+    def look(self) -> None:
+        if self._registered is not None:
+            self._registered.look()
+
+    def ended(self, *, status: int) -> None:
+        self.status = status
+
+    def servers(self) -> Path:
+        raise AssertionError("refused before the start")
+
+
+def _me() -> str:
+    return f"process {os.getpid()} of {socket.gethostname()}"
+
+
+def _own_address(addresses: Sequence[str]) -> str:
+    """This host's address as its hosts reach it. Raises RunError."""
+    found, problems = list[str](), list[str]()
+    for each in addresses:
+        host = each.removeprefix("tcp://").rpartition(":")[0]
+        try:
+            found.append(address_towards(host))
+        except OSError as error:
+            problems.append(f"{host}: no way leads there: {error.strerror or error}")
+    if not found:
+        raise RunError("\n".join(problems))
+    outside = [address for address in found if not address.startswith("127.")]
+    return (outside or found)[0]

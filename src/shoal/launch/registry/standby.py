@@ -1,0 +1,155 @@
+"""Coordinators of one run stand by on several hosts: the registry says which of them leads.
+
+A thread keeps the lease and asks again and again; the process itself leads, or waits. When the one
+that leads ends the run in order it asks the others to stop; when it falls silent another leads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from shoal.errors import RunError, ShoalError, Stopped
+from shoal.launch.registry.membership import (
+    RENEW_SECONDS,
+    Fenced,
+    Membership,
+    Refused,
+    View,
+)
+from shoal.launch.registry.records import Ask, Spec
+from shoal.launch.registry.store import Unknown, Unreachable
+
+ASK_SECONDS = 0.5
+_HEARD_SECONDS = 4 * ASK_SECONDS
+_SAY_SECONDS = 3.0
+T = TypeVar("T")
+
+
+class Candidate:
+    """One of the coordinators of a run. A context manager: within it the lease is kept."""
+
+    def __init__(self, membership: Membership, spec: Spec, *, say: Callable[[str], None]) -> None:
+        self._membership, self._spec, self._say = membership, spec, say
+        self.view: View | None = None
+        """What the registry held when it was last asked."""
+        self.term: int | None = None
+        """Of this process, while it leads."""
+        self._refused: Refused | None = None
+        self._away: str | None = None
+        self._old: frozenset[str] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+
+    def __enter__(self) -> Candidate:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+        with contextlib.suppress(Unreachable, Unknown):
+            self._membership.leave()
+
+    def lead(self, work: Callable[[int], T]) -> T:
+        """Wait for the turn, then `work(term)`; again where that ends with Fenced.
+
+        Raises Stopped when another coordinator has ended the run, RunError for a registry that
+        refuses this host.
+        """
+        said_at = time.monotonic()
+        for waited in self._turns():
+            if self.term is None:
+                if waited and time.monotonic() - said_at > _SAY_SECONDS:
+                    said_at = time.monotonic()
+                    self._say(self._away or f"standing by: {self._leader} coordinates")
+                continue
+            try:
+                with self._ending():
+                    self._say(f"this process leads (term {self.term})")
+                    return work(self.term)
+            except Fenced as error:
+                self._say(f"no longer the coordinator: {error}")
+                self.term = None
+        raise AssertionError("turns do not end")
+
+    def deposed(self) -> str | None:
+        """Who leads instead of this process, as the registry said last."""
+        view = self.view
+        other = None if view is None else view.coordinator
+        return other if other not in (None, self._membership.host.host) else None
+
+    @property
+    def _leader(self) -> str:
+        return (self.view.coordinator if self.view else None) or "nobody yet"
+
+    def _turns(self) -> Iterator[bool]:
+        """Again and again; raises what ends the wait."""
+        waited = False
+        while True:
+            if self._refused is not None:
+                raise RunError(str(self._refused))
+            if self._stopped():
+                raise Stopped("the run was ended by the coordinator that led it")
+            yield waited
+            waited = True
+            time.sleep(0.1)
+
+    def _stopped(self) -> bool:
+        view = self.view
+        if view is None or self._old is None or self.term is not None:
+            return False
+        return any(ask.what == "stop" for n, ask in view.asks.items() if n not in self._old)
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Whatever ends the work, but for another coordinator, ends the run for all."""
+        try:
+            yield
+        except Fenced:
+            raise
+        except BaseException:
+            self._tell_others()
+            raise
+        else:
+            self._tell_others()
+
+    def _tell_others(self) -> None:
+        if self.term is None:
+            return
+        with contextlib.suppress(ShoalError):
+            number = self._membership.ask(Ask(what="stop"))
+            time.sleep(_HEARD_SECONDS)
+            self._membership.answered(number, term=self.term)
+
+    # --- in the thread
+
+    def _run(self) -> None:
+        enrolled, renewed_at = False, 0.0
+        while not self._ended.is_set():
+            try:
+                if not enrolled:
+                    self._membership.enrol(self._spec)
+                    enrolled, renewed_at = True, time.monotonic()
+                if time.monotonic() - renewed_at > RENEW_SECONDS:
+                    enrolled, renewed_at = self._membership.keep(), time.monotonic()
+                self._look()
+                self._away = None
+            except Refused as error:
+                self._refused = error
+                return
+            except (Unreachable, Unknown, Fenced) as error:
+                self._away = f"the registry does not answer: {error}"
+            self._ended.wait(ASK_SECONDS)
+
+    def _look(self) -> None:
+        view = self._membership.look()
+        if self._old is None:
+            self._old = frozenset(view.asks)
+        mine = self._membership.host.host
+        term = self._membership.lead() if view.coordinator in (None, mine) else None
+        self.view = view
+        self.term = term

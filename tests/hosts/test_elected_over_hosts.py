@@ -1,0 +1,171 @@
+"""Coordinators on two of three hosts, with an etcd of three: the host of the leading one is lost.
+
+The seconds are printed, for docs/evidence/hosts.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hosts.lab import Host, Lab, why_not
+from hosts.test_agents_over_hosts import EXACT, Cluster, Training
+from shoal.observe.events import read_lines
+from tiny import Bench, Run, shoal
+
+REASON = why_not() or (None if shutil.which("etcd") else "etcd is not installed (etcd-server)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(REASON), reason=str(REASON)),
+]
+WORDS = (*EXACT, "parallel.replicate={min: 1, max: 3}", "train.steps=100000")
+WORDS += ("train.evaluate_every_steps=50000", "checkpoint.every_steps=20")
+
+
+class Elected(Cluster):
+    """With an etcd on each host."""
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        for host in lab.hosts:
+            self.start_store(lab, host)
+        self.endpoints = ",".join(f"http://{host.address}:2379" for host in lab.hosts)
+        super().__init__(lab, folder)
+
+    def start_store(self, lab: Lab, host: Host) -> None:
+        peers = ",".join(f"{each.name}=http://{each.address}:2380" for each in lab.hosts)
+        client, peer = f"http://{host.address}:2379", f"http://{host.address}:2380"
+        words = ["--name", host.name, "--data-dir", "/srv/etcd", "--pre-vote=true"]
+        words += ["--listen-client-urls", client, "--advertise-client-urls", client]
+        words += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+        words += ["--initial-cluster", peers, "--logger", "zap", "--log-level", "panic"]
+        host.start("etcd", *words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def coordinator(self, bench: Bench, host: Host, out: Path) -> Training:
+        made = Training.__new__(Training)
+        made.run, made.log = Run(out), out.with_name(f"{host.name}.log")
+        words = ("launch", "hosts", bench.recipe, "--hosts", self.file(3), "--keys", self.keys)
+        words += ("--out", out, "--etcd", self.endpoints, "--insecure", *WORDS)
+        with made.log.open("w") as log:
+            made.process = host.start(*shoal(*words), stdout=log, stderr=subprocess.STDOUT)
+        return made
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Elected]:
+    with Lab(3, tmp_path) as lab:
+        yield Elected(lab, tmp_path)
+
+
+def steps(out: Path) -> list[int]:
+    return [row["step"] for row in read_lines(out / "metrics.jsonl") if "loss" in row]
+
+
+def begun(cluster: Elected, bench: Bench, out: Path) -> tuple[Training, Training]:
+    """Coordinators on the first two hosts: the one that leads, and the one that stands by."""
+    both = [cluster.coordinator(bench, host, out) for host in cluster.hosts[:2]]
+    both[0].until(lambda: any("leads" in each.log.read_text() for each in both))
+    leads = next(each for each in both if "leads" in each.log.read_text())
+    leads.until(lambda: leads.events("saved") and len(steps(out)) > 25)
+    return leads, both[1] if leads is both[0] else both[0]
+
+
+def host_of(cluster: Elected, training: Training) -> Host:
+    return next(host for host in cluster.hosts if host.name == training.log.stem)
+
+
+def goes_on(other: Training, out: Path, *, began: float) -> float:
+    """Seconds until another coordinator has a step committed."""
+    other.until(lambda: other.events("resumed"))
+    rows = len(read_lines(out / "metrics.jsonl"))
+    other.until(lambda: len(read_lines(out / "metrics.jsonl")) > rows)
+    return time.monotonic() - began
+
+
+def check_losses(bench: Bench, out: Path) -> None:
+    """Those of one machine, whatever was done twice."""
+    last = {row["step"]: row["loss"] for row in Run(out).rows if "loss" in row}
+    count = min(max(last), 100)
+    clean = bench.train(*WORDS, f"train.stop_after_steps={count}")
+    assert [last[step] for step in range(1, count + 1)] == clean.losses
+
+
+def committed(cluster: Elected) -> int:
+    """The step of the save that the registry counts; 0: none."""
+    words = (
+        "etcdctl",
+        "--endpoints",
+        cluster.endpoints,
+        "get",
+        "--prefix",
+        "/shoal/",
+        "-w",
+        "json",
+    )
+    said = json.loads(cluster.hosts[2].run(*words, env={"ETCDCTL_API": "3"}))
+    values = {
+        base64.b64decode(each["key"]).decode().rpartition("/")[2]: base64.b64decode(each["value"])
+        for each in said.get("kvs", [])
+    }
+    return int(json.loads(values["commit"])["step"]) if "commit" in values else 0
+
+
+def test_the_coordinators_host_is_switched_off(
+    bench: Bench, cluster: Elected, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    leads, other = begun(cluster, bench, out)
+    began = time.monotonic()
+    host_of(cluster, leads).power_off()
+    seconds = goes_on(other, out, began=began)
+    print(f"\ncoordinator's host off: {seconds:.2f} s")
+    other.until(lambda: committed(cluster) > 20, seconds=60)
+    other.stop()
+    check_losses(bench, out)
+    assert seconds < 20  # 14 are asked of a machine that does nothing else
+
+
+def test_a_coordinator_that_is_cut_off_is_fenced(
+    bench: Bench, cluster: Elected, tmp_path: Path
+) -> None:
+    """It has a replica and may shrink to it, and goes on with nothing; healed, it stands by."""
+    out = tmp_path / "run"
+    leads, other = begun(cluster, bench, out)
+    began = time.monotonic()
+    cluster.lab.cut(host_of(cluster, leads))
+    seconds = goes_on(other, out, began=began)
+    print(f"\ncoordinator's host cut off: {seconds:.2f} s")
+    cluster.lab.heal()
+    leads.until(lambda: "no longer the coordinator" in leads.log.read_text(), seconds=60)
+    other.until(lambda: other.events("host-back"), seconds=60)
+    generations = [each["members"] for each in other.events("generation")]
+    assert [0] not in generations, "alone, without the registry's word"
+    other.until(lambda: other.events("generation")[-1]["members"] == [0, 1, 2], seconds=60)
+    other.stop()
+    leads.process.wait(timeout=30)
+    check_losses(bench, out)
+
+
+def test_the_store_is_away_for_a_while(bench: Bench, cluster: Elected, tmp_path: Path) -> None:
+    """Training goes on, saves wait to be committed, and are once it is back."""
+    out = tmp_path / "run"
+    leads, _ = begun(cluster, bench, out)
+    leads.until(lambda: committed(cluster) >= 20, seconds=60)
+    for host in cluster.hosts[:2]:
+        host.run("pkill", "-KILL", "-x", "etcd")
+    rows = len(steps(out))
+    leads.until(lambda: "registry does not answer" in leads.log.read_text(), seconds=60)
+    leads.until(lambda: len(steps(out)) > rows + 5, seconds=60)
+    for host in cluster.hosts[:2]:
+        cluster.start_store(cluster.lab, host)
+    saved = max(int(row["step"]) for row in leads.events("saved"))
+    leads.until(lambda: committed(cluster) >= saved, seconds=60)
+    leads.stop()
+    check_losses(bench, out)

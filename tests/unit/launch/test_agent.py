@@ -1,0 +1,215 @@
+"""The agent of a host and the site at the other end of its line: real sockets, real processes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.comm.keys import Keys
+from shoal.launch import agent as agents
+from shoal.launch import calls
+from shoal.launch.agent import Agent
+from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.remote_site import RemoteSite
+from shoal.launch.site import LocalSite, Site, Slot
+
+SECRET = b"s" * 32
+KEYS = Keys.of(SECRET)
+TARGET = "speaking_worker:run"
+
+
+@pytest.fixture(scope="module")
+def light() -> Iterator[WorkerPool]:
+    """Workers that import nothing that they do not need."""
+    with WorkerPool(start_method="exec") as made:
+        yield made
+
+
+class Host:
+    """An agent that turns in a thread of its own, unless it is held."""
+
+    def __init__(self, pool: WorkerPool, **more: Any) -> None:
+        self.said: list[str] = []
+        self.agent = Agent(pool, keys=KEYS, say=self.said.append, **more)
+        self.held = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            if self.held.is_set():
+                time.sleep(0.01)
+            else:
+                self.agent.turn()
+        self.agent.close()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def host(light: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    monkeypatch.setattr(agents, "TARGETS", (TARGET,))
+    made = Host(light)
+    yield made
+    made.close()
+
+
+def hello(**more: Any) -> calls.Hello:
+    known: dict[str, Any] = {"coordinator": "me", "nonce": "1", "run": "", "ranks": 2}
+    return calls.Hello(**{**known, **more})
+
+
+@pytest.fixture
+def sites() -> Iterator[Callable[..., RemoteSite]]:
+    made: list[RemoteSite] = []
+
+    def make(host: Host, *, keys: Keys = KEYS, check: Any = None, **more: Any) -> RemoteSite:
+        own = {} if check is None else {"check": check}
+        made.append(RemoteSite(host.agent.address, keys=keys, hello=hello(**more), **own))
+        return made[-1]
+
+    yield make
+    for site in made:
+        site.close()
+
+
+def heard(site: RemoteSite, until: Callable[[list[Any]], object]) -> list[Any]:
+    """What happens on a site until that is so, which takes ten seconds at most."""
+    found: list[tuple[Worker, dict[str, Any] | None]] = []
+    deadline = time.monotonic() + 10
+    while not until(found):
+        assert time.monotonic() < deadline, (found, site.gone, site.wrong)
+        found += site.events(timeout_seconds=0.05)
+    return found
+
+
+def started(site: RemoteSite, rank: int = 0) -> Worker:
+    heard(site, lambda _: site.gone is None)
+    return site.start(TARGET, {"rank": rank}, slot=Slot(rank), ranks=[rank])
+
+
+def test_a_remote_site_does_what_a_site_does(host: Host, sites: Any, tmp_path: Path) -> None:
+    site = sites(host, run=str(tmp_path))
+    assert site.gone == "has not answered yet"
+    first, second = started(site), started(site, 1)
+    (worker, said), *_ = heard(site, lambda found: len(found) == 2)
+    assert worker in (first, second)
+    assert said == {"kind": "here", "keys": ["donor.key", "receiver.key"]}
+    heard(site, lambda _: len([s for s in site.sightings() if s.beat is not None]) == 2)
+    assert [seen.rank for seen in site.sightings()] == [0, 1]
+    beat = site.last_beat(1)
+    assert beat is not None and (beat.phase, beat.step) == ("forward", 7)
+    assert first.pid is not None and site.cpu_seconds(first) is not None
+    site.send(first, {"order": "save"})
+    assert next(m for w, m in heard(site, bool) if w is first) == {"kind": "heard", "order": "save"}
+    site.send(first, {"order": "stop"})
+    heard(site, lambda found: (first, None) in found)
+    assert first.status == 3 and first.told and second.status is None
+    site.signal(second, signal.SIGSTOP)
+    heard(site, lambda _: site.is_stopped(second))
+    site.kill([second])
+    assert second.status == -signal.SIGKILL and site.sightings() == []
+    assert site.last_beat(1) == beat
+
+
+def test_both_kinds_of_sites_have_all_the_calls() -> None:
+    calls_of = {name for name in vars(Site) if not name.startswith("_")}
+    kept = {"gone", "leaving"}
+    assert calls_of - kept <= {*dir(RemoteSite)} and calls_of <= {*dir(LocalSite)}
+
+
+def test_a_host_that_is_silent_counts_as_dead_and_may_come_back(
+    host: Host, sites: Any, tmp_path: Path
+) -> None:
+    site = sites(host, run=str(tmp_path), lease_seconds=1.0)
+    worker = started(site)
+    heard(site, bool)
+    host.held.set()
+    at = time.monotonic()
+    happened = heard(site, lambda found: (worker, None) in found)
+    assert 0.5 < time.monotonic() - at < 2.5
+    assert happened[-1] == (worker, None) and worker.status == -signal.SIGKILL
+    assert site.gone is not None and "gives no sign for 1 s" in site.gone
+    late = site.start(TARGET, {"rank": 0}, slot=Slot(0), ranks=[0])
+    assert late.status == -signal.SIGKILL, "nobody has heard it"
+    host.held.clear()
+    heard(site, lambda _: site.gone is None)
+    assert host.agent._workers == {}, "what it had for the coordinator before is ended"
+    again = started(site)
+    assert heard(site, lambda found: any(w is again for w, _ in found))
+
+
+def test_workers_end_when_their_coordinator_is_silent(
+    host: Host, sites: Any, tmp_path: Path
+) -> None:
+    site = sites(host, run=str(tmp_path), lease_seconds=1.0)
+    started(site)
+    heard(site, bool)
+    deadline = time.monotonic() + 10  # nobody polls the site any more
+    while host.agent._site is not None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert host.agent._site is None
+    assert any("me is silent for 1 s: its workers end" in text for text in host.said)
+
+
+def test_another_secret_is_refused(host: Host, sites: Any) -> None:
+    site = sites(host, keys=Keys.of(b"t" * 32))
+    heard(site, lambda _: site.wrong)
+    assert site.wrong == "does not know this run's secret (--keys, or SHOAL_KEYS)"
+    assert site.gone == "has not answered yet"
+
+
+def test_a_host_works_for_one_run_at_a_time(host: Host, sites: Any, tmp_path: Path) -> None:
+    first = sites(host, run=str(tmp_path))
+    heard(first, lambda _: first.gone is None)
+    other = sites(host, run="/runs/b", nonce="2", coordinator="another")
+    heard(other, lambda _: other.wrong)
+    assert other.wrong == f"is at work for {tmp_path} of me"
+    first.close(status=4)
+    heard(other, lambda _: other.wrong != f"is at work for {tmp_path} of me")
+    assert host.agent.ended == 4
+
+
+def test_a_run_that_a_host_does_not_see_is_refused(host: Host, sites: Any, tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("other")
+    data = tmp_path / "data"
+    data.mkdir()
+    digest = calls.folder_digest(data)
+    (data / "a").write_text("1")
+    more = {str(data): digest, "/nowhere": "x"}
+    site = sites(host, run=str(tmp_path), note=(str(tmp_path / "note"), "mine"), folders=more)
+    heard(site, lambda _: site.wrong)
+    assert site.wrong is not None
+    assert f"does not see {tmp_path} (put --out on storage that all hosts share)" in site.wrong
+    assert f"{data} holds something else" in site.wrong
+    assert "/nowhere is not there (set SHOAL_CACHE" in site.wrong
+
+
+def test_another_program_is_refused(host: Host, sites: Any) -> None:
+    site = sites(host, check=lambda here: f"has torch {here.torch}, we another")
+    heard(site, lambda _: site.wrong)
+    assert "has torch 2." in site.wrong and site.gone is not None
+
+
+def test_an_agent_starts_what_trains_and_nothing_else(
+    host: Host, sites: Any, tmp_path: Path
+) -> None:
+    site = sites(host, run=str(tmp_path))
+    heard(site, lambda _: site.gone is None)
+    worker = site.start("os:getpid", {"rank": 0}, slot=Slot(0), ranks=[0])
+    ((_, said), *_) = heard(site, lambda found: (worker, None) in found)
+    assert said["text"] == "an agent does not start os:getpid" and worker.status == 2
+
+
+def test_keys_of_one_secret_are_the_same_and_of_another_are_not() -> None:
+    assert Keys.of(SECRET) == KEYS and Keys.of(b"t" * 32).donor != KEYS.donor
+    assert KEYS.donor.secret != KEYS.receiver.secret

@@ -1,0 +1,299 @@
+"""Training over several agents, all on this machine and in this process: digits, losses, refusals.
+
+tests/hosts does the same over hosts with networks of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.comm.keys import Keys
+from shoal.config.load import load_recipe
+from shoal.errors import ConfigError, RunError, Stopped, UserError
+from shoal.launch import local
+from shoal.launch.agent import Agent
+from shoal.launch.clusters.hosts_file import commands, read_hosts
+from shoal.launch.over_hosts import PORT, OverHosts
+from shoal.launch.pool import WorkerPool
+from shoal.launch.secret import read_secret
+from tiny import Bench, Run
+
+SECRET = b"s" * 32
+TWO = ("parallel.replicate=2", "train.steps=8", "train.evaluate_every_steps=4")
+
+
+class Held:
+    """An agent in a thread, which can be held: then its host is silent."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self.agent = Agent(pool, keys=Keys.of(SECRET))
+        self.held, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            if self.held.is_set():
+                time.sleep(0.01)
+            else:
+                self.agent.turn()
+        self.agent.close()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def agents(pool: WorkerPool) -> Iterator[list[Held]]:
+    made = [Held(pool), Held(pool)]
+    yield made
+    for each in made:
+        each.close()
+
+
+def over(agents: list[Held], **more: Any) -> OverHosts:
+    return OverHosts([each.agent.address for each in agents], SECRET, **more)
+
+
+def test_digits_are_those_of_one_machine(bench: Bench, agents: list[Held]) -> None:
+    out = bench.new_path()
+    local.train(bench.recipe, TWO, out=out, console=False, pool=bench.pool, hosts=over(agents))
+    one_machine = bench.run(*TWO)
+    assert Run(out).digits == one_machine.digits
+    assert Run(out).weights == one_machine.weights
+    assert [each.agent.ended for each in agents] == [0, 0]
+    assert not (out / ".hosts").exists()
+
+
+LONG = ("train.steps=100000", "train.evaluate_every_steps=50000", "checkpoint.every_steps=50000")
+
+
+class Training:
+    """A run in a thread of its own, which is asked to stop at the end."""
+
+    def __init__(self, bench: Bench, hosts: OverHosts, *overrides: str) -> None:
+        self.out, self.story = bench.new_path(), list[dict[str, Any]]()
+        self.error: BaseException | None = None
+
+        def body() -> None:
+            known: dict[str, Any] = {"console": False, "pool": bench.pool, "story": self.story}
+            try:
+                local.train(bench.recipe, overrides, out=self.out, hosts=hosts, **known)
+            except BaseException as error:
+                self.error = error
+
+        self._thread = threading.Thread(target=body)
+        self._thread.start()
+
+    def wait_for(self, true: Callable[[], bool], *, seconds: float = 20.0) -> float:
+        began = time.monotonic()
+        while not true():
+            alive = self._thread.is_alive() or self.error is not None
+            assert time.monotonic() - began < seconds and alive, (
+                self.error,
+                [each.get("text") for each in self.story],
+            )
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def has_ended(self) -> bool:
+        return self.error is not None
+
+    def steps(self) -> int:
+        return len(Run(self.out).losses) if (self.out / "metrics.jsonl").exists() else 0
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [each for each in self.story if each["event"] == name]
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            (self.out / "STOP").touch()
+        self._thread.join(timeout=30)
+
+
+def test_a_silent_host_is_done_without_and_comes_back(bench: Bench, agents: list[Held]) -> None:
+    """Its workers still run, and wait in a sum: the others' connections are broken at once."""
+    exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
+    run = Training(bench, over(agents, lease_seconds=1.0), *exact)
+    try:
+        run.wait_for(lambda: run.steps() > 5)
+        agents[1].held.set()
+        run.wait_for(lambda: bool(run.events("host-lost")), seconds=10)
+        before = run.steps()
+        assert run.wait_for(lambda: run.steps() > before + 2) < 5
+        (lost,) = run.events("lost")
+        assert lost["why"] == "host" and "gives no sign for 1 s" in lost["text"]
+        agents[1].held.clear()
+        run.wait_for(lambda: bool(run.events("host-back")))
+        run.wait_for(lambda: len(run.events("generation")) == 2)
+        before = run.steps()
+        run.wait_for(lambda: run.steps() > before + 2)
+    finally:
+        run.stop()
+    steps = [row["step"] for row in Run(run.out).rows if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    clean = bench.train(*exact, f"train.stop_after_steps={min(len(steps), 200)}")
+    assert Run(run.out).losses[:200] == clean.losses[:200]
+
+
+@pytest.mark.slow
+def test_hosts_that_are_about_to_go_are_done_without(bench: Bench, agents: list[Held]) -> None:
+    """One that a person names, then the last by its agent: then the run saves and stops."""
+    exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
+    run = Training(bench, over(agents), *exact)
+    try:
+        run.wait_for(lambda: run.steps() > 5)
+        (run.out / "DRAIN").write_text("nobody " + agents[1].agent.address.removeprefix("tcp://"))
+        run.wait_for(lambda: bool(run.events("generation")))
+        assert "asked to do without nobody" in run.events("drain")[0]["text"]
+        assert "is about to go, and is done without" in run.events("drain")[1]["text"]
+        assert run.events("generation")[0]["members"] == [0] and not run.events("lost")
+        before = run.steps()
+        run.wait_for(lambda: run.steps() > before + 2)
+        agents[0].agent.leaving = True
+        run.wait_for(run.has_ended, seconds=30)
+    finally:
+        run.stop()
+    assert isinstance(run.error, Stopped)
+    assert [each.agent.ended for each in agents] == [75, 75]
+
+
+@pytest.mark.slow
+def test_who_comes_when_the_others_stop_is_not_left_behind(
+    bench: Bench, agents: list[Held]
+) -> None:
+    """They may save and stop after the step in which its generation was announced."""
+    exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
+    run = Training(bench, over(agents, lease_seconds=1.0), *exact)
+    try:
+        run.wait_for(lambda: run.steps() > 5)
+        agents[1].held.set()
+        run.wait_for(lambda: bool(run.events("recovered")))
+        agents[1].held.clear()
+        run.wait_for(lambda: len(run.events("generation")) == 2)
+    finally:
+        run.stop()
+    assert isinstance(run.error, Stopped) and not run._thread.is_alive()
+
+
+def test_without_room_to_shrink_another_host_takes_over(bench: Bench, agents: list[Held]) -> None:
+    run = Training(bench, over(agents, lease_seconds=1.0), "parallel.replicate=2", *LONG)
+    try:
+        run.wait_for(lambda: run.steps() > 5)
+        agents[0].held.set()
+        run.wait_for(lambda: bool(run.events("recovered")), seconds=15)
+        (generation,) = run.events("generation")
+        assert generation["members"] == [0, 1]
+        agents[0].held.clear()
+        run.wait_for(lambda: len(run.events("generation")) == 2)
+        before = run.steps()
+        run.wait_for(lambda: run.steps() > before + 2)
+    finally:
+        run.stop()
+
+
+def test_hosts_that_do_not_answer_are_named(bench: Bench, agents: list[Held]) -> None:
+    hosts = OverHosts([agents[0].agent.address, "tcp://127.0.0.1:1"], SECRET, patience_seconds=2)
+    with pytest.raises(RunError, match=r"127\.0\.0\.1:1: no agent answers for 2 s\n.*shoal agent"):
+        local.train(bench.recipe, TWO, console=False, pool=bench.pool, hosts=hosts)
+
+
+def test_hosts_with_another_secret_are_named(bench: Bench, agents: list[Held]) -> None:
+    hosts = OverHosts([each.agent.address for each in agents], b"t" * 32)
+    with pytest.raises(RunError, match="cannot take part") as caught:
+        local.train(bench.recipe, TWO, console=False, pool=bench.pool, hosts=hosts)
+    for each in agents:
+        name = each.agent.address.removeprefix("tcp://")
+        assert f"{name} does not know this run's secret" in str(caught.value)
+
+
+def test_hosts_with_another_program_are_named(
+    bench: Bench, agents: list[Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from msgspec.structs import replace
+
+    import shoal.launch.over_hosts as module
+
+    real = module.facts()
+    monkeypatch.setattr(module, "facts", lambda: replace(real, torch="1.0", name="h1", code="c"))
+    with pytest.raises(RunError, match="cannot take part") as caught:
+        local.train(bench.recipe, TWO, console=False, pool=bench.pool, hosts=over(agents))
+    assert f"torch {real.torch} (h1: 1.0)" in str(caught.value)
+    assert "other source of shoal" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("sync.kind=server", "sync.servers=1"), "sync.kind: server is for workers of one host"),
+        (("launch.workers=threads",), "launch.workers: workers of several hosts are processes"),
+        (("parallel.replicate=1",), "1 replicas do not reach 2 hosts"),
+    ],
+)
+def test_what_hosts_cannot_do_is_refused(bench: Bench, words: tuple[str, ...], text: str) -> None:
+    hosts = OverHosts(["tcp://127.0.0.1:1", "tcp://127.0.0.1:2"], SECRET)
+    with pytest.raises(ConfigError, match=text):
+        local.train(bench.recipe, words, console=False, pool=bench.pool, hosts=hosts)
+
+
+def test_a_degree_that_is_left_open_is_one_replica_a_host(bench: Bench) -> None:
+    hosts = OverHosts(["tcp://h1:1", "tcp://h2:1", "tcp://h3:1"], SECRET)
+    recipe = load_recipe(str(bench.recipe), ["parallel=auto", "launch.workers=auto"])
+    assert hosts.overrides(recipe) == ["parallel.replicate=3", "launch.workers=processes"]
+
+
+def test_a_secret_is_made_once_and_kept_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "shared" / "keys"
+    secret = read_secret(path)
+    assert len(secret) == 32 and path.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("SHOAL_KEYS", str(path))
+    assert read_secret(None) == secret
+    monkeypatch.delenv("SHOAL_KEYS")
+    with pytest.raises(UserError, match="--keys: expected the file with the secret"):
+        read_secret(None)
+    path.chmod(0o644)
+    with pytest.raises(UserError, match=r"only its owner can read .mode 0600., found mode 0644"):
+        read_secret(path)
+    path.chmod(0o600)
+    path.write_text("no secret")
+    with pytest.raises(UserError, match="expected 64 hexadecimal digits"):
+        read_secret(path)
+    with pytest.raises(UserError, match="cannot be made"):
+        read_secret(path / "below")
+
+
+def test_a_file_of_hosts(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("h1  # the first\n\n10.0.0.2:9000\n")
+    found = read_hosts(path)
+    assert found == [f"tcp://h1:{PORT}", "tcp://10.0.0.2:9000"]
+    lines = commands(found, keys=Path("K"), coordinator=["shoal", "launch", "hosts", "a b.yaml"])
+    assert lines[1] == "ssh 10.0.0.2 'shoal agent --listen 10.0.0.2 --port 9000 --keys K' &"
+    assert lines[2].startswith("ssh h1 ") and "a b.yaml" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "names no host"),
+        ("h1\nh1\n", "line 2: h1 is there already"),
+        ("h1:99999\n", "line 1: expected HOST or HOST:PORT, got h1:99999"),
+        ("h1 slots=2\n", "line 1: expected HOST or HOST:PORT"),
+        (None, "cannot be read"),
+    ],
+)
+def test_files_that_are_none_of_hosts(tmp_path: Path, text: str | None, problem: str) -> None:
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=problem):
+        read_hosts(path)

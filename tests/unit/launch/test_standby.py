@@ -1,0 +1,222 @@
+"""Coordinators that stand by, and what one writes down: over a store in memory that can be away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.errors import RunError, Stopped
+from shoal.launch.cluster import NotYet
+from shoal.launch.registry import registered as module
+from shoal.launch.registry.membership import Fenced, Membership
+from shoal.launch.registry.records import HostFacts, Spec
+from shoal.launch.registry.registered import Registered
+from shoal.launch.registry.standby import Candidate
+from shoal.launch.registry.store import Compare, Entry, Memory, Unknown, Unreachable
+
+SPEC = Spec(shoal="1", torch="2", code="c", recipe="r", data="d", run="/runs/a")
+
+
+class Away(Memory):
+    """A store that can be away."""
+
+    away = False
+
+    def read(self) -> dict[str, Entry]:
+        if self.away:
+            raise Unreachable("nobody answers")
+        return super().read()
+
+    def change(
+        self,
+        put: Mapping[str, bytes],
+        *,
+        when: Sequence[Compare] = (),
+        delete: Sequence[str] = (),
+        lease: int | None = None,
+    ) -> int | None:
+        if self.away:
+            raise Unknown("no answer")
+        return super().change(put, when=when, delete=delete, lease=lease)
+
+    def keep(self, lease: int) -> bool:
+        if self.away:
+            raise Unreachable("nobody answers")
+        return super().keep(lease)
+
+
+def membership(store: Memory, name: str, **more: Any) -> Membership:
+    facts = HostFacts(host=f"{name}-1", name=name, address="", port=0, cores=1)
+    return Membership(store, facts, **more)
+
+
+def candidate(store: Memory, name: str, *, spec: Spec = SPEC, **more: Any) -> Candidate:
+    return Candidate(membership(store, name, **more), spec, say=lambda text: None)
+
+
+def until(true: Callable[[], object], *, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_one_leads_and_the_other_ends_with_it() -> None:
+    store, ends = Memory(), threading.Event()
+    with candidate(store, "h1") as first, candidate(store, "h2") as second:
+        said: list[object] = []
+
+        def stands_by() -> None:
+            try:
+                said.append(second.lead(lambda term: "led"))
+            except Stopped as error:
+                said.append(str(error))
+
+        until(lambda: first.term is not None or second.term is not None)
+        leads, waits = (first, second) if first.term is not None else (second, first)
+        second = waits
+        thread = threading.Thread(target=stands_by)
+        thread.start()
+        threading.Timer(0.3, ends.set).start()
+        assert leads.lead(lambda term: ends.wait() and term) == leads.term
+        thread.join(timeout=10)
+        assert said == ["the run was ended by the coordinator that led it"]
+    assert membership(store, "h3").look().asks == {}
+
+
+def test_another_leads_when_the_first_falls_silent() -> None:
+    store = Away()
+    first = membership(store, "h1", lease_seconds=1)
+    first.enrol(SPEC)
+    assert first.lead() is not None  # and never renews
+    with candidate(store, "h2") as second:
+        assert second.lead(lambda term: "led") == "led"
+
+
+def test_one_that_is_fenced_stands_by_again() -> None:
+    calls = []
+
+    def work(term: int) -> str:
+        calls.append(term)
+        if len(calls) == 1:
+            raise Fenced("another counts")
+        return "led"
+
+    with candidate(Memory(), "h1") as one:
+        assert one.lead(work) == "led" and len(calls) == 2
+
+
+def test_another_recipe_is_refused_with_the_difference() -> None:
+    store = Memory()
+    membership(store, "h1").enrol(SPEC)
+    other = Spec(shoal="1", torch="2", code="c", recipe="another", data="d", run="/runs/a")
+    with (
+        candidate(store, "h2", spec=other) as one,
+        pytest.raises(RunError, match="recipe: another here, r there"),
+    ):
+        one.lead(lambda term: None)
+
+
+class Led:
+    """A coordinator that leads, and what it writes."""
+
+    def __init__(self, store: Memory, run: Path, name: str = "h1") -> None:
+        self.membership, self.said = membership(store, name), list[str]()
+        self.membership.enrol(SPEC)
+        self.term = self.membership.lead()
+        self.other: str | None = None
+        self.registered = Registered(
+            self.membership,
+            term=lambda: self.term,
+            deposed=lambda: self.other,
+            run=run,
+            say=self.said.append,
+        )
+
+    def announce(self, *hosts: str) -> None:
+        until(lambda: self._announced(*hosts))
+
+    def _announced(self, *hosts: str) -> bool:
+        try:
+            self.registered.announce(hosts, meet="tcp://h1:1")
+        except NotYet:
+            return False
+        return True
+
+
+def save(run: Path, step: int) -> str:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(str(step))
+    return folder.name
+
+
+def test_generations_and_saves_are_written_down(tmp_path: Path) -> None:
+    store = Memory()
+    led = Led(store, tmp_path)
+    led.announce("h1", "h2")
+    led.announce("h1")
+    view = led.membership.look()
+    assert view.generation is not None and view.generation.number == 2
+    assert [slot.host for slot in view.generation.slots] == ["h1"]
+    led.registered.saved(5, place=save(tmp_path, 5))
+    led.registered.close()
+    commit = led.membership.look().commit
+    assert commit is not None and commit.standing == (2, 5) and commit.place == "step-00000005"
+    assert len(commit.manifest) == 32
+
+
+def test_while_the_store_is_away_saves_wait_and_no_generation_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SAY_SECONDS", 0.1)
+    store = Away()
+    led = Led(store, tmp_path)
+    led.announce("h1")
+    store.away = True
+    led.registered.saved(5, place=save(tmp_path, 5))
+    until(lambda: led.registered.look() or led.said)
+    assert led.said == [
+        "the registry does not answer: training goes on, saves wait to be committed"
+    ]
+    for _ in range(20):
+        with pytest.raises(NotYet):
+            led.registered.announce(["h1"], meet="tcp://h1:1")
+        time.sleep(0.01)
+    store.away = False
+    until(lambda: led.registered.look() or len(led.said) == 2)
+    assert led.said[1] == "the registry answers again"
+    led.registered.close()
+    commit = led.membership.look().commit
+    assert commit is not None and commit.step == 5
+
+
+def test_who_no_longer_leads_is_fenced(tmp_path: Path) -> None:
+    store = Memory()
+    led = Led(store, tmp_path)
+    led.announce("h1")
+    led.membership.leave()
+    other = Led(store, tmp_path, "h2")
+    other.announce("h2")
+    with pytest.raises(Fenced, match="generation 3 by h1 does not count: h2-1 coordinates"):
+        led.announce("h1")
+    led.registered.saved(6, place=save(tmp_path, 6))
+    with pytest.raises(Fenced, match="step 6 of generation 1 does not count"):
+        until(lambda: led.registered.look())
+    led.other = "h2-1"
+    with pytest.raises(Fenced, match="h2-1 coordinates by now"):
+        led.registered.look()
+    assert other.membership.look().commit is None
+
+
+def test_a_save_that_was_pruned_meanwhile_is_not_committed(tmp_path: Path) -> None:
+    led = Led(Memory(), tmp_path)
+    led.announce("h1")
+    led.registered.saved(5, place="step-00000005")
+    led.registered.close()
+    assert led.membership.look().commit is None

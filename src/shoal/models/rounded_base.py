@@ -138,7 +138,8 @@ class RoundedWeight:
 def nearest(weight: Tensor, form: str) -> RoundedWeight:
     """Each row of `weight` [n, in] by itself."""
     found = FORMS[form]
-    return RoundedWeight(found, *found.round(weight), weight.shape[1])
+    codes, scales = found.round(weight)
+    return RoundedWeight(found, codes, scales, weight.shape[1])
 
 
 def rounded(weight: Tensor, form: str, *, turned: bool = False) -> Tensor:
@@ -163,7 +164,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (outer,) = gradients
-        weight = RoundedWeight(ctx.form, *ctx.saved_tensors, ctx.inputs)
+        codes, scales = ctx.saved_tensors
+        weight = RoundedWeight(ctx.form, codes, scales, ctx.inputs)
         return outer @ weight.restored(outer.dtype), None, None, None, None
 
 

@@ -32,15 +32,15 @@ class PageServer:
 
 
 @contextmanager
-def served(runs: Path, *, port: int = 0) -> Iterator[PageServer]:
+def served(runs: Path, *, port: int = 0, secret: str = KEY) -> Iterator[PageServer]:
     """Serve `runs`, which gets a first run if it has none, under a key of our own."""
     if not runs.exists():
         MadeRun(runs / "first").rows(1, 4)
     key = runs.parent / "key"
-    key.write_text(KEY + "\n")
+    key.write_text(secret + "\n")
     command = shoal("page", runs, "--port", str(port), "--key", key)
     with web_server(*command, cwd=runs.parent) as web:
-        web.token = KEY
+        web.token = secret
         yield PageServer(runs, web)
 
 

@@ -116,6 +116,23 @@ def test_a_page_whose_key_is_of_another_server_says_so(browser: Any, server: Pag
     window.close(errors=True)
 
 
+@pytest.mark.slow
+def test_an_open_page_says_that_the_server_has_another_key_now(
+    browser: Any, tmp_path: Path
+) -> None:
+    MadeRun(tmp_path / "runs" / "one").rows(1, 11)
+    with served(tmp_path / "runs") as server:
+        window = Screen(browser, server)
+        page = window.open("one")
+        window.wait_for_step(10)
+        port = server.web.port
+    with served(tmp_path / "runs", port=port, secret="another-key-of-the-tests"):
+        page.locator("#link.bad[data-key=no_key]").wait_for()
+        assert "open the address that the command prints" in page.inner_text("#link")
+    assert page.locator("body").get_attribute("data-rows") == "10"  # what was read stays
+    window.close(errors=True)
+
+
 def test_a_lost_worker_is_red_and_named(screen: Screen, runs: Path) -> None:
     run = MadeRun(runs / "losing")
     run.lock()

@@ -265,6 +265,7 @@ class Monitor:
                     break
                 except NotServed as error:
                     self._say(f"messages wait for the model: {error}")
+                    await asyncio.sleep(1.0)
 
 
 def read_topics(path: Path) -> dict[str, list[str]]:

@@ -38,9 +38,9 @@ _FRESH = 300.0  # seconds for which what is expected is not computed anew
 class Settings:
     """When a burst is one. Times are seconds of the messages' own clock."""
 
-    factor: float = 2.5
+    factor: float = 2.2
     """Odds of a negative message in a burst, over those expected."""
-    false_alarms: float = 1.0
+    false_alarms: float = 1.5
     """Of all topics together, in 100,000 messages, if the expected shares were known exactly."""
     scan: int = 100
     """Messages that the scan looks at."""

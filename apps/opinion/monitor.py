@@ -32,6 +32,7 @@ create table if not exists alerts (number integer primary key, topic text, at re
 )
 OTHER = "other"
 _AT_ONCE, _KEPT_DAYS, _THEMES = 16, 30, 8
+_MORE = 2.0  # times as often as before that a word of a theme is there
 
 
 class Labels(Protocol):
@@ -180,12 +181,12 @@ class Monitor:
         )
         all_now, all_before = len(now) + 1, len(before) + 1
 
-        def gain(word: str) -> float:
-            return counts[word] * math.log(
-                (counts[word] / all_now) / ((usual[word] + 0.5) / all_before)
-            )
+        def times(word: str) -> float:
+            return (counts[word] / all_now) / ((usual[word] + 0.5) / all_before)
 
-        return sorted((w for w in counts if counts[w] > 1), key=gain, reverse=True)[:_THEMES]
+        known = [word for word in counts if counts[word] > 1 and times(word) >= _MORE]
+        known.sort(key=lambda word: counts[word] * math.log(times(word)), reverse=True)
+        return known[:_THEMES]
 
     def hours(self, topic: str, *, count: int = 48) -> list[dict[str, float]]:
         """Of the last hours: when, messages without copies, share of negative ones, expected."""
@@ -265,6 +266,7 @@ class Monitor:
                     break
                 except NotServed as error:
                     self._say(f"messages wait for the model: {error}")
+                    await asyncio.sleep(1.0)
 
 
 def read_topics(path: Path) -> dict[str, list[str]]:

@@ -137,10 +137,11 @@ def test_what_lasts_becomes_the_level() -> None:
 
 @pytest.mark.slow
 def test_marks_on_streams_with_a_classifiers_errors() -> None:
-    """The figures of docs/evidence/apps.md, on fewer streams: a bound for one run of 40."""
+    """docs/evidence/apps.md has the figures. Of 16 streams two standard errors are 0.17, and of
+    ten false alarms in a million messages two are six: bounds are that much looser."""
     from apps_opinion import World, measure
 
-    score = measure(Detector, streams=40, world=World())
-    assert sum(each <= 150 for each in score.delays) >= 0.85 * score.streams
-    assert score.false * PER / score.quiet <= 1.0
-    assert score.once >= 0.85 * score.streams
+    score = measure(Detector, streams=16, world=World())
+    assert sum(each <= 150 for each in score.delays) >= 0.7 * score.streams
+    assert score.false * PER / score.quiet <= 1.6
+    assert score.once >= 0.8 * score.streams

@@ -143,6 +143,12 @@ def _interface_of(address: str) -> str | None:
     return None
 
 
+def environment_of_others() -> dict[str, str]:
+    """What a program with an environment of its own is started with: nothing leads it to ours."""
+    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    return {name: text for name, text in os.environ.items() if name not in ours}
+
+
 def secret_file() -> Path | None:
     """The file with the secret of a run over several hosts (`SHOAL_KEYS`)."""
     given = os.environ.get("SHOAL_KEYS")

@@ -6,7 +6,6 @@ our packages. They listen on loopback only, so that whoever comes passes our doo
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from shoal.config.serve import ServeSection
-from shoal.environment import usable_cores
+from shoal.environment import environment_of_others, usable_cores
 from shoal.errors import RunError, UserError
 
 _PROGRAMS = {"vllm": "vllm", "llamacpp": "llama-server"}
@@ -28,7 +27,6 @@ _HOW = {
     "vllm": "install it in an environment of its own (pip install vllm)",
     "llamacpp": "install llama.cpp (brew install llama.cpp, or a release of it)",
 }
-_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 _POLL_SECONDS = 0.2
 _MOST_FAILURES = 3
 """Of one child without an answer in between."""
@@ -159,7 +157,6 @@ class Children:
             free.bind(("127.0.0.1", 0))
             port = int(free.getsockname()[1])
         log = (Path(self._folder.name) / f"{number}.log").open("wb")
-        environment = {name: text for name, text in os.environ.items() if name not in _OURS}
         guarded = shutil.which("setpriv")  # so that none outlives us, however we end
         command = self._command(port)
         process = subprocess.Popen(
@@ -167,7 +164,7 @@ class Children:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment_of_others(),
         )
         return _Child(process, port, log, failures=failures)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from apps.support.articles import Article, read_articles, read_questions
 from apps.support.desk import MOST_CHARACTERS, Desk, stands_in
 from apps.support.search import Index, Threshold, taken_out
 from apps.support.store import Store
+from eventually import eventually
 from shoal import UserError
 
 ARTICLES = [
@@ -52,14 +53,6 @@ def desk(store: Store) -> Iterator[Desk]:
     made = Desk(store, join_seconds=0.15)
     yield made
     made.close()
-
-
-def eventually(what: Callable[[], Any], *, seconds: float = 30.0) -> Any:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.01)
-    return what()
 
 
 def answers(store: Store, conversation: str) -> list[dict[str, Any]]:

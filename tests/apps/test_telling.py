@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from receivers import post_office, web
@@ -14,6 +13,7 @@ from apps import telling
 from apps.served import free_port
 from apps.state import State
 from apps.telling import TABLE, Teller, check_receiver
+from eventually import eventually
 from shoal import UserError
 
 NOTE = {"title": "Negative\nmessages", "text": "Those.", "topic": "delays", "began": 1000.0}
@@ -24,14 +24,6 @@ def state(tmp_path: Path) -> Iterator[State]:
     made = State(tmp_path / "notes.sqlite3", tables=TABLE)
     yield made
     made.close()
-
-
-def eventually(what: Callable[[], Any], *, seconds: float = 30.0) -> Any:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.02)
-    return what()
 
 
 def states(state: State) -> list[str]:

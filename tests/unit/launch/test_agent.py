@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import Any
 
 import pytest
 
+from held_agent import SECRET, HeldAgent
 from shoal.comm.keys import Keys
 from shoal.launch import agent as agents
 from shoal.launch import calls
-from shoal.launch.agent import Agent
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.remote_site import RemoteSite
 from shoal.launch.site import LocalSite, Site, Slot
 
-SECRET = b"s" * 32
 KEYS = Keys.of(SECRET)
 TARGET = "speaking_worker:run"
 
@@ -31,34 +29,10 @@ def light() -> Iterator[WorkerPool]:
         yield made
 
 
-class Host:
-    """An agent that turns in a thread of its own, unless it is held."""
-
-    def __init__(self, pool: WorkerPool, **more: Any) -> None:
-        self.said: list[str] = []
-        self.agent = Agent(pool, keys=KEYS, say=self.said.append, **more)
-        self.held = threading.Event()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            if self.held.is_set():
-                time.sleep(0.01)
-            else:
-                self.agent.turn()
-        self.agent.close()
-
-    def close(self) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
 @pytest.fixture
-def host(light: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+def host(light: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldAgent]:
     monkeypatch.setattr(agents, "TARGETS", (TARGET,))
-    made = Host(light)
+    made = HeldAgent(light)
     yield made
     made.close()
 
@@ -72,7 +46,7 @@ def hello(**more: Any) -> calls.Hello:
 def sites() -> Iterator[Callable[..., RemoteSite]]:
     made: list[RemoteSite] = []
 
-    def make(host: Host, *, keys: Keys = KEYS, check: Any = None, **more: Any) -> RemoteSite:
+    def make(host: HeldAgent, *, keys: Keys = KEYS, check: Any = None, **more: Any) -> RemoteSite:
         own = {} if check is None else {"check": check}
         made.append(RemoteSite(host.agent.address, keys=keys, hello=hello(**more), **own))
         return made[-1]
@@ -97,7 +71,7 @@ def started(site: RemoteSite, rank: int = 0) -> Worker:
     return site.start(TARGET, {"rank": rank}, slot=Slot(rank), ranks=[rank])
 
 
-def test_a_remote_site_does_what_a_site_does(host: Host, sites: Any, tmp_path: Path) -> None:
+def test_a_remote_site_does_what_a_site_does(host: HeldAgent, sites: Any, tmp_path: Path) -> None:
     site = sites(host, run=str(tmp_path))
     assert site.gone == "has not answered yet"
     first, second = started(site), started(site, 1)
@@ -128,7 +102,7 @@ def test_both_kinds_of_sites_have_all_the_calls() -> None:
 
 
 def test_a_host_that_is_silent_counts_as_dead_and_may_come_back(
-    host: Host, sites: Any, tmp_path: Path
+    host: HeldAgent, sites: Any, tmp_path: Path
 ) -> None:
     site = sites(host, run=str(tmp_path), lease_seconds=1.0)
     worker = started(site)
@@ -149,7 +123,7 @@ def test_a_host_that_is_silent_counts_as_dead_and_may_come_back(
 
 
 def test_workers_end_when_their_coordinator_is_silent(
-    host: Host, sites: Any, tmp_path: Path
+    host: HeldAgent, sites: Any, tmp_path: Path
 ) -> None:
     site = sites(host, run=str(tmp_path), lease_seconds=1.0)
     started(site)
@@ -161,14 +135,14 @@ def test_workers_end_when_their_coordinator_is_silent(
     assert any("me is silent for 1 s: its workers end" in text for text in host.said)
 
 
-def test_another_secret_is_refused(host: Host, sites: Any) -> None:
+def test_another_secret_is_refused(host: HeldAgent, sites: Any) -> None:
     site = sites(host, keys=Keys.of(b"t" * 32))
     heard(site, lambda _: site.wrong)
     assert site.wrong == "does not know this run's secret (--keys, or SHOAL_KEYS)"
     assert site.gone == "has not answered yet"
 
 
-def test_a_host_works_for_one_run_at_a_time(host: Host, sites: Any, tmp_path: Path) -> None:
+def test_a_host_works_for_one_run_at_a_time(host: HeldAgent, sites: Any, tmp_path: Path) -> None:
     first = sites(host, run=str(tmp_path))
     heard(first, lambda _: first.gone is None)
     other = sites(host, run="/runs/b", nonce="2", coordinator="another")
@@ -179,7 +153,9 @@ def test_a_host_works_for_one_run_at_a_time(host: Host, sites: Any, tmp_path: Pa
     assert host.agent.ended == 4
 
 
-def test_a_run_that_a_host_does_not_see_is_refused(host: Host, sites: Any, tmp_path: Path) -> None:
+def test_a_run_that_a_host_does_not_see_is_refused(
+    host: HeldAgent, sites: Any, tmp_path: Path
+) -> None:
     (tmp_path / "note").write_text("other")
     data = tmp_path / "data"
     data.mkdir()
@@ -194,14 +170,14 @@ def test_a_run_that_a_host_does_not_see_is_refused(host: Host, sites: Any, tmp_p
     assert "/nowhere is not there (set SHOAL_CACHE" in site.wrong
 
 
-def test_another_program_is_refused(host: Host, sites: Any) -> None:
+def test_another_program_is_refused(host: HeldAgent, sites: Any) -> None:
     site = sites(host, check=lambda here: f"has torch {here.torch}, we another")
     heard(site, lambda _: site.wrong)
     assert "has torch 2." in site.wrong and site.gone is not None
 
 
 def test_an_agent_starts_what_trains_and_nothing_else(
-    host: Host, sites: Any, tmp_path: Path
+    host: HeldAgent, sites: Any, tmp_path: Path
 ) -> None:
     site = sites(host, run=str(tmp_path))
     heard(site, lambda _: site.gone is None)

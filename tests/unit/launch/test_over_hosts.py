@@ -13,56 +13,32 @@ from typing import Any
 
 import pytest
 
-from shoal.comm.keys import Keys
+from held_agent import SECRET, HeldAgent
 from shoal.config.load import load_recipe
 from shoal.errors import ConfigError, RunError, Stopped, UserError
 from shoal.launch import local
-from shoal.launch.agent import Agent
 from shoal.launch.clusters.hosts_file import commands, read_hosts
 from shoal.launch.over_hosts import PORT, OverHosts
 from shoal.launch.pool import WorkerPool
 from shoal.launch.secret import read_secret
 from tiny import Bench, Run
 
-SECRET = b"s" * 32
 TWO = ("parallel.replicate=2", "train.steps=8", "train.evaluate_every_steps=4")
 
 
-class Held:
-    """An agent in a thread, which can be held: then its host is silent."""
-
-    def __init__(self, pool: WorkerPool) -> None:
-        self.agent = Agent(pool, keys=Keys.of(SECRET))
-        self.held, self._ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            if self.held.is_set():
-                time.sleep(0.01)
-            else:
-                self.agent.turn()
-        self.agent.close()
-
-    def close(self) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
 @pytest.fixture
-def agents(pool: WorkerPool) -> Iterator[list[Held]]:
-    made = [Held(pool), Held(pool)]
+def agents(pool: WorkerPool) -> Iterator[list[HeldAgent]]:
+    made = [HeldAgent(pool), HeldAgent(pool)]
     yield made
     for each in made:
         each.close()
 
 
-def over(agents: list[Held], **more: Any) -> OverHosts:
+def over(agents: list[HeldAgent], **more: Any) -> OverHosts:
     return OverHosts([each.agent.address for each in agents], SECRET, **more)
 
 
-def test_digits_are_those_of_one_machine(bench: Bench, agents: list[Held]) -> None:
+def test_digits_are_those_of_one_machine(bench: Bench, agents: list[HeldAgent]) -> None:
     out = bench.new_path()
     local.train(bench.recipe, TWO, out=out, console=False, pool=bench.pool, hosts=over(agents))
     one_machine = bench.run(*TWO)
@@ -118,7 +94,9 @@ class Training:
         self._thread.join(timeout=30)
 
 
-def test_a_silent_host_is_done_without_and_comes_back(bench: Bench, agents: list[Held]) -> None:
+def test_a_silent_host_is_done_without_and_comes_back(
+    bench: Bench, agents: list[HeldAgent]
+) -> None:
     """Its workers still run, and wait in a sum: the others' connections are broken at once."""
     exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
     run = Training(bench, over(agents, lease_seconds=1.0), *exact)
@@ -144,7 +122,7 @@ def test_a_silent_host_is_done_without_and_comes_back(bench: Bench, agents: list
 
 
 @pytest.mark.slow
-def test_hosts_that_are_about_to_go_are_done_without(bench: Bench, agents: list[Held]) -> None:
+def test_hosts_that_are_about_to_go_are_done_without(bench: Bench, agents: list[HeldAgent]) -> None:
     """One that a person names, then the last by its agent: then the run saves and stops."""
     exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
     run = Training(bench, over(agents), *exact)
@@ -167,7 +145,7 @@ def test_hosts_that_are_about_to_go_are_done_without(bench: Bench, agents: list[
 
 @pytest.mark.slow
 def test_who_comes_when_the_others_stop_is_not_left_behind(
-    bench: Bench, agents: list[Held]
+    bench: Bench, agents: list[HeldAgent]
 ) -> None:
     """They may save and stop after the step in which its generation was announced."""
     exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
@@ -183,7 +161,9 @@ def test_who_comes_when_the_others_stop_is_not_left_behind(
     assert isinstance(run.error, Stopped) and not run._thread.is_alive()
 
 
-def test_without_room_to_shrink_another_host_takes_over(bench: Bench, agents: list[Held]) -> None:
+def test_without_room_to_shrink_another_host_takes_over(
+    bench: Bench, agents: list[HeldAgent]
+) -> None:
     run = Training(bench, over(agents, lease_seconds=1.0), "parallel.replicate=2", *LONG)
     try:
         run.wait_for(lambda: run.steps() > 5)
@@ -199,13 +179,13 @@ def test_without_room_to_shrink_another_host_takes_over(bench: Bench, agents: li
         run.stop()
 
 
-def test_hosts_that_do_not_answer_are_named(bench: Bench, agents: list[Held]) -> None:
+def test_hosts_that_do_not_answer_are_named(bench: Bench, agents: list[HeldAgent]) -> None:
     hosts = OverHosts([agents[0].agent.address, "tcp://127.0.0.1:1"], SECRET, patience_seconds=2)
     with pytest.raises(RunError, match=r"127\.0\.0\.1:1: no agent answers for 2 s\n.*shoal agent"):
         local.train(bench.recipe, TWO, console=False, pool=bench.pool, hosts=hosts)
 
 
-def test_hosts_with_another_secret_are_named(bench: Bench, agents: list[Held]) -> None:
+def test_hosts_with_another_secret_are_named(bench: Bench, agents: list[HeldAgent]) -> None:
     hosts = OverHosts([each.agent.address for each in agents], b"t" * 32)
     with pytest.raises(RunError, match="cannot take part") as caught:
         local.train(bench.recipe, TWO, console=False, pool=bench.pool, hosts=hosts)
@@ -215,7 +195,7 @@ def test_hosts_with_another_secret_are_named(bench: Bench, agents: list[Held]) -
 
 
 def test_hosts_with_another_program_are_named(
-    bench: Bench, agents: list[Held], monkeypatch: pytest.MonkeyPatch
+    bench: Bench, agents: list[HeldAgent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from msgspec.structs import replace
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import ModelError, UserError
 from shoal.models.experts import experts_of
-from shoal.serve.int8 import Int8Product, can_multiply, is_exact
+from shoal.serve.int8 import Int8Product, cannot_multiply, is_exact
 from shoal.serve.rows import MOST_ROWS, Way, in_pieces, keeps_rows, probe_rows
 
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 48, 64, 100, 128, 200, MOST_ROWS)
@@ -158,11 +158,8 @@ def make_exact(model: nn.Module, *, release: bool = False, int8: bool = False) -
     `release`: the layers' own weights are given up where a packed copy has them (a layer whose
     weight another module shares, such as a tied embedding, keeps it). Idempotent.
     """
-    if int8 and not can_multiply():
-        raise UserError(
-            "serve.weights: int8 needs a build of torch with oneDNN's products of 8 bits, which "
-            "this one has not\n    leave it at full"
-        )
+    if int8 and (why := cannot_multiply()) is not None:
+        raise UserError(f"serve.weights: int8 cannot be served here: {why}\n    leave it at full")
     maker = _Maker(int8)
     shared = _shared(model)
     joined = _join(model, maker)

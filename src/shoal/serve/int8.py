@@ -8,6 +8,8 @@ Shapes: R rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +22,23 @@ _LEAST_SCALE = 1e-30
 """Of a row that has nothing but zeros."""
 
 
-def can_multiply() -> bool:
-    """Whether this build of torch has oneDNN's product of 8 bits."""
-    found = hasattr(torch.ops.onednn, "qlinear_prepack")
-    return bool(found and torch.backends.mkldnn.is_available())
+@cache
+def cannot_multiply() -> str | None:
+    """Why products of 8 bits are not to be had here; None: they are.
+
+    Without VNNI instructions oneDNN adds pairs of products in 16 bits, which overflow in silence.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
+        return "this build of torch has not oneDNN's products of 8 bits"
+    ones = torch.ones(1, 64)
+    for weight in (ones, -ones):
+        found = float(Int8Product(weight, None)(ones))
+        if abs(abs(found) - 64.0) > 1e-3:
+            return (
+                "products of 8 bits overflow on this processor, which has no VNNI: the sum of 64 "
+                f"ones came to {abs(found):.3g}"
+            )
+    return None
 
 
 class Int8Product(nn.Module):

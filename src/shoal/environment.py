@@ -149,6 +149,10 @@ def environment_of_others() -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if name not in ours}
 
 
+AGENT_PORT = 27465
+"""Where the agent of a host listens unless told otherwise."""
+
+
 def secret_file() -> Path | None:
     """The file with the secret of a run over several hosts (`SHOAL_KEYS`)."""
     given = os.environ.get("SHOAL_KEYS")

@@ -217,4 +217,5 @@ def test_a_coordinator_that_dies_takes_its_workers_with_it(
     again = cluster.begin(bench, 3, *words, "--go-on", out=tmp_path / "run")
     steps = training.steps()
     again.until(lambda: again.steps() > steps + 10)
+    assert again.process.poll() is None, "it goes on"
     again.stop()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from hosts.lab import Lab, why_not
+from shoal.environment import AGENT_PORT
 from shoal.launch.clusters.mpi import command
 from shoal.launch.clusters.start import Start
-from shoal.launch.over_hosts import PORT
 from tiny import Bench, Run
 
 pytestmark = [
@@ -57,7 +57,7 @@ def test_what_mpirun_starts(bench: Bench, lab: Lab, tmp_path: Path) -> None:
     """The command for it, played: once on each host, with the number that it gives."""
     hosts, out = tmp_path / "hosts", tmp_path / "run"
     hosts.write_text("".join(f"{host.name}\n" for host in lab.hosts))
-    start = Start(str(bench.recipe), WORDS, out, 2, tmp_path / "keys", PORT)
+    start = Start(str(bench.recipe), WORDS, out, 2, tmp_path / "keys", AGENT_PORT)
     *_, words = shlex.split(command(start, hosts=hosts))
     started = [
         host.start(

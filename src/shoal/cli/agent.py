@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli.terminal import say
+from shoal.environment import AGENT_PORT
 
 Keys = Annotated[
     Path | None,
@@ -21,7 +22,7 @@ def agent(
     listen: Annotated[
         str, typer.Option(help="Address of this host at which the coordinator calls it.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.")] = 27465,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.")] = AGENT_PORT,
     once: Annotated[
         bool, typer.Option("--once", help="End with the first run, with its exit status.")
     ] = False,

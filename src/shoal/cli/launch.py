@@ -10,7 +10,7 @@ import typer
 from shoal.cli.agent import Keys
 from shoal.cli.terminal import say
 from shoal.cli.train import Overrides
-from shoal.environment import torchrun_rendezvous
+from shoal.environment import AGENT_PORT, torchrun_rendezvous
 from shoal.errors import UserError
 
 app = typer.Typer(
@@ -125,7 +125,7 @@ def kubernetes(
     claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with the folder of --out.")],
     overrides: Overrides = None,
     name: Annotated[str, typer.Option(help="Of the Job and its Service.")] = "shoal",
-    port: Port = 27465,
+    port: Port = AGENT_PORT,
 ) -> None:
     """Print an Indexed Job with its Service and ConfigMap, for kubectl apply.
 
@@ -145,7 +145,7 @@ def mpi(
     keys: Secret,
     hosts: Annotated[Path, typer.Option(help="File with a line HOST for every host.")],
     overrides: Overrides = None,
-    port: Port = 27465,
+    port: Port = AGENT_PORT,
 ) -> None:
     """Print the command of mpirun that starts an agent on each host, and the coordinator.
 

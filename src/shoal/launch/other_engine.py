@@ -121,11 +121,6 @@ class Children:
         with self._lock:
             return {n: _address(each.port) for n, each in self._children.items() if each.ready}
 
-    def pids(self) -> dict[int, int]:
-        """Process of each."""
-        with self._lock:
-            return {number: each.process.pid for number, each in self._children.items()}
-
     def wait_ready(self) -> None:
         """Wait until all take requests. Raises RunError with what a child said that does not."""
         while len(self.addresses()) < len(self._children):

@@ -34,8 +34,6 @@ from shoal.launch.remote_site import RemoteSite
 from shoal.launch.site import Site
 from shoal.observe.console import Console
 
-PORT = 27465
-"""Where an agent listens unless told otherwise."""
 PATIENCE_SECONDS = 60.0
 _SOON_SECONDS = 1.0
 _MEETING = "shoal.comm.meeting_place:run"

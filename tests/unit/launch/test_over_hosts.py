@@ -15,10 +15,11 @@ import pytest
 
 from held_agent import SECRET, HeldAgent
 from shoal.config.load import load_recipe
+from shoal.environment import AGENT_PORT
 from shoal.errors import ConfigError, RunError, Stopped, UserError
 from shoal.launch import local
 from shoal.launch.clusters.hosts_file import commands, read_hosts
-from shoal.launch.over_hosts import PORT, OverHosts
+from shoal.launch.over_hosts import OverHosts
 from shoal.launch.pool import WorkerPool
 from shoal.launch.secret import read_secret
 from tiny import Bench, Run
@@ -255,7 +256,7 @@ def test_a_file_of_hosts(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("h1  # the first\n\n10.0.0.2:9000\n")
     found = read_hosts(path)
-    assert found == [f"tcp://h1:{PORT}", "tcp://10.0.0.2:9000"]
+    assert found == [f"tcp://h1:{AGENT_PORT}", "tcp://10.0.0.2:9000"]
     lines = commands(found, keys=Path("K"), coordinator=["shoal", "launch", "hosts", "a b.yaml"])
     assert lines[1] == "ssh 10.0.0.2 'shoal agent --listen 10.0.0.2 --port 9000 --keys K' &"
     assert lines[2].startswith("ssh h1 ") and "a b.yaml" in lines[2]

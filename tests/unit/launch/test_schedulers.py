@@ -14,14 +14,16 @@ import yaml
 
 from shoal.cli import agent as agent_command
 from shoal.cli import launch as launch_command
+from shoal.environment import AGENT_PORT
 from shoal.errors import UserError
 from shoal.launch.clusters.kubernetes import manifests
 from shoal.launch.clusters.mpi import command
 from shoal.launch.clusters.slurm import script
 from shoal.launch.clusters.start import Start
-from shoal.launch.over_hosts import PORT
 
-START = Start("my recipe.yaml", ["train.steps=3"], Path("/runs/a"), 3, Path("/runs/keys"), PORT)
+START = Start(
+    "my recipe.yaml", ["train.steps=3"], Path("/runs/a"), 3, Path("/runs/keys"), AGENT_PORT
+)
 
 
 def is_bash(text: str) -> None:
@@ -62,7 +64,7 @@ def test_manifests_for_kubernetes() -> None:
     assert [each["kind"] for each in (service, hosts, job)] == ["Service", "ConfigMap", "Job"]
     assert service["spec"]["clusterIP"] == "None"
     lines = hosts["data"]["hosts"].splitlines()
-    assert lines[2] == f"shoal-run-2.shoal-run:{PORT}" and len(lines) == 3
+    assert lines[2] == f"shoal-run-2.shoal-run:{AGENT_PORT}" and len(lines) == 3
     pod: dict[str, Any] = job["spec"]["template"]["spec"]
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 3
     assert pod["subdomain"] == service["metadata"]["name"] == "shoal-run"
@@ -90,17 +92,17 @@ def test_a_command_for_mpirun() -> None:
     words = shlex.split(command(START, hosts=Path("/runs/hosts")))
     assert words[:3] == ["mpirun", "-n", "3"] and words[-2] == "-c"
     is_bash(words[-1])
-    assert f"shoal agent --listen 0.0.0.0 --port {PORT} --once" in words[-1]
+    assert f"shoal agent --listen 0.0.0.0 --port {AGENT_PORT} --once" in words[-1]
     assert "--hosts /runs/hosts" in words[-1]
 
 
 def test_no_hosts_are_refused() -> None:
     with pytest.raises(UserError, match="--num-hosts: expected 1 or more, got 0"):
-        Start("r", [], Path("o"), 0, Path("k"), PORT)
+        Start("r", [], Path("o"), 0, Path("k"), AGENT_PORT)
 
 
 def test_the_port_is_one() -> None:
     assert agent_command.agent.__defaults__ is not None
-    assert PORT in agent_command.agent.__defaults__
+    assert AGENT_PORT in agent_command.agent.__defaults__
     for each in (launch_command.kubernetes, launch_command.mpi):
-        assert PORT in (each.__defaults__ or ())
+        assert AGENT_PORT in (each.__defaults__ or ())

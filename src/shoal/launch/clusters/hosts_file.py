@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from shoal.environment import AGENT_PORT
 from shoal.errors import UserError
-from shoal.launch.over_hosts import PORT
 
 _LINE = re.compile(r"(?P<host>[A-Za-z0-9._-]{1,253})(:(?P<port>[0-9]{1,5}))?")
 
@@ -30,7 +30,7 @@ def read_hosts(path: Path) -> list[str]:
         if not text:
             continue
         match = _LINE.fullmatch(text)
-        port = int(match["port"] or PORT) if match else 0
+        port = int(match["port"] or AGENT_PORT) if match else 0
         if match is None or not 0 < port < 1 << 16:
             raise UserError(
                 f"--hosts: {path}, line {number}: expected HOST or HOST:PORT, got {text}"

@@ -29,10 +29,9 @@ class Layout:
     expert: int = 1
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            degree = getattr(self, field.name)
+        for name, degree in vars(self).items():
             if not isinstance(degree, int) or degree < 1:
-                raise ValueError(f"{field.name}: expected an integer of at least 1, got {degree!r}")
+                raise ValueError(f"{name}: expected an integer of at least 1, got {degree!r}")
         if (self.shard * self.context) % self.expert:
             raise ValueError(
                 f"expert: {self.expert} does not divide shard x context = "

@@ -168,6 +168,7 @@ def test_a_checkpoint_of_an_older_version_still_loads(
     assert run.losses == bench.train(*LENGTH, f"data.source={corpus}").losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where", ["from the beginning", pytest.param("from a save", marks=pytest.mark.slow)]
 )

@@ -39,7 +39,7 @@ def test_workers_whose_command_was_killed_end_though_their_server_is_stopped(ben
         os.kill(server, signal.SIGKILL)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_only_ctrl_c_or_a_terminal_ends_at_once_when_asked_twice(
     bench: Bench, number: signal.Signals
@@ -139,6 +139,7 @@ TAILS = [
 ]
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("tail", TAILS, ids=range(len(TAILS)))
 def test_logs_with_an_odd_tail_do_not_stop_a_resume(bench: Bench, tail: bytes) -> None:
     run = copied(bench)

@@ -69,6 +69,7 @@ def test_a_killed_worker(bench: Bench, name: str, fault: str) -> None:
     assert_survived(rehearsed(bench, fault, *TWO, POLICIES[name]), kept=together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["local-sgd", pytest.param("gossip", marks=slow)])
 def test_rows_that_a_dead_writer_did_not_come_to_are_added_once(bench: Bench, name: str) -> None:
     """The writer is slow, so the other has done step 8 when it dies before its own step 6."""

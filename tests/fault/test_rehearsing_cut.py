@@ -65,6 +65,7 @@ def test_a_part_of_the_experts_is_replaced(bench: Bench, layout: str, fault: str
     assert_as_if_nothing(rehearsed(bench, fault, overrides=overrides))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

@@ -284,6 +284,7 @@ def test_in_the_foreground_too_a_failed_save_does_not_end_the_run(tmp_path: Path
 # --- the real command
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", [(), PROCESSES, THREADS], ids=["one", "processes", "threads"])
 def test_a_run_saves_the_same_in_the_background(bench: Bench, kind: tuple[str, ...]) -> None:
     plain, behind = bench.run(*LENGTH, *kind), bench.run(*BEHIND, *kind)

@@ -100,6 +100,7 @@ def steps_of(run: Run) -> list[int]:
     return [row["step"] for row in run.rows if "loss" in row]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_only_server_dies_and_nothing_is_lost(bench: Bench, number: signal.Signals) -> None:
     """The same digits as without: what was acknowledged was on the disk, the rest came again."""

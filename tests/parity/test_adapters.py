@@ -59,7 +59,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_peft_opens_what_was_trained(bench: Bench, base: Path, kind: str, layout: str) -> None:
@@ -148,6 +148,7 @@ def test_steps_are_those_of_peft_and_torch(
         assert torch.allclose(ours[name], value, rtol=1e-3, atol=2e-4), name
 
 
+@pytest.mark.quick(1)
 def test_only_the_adapter_is_saved_and_goes_on(bench: Bench, base: Path) -> None:
     words = adapted(base, "{rank: 4}")
     straight = bench.run(*words)

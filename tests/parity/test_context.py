@@ -64,7 +64,7 @@ CHOICE = [
 """gpt2: keyed dropout of half a row's tokens."""
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("case", CHOICE, ids=lambda case: f"{case.family}-{case.layout}")
 def test_rows_that_are_cut_are_one_workers(case: Case, compare: Compare) -> None:
     assert_equal(compare(case))

@@ -74,7 +74,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory, pool: WorkerPool) -> Itera
     yield bench
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [("parallel.replicate=2",), ("parallel.shard=2",)], ids=" ".join
 )

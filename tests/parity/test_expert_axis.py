@@ -178,6 +178,7 @@ def test_what_cannot_be_is_refused_before_workers_start(
     assert not (tmp_path / "proof" / "one").exists()
 
 
+@pytest.mark.slow
 def test_stages_tell_of_the_experts_of_all_of_them(pool: WorkerPool, tmp_path: Path) -> None:
     """A stage leaves the model's forward half way: what its routers decided counts too."""
     recipe, out = recipe_of("mixtral", tmp_path), tmp_path / "proof"

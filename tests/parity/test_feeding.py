@@ -49,6 +49,7 @@ def test_epochs_set_the_number_of_steps(bench: Bench) -> None:
     assert len(run.losses) == report.num_steps
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["processes", "threads"])
 def test_no_sample_is_lost_or_doubled(bench: Bench, kind: str) -> None:
     run = bench.run("parallel.replicate=4", f"launch.workers={kind}")

@@ -26,6 +26,7 @@ def layouts(*, quick: tuple[str, ...], among: tuple[tuple[str, ...], ...]) -> py
     return pytest.mark.parametrize("layout", values)
 
 
+@pytest.mark.slow
 @layouts(quick=CUT, among=(ALONE, TWO, CUT))
 def test_a_power_of_two_changes_no_bit(
     bench: Bench, pool: WorkerPool, tmp_path: Path, layout: tuple[str, ...]

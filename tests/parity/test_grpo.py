@@ -99,6 +99,7 @@ def test_what_is_learned_from_is_as_likely_as_when_it_was_said(sums: Bench) -> N
     assert narrow["gradient_norm"] == pytest.approx(wide["gradient_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_within_a_rollout_goes_on_as_if_it_had_not(sums: Bench) -> None:
     straight = sums.run()
     stopped = sums.train("train.stop_after_steps=5")

@@ -87,6 +87,7 @@ def test_one_loss_curve_in_any_layout(images: Bench, overrides: tuple[str, ...])
     assert last[0] == pytest.approx(last[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_mode_has_the_same_bits(images: Bench) -> None:
     found = [
         images.run("train.exact=true", "train.micro_batch_samples=4", *more).digits

@@ -72,7 +72,7 @@ MUON = ("train.optimizer={kind: muon}",)
 CHANGES = {"gpt2": GPT2, "padded": PADDED, "frozen": FROZEN, "adapter": ADAPTER, "muon": MUON}
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("layout", ["1f1b", "zbv"])
 def test_other_recipes_in_stages(bench: Bench, layout: str, change: tuple[str, ...]) -> None:
@@ -83,7 +83,7 @@ def test_other_recipes_in_stages(bench: Bench, layout: str, change: tuple[str, .
     assert_same_curve(bench.run(*how, *change), bench.run(*change))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv-zero-bubble"])
 def test_bfloat16_in_stages_is_that_of_one_worker(bench: Bench, schedule: str) -> None:
     """The products are the same ones; only an embedding's two gradients meet in float32 later."""
@@ -146,6 +146,7 @@ PASSED = ["{pipeline: 2}", "{pipeline: {degree: 2, schedule: zbv-zero-bubble}}"]
 MORE = ["{pipeline: 2, tensor: 2}", "{pipeline: 2, shard: 2}", "{pipeline: 4}", "{shard: 2}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layouts", [PASSED, pytest.param([*MORE, *PASSED], marks=slow)], ids=["two", "all"]
 )

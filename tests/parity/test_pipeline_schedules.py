@@ -59,6 +59,7 @@ def test_looped_schedules_idle_less_as_published(pool: WorkerPool, tmp_path: Pat
     assert idle[1] == pytest.approx(3 / (2 * 8 + 3), abs=0.04)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["1f1b", "gpipe", "interleaved-1f1b"])
 def test_a_rank_holds_as_many_micro_batches_as_the_formula_says(
     pool: WorkerPool, tmp_path: Path, name: str
@@ -73,6 +74,7 @@ def test_a_rank_holds_as_many_micro_batches_as_the_formula_says(
         assert one["events"] == [[kind, stage, micro] for kind, micro, stage in order]
 
 
+@pytest.mark.slow
 def test_activations_are_kept_for_as_many_micro_batches(bench: Bench) -> None:
     """Peak of live tensors on the first rank: gpipe keeps all 16 micro batches, 1f1b two of them.
 

@@ -72,7 +72,7 @@ def films(tmp_path_factory: pytest.TempPathFactory, pool: WorkerPool) -> Iterato
     yield bench
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [("parallel.replicate=2",), ("parallel.shard=2",)], ids=" ".join
 )

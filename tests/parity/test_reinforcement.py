@@ -54,6 +54,7 @@ def returns(run: Run) -> list[float]:
     return [row["mean_return"] for row in run.evaluations]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -50,7 +50,7 @@ def test_replicas_follow_one_worker(bench: Bench, replicas: Replicas) -> None:
     assert_same_curve(bench.run(*replicas.overrides), bench.run())
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_micro_batch_does_not_move_the_curve(bench: Bench, size: int) -> None:
     assert_same_curve(bench.run(f"train.micro_batch_samples={size}"), bench.run())
@@ -62,7 +62,7 @@ def test_accumulation_inside_replicas_does_not_move_the_curve(bench: Bench, size
     assert_same_curve(found, bench.run())
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [TWO_PROCESSES, FOUR_THREADS], ids=str)
 def test_muon_in_any_layout(bench: Bench, replicas: Replicas) -> None:
     """By its defaults. Orthogonalised in bfloat16, as by torch.optim.Muon, a last-place difference
@@ -72,7 +72,7 @@ def test_muon_in_any_layout(bench: Bench, replicas: Replicas) -> None:
     assert_same_curve(bench.run(*replicas.overrides, *change), bench.run(*change), curve=1e-6)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("replicas", [TWO_PROCESSES, FOUR_THREADS], ids=str)
 @pytest.mark.parametrize("change", [PADDED, GPT2, FROZEN], ids=["padded", "gpt2-dropout", "frozen"])
 def test_other_recipes_in_any_layout(
@@ -96,6 +96,7 @@ def test_bfloat16_stays_in_the_band_of_one_worker(bench: Bench) -> None:
         assert largest_difference(found, one) < 3 * band
 
 
+@pytest.mark.slow
 def test_dropout_was_on(bench: Bench) -> None:
     """The parity of gpt2 above would hold without any dropout: so it must move the curve."""
     without = bench.run(*SHORT, *GPT2, "model.dropout=off")
@@ -126,7 +127,7 @@ def test_the_same_run_twice_gives_the_same_digits(bench: Bench, replicas: Replic
     assert again.weights == first.weights
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [("train.micro_batch_samples=1",), ("train.micro_batch_samples=4", *SHORT, *PADDED)],

@@ -78,7 +78,7 @@ def logits(folder: Path) -> Tensor:
     return found
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_it_trains_what_a_rounded_model_trains(

@@ -31,6 +31,7 @@ def largest_difference(found: Run, wanted: Run) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cut", "more"),
     [
@@ -152,6 +153,7 @@ def test_pushes_may_be_encoded(bench: Bench, codec: str, share: float, loss: flo
     assert ours == pytest.approx(theirs, rel=loss) and ours != theirs
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("optimizer", "more", "tolerance"),
     [

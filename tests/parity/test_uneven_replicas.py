@@ -43,6 +43,7 @@ def measured(kind: str, *more: str) -> str:
     return f"sync={{{', '.join([f'kind: {kind}', *more, 'shares: measured'])}}}"
 
 
+@pytest.mark.slow
 def test_every_step_gives_the_slow_one_less_and_the_same_loss(bench: Bench) -> None:
     """Sums are added in another order, which is rounding: 24 steps of float32."""
     found = throttled(bench, *TWO, *LENGTH, measured("every-step"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import traceback
@@ -140,13 +141,21 @@ _INTERRUPTED = 130
 """typer's own status for a KeyboardInterrupt, which it does not let through."""
 
 
+def _of(words: Sequence[str]) -> typer.Typer:
+    """The application with the one command that `words` begin with: a tenth of a start is the rest."""
+    alone = copy.copy(app)
+    alone.registered_commands = [c for c in app.registered_commands if [c.name] == [*words[:1]]]
+    alone.registered_groups = [g for g in app.registered_groups if [g.name] == [*words[:1]]]
+    return alone if alone.registered_commands or alone.registered_groups else app
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done, 2 the user's mistake, 75 stopped and saved, 1 the rest."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
     try:
-        status = app(args=given, standalone_mode=False) or 0
+        status = _of(given)(args=given, standalone_mode=False) or 0
         if status == _INTERRUPTED:
             raise KeyboardInterrupt
     except ShoalError as error:

@@ -345,6 +345,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("number", "said", "seconds"),
     [("SIGKILL", "the donor went away; ask another donor", 0.5), ("SIGSTOP", "no whole answer", 2)],

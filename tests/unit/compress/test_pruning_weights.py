@@ -165,6 +165,7 @@ def test_an_encoder_and_a_decoder_are_refused(workers: Workers) -> None:
         compress_blocks(model, anatomy_of(model), IDS, how, workers=workers)
 
 
+@pytest.mark.slow
 def test_what_is_zero_stays_zero_in_training(bench: Bench) -> None:
     """From a folder with zeros, in two layouts: they stay, all else moves, the losses agree."""
     first = bench.run("train.steps=4")

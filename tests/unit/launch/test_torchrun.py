@@ -28,6 +28,7 @@ def torchrun(bench: Bench, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_two_workers_join(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "joined"
     found = torchrun(bench, "parallel.replicate=2", "--out", str(out))

@@ -111,12 +111,21 @@ def activation_bytes(
 
 
 def stage_parameters(
-    facts: ModelFacts, *, blocks: int, candidate: Candidate, first: bool, last: bool
+    facts: ModelFacts,
+    *,
+    blocks: int,
+    candidate: Candidate,
+    first: bool,
+    last: bool,
+    experts: str = "own",
 ) -> float:
-    """Parameters that one device holds of its stage before the shard axis splits them."""
+    """Parameters that one device holds of its stage before the shard axis splits them.
+
+    `experts`: those of the device, its `own`, or `all`.
+    """
     layout = candidate.layout
     whole = blocks * facts.block_parameters
-    if facts.experts and layout.expert > 1:
+    if facts.experts and layout.expert > 1 and experts == "own":
         routed = facts.expert_layers * facts.experts * facts.expert_parameters / facts.layers
         whole -= blocks * routed * (1 - 1 / layout.expert)
     if first:
@@ -151,8 +160,9 @@ def memory_of(
     parameters = stage_parameters(
         facts, blocks=stage.blocks, candidate=candidate, first=first, last=last
     )
-    spread = replace(candidate, layout=replace(layout, expert=1))
-    every = stage_parameters(facts, blocks=stage.blocks, candidate=spread, first=first, last=last)
+    every = stage_parameters(
+        facts, blocks=stage.blocks, candidate=candidate, first=first, last=last, experts="all"
+    )
     states = _states(parameters, every, workload=workload, candidate=candidate, software=software)
     tokens = candidate.micro_batch_samples * workload.sequence_tokens / layout.context
     held = in_flight(

@@ -93,14 +93,14 @@ class Sign(Codec):
 
 
 class TopK(Codec):
-    """The largest values alone, as pairs of index and value: 8 bytes each, in blocks 3."""
+    """The largest values alone, as pairs of index and value: 8 bytes each, in blocks 3 or 1."""
 
     kind: Literal["topk"] = "topk"
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Of the values of this rank."""
-    block: Literal[64, 128, 256] | None = None
-    """Choose the largest of each so many values: a byte says where, and the value is bfloat16.
-    None: the largest of all, with four bytes each."""
+    block: Literal[16, 64, 128, 256] | None = None
+    """Choose the largest of each so many values: a byte says where, and the value is bfloat16; of
+    16, place and value share a byte. None: the largest of all, with four bytes each."""
     error_feedback: bool = True
     """Add what a sum left out to the next one; without it this does not learn."""
 

@@ -35,6 +35,7 @@ SECTIONS: dict[str, Any] = {
     "sign": Sign(),
     "topk": TopK(fraction=0.05),
     "topk-blocks": TopK(fraction=0.05, block=256),
+    "topk-sixteen": TopK(fraction=0.125, block=16),
     "powersgd": PowerSGD(),
 }
 LARGEST = {
@@ -47,6 +48,7 @@ LARGEST = {
     "sign": 1.2,
     "topk": 0.9,
     "topk-blocks": 0.9,
+    "topk-sixteen": 0.8,
     "powersgd": 1.0,
 }
 """Of the distance from the true sum, over its length, for normal numbers."""
@@ -127,6 +129,27 @@ def test_two_roundings_as_numpy_makes_them(section: Any, levels: int, block: int
     plain = section.model_copy(update={"error_feedback": False})
     wanted = rounded(np.add(rounded(drawn(0).numpy()), rounded(drawn(1).numpy()), dtype="f4"))
     found = summed(plain, 2)[0][0][0].numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_the_two_largest_of_sixteen_as_numpy_chooses_them() -> None:
+    """Rounded to 7 levels of the largest of 256, each rank's added to the other's."""
+
+    def sent(values: np.ndarray) -> np.ndarray:
+        rows = values.reshape(-1, 256)
+        scales = (np.abs(rows).max(axis=1, keepdims=True) / np.float32(7)).astype("f4")
+        sixteens = rows.reshape(-1, 16)
+        kept = np.zeros_like(sixteens)
+        places = np.argsort(-np.abs(sixteens), axis=1)[:, :2]
+        np.put_along_axis(kept, places, np.take_along_axis(sixteens, places, 1), 1)
+        with np.errstate(invalid="ignore"):  # a row of nothing
+            codes = np.nan_to_num(np.rint(kept.reshape(-1, 256) / scales))
+        return (codes * scales).reshape(-1)
+
+    assert LAYOUT.numel % 256 == 0
+    section = TopK(fraction=0.125, block=16, error_feedback=False)
+    found = summed(section, 2)[0][0][0].numpy()
+    wanted = sent(drawn(0).numpy()) + sent(drawn(1).numpy())
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
 
 

@@ -80,6 +80,8 @@ def expected(section: dict[str, Any], step: int, size: int) -> Sent:
     """What step `step` (from 1) sends."""
     policy, codec = section["kind"], section.get("codec", {"kind": "none"})["kind"]
     if policy == "every-step":
+        if section.get("codec", {}).get("block") == 16:
+            return {"all_gather": (size - 1) * (2 * 16 + 4) * math.ceil(N / 256)}
         if section.get("codec", {}).get("block"):
             return {"all_gather": (size - 1) * 3 * 13 * math.ceil(N / 256)}
         return one_sum(codec, size)
@@ -108,6 +110,7 @@ SECTIONS: list[dict[str, Any]] = [
     ),
     {"kind": "local-sgd", "every_steps": 4},
     {"kind": "every-step", "codec": {"kind": "topk", "block": 256, "fraction": 0.05}},
+    {"kind": "every-step", "codec": {"kind": "topk", "block": 16, "fraction": 0.125}},
     {"kind": "gossip", "meet_every_steps": 4},
 ]
 

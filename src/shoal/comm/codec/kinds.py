@@ -12,11 +12,20 @@ from shoal.comm.codec import rounding
 from shoal.comm.codec.codec import Codec, Encoding, NoCodec
 from shoal.comm.codec.compression import Compression
 from shoal.comm.codec.power_sgd import PowerSGD
-from shoal.comm.codec.top_k import TopK, TopOfBlocks
+from shoal.comm.codec.top_k import TopK, TopOfBlocks, TopOfSixteen
 from shoal.comm.flat import FlatLayout
 from shoal.config.sync import CodecSection, MessageCodec
 
 _Make = Callable[[Any, FlatLayout, int, torch.device], Codec]
+
+
+def _top(section: Any) -> Codec:
+    if section.block is None:
+        return TopK(fraction=section.fraction)
+    if section.block == TopOfSixteen.block:
+        return TopOfSixteen(fraction=section.fraction)
+    return TopOfBlocks(fraction=section.fraction, block=section.block)
+
 
 KINDS: dict[str, _Make] = {
     "none": lambda section, *_: NoCodec(),
@@ -25,11 +34,7 @@ KINDS: dict[str, _Make] = {
     "int8": lambda section, *_: rounding.Int8(block=section.block, stochastic=section.stochastic),
     "int4": lambda section, *_: rounding.Int4(block=section.block, stochastic=section.stochastic),
     "sign": lambda section, *_: rounding.Sign(block=section.block),
-    "topk": lambda section, *_: (
-        TopK(fraction=section.fraction)
-        if section.block is None
-        else TopOfBlocks(fraction=section.fraction, block=section.block)
-    ),
+    "topk": lambda section, *_: _top(section),
     "powersgd": lambda section, layout, numel, device: PowerSGD(
         layout, rank=section.rank, numel=numel, device=device
     ),

@@ -68,3 +68,42 @@ class TopOfBlocks(Codec):
             total.scatter_add_(1, at, theirs.view(torch.bfloat16).float())
         values.copy_(total.view(-1)[:numel])
         return sent.view(-1)[:numel].to(values.dtype)
+
+
+class TopOfSixteen(Codec):
+    """`fraction` of each 16 values, by magnitude: four bits for the place, four for the value.
+
+    The values of 256 share a scale, a float32, so each rank sends (size - 1) x 1 byte for each
+    value that it chooses and 4 for each 256 that it has: at 2 of 16 an eighth of the values in 3.5
+    percent of their bytes. What rounding leaves is owed as what was left out is.
+    """
+
+    block, scaled, levels = 16, 256, 7
+
+    def __init__(self, *, fraction: float) -> None:
+        self.count = max(1, math.ceil(fraction * self.block))
+
+    def sum_(self, group: Group, values: Tensor, *, key: int) -> Tensor:
+        numel, parts = values.numel(), -(-values.numel() // self.scaled)
+        rows = values.new_zeros(parts * self.scaled, dtype=torch.float32)
+        rows[:numel] = values
+        rows = rows.view(parts, -1, self.block)
+        places = torch.topk(rows.abs(), self.count, dim=2, sorted=False).indices
+        chosen = rows.gather(2, places)
+        scales = chosen.abs().amax(dim=(1, 2)) / self.levels
+        scales = torch.where(torch.isfinite(scales), scales, torch.nan)
+        codes = (chosen / scales.view(-1, 1, 1)).nan_to_num_(0.0).round_() + self.levels
+        packed = (places * 16 + codes.long()).to(torch.uint8).view(parts, -1)
+        wire = torch.cat([packed, scales.view(-1, 1).view(torch.uint8)], dim=1)
+        total = torch.zeros_like(rows)
+        for each in group.gather(wire):
+            total += self._decoded(each, rows)
+        values.copy_(total.view(-1)[:numel])
+        return self._decoded(wire, rows).view(-1)[:numel].to(values.dtype)
+
+    def _decoded(self, wire: Tensor, like: Tensor) -> Tensor:
+        """What `wire`, uint8 [parts, bytes], says, as float32 of the shape of `like`."""
+        packed = wire[:, :-4].view(*like.shape[:2], self.count).long()
+        scales = wire[:, -4:].contiguous().view(torch.float32).view(-1, 1, 1)
+        found = (packed % 16 - self.levels) * scales
+        return torch.zeros_like(like).scatter_(2, packed // 16, found)

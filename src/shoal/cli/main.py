@@ -142,7 +142,7 @@ _INTERRUPTED = 130
 
 
 def _of(words: Sequence[str]) -> typer.Typer:
-    """The application with the one command that `words` begin with: a tenth of a start is the rest."""
+    """The application with the one command that `words` begin with; the rest takes a tenth."""
     alone = copy.copy(app)
     alone.registered_commands = [c for c in app.registered_commands if [c.name] == [*words[:1]]]
     alone.registered_groups = [g for g in app.registered_groups if [g.name] == [*words[:1]]]

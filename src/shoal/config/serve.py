@@ -54,6 +54,11 @@ class ServeSection(Section):
     """Replicas, each a process with a copy of the model; auto: timed at the first start."""
     threads: Count | Auto = "auto"
     """Cores that one replica computes with; auto: what is fastest, or all, divided by replicas."""
+    tensor: Count = 1
+    """Ranks that hold a part of every layer of one replica: threads of its process."""
+    pieces: Count | Auto = "auto"
+    """Of sums over a layer's inputs, added in order: an answer has the same bits under every
+    `tensor` that divides them. auto: as many as `tensor`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of weights, products and the cache."""
     weights: Literal["full", "int8"] = "full"
@@ -105,6 +110,25 @@ class ServeSection(Section):
                 f"engine {self.engine} takes no {idle[0]}: {self.engine} decides that itself; "
                 "leave it out, or give what its program has for it in `arguments`"
             )
+        return self
+
+    @property
+    def sum_pieces(self) -> int:
+        """`pieces` as a number."""
+        return self.tensor if self.pieces == "auto" else self.pieces
+
+    @model_validator(mode="after")
+    def _divided(self) -> ServeSection:
+        pieces = self.sum_pieces
+        if pieces % self.tensor:
+            raise ValueError(
+                f"tensor: {self.tensor} does not divide pieces: {pieces}, so no rank has whole "
+                "pieces; give a multiple of it, or leave pieces out"
+            )
+        if pieces > 1 and self.exact == "off":
+            raise ValueError("exact: off goes with tensor: 1 and pieces: 1; leave exact at auto")
+        if pieces > 1 and self.adapters:
+            raise ValueError("adapters are served whole; leave tensor and pieces at 1")
         return self
 
     @model_validator(mode="after")

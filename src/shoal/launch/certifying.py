@@ -7,9 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from shoal.config.serve import ServeSection
 from shoal.environment import usable_cores
@@ -17,7 +19,9 @@ from shoal.errors import WorkerError
 from shoal.launch.pool import WorkerPool
 from shoal.launch.serving import Fleet
 from shoal.serve.cache import Cache
-from shoal.serve.certificate import Answers, Certificate, Found, certify
+from shoal.serve.certificate import Answers, Certificate, Condition, Found, certify, judged
+from shoal.serve.divided import Divided
+from shoal.serve.part import Part
 from shoal.serve.reading import model_directory
 from shoal.serve.request import Event, Request, Scored
 from shoal.serve.runner import Runner, load
@@ -44,20 +48,33 @@ def certify_folder(
     threads = settings.threads
     torch.set_num_threads(usable_cores() if threads == "auto" else threads)
     say(f"reading {folder}")
-    model = load(folder, precision=settings.precision)
-    size = settings.block_tokens
-    runner = Runner(model, num_blocks=2, block_tokens=size, int8=settings.weights == "int8")
+    size, pieces = settings.block_tokens, settings.sum_pieces
+    read = partial(load, folder, precision=settings.precision)
+
+    def make(model: nn.Module, part: Part) -> Runner:
+        int8 = settings.weights == "int8"
+        return Runner(model, num_blocks=2, block_tokens=size, int8=int8, part=part)
+
+    runner = make(read(), Part(pieces=pieces))
     most = 4 * num_requests * blocks_for(min(runner.sizes.context, 256), size)
     runner.cache = Cache(min(most, 512), size)
     say(f"serving {num_requests} requests alone, then in company")
 
-    def by_replicas(requests: Sequence[Request], alone: Answers) -> list[Found]:
-        return [
-            _by_two(folder, settings, requests, alone, kills=kills, say=say)
-            for kills in (False, True)
-        ]
+    def in_other_ways(requests: Sequence[Request], alone: Answers) -> list[Found]:
+        found = []
+        for degree in range(2, pieces + 1):
+            if pieces % degree == 0:
+                say(f"tensor {degree}")
+                cores = torch.get_num_threads()
+                ranks = Divided(read, make, degree=degree, pieces=pieces, threads=cores)
+                ranks.cache = runner.cache
+                found.append(judged(ranks, requests, alone, Condition(f"tensor {degree}")))
+                ranks.close()
+        for kills in (False, True):
+            found.append(_by_two(folder, settings, requests, alone, kills=kills, say=say))
+        return found
 
-    return certify(runner, name=str(folder), num_requests=num_requests, also=by_replicas, say=say)
+    return certify(runner, name=str(folder), num_requests=num_requests, also=in_other_ways, say=say)
 
 
 def _by_two(

@@ -206,6 +206,8 @@ class Fleet:
         payload = {
             "folder": str(model.folder),
             "threads": self.threads,
+            "tensor": chosen.tensor,
+            "pieces": chosen.sum_pieces,
             "cache_bytes": None if chosen.cache_bytes == "auto" else chosen.cache_bytes,
             "precision": chosen.precision,
             "exact": chosen.exact == "auto",

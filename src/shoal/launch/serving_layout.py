@@ -132,7 +132,8 @@ def _seconds(fleet: Fleet) -> float:
 def _path(folder: Path, settings: ServeSection, ways: list[tuple[int, int]]) -> Path:
     """Where the speeds of this model on this machine are kept."""
     config = (folder / "config.json").read_text(encoding="utf-8")
-    key = [__version__, config, settings.precision, settings.weights, settings.exact, ways]
+    degrees = (settings.tensor, settings.sum_pieces)
+    key = [__version__, config, settings.precision, settings.weights, settings.exact, degrees, ways]
     name = xxhash.xxh3_64_hexdigest(json.dumps(key).encode())
     return cache_directory() / "timed" / f"{machine_key()}-serve-{name}.json"
 

@@ -10,7 +10,7 @@ DTensor is not used inside: a fused projection that is cut piece by piece has no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +66,7 @@ def apply_tensor(
             "partial": holding.partial | partial,
         }
     cuts = holdings.changed(changes)
-    _cut_parameters(model, cuts)
+    cut_parameters(model, cuts)
     assert ties_of(model) == anatomy.ties, "tensor: the tied parameters changed"
     _exchange_in_regions(model, anatomy, exchange)
     _localise(model, anatomy, exchange, cuts)
@@ -117,7 +117,8 @@ def check_degree(model: nn.Module, anatomy: Anatomy, degree: int) -> None:
         raise ModelError("\n".join([f"{type(model).__name__}:", *map(str, found)]))
 
 
-def _cut_parameters(model: nn.Module, cuts: Holdings) -> None:
+def cut_parameters(model: nn.Module, cuts: Mapping[str, Holding]) -> None:
+    """Leave of every parameter, by canonical name, the segments that `cuts` has; in place."""
     made: dict[int, nn.Parameter] = {}
     kept = []  # the originals stay alive: their ids are keys
     for path, module in list(model.named_modules(remove_duplicate=False)):

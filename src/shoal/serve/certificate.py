@@ -11,6 +11,7 @@ import torch
 
 from shoal.models.anatomy import head_parameters, hidden_of, logits_of
 from shoal.serve.cache import Cache, Rows
+from shoal.serve.divided import Divided
 from shoal.serve.engine import Engine
 from shoal.serve.request import Request, Sampling, Scored
 from shoal.serve.runner import Runner
@@ -139,7 +140,7 @@ def certify(
     result = Certificate(name, str(runner.report))
     for condition in conditions:
         say(condition.name)
-        result.found.append(_judged(runner, requests, alone, condition))
+        result.found.append(judged(runner, requests, alone, condition))
     if also is not None:
         result.found += also(requests, alone)
     say("the training's loss of what was served")
@@ -181,12 +182,10 @@ def against_training(
     return Training(tokens, different, largest)
 
 
-def _judged(
-    runner: Runner,
-    requests: list[Request],
-    alone: dict[str, tuple[Scored, ...]],
-    condition: Condition,
+def judged(
+    runner: Runner | Divided, requests: Sequence[Request], alone: Answers, condition: Condition
 ) -> Found:
+    """What serving all `requests` at once under `condition` gives, beside each `alone`."""
     whole, threads = runner.cache, torch.get_num_threads()
     if condition.tight:
         size = whole.block_tokens

@@ -13,6 +13,7 @@ from torch import Tensor
 from shoal.errors import UserError
 from shoal.serve.blocks import Blocks
 from shoal.serve.cache import SINK, Span
+from shoal.serve.divided import Divided
 from shoal.serve.grammar import Following, Grammars
 from shoal.serve.request import Event, Finish, Request, Scored
 from shoal.serve.runner import Runner, log_probabilities
@@ -64,7 +65,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | Divided,
         *,
         step_tokens: int = 128,
         max_running: int = 64,

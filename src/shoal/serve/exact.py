@@ -10,7 +10,7 @@ Shapes: R rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
@@ -35,7 +35,7 @@ _WIDE = 1024
 2.13): such a product is made of parts."""
 _HINT = 16
 """Rows that oneDNN is told to expect: with 1 it packs for another kernel."""
-_LANES = 32
+LANES = 32
 """Floats that torch's vectorised loops take at once; what is left over is computed by other code,
 whose silu, sigmoid, gelu (tanh) and softplus differ in the last bit (seen with torch 2.13)."""
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -54,11 +54,13 @@ class Report:
     """Products that stand for several layers, by the path of their module."""
     num_int8: int = 0
     """Products whose weights are whole numbers of 8 bits."""
+    keeps_columns: bool = True
+    """Whether outputs have the same bits beside fewer others, on a rank of the tensor axis."""
 
     @property
     def proven(self) -> bool:
         """Whether every product gives a row the same bits in any company."""
-        return all(way.proven for way in self.ways.values())
+        return self.keeps_columns and all(way.proven for way in self.ways.values())
 
     def __str__(self) -> str:
         packed = sum(way.packed for way in self.ways.values())
@@ -72,6 +74,8 @@ class Report:
         )
         if self.num_int8:
             text += f"; {self.num_int8} products of int8 weights and rows, the head's is whole"
+        if not self.keeps_columns:
+            text += "; not exact: layers in parts have other bits than whole ones"
         return text + (f"; not exact: {', '.join(failed)}" if failed else "")
 
 
@@ -146,18 +150,63 @@ def way_for(weight: Tensor, bias: Tensor | None = None) -> Way:
     return Way(False, 1, proven=False)
 
 
+@torch.no_grad()
+def keeps_columns(widths: Collection[int], *, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether an output has the same bits in products of any of `widths` outputs."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(max(widths), inputs, generator=generator).to(dtype)
+    rows = probe_rows(inputs, count=3, dtype=dtype)
+
+    def product(width: int) -> Tensor:
+        own = weight[:width]
+        return Product(own, None, way_for(own))(rows)
+
+    whole = product(max(widths))
+    return all(torch.equal(product(width), whole[:, :width]) for width in widths)
+
+
 def _pieces(inputs: int, packed: bool) -> tuple[int, ...]:
     """Numbers of parts of the inputs to try, the likeliest first."""
     half = -(-inputs // _WIDE)
     return (half, 1) if packed and half > 1 and inputs % half == 0 else (1,)
 
 
-def make_exact(model: nn.Module, *, release: bool = False, int8: bool = False) -> Report:
+@dataclass(frozen=True)
+class Sums:
+    """Layers whose products are parts of sums: `own` pieces each here, `all_of` gets the others'.
+
+    The pieces of all are added in order, then the bias.
+    """
+
+    layers: Sequence[nn.Module] = ()
+    own: int = 1
+    all_of: Callable[[list[Tensor]], list[Tensor]] = list
+
+    def forward(
+        self, products: Sequence[AnyProduct], bias: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
+        """The forward of a layer with a product for each piece of its inputs."""
+
+        def forward(rows: Tensor) -> Tensor:
+            parts = rows.chunk(len(products), dim=-1)
+            first, *others = self.all_of([own(part) for own, part in zip(products, parts)])
+            for each in others:
+                first = first + each
+            return first if bias is None else first + bias
+
+        return forward
+
+
+def make_exact(
+    model: nn.Module, *, release: bool = False, int8: bool = False, sums: Sums | None = None
+) -> Report:
     """Swap the products of `model`'s layers, experts too, for exact ones; says which were found.
 
     `release`: the layers' own weights are given up where a packed copy has them (a layer whose
-    weight another module shares, such as a tied embedding, keeps it). Idempotent.
+    weight another module shares, such as a tied embedding, keeps it). Idempotent. `sums`: layers
+    that are made of pieces.
     """
+    sums = sums or Sums()
     if int8 and (why := cannot_multiply()) is not None:
         raise UserError(f"serve.weights: int8 cannot be served here: {why}\n    leave it at full")
     maker = _Maker(int8)
@@ -167,6 +216,10 @@ def make_exact(model: nn.Module, *, release: bool = False, int8: bool = False) -
     made = {id(layer): each.product for each in joined.values() for layer in each.layers}
     for module, weight, bias in _linears(model):
         product = made.get(id(module))
+        if any(module is each for each in sums.layers):
+            pieces = [maker.of(each, None) for each in weight.chunk(sums.own, dim=1)]
+            module.forward = sums.forward(pieces, bias)  # type: ignore[method-assign]
+            product = pieces[0]
         if product is None:
             product = maker.of(weight, bias, head=module is head)
             module.forward = product.forward  # type: ignore[method-assign]
@@ -260,7 +313,7 @@ def _join(model: nn.Module, maker: _Maker) -> dict[str, Together]:
 
 
 def _is_plain(layer: Any) -> bool:
-    return type(layer) is nn.Linear and layer.out_features % _LANES == 0
+    return type(layer) is nn.Linear and layer.out_features % LANES == 0
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:
@@ -330,7 +383,7 @@ def rows_multiple(model: nn.Module) -> int:
     Torch's vectorised loops end, in each thread, with code for what is left; with this multiple
     nothing is left. Also what products that cannot be swapped need.
     """
-    lanes = _LANES * torch.get_num_threads()
+    lanes = LANES * torch.get_num_threads()
     multiple = 1
     for width in _widths(model):
         multiple = max(multiple, lanes // gcd(width, lanes))

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ def _engine(payload: dict[str, Any]) -> Any:
     import torch
 
     from shoal.serve.cache import Cache
+    from shoal.serve.divided import Divided
     from shoal.serve.engine import Engine
     from shoal.serve.generate import end_tokens
     from shoal.serve.grammar import Grammars
+    from shoal.serve.part import Part
     from shoal.serve.pooled import Pooled
     from shoal.serve.reading import kind_of
     from shoal.serve.runner import Runner, load
@@ -70,22 +73,32 @@ def _engine(payload: dict[str, Any]) -> Any:
             exact=payload["exact"],
             int8=payload["int8"],
         )
-    model = load(Path(payload["folder"]), precision=payload["precision"])
     size = payload["block_tokens"]
-    runner = Runner(
-        model,
-        num_blocks=2,
-        block_tokens=size,
-        exact=payload["exact"],
-        int8=payload["int8"],
-        release=True,
-        adapters=payload["adapters"],
-    )
-    runner.cache = Cache(_num_blocks(runner.sizes, payload["cache_bytes"], size), size)
     folder = Path(payload["folder"])
+    read = partial(load, folder, precision=payload["precision"])
+
+    def make(model: Any, part: Part) -> Runner:
+        return Runner(
+            model,
+            num_blocks=2,
+            block_tokens=size,
+            exact=payload["exact"],
+            int8=payload["int8"],
+            release=True,
+            adapters=payload["adapters"],
+            part=part,
+        )
+
+    degree, pieces = payload["tensor"], payload["pieces"]
+    runner: Runner | Divided
+    if degree > 1:
+        runner = Divided(read, make, degree=degree, pieces=pieces, threads=payload["threads"])
+    else:
+        runner = make(read(), Part(pieces=pieces))
+    runner.cache = Cache(_num_blocks(runner.sizes, payload["cache_bytes"], size), size)
 
     def grammars() -> Grammars:
-        ends = end_tokens(folder, model.config)
+        ends = end_tokens(folder, runner.model.config)
         return Grammars(folder, vocabulary=runner.sizes.vocabulary, ends=ends)
 
     return Engine(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from shoal.errors import ModelError
-from shoal.models.anatomy import anatomy_of, check_logits, hidden_of, logits_of
+from shoal.models.anatomy import hidden_of, logits_of
 from shoal.models.kernels import MaskRequest
 from shoal.serve.adapters import Adapters
 from shoal.serve.cache import Cache, Paged, Rows, Span, least_rows
-from shoal.serve.exact import Report, check_positions, make_exact, rows_multiple
+from shoal.serve.exact import Report, Sums, check_positions, make_exact, rows_multiple
 from shoal.serve.fuse import fuse_attention, fuse_norms
+from shoal.serve.part import Part
 from shoal.serve.reading import read_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,18 +52,24 @@ class Runner:
         release: bool = False,
         int8: bool = False,
         adapters: Mapping[str, str] | None = None,
+        part: Part | None = None,
     ) -> None:
         """`exact`: swap the products (serve/exact.py); `int8`: for those of 8 bits.
 
-        `adapters`: folders by name. Raises ModelError if it cannot be served, and UserError where
-        torch has no products of 8 bits.
+        `adapters`: folders by name. `part`: which part to hold of `model`; None: all of it.
+        Raises ModelError if it cannot be served, and UserError where torch has no products of 8
+        bits.
         """
         if getattr(model, "shoal_own_attention", False):
             raise ModelError(
                 f"{type(model).__name__}: its attention is code of its own, which knows no cache "
                 "of blocks\n    serve a family of docs/guide/models.md that takes kernels"
             )
-        self.model = model
+        self.model, self.part = model, part or Part()
+        if adapters and self.part.pieces > 1:
+            raise ModelError("adapters are served whole: leave serve.tensor and serve.pieces at 1")
+        if not self.part.is_cut:
+            self.part.cut(model)
         self._keys = _shapes_of_attention(model)
         key_heads, size, value_size = self._keys
         config: Any = model.config
@@ -76,11 +83,14 @@ class Runner:
             token_bytes=text.num_hidden_layers * key_heads * (size + value_size) * dtype.itemsize,
             window=_window_of(text),
         )
-        self.anatomy = check_logits(model, anatomy_of(model))
         self.report: Report | None = None
         exact = exact or int8
         if exact:
-            self.report = make_exact(model, release=release, int8=int8)
+            sums = Sums(self.part.sums, self.part.own_pieces, self.part.all_of)
+            self.report = make_exact(model, release=release, int8=int8, sums=sums)
+            if self.part.pieces > 1:
+                kept = self.part.keeps_columns(self.report)
+                self.report = replace(self.report, keeps_columns=kept)
             fuse_norms(model)
         self.adapters = Adapters(model, adapters or {})
         self.multiple = rows_multiple(model) if exact else 1
@@ -95,7 +105,8 @@ class Runner:
         self._logits = logits_of(model)
         cap = getattr(text, "final_logit_softcapping", None)
         lanes = 32 * torch.get_num_threads()
-        self._head_multiple = lanes if exact and cap and text.vocab_size % lanes else 1
+        entries = -(-text.vocab_size // (self.part.degree if self.part.head_is_cut else 1))
+        self._head_multiple = lanes if exact and cap and entries % lanes else 1
 
     @property
     def exact(self) -> bool:

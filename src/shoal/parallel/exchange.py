@@ -130,8 +130,8 @@ def _gathered(part: Tensor, exchange: Exchange) -> Tensor:
     parts = part.new_empty(exchange.size, *part.shape)
     with exchange.sending("all_gather", (exchange.size - 1) * part.nbytes):
         all_gather_into(parts.flatten(0, 1), part.contiguous(), group=exchange.group)
-    # [t, B, T/t, D] -> [B, t, T/t, D] -> [B, T, D]
-    return parts.transpose(0, 1).flatten(1, 2)
+    # [t, B, T/t, D] -> [B, t, T/t, D] -> [B, T, D]; of one token each that would be a view
+    return parts.transpose(0, 1).flatten(1, 2).contiguous()
 
 
 def _scattered(partial: Tensor, exchange: Exchange) -> Tensor:
@@ -180,4 +180,4 @@ def _swapped(part: Tensor, exchange: Exchange, dims: tuple[int, int]) -> Tensor:
     parts = torch.empty_like(own)
     with exchange.sending("all_to_all", own.nbytes // exchange.size * (exchange.size - 1)):
         dist.all_to_all_single(parts.flatten(0, 1), own.flatten(0, 1), group=exchange.group)
-    return parts.movedim(0, join).flatten(join, join + 1)
+    return parts.movedim(0, join).flatten(join, join + 1).contiguous()

@@ -80,3 +80,38 @@ def test_every_row_meets_its_expert_and_comes_back(
         away = sum(COUNTS[rank]) - sum(COUNTS[rank][2 * rank : 2 * rank + 2])
         theirs = sum(total[rank]) - sum(COUNTS[rank][2 * rank : 2 * rank + 2])
         assert one["sent"] == {"all_to_all": 2 * size * (away + theirs) + (RANKS - 1) * 2 * 8}
+
+
+def run_joined(payload: dict[str, Any], descriptor: int) -> int:
+    """Entry point of a worker: gathers a token of each rank, and swaps heads for tokens."""
+    rank, device = payload["rank"], torch.device("cpu")
+    meeting = Path(payload["store"]).as_uri()
+    start_process_group(rank=rank, size=RANKS, device=device, meeting=meeting, timeout_seconds=60)
+    exchange = Exchange(dist.group.WORLD, rank=rank, size=RANKS)
+    token = torch.arange(2 * WIDTH).view(2, 1, WIDTH).float() + 100 * rank
+    heads = torch.arange(2 * RANKS * WIDTH).view(2, RANKS, 1, WIDTH).float() + 100 * rank
+    made = {
+        "gathered": exchange.gather(token),
+        "swapped": exchange.swap(heads, split=1, join=2),
+    }
+    found = {name: (each.is_contiguous(), each.tolist()) for name, each in made.items()}
+    Report(descriptor).say("joined", found={"rank": rank, **found})
+    stop_process_group()
+    return 0
+
+
+def test_what_is_joined_of_one_token_each_can_be_viewed_as_rows(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    """Routers do `hidden.view(-1, width)` (found by the fuzzer: DeepSeek, short rows, tensor 4)."""
+    payload = {"store": str(tmp_path / "store")}
+    tokens = torch.arange(2 * WIDTH).view(2, 1, WIDTH).float()
+    heads = torch.arange(2 * RANKS * WIDTH).view(2, RANKS, 1, WIDTH).float()
+    whole = torch.cat([tokens + 100 * rank for rank in range(RANKS)], dim=1)
+    for found in run_workers(
+        pool, "unit.parallel.test_row_exchange:run_joined", payload, size=RANKS
+    ):
+        assert found["gathered"] == [True, whole.tolist()]
+        own = heads[:, found["rank"] : found["rank"] + 1]
+        joined = torch.cat([own + 100 * rank for rank in range(RANKS)], dim=2)
+        assert found["swapped"] == [True, joined.tolist()]

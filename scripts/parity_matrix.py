@@ -2,6 +2,8 @@
 
 python scripts/parity_matrix.py --results DIR FAMILY ...   run these families (default: all)
 python scripts/parity_matrix.py --results DIR --page       write the page from DIR/FAMILY.json
+
+A family that has no file there keeps what the page has of it, so the matrix can be run in parts.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import sys
 import tempfile
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -87,26 +90,43 @@ def run(families: list[str], results: Path) -> None:
 
 def page(results: Path) -> str:
     """The page from all figures. Raises SystemExit for a family outside its tolerance."""
-    lines, summary, total = [], ["| family | layouts | loss | norm | gradient | where |"], 0
-    summary.append("| --- | --- | --- | --- | --- | --- |")
+    before = PAGE.read_text(encoding="utf-8").splitlines()
+    lines, total = [], 0
+    summary = ["| family | layouts | loss | norm | gradient | where | measured |"]
+    summary.append("| --- | --- | --- | --- | --- | --- | --- |")
     for family in ALL:
         if not (results / f"{family}.json").is_file():
-            summary.append(f"| {family} | not run | | | | |")
+            line, rows = _kept(family, before)
+            summary.append(line)
+            lines, total = lines + rows, total + max(0, len(rows) - 5)
             continue
-        rows = json.loads((results / f"{family}.json").read_text())
-        found, total = [row["found"] for row in rows], total + len(rows)
+        told = json.loads((results / f"{family}.json").read_text())
+        found, total = [row["found"] for row in told], total + len(told)
         worst = max(found, key=lambda each: each["gradient"])
         if any(f["loss"] >= LOSS or f["gradient"] >= GRADIENT for f in found):
             raise SystemExit(f"scripts/parity_matrix.py: {family} is outside its tolerance")
         summary.append(
-            f"| {family} | {len(rows)} | {max(f['loss'] for f in found):.1e} "
-            f"| {max(f['norm'] for f in found):.1e} | {worst['gradient']:.1e} | {worst['where']} |"
+            f"| {family} | {len(told)} | {max(f['loss'] for f in found):.1e} "
+            f"| {max(f['norm'] for f in found):.1e} | {worst['gradient']:.1e} | {worst['where']} "
+            f"| {date.today()} |"
         )
         lines += ["", f"## {family}", "", "| layout | | loss | norm | gradient | where | last |"]
         lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-        lines += [_row(row) for row in rows]
-    summary.append(f"| all | {total} | | | | |")
+        lines += [_row(row) for row in told]
+    summary.append(f"| all | {total} | | | | | |")
     return HEAD + "\n".join([*summary, *lines]) + "\n"
+
+
+def _kept(family: str, page: list[str]) -> tuple[str, list[str]]:
+    """What the page has of a family: its line of the summary, and its section."""
+    line = next((each for each in page if each.startswith(f"| {family} | ")), None)
+    if line is None or f"## {family}" not in page:
+        return f"| {family} | not run | | | | | |", []
+    first = page.index(f"## {family}")
+    rest = page[first + 1 :]
+    size = next((at for at, each in enumerate(rest) if each.startswith("## ")), len(rest) + 1)
+    rows = page[first : first + size]
+    return line if line.count("|") == 8 else f"{line} earlier |", ["", *rows]
 
 
 def _row(row: dict[str, Any]) -> str:

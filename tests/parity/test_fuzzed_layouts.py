@@ -38,6 +38,37 @@ def test_mixes_equal_one_worker(script: Any, fuzzer: Any, count: int, workers: i
     assert {case: what for case, what in found.items() if what is not None} == {}
 
 
+FAILED_ONCE: list[dict[str, Any]] = [
+    # FSDP2's hooks of experts within a block that recomputes: other operations the second time
+    {
+        "family": "deepseek_v3",
+        "micro": 1,
+        "shard": 2,
+        "context": 2,
+        "expert": 2,
+        "level": "optimizer",
+        "recompute": "selective",
+    },
+    {
+        "family": "deepseek_v2",
+        "micro": 1,
+        "pipeline": 2,
+        "shard": 4,
+        "expert": 2,
+        "recompute": "selective",
+    },
+    # one token on each rank: what they join was no rows for a router
+    {"family": "deepseek_v2", "micro": 2, "context": 2, "tensor": 4, "kind": "ulysses"},
+]
+
+
+@pytest.mark.quick(1)
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("fields", FAILED_ONCE, ids=range(len(FAILED_ONCE)))
+def test_what_failed_once(script: Any, fuzzer: Any, fields: dict[str, Any]) -> None:
+    assert fuzzer.wrong([script.Case(**fields)]) == [None]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_goes_on_in_another_layout_after_a_kill(script: Any, fuzzer: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -63,8 +64,27 @@ def _recomputing(run: Callable[..., Any], contexts: Callable[[], Any]) -> Callab
     )
 
 
+class _OnlyKept(TorchDispatchMode):
+    """Lets torch's mode see the operations that are kept alone.
+
+    It counts every operation, and those of FSDP2's hooks within a block (experts are gathered by
+    themselves) are others the second time: what is whole is not gathered again.
+    """
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in _KEPT:
+            return function(*args, **(kwargs or {}))
+        return self._mode.__torch_dispatch__(function, types, args, kwargs)
+
+
 def _selective() -> tuple[Any, Any]:
-    forward, backward = create_selective_checkpoint_contexts(_policy)
+    forward, backward = map(_OnlyKept, create_selective_checkpoint_contexts(_policy))
     ours_forward, ours_backward = checkpoint_contexts()
     return _both(forward, ours_forward), _both(backward, ours_backward)
 

@@ -105,7 +105,35 @@ OF_CLICK = [
 
 MORE = {
     "data/registry.py": ["BERT, 22.7M parameters, 6 layers (all-MiniLM-L6-v2)"],
-    "launch/opening.py": ["{count} tokens", "{count} documents"],
+    "data/prepare.py": ["tokenizing {name}", "reading {name}"],
+    "engine/decision.py": [
+        "1 worker with {threads} core{_1}",
+        "1 worker with {threads} core{_1}, micro batch {micro}, {compute}: {reason}",
+        "{count} processes",
+        "{count} threads",
+        "{count} processes with {threads} cores each",
+    ],
+    "launch/candidates.py": [
+        "1 worker with {threads} core{_1} {seconds} s",
+        "{count} processes {seconds} s",
+        "{count} threads {seconds} s",
+        "{count} processes with {threads} cores each {seconds} s",
+    ],
+    "launch/opening.py": [
+        "{count} tokens",
+        "{count} documents",
+        "before the first step and {every}, on {which} of {count} validation samples ({share})",
+    ],
+    "launch/summary.py": ["next:"],
+    "observe/console.py": ["step", "{count} tokens/s", "perplexity {perplexity}", "accuracy {accuracy}"],
+    "plan/hardware.py": ["{gbit} Gbit/s per device between nodes"],
+    "plan/explain.py": [
+        "{schedule} with {chunks} stages per rank",
+        "One device is enough: it takes {seconds} a step (predicted); "
+        "{workers} devices are {gain} x as fast",
+        "One device alone takes {seconds} a step (predicted); "
+        "{workers} devices are {gain} x as fast",
+    "host", "compute", "activations", "weights", "reserve"],
 }
 """Texts that are put together of words, by the file that does so."""
 

@@ -60,6 +60,13 @@ _WORD = re.compile(r"[A-Za-z]{2,}")
 
 _BALANCED = r"(?:\([^()]*\)|[^()])"
 """What a placeholder holds rather than a part of something in brackets."""
+_FIGURES = {"seconds", "count", "threads", "steps", "step"}
+"""Placeholders for numbers: no list of anything."""
+_CLAUSE = r"(?:[,;:(/]|  | \(| [a-z]{2})"
+"""How a clause begins that stands directly behind another placeholder."""
+_LABEL = re.compile(r"[A-Za-z][a-z ]*: ")
+_FIRST = 4
+"""What it weighs that a message's first word is known."""
 _GAP = re.compile("(?<=[一-鿿，。；：（）、]) +(?=[一-鿿，。；：（）、])")
 """Spaces that Chinese has not."""
 _FEW = 2
@@ -75,10 +82,12 @@ class _Message:
     def __init__(self, entry: Entry) -> None:
         self.parts = _HOLE.split(entry.id.replace("{{", "\0").replace("}}", "\1"))
         self.parts = [part.replace("\0", "{").replace("\1", "}") for part in self.parts]
-        self.literal = sum(map(len, self.parts[::2]))
+        self.weight = sum(map(len, self.parts[::2])) + (_FIRST if self.parts[0] else 0)
         self._text = entry.text
-        self._patterns: list[re.Pattern[str]] = []
-        self.is_short = sum(len(_WORD.findall(part)) for part in self.parts[::2]) <= _FEW
+        self.is_row = "  " in entry.id
+        self._patterns: dict[bool, re.Pattern[str]] = {}
+        words = sum(len(_WORD.findall(part)) for part in self.parts[::2])
+        self.is_short = words <= _FEW and not _LABEL.fullmatch(self.parts[0])
 
     def words(self) -> list[str]:
         """Words that every line of this message holds whole."""
@@ -90,19 +99,22 @@ class _Message:
                     found.append(word[0])
         return found
 
-    def match(self, line: str) -> dict[str, str] | None:
-        """What the placeholders hold in `line`; None where it is no line of this message."""
-        if not self._patterns:
-            self._patterns = [re.compile(self._regex(any_)) for any_ in (_BALANCED, ".")]
-        for pattern in self._patterns:
-            found = pattern.fullmatch(line)
-            if found is not None:
-                return found.groupdict()
-        return None
+    def match(self, line: str, *, strictly: bool) -> dict[str, str] | None:
+        """What the placeholders hold in `line`; None where it is no line of this message.
 
-    def _regex(self, any_: str) -> str:
+        `strictly`: they hold whole brackets, and the first no beginning of another sentence.
+        """
+        if strictly not in self._patterns:
+            self._patterns[strictly] = re.compile(self._regex(strictly=strictly))
+        found = self._patterns[strictly].fullmatch(line)
+        return None if found is None else found.groupdict()
+
+    def _regex(self, *, strictly: bool) -> str:
         """Of two placeholders side by side one is a clause: see `_BEFORE`."""
-        made, seen, clause = [], set(), False
+        made: list[str] = []
+        seen: set[str] = set()
+        clause = False
+        any_ = _BALANCED if strictly else "."
         for number, part in enumerate(self.parts):
             if number % 2 == 0:
                 made.append(re.escape(part))
@@ -116,9 +128,15 @@ class _Message:
             elif is_beside and name in _BEFORE:
                 made.append(f"(?P<{part}>(?:.* )?)")
             else:
-                begins = number == 1 and not self.parts[0]
-                inside = f"(?:(?![;:] ){any_})" if begins else any_
-                held = f"(?:[ ,;:(]{inside}*?)?" if clause else f"{inside}*?"
+                inside = any_
+                bracketed = self.parts[number - 1].endswith("(")
+                if strictly and ((self.is_short and not bracketed) or name in _FIGURES):
+                    inside = f"(?:(?![;:,.] ){any_})"
+                elif strictly and number == 1 and not self.parts[0]:
+                    inside = f"(?:(?![;:] ){any_})"
+                held = f"(?:{_CLAUSE}{inside}*?)?" if clause else f"{inside}*?"
+                if self.is_row and not clause:
+                    held = f" *[^ ]{inside}*?"
                 made.append(f"(?P<{part}>{held})")
             clause = is_beside and part[0] != "_" and name not in _BEFORE
             seen.add(part)
@@ -128,11 +146,12 @@ class _Message:
         """The translation, with what the placeholders hold."""
         text = self._text.replace("{{", "\0").replace("}}", "\1")
         text = _HOLE.sub(lambda hole: held[hole[1]], text)
-        text = _GAP.sub("", text).replace("？。", "？")
+        text = _GAP.sub("", text).replace("？。", "？").replace(" （", "（")
         return text.replace("\0", "{").replace("\1", "}")
 
 
 _OURS = str.maketrans({",": "，", ";": "；", ":": "：", ".": "。"})
+_OURS_ALONE = set(",;:.")
 _THEIRS = " ,;:.，；：。"
 
 
@@ -171,11 +190,12 @@ class Catalogue:
     def _index(self, holed: list[_Message]) -> None:
         """Under the rarest of its words each, so that a line is tried against few."""
         common: dict[str, int] = {}
-        for message in holed:
-            for word in message.words():
+        held = [(message, message.words()) for message in holed]
+        for _, words in held:
+            for word in words:
                 common[word] = common.get(word, 0) + 1
-        for message in holed:
-            words = message.words()
+        self._rows = [message for message in holed if message.is_row]
+        for message, words in held:
             if words:
                 rarest = min(words, key=lambda word: common[word])
                 self._by_word.setdefault(rarest, []).append(message)
@@ -189,9 +209,20 @@ class Catalogue:
     def _line(self, line: str) -> str:
         if len(line) > _LONGEST or not _WORD.search(line):
             return line
-        is_row = "  " in line.strip() and _core(line)[1] not in self._whole
-        found = None if is_row else self._found(line, depth=0)
-        return self._columns(line) if found is None else found
+        lead, bare, trail = _core(line)
+        if "  " in bare and bare not in self._whole:
+            found = self._row(bare)
+            return self._columns(line) if found is None else f"{lead}{found}{trail}"
+        found = self._found(line, depth=0)
+        return line if found is None else found
+
+    def _row(self, text: str) -> str | None:
+        """Of a line whose message has columns itself."""
+        for message in self._rows:
+            held = message.match(text, strictly=True)
+            if held is not None:
+                return message.say({n: self._inner(part, depth=0) for n, part in held.items()})
+        return None
 
     def _columns(self, line: str) -> str:
         """Of a row of a table: each cell on its own, as far apart as it was."""
@@ -218,24 +249,33 @@ class Catalogue:
             return self._whole[text]
         if depth > _DEEPEST or not _WORD.search(text):
             return None
-        message, held = self._best(text)
-        if message is not None:
-            inner = {name: self._inner(part, depth=depth) for name, part in held.items()}
-            return message.say(inner)
-        return self._parts(text, depth=depth)
+        found = self._as_one(text, depth=depth, strictly=True)
+        if found is not None:
+            return found
+        if text[0] == "(" and text[-1] == ")":
+            found = self._bare(text[1:-1], depth=depth + 1)
+            return None if found is None else f"（{found}）"
+        found = self._parts(text, depth=depth)
+        return self._as_one(text, depth=depth, strictly=False) if found is None else found
 
-    def _best(self, text: str) -> tuple[_Message | None, dict[str, str]]:
+    def _as_one(self, text: str, *, depth: int, strictly: bool) -> str | None:
+        """Of a text that is one message."""
+        message, held = self._best(text, strictly=strictly)
+        if message is None:
+            return None
+        return message.say({name: self._inner(part, depth=depth) for name, part in held.items()})
+
+    def _best(self, text: str, *, strictly: bool) -> tuple[_Message | None, dict[str, str]]:
         """The message of most characters that the text is a line of."""
-        best, held = None, {}
         tried = [*self._loose]
         for word in set(_WORD.findall(text)):
             tried += self._by_word.get(word, ())
+        tried.sort(key=lambda message: -message.weight)
         for message in tried:
-            if message.literal > (best.literal if best is not None else 0):
-                found = message.match(text)
-                if found is not None and (not message.is_short or self._fits(found)):
-                    best, held = message, found
-        return best, held
+            found = message.match(text, strictly=strictly)
+            if found is not None and (not message.is_short or self._fits(found)):
+                return message, found
+        return None, {}
 
     def _fits(self, held: dict[str, str]) -> bool:
         """Whether nothing was put in that is in words and no message."""
@@ -270,7 +310,7 @@ class Catalogue:
             return None
         first = marks[0]
         if first[0] == ": " and " " not in text[: first.start()]:  # a path, a key: and what is wrong
-            rest = self._found(text[first.end() :], depth=depth + 1)
+            rest = self._known(text[first.end() :], depth=depth)
             if rest is not None:
                 return f"{text[: first.start()]}：{rest}"
         for mark in reversed(marks):
@@ -293,15 +333,12 @@ class Catalogue:
             return None
         if core in self._whole:
             return self._whole[core]
-        message, held = self._best(core)
-        if message is None:
-            return None
-        return message.say({name: self._inner(part, depth=depth) for name, part in held.items()})
+        return self._as_one(core, depth=depth, strictly=True)
 
 
 def _mark(text: str) -> str:
     """The marks between two texts, as Chinese has them: spaces behind them go."""
-    return text.translate(_OURS).strip(" ") if text.strip(" \n\t#") else text
+    return text.translate(_OURS).strip(" ") if text.strip(" ") in _OURS_ALONE else text
 
 
 def width(text: str) -> int:
@@ -309,7 +346,7 @@ def width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
 
 
-_MARK = re.compile(r"[;:,.] | (?=\()")
+_MARK = re.compile(r"[;:,.] | (?=\()| = ")
 _LONGEST = 4000
 _DEEPEST = 6
 _MOST_MARKS = 24

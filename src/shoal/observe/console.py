@@ -137,7 +137,8 @@ class Console(Sink):
             due = now - self._last_line >= self._every or row["step"] in (1, self.steps)
             if self._live is None and due:
                 self._last_line = now
-                self.line("  ".join(text for rank, text in fields if rank < _OF_TERMINALS))
+                said = (translated(text) for rank, text in fields if rank < _OF_TERMINALS)
+                self.line("  ".join(said), verbatim=True)
             self._stepping()
 
     def _stepping(self) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from shoal.language.catalogue import Entry, read_po  # noqa: E402
+from shoal.language.catalogue import read_po  # noqa: E402
 
 CATALOGUES = {
     ROOT / "src" / "shoal": ROOT / "src" / "shoal" / "language" / "zh_CN.po",
@@ -31,11 +31,24 @@ CATALOGUES = {
 }
 
 UNSEEN: dict[str, tuple[str, ...]] = {
-    "": ("Value error", "{value} {value2}", "{prefix}", "{what}start", "{parent}; ", "<!doctype", "{{%", "$(", "&&", "pragma ", " integer, ", " real, "),
+    "": (
+        "Value error",
+        "{value} {value2}",
+        "{prefix}",
+        "{what}start",
+        "{parent}; ",
+        "<!doctype",
+        "{{%",
+        "$(",
+        "&&",
+        "pragma ",
+        " integer, ",
+        " real, ",
+    ),
     "__init__.py": ("has no attribute",),
     "cli/": ("{name} data  ", "Result({run}"),
     "cli/helping.py": ("",),
-    "cli/main.py": ("shoal: {", "shoal {version}"),
+    "cli/main.py": ("shoal: {", "shoal compare", "shoal {version}"),
     "comm/keys.py": ("Pair(",),
     "config/problems.py": ("Value error",),
     "data/registry.py": ("libreoffice-help", "10.5281"),
@@ -49,6 +62,9 @@ UNSEEN: dict[str, tuple[str, ...]] = {
     "launch/registry/etcd.py": ("lease not found", "not found"),
     "launch/site.py": ("most recent",),
     "launch/torchrun.py": ("shoal: ",),
+    "launch/candidates.py": ("setup micro",),
+    "prove/comparison.py": ("final loss ratio",),
+    "prove/rehearse.py": ("fault noticed",),
     "page/web.py": ("event: ", "id: ", "data: ", "?token="),
     "plan/picture.py": ("upper left",),
     "serve/http/": ("data: ", "shoal:"),
@@ -65,7 +81,7 @@ UNSEEN: dict[str, tuple[str, ...]] = {
 }
 """Texts by the beginning of their file's path and a part of them: what no person is told."""
 
-COMMANDS = re.compile(r"^shoal [a-z]+ ([\w./{]+|--)[^,;]*$|^pip install|^chmod")
+COMMANDS = re.compile(r"^shoal [a-z]+( ([\w./{]+|[a-z-]+ --|--)[^,;]*)?$|^pip install|^chmod")
 """Lines that are typed, not read."""
 
 OF_CLICK = [
@@ -105,6 +121,7 @@ OF_CLICK = [
 
 MORE = {
     "data/registry.py": ["BERT, 22.7M parameters, 6 layers (all-MiniLM-L6-v2)"],
+    "cli/data.py": ["made here"],
     "data/prepare.py": ["tokenizing {name}", "reading {name}"],
     "engine/decision.py": [
         "1 worker with {threads} core{_1}",
@@ -114,6 +131,9 @@ MORE = {
         "{count} processes with {threads} cores each",
     ],
     "launch/candidates.py": [
+        "setup",
+        "s a step",
+        "turns",
         "1 worker with {threads} core{_1} {seconds} s",
         "{count} processes {seconds} s",
         "{count} threads {seconds} s",
@@ -125,7 +145,23 @@ MORE = {
         "before the first step and {every}, on {which} of {count} validation samples ({share})",
     ],
     "launch/summary.py": ["next:"],
-    "observe/console.py": ["step", "{count} tokens/s", "perplexity {perplexity}", "accuracy {accuracy}"],
+    "observe/console.py": [
+        "step",
+        "{count} tokens/s",
+        "perplexity {perplexity}",
+        "accuracy {accuracy}",
+    ],
+    "prove/certificate.py": ["tolerance"],
+    "prove/comparison.py": [
+        "final loss",
+        "ratio",
+        "equal tokens",
+        "equal time",
+        "bytes/token",
+        "peak step",
+        "stale",
+    ],
+    "prove/rehearse.py": ["fault", "noticed as", "after", "recovered", "culprit", "named"],
     "plan/hardware.py": ["{gbit} Gbit/s per device between nodes"],
     "plan/explain.py": [
         "{schedule} with {chunks} stages per rank",
@@ -133,7 +169,12 @@ MORE = {
         "{workers} devices are {gain} x as fast",
         "One device alone takes {seconds} a step (predicted); "
         "{workers} devices are {gain} x as fast",
-    "host", "compute", "activations", "weights", "reserve"],
+        "host",
+        "compute",
+        "activations",
+        "weights",
+        "reserve",
+    ],
 }
 """Texts that are put together of words, by the file that does so."""
 
@@ -149,29 +190,27 @@ def main() -> int:
     wrong = False
     for sources, path in CATALOGUES.items():
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
-        made, empty = merged(sources, old)
+        made, lacking = merged(sources, old)
         if given.check and made != old:
             print(f"{path.relative_to(ROOT)} is not current: run python scripts/catalogue.py")
             wrong = True
         if not given.check:
             path.write_text(made, encoding="utf-8")
-        print(f"{path.relative_to(ROOT)}: {empty} without a translation" if empty else "", end="\n")
-        wrong |= bool(empty)
+        for text in lacking:
+            print(f"{path.relative_to(ROOT)}: no translation of: {text}")
+        wrong |= bool(lacking)
     return int(wrong)
 
 
-def merged(sources: Path, old: str) -> tuple[str, int]:
-    """The catalogue of the sources with the translations that `old` has, and how many it lacks."""
-    known = {entry.id: entry for entry in read_po(old)}
-    lines, empty = [_HEAD], 0
-    for found in messages(sources).values():
-        text = known[found.id].text if found.id in known else ""
-        empty += not text
-        lines.append(found.block(text))
-    return "\n".join(lines), empty
+def merged(sources: Path, old: str) -> tuple[str, list[str]]:
+    """The catalogue of the sources with the translations that `old` has, and what it lacks."""
+    known = {entry.id: entry.text for entry in read_po(old)}
+    found = messages(sources).values()
+    lines = [_HEAD, *(each.block(known.get(each.id, "")) for each in found)]
+    return "\n".join(lines), [each.id for each in found if not known.get(each.id)]
 
 
-_HEAD = '''\
+_HEAD = """\
 # Texts of shoal in simplified Chinese. Written by scripts/catalogue.py; translators fill in msgstr.
 msgid ""
 msgstr ""
@@ -179,7 +218,7 @@ msgstr ""
 "MIME-Version: 1.0\\n"
 "Content-Type: text/plain; charset=UTF-8\\n"
 "Content-Transfer-Encoding: 8bit\\n"
-'''
+"""
 
 
 _FORMATS = ("config/problems.py", "launch/hang.py")
@@ -231,10 +270,14 @@ def _is_seen(name: str, line: str) -> bool:
     )
 
 
-_TWO_WORDS = re.compile(r"(?<![\w'\\/<.-])[A-Za-z][a-z']*,? +[a-z]{2,}|[a-z]{2,}[,:;]? +[A-Za-z]{2,}")
+_TWO_WORDS = re.compile(
+    r"(?<![\w'\\/<.-])[A-Za-z][a-z']*,? +[a-z]{2,}|[a-z]{2,}[,:;]? +[A-Za-z]{2,}"
+)
 _ONE_WORD = re.compile(r"(^|[\s(])[A-Za-z]?[a-z]{2,}([\s,;:.)]|$)")
 _BESIDE = re.compile(r"\} |[a-z:] \{|\}[a-z]|[a-z]\{")
-_CODE = re.compile(r"\(\?|\\[dswb]|^(SELECT|select|insert|create|update|delete) |\bimport \w+|__|=%")
+_CODE = re.compile(
+    r"\(\?|\\[dswb]|^(SELECT|select|insert|create|update|delete) |\bimport \w+|__|=%"
+)
 _NAMED = re.compile(r"\w\.\{|\}\.\w|://\{|=\{|\*\.")
 
 
@@ -245,7 +288,9 @@ def _is_prose(line: str, *, holes: bool) -> bool:
         return False
     if _TWO_WORDS.search(re.sub(r"\{\w+\}", "{}", line)):
         return True
-    return holes and not _NAMED.search(line) and bool(_BESIDE.search(line) and _ONE_WORD.search(bare))
+    return (
+        holes and not _NAMED.search(line) and bool(_BESIDE.search(line) and _ONE_WORD.search(bare))
+    )
 
 
 class Reader:
@@ -264,7 +309,6 @@ class Reader:
                 self._taken.add(id(node.value))
             elif isinstance(node, ast.Assert) and node.msg is not None:
                 self._taken |= {id(each) for each in ast.walk(node.msg)}
-        for node in ast.walk(tree):
             for body in ("body", "orelse"):
                 if isinstance(block := getattr(node, body, None), list):
                     setattr(node, body, _joined(block))
@@ -298,8 +342,11 @@ class Reader:
         called = any("command" in ast.dump(each) for each in node.decorator_list)
         if self._name == "cli/main.py" or not self._name.startswith("cli/"):
             return False
-        return (called or node.name == Path(self._name).stem or
-            self._name == "cli/requests.py" and not node.name.startswith("_"))
+        return (
+            called
+            or node.name == Path(self._name).stem
+            or (self._name == "cli/requests.py" and not node.name.startswith("_"))
+        )
 
     @staticmethod
     def _headings(node: ast.FunctionDef) -> Iterator[str]:
@@ -440,7 +487,7 @@ class _Template:
 
     def _value(self, node: ast.AST) -> None:
         if isinstance(node, ast.Constant):  # room, as in f"{'':8}"
-            self.parts.append(" ")
+            self.parts.append(str(node.value) or " ")
             return
         beginning, self._beginning = self._beginning, None
         if beginning is not None and not self.parts:
@@ -451,7 +498,11 @@ class _Template:
             self.inner.append(node)
 
     def _name(self, node: ast.AST) -> str:
-        base = f"_{len([n for n in self._names.values() if n[0] == '_']) + 1}" if _is_ending(node) else _called(node)
+        base = (
+            f"_{len([n for n in self._names.values() if n[0] == '_']) + 1}"
+            if _is_ending(node)
+            else _called(node)
+        )
         base = base or "value"
         key = ast.dump(node)
         if key not in self._names or base[0] == "_":
@@ -465,12 +516,17 @@ class _Template:
 
 def _is_ending(node: ast.AST) -> bool:
     """A choice between two endings or words of English grammar."""
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.value, ast.Constant) and node.value.value == "s"
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return isinstance(node.left, ast.Constant) and node.left.value == "s"
     return isinstance(node, ast.IfExp) and all(
         isinstance(each, ast.Constant)
         and isinstance(each.value, str)
-        and re.fullmatch(r"(e?s|y|ies|is|are|was|were|has|have|it|them|its|their|a|an|do|does|that|those|this|these|)", each.value)
+        and re.fullmatch(
+            r"(e?s|y|ies|is|are|was|were|has|have|it|them|its|their|a|an|do|does|that|those|this|these|)",
+            each.value,
+        )
         for each in (node.body, node.orelse)
     )
 
@@ -487,7 +543,11 @@ def _called(node: ast.AST) -> str:
         return node.attr.strip("_")
     if isinstance(node, ast.Subscript):
         key = node.slice
-        if isinstance(key, ast.Constant) and isinstance(key.value, str) and key.value.isidentifier():
+        if (
+            isinstance(key, ast.Constant)
+            and isinstance(key.value, str)
+            and key.value.isidentifier()
+        ):
             return key.value.strip("_")
         return _called(node.value)
     if isinstance(node, ast.Call):
@@ -499,7 +559,30 @@ def _called(node: ast.AST) -> str:
                 return _called(node.func.value)
         if name == "join":
             return _called(node.args[0]) if node.args else "list"
-        if name in ("sorted", "str", "repr", "len", "format_bytes", "format_seconds", "format_count", "min", "max", "round", "sum", "abs", "map", "reversed", "set", "list", "int", "float") and node.args:
+        if (
+            name
+            in (
+                "sorted",
+                "str",
+                "repr",
+                "len",
+                "format_bytes",
+                "format_seconds",
+                "format_count",
+                "min",
+                "max",
+                "round",
+                "sum",
+                "abs",
+                "map",
+                "reversed",
+                "set",
+                "list",
+                "int",
+                "float",
+            )
+            and node.args
+        ):
             return _called(node.args[-1])
         return name
     if isinstance(node, ast.BinOp):

@@ -93,7 +93,12 @@ def _translate(command: Any) -> None:
 
 def show_usage_error(error: Any) -> None:
     """What click shows of a mistake in the arguments."""
+    if error.ctx is not None and error.format_message() == error.ctx.get_help():
+        print(error.format_message(), file=sys.stderr)  # no words were given
+        return
     if error.ctx is not None:
-        hint = translated(f"Try '{error.ctx.command_path} {error.ctx.help_option_names[0]}' for help.")
+        hint = translated(
+            f"Try '{error.ctx.command_path} {error.ctx.help_option_names[0]}' for help."
+        )
         print(f"{error.ctx.get_usage()}\n{hint}\n", file=sys.stderr)
     print(f"{translated('Error:')}{translated(error.format_message())}", file=sys.stderr)

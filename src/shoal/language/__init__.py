@@ -7,6 +7,7 @@ nowhere else: files, JSON, events and metrics are the same in every language.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 LANGUAGES = ("en", "zh_CN")
@@ -17,12 +18,15 @@ _translate: Callable[[str], str] | None = None
 def speak(language: str, *, more: Path | None = None) -> None:
     """Choose the language of this process; `more` is one more catalogue (a .po file)."""
     global _translate
-    _translate = None
-    if language != "en":
-        from shoal.language.catalogue import Catalogue, entries  # not read for English
+    _translate = None if language == "en" else _of(language, more)
 
-        found = entries(Path(__file__).with_name(f"{language}.po"))
-        _translate = Catalogue([*found, *(entries(more) if more is not None else [])]).text
+
+@lru_cache(maxsize=4)
+def _of(language: str, more: Path | None) -> Callable[[str], str]:
+    from shoal.language.catalogue import Catalogue, entries  # not read for English
+
+    found = entries(Path(__file__).with_name(f"{language}.po"))
+    return Catalogue([*found, *(entries(more) if more is not None else [])]).text
 
 
 def is_english() -> bool:

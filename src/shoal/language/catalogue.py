@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,18 +62,23 @@ _BALANCED = r"(?:\([^()]*\)|[^()])"
 """What a placeholder holds rather than a part of something in brackets."""
 _FIGURES = {"seconds", "count", "threads", "steps", "step"}
 """Placeholders for numbers: no list of anything."""
-_CLAUSE = r"(?:[,;:(/]|  | \(| [a-z]{2})"
+_CLAUSE = r"(?:[,;(/]|  | \(| [a-z]{2})"
 """How a clause begins that stands directly behind another placeholder."""
-_LABEL = re.compile(r"[A-Za-z][a-z ]*: ")
+_LABEL = re.compile(r"[A-Za-z-][\w. /-]*: ")
 _FIRST = 4
 """What it weighs that a message's first word is known."""
 _GAP = re.compile("(?<=[一-鿿，。；：（）、]) +(?=[一-鿿，。；：（）、])")
 """Spaces that Chinese has not."""
 _FEW = 2
 """Words of a message that may be a part of any sentence: what is put in must not be words, too."""
-_WORDS = re.compile(r"[a-z]{2,} [a-z]{2,}")
-_BEFORE = {"was", "earlier", "beside", "most", "what"}
+_WORDS = re.compile(r"(?<![A-Za-z])[a-z]+ [a-z]{2,}")
+BEFORE = {"was", "earlier", "beside", "most", "what"}
 """Placeholders for a clause before the next, such as "3.1 before, "; else a clause is behind."""
+
+
+def holes(text: str) -> list[str]:
+    """Names of the placeholders of a message."""
+    return _HOLE.findall(text.replace("{{", "").replace("}}", ""))
 
 
 class _Message:
@@ -110,7 +115,7 @@ class _Message:
         return None if found is None else found.groupdict()
 
     def _regex(self, *, strictly: bool) -> str:
-        """Of two placeholders side by side one is a clause: see `_BEFORE`."""
+        """Of two placeholders side by side one is a clause: see `BEFORE`."""
         made: list[str] = []
         seen: set[str] = set()
         clause = False
@@ -125,11 +130,11 @@ class _Message:
                 made.append(f"(?P={part})")
             elif part[0] == "_":
                 made.append(f"(?P<{part}>[a-z]*)")
-            elif is_beside and name in _BEFORE:
+            elif is_beside and name in BEFORE:
                 made.append(f"(?P<{part}>(?:.* )?)")
             else:
                 inside = any_
-                bracketed = self.parts[number - 1].endswith("(")
+                bracketed = self.parts[number - 1].endswith(("(", ": "))
                 if strictly and ((self.is_short and not bracketed) or name in _FIGURES):
                     inside = f"(?:(?![;:,.] ){any_})"
                 elif strictly and number == 1 and not self.parts[0]:
@@ -138,7 +143,7 @@ class _Message:
                 if self.is_row and not clause:
                     held = f" *[^ ]{inside}*?"
                 made.append(f"(?P<{part}>{held})")
-            clause = is_beside and part[0] != "_" and name not in _BEFORE
+            clause = is_beside and part[0] != "_" and name not in BEFORE
             seen.add(part)
         return "".join(made)
 
@@ -170,19 +175,21 @@ def _core(text: str) -> tuple[str, str, str]:
 class Catalogue:
     """Every message of one or more files, indexed by a word of each."""
 
-    def __init__(self, given: Iterable[Entry]) -> None:
+    def __init__(self, given: Sequence[Entry]) -> None:
         self._whole: dict[str, str] = {}
         self._by_word: dict[str, list[_Message]] = {}
         self._loose: list[_Message] = []
         holed = []
-        for entry in given:
+        for entry in [*given, *_without_hints(given)]:
             if not entry.text:
                 continue
             bare = Entry(_core(entry.id)[1], entry.text.strip(_THEIRS))
             if _HOLE.search(bare.id.replace("{{", "")):
                 holed.append(_Message(bare))
             else:
-                plain, text = (each.replace("{{", "{").replace("}}", "}") for each in (bare.id, bare.text))
+                plain, text = (
+                    each.replace("{{", "{").replace("}}", "}") for each in (bare.id, bare.text)
+                )
                 self._whole[plain] = text
         self._index(holed)
         self.line = lru_cache(maxsize=2048)(self._line)
@@ -280,7 +287,7 @@ class Catalogue:
     def _fits(self, held: dict[str, str]) -> bool:
         """Whether nothing was put in that is in words and no message."""
         return all(
-            not _WORDS.search(part) or self._found(part, depth=_DEEPEST) is not None
+            not _WORDS.search(part) or self._inner(part, depth=_DEEPEST - 1) != part
             for part in held.values()
         )
 
@@ -305,11 +312,13 @@ class Catalogue:
 
     def _parts(self, text: str, *, depth: int) -> str | None:
         """Of a text put together from messages: the longest that begins it, then the rest."""
-        marks = list(_MARK.finditer(text))
-        if not marks or len(marks) > _MOST_MARKS:
+        marks = list(_MARK.finditer(text))[:_MOST_MARKS]
+        if not marks:
             return None
         first = marks[0]
-        if first[0] == ": " and " " not in text[: first.start()]:  # a path, a key: and what is wrong
+        if (
+            first[0] == ": " and " " not in text[: first.start()]
+        ):  # a path, a key: and what is wrong
             rest = self._known(text[first.end() :], depth=depth)
             if rest is not None:
                 return f"{text[: first.start()]}：{rest}"
@@ -334,6 +343,13 @@ class Catalogue:
         if core in self._whole:
             return self._whole[core]
         return self._as_one(core, depth=depth, strictly=True)
+
+
+def _without_hints(given: Sequence[Entry]) -> Iterator[Entry]:
+    """Messages with a hint at their end as they are where there is none to give."""
+    for entry in given:
+        if entry.id.endswith("; {nearest}"):
+            yield Entry(entry.id[:-11], re.sub("[；，]{nearest}$", "", entry.text))
 
 
 def _mark(text: str) -> str:

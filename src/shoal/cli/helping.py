@@ -7,12 +7,12 @@ what it is given and breaks lines where Chinese may be broken. English help does
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer.main
 
+from shoal.cli.terminal import tell
 from shoal.language import translated
 from shoal.language.catalogue import width
 
@@ -94,11 +94,12 @@ def _translate(command: Any) -> None:
 def show_usage_error(error: Any) -> None:
     """What click shows of a mistake in the arguments."""
     if error.ctx is not None and error.format_message() == error.ctx.get_help():
-        print(error.format_message(), file=sys.stderr)  # no words were given
+        tell(error.format_message(), verbatim=True)  # no words were given
         return
     if error.ctx is not None:
         hint = translated(
             f"Try '{error.ctx.command_path} {error.ctx.help_option_names[0]}' for help."
         )
-        print(f"{error.ctx.get_usage()}\n{hint}\n", file=sys.stderr)
-    print(f"{translated('Error:')}{translated(error.format_message())}", file=sys.stderr)
+        tell(f"{error.ctx.get_usage()}\n{hint}\n", verbatim=True)
+    said = f"{translated('Error:')}{translated(error.format_message())}"
+    tell(said, verbatim=True)

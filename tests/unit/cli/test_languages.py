@@ -183,9 +183,9 @@ def test_a_run(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         assert wanted in said, said
     told = [line for line in said.splitlines() if " | " not in line]
     assert not [line for line in told if english(line)]
-    english, chinese = runs
-    assert chinese.digits == english.digits and chinese.events == english.events
-    for path in (path for path in chinese.path.rglob("*") if path.is_file()):
+    first, second = runs
+    assert second.digits == first.digits and second.events == first.events
+    for path in (path for path in second.path.rglob("*") if path.is_file()):
         if path.suffix in (".json", ".jsonl", ".yaml", ".log", ".txt"):
             assert not CHINESE.search(path.read_text(encoding="utf-8")), path
-    assert json.loads((chinese.path / "summary.json").read_text())["steps"] == 4
+    assert json.loads((second.path / "summary.json").read_text())["steps"] == 4

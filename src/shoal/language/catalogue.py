@@ -316,20 +316,18 @@ class Catalogue:
         if not marks:
             return None
         first = marks[0]
-        if (
-            first[0] == ": " and " " not in text[: first.start()]
-        ):  # a path, a key: and what is wrong
-            rest = self._known(text[first.end() :], depth=depth)
+        before, behind = text[: first.start()], text[first.end() :]
+        if first[0] == ": " and " " not in before:  # a path, a key: and what is wrong
+            rest = self._known(behind, depth=depth)
             if rest is not None:
-                return f"{text[: first.start()]}：{rest}"
+                return f"{before}：{rest}"
         for mark in reversed(marks):
             head = self._known(text[: mark.start()], depth=depth)
             if head is not None:
                 rest = self._rest(text[mark.end() :], depth=depth)
                 return f"{head}{_mark(mark[0])}{rest}"
-        rest = self._found(text[first.end() :], depth=depth + 1)
-        head, mark = text[: first.start()], first[0]
-        return None if rest is None else f"{head}{_mark(mark)}{rest}"
+        rest = self._found(behind, depth=depth + 1)
+        return None if rest is None else f"{before}{_mark(first[0])}{rest}"
 
     def _rest(self, text: str, *, depth: int) -> str:
         found = self._found(text, depth=depth + 1)

@@ -17,6 +17,8 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from apps.served import NotServed
 from shoal import ShoalError, UserError
+from shoal.environment import language_wanted
+from shoal.language import LANGUAGES, speak, translated
 from shoal.page import web
 
 BODY_BYTES = 1 << 20
@@ -36,12 +38,23 @@ _STATUS = {Missing: 404, Conflict: 409, UserError: 400, NotServed: 503}
 
 def say(line: str) -> None:
     """A line for the person at the terminal."""
-    print(line, flush=True)
+    print(translated(line), flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments whose help is in the language chosen."""
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse has it."""
+        if settings.get("help"):
+            settings["help"] = translated(settings["help"])
+        return super().add_argument(*names, **settings)
 
 
 def parser(about: str, *, name: str) -> argparse.ArgumentParser:
     """Arguments that every application has."""
-    made = argparse.ArgumentParser(prog=f"python -m apps.{name}", description=about)
+    made = Parser(prog=f"python -m apps.{name}", description=translated(about))
+    made.add_argument("--lang", choices=LANGUAGES, help="en or zh_CN; else the locale's.")
     made.add_argument("--model", metavar="RUN", help="A trained run or a model folder.")
     state = Path("runs") / "apps" / name
     made.add_argument("--state", type=Path, default=state, help="Folder of what it keeps.")
@@ -54,10 +67,15 @@ def parser(about: str, *, name: str) -> argparse.ArgumentParser:
 
 def run(main: Callable[[], None]) -> None:
     """Run a command: a mistake of the user is one message and exit status 2."""
+    asked = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    asked.add_argument("--lang")
+    given, _ = asked.parse_known_args()
+    wanted = given.lang if given.lang in LANGUAGES else language_wanted()
+    speak(wanted, more=Path(__file__).with_name("zh_CN.po"))
     try:
         main()
     except ShoalError as error:
-        print(error, file=sys.stderr)
+        print(translated(str(error)), file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -40,7 +40,7 @@ ORDER = (
     *("cli", "prove", "fleet", "page", "launch", "engine", "serve", "compress", "parallel"),
     *("sync", "models", "tasks", "data", "comm", "checkpoint", "plan", "observe", "runtime.py"),
     *("legal", "config", "recipes", "layout.py", "boxes.py", "fields.py", "units.py"),
-    *("environment.py", "untrusted.py", "splitmix.py", "errors.py"),
+    *("environment.py", "untrusted.py", "splitmix.py", "language", "errors.py"),
 )
 MAP_HEAD = """\
 # Map: every file and what it is for

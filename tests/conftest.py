@@ -14,6 +14,7 @@ os.environ["GOMP_SPINCOUNT"] = "0"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LC_ALL"] = "C.UTF-8"  # messages are read in English, whoever runs the tests
 # Workers of the pool may run functions of tests/*.py. benchmarks/ (planner_score is tested) comes
 # last, so that no module there hides one of the tests'.
 os.environ["PYTHONPATH"] = os.pathsep.join(

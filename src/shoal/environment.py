@@ -22,6 +22,16 @@ def cache_directory() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "shoal"
 
 
+def language_wanted() -> str:
+    """The language of the user's locale (LC_ALL, LC_MESSAGES, LANG): zh_CN for any Chinese, or en.
+
+    Of these variables the first that is set counts.
+    """
+    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    locale = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return "zh_CN" if locale.lower().startswith("zh") else "en"
+
+
 def python_path() -> list[str]:
     """Folders that the user has told Python to import from, as PYTHONPATH has them."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -16,7 +16,18 @@ import shoal
 ROOT = Path(__file__).resolve().parents[2]
 APPS = ROOT / "apps"
 MODULES = sorted(APPS.rglob("*.py"))
-OWN = {"shoal", "shoal.page", "shoal.page.web", *(f"shoal.{name}" for name in shoal.__all__)}
+LANGUAGE = {
+    *("shoal.language", "shoal.environment", "shoal.environment.language_wanted"),
+    *(f"shoal.language.{name}" for name in ("LANGUAGES", "speak", "translated")),
+}
+"""In which language a command speaks is one thing for all of them."""
+OWN = {
+    "shoal",
+    "shoal.page",
+    "shoal.page.web",
+    *LANGUAGE,
+    *(f"shoal.{name}" for name in shoal.__all__),
+}
 BUDGETS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["shoal"]["apps"]
 
 

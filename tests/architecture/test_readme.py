@@ -30,7 +30,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], key=lambda path: path.as_posix()
 )
 LONGEST_README = 140
-TRANSLATED = [README, *sorted(p for p in START.glob("*.md") if not p.name.endswith(".zh.md"))]
+TRANSLATED = [README, *sorted(START.glob("*.md"))]
 
 SMALL = [
     "model.hidden_size=32",
@@ -85,7 +85,7 @@ def commands(path: Path) -> list[str]:
 
 def chinese(path: Path) -> Path:
     """The Chinese page of an English one."""
-    return path.with_name(f"{path.stem}.zh.md")
+    return CHINESE if path == README else ROOT / "docs" / "zh" / path.relative_to(ROOT / "docs")
 
 
 def script(name: str) -> ModuleType:

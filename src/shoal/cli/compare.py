@@ -58,6 +58,6 @@ def compare(
             link=link,
             console=not as_json,
         )
-    say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    say(json.dumps(found.to_json(), indent=1) if as_json else str(found), verbatim=as_json)
     if out is not None and not as_json:
         say(f"runs, figures and picture: {out}")

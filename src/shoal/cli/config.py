@@ -25,7 +25,7 @@ def show(
     from shoal.config.statement import statement
 
     resolved = load_recipe(recipe, overrides or [])
-    say(to_yaml(resolved))
+    say(to_yaml(resolved), verbatim=True)
     say("\n".join(f"# {line}" for line in statement(resolved)))
 
 
@@ -36,7 +36,7 @@ def schema() -> None:
 
     from shoal.config.recipe import Recipe
 
-    say(json.dumps(Recipe.model_json_schema(), indent=1))
+    say(json.dumps(Recipe.model_json_schema(), indent=1), verbatim=True)
 
 
 @app.command("list")
@@ -44,4 +44,4 @@ def names() -> None:
     """List the shipped recipes."""
     from shoal.config.load import shipped_recipes
 
-    say("\n".join(shipped_recipes()))
+    say("\n".join(shipped_recipes()), verbatim=True)

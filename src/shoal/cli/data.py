@@ -40,7 +40,7 @@ def get_entry(name: Annotated[str, typer.Argument(help="A name from `shoal data 
     from shoal.data import registry
 
     path = registry.get(name, announce=tell)
-    say(str(path))
+    say(str(path), verbatim=True)
 
 
 @app.command("preview")

@@ -25,4 +25,4 @@ def evaluate(
     with Console(out=sys.stderr) as console:
         console.phase("reading the recipe and the model")
         scores = score(model, recipe=recipe, overrides=overrides or [], console=console)
-    say(json.dumps(scores, indent=1))
+    say(json.dumps(scores, indent=1), verbatim=True)

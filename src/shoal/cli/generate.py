@@ -31,4 +31,4 @@ def generate(
             seed=seed,
             say=console.phase,
         )
-    say(prompt + added)
+    say(prompt + added, verbatim=True)

@@ -112,7 +112,8 @@ def slurm(
     from shoal.launch.clusters.slurm import script
     from shoal.launch.clusters.start import Start
 
-    say(script(Start(recipe, overrides or [], out, num_hosts, keys, port=0)).rstrip())
+    text = script(Start(recipe, overrides or [], out, num_hosts, keys, port=0))
+    say(text.rstrip(), verbatim=True)
 
 
 @app.command("kubernetes")
@@ -135,7 +136,7 @@ def kubernetes(
     from shoal.launch.clusters.start import Start
 
     start = Start(recipe, overrides or [], out, num_hosts, keys, port)
-    say(manifests(start, name=name, image=image, claim=claim).rstrip())
+    say(manifests(start, name=name, image=image, claim=claim).rstrip(), verbatim=True)
 
 
 @app.command("mpi")
@@ -156,4 +157,4 @@ def mpi(
     from shoal.launch.clusters.start import Start
 
     start = Start(recipe, overrides or [], out, len(read_hosts(hosts)), keys, port)
-    say(command(start, hosts=hosts))
+    say(command(start, hosts=hosts), verbatim=True)

@@ -35,7 +35,9 @@ from shoal.cli import (
     train,
 )
 from shoal.cli.terminal import say, tell
-from shoal.errors import Interrupted, ShoalError, UserError, disk_problem
+from shoal.environment import language_wanted
+from shoal.errors import Interrupted, ShoalError, UserError, disk_problem, nearest
+from shoal.language import LANGUAGES, is_english, speak
 
 app = typer.Typer(
     name="shoal",
@@ -133,8 +135,12 @@ def _whole(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks, of a user's mistakes too.")
     ] = False,
+    lang: Annotated[
+        str | None,
+        typer.Option("--lang", metavar="LANGUAGE", help="en or zh_CN; else the locale's."),
+    ] = None,
 ) -> None:
-    """Options that stand before any command; `main` takes --debug from wherever it stands."""
+    """Options that stand before any command; `main` takes --debug and --lang from anywhere."""
 
 
 _INTERRUPTED = 130
@@ -154,8 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
+    speak(language_wanted())
     try:
-        status = _of(given)(args=given, standalone_mode=False) or 0
+        given, language = _language(given)
+        speak(language or language_wanted())
+        status = _command(_of(given))(args=given, standalone_mode=False) or 0
         if status == _INTERRUPTED:
             raise KeyboardInterrupt
     except ShoalError as error:
@@ -169,9 +178,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
+def _language(given: list[str]) -> tuple[list[str], str | None]:
+    """The words without --lang, and what it says. `shoal run` leaves those behind its script alone.
+
+    Raises UserError for a language that is not there.
+    """
+    end = len(given)
+    if given[:1] == ["run"]:
+        end = next((n for n, word in enumerate(given) if word.endswith(".py")), end)
+    for number, word in enumerate(given[:end]):
+        name, mark, value = word.partition("=")
+        if name != "--lang":
+            continue
+        rest = given[:number] + given[number + (1 if mark else 2) :]
+        chosen = value if mark else " ".join(given[number + 1 : number + 2])
+        if chosen == "zh":
+            chosen = "zh_CN"
+        if chosen not in LANGUAGES:
+            raise UserError(f"--lang: no language {chosen!r}; {nearest(chosen, LANGUAGES)}")
+        return rest, chosen
+    return given, None
+
+
+def _command(commands: typer.Typer) -> Callable[..., Any]:
+    """What runs the words of a command line."""
+    if is_english():
+        return commands
+    from shoal.cli.helping import command_of  # lays out help for wide letters
+
+    return command_of(commands)
+
+
 def _tell(error: ShoalError, *, debug: bool) -> int:
     if debug:
-        tell(traceback.format_exc())
+        tell(traceback.format_exc(), verbatim=True)
     tell(f"shoal: {error}")
     return error.exit_status
 
@@ -179,7 +219,12 @@ def _tell(error: ShoalError, *, debug: bool) -> int:
 def _unexpected(error: Exception) -> int:
     """click's own usage errors carry how to show themselves; anything else is a defect of ours."""
     if hasattr(error, "show") and hasattr(error, "exit_code"):
-        error.show()
+        if is_english():
+            error.show()
+        else:
+            from shoal.cli.helping import show_usage_error
+
+            show_usage_error(error)
         option = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
         from shoal.config.suggest import suggestion  # imports pydantic, which takes a while
 
@@ -194,6 +239,6 @@ def _unexpected(error: Exception) -> int:
         where = f"{error.filename}: " if error.filename else ""
         tell(f"shoal: {where}{error.strerror or error}")
         return 2 if isinstance(error, FileNotFoundError | PermissionError) else 1
-    tell(traceback.format_exc())
+    tell(traceback.format_exc(), verbatim=True)
     tell("shoal: this is a defect of shoal, not a mistake of yours")
     return 1

@@ -52,7 +52,7 @@ def parity(
             mistake=plant,
             say=tell,
         )
-    say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    say(json.dumps(found.to_json(), indent=1) if as_json else str(found), verbatim=as_json)
     raise typer.Exit(0 if found.proven else 1)
 
 
@@ -65,5 +65,5 @@ def _served(model: Path, overrides: list[str], *, requests: int, as_json: bool) 
     from shoal.launch.certifying import certify_folder
 
     found = certify_folder(model, settings=settings, num_requests=requests, say=tell)
-    say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    say(json.dumps(found.to_json(), indent=1) if as_json else str(found), verbatim=as_json)
     raise typer.Exit(0 if found.proven else 1)

@@ -87,7 +87,7 @@ def plan(
     if as_json:
         report = explain.report_json(found, cluster=given.estimator.cluster)
         more = {"not_yet": given.lacking, "command": given.command(found.best) or None}
-        say(json.dumps({**report, **more}, indent=1))
+        say(json.dumps({**report, **more}, indent=1), verbatim=True)
         return
     say(
         explain.text(
@@ -122,7 +122,7 @@ def _here(
             recipe, overrides, pool=pool, console=Console(out=sys.stderr if as_json else None)
         )
     if as_json:
-        say(json.dumps(decision.to_json(), indent=1))
+        say(json.dumps(decision.to_json(), indent=1), verbatim=True)
         return
     rows = [Timed.from_json(row) for row in decision.measured.get("candidates", [])]
     say(f"Plan: {decision}")
@@ -172,4 +172,5 @@ def _whole_run(
         }
         for offer in made
     ]
-    say(json.dumps({"tokens": count, "goal": goal, "offers": rows}, indent=1))
+    whole = {"tokens": count, "goal": goal, "offers": rows}
+    say(json.dumps(whole, indent=1), verbatim=True)

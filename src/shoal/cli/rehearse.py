@@ -42,5 +42,5 @@ def rehearse(
             out=out or Path(scratch),
             console=not as_json,
         )
-    say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    say(json.dumps(found.to_json(), indent=1) if as_json else str(found), verbatim=as_json)
     raise typer.Exit(0 if found.survived else 1)

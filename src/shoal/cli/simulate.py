@@ -82,7 +82,7 @@ def simulate(
     report = _report(best, timeline=timeline, trust=trust, jitter=jitter)
     if as_json:
         more = {"not_yet": given.lacking, "command": given.command(best) or None}
-        say(json.dumps({**report, **more}, indent=1))
+        say(json.dumps({**report, **more}, indent=1), verbatim=True)
     else:
         say(_text(report, best=best, missing=given.lacking, today=given.today(best)))
 

@@ -34,6 +34,7 @@ from shoal.engine.membership.agree import check_same_program
 from shoal.engine.worker import WorkerArguments, run_worker
 from shoal.environment import Rendezvous, usable_cores
 from shoal.errors import ConfigError, Problem, RunError, UserError
+from shoal.language import translated
 from shoal.launch.attempt import Attempt
 from shoal.launch.choose import decide_joined
 from shoal.launch.directory import anything_to_resume, claim, hold, is_run, open_run
@@ -186,7 +187,7 @@ def _meet_and_train(
                 held.enter_context(hold(job.run))
                 payload = job.to_json()
             except UserError as error:
-                print(f"shoal: {visible(str(error))}", file=sys.stderr)
+                print(visible(translated(f"shoal: {error}")), file=sys.stderr)
                 payload = {"status": error.exit_status}
         payload = broadcast_json(ProcessGroup(), payload)
         if "status" in payload:
@@ -199,15 +200,15 @@ def _meet_and_train(
         console.close()
         for said in attempt.errors:
             trace = said.get("trace", "") if said.get("cause") else ""
-            text = visible(f"shoal: worker {rendezvous.rank}: {said['text']}")
+            text = visible(translated(f"shoal: worker {rendezvous.rank}: {said['text']}"))
             print(f"{text}\n{trace}".rstrip(), file=sys.stderr)
         if attempt.stopped is not None and first:
-            print(f"shoal: {visible(attempt.stopped)}", file=sys.stderr)
+            print(visible(translated(f"shoal: {attempt.stopped}")), file=sys.stderr)
         if attempt.done is not None:
             done, decision = attempt.done, job.decision
             summary = write_summary(job.run, done=done, decision=decision, say=print)
             check_ending(job.run, summary)
-            print("\n".join(last_words(job.run, summary, recipe=name)))
+            print(translated("\n".join(last_words(job.run, summary, recipe=name))))
     return status
 
 

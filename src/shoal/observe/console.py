@@ -9,6 +9,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, TextIO
 
+from shoal.language import translated
 from shoal.observe.events import Row, Sink
 from shoal.observe.visible import visible
 from shoal.units import format_count, format_seconds
@@ -58,19 +59,23 @@ class Console(Sink):
             if self._live is not None:
                 self._live.end()
 
-    def line(self, text: str) -> None:
-        """A line that stays. Control characters are shown, not sent."""
+    def line(self, text: str, *, verbatim: bool = False) -> None:
+        """A line that stays, in the language chosen. Control characters are shown, not sent.
+
+        `verbatim`: it is what a model or a person wrote, and stays as it is.
+        """
+        text = visible(text if verbatim else translated(text))
         with self._lock:
             if self._live is not None:
-                self._live.print(visible(text))
+                self._live.print(text)
             else:
-                self._out.write(visible(text) + "\n")
+                self._out.write(text + "\n")
             self._out.flush()
 
     def phase(self, text: str) -> None:
         """Announce what begins, with the time since the start."""
         with self._lock:
-            self.line(f"[{time.monotonic() - self._began:6.1f} s] {text}")
+            self.line(f"[{time.monotonic() - self._began:6.1f} s] {translated(text)}")
             self._begin(text)
 
     def progress(self, text: str, done: float | None) -> None:
@@ -107,7 +112,7 @@ class Console(Sink):
     def _draw_phase(self) -> Drawing:
         seconds = format_seconds(time.monotonic() - self._doing_since)
         share = "" if self._done is None else f"{self._done:.0%}"
-        return [(0, visible(self._doing)), (1, share), (2, seconds)], self._done
+        return [(0, visible(translated(self._doing))), (1, share), (2, seconds)], self._done
 
     def remind(self) -> None:
         """Say that a phase goes on, when it was silent for long."""
@@ -132,7 +137,8 @@ class Console(Sink):
             due = now - self._last_line >= self._every or row["step"] in (1, self.steps)
             if self._live is None and due:
                 self._last_line = now
-                self.line("  ".join(text for rank, text in fields if rank < _OF_TERMINALS))
+                said = (translated(text) for rank, text in fields if rank < _OF_TERMINALS)
+                self.line("  ".join(said), verbatim=True)
             self._stepping()
 
     def _stepping(self) -> None:
@@ -140,7 +146,9 @@ class Console(Sink):
         self._doing, self._remind_at = "", math.inf
         drawing = self._last_step
         if self._live is not None and drawing is not None:
-            self._live.show(lambda: drawing)
+            fields, done = drawing
+            said = [(rank, translated(text)) for rank, text in fields]
+            self._live.show(lambda: (said, done))
 
     def _fields(self, row: Row) -> list[tuple[int, str]]:
         """What is said of a step, each with how important it is (progress.py)."""
@@ -167,7 +175,7 @@ class Console(Sink):
         for prompt, completion in row.get("completions") or []:
             for name, text in (("prompt", prompt), ("completion", completion)):
                 shown = text.strip().replace("\n", f"\n  {'':<10} | ")
-                self.line(f"  {name:<10} | {shown}")
+                self.line(f"  {name:<10} | {shown}", verbatim=True)
         with self._lock:
             self._stepping()
 

@@ -12,11 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hosts.lab import Host, Lab, why_not
 from hosts.test_agents_over_hosts import EXACT, Cluster, Training
+from shoal.checkpoint.folders import waiting_name
 from shoal.observe.events import read_lines
 from tiny import Bench, Run, shoal
 
@@ -97,24 +99,19 @@ def check_losses(bench: Bench, out: Path) -> None:
     assert [last[step] for step in range(1, count + 1)] == clean.losses
 
 
-def committed(cluster: Elected) -> int:
-    """The step of the save that the registry counts; 0: none."""
-    words = (
-        "etcdctl",
-        "--endpoints",
-        cluster.endpoints,
-        "get",
-        "--prefix",
-        "/shoal/",
-        "-w",
-        "json",
-    )
-    said = json.loads(cluster.hosts[2].run(*words, env={"ETCDCTL_API": "3"}))
+def counted(cluster: Elected) -> dict[str, Any]:
+    """The save that the registry counts; step 0: none."""
+    words = ("etcdctl", "--endpoints", cluster.endpoints, "get", "--prefix", "/shoal/", "-w")
+    said = json.loads(cluster.hosts[2].run(*words, "json", env={"ETCDCTL_API": "3"}))
     values = {
         base64.b64decode(each["key"]).decode().rpartition("/")[2]: base64.b64decode(each["value"])
         for each in said.get("kvs", [])
     }
-    return int(json.loads(values["commit"])["step"]) if "commit" in values else 0
+    return dict(json.loads(values["commit"])) if "commit" in values else {"step": 0}
+
+
+def committed(cluster: Elected) -> int:
+    return int(counted(cluster)["step"])
 
 
 def test_the_coordinators_host_is_switched_off(
@@ -167,5 +164,38 @@ def test_the_store_is_away_for_a_while(bench: Bench, cluster: Elected, tmp_path:
         cluster.start_store(cluster.lab, host)
     saved = max(int(row["step"]) for row in leads.events("saved"))
     leads.until(lambda: committed(cluster) >= saved, seconds=60)
+    leads.stop()
+    check_losses(bench, out)
+
+
+def test_a_host_that_was_stopped_leaves_saves_that_nobody_loads(
+    bench: Bench, cluster: Elected, tmp_path: Path
+) -> None:
+    """The coordinator's, for longer than its lease. What it saves once it runs again is too late.
+
+    A copy of a real save stands for one that its workers end late, with the newest name of all.
+    """
+    out = tmp_path / "run"
+    leads, other = begun(cluster, bench, out)
+    host = host_of(cluster, leads)
+    old = counted(cluster)
+    began = time.monotonic()
+    host.run("bash", "-c", "kill -STOP -1")
+    print(f"\ncoordinator's host stopped: {goes_on(other, out, began=began):.2f} s")
+    time.sleep(20 - min(19.0, time.monotonic() - began))
+    host.run("bash", "-c", "kill -CONT -1")
+    leads.until(lambda: "no longer the coordinator" in leads.log.read_text(), seconds=60)
+    other.until(lambda: committed(cluster) > old["step"], seconds=60)
+    assert counted(cluster)["generation"] > old["generation"]
+    saves = out / "checkpoints"
+    stale = saves / waiting_name(99999, generation=old["generation"])
+    shutil.copytree(saves / counted(cluster)["place"], stale)
+    resumed = len(other.events("resumed"))
+    before, second = committed(cluster), host_of(cluster, other)
+    second.run("kill", "-9", second.run("pgrep", "-f", "launch hosts").split()[0])
+    leads.until(lambda: len(leads.events("resumed")) > resumed, seconds=60)
+    at = leads.events("resumed")[-1]["step"]
+    assert before <= at < 99999 and not stale.exists()
+    leads.until(lambda: committed(cluster) > at, seconds=60)
     leads.stop()
     check_losses(bench, out)

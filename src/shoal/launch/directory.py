@@ -130,7 +130,8 @@ def anything_to_resume(run: Path, *, say: Callable[[str], None]) -> bool:
 
     A run whose saves were removed does not: its rows and its model would be written over.
     """
-    saved = (row for row in read_lines(run / "events.jsonl") if row.get("event") == "saved")
+    rows = (row for row in read_lines(run / "events.jsonl") if row.get("event") == "saved")
+    saved = (row for row in rows if not row.get("generation"))  # else a registry says what counts
     if has_checkpoint(run) or any(saved):
         return True
     say("nothing was saved before it ended: beginning anew")

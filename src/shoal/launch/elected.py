@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from shoal.launch.registry.membership import Membership
 from shoal.launch.registry.records import HostFacts, Spec
 from shoal.launch.registry.registered import Registered
 from shoal.launch.registry.standby import Candidate
+from shoal.launch.registry.store import Unknown, Unreachable
 from shoal.observe.console import Console
 
 _FILES = ("ca.pem", "cert.pem", "key.pem")
@@ -99,6 +101,8 @@ def train_elected(
                 )
 
             def work(_: int) -> Result:
+                with suppress(Unreachable, Unknown):  # then nothing begins either
+                    register(run, console.line).recover()
                 given = replace(hosts, register=register, without=is_run(out))
                 return train(recipe, overrides, out=out, pool=pool, go_on=True, hosts=given)
 

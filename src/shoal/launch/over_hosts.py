@@ -36,6 +36,7 @@ from shoal.observe.console import Console
 
 PATIENCE_SECONDS = 60.0
 _SOON_SECONDS = 1.0
+_OF_A_SAVE = ("step", "generation", "keep", "best")
 _MEETING = "shoal.comm.meeting_place:run"
 
 
@@ -245,9 +246,13 @@ class _Meetings:
                     return f"tcp://{self._address}:{said['port']}"
         raise WorkerError(f"no store could be opened at {self._address} for the ranks to meet at")
 
+    @property
+    def registered(self) -> int:
+        return 0 if self._registered is None else self._registered.number
+
     def saved(self, fields: Mapping[str, Any]) -> None:
         if self._registered is not None:
-            self._registered.saved(int(fields["step"]), place=str(fields["at"]))
+            self._registered.saved(**{name: fields[name] for name in _OF_A_SAVE})
 
     def look(self) -> None:
         if self._registered is not None:

@@ -441,7 +441,7 @@ class Supervisor:
         members = [one for one in able if replicas[of(one.rank)] == size]
         changed = any(s.waiting for s in members) or [s.rank for s in members] != self._members
         there = sum(not one.absent for one in self.workers)
-        enough = there if self._threads or not self._generation else self._fewest * size
+        enough = there if self._threads or not self._members else self._fewest * size
         self._held_back = changed and len(members) >= enough
         if self._held_back:
             self._announce(members)
@@ -462,11 +462,11 @@ class Supervisor:
             meeting = self._cluster.meeting(self._generation + 1, hosts=hosts)
         except NotYet:
             return  # asked again, with those that are there then
-        self._held_back = False
-        self._generation += 1
+        self._held_back, first = False, not self._members
+        self._generation = self._cluster.registered or self._generation + 1
         self._members = [one.rank for one in members]
         self._send_generation(members, meeting=meeting)
-        if self._generation > 1:
+        if not first:
             count = len(members) // self._layout.replica_workers
             text = f"generation {self._generation}: {count} replicas (workers {self._members})"
             self._tell(
@@ -483,6 +483,7 @@ class Supervisor:
                 "rank": rank,
                 "size": len(members),
                 "here": sum(other.site is one.site for other in members),
+                "registered": self._cluster.registered > 0,
             }
             one.site.send(one.worker, {**order, "meeting": meeting})
 

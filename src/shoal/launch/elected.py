@@ -100,10 +100,11 @@ def train_elected(
                     say=say,
                 )
 
-            def work(_: int) -> Result:
+            def work(term: int) -> Result:
                 with suppress(Unreachable, Unknown):  # then nothing begins either
                     register(run, console.line).recover()
-                given = replace(hosts, register=register, without=is_run(out))
+                given = replace(hosts, register=register, run=str(run), term=term)
+                given.without = is_run(out)
                 return train(recipe, overrides, out=out, pool=pool, go_on=True, hosts=given)
 
             return candidate.lead(work)

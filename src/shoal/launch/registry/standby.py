@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from shoal.errors import RunError, ShoalError, Stopped
+from shoal.errors import RunError, ShoalError, Stopped, WorkerError
 from shoal.launch.registry.membership import (
     RENEW_SECONDS,
     Fenced,
@@ -71,10 +71,17 @@ class Candidate:
                 with self._ending():
                     self._say(f"this process leads (term {self.term})")
                     return work(self.term)
-            except Fenced as error:
+            except (Fenced, WorkerError) as error:
+                if isinstance(error, WorkerError) and not self._is_cut_off:
+                    raise
                 self._say(f"no longer the coordinator: {error}")
                 self.term = None
         raise AssertionError("turns do not end")
+
+    @property
+    def _is_cut_off(self) -> bool:
+        """Whether others may lead by now: then no host of the run listens to this process."""
+        return self._away is not None or self.deposed() is not None
 
     def deposed(self) -> str | None:
         """Who leads instead of this process, as the registry said last."""
@@ -111,8 +118,9 @@ class Candidate:
             yield
         except Fenced:
             raise
-        except BaseException:
-            self._tell_others()
+        except BaseException as error:
+            if not (isinstance(error, WorkerError) and self._is_cut_off):
+                self._tell_others()
             raise
         else:
             self._tell_others()
@@ -121,6 +129,8 @@ class Candidate:
         if self.term is None:
             return
         with contextlib.suppress(ShoalError):
+            if self._membership.look().term != self.term:
+                return  # the run is another's by now
             number = self._membership.ask(Ask(what="stop"))
             time.sleep(_HEARD_SECONDS)
             self._membership.answered(number, term=self.term)

@@ -198,7 +198,7 @@ class OverHosts:
             now = time.monotonic()
             wrong = [f"{site.name} {site.wrong}" for site in sites if site.wrong]
             missing = [site.name for site in sites if not ready(site) and not site.wrong]
-            busy = all(site.here is not None and site.here.busy for site in sites if site.wrong)
+            busy = all(site.busy for site in sites if site.wrong)
             wrong_at = (wrong_at or now) if wrong else 0.0
             # a coordinator that died holds its hosts for as long as a lease
             late = now - wrong_at > (2 * self.lease_seconds if busy else 1.0)

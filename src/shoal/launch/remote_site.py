@@ -51,6 +51,8 @@ class RemoteSite:
         self.gone: str | None = "has not answered yet"
         self.wrong: str | None = None
         """What is wrong with it, where it has answered, or has another secret."""
+        self.busy = False
+        """Whether it is at work for another coordinator, and nothing else is wrong."""
         self._closed = False
         self.leaving = False
         """Whether its host is about to go."""
@@ -236,6 +238,7 @@ class RemoteSite:
     def _answered(self, here: calls.Here) -> None:
         self.name = f"{here.name} ({self.address.removeprefix('tcp://')})"
         self.here, problem = here, self._check(here)
+        self.busy = bool(here.busy)
         if here.busy:
             problem = f"is at work for {here.busy}"
         self.wrong = problem or ("; ".join(here.missing) or None)

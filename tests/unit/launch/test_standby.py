@@ -12,14 +12,15 @@ import pytest
 
 from shoal.checkpoint.files import Files
 from shoal.checkpoint.folders import publish, waiting_name
-from shoal.errors import RunError, Stopped
+from shoal.errors import RunError, Stopped, WorkerError
 from shoal.launch.cluster import NotYet
 from shoal.launch.registry import registered as module
+from shoal.launch.registry.etcd import Etcd
 from shoal.launch.registry.membership import Fenced, Membership
 from shoal.launch.registry.records import HostFacts, Spec
 from shoal.launch.registry.registered import Registered
 from shoal.launch.registry.standby import Candidate
-from shoal.launch.registry.store import Compare, Entry, Memory, Unknown, Unreachable
+from shoal.launch.registry.store import Compare, Entry, Memory, Store, Unknown, Unreachable
 
 SPEC = Spec(shoal="1", torch="2", code="c", recipe="r", data="d", run="/runs/a")
 
@@ -52,7 +53,7 @@ class Away(Memory):
         return super().keep(lease)
 
 
-def membership(store: Memory, name: str, **more: Any) -> Membership:
+def membership(store: Store, name: str, **more: Any) -> Membership:
     facts = HostFacts(host=f"{name}-1", name=name, address="", port=0, cores=1)
     return Membership(store, facts, **more)
 
@@ -122,6 +123,36 @@ def test_another_recipe_is_refused_with_the_difference() -> None:
         pytest.raises(RunError, match="recipe: another here, r there"),
     ):
         one.lead(lambda term: None)
+
+
+def test_a_registry_that_never_answers_is_given_up_with_its_address() -> None:
+    """With progress meanwhile."""
+    nobody, said = Etcd(["http://127.0.0.1:1"], prefix="/x/", timeout_seconds=0.2), list[str]()
+    known: dict[str, Any] = {"say": said.append, "patience_seconds": 4.0}
+    with (
+        Candidate(membership(nobody, "h1"), SPEC, **known) as one,
+        pytest.raises(RunError, match=r"--etcd: no answer for 4 s: .*http://127\.0\.0\.1:1"),
+    ):
+        one.lead(lambda term: None)
+    assert "the registry does not answer: etcd at http://127.0.0.1:1" in said[0]
+
+
+def test_who_was_cut_off_stands_by_and_ends_the_run_for_nobody() -> None:
+    """All hosts listen to another by now, and the registry cannot say so."""
+    store, calls = Away(), list[int]()
+
+    def work(term: int) -> str:
+        calls.append(term)
+        if len(calls) == 1:
+            store.away = True
+            until(lambda: one._away is not None)
+            threading.Timer(0.5, lambda: setattr(store, "away", False)).start()
+            raise WorkerError("no host of the run is left")
+        raise WorkerError("a worker fails")
+
+    with candidate(store, "h1") as one, pytest.raises(WorkerError, match="a worker fails"):
+        one.lead(work)
+    assert len(calls) == 2
 
 
 class Led:

@@ -26,14 +26,24 @@ from shoal.launch.registry.store import Unknown, Unreachable
 ASK_SECONDS = 0.5
 _HEARD_SECONDS = 4 * ASK_SECONDS
 _SAY_SECONDS = 3.0
+PATIENCE_SECONDS = 60.0
 T = TypeVar("T")
 
 
 class Candidate:
     """One of the coordinators of a run. A context manager: within it the lease is kept."""
 
-    def __init__(self, membership: Membership, spec: Spec, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        spec: Spec,
+        *,
+        say: Callable[[str], None],
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        """`patience_seconds`: how long a registry may be away that has never answered."""
         self._membership, self._spec, self._say = membership, spec, say
+        self._patience_seconds = patience_seconds
         self.view: View | None = None
         """What the registry held when it was last asked."""
         self.term: int | None = None
@@ -58,7 +68,7 @@ class Candidate:
         """Wait for the turn, then `work(term)`; again where that ends with Fenced.
 
         Raises Stopped when another coordinator has ended the run, RunError for a registry that
-        refuses this host.
+        refuses this host, or that never answers.
         """
         said_at = time.monotonic()
         for waited in self._turns():
@@ -95,10 +105,15 @@ class Candidate:
 
     def _turns(self) -> Iterator[bool]:
         """Again and again; raises what ends the wait."""
-        waited = False
+        waited, began = False, time.monotonic()
         while True:
             if self._refused is not None:
                 raise RunError(str(self._refused))
+            if self.view is None and time.monotonic() - began > self._patience_seconds:
+                raise RunError(
+                    f"--etcd: no answer for {self._patience_seconds:.0f} s: {self._away}\n"
+                    "    expected the addresses of servers that run; is it http or https there?"
+                )
             if self._stopped():
                 raise Stopped("the run was ended by the coordinator that led it")
             yield waited

@@ -32,6 +32,8 @@ TARGETS = ("shoal.engine.worker:run",)
 """What an agent starts for a coordinator, and nothing else."""
 STOPPED = 75
 _WAIT_SECONDS = 0.2
+SEEN_SECONDS = 0.2
+"""So often an agent says how its workers are."""
 
 
 def facts(
@@ -249,7 +251,7 @@ class Agent:
                     self._note(number, done=True)
             else:
                 self._answer(calls.Said(worker=number, status=worker.status))
-        if time.monotonic() - self._signed_at > _WAIT_SECONDS:
+        if time.monotonic() - self._signed_at > SEEN_SECONDS:
             self._signed_at = time.monotonic()
             if self.leaving:
                 self._answer(calls.Leaving())

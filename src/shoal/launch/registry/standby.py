@@ -40,8 +40,10 @@ class Candidate:
         *,
         say: Callable[[str], None],
         patience_seconds: float = PATIENCE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`patience_seconds`: how long a registry may be away that has never answered."""
+        self._clock = clock
         self._membership, self._spec, self._say = membership, spec, say
         self._patience_seconds = patience_seconds
         self.view: View | None = None
@@ -51,6 +53,7 @@ class Candidate:
         self._refused: Refused | None = None
         self._away: str | None = None
         self._old: frozenset[str] | None = None
+        self._enrolled, self._renewed_at = False, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
@@ -153,22 +156,24 @@ class Candidate:
     # --- in the thread
 
     def _run(self) -> None:
-        enrolled, renewed_at = False, 0.0
-        while not self._ended.is_set():
-            try:
-                if not enrolled:
-                    self._membership.enrol(self._spec)
-                    enrolled, renewed_at = True, time.monotonic()
-                if time.monotonic() - renewed_at > RENEW_SECONDS:
-                    enrolled, renewed_at = self._membership.keep(), time.monotonic()
-                self._look()
-                self._away = None
-            except Refused as error:
-                self._refused = error
-                return
-            except (Unreachable, Unknown, Fenced) as error:
-                self._away = f"the registry does not answer: {error}"
+        while not self._ended.is_set() and self._refused is None:
+            self.turn()
             self._ended.wait(ASK_SECONDS)
+
+    def turn(self) -> None:
+        """Ask once: every ASK_SECONDS, by the thread."""
+        try:
+            if not self._enrolled:
+                self._membership.enrol(self._spec)
+                self._enrolled, self._renewed_at = True, self._clock()
+            if self._clock() - self._renewed_at > RENEW_SECONDS:
+                self._enrolled, self._renewed_at = self._membership.keep(), self._clock()
+            self._look()
+            self._away = None
+        except Refused as error:
+            self._refused = error
+        except (Unreachable, Unknown, Fenced) as error:
+            self._away = f"the registry does not answer: {error}"
 
     def _look(self) -> None:
         view = self._membership.look()

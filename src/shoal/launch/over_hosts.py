@@ -162,7 +162,8 @@ class OverHosts:
             for site in sites:
                 site.close(status=status, another_leads=another_leads)
             with suppress(OSError):
-                note.unlink()
+                if not another_leads:  # whose note it is by now
+                    note.unlink()
 
     def _called(self, hello: calls.Hello) -> list[RemoteSite]:
         keys, mine = Keys.of(self.secret), facts()

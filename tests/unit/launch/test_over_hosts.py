@@ -228,6 +228,7 @@ def test_the_next_coordinator_goes_on_with_the_workers_that_run(
     led.other["h1"] = "h2"
     first.wait_for(first.has_ended)
     assert isinstance(first.error, Fenced)
+    assert (led.out / ".hosts").exists(), "the next one's, as far as the first can know"
     steps = first.steps()
     second = Training(bench, led.over(agents, "h2"), *words, out=led.out)
     try:

@@ -73,9 +73,9 @@ def steps(out: Path) -> list[int]:
 def begun(cluster: Elected, bench: Bench, out: Path) -> tuple[Training, Training]:
     """Coordinators on the first two hosts: the one that leads, and the one that stands by."""
     both = [cluster.coordinator(bench, host, out) for host in cluster.hosts[:2]]
-    both[0].until(lambda: any("leads" in each.log.read_text() for each in both))
+    both[0].until(lambda: any("leads" in each.log.read_text() for each in both), seconds=400)
     leads = next(each for each in both if "leads" in each.log.read_text())
-    leads.until(lambda: leads.events("saved") and len(steps(out)) > 25)
+    leads.until(lambda: leads.events("saved") and len(steps(out)) > 25, seconds=400)
     return leads, both[1] if leads is both[0] else both[0]
 
 

@@ -26,7 +26,7 @@ from tiny import Bench, Run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(why_not()), reason=str(why_not())),
 ]
 WORDS = ("parallel.replicate=2", "train.steps=8", "train.evaluate_every_steps=4")
@@ -79,7 +79,7 @@ def test_mpirun(bench: Bench, lab: Lab, tmp_path: Path) -> None:
     env |= dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
     command = mpi.command(start(bench, tmp_path), hosts=hosts)
     words = ["ip", "netns", "exec", lab.hosts[0].space, "bash", "-c", command]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     check(bench, tmp_path / "run")
 
@@ -141,7 +141,7 @@ def test_slurm(bench: Bench, lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "job.sh").write_text(slurm.script(start(bench, tmp_path)))
     log = tmp_path / "job.log"
     first.run("sbatch", "--output", log, tmp_path / "job.sh", env=env)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while first.run("squeue", "-h", env=env).strip():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)
@@ -179,7 +179,7 @@ def test_ray(bench: Bench, lab: Lab, tmp_path: Path) -> None:
     log = tmp_path / "driver.log"
     with log.open("w") as file:
         driver = head.start(python, tmp_path / "driver.py", env=env, stdout=file, stderr=file)
-    assert driver.wait(timeout=300) == 0, log.read_text()[-4000:]
+    assert driver.wait(timeout=600) == 0, log.read_text()[-4000:]
     check(bench, tmp_path / "run")
 
 
@@ -199,14 +199,14 @@ def played(bench: Bench, lab: Lab, folder: Path, *words: str) -> Job:
 
 def test_kubernetes_played(bench: Bench, lab: Lab, tmp_path: Path) -> None:
     job = played(bench, lab, tmp_path)
-    assert job.wait(seconds=300) == [0, 0], job.said()
+    assert job.wait(seconds=600) == [0, 0], job.said()
     check(bench, tmp_path / "claim" / "run")
 
 
 def test_kubernetes_played_with_a_mistake(bench: Bench, lab: Lab, tmp_path: Path) -> None:
     """Exit status 2 fails the Job: it is not begun again."""
     job = played(bench, lab, tmp_path, "train.steps=none")
-    status = job.wait(seconds=200)
+    status = job.wait(seconds=600)
     assert job.failed and status[0] == 2 and job.failures[0] == 1, job.said()
 
 

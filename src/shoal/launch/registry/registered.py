@@ -190,9 +190,10 @@ class Registered:
         number, least = view.generation.number, view.commit.standing if view.commit else (0, -1)
         left = [each for each in waiting_saves(self._folder) if each[0] == number and each > least]
         for generation, step in left[-1:]:
+            record = self._record(_Waiting(generation, step, self._keep, self._best))
             with suppress(Fenced):
-                saved = _Waiting(generation, step, self._keep, self._best)
-                self._membership.commit(self._record(saved), token=view.token)
+                if record is not None:
+                    self._membership.commit(record, token=view.token)
 
     def _put_right(self, view: View) -> None:
         """Let the folder show the committed save, and nothing that can never be committed."""
@@ -212,14 +213,19 @@ class Registered:
             with self._lock:
                 saved = self._saves[0]
                 token, now = self._token, self._number
-            if saved.generation == now and (self._folder / saved.name / NAME).is_file():
-                self._membership.commit(self._record(saved), token=token)
+            record = self._record(saved)
+            if saved.generation == now and record is not None:
+                self._membership.commit(record, token=token)
                 self._publish(saved)
             with self._lock:
                 self._saves.pop(0)
 
-    def _record(self, saved: _Waiting) -> Saved:
-        manifest = (self._folder / saved.name / NAME).read_bytes()
+    def _record(self, saved: _Waiting) -> Saved | None:
+        """What is committed of it; None: another coordinator has dropped it, or given it a name."""
+        try:
+            manifest = (self._folder / saved.name / NAME).read_bytes()
+        except FileNotFoundError:
+            return None
         return Saved(
             generation=saved.generation,
             step=saved.step,

@@ -116,7 +116,8 @@ cp {folder}/munge.key /srv/munge/key
 chown -R munge /run/munge /srv/munge; chmod 400 /srv/munge/key
 runuser -u munge -- munged --force --key-file=/srv/munge/key --pid-file=/srv/munge/pid \\
   --log-file=/srv/munge/log --seed-file=/srv/munge/seed --socket=/run/munge/munge.socket.2
-mount -t tmpfs cg /sys/fs/cgroup; cd /sys/fs/cgroup
+mount -t tmpfs cg /sys/fs/cgroup; cd /sys/fs/cgroup; mkdir systemd
+mount -t cgroup -o none,name=systemd systemd systemd
 for each in freezer cpuset memory cpuacct cpu devices; do
   mkdir $each; mount -t cgroup -o $each $each $each
 done

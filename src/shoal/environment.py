@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.errors import UserError
+
 
 def cache_directory() -> Path:
     """Folder for fetched packages, tokenizers and token files. `SHOAL_CACHE` moves it."""
@@ -56,17 +58,57 @@ class Rendezvous:
 
 
 def torchrun_rendezvous() -> Rendezvous | None:
-    """This process's place under torchrun, or None when torchrun did not start it."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    """This process's place under torchrun, or None when torchrun did not start it.
+
+    Raises UserError for variables that cannot all be true: such a worker would train alone.
+    """
+    given = [name for name in _TORCHRUN[:2] if name in os.environ]
+    if not given:
         return None
-    size = int(os.environ["WORLD_SIZE"])
-    return Rendezvous(
-        rank=int(os.environ["RANK"]),
-        world_size=size,
-        local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
-        meeting=os.environ.get("SHOAL_MEETING"),
-    )
+    if len(given) == 1:
+        raise UserError(
+            f"{given[0]} is set, of RANK and WORLD_SIZE: expected both, or none\n"
+            f"    unset {given[0]}; a worker that does not know of the others would train alone"
+        )
+    rank, size = _count("RANK", 0), _count("WORLD_SIZE", 1)
+    local_rank, local_size = _count("LOCAL_RANK", rank), _count("LOCAL_WORLD_SIZE", size)
+    told = ", ".join(f"{name}={os.environ[name]}" for name in _TORCHRUN if name in os.environ)
+    if not (rank < size and local_rank < local_size <= size):
+        raise UserError(
+            f"{told}: expected RANK below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, which "
+            "is WORLD_SIZE at most\n    unset what another engine or a shell has left"
+        )
+    count = _copies()
+    if count is not None and count[1] > size:
+        raise UserError(
+            f"{count[0]}={count[1]} and {told}: {count[1]} copies were started of what is one of "
+            f"{size}, and each would train alone\n    start torchrun once on each host, with "
+            "--nnodes and a --rdzv-endpoint, or let the scheduler start agents: shoal launch"
+        )
+    meeting = os.environ.get("SHOAL_MEETING")
+    return Rendezvous(rank, size, local_rank, local_size, meeting)
+
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def _count(name: str, default: int) -> int:
+    """A variable that holds a number. Raises UserError for one that does not."""
+    found = os.environ.get(name, str(default))
+    if not found.isdigit():
+        raise UserError(
+            f"{name}: expected a number, as torchrun sets it, got {found!r}\n    unset it"
+        )
+    return int(found)
+
+
+def _copies() -> tuple[str, int] | None:
+    """The variable by which a scheduler says that it has started several of this, and how many."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            return name, int(count)
+    return None
 
 
 def started_together() -> tuple[str, int] | None:
@@ -74,13 +116,7 @@ def started_together() -> tuple[str, int] | None:
 
     None where it was started once, or by torchrun, whose workers find each other.
     """
-    if torchrun_rendezvous() is not None:
-        return None
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        count = os.environ.get(name, "")
-        if count.isdigit() and int(count) > 1:
-            return name, int(count)
-    return None
+    return None if torchrun_rendezvous() is not None else _copies()
 
 
 def become_worker(rank: int, *, size: int, meeting: str) -> None:

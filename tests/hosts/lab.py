@@ -128,11 +128,27 @@ class Host:
 
     def kill(self) -> None:
         """Every process of it dies at once; others see their connections closed."""
+        self._wake()
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
         if self._first is not None:
             self._first.wait()
         self._first, self.pid = None, 0
+
+    def freeze(self) -> None:
+        """Every process of it stops, until `thaw`."""
+        self.run("bash", "-c", "kill -STOP -1")
+
+    def thaw(self) -> None:
+        """They go on."""
+        self._wake()
+        self.run("bash", "-c", "kill -CONT -1")
+
+    def _wake(self) -> None:
+        """nsenter stops with what it has started, and would not see it end."""
+        for process in self._started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
 
     def power_off(self) -> None:
         """The cable first, so that the others see silence and nothing else."""

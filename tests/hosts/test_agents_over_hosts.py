@@ -63,7 +63,7 @@ class Training:
                 *shoal(*words), stdout=log, stderr=subprocess.STDOUT
             )
 
-    def until(self, true: Callable[[], object], *, seconds: float = 180.0) -> float:
+    def until(self, true: Callable[[], object], *, seconds: float = 400.0) -> float:
         began = time.monotonic()
         while not true():
             assert time.monotonic() - began < seconds, self.log.read_text()[-3000:]

@@ -12,11 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hosts.lab import Host, Lab, why_not
 from hosts.test_agents_over_hosts import EXACT, Cluster, Training
+from shoal.checkpoint.folders import waiting_name
 from shoal.observe.events import read_lines
 from tiny import Bench, Run, shoal
 
@@ -71,9 +73,9 @@ def steps(out: Path) -> list[int]:
 def begun(cluster: Elected, bench: Bench, out: Path) -> tuple[Training, Training]:
     """Coordinators on the first two hosts: the one that leads, and the one that stands by."""
     both = [cluster.coordinator(bench, host, out) for host in cluster.hosts[:2]]
-    both[0].until(lambda: any("leads" in each.log.read_text() for each in both))
+    both[0].until(lambda: any("leads" in each.log.read_text() for each in both), seconds=400)
     leads = next(each for each in both if "leads" in each.log.read_text())
-    leads.until(lambda: leads.events("saved") and len(steps(out)) > 25)
+    leads.until(lambda: leads.events("saved") and len(steps(out)) > 25, seconds=400)
     return leads, both[1] if leads is both[0] else both[0]
 
 
@@ -82,39 +84,37 @@ def host_of(cluster: Elected, training: Training) -> Host:
 
 
 def goes_on(other: Training, out: Path, *, began: float) -> float:
-    """Seconds until another coordinator has a step committed."""
-    other.until(lambda: other.events("resumed"))
+    """Seconds until another coordinator has a step committed, by the workers that were there."""
+    other.until(lambda: other.events("adopted"))
     rows = len(read_lines(out / "metrics.jsonl"))
     other.until(lambda: len(read_lines(out / "metrics.jsonl")) > rows)
+    assert not other.events("resumed"), "nothing is loaded"
     return time.monotonic() - began
 
 
 def check_losses(bench: Bench, out: Path) -> None:
-    """Those of one machine, whatever was done twice."""
+    """Every step once, as on one machine."""
+    steps_done = steps(out)
+    assert steps_done == list(range(1, len(steps_done) + 1))
     last = {row["step"]: row["loss"] for row in Run(out).rows if "loss" in row}
     count = min(max(last), 100)
     clean = bench.train(*WORDS, f"train.stop_after_steps={count}")
     assert [last[step] for step in range(1, count + 1)] == clean.losses
 
 
-def committed(cluster: Elected) -> int:
-    """The step of the save that the registry counts; 0: none."""
-    words = (
-        "etcdctl",
-        "--endpoints",
-        cluster.endpoints,
-        "get",
-        "--prefix",
-        "/shoal/",
-        "-w",
-        "json",
-    )
-    said = json.loads(cluster.hosts[2].run(*words, env={"ETCDCTL_API": "3"}))
+def counted(cluster: Elected) -> dict[str, Any]:
+    """The save that the registry counts; step 0: none."""
+    words = ("etcdctl", "--endpoints", cluster.endpoints, "get", "--prefix", "/shoal/", "-w")
+    said = json.loads(cluster.hosts[2].run(*words, "json", env={"ETCDCTL_API": "3"}))
     values = {
         base64.b64decode(each["key"]).decode().rpartition("/")[2]: base64.b64decode(each["value"])
         for each in said.get("kvs", [])
     }
-    return int(json.loads(values["commit"])["step"]) if "commit" in values else 0
+    return dict(json.loads(values["commit"])) if "commit" in values else {"step": 0}
+
+
+def committed(cluster: Elected) -> int:
+    return int(counted(cluster)["step"])
 
 
 def test_the_coordinators_host_is_switched_off(
@@ -168,4 +168,38 @@ def test_the_store_is_away_for_a_while(bench: Bench, cluster: Elected, tmp_path:
     saved = max(int(row["step"]) for row in leads.events("saved"))
     leads.until(lambda: committed(cluster) >= saved, seconds=60)
     leads.stop()
+    check_losses(bench, out)
+
+
+def test_a_host_that_was_stopped_leaves_saves_that_nobody_loads(
+    bench: Bench, cluster: Elected, tmp_path: Path
+) -> None:
+    """The coordinator's, for longer than its lease. What it saves once it runs again is too late.
+
+    A copy of a real save stands for one that its workers end late, with the newest name of all.
+    """
+    out = tmp_path / "run"
+    leads, other = begun(cluster, bench, out)
+    host = host_of(cluster, leads)
+    old = counted(cluster)
+    began = time.monotonic()
+    host.freeze()
+    print(f"\ncoordinator's host stopped: {goes_on(other, out, began=began):.2f} s")
+    time.sleep(20 - min(19.0, time.monotonic() - began))
+    host.thaw()
+    leads.until(lambda: "no longer the coordinator" in leads.log.read_text(), seconds=60)
+    other.until(lambda: committed(cluster) > old["step"], seconds=60)
+    assert counted(cluster)["generation"] > old["generation"]
+    saves = out / "checkpoints"
+    stale = saves / waiting_name(99999, generation=old["generation"])
+    shutil.copytree(saves / counted(cluster)["place"], stale)
+    other.stop()
+    leads.process.wait(timeout=30)
+    last = committed(cluster)
+    again = cluster.coordinator(bench, cluster.hosts[0], out)
+    again.until(lambda: again.events("resumed"))
+    assert again.events("resumed")[-1]["step"] == last < 99999
+    assert not stale.exists()
+    again.until(lambda: committed(cluster) > last, seconds=60)
+    again.stop()
     check_losses(bench, out)

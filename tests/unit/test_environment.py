@@ -10,6 +10,7 @@ import pytest
 
 from shoal import environment
 from shoal.environment import _core_limit, usable_cores
+from shoal.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,33 @@ def test_which_interface_has_an_address_and_which_leads_to_a_host() -> None:
     assert environment._interface_of("192.0.2.77") is None  # of documentation (RFC 5737)
     with pytest.raises(OSError):
         environment.address_towards("no.such.host.invalid")
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"RANK": "0"}, "RANK is set, of RANK and WORLD_SIZE: expected both, or none"),
+        ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK: expected a number, as torchrun sets it, got 'a'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2: expected RANK below WORLD_SIZE"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+            "LOCAL_RANK below LOCAL_WORLD_SIZE",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"},
+            r"SLURM_STEP_NUM_TASKS=4 and RANK=0, WORLD_SIZE=1: 4 copies were started",
+        ),
+    ],
+)
+def test_variables_of_engines_that_contradict_each_other(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str
+) -> None:
+    for name in (*environment._TORCHRUN, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=text):
+        environment.torchrun_rendezvous()
 
 
 def test_several_copies_are_seen_by_what_schedulers_set(monkeypatch: pytest.MonkeyPatch) -> None:

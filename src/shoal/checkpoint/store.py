@@ -2,7 +2,8 @@
 
 RUN/checkpoints/step-00000100/ holds one safetensors file per writer and a manifest. Writers work
 in a hidden folder; the manifest is written last and one rename publishes the whole. What has the
-final name is therefore complete; hashes tell whether it still is.
+final name is therefore complete; hashes tell whether it still is. Where a registry says which saves
+count, the rename is its coordinator's (checkpoint/folders.py).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from shoal.boxes import Box, Piece
 from shoal.checkpoint.files import Files
+from shoal.checkpoint.folders import publish, published_name, published_steps, waiting_name
 from shoal.checkpoint.manifest import NAME, Entry, FileRecord, Manifest, Part
 from shoal.errors import CheckpointError, RunError
 from shoal.untrusted import TensorInfo, open_plain, read_header
 
-_WRITING = re.compile(r"\.step-(\d{8,})\.([0-9a-f]+)\.writing")
+_WRITING = re.compile(r"\.step-(\d{8,})\.((?:g(\d+)-)?[0-9a-f]+)\.writing")
 
 _DTYPES = {
     torch.float32: "F32",
@@ -79,7 +81,7 @@ class Store:
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of `step`."""
-        return self.folder / f"step-{step:08d}"
+        return self.folder / published_name(step)
 
     def writing(self, step: int, *, token: str = "") -> Path:
         """The hidden folder in which the save of `step` is made; `token` tells attempts apart."""
@@ -87,10 +89,7 @@ class Store:
 
     def steps(self) -> list[int]:
         """Steps that have a published checkpoint, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.iterdir()]
-        return sorted(int(match[1]) for match in matches if match)
+        return published_steps(self.folder)
 
     # --- writing
 
@@ -100,15 +99,18 @@ class Store:
         self.clear()
         self.files.make(self.writing(step))
 
-    def clear(self, *, token: str = "", step: int = 0) -> None:
+    def clear(self, *, token: str = "", step: int = 0, generation: int = 0) -> None:
         """Remove what interrupted saves left behind. Raises OSError.
 
-        With a `token`, what this attempt writes for `step` or later stays.
+        With a `token`, what this attempt writes for `step` or later stays; with a `generation`,
+        what later ones write.
         """
         for leftover in self.folder.glob(".step-*"):
             match = _WRITING.fullmatch(leftover.name)
             if match and token and match[2] == token and int(match[1]) >= step:
                 continue
+            if match and generation and int(match[3] or 0) > generation:
+                continue  # this rank was cut off meanwhile
             self.files.remove(leftover)
 
     def write_part(
@@ -142,29 +144,24 @@ class Store:
         state: dict[str, Any],
         keep: int,
         token: str = "",
+        generation: int = 0,
     ) -> Path:
         """Write the manifest, give the checkpoint its name, then drop the oldest beyond `keep`.
 
-        A later step that is already there could not be loaded, else the run would have gone on
-        from it: it goes too, and never counts among those kept. Raises OSError.
+        With a `generation` a registry says which saves count: this one waits for it, and nothing
+        goes (checkpoint/folders.py). Raises OSError.
         """
         files = tuple(file for part in parts for file in part.files)
         entries = tuple(entry for part in parts for entry in part.entries)
         manifest = Manifest(step, Part(files, entries), state)
-        writing, final = self.writing(step, token=token), self.path(step)
-        later = [other for other in self.steps() if other > step]
+        writing = self.writing(step, token=token)
         self.files.write(writing / NAME, [manifest.to_bytes()])
-        if final.exists():
-            self.files.rename(final, self.folder / f".step-{step:08d}.replaced")
-        self.files.rename(writing, final)
-        for replaced in self.folder.glob(".step-*.replaced"):
-            self.files.remove(replaced)
-        earlier = [other for other in self.steps() if other <= step]
-        for old in [*(step for step in earlier[:-keep] if step != self.best), *later]:
-            dropped = self.folder / f".step-{old:08d}.dropped"
-            self.files.rename(self.path(old), dropped)  # half a removal must not look published
-            self.files.remove(dropped)
-        return final
+        if generation:
+            waiting = self.folder / waiting_name(step, generation=generation)
+            self.files.rename(writing, waiting)
+            return waiting
+        kept = [] if self.best is None else [self.best]
+        return publish(self.folder, writing, step=step, keep=keep, kept=kept, files=self.files)
 
     # --- reading
 

@@ -139,6 +139,26 @@ def kubernetes(
     say(manifests(start, name=name, image=image, claim=claim).rstrip(), verbatim=True)
 
 
+@app.command("ray")
+def ray(
+    recipe: Recipe,
+    out: Out,
+    keys: Secret,
+    num_hosts: Count,
+    overrides: Overrides = None,
+    cpus: Annotated[int, typer.Option(help="Of each host, as Ray counts them.")] = 1,
+    port: Port = AGENT_PORT,
+) -> None:
+    """Print a driver for Ray: an actor on each host that runs its agent, the coordinator on one.
+
+    Start it by `python FILE`, or by `ray job submit`. What it imports is ray alone.
+    """
+    from shoal.launch.clusters.ray import driver
+    from shoal.launch.clusters.start import Start
+
+    say(driver(Start(recipe, overrides or [], out, num_hosts, keys, port), cpus=cpus).rstrip())
+
+
 @app.command("mpi")
 def mpi(
     recipe: Recipe,

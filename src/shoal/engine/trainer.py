@@ -220,6 +220,7 @@ class Trainer:
             try:
                 self.members.join(lost)
                 self._enter_ranks()
+                self._saver.generation = self.members.registered
                 recipe = self.job.recipe.model_dump(mode="json")
                 training, count = self.training, self.training.replica.num_parameters
                 check_same_program(self.group, recipe=recipe, parameters=count)
@@ -293,15 +294,14 @@ class Trainer:
 
     def _restore(self) -> int:
         """Load the newest checkpoint that can be trusted; returns its step."""
-        training = self.training
+        training, job = self.training, self.job
         self.pulse.mark("restore")
         step = choose_checkpoint(training.store, group=self.group, sink=self.files.events)
         reader = training.store.open(step)
-        check_same_run(reader.state["recipe"], self.job.recipe, at=self.job.run)
+        check_same_run(reader.state["recipe"], job.recipe, at=job.run)
         check_progress(reader, steps=training.steps, batch=training.stream.global_batch_samples)
         shapes, layout = training.replica.shapes, training.ranks.layout
-        same = is_same(reader.state["recipe"]["sync"], self.job.recipe.sync)
-        into = training.state
+        into, same = training.state, is_same(reader.state["recipe"]["sync"], job.recipe.sync)
         load(reader, into, shapes=shapes, group=self.group, layout=layout, same_policy=same)
         training.resume(reader.state, same_policy=same)
         self.files.met()

@@ -1,7 +1,8 @@
 """The agent of a host: a local site in a loop, at the orders of a coordinator. No torch.
 
 A coordinator that is silent for longer than the lease counts as gone: its workers are ended, since
-without it they can neither meet nor save, and the agent waits for the next one.
+without it they can neither meet nor save, and the agent waits for the next one. Where others stand
+by to lead, workers are kept for a while: the agent goes over to whoever leads in a later term.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -30,9 +32,13 @@ TARGETS = ("shoal.engine.worker:run",)
 """What an agent starts for a coordinator, and nothing else."""
 STOPPED = 75
 _WAIT_SECONDS = 0.2
+SEEN_SECONDS = 0.2
+"""So often an agent says how its workers are."""
 
 
-def facts(*, busy: str = "", missing: tuple[str, ...] = ()) -> calls.Here:
+def facts(
+    *, busy: str = "", missing: tuple[str, ...] = (), running: tuple[calls.Running, ...] = ()
+) -> calls.Here:
     """What this host is."""
     return calls.Here(
         name=socket.gethostname(),
@@ -43,6 +49,7 @@ def facts(*, busy: str = "", missing: tuple[str, ...] = ()) -> calls.Here:
         code=code_hash(),
         busy=busy,
         missing=missing,
+        running=running,
     )
 
 
@@ -79,6 +86,7 @@ class Agent:
         self._hello = calls.Hello(coordinator="", nonce="", run="")
         self._site: LocalSite | None = None
         self._workers: dict[int, Worker] = {}
+        self._states: dict[int, calls.Running] = {}
         self._watched: set[int] = set()
         self._heard_at = self._turned_at = self._signed_at = 0.0
         self.ended: int | None = None
@@ -128,18 +136,24 @@ class Agent:
             self._follow(message)
 
     def _greet(self, peer: bytes, hello: calls.Hello) -> None:
-        busy = self._peer is not None and hello.nonce != self._hello.nonce
+        known, silent = self._hello, time.monotonic() - self._heard_at
+        other = self._peer is not None and hello.nonce != known.nonce
+        later = other and hello.run == known.run and hello.term > known.term
+        busy = other and not later and silent <= known.lease_seconds
         if busy or not hello.ranks:
             who = f"{self._hello.run} of {self._hello.coordinator}" if busy else ""
             self._answer(facts(busy=who), peer=peer)
             return
         missing = _missing(hello)
         if not missing:
-            self._leave()  # it has lost us meanwhile, and begins anew
+            if not (later and hello.adopts and hello.ranks == known.ranks):
+                self._leave()  # it has lost us meanwhile, and begins anew
+                self._site = LocalSite(self._pool, num_ranks=hello.ranks, keys=self._keys)
             self._peer, self._hello, self._heard_at = peer, hello, time.monotonic()
-            self._site = LocalSite(self._pool, num_ranks=hello.ranks, keys=self._keys)
             self._say(f"at work for {hello.run}, as {hello.coordinator} says")
-        self._answer(facts(missing=missing), peer=peer)
+        left = {n for n, worker in self._workers.items() if worker.status is None}
+        running = tuple(each for n, each in self._states.items() if n in left and not missing)
+        self._answer(facts(missing=missing, running=running), peer=peer)
 
     def _follow(self, message: calls.ToAgent) -> None:
         site = self._site
@@ -155,6 +169,9 @@ class Agent:
             worker = self._workers[message.worker]
             if isinstance(message, calls.Order):
                 site.send(worker, message.order)
+                if message.order.get("order") == "generation":
+                    number = int(message.order["number"])
+                    self._note(message.worker, generation=number, waiting=False)
             elif isinstance(message, calls.Signal):
                 site.signal(worker, message.number)
             else:
@@ -171,6 +188,7 @@ class Agent:
         slot = Slot(message.index, message.kind)
         started = site.start(message.target, message.payload, slot=slot, ranks=message.ranks)
         self._workers[message.worker] = started
+        self._states[message.worker] = calls.Running(worker=message.worker, rank=message.index)
 
     def _answer(self, message: calls.ToCoordinator, *, peer: bytes | None = None) -> None:
         whom = peer or self._peer
@@ -186,7 +204,8 @@ class Agent:
             self._heard_at = now
         self._turned_at = now
         silent = now - self._heard_at
-        if self._peer is not None and silent > self._hello.lease_seconds:
+        kept = self._hello.keep_seconds
+        if self._peer is not None and silent > self._hello.lease_seconds + kept:
             self._say(f"{self._hello.coordinator} is silent for {silent:.0f} s: its workers end")
             self._leave()
 
@@ -196,6 +215,11 @@ class Agent:
             self._site.close()
         self._site, self._peer = None, None
         self._workers.clear()
+        self._states.clear()
+
+    def _note(self, worker: int, **more: Any) -> None:
+        """How far a worker is, for whoever takes it on."""
+        self._states[worker] = msgspec.structs.replace(self._states[worker], **more)
 
     # --- the workers
 
@@ -220,9 +244,14 @@ class Agent:
             number = numbers[id(worker)]
             if message is not None:
                 self._answer(calls.Said(worker=number, message=message))
+                if message["kind"] == "waiting":
+                    waits = message["generation"] >= self._states[number].generation
+                    self._note(number, waiting=waits)
+                elif message["kind"] == "ended":
+                    self._note(number, done=True)
             else:
                 self._answer(calls.Said(worker=number, status=worker.status))
-        if time.monotonic() - self._signed_at > _WAIT_SECONDS:
+        if time.monotonic() - self._signed_at > SEEN_SECONDS:
             self._signed_at = time.monotonic()
             if self.leaving:
                 self._answer(calls.Leaving())

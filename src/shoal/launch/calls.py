@@ -42,6 +42,12 @@ class Hello(_Message, frozen=True):
     """What workers will read, and the digest of each (`folder_digest`)."""
     note: tuple[Text, Text] = ("", "")
     """A file in the run folder, and what stands in it."""
+    term: Count = 0
+    """In which it leads, by the run's registry: hosts go over to whoever leads in a later one."""
+    keep_seconds: float = 0.0
+    """How long workers outlive its silence, for the next coordinator to take them on."""
+    adopts: bool = False
+    """Whether it takes on what runs there for the coordinator before it."""
 
 
 class Start(_Message, frozen=True):
@@ -86,6 +92,18 @@ class Bye(_Message, frozen=True):
     status: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
 
 
+class Running(_Message, frozen=True):
+    """A worker that runs at an agent already."""
+
+    worker: Count
+    rank: Count
+    generation: Count = 0
+    """The one that it was last told to join."""
+    waiting: bool = False
+    """For another generation."""
+    done: bool = False
+
+
 class Here(_Message, frozen=True):
     """An agent answers `Hello`: what its host is, and what stands in the way."""
 
@@ -99,6 +117,8 @@ class Here(_Message, frozen=True):
     """Whom it works for already."""
     missing: tuple[Text, ...] = ()
     """What it does not see of the run, in words."""
+    running: tuple[Running, ...] = ()
+    """What a coordinator that `adopts` goes on with."""
 
 
 class Leaving(_Message, frozen=True):

@@ -35,6 +35,10 @@ class Cluster(Protocol):
         `hosts`: of its ranks, in their order. Raises NotYet.
         """
 
+    @property
+    def registered(self) -> int:
+        """The number by which a registry knows the generation met for last; 0: there is none."""
+
     def saved(self, fields: Mapping[str, Any]) -> None:
         """A save was published, as its event says."""
 
@@ -59,6 +63,10 @@ class ThisHost:
 
     def meeting(self, generation: int, *, hosts: Sequence[str] = ()) -> str:
         return (self.folder / f"generation-{generation:06d}").as_uri()
+
+    @property
+    def registered(self) -> int:
+        return 0
 
     def saved(self, fields: Mapping[str, Any]) -> None:
         return

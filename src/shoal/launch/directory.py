@@ -6,6 +6,7 @@ import errno
 import fcntl
 import itertools
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from shoal.errors import RunError, nearest
 from shoal.observe.events import read_lines
 
 _LOCK = ".lock"
+_NUMBER_BYTES = 32
+"""Of its holder's number at the beginning of a lock; the host's name follows."""
 NOTE = ".hosts"
 """What hosts of a run look for, to see that they share its folder."""
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
@@ -130,7 +133,8 @@ def anything_to_resume(run: Path, *, say: Callable[[str], None]) -> bool:
 
     A run whose saves were removed does not: its rows and its model would be written over.
     """
-    saved = (row for row in read_lines(run / "events.jsonl") if row.get("event") == "saved")
+    rows = (row for row in read_lines(run / "events.jsonl") if row.get("event") == "saved")
+    saved = (row for row in rows if not row.get("generation"))  # else a registry says what counts
     if has_checkpoint(run) or any(saved):
         return True
     say("nothing was saved before it ended: beginning anew")
@@ -146,7 +150,8 @@ def hold(run: Path) -> Iterator[None]:
     handle = _locked(run)
     try:
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        who = f"{os.getpid():<{_NUMBER_BYTES - 1}}\n{socket.gethostname()}\n"
+        os.pwrite(handle, who.encode(), 0)
         yield
     finally:
         (run / _LOCK).unlink(missing_ok=True)  # still locked: nobody can hold another one by now
@@ -186,11 +191,13 @@ def _locked(run: Path) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            text = os.pread(handle, 128, 0).decode(errors="replace")
+            holder, host = text[:_NUMBER_BYTES].strip(), text[_NUMBER_BYTES:].strip()
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise RunError(f"{path}: cannot be locked: {error.strerror}") from None
             who = f"process {holder}" if holder.isdigit() else "another process"
+            who += f" of {host}" if host not in ("", socket.gethostname()) else ""
             raise RunError(
                 f"{run}: {who} is at work in this run; two jobs would overwrite each other's "
                 "checkpoints. Wait for it, or stop it and resume, or start a new run with another "

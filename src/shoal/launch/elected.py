@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from shoal.launch.registry.membership import Membership
 from shoal.launch.registry.records import HostFacts, Spec
 from shoal.launch.registry.registered import Registered
 from shoal.launch.registry.standby import Candidate
+from shoal.launch.registry.store import Unknown, Unreachable
 from shoal.observe.console import Console
 
 _FILES = ("ca.pem", "cert.pem", "key.pem")
@@ -98,8 +100,11 @@ def train_elected(
                     say=say,
                 )
 
-            def work(_: int) -> Result:
-                given = replace(hosts, register=register, without=is_run(out))
+            def work(term: int) -> Result:
+                with suppress(Unreachable, Unknown):  # then nothing begins either
+                    register(run, console.line).recover()
+                given = replace(hosts, register=register, run=str(run), term=term)
+                given.without = is_run(out)
                 return train(recipe, overrides, out=out, pool=pool, go_on=True, hosts=given)
 
             return candidate.lead(work)

@@ -13,7 +13,9 @@ from typing import Any
 
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision
+from shoal.engine.job import Job
 from shoal.errors import ConfigError, Problem
+from shoal.launch.deaths import Death
 from shoal.launch.refuse import combination_of
 from shoal.legal import open_axes
 from shoal.observe.events import read_lines
@@ -99,8 +101,11 @@ def fixes(recipe: Recipe, decision: Decision) -> Iterator[str]:
     yield "a smaller model"
 
 
-def explained(recipe: Recipe, decision: Decision, *, run: Path, where: str) -> str:
-    """After a real one: what was measured, what it was doing, and the same fixes."""
+def explained(job: Job, death: Death) -> str:
+    """After a real one: what was measured, what it was doing, and the same fixes; else nothing."""
+    if death.kind != "out-of-memory":
+        return ""
+    recipe, decision, run, where = job.recipe, job.decision, job.run, death.where
     lines = [f"out of memory at {where}; {decision.layout.workers} {decision.workers}"]
     for name, value in _measured(run).items():
         lines.append(f"  {name}: {format_bytes(value)}")

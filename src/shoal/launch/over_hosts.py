@@ -36,6 +36,9 @@ from shoal.observe.console import Console
 
 PATIENCE_SECONDS = 60.0
 _SOON_SECONDS = 1.0
+_KEEP_SECONDS = 60.0
+"""Of workers that have lost their coordinator: longer than the next one needs to lead."""
+_OF_A_SAVE = ("step", "generation", "keep", "best")
 _MEETING = "shoal.comm.meeting_place:run"
 
 
@@ -49,6 +52,10 @@ class OverHosts:
     lease_seconds: float = calls.LEASE_SECONDS
     register: Callable[[Path, Callable[[str], None]], Registered] | None = None
     """Opens the registry for a run, where it has one; the second tells of the store's absence."""
+    run: str = ""
+    """The run folder, where a registry says who leads."""
+    term: int = 0
+    """In which this process leads then."""
     without: bool = False
     """Whether the run may begin without hosts that do not answer soon."""
     here: list[calls.Here] = field(default_factory=list)
@@ -56,7 +63,9 @@ class OverHosts:
 
     def ask(self, *, console: Console) -> None:
         """Hear what the hosts are. Raises RunError for those that cannot take part."""
-        hello = calls.Hello(coordinator=_me(), nonce=secrets.token_hex(8), run="")
+        hello = calls.Hello(
+            coordinator=_me(), nonce=secrets.token_hex(8), run=self.run, term=self.term
+        )
         sites = self._called(hello)
         try:
             self._gather(sites, ready=lambda site: site.here is not None, console=console)
@@ -124,12 +133,17 @@ class OverHosts:
             ranks=job.decision.layout.workers,
             folders={f: calls.folder_digest(Path(f)) for f in (*folders, *more) if f is not None},
             note=(str(note), text),
+            term=self.term,
+            keep_seconds=_KEEP_SECONDS if self.term else 0.0,
+            adopts=self.term > 0,
         )
         note.write_text(text, encoding="utf-8")
         sites = self._called(hello)
-        status: int | None = 1
+        status, another_leads = 1, False
         try:
             self._gather(sites, ready=lambda site: site.gone is None, console=console)
+            for site in sites:
+                site.begin()
             at, registered = _own_address(self.addresses), None
             if self.register is not None:
                 registered = self.register(run, console.line)
@@ -139,16 +153,17 @@ class OverHosts:
                 registered.close()
             status = cluster.status
         except Fenced:
-            status = None  # the run goes on without this coordinator
+            another_leads = True
             raise
         except BaseException as error:
             status = getattr(error, "exit_status", 1)
             raise
         finally:
             for site in sites:
-                site.close(status=status)
+                site.close(status=status, another_leads=another_leads)
             with suppress(OSError):
-                note.unlink()
+                if not another_leads:  # whose note it is by now
+                    note.unlink()
 
     def _called(self, hello: calls.Hello) -> list[RemoteSite]:
         keys, mine = Keys.of(self.secret), facts()
@@ -184,7 +199,7 @@ class OverHosts:
             now = time.monotonic()
             wrong = [f"{site.name} {site.wrong}" for site in sites if site.wrong]
             missing = [site.name for site in sites if not ready(site) and not site.wrong]
-            busy = all(site.here is not None and site.here.busy for site in sites if site.wrong)
+            busy = all(site.busy for site in sites if site.wrong)
             wrong_at = (wrong_at or now) if wrong else 0.0
             # a coordinator that died holds its hosts for as long as a lease
             late = now - wrong_at > (2 * self.lease_seconds if busy else 1.0)
@@ -245,9 +260,13 @@ class _Meetings:
                     return f"tcp://{self._address}:{said['port']}"
         raise WorkerError(f"no store could be opened at {self._address} for the ranks to meet at")
 
+    @property
+    def registered(self) -> int:
+        return 0 if self._registered is None else self._registered.number
+
     def saved(self, fields: Mapping[str, Any]) -> None:
         if self._registered is not None:
-            self._registered.saved(int(fields["step"]), place=str(fields["at"]))
+            self._registered.saved(**{name: fields[name] for name in _OF_A_SAVE})
 
     def look(self) -> None:
         if self._registered is not None:

@@ -21,7 +21,7 @@ from shoal.comm.line import Line
 from shoal.launch import calls
 from shoal.launch.hang import Sighting
 from shoal.launch.pool import Worker
-from shoal.launch.site import Slot
+from shoal.launch.site import Found, Slot
 from shoal.observe.pulse import Beat
 
 _AGAIN_SECONDS = 2.0
@@ -51,10 +51,13 @@ class RemoteSite:
         self.gone: str | None = "has not answered yet"
         self.wrong: str | None = None
         """What is wrong with it, where it has answered, or has another secret."""
+        self.busy = False
+        """Whether it is at work for another coordinator, and nothing else is wrong."""
         self._closed = False
         self.leaving = False
         """Whether its host is about to go."""
         self._keys, self._hello, self._check = keys, hello, check
+        self._found: list[Found] = []
         self._decoder = msgspec.msgpack.Decoder(calls.ToCoordinator)
         self._workers: dict[int, Worker] = {}
         self._ranks: dict[int, tuple[int, ...]] = {}
@@ -69,6 +72,9 @@ class RemoteSite:
         self._line = Line(address, keys=keys)
 
     # --- the calls of a site
+
+    def found(self) -> list[Found]:
+        return self._found
 
     def start(
         self, target: str, payload: dict[str, Any], *, slot: Slot, ranks: Sequence[int]
@@ -153,9 +159,16 @@ class RemoteSite:
     def memory_kills(self) -> int:
         return self._seen.memory_kills
 
-    def close(self, *, status: int | None = None) -> None:
-        """The run has ended, with this exit status; the agent ends what still runs."""
+    def close(self, *, status: int | None = None, another_leads: bool = False) -> None:
+        """The run has ended, with this exit status; the agent ends what still runs.
+
+        `another_leads`: it goes on, and what runs there is left to the coordinator that does.
+        """
         if self._closed:
+            return
+        if another_leads:
+            self._closed = True
+            self._line.close()
             return
         self._send(calls.Bye(status=status))
         deadline = time.monotonic() + 1.0
@@ -225,11 +238,26 @@ class RemoteSite:
     def _answered(self, here: calls.Here) -> None:
         self.name = f"{here.name} ({self.address.removeprefix('tcp://')})"
         self.here, problem = here, self._check(here)
+        self.busy = bool(here.busy)
         if here.busy:
             problem = f"is at work for {here.busy}"
         self.wrong = problem or ("; ".join(here.missing) or None)
         if self.wrong is None and self._hello.ranks:
+            if here.running and not self._hello.adopts:
+                self._call_again()  # too late to take them on: the second call ends them
+                return
             self.gone = None
+            for each in here.running:
+                worker = Worker(each.worker, report=-1, open=False)
+                self._workers[each.worker], self._ranks[each.worker] = worker, (each.rank,)
+                self._next = max(self._next, each.worker + 1)
+                self._found.append(
+                    Found(worker, each.rank, each.generation, each.waiting, each.done)
+                )
+
+    def begin(self) -> None:
+        """From now on what runs there is not taken on any more."""
+        self._hello = msgspec.structs.replace(self._hello, adopts=False)
 
     def _end(self, worker: Worker, *, status: int) -> None:
         worker.status = status

@@ -34,6 +34,19 @@ class Slot:
     kind: Literal["rank", "server", "environment"] = "rank"
 
 
+@dataclass(frozen=True)
+class Found:
+    """A worker that ran before this supervisor did."""
+
+    worker: Worker
+    rank: int
+    generation: int
+    """The one that it was last told to join."""
+    waiting: bool
+    """For another generation."""
+    done: bool
+
+
 class Site(Protocol):
     """One host's workers."""
 
@@ -44,6 +57,9 @@ class Site(Protocol):
     @property
     def leaving(self) -> bool:
         """Whether its host is about to go, and wants to be done without."""
+
+    def found(self) -> list[Found]:
+        """Workers that ran there already, for a coordinator that is lost."""
 
     def start(
         self, target: str, payload: dict[str, Any], *, slot: Slot, ranks: Sequence[int]
@@ -151,6 +167,9 @@ class LocalSite:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def found(self) -> list[Found]:
+        return []
 
     def start(
         self, target: str, payload: dict[str, Any], *, slot: Slot, ranks: Sequence[int]

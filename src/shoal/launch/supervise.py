@@ -24,7 +24,7 @@ from shoal.errors import Stopped
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.cluster import Cluster, NotYet
-from shoal.launch.deaths import Death, death_of
+from shoal.launch.deaths import death_of
 from shoal.launch.directory import has_checkpoint, hosts_to_drain, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
 from shoal.launch.hosts import Hosts, name_of
@@ -35,7 +35,14 @@ from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.servers import Servers
 from shoal.launch.site import Site, Slot
 from shoal.launch.sites import Sites, this_host
-from shoal.launch.supervised import SupervisedWorker, left_behind
+from shoal.launch.supervised import (
+    SupervisedWorker,
+    generation_orders,
+    left_behind,
+    left_by_another,
+    memory_kills,
+    stacks,
+)
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
 
@@ -124,7 +131,7 @@ class Supervisor:
         self._failures: Counter[int] = Counter()
         self._places: dict[int, tuple[int, str]] = {}
         """Step and place of each rank's last error: the same twice is no accident."""
-        self._memory_kills = self._count_memory_kills()
+        self._memory_kills = memory_kills(sites)
         self._began = self._looked = time.monotonic()
         self._hurt_at: float | None = None
         self._hurt_in = 0
@@ -135,7 +142,8 @@ class Supervisor:
             self._job = job = replace(job, servers=str(self._servers.folder))
         self.workers: list[SupervisedWorker] = []
         self._hosts = Hosts(sites, layout=self._layout, fewest=self._fewest, tell=self._tell)
-        self.workers += (self._started(rank) for rank in range(self._size))
+        if not self._adopt():
+            self.workers += (self._started(rank) for rank in range(self._size))
 
     # --- the watch
 
@@ -288,12 +296,8 @@ class Supervisor:
 
     def describe(self) -> None:
         """Print where each worker is and what its threads do (the hang doctor, on demand)."""
-        for line in report(self.sightings()):
+        for line in [*report(self.sightings()), *stacks(self.workers)]:
             self._attempt.console.line(line)
-        for one in self.workers:
-            if one.alive:
-                self._attempt.console.line(f"stack of worker {one.rank}:")
-                self._attempt.console.line(one.site.stack(one.worker, stopped=False).rstrip())
 
     # --- losses
 
@@ -303,7 +307,7 @@ class Supervisor:
             self._ending = self._ending or time.monotonic() + _GRACE_SECONDS
             return
         beat = one.site.last_beat(one.rank)
-        kills = self._count_memory_kills()
+        kills = memory_kills(self._sites)
         death = death_of(
             rank=one.rank,
             status=one.worker.status or 0,
@@ -328,17 +332,10 @@ class Supervisor:
         again = bool(death.place) and self._places.get(one.rank) == (death.step, death.place)
         self._places[one.rank] = death.step, death.place
         if again or times > most or (self._passed_on and not self._survives(one)):
-            about = self._about_memory(death)
-            raise gave_up(death, times=times, run=self._run, doctor=about, again=again)
+            doctor = explained(self._job, death)
+            raise gave_up(death, times=times, run=self._run, doctor=doctor, again=again)
         self._hurt_at, self._hurt_in = self._hurt_at or time.monotonic(), self._generation
         self._recover(one)
-
-    def _about_memory(self, death: Death) -> str:
-        """What the out-of-memory doctor says of this death; nothing of any other."""
-        if death.kind != "out-of-memory":
-            return ""
-        job = self._job
-        return explained(job.recipe, job.decision, run=self._run, where=death.where)
 
     def _survives(self, lost: SupervisedWorker, *, without: bool = False) -> bool:
         """Whether a living worker holds what the lost one held; asked to stop, it will save it.
@@ -393,8 +390,26 @@ class Supervisor:
         self._job = replace(self._job, resume=resume)
         for one in self.workers:
             self._replace(one)
-        where = "the last checkpoint" if resume else "the beginning"
-        self._tell("restarted", {"text": f"all workers start again from {where}"})
+        text = f"all workers start again from the {'last checkpoint' if resume else 'beginning'}"
+        self._tell("restarted", {"text": text})
+
+    def _adopt(self) -> bool:
+        """Go on with what a lost coordinator has left; whether there is a whole state of it."""
+        left = left_by_another(self._sites, layout=self._layout)
+        if not left:
+            return False
+        self._generation = max(one.generation for one in left)
+        self._hurt_at, self._hurt_in = time.monotonic(), self._generation
+        self.workers, self._members = left, [one.rank for one in left]
+        for one in left:
+            one.site.send(one.worker, {"order": "lost", "number": one.generation})
+        missing = [rank for rank in range(self._size) if rank not in self._members]
+        self.workers += [self._started(rank, joining=True) for rank in missing]
+        self.workers.sort(key=lambda one: one.rank)
+        text = f"workers {self._members} go on where they are; {missing or 'none'} join them"
+        self._tell("adopted", {"members": self._members, "text": text})
+        self._form()
+        return True
 
     def _replace_replica(self, lost: SupervisedWorker) -> None:
         """Start the whole replica of a lost worker anew; the servers know where it was."""
@@ -423,9 +438,6 @@ class Supervisor:
             rank, site, site.start(TARGET, payload, slot=Slot(rank), ranks=ranks)
         )
 
-    def _count_memory_kills(self) -> int:
-        return sum(site.memory_kills() for site in self._sites)
-
     def _form(self) -> None:
         """Announce a generation when one is needed and enough replicas can be in it."""
         if self._apart:
@@ -441,7 +453,7 @@ class Supervisor:
         members = [one for one in able if replicas[of(one.rank)] == size]
         changed = any(s.waiting for s in members) or [s.rank for s in members] != self._members
         there = sum(not one.absent for one in self.workers)
-        enough = there if self._threads or not self._generation else self._fewest * size
+        enough = there if self._threads or not self._members else self._fewest * size
         self._held_back = changed and len(members) >= enough
         if self._held_back:
             self._announce(members)
@@ -462,29 +474,20 @@ class Supervisor:
             meeting = self._cluster.meeting(self._generation + 1, hosts=hosts)
         except NotYet:
             return  # asked again, with those that are there then
-        self._held_back = False
-        self._generation += 1
+        self._held_back, first = False, not self._members
+        self._generation = self._cluster.registered or self._generation + 1
         self._members = [one.rank for one in members]
         self._send_generation(members, meeting=meeting)
-        if self._generation > 1:
+        if not first:
             count = len(members) // self._layout.replica_workers
             text = f"generation {self._generation}: {count} replicas (workers {self._members})"
-            self._tell(
-                "generation",
-                {"generation": self._generation, "members": self._members, "text": text},
-            )
+            known = {"generation": self._generation, "members": self._members}
+            self._tell("generation", {**known, "text": text})
 
     def _send_generation(self, members: list[SupervisedWorker], *, meeting: str) -> None:
-        for rank, one in enumerate(members):
-            one.generation, one.waiting = self._generation, False
-            order = {
-                "order": "generation",
-                "number": self._generation,
-                "rank": rank,
-                "size": len(members),
-                "here": sum(other.site is one.site for other in members),
-            }
-            one.site.send(one.worker, {**order, "meeting": meeting})
+        known = {"meeting": meeting, "registered": self._cluster.registered > 0}
+        for one, order in generation_orders(members, number=self._generation):
+            one.site.send(one.worker, {**order, **known})
 
     def _tell(self, name: str, fields: dict[str, Any], *, to_file: bool = True) -> None:
         """Write an event of ours, show it, keep it for who asked for the run."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import Stopped
 from shoal.launch.pool import Worker
 from shoal.launch.site import Site
+from shoal.layout import Layout
 
 STOPPED = Stopped.exit_status
 WAITING = "waiting for a generation"
@@ -37,6 +38,24 @@ class SupervisedWorker:
         return self.worker.status is None
 
 
+def left_by_another(sites: Sequence[Site], *, layout: Layout) -> list[SupervisedWorker]:
+    """Workers that run there for a coordinator that is lost, by rank; ended unless of use.
+
+    They are of use if they hold every part of a state, and the run was not about to end.
+    """
+    found = [(one, site) for site in sites for one in site.found()]
+    held = {layout.replica_rank(one.rank) for one, _ in found if one.generation > 0}
+    if len(held) < layout.replica_workers or any(one.done for one, _ in found):
+        for one, site in found:
+            site.kill([one.worker])
+        return []
+    found.sort(key=lambda each: each[0].rank)
+    return [
+        SupervisedWorker(one.rank, site, one.worker, one.waiting, one.generation)
+        for one, site in found
+    ]
+
+
 def left_behind(workers: Sequence[SupervisedWorker]) -> list[SupervisedWorker]:
     """Those that wait for a generation which nobody else will join: the others have ended well.
 
@@ -49,3 +68,27 @@ def left_behind(workers: Sequence[SupervisedWorker]) -> list[SupervisedWorker]:
     beats = [one.site.last_beat(one.rank) for one in left]
     waits = all(beat is not None and beat.phase == WAITING for beat in beats)
     return left if waits else []
+
+
+def generation_orders(
+    members: Sequence[SupervisedWorker], *, number: int
+) -> Iterator[tuple[SupervisedWorker, dict[str, Any]]]:
+    """What each is told to join, in rank order; they count as members from then on."""
+    for rank, one in enumerate(members):
+        one.generation, one.waiting = number, False
+        here = sum(other.site is one.site for other in members)
+        sizes = {"rank": rank, "size": len(members), "here": here}
+        yield one, {"order": "generation", "number": number, **sizes}
+
+
+def stacks(workers: Sequence[SupervisedWorker]) -> Iterator[str]:
+    """Lines that say what every thread of those that live does."""
+    for one in workers:
+        if one.alive:
+            yield f"stack of worker {one.rank}:"
+            yield one.site.stack(one.worker, stopped=False).rstrip()
+
+
+def memory_kills(sites: Sequence[Site]) -> int:
+    """Processes that hosts have ended for want of memory so far."""
+    return sum(site.memory_kills() for site in sites)

@@ -119,6 +119,8 @@ def test_what_schedulers_get_is_printed(told: Any, tmp_path: Path) -> None:
     more = ("--num-hosts", 2, "--image", "i", "--claim", "c")
     status, said, _ = told("launch", "kubernetes", "quickstart", *known, *more)
     assert status == 0 and "completionMode: Indexed" in said
+    status, said, _ = told("launch", "ray", "quickstart", *known, "--num-hosts", 2, "--cpus", 4)
+    assert status == 0 and "NUM_HOSTS, CPUS, HOSTS = 2, 4, '/keys/k.hosts'" in said
     (tmp_path / "hosts").write_text("h1\nh2\n")
     status, said, _ = told("launch", "mpi", "quickstart", *known, "--hosts", tmp_path / "hosts")
     assert status == 0 and said.startswith("mpirun -n 2 ")

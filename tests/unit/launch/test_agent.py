@@ -153,6 +153,47 @@ def test_a_host_works_for_one_run_at_a_time(host: HeldAgent, sites: Any, tmp_pat
     assert host.agent.ended == 4
 
 
+def test_workers_go_over_to_who_leads_in_a_later_term(
+    host: HeldAgent, sites: Any, tmp_path: Path
+) -> None:
+    run, kept = str(tmp_path), {"keep_seconds": 30.0, "lease_seconds": 1.0}
+    first = sites(host, run=run, term=5, **kept)
+    worker = started(first)
+    assert heard(first, bool) and first.found() == []
+    first.send(worker, {"order": "generation", "number": 7})
+    heard(first, lambda found: len(found) > 0)
+    time.sleep(1.5)  # and nobody polls the site any more
+    assert host.agent._site is not None, "kept for whoever leads next"
+    second = sites(host, run=run, term=9, nonce="2", adopts=True, **kept)
+    heard(second, lambda _: second.gone is None)
+    (found,) = second.found()
+    assert (found.rank, found.generation, found.waiting, found.done) == (0, 7, False, False)
+    second.send(found.worker, {"order": "save"})
+    assert next(m for w, m in heard(second, bool)) == {"kind": "heard", "order": "save"}
+    again = started(second, 1)
+    assert again.name != found.worker.name
+    earlier = sites(host, run=run, term=8, nonce="3", adopts=True)
+    heard(earlier, lambda _: earlier.wrong)
+    assert earlier.wrong == f"is at work for {run} of me", "who was deposed gets nothing back"
+    other = sites(host, run="/runs/b", term=10, nonce="4")
+    heard(other, lambda _: other.wrong)
+    assert other.wrong == f"is at work for {run} of me", "terms of another run say nothing"
+    last = sites(host, run=run, term=10, nonce="5")
+    heard(last, lambda _: last.gone is None)
+    assert last.found() == [] and host.agent._workers == {}, "it begins anew"
+
+
+def test_what_is_found_too_late_is_ended(host: HeldAgent, sites: Any, tmp_path: Path) -> None:
+    """The others have gone on meanwhile: what was cut off with its host holds an older state."""
+    first = sites(host, run=str(tmp_path), term=5, keep_seconds=30.0)
+    started(first)
+    second = sites(host, run=str(tmp_path), term=9, nonce="2", adopts=True)
+    heard(second, lambda _: second._greeted)
+    second.begin()
+    heard(second, lambda _: second.gone is None)
+    assert second.found() == [] and host.agent._workers == {}
+
+
 def test_a_run_that_a_host_does_not_see_is_refused(
     host: HeldAgent, sites: Any, tmp_path: Path
 ) -> None:

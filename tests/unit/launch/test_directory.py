@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from shoal.config.load import load_recipe
 from shoal.errors import RunError
 from shoal.launch.directory import claim, hold, open_run, write_whole
 from shoal.launch.local import decision_before
+from shoal.page.shelf import is_active
 
 
 def test_numbers_go_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +76,13 @@ def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
             pass
         with pytest.raises(RunError, match="another --out"), hold(tmp_path):
             pass
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("socket.gethostname", lambda: "h2")
+        with hold(tmp_path):
+            patched.setattr("socket.gethostname", lambda: "h1")
+            who = f"process {os.getpid()} of h2 is at work in this run"
+            with pytest.raises(RunError, match=who), hold(tmp_path):
+                pass
     with hold(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == [], "a folder with nothing in it can go again"
@@ -100,9 +109,11 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
-    assert (tmp_path / ".lock").read_text() == f"{process.pid}\n", "left behind, and no obstacle"
+    left = (tmp_path / ".lock").read_text()
+    assert left.split() == [str(process.pid), socket.gethostname()], "left behind, and no obstacle"
     with hold(tmp_path):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / ".lock").read_text().split()[0] == str(os.getpid())
+        assert is_active(tmp_path), "the page reads it too"
 
 
 def test_many_at_once_hold_one_after_another(tmp_path: Path) -> None:

@@ -19,10 +19,19 @@ from shoal.environment import AGENT_PORT
 from shoal.errors import ConfigError, RunError, Stopped, UserError
 from shoal.launch import local
 from shoal.launch.clusters.hosts_file import commands, read_hosts
+from shoal.launch.directory import has_checkpoint, is_run
 from shoal.launch.over_hosts import OverHosts
-from shoal.launch.pool import WorkerPool
+from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.registry.membership import Fenced
+from shoal.launch.registry.registered import Registered
+from shoal.launch.registry.store import Memory
 from shoal.launch.secret import read_secret
+from shoal.launch.site import Found
+from shoal.launch.supervised import left_by_another
+from shoal.layout import Layout
+from shoal.observe.events import read_lines
 from tiny import Bench, Run
+from unit.launch.test_standby import SPEC, membership
 
 TWO = ("parallel.replicate=2", "train.steps=8", "train.evaluate_every_steps=4")
 
@@ -55,12 +64,16 @@ LONG = ("train.steps=100000", "train.evaluate_every_steps=50000", "checkpoint.ev
 class Training:
     """A run in a thread of its own, which is asked to stop at the end."""
 
-    def __init__(self, bench: Bench, hosts: OverHosts, *overrides: str) -> None:
-        self.out, self.story = bench.new_path(), list[dict[str, Any]]()
+    def __init__(
+        self, bench: Bench, hosts: OverHosts, *overrides: str, out: Path | None = None
+    ) -> None:
+        self.out = out or bench.new_path()
+        go_on = out is not None and is_run(out)
         self.error: BaseException | None = None
 
         def body() -> None:
-            known: dict[str, Any] = {"console": False, "pool": bench.pool, "story": self.story}
+            known: dict[str, Any] = {"console": False, "pool": bench.pool}
+            known["go_on"] = go_on
             try:
                 local.train(bench.recipe, overrides, out=self.out, hosts=hosts, **known)
             except BaseException as error:
@@ -69,13 +82,13 @@ class Training:
         self._thread = threading.Thread(target=body)
         self._thread.start()
 
-    def wait_for(self, true: Callable[[], bool], *, seconds: float = 20.0) -> float:
+    def wait_for(self, true: Callable[[], bool], *, seconds: float = 60.0) -> float:
         began = time.monotonic()
         while not true():
             alive = self._thread.is_alive() or self.error is not None
             assert time.monotonic() - began < seconds and alive, (
                 self.error,
-                [each.get("text") for each in self.story],
+                [each.get("text") for each in read_lines(self.out / "events.jsonl")],
             )
             time.sleep(0.02)
         return time.monotonic() - began
@@ -87,7 +100,8 @@ class Training:
         return len(Run(self.out).losses) if (self.out / "metrics.jsonl").exists() else 0
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        return [each for each in self.story if each["event"] == name]
+        found = read_lines(self.out / "events.jsonl")
+        return [each for each in found if each["event"] == name]
 
     def stop(self) -> None:
         if self._thread.is_alive():
@@ -178,6 +192,91 @@ def test_without_room_to_shrink_another_host_takes_over(
         run.wait_for(lambda: run.steps() > before + 2)
     finally:
         run.stop()
+
+
+class Led:
+    """Two coordinators of a run, one after the other, over a registry in memory."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.store, self.other = out, Memory(), dict[str, str]()
+
+    def over(self, agents: list[HeldAgent], name: str, **more: Any) -> OverHosts:
+        """As the coordinator of host `name`, in the next term; `other` ends it."""
+        me = membership(self.store, name, lease_seconds=3600)
+        me.enrol(SPEC)
+        term = me.lead()
+        assert term is not None
+
+        def register(run: Path, say: Callable[[str], None]) -> Registered:
+            known = {"term": lambda: term, "deposed": lambda: self.other.get(name)}
+            return Registered(me, run=run, say=say, **known)
+
+        known = {"register": register, "run": str(self.out.resolve()), "term": term}
+        self.leave = me.leave
+        return over(agents, **known, **more)
+
+
+def test_the_next_coordinator_goes_on_with_the_workers_that_run(
+    bench: Bench, agents: list[HeldAgent]
+) -> None:
+    """No step is lost, and nothing is loaded."""
+    words = ("train.exact=true", "parallel.replicate=2", *LONG)
+    led = Led(bench.new_path())
+    first = Training(bench, led.over(agents, "h1"), *words, out=led.out)
+    first.wait_for(lambda: first.steps() > 5)
+    led.leave()
+    led.other["h1"] = "h2"
+    first.wait_for(first.has_ended)
+    assert isinstance(first.error, Fenced)
+    assert (led.out / ".hosts").exists(), "the next one's, as far as the first can know"
+    steps = first.steps()
+    second = Training(bench, led.over(agents, "h2"), *words, out=led.out)
+    try:
+        second.wait_for(lambda: bool(second.events("recovered")))
+        (adopted,) = second.events("adopted")
+        assert adopted["members"] == [0, 1]
+        assert not second.events("resumed") and not second.events("lost")
+        second.wait_for(lambda: second.steps() > steps + 5)
+    finally:
+        second.stop()
+    assert isinstance(second.error, Stopped)
+    done = [row["step"] for row in Run(led.out).rows if "loss" in row]
+    assert done == list(range(1, len(done) + 1))
+    clean = bench.train(*words, f"train.stop_after_steps={min(len(done), 200)}")
+    assert Run(led.out).losses[:200] == clean.losses[:200]
+    assert has_checkpoint(led.out), "committed, before it ended"
+
+
+def test_what_was_not_begun_is_of_no_use() -> None:
+    """Workers that never were in a generation, or were about to end: they are ended."""
+
+    class Left:
+        gone, killed = None, list[Worker]()
+
+        def __init__(self, *found: Found) -> None:
+            self._found = found
+
+        def found(self) -> list[Found]:
+            return list(self._found)
+
+        def kill(self, workers: list[Worker]) -> None:
+            self.killed += workers
+
+    def found(rank: int, generation: int, *, done: bool = False) -> Found:
+        return Found(Worker(rank, report=-1, open=False), rank, generation, False, done)
+
+    whole, halves = Layout(replicate=2), Layout(replicate=2, tensor=2)
+    for layout, left in (
+        (whole, [found(0, 0), found(1, 0)]),
+        (whole, [found(0, 4), found(1, 4, done=True)]),
+        (halves, [found(0, 4), found(2, 4)]),
+    ):
+        site: Any = Left(*left)
+        site.killed = []
+        assert left_by_another([site], layout=layout) == []
+        assert site.killed == [one.worker for one in left]
+    site = Left(found(3, 4), found(0, 4))
+    assert [one.rank for one in left_by_another([site], layout=halves)] == [0, 3]
 
 
 def test_hosts_that_do_not_answer_are_named(bench: Bench, agents: list[HeldAgent]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from shoal.environment import AGENT_PORT
 from shoal.errors import UserError
 from shoal.launch.clusters.kubernetes import manifests
 from shoal.launch.clusters.mpi import command
+from shoal.launch.clusters.ray import driver
 from shoal.launch.clusters.slurm import script
 from shoal.launch.clusters.start import Start
 
@@ -94,6 +96,71 @@ def test_a_command_for_mpirun() -> None:
     is_bash(words[-1])
     assert f"shoal agent --listen 0.0.0.0 --port {AGENT_PORT} --once" in words[-1]
     assert "--hosts /runs/hosts" in words[-1]
+
+
+def test_a_driver_for_ray(tmp_path: Path) -> None:
+    """Played with a ray that runs actors in this process; tests/hosts has the real one."""
+    stand_in = tmp_path / "ray"
+    for name in ("ray", "ray/util", "ray/util/placement_group", "ray/util/scheduling_strategies"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    (stand_in / "__init__.py").write_text(RAY)
+    (stand_in / "util" / "placement_group" / "__init__.py").write_text(
+        "class Group:\n    def ready(self): return []\n"
+        "def placement_group(bundles, strategy):\n"
+        "    assert bundles == [{'CPU': 2}] * 3 and strategy == 'STRICT_SPREAD'\n"
+        "    return Group()\n"
+    )
+    (stand_in / "util" / "scheduling_strategies" / "__init__.py").write_text(
+        "PlacementGroupSchedulingStrategy = lambda group, placement_group_bundle_index: None\n"
+    )
+    (stand_in / "util" / "__init__.py").write_text("get_node_ip_address = lambda: '10.0.0.1'\n")
+    (tmp_path / "shoal").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/called; exit 75\n')
+    (tmp_path / "shoal").chmod(0o755)
+    start = replace(START, keys=tmp_path / "keys")
+    (tmp_path / "driver.py").write_text(driver(start, cpus=2))
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "driver.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert (tmp_path / "keys.hosts").read_text() == f"10.0.0.1:{AGENT_PORT}\n" * 3
+    called = (tmp_path / "called").read_text().splitlines()
+    assert sum("agent --listen 0.0.0.0" in line for line in called) == 4, "one was lost"
+    assert sum("launch hosts my recipe.yaml" in line for line in called) == 1
+
+
+RAY = """
+class RayActorError(Exception): pass
+class exceptions: RayActorError = RayActorError
+class Method:
+    def __init__(self, call): self.call = call
+    def remote(self, *given):
+        def result(): return self.call(*given)
+        return result
+class Actor:
+    def __init__(self, kind): self.actor = kind()
+    def __getattr__(self, name): return Method(getattr(self.actor, name))
+def remote(**options):
+    def made(kind):
+        class Options:
+            @staticmethod
+            def options(**more): return Options
+            @staticmethod
+            def remote(): return Actor(kind)
+        return Options
+    return made
+def init(): pass
+lost = []
+def get(what):
+    if isinstance(what, list): return [get(each) for each in what]
+    found = what()
+    if found == 75 and not lost:
+        lost.append(what)
+        raise RayActorError
+    return found
+def wait(what, timeout): return ([*what[1:], what[0]][:1], [])
+from ray import util
+"""
 
 
 def test_no_hosts_are_refused() -> None:

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
-from shoal.errors import RunError, Stopped
+from shoal.checkpoint.files import Files
+from shoal.checkpoint.folders import publish, waiting_name
+from shoal.errors import RunError, Stopped, WorkerError
 from shoal.launch.cluster import NotYet
 from shoal.launch.registry import registered as module
+from shoal.launch.registry.etcd import Etcd
 from shoal.launch.registry.membership import Fenced, Membership
 from shoal.launch.registry.records import HostFacts, Spec
 from shoal.launch.registry.registered import Registered
 from shoal.launch.registry.standby import Candidate
-from shoal.launch.registry.store import Compare, Entry, Memory, Unknown, Unreachable
+from shoal.launch.registry.store import Compare, Entry, Memory, Store, Unknown, Unreachable
 
 SPEC = Spec(shoal="1", torch="2", code="c", recipe="r", data="d", run="/runs/a")
 
@@ -50,7 +53,7 @@ class Away(Memory):
         return super().keep(lease)
 
 
-def membership(store: Memory, name: str, **more: Any) -> Membership:
+def membership(store: Store, name: str, **more: Any) -> Membership:
     facts = HostFacts(host=f"{name}-1", name=name, address="", port=0, cores=1)
     return Membership(store, facts, **more)
 
@@ -122,6 +125,36 @@ def test_another_recipe_is_refused_with_the_difference() -> None:
         one.lead(lambda term: None)
 
 
+def test_a_registry_that_never_answers_is_given_up_with_its_address() -> None:
+    """With progress meanwhile."""
+    nobody, said = Etcd(["http://127.0.0.1:1"], prefix="/x/", timeout_seconds=0.2), list[str]()
+    known: dict[str, Any] = {"say": said.append, "patience_seconds": 4.0}
+    with (
+        Candidate(membership(nobody, "h1"), SPEC, **known) as one,
+        pytest.raises(RunError, match=r"--etcd: no answer for 4 s: .*http://127\.0\.0\.1:1"),
+    ):
+        one.lead(lambda term: None)
+    assert "the registry does not answer: etcd at http://127.0.0.1:1" in said[0]
+
+
+def test_who_was_cut_off_stands_by_and_ends_the_run_for_nobody() -> None:
+    """All hosts listen to another by now, and the registry cannot say so."""
+    store, calls = Away(), list[int]()
+
+    def work(term: int) -> str:
+        calls.append(term)
+        if len(calls) == 1:
+            store.away = True
+            until(lambda: one._away is not None)
+            threading.Timer(0.5, lambda: setattr(store, "away", False)).start()
+            raise WorkerError("no host of the run is left")
+        raise WorkerError("a worker fails")
+
+    with candidate(store, "h1") as one, pytest.raises(WorkerError, match="a worker fails"):
+        one.lead(work)
+    assert len(calls) == 2
+
+
 class Led:
     """A coordinator that leads, and what it writes."""
 
@@ -149,11 +182,21 @@ class Led:
         return True
 
 
-def save(run: Path, step: int) -> str:
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(str(step))
-    return folder.name
+def save(run: Path, step: int, generation: int) -> dict[str, Any]:
+    """Left as workers leave it; what they say of it."""
+    leave(run / "checkpoints", step, generation)
+    return {"step": step, "generation": generation, "keep": 2, "best": None}
+
+
+def leave(folder: Path, step: int, generation: int) -> None:
+    """A save that does not count yet."""
+    where = folder / waiting_name(step, generation=generation)
+    where.mkdir(parents=True)
+    (where / "manifest.json").write_text(f"{generation} {step}")
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 def test_generations_and_saves_are_written_down(tmp_path: Path) -> None:
@@ -164,8 +207,9 @@ def test_generations_and_saves_are_written_down(tmp_path: Path) -> None:
     view = led.membership.look()
     assert view.generation is not None and view.generation.number == 2
     assert [slot.host for slot in view.generation.slots] == ["h1"]
-    led.registered.saved(5, place=save(tmp_path, 5))
+    led.registered.saved(**save(tmp_path, 5, 2))
     led.registered.close()
+    assert names(tmp_path) == ["step-00000005"], "committed, it is a checkpoint"
     commit = led.membership.look().commit
     assert commit is not None and commit.standing == (2, 5) and commit.place == "step-00000005"
     assert len(commit.manifest) == 32
@@ -179,7 +223,7 @@ def test_while_the_store_is_away_saves_wait_and_no_generation_begins(
     led = Led(store, tmp_path)
     led.announce("h1")
     store.away = True
-    led.registered.saved(5, place=save(tmp_path, 5))
+    led.registered.saved(**save(tmp_path, 5, 1))
     until(lambda: led.registered.look() or led.said)
     assert led.said == [
         "the registry does not answer: training goes on, saves wait to be committed"
@@ -188,6 +232,7 @@ def test_while_the_store_is_away_saves_wait_and_no_generation_begins(
         with pytest.raises(NotYet):
             led.registered.announce(["h1"], meet="tcp://h1:1")
         time.sleep(0.01)
+    assert names(tmp_path) == ["uncommitted-step-00000005.g1"]
     store.away = False
     until(lambda: led.registered.look() or len(led.said) == 2)
     assert led.said[1] == "the registry answers again"
@@ -205,7 +250,7 @@ def test_who_no_longer_leads_is_fenced(tmp_path: Path) -> None:
     other.announce("h2")
     with pytest.raises(Fenced, match="generation 3 by h1 does not count: h2-1 coordinates"):
         led.announce("h1")
-    led.registered.saved(6, place=save(tmp_path, 6))
+    led.registered.saved(**save(tmp_path, 6, 1))
     with pytest.raises(Fenced, match="step 6 of generation 1 does not count"):
         until(lambda: led.registered.look())
     led.other = "h2-1"
@@ -214,9 +259,100 @@ def test_who_no_longer_leads_is_fenced(tmp_path: Path) -> None:
     assert other.membership.look().commit is None
 
 
-def test_a_save_that_was_pruned_meanwhile_is_not_committed(tmp_path: Path) -> None:
+def test_a_save_that_is_gone_or_of_an_older_generation_is_not_committed(tmp_path: Path) -> None:
     led = Led(Memory(), tmp_path)
     led.announce("h1")
-    led.registered.saved(5, place="step-00000005")
+    led.registered.saved(step=5, generation=1, keep=2, best=None)
+    led.announce("h1")
+    led.registered.saved(**save(tmp_path, 6, 1))
     led.registered.close()
     assert led.membership.look().commit is None
+
+
+def test_who_leads_next_puts_the_folder_right(tmp_path: Path) -> None:
+    """What the last generation saved whole counts; what an older one left late does not."""
+    store, folder = Memory(), tmp_path / "checkpoints"
+    led = Led(store, tmp_path)
+    led.announce("h1")
+    led.announce("h1")
+    led.registered.saved(**save(tmp_path, 5, 2))
+    led.registered.close()
+    leave(folder, 10, 2)
+    leave(folder, 99, 1)
+    led.membership.leave()
+    other = Led(store, tmp_path, "h2")
+    other.registered.recover()
+    assert names(tmp_path) == ["step-00000005", "step-00000010"]
+    assert other.said == ["a save that was never committed goes: uncommitted-step-00000099.g1"]
+    commit = other.membership.look().commit
+    assert commit is not None and commit.standing == (2, 10)
+
+
+def test_who_was_slow_to_give_a_name_harms_nothing(tmp_path: Path) -> None:
+    """Another coordinator has given it meanwhile."""
+    folder = tmp_path / "checkpoints"
+    leave(folder, 5, 1)
+    source = folder / waiting_name(5, generation=1)
+
+    class Slow(Files):
+        """Somebody else renames the save just before."""
+
+        def rename(self, source: Path, target: Path) -> None:
+            if source.name.startswith("uncommitted") and source.exists():
+                source.rename(target)
+            super().rename(source, target)
+
+    with pytest.raises(FileNotFoundError):
+        publish(folder, source, step=5, keep=2, kept=[], files=Slow())
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def test_a_name_that_cannot_be_given_is_said(tmp_path: Path) -> None:
+    led = Led(Memory(), tmp_path)
+    led.announce("h1")
+    fields = save(tmp_path, 5, 1)
+    (tmp_path / "checkpoints" / "step-00000005").write_text("in the way")
+    (tmp_path / "checkpoints" / ".step-00000005.replaced").mkdir()
+    led.registered.saved(**fields)
+    led.registered.close()
+    assert "is committed, and cannot be given its name" in led.said[0]
+
+
+def test_a_run_that_ends_while_the_store_is_away_says_where_its_save_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_END_SECONDS", 0.2)
+    store = Away()
+    led = Led(store, tmp_path)
+    led.announce("h1")
+    store.away = True
+    led.registered.saved(**save(tmp_path, 5, 1))
+    led.registered.close()
+    assert led.said[-1].startswith("the registry does not answer: the last save is not committed")
+    assert "uncommitted-step-00000005.g1" in led.said[-1]
+
+
+def test_a_save_that_is_committed_while_another_takes_over_is_gone_on_from(tmp_path: Path) -> None:
+    """Between what the next coordinator saw and the generation that it announced."""
+
+    class Between(Memory):
+        def change(self, put: Mapping[str, bytes], **more: Any) -> int | None:
+            if "generation" in put and late:
+                late.pop()()
+            return super().change(put, **more)
+
+    late: list[Callable[[], None]] = []
+    store = Between()
+    led = Led(store, tmp_path)
+    led.announce("h1")
+    led.membership.leave()
+    other = Led(store, tmp_path, "h2")
+
+    def old_one_commits() -> None:
+        led.registered.saved(**save(tmp_path, 10, 1))
+        led.registered._publish = lambda saved: None  # and dies
+        led.registered.close()
+
+    late.append(old_one_commits)
+    other.announce("h2")
+    assert names(tmp_path) == ["step-00000010"]

@@ -37,6 +37,8 @@ class Members(ABC):
     """This host's, as the other ranks reach it."""
     is_fixed = False
     """Whether nobody replaces a lost rank: a loss is the end."""
+    registered = 0
+    """Number of the generation, where a registry knows it and says which of its saves count."""
 
     @property
     @abstractmethod
@@ -107,6 +109,7 @@ class Generations(Members):
         if generation is None:
             raise WorkerError(f"no generation after {self.number} in {TIMEOUT_SECONDS:.0f} s")
         self.number = generation.number
+        self.registered = generation.number if generation.registered else 0
         now_in(self.number)
         if generation.size == 1:
             return True

@@ -20,6 +20,8 @@ class Generation:
     """A URL, such as file:///tmp/x/generation-000001."""
     here: int | None = None
     """How many of its ranks are on this worker's host; None: all."""
+    registered: bool = False
+    """Whether a registry knows it, and says which of its saves count."""
 
 
 @dataclass
@@ -89,5 +91,6 @@ class Orders:
                     int(str(order["size"])),
                     str(order["meeting"]),
                     None if order.get("here") is None else int(str(order["here"])),
+                    bool(order.get("registered")),
                 )
                 self._changed.notify_all()

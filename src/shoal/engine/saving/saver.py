@@ -85,6 +85,7 @@ class _Save:
     rank: int
     size: int
     token: str
+    generation: int
     pieces: list[Piece[Tensor]]
     facts: dict[str, Any]
     own: dict[str, Any]
@@ -122,6 +123,8 @@ class Saver:
         self._notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
         self._running: _Save | None = None
         self._token = ""
+        self.generation = 0
+        """In which this rank is, where a registry says which saves count: then they wait for it."""
 
     def notes(self) -> list[Note]:
         """What happened since the last call, to be told as events (by rank 0)."""
@@ -171,8 +174,9 @@ class Saver:
                 token = self._agree_on_token(group)
                 found = pieces_of(state, rank=rank, layout=among, equal=equal)
                 pieces = list(found) if waited_for else self._snapshot.take(found)
+                size, number = among.workers, self.generation
                 running = _Save(
-                    step, rank, among.workers, token, pieces, known, dict(own), began=began
+                    step, rank, size, token, number, pieces, known, dict(own), began=began
                 )
                 self._begin(running)
             if waited_for:
@@ -219,7 +223,7 @@ class Saver:
     def _agree_on_token(self, group: Group) -> str:
         """The hidden folder's mark: once for these ranks, which are all here then."""
         if not self._token:
-            made = secrets.token_hex(8)
+            made = (f"g{self.generation}-" if self.generation else "") + secrets.token_hex(8)
             alone = group.size == 1 or group.shares_memory
             self._token = made if alone else broadcast_json(group, made)
         return self._token
@@ -283,7 +287,7 @@ class Saver:
         writing = store.writing(step, token=token)
         store.files.make(writing)
         if running.rank == 0:
-            store.clear(token=token, step=step)
+            store.clear(token=token, step=step, generation=running.generation)
         part = store.write_part(step, rank=running.rank, pieces=running.pieces, token=token)
         if running.rank:
             self._report(running, writing, part=part)
@@ -294,6 +298,7 @@ class Saver:
         owns = [running.own, *(each["own"] for each in others)]
         state = {
             **running.facts,
+            **({"generation": running.generation} if running.generation else {}),
             "random_states": [own.get("random_state", "") for own in owns],
             "policies": [own.get("policy", {}) for own in owns],
         }
@@ -302,12 +307,15 @@ class Saver:
         if running.abandoned.is_set():
             raise _NotPublished("given up, for the workers changed")
         parts = [part, *(Part.from_json(each["part"]) for each in others)]
-        where = store.publish(step, parts=parts, state=state, keep=self.keep, token=token)
+        number = running.generation
+        known: dict[str, Any] = {"keep": self.keep, "token": token, "generation": number}
+        where = store.publish(step, parts=parts, state=state, **known)
         fields = {
             "step": step,
             "seconds": time.monotonic() - running.began,
             "stall_seconds": running.stall_seconds,
             "at": where.name,
+            **({"generation": number, "keep": self.keep, "best": store.best} if number else {}),
         }
         self._notes.put(("saved", fields))
 

@@ -2,6 +2,10 @@
 
 A thread of its own asks the store, which may take seconds to answer: meanwhile the coordinator goes
 on, and its hosts hear of it.
+
+The folder follows the registry: workers leave saves that nothing loads (checkpoint/folders.py), and
+only a save that is committed gets the name of a checkpoint. Before a generation begins the folder
+is put right once more, since the coordinator before this one may have died in between.
 """
 
 from __future__ import annotations
@@ -9,27 +13,48 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from shoal.checkpoint.files import Files
+from shoal.checkpoint.folders import drop, publish, published_name, waiting_name, waiting_saves
 from shoal.checkpoint.manifest import NAME
 from shoal.errors import ShoalError
 from shoal.launch.cluster import NotYet
-from shoal.launch.registry.membership import Fenced, Membership
+from shoal.launch.registry.membership import Fenced, Membership, View
 from shoal.launch.registry.records import Generation, Saved, Slot
 from shoal.launch.registry.store import Unknown, Unreachable
 
 _SAY_SECONDS = 5.0
+_END_SECONDS = 20.0
+"""How long the end of a run waits for its last save to be committed."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A save that workers have left."""
+
+    generation: int
+    step: int
+    keep: int
+    best: int | None
+
+    @property
+    def name(self) -> str:
+        return waiting_name(self.step, generation=self.generation)
 
 
 class Registered:
     """What one coordinator writes.
 
     `term`: the one in which it leads, None while it does not. `deposed`: who leads instead, as far
-    as is known. `say`: told when the store is away for long, and is back.
+    as is known. `say`: told when the store is away for long, and is back. `executor`: what asks the
+    store; a thread of its own by default.
     """
 
     def __init__(
@@ -40,15 +65,18 @@ class Registered:
         deposed: Callable[[], str | None],
         run: Path,
         say: Callable[[str], None],
+        executor: Executor | None = None,
     ) -> None:
         self._membership, self._term, self._deposed = membership, term, deposed
-        self._run, self._say = run, say
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
+        self._folder, self._say = run / "checkpoints", say
+        self._thread = executor or ThreadPoolExecutor(1, thread_name_prefix="registry")
         self._asked: tuple[str, ...] = ()
         self._answer: Future[None] | None = None
-        self._saves: list[tuple[int, int, str]] = []
+        self._saves: list[_Waiting] = []
         self._saving: Future[None] | None = None
         self._number = self._token = 0
+        self._keep = 1 << 30  # until a save says it
+        self._best: int | None = None
         self._lock = threading.Lock()
         self._away_since: float | None = None
         self._said = False
@@ -73,10 +101,25 @@ class Registered:
         if asked != self._asked:  # others are there by now
             raise NotYet("another generation was announced")
 
-    def saved(self, step: int, *, place: str) -> None:
-        """Commit a save, in time: where the store is away it waits."""
+    def recover(self) -> None:
+        """Put the folder right before anybody reads it. Raises Unreachable, Unknown."""
+        view = self._membership.look()
+        self._commit_what_is_left(view)
+        self._put_right(self._membership.look())
+
+    @property
+    def number(self) -> int:
+        """Of the generation announced last."""
+        return self._number
+
+    def saved(self, step: int, *, generation: int, keep: int, best: int | None) -> None:
+        """Commit a save, in time: where the store is away it waits.
+
+        `keep`, `best`: what stays of the earlier ones then (checkpoint/folders.py).
+        """
         with self._lock:
-            self._saves.append((self._number, step, place))
+            self._keep, self._best = keep, best
+            self._saves.append(_Waiting(generation, step, keep, best))
 
     def look(self) -> None:
         """Go on with what waits. Raises Fenced where another coordinator counts by now."""
@@ -103,11 +146,17 @@ class Registered:
 
     def close(self) -> None:
         """Nothing follows."""
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + _END_SECONDS
         while self._saves and time.monotonic() < deadline:
             self.look()
             time.sleep(0.05)
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._saves:
+            place = self._folder / self._saves[-1].name
+            self._say(
+                f"the registry does not answer: the last save is not committed, and the run goes "
+                f"on from the one before it; it lies in {place}"
+            )
 
     # --- in the thread
 
@@ -116,33 +165,85 @@ class Registered:
             view, term = self._membership.look(), self._term()
             if term is None:
                 raise Unreachable("this host's lease has ended, or is not renewed yet")
+            if view.term == term:
+                self._commit_what_is_left(view)
             last = view.generation
             number = (last.number if last else 0) + 1
-            step = view.commit.step if view.commit else 0
             slots = tuple(Slot(host=host, worker=rank) for rank, host in enumerate(hosts))
             record = Generation(
                 number=number,
                 coordinator=self._membership.host.host,
                 slots=slots,
                 meet=meet,
-                base=(last.number if last else 0, step),
+                base=(last.number if last else 0, view.commit.step if view.commit else 0),
             )
             token = self._membership.announce(record, term=term, after=view.token)
             with self._lock:
                 self._number, self._token = number, token
+            # from here on nobody commits a save of an older generation
+            self._put_right(self._membership.look())
+
+    def _commit_what_is_left(self, view: View) -> None:
+        """What the last generation saved whole counts, though who led it did not come to say so."""
+        if view.generation is None:
+            return
+        number, least = view.generation.number, view.commit.standing if view.commit else (0, -1)
+        left = [each for each in waiting_saves(self._folder) if each[0] == number and each > least]
+        for generation, step in left[-1:]:
+            record = self._record(_Waiting(generation, step, self._keep, self._best))
+            with suppress(Fenced):
+                if record is not None:
+                    self._membership.commit(record, token=view.token)
+
+    def _put_right(self, view: View) -> None:
+        """Let the folder show the committed save, and nothing that can never be committed."""
+        files, commit = Files(), view.commit
+        if commit is not None:
+            self._publish(_Waiting(commit.generation, commit.step, self._keep, self._best))
+        number = view.generation.number if view.generation else 0
+        for generation, step in waiting_saves(self._folder):
+            if generation < number:
+                name = waiting_name(step, generation=generation)
+                self._say(f"a save that was never committed goes: {name}")
+                with suppress(OSError):
+                    drop(self._folder, name, files=files)
 
     def _commit(self) -> None:
         with _Watched(self):
             with self._lock:
-                number, step, place = self._saves[0]
+                saved = self._saves[0]
                 token, now = self._token, self._number
-            manifest = self._run / "checkpoints" / place / NAME
-            if number == now and manifest.is_file():  # of an older one, or pruned: no longer needed
-                digest = xxhash.xxh3_128_hexdigest(manifest.read_bytes())
-                saved = Saved(generation=number, step=step, place=place, manifest=digest)
-                self._membership.commit(saved, token=token)
+            record = self._record(saved)
+            if saved.generation == now and record is not None:
+                self._membership.commit(record, token=token)
+                self._publish(saved)
             with self._lock:
                 self._saves.pop(0)
+
+    def _record(self, saved: _Waiting) -> Saved | None:
+        """What is committed of it; None: another coordinator has dropped it, or given it a name."""
+        try:
+            manifest = (self._folder / saved.name / NAME).read_bytes()
+        except FileNotFoundError:
+            return None
+        return Saved(
+            generation=saved.generation,
+            step=saved.step,
+            place=published_name(saved.step),
+            manifest=xxhash.xxh3_128_hexdigest(manifest),
+        )
+
+    def _publish(self, saved: _Waiting) -> None:
+        """Give a committed save its name; one that has it already, or was given it, stays."""
+        source, known = self._folder / saved.name, {"step": saved.step, "keep": saved.keep}
+        kept = [] if saved.best is None else [saved.best]
+        try:
+            if source.is_dir():
+                publish(self._folder, source, **known, kept=kept, files=Files())
+        except FileNotFoundError:
+            return  # another coordinator was faster
+        except OSError as error:
+            self._say(f"{source}: is committed, and cannot be given its name: {error.strerror}")
 
 
 class _Watched:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from shoal.errors import RunError, ShoalError, Stopped
+from shoal.errors import RunError, ShoalError, Stopped, WorkerError
 from shoal.launch.registry.membership import (
     RENEW_SECONDS,
     Fenced,
@@ -26,14 +26,26 @@ from shoal.launch.registry.store import Unknown, Unreachable
 ASK_SECONDS = 0.5
 _HEARD_SECONDS = 4 * ASK_SECONDS
 _SAY_SECONDS = 3.0
+PATIENCE_SECONDS = 60.0
 T = TypeVar("T")
 
 
 class Candidate:
     """One of the coordinators of a run. A context manager: within it the lease is kept."""
 
-    def __init__(self, membership: Membership, spec: Spec, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        spec: Spec,
+        *,
+        say: Callable[[str], None],
+        patience_seconds: float = PATIENCE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`patience_seconds`: how long a registry may be away that has never answered."""
+        self._clock = clock
         self._membership, self._spec, self._say = membership, spec, say
+        self._patience_seconds = patience_seconds
         self.view: View | None = None
         """What the registry held when it was last asked."""
         self.term: int | None = None
@@ -41,6 +53,7 @@ class Candidate:
         self._refused: Refused | None = None
         self._away: str | None = None
         self._old: frozenset[str] | None = None
+        self._enrolled, self._renewed_at = False, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
@@ -58,7 +71,7 @@ class Candidate:
         """Wait for the turn, then `work(term)`; again where that ends with Fenced.
 
         Raises Stopped when another coordinator has ended the run, RunError for a registry that
-        refuses this host.
+        refuses this host, or that never answers.
         """
         said_at = time.monotonic()
         for waited in self._turns():
@@ -71,10 +84,17 @@ class Candidate:
                 with self._ending():
                     self._say(f"this process leads (term {self.term})")
                     return work(self.term)
-            except Fenced as error:
+            except (Fenced, WorkerError) as error:
+                if isinstance(error, WorkerError) and not self._is_cut_off:
+                    raise
                 self._say(f"no longer the coordinator: {error}")
                 self.term = None
         raise AssertionError("turns do not end")
+
+    @property
+    def _is_cut_off(self) -> bool:
+        """Whether others may lead by now: then no host of the run listens to this process."""
+        return self._away is not None or self.deposed() is not None
 
     def deposed(self) -> str | None:
         """Who leads instead of this process, as the registry said last."""
@@ -88,10 +108,15 @@ class Candidate:
 
     def _turns(self) -> Iterator[bool]:
         """Again and again; raises what ends the wait."""
-        waited = False
+        waited, began = False, time.monotonic()
         while True:
             if self._refused is not None:
                 raise RunError(str(self._refused))
+            if self.view is None and time.monotonic() - began > self._patience_seconds:
+                raise RunError(
+                    f"--etcd: no answer for {self._patience_seconds:.0f} s: {self._away}\n"
+                    "    expected the addresses of servers that run; is it http or https there?"
+                )
             if self._stopped():
                 raise Stopped("the run was ended by the coordinator that led it")
             yield waited
@@ -111,8 +136,9 @@ class Candidate:
             yield
         except Fenced:
             raise
-        except BaseException:
-            self._tell_others()
+        except BaseException as error:
+            if not (isinstance(error, WorkerError) and self._is_cut_off):
+                self._tell_others()
             raise
         else:
             self._tell_others()
@@ -121,6 +147,8 @@ class Candidate:
         if self.term is None:
             return
         with contextlib.suppress(ShoalError):
+            if self._membership.look().term != self.term:
+                return  # the run is another's by now
             number = self._membership.ask(Ask(what="stop"))
             time.sleep(_HEARD_SECONDS)
             self._membership.answered(number, term=self.term)
@@ -128,22 +156,24 @@ class Candidate:
     # --- in the thread
 
     def _run(self) -> None:
-        enrolled, renewed_at = False, 0.0
-        while not self._ended.is_set():
-            try:
-                if not enrolled:
-                    self._membership.enrol(self._spec)
-                    enrolled, renewed_at = True, time.monotonic()
-                if time.monotonic() - renewed_at > RENEW_SECONDS:
-                    enrolled, renewed_at = self._membership.keep(), time.monotonic()
-                self._look()
-                self._away = None
-            except Refused as error:
-                self._refused = error
-                return
-            except (Unreachable, Unknown, Fenced) as error:
-                self._away = f"the registry does not answer: {error}"
+        while not self._ended.is_set() and self._refused is None:
+            self.turn()
             self._ended.wait(ASK_SECONDS)
+
+    def turn(self) -> None:
+        """Ask once: every ASK_SECONDS, by the thread."""
+        try:
+            if not self._enrolled:
+                self._membership.enrol(self._spec)
+                self._enrolled, self._renewed_at = True, self._clock()
+            if self._clock() - self._renewed_at > RENEW_SECONDS:
+                self._enrolled, self._renewed_at = self._membership.keep(), self._clock()
+            self._look()
+            self._away = None
+        except Refused as error:
+            self._refused = error
+        except (Unreachable, Unknown, Fenced) as error:
+            self._away = f"the registry does not answer: {error}"
 
     def _look(self) -> None:
         view = self._membership.look()

@@ -137,7 +137,7 @@ def _whole(
     ] = False,
     lang: Annotated[
         str | None,
-        typer.Option("--lang", metavar="LANGUAGE", help="en or zh_CN; else the locale's."),
+        typer.Option("--lang", metavar="LANGUAGE", help="Either en or zh_CN; else the locale's."),
     ] = None,
 ) -> None:
     """Options that stand before any command; `main` takes --debug and --lang from anywhere."""

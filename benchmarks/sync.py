@@ -30,6 +30,7 @@ CHOICES = {
     "int8": "{kind: every-step, codec: {kind: int8}}",
     "int4": "{kind: every-step, codec: {kind: int4}}",
     "topk 1 %": "{kind: every-step, codec: {kind: topk, fraction: 0.01}}",
+    "topk 2 of 16": "{kind: every-step, codec: {kind: topk, fraction: 0.125, block: 16}}",
     "powersgd 4": "{kind: every-step, codec: {kind: powersgd, rank: 4}}",
     "diloco": f"{{{DILOCO}}}",
     "diloco int8": f"{{{DILOCO}, codec: {{kind: int8, error_feedback: true}}}}",

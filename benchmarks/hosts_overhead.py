@@ -13,48 +13,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
 from shoal.observe.events import read_lines
+from unit.launch.etcd_server import etcd_server, free_port
 
 SHOAL = [sys.executable, "-c", "from shoal.cli.main import main; main()"]
 WORDS = ["train.evaluate_every_steps=0", "task.prompts=[]", "checkpoint.every_steps=50"]
 WORDS += ["parallel.replicate=2", "launch.workers=processes", "train.global_batch_samples=8"]
 WORDS += ["train.micro_batch_samples=4"]
 LEFT_OUT = 20
-
-
-def free_port() -> int:
-    with socket.socket() as end:
-        end.bind(("127.0.0.1", 0))
-        return int(end.getsockname()[1])
-
-
-@contextlib.contextmanager
-def etcd(folder: Path) -> Iterator[str]:
-    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in "ab")
-    words = ["--listen-client-urls", client, "--advertise-client-urls", client]
-    words += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-    words += ["--initial-cluster", f"default={peer}", "--logger", "zap", "--log-level", "error"]
-    process = subprocess.Popen(["etcd", "--data-dir", str(folder), *words])
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{client}/health", timeout=1).read()
-                break
-            time.sleep(0.05)
-        yield client
-    finally:
-        process.kill()
-        process.wait()
 
 
 @contextlib.contextmanager
@@ -90,7 +65,7 @@ def main() -> None:
     ratios, alone, over = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with etcd(folder / "etcd") as store, agents(folder) as hosts:
+        with etcd_server(folder) as store, agents(folder) as hosts:
             known = ["--hosts", str(hosts), "--keys", str(folder / "keys"), "--etcd", store]
             for number in range(given.rounds):
                 turns = [

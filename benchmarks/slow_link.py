@@ -23,10 +23,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "hosts")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-from lab import Lab, call  # noqa: E402
-
+from hosts.lab import Lab, call  # noqa: E402
 from shoal.config.load import load_recipe  # noqa: E402
 from shoal.data.stream import Stream  # noqa: E402
 from shoal.launch import local  # noqa: E402
@@ -68,9 +67,11 @@ def crossed(lab: Lab) -> int:
     return int(stats["rx"]["bytes"]) + int(stats["tx"]["bytes"])
 
 
-def measured(lab: Lab, commands: list[list[object]], *, env: dict[str, str]) -> tuple[float, int]:
-    """(seconds, bytes) of one command on each host, to their ends."""
-    before, began = crossed(lab), time.monotonic()
+def measured(
+    lab: Lab, commands: list[list[object]], *, env: dict[str, str]
+) -> tuple[list[str], int]:
+    """What one command on each host printed, to their ends, and the bytes that crossed."""
+    before = crossed(lab)
     started = [
         host.start(*words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for host, words in zip(lab.hosts, commands)
@@ -78,8 +79,7 @@ def measured(lab: Lab, commands: list[list[object]], *, env: dict[str, str]) -> 
     said = [each.communicate(timeout=1500) for each in started]
     if any(each.returncode for each in started):
         raise SystemExit("\n".join(error[-2000:] for _, error in said))
-    lab.said = [out for out, _ in said]  # type: ignore[attr-defined]
-    return time.monotonic() - began, crossed(lab) - before
+    return [out for out, _ in said], crossed(lab) - before
 
 
 def row(name: str, losses: list[float], seconds: list[float], num_bytes: int, tokens: int) -> None:
@@ -141,9 +141,9 @@ def main() -> None:
             words += ["--tokens", scratch / "tokens.npy", "--start", start, "--every", every]
             words += ["--lighthouse", f"http://10.77.0.1:{port}"]
             each = [[*words, "--number", n, "--address", f"10.77.0.{n + 1}"] for n in range(2)]
-            _, num_bytes = measured(lab, each, env=env)
+            printed, num_bytes = measured(lab, each, env=env)
             lighthouse.kill()
-            both = [[json.loads(x) for x in s.splitlines() if x[:1] == "{"] for s in lab.said]  # type: ignore[attr-defined]
+            both = [[json.loads(x) for x in s.splitlines() if x[:1] == "{"] for s in printed]
             losses = [statistics.mean(e["loss"] for e in pair) for pair in zip(*both)]
             row(label, losses, [e["seconds"] for e in both[0]], num_bytes, tokens)
 

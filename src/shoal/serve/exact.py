@@ -161,8 +161,9 @@ def keeps_columns(widths: Collection[int], *, inputs: int, dtype: torch.dtype) -
         own = weight[:width]
         return Product(own, None, way_for(own))(rows)
 
-    whole = product(max(widths))
-    return all(torch.equal(product(width), whole[:, :width]) for width in widths)
+    *narrower, widest = sorted(widths)
+    whole = product(widest)
+    return all(torch.equal(product(width), whole[:, :width]) for width in narrower)
 
 
 def _pieces(inputs: int, packed: bool) -> tuple[int, ...]:

@@ -15,3 +15,20 @@ def mixed(words: Words | np.uint64) -> Words:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
+
+
+def uniform(*keys: int) -> float:
+    """A number in [0, 1) of 53 random bits, by SplitMix64 over the keys, one after the other."""
+    first, *others = keys
+    bits = mixed(np.uint64(first & (2**64 - 1)))
+    for key in others:
+        bits = mixed(bits ^ np.uint64(key))
+    return float(bits[0] >> np.uint64(11)) * 2.0**-53
+
+
+def seed_of(*keys: int) -> int:
+    """64 well mixed bits of several keys."""
+    bits = np.zeros(1, dtype=np.uint64)
+    for key in keys:
+        bits = mixed(bits ^ np.uint64(key & (2**64 - 1)))
+    return int(bits[0])

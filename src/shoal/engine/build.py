@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,18 @@ from shoal.data.tokenize import load_tokenizer
 from shoal.engine.batches import batches_of
 from shoal.engine.decision import Decision
 from shoal.engine.ending import Watch
+from shoal.engine.folded import adapter_settings
 from shoal.engine.instruments import faults, mistakes, recorder
 from shoal.engine.job import Inputs, Job
 from shoal.engine.passes import OneByOne, Passes
+from shoal.engine.rollouts import MakesWrites, writes_for
 from shoal.engine.schedule import rate_factor
 from shoal.engine.state import FlatState, allocate_for
 from shoal.engine.step import Step, StepSettings
 from shoal.engine.training import Training
 from shoal.engine.update import Update
 from shoal.legal import schedule_takes
-from shoal.models.adapter import AdapterSettings, fill_rounded
+from shoal.models.adapter import fill_rounded
 from shoal.models.adapter_files import AdapterFolder
 from shoal.models.grid import Grid
 from shoal.models.huggingface import build_meta
@@ -49,7 +50,14 @@ from shoal.tasks.kinds import create as create_task
 from shoal.tasks.task import Task
 
 
-def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Training:
+def build(
+    job: Job,
+    *,
+    ranks: Ranks,
+    worker: WorkerInfo,
+    report: Report,
+    make_writes: MakesWrites | None = None,
+) -> Training:
     """Build one rank's objects. Raises the errors of the parts it builds.
 
     Collective inside a replica of several workers: raises PeersLost when one goes.
@@ -83,6 +91,15 @@ def build(job: Job, *, ranks: Ranks, worker: WorkerInfo, report: Report) -> Trai
         scales_loss=loss_scale is not None,
     )
     play = Player(passes.logits, ranks, replica.is_cut, job.inputs.tokenizer_directory)
+    play.writes = writes_for(
+        job,
+        make=make_writes,
+        task=task,
+        replica=replica,
+        state=state,
+        computes=(dtype, worker.device),
+        report=report if worker.rank == 0 else None,
+    )
     stream = batches_of(recipe, job.inputs, task=task, play=play)
     steps = recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
     policy = _policy(job, ranks=ranks, worker=worker, state=state, steps=steps, report=report)
@@ -294,18 +311,6 @@ def grid_settings(section: OnGrid | None) -> GridSettings | None:
     if section is None:
         return None
     return GridSettings(Grid(section.bits, section.group, section.half), section.keep)
-
-
-def adapter_settings(recipe: Recipe, *, inputs: Inputs) -> AdapterSettings | None:
-    """The adapter that is trained, if any, as the recipe or its own folder says. ModelError."""
-    section = recipe.model.adapter
-    if section is None:
-        return None
-    if inputs.adapter_directory is not None:
-        return replace(AdapterFolder(inputs.adapter_directory).settings, base=section.base)
-    return AdapterSettings(
-        section.kind, section.rank, section.scale, section.targets, section.dropout, section.base
-    )
 
 
 def _state(

@@ -13,7 +13,7 @@ from shoal.boxes import Box
 from shoal.checkpoint.store import Reader
 from shoal.config.recipe import Recipe
 from shoal.data.special import SpecialTokens
-from shoal.engine.build import adapter_settings
+from shoal.engine.folded import folded_weights
 from shoal.engine.job import Inputs
 from shoal.engine.opened import logged_and_opened
 from shoal.engine.saving.parts import SavedKind
@@ -30,7 +30,6 @@ from shoal.models.huggingface import (
     fingerprint_sample,
     fingerprint_values,
 )
-from shoal.models.pretrained import PretrainedWeights
 from shoal.models.stored import InMemory, Weights
 from shoal.tasks.kinds import create
 from shoal.tasks.task import Task
@@ -58,7 +57,7 @@ def write_model(training: Training, *, step: int, out: Path) -> None:
         trained = SavedWeights(training.store.open(step))
     task, config = training.task, training.model.config
     inputs = training.job.inputs
-    folded = _folded(training.job.recipe, inputs, trained, task=task, config=config)
+    folded = folded_weights(training.job.recipe, inputs, trained, task=task, config=config)
     if folded is not None:
         _write_apart(folded, inputs, task=task, out=out.parent / "adapter")
     export(
@@ -94,19 +93,6 @@ class SavedWeights:
         return self._saved.read(name, box=box) if name in self.shapes else None
 
 
-def _folded(
-    recipe: Recipe, inputs: Inputs, trained: Weights, *, task: Task, config: Any
-) -> Folded | None:
-    """The whole model that adapters come to; None without. ModelError for another base folder."""
-    settings = adapter_settings(recipe, inputs=inputs)
-    if settings is None:
-        return None
-    model = build_meta(config, auto_class=task.auto_class, dropout="off")
-    folder = inputs.model_directory
-    base = None if folder is None else PretrainedWeights(folder, model=model)
-    return Folded(trained, base=base, model=model, settings=settings)
-
-
 def _write_apart(folded: Folded, inputs: Inputs, *, task: Task, out: Path) -> None:
     name = inputs.model_directory or ""
     write_adapter(out, folded, base_name=name, auto_class=task.auto_class)
@@ -118,7 +104,7 @@ def merge_adapter(reader: Reader, *, out: Path) -> None:
     recipe = Recipe.model_validate(reader.state["recipe"])
     task = create(recipe.task.kind, settings=inputs.task_settings)
     config = config_from(reader.state["model_config"])
-    folded = _folded(recipe, inputs, SavedWeights(reader), task=task, config=config)
+    folded = folded_weights(recipe, inputs, SavedWeights(reader), task=task, config=config)
     if folded is None:
         raise RunError(f"{reader.folder}: it was trained without an adapter; leave out --adapter")
     _write_apart(folded, inputs, task=task, out=out)
@@ -144,7 +130,7 @@ def merge(reader: Reader, *, out: Path, limit_bytes: int | None = None) -> float
     config = config_from(reader.state["model_config"])
     model = build_meta(config, auto_class=task.auto_class, dropout="off")
     saved = SavedWeights(reader)
-    weights = _folded(recipe, inputs, saved, task=task, config=config) or saved
+    weights = folded_weights(recipe, inputs, saved, task=task, config=config) or saved
     difference = None
     logits, where = reader.state["fingerprint"], str(reader.folder)
     if limit_bytes is None and logits:

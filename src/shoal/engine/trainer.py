@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,15 @@ from typing import Any
 import torch
 
 from shoal.comm.group import Group, ProcessGroup
-from shoal.comm.keys import Keys
-from shoal.comm.link import link_of
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.config.sync import is_same
-from shoal.engine.build import build
 from shoal.engine.evaluate import evaluate
 from shoal.engine.finish import finish
 from shoal.engine.job import Job
 from shoal.engine.log import RunLog, pace
 from shoal.engine.membership.agree import FRESH, Position, agree, check_same_program, transfer
 from shoal.engine.membership.digest import ReplicasDiffer, compare, differing_tensors, digest_of
-from shoal.engine.membership.members import Members, members_of
+from shoal.engine.membership.members import Members
 from shoal.engine.membership.orders import Orders
 from shoal.engine.milestones import Milestones
 from shoal.engine.passes import Batch
@@ -47,24 +45,6 @@ from shoal.runtime import WorkerInfo
 from shoal.sync.kinds import KINDS
 
 
-def train(
-    job: Job,
-    *,
-    group: Group,
-    worker: WorkerInfo,
-    report: Report,
-    orders: Orders,
-    supervised: bool = False,
-    keys: Keys | None = None,
-) -> None:
-    """Train to the end of the recipe, or until asked to stop. Raises Stopped after saving."""
-    near = getattr(job.recipe.sync, "group_replicas", None) or 1  # no link between these
-    link = link_of(job.recipe.launch.link, workers=near * job.decision.layout.replica_workers)
-    known: dict[str, Any] = {"orders": orders, "worker": worker, "report": report}
-    members = members_of(group, **known, supervised=supervised, keys=keys, link=link)
-    Trainer(job, group=group, members=members, worker=worker, report=report, orders=orders).run()
-
-
 class Trainer:
     """One rank's loop.
 
@@ -78,12 +58,13 @@ class Trainer:
         *,
         group: Group,
         members: Members,
+        build: Callable[..., Training],
         worker: WorkerInfo,
         report: Report,
         orders: Orders,
     ) -> None:
         self.job, self.group, self.members, self.worker = job, group, members, worker
-        self._report, self._orders = report, orders
+        self._report, self._orders, self._make = report, orders, build
         self.pulse = group.pulse
         self.pulse.mark("building the model")
         if worker.rank == 0:
@@ -102,7 +83,7 @@ class Trainer:
     def _build(self, ranks: Ranks) -> None:
         """Build the model and all around it. A replica of several workers must have met before."""
         job, report = self.job, self._report
-        self.training = build(job, ranks=ranks, worker=self.worker, report=report)
+        self.training = self._make(ranks=ranks)
         self.training.attach(self.trace, check=self.members.check)
         self.files = RunLog(job, report=report, training=self.training)
         settings = job.recipe.checkpoint

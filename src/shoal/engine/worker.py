@@ -10,17 +10,18 @@ import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.threads import Meeting, ThreadGroup
+from shoal.engine.begin import train
 from shoal.engine.job import Job
 from shoal.engine.membership.members import TIMEOUT_SECONDS
 from shoal.engine.membership.orders import Orders
-from shoal.engine.trainer import train
+from shoal.engine.rollouts import MakesWrites
 from shoal.errors import (
     PeersLost,
     ShoalError,
@@ -41,6 +42,14 @@ from shoal.runtime import (
 )
 
 
+class _Known(TypedDict):
+    """What every rank of this process is given alike."""
+
+    report: Report
+    orders: Orders
+    make_writes: MakesWrites | None
+
+
 @dataclass(frozen=True)
 class WorkerArguments:
     """Which worker this process is, and where it meets its supervisor."""
@@ -58,8 +67,8 @@ class WorkerArguments:
     """Folder of the keys for handing state from one worker to another."""
 
 
-def run(payload: dict[str, Any], descriptor: int) -> int:
-    """Entry point of a worker of the fork server; returns its exit status."""
+def run(payload: dict[str, Any], descriptor: int, *, make_writes: MakesWrites | None = None) -> int:
+    """A worker of the fork server; returns its exit status."""
     arguments = WorkerArguments(
         payload["rank"],
         payload["size"],
@@ -71,7 +80,13 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
     )
     orders = Orders(on_lost=break_generation).listen(descriptor, on_end=_end)
     job = Job.from_json(payload)
-    return run_worker(job, arguments=arguments, report=Report(descriptor), orders=orders)
+    return run_worker(
+        job,
+        arguments=arguments,
+        report=Report(descriptor),
+        orders=orders,
+        make_writes=make_writes,
+    )
 
 
 def _end() -> None:
@@ -80,10 +95,16 @@ def _end() -> None:
 
 
 def run_worker(
-    job: Job, *, arguments: WorkerArguments, report: Report, orders: Orders | None = None
+    job: Job,
+    *,
+    arguments: WorkerArguments,
+    report: Report,
+    orders: Orders | None = None,
+    make_writes: MakesWrites | None = None,
 ) -> int:
     """Train as this worker; every failure becomes one message and an exit status."""
     orders = orders or Orders()
+    known: _Known = {"report": report, "orders": orders, "make_writes": make_writes}
     signal.signal(signal.SIGTERM, lambda *_: orders.stop.set())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the fork server blocks it
     if arguments.stack is not None:
@@ -91,9 +112,9 @@ def run_worker(
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     try:
         if job.decision.workers == "threads" and job.decision.layout.workers > 1:
-            _run_threads(job, arguments=arguments, report=report, orders=orders)
+            _run_threads(job, arguments=arguments, known=known)
         else:
-            _run_process(job, arguments=arguments, report=report, orders=orders)
+            _run_process(job, arguments=arguments, known=known)
     except Stopped as error:
         report.say("stopped", text=str(error))
         return error.exit_status
@@ -134,7 +155,7 @@ def _place_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({at})"
 
 
-def _run_process(job: Job, *, arguments: WorkerArguments, report: Report, orders: Orders) -> None:
+def _run_process(job: Job, *, arguments: WorkerArguments, known: _Known) -> None:
     device = choose_device(job.recipe.launch.device, local_rank=arguments.local_rank)
     threads = job.decision.threads_per_worker
     worker = WorkerInfo(arguments.rank, arguments.size, device, threads)
@@ -145,8 +166,7 @@ def _run_process(job: Job, *, arguments: WorkerArguments, report: Report, orders
             job,
             group=group,
             worker=worker,
-            report=report,
-            orders=orders,
+            **known,
             supervised=arguments.supervised and job.score is None,
             keys=None if arguments.keys is None else Keys.read(arguments.keys),
         )
@@ -154,7 +174,7 @@ def _run_process(job: Job, *, arguments: WorkerArguments, report: Report, orders
         stop_process_group()
 
 
-def _run_threads(job: Job, *, arguments: WorkerArguments, report: Report, orders: Orders) -> None:
+def _run_threads(job: Job, *, arguments: WorkerArguments, known: _Known) -> None:
     """One thread per replica; the first failure ends them all, and is the one that is raised."""
     size = job.decision.layout.workers
     meeting = Meeting(size, timeout_seconds=TIMEOUT_SECONDS)
@@ -166,7 +186,7 @@ def _run_threads(job: Job, *, arguments: WorkerArguments, report: Report, orders
         group: Group = ThreadGroup(meeting, rank=rank, pulse=Pulse(arguments.pulse, slot=rank))
         try:
             start_worker(worker, seed=job.recipe.seed)
-            train(job, group=group, worker=worker, report=report, orders=orders)
+            train(job, group=group, worker=worker, **known)
         except BaseException as error:
             failures.append((rank, error))
             if not isinstance(error, Stopped):

@@ -28,7 +28,7 @@ from shoal.launch import calls
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.site import LocalSite, Slot
 
-TARGETS = ("shoal.engine.worker:run",)
+TARGETS = ("shoal.launch.worker:run",)
 """What an agent starts for a coordinator, and nothing else."""
 STOPPED = 75
 _WAIT_SECONDS = 0.2

@@ -46,7 +46,7 @@ from shoal.launch.supervised import (
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
 
-TARGET = "shoal.engine.worker:run"
+TARGET = "shoal.launch.worker:run"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 1.0
 """After a user's mistake, the other workers may still say what they saw before they are ended."""

@@ -50,6 +50,7 @@ from shoal.launch.opening import say_opening
 from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check_trackers
 from shoal.launch.summary import check_ending, last_words, write_summary
+from shoal.launch.worker import make_writes
 from shoal.observe.console import Console
 from shoal.observe.events import Report
 from shoal.observe.visible import visible
@@ -224,7 +225,7 @@ def _heard(job: Job, *, arguments: WorkerArguments, attempt: Attempt) -> int:
     listener = threading.Thread(target=hear, name="reports")
     listener.start()
     try:
-        return run_worker(job, arguments=arguments, report=Report(write))
+        return run_worker(job, arguments=arguments, report=Report(write), make_writes=make_writes)
     finally:
         os.close(write)
         listener.join()

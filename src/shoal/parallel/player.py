@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shoal.data.tokenize import load_tokenizer
 from shoal.parallel.ranks import Ranks
+from shoal.tasks.playing import Wanted, Writes, Written
 
 Floats = NDArray[np.float64]
 
@@ -33,6 +34,7 @@ class Player:
     is_cut: bool
     """Whether ranks of a replica exchange within a forward."""
     tokenizer_directory: str | None = None
+    writes: Writes | None = None
     check: Callable[[], None] = _nothing
     """Called before each forward: raises PeersLost where the next exchange cannot complete."""
     tell: Callable[[str, float | None], None] = _nothing
@@ -54,6 +56,22 @@ class Player:
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         found: NDArray[np.float32] = self.forward(tensors).cpu().numpy()
         return found
+
+    def write(
+        self, wanted: Sequence[Wanted], *, tokens: int, end: int | None, what: str | None = None
+    ) -> list[Written] | None:
+        """See `Play`; each step of it is a sign of life."""
+        if self.writes is None:
+            return None
+
+        def alive(done: float) -> None:
+            self.check()
+            self.ranks.world.pulse.mark("play")
+            if what is not None:
+                self.tell(what, done)
+
+        alive(0.0)
+        return self.writes(wanted, tokens=tokens, end=end, alive=alive)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -119,7 +119,7 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
 
 def _adapter(recipe: Recipe, *, inputs: Inputs) -> dict[str, Any] | None:
     """The adapter of a small model: beside the same layers, of whatever blocks there are."""
-    from shoal.engine.build import adapter_settings
+    from shoal.engine.folded import adapter_settings
 
     found = adapter_settings(recipe, inputs=inputs)
     if found is None:

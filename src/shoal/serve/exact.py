@@ -11,7 +11,7 @@ Shapes: R rows, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
@@ -43,11 +43,15 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 the lanes, so that no loop over a part of a row leaves anything over."""
 
 
+Ways = dict[tuple[int, int], Way]
+"""One way for each shape of weight, (O, I)."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What the probe found: one way for each shape of weight, (O, I)."""
 
-    ways: dict[tuple[int, int], Way]
+    ways: Ways
     dtype: torch.dtype
     threads: int
     joined: dict[str, Together]
@@ -199,18 +203,23 @@ class Sums:
 
 
 def make_exact(
-    model: nn.Module, *, release: bool = False, int8: bool = False, sums: Sums | None = None
+    model: nn.Module,
+    *,
+    release: bool = False,
+    int8: bool = False,
+    sums: Sums | None = None,
+    ways: Ways | None = None,
 ) -> Report:
     """Swap the products of `model`'s layers, experts too, for exact ones; says which were found.
 
     `release`: the layers' own weights are given up where a packed copy has them (a layer whose
     weight another module shares, such as a tied embedding, keeps it). Idempotent. `sums`: layers
-    that are made of pieces.
+    that are made of pieces. `ways`: known from a model of the same shapes; what is found is added.
     """
     sums = sums or Sums()
     if int8 and (why := cannot_multiply()) is not None:
         raise UserError(f"serve.weights: int8 cannot be served here: {why}\n    leave it at full")
-    maker = _Maker(int8)
+    maker = _Maker(int8, {} if ways is None else ways)
     shared = _shared(model)
     joined = _join(model, maker)
     head = _head(model)
@@ -230,7 +239,9 @@ def make_exact(
     for module in experts_of(model).values():
         _make_experts_exact(module, maker)
     for weight in _others(model):
-        maker.ways.setdefault((weight.shape[0], weight.shape[1]), _plain_way(weight))
+        shape = (weight.shape[0], weight.shape[1])
+        if shape not in maker.ways:
+            maker.ways[shape] = _plain_way(weight)
     dtype = next(model.parameters()).dtype
     return Report(maker.ways, dtype, torch.get_num_threads(), joined, maker.num_int8)
 
@@ -246,7 +257,7 @@ class _Maker:
     """Makes the products of a model, with one probe for each shape of weight."""
 
     int8: bool
-    ways: dict[tuple[int, int], Way] = field(default_factory=dict)
+    ways: Ways
     num_int8: int = 0
 
     def of(self, weight: Tensor, bias: Tensor | None, *, head: bool = False) -> AnyProduct:

@@ -17,7 +17,7 @@ from shoal.models.anatomy import hidden_of, logits_of
 from shoal.models.kernels import MaskRequest
 from shoal.serve.adapters import Adapters
 from shoal.serve.cache import Cache, Paged, Rows, Span, least_rows
-from shoal.serve.exact import Report, Sums, check_positions, make_exact, rows_multiple
+from shoal.serve.exact import Report, Sums, Ways, check_positions, make_exact, rows_multiple
 from shoal.serve.fuse import fuse_attention, fuse_norms
 from shoal.serve.part import Part
 from shoal.serve.reading import read_model
@@ -53,10 +53,12 @@ class Runner:
         int8: bool = False,
         adapters: Mapping[str, str] | None = None,
         part: Part | None = None,
+        ways: Ways | None = None,
     ) -> None:
         """`exact`: swap the products (serve/exact.py); `int8`: for those of 8 bits.
 
         `adapters`: folders by name. `part`: which part to hold of `model`; None: all of it.
+        `ways`: those of products that are known (serve/exact.py).
         Raises ModelError if it cannot be served, and UserError where torch has no products of 8
         bits.
         """
@@ -87,7 +89,7 @@ class Runner:
         exact = exact or int8
         if exact:
             sums = Sums(self.part.sums, self.part.own_pieces, self.part.all_of)
-            self.report = make_exact(model, release=release, int8=int8, sums=sums)
+            self.report = make_exact(model, release=release, int8=int8, sums=sums, ways=ways)
             if self.part.pieces > 1:
                 kept = self.part.keeps_columns(self.report)
                 self.report = replace(self.report, keeps_columns=kept)

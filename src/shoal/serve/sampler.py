@@ -13,18 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.serve.request import Sampling
-from shoal.splitmix import mixed
+from shoal.splitmix import uniform
 
 Row = NDArray[np.float32]
 Wide = NDArray[np.float64]
-
-
-def uniform(seed: int, index: int, position: int) -> float:
-    """A number in [0, 1) of 53 random bits, by SplitMix64 over the three keys."""
-    bits = mixed(np.uint64(seed & (2**64 - 1)))
-    for key in (index, position):
-        bits = mixed(bits ^ np.uint64(key))
-    return float(bits[0] >> np.uint64(11)) * 2.0**-53
 
 
 def choose(

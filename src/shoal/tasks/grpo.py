@@ -192,10 +192,12 @@ class GRPO(Task):
 
         real, sampler = real_rows(batch), self._sampler(play)
         found = np.zeros((len(real), 2))
-        for first in range(0, len(real), sampler.at_once):
-            rows = (first + np.flatnonzero(real[first : first + sampler.at_once])).tolist()
-            asked = [asked_of(batch, n, key=(0, 0, int(batch["sample_ids"][n]))) for n in rows]
-            for row, made in zip(rows, sampler.complete(asked, likeliest=1)):
+        asked = [
+            asked_of(batch, row, key=(0, 0, int(batch["sample_ids"][row]))) if is_real else None
+            for row, is_real in enumerate(real.tolist())
+        ]
+        for row, made in enumerate(sampler.complete(asked, likeliest=1)):
+            if made is not None:
                 found[row] = [made.rewards[:-1].mean(), made.rewards[-1]]
         scores = torch.from_numpy(found)
         return [Scores(-scores[:, 0], scores[:, 1])]

@@ -1,9 +1,9 @@
 """Completions of prompts by the model as it is, their rewards and advantages.
 
-The prompts of a forward are neighbours in the global batch, so many whatever the layout, and what
-is drawn is keyed by (seed, rollout, sample): whoever completes which, the same is said. As in an
-evaluation's completions the whole row is computed again for each token: short, exact, and no cache
-to keep.
+What is drawn is keyed by (seed, rollout, sample, completion, place): whoever completes which, the
+same is said. A replica that is whole completes them by the engine of serving, whose answers do not
+depend on who is computed beside whom. Else the whole row is computed again for each token, and the
+prompts of a forward are neighbours in the global batch, so many whatever the layout.
 
 Shapes: P prompts, G completions of each, B rows, T tokens.
 """
@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from shoal.errors import RunError
 from shoal.fields import IGNORED
 from shoal.layout import Share
+from shoal.splitmix import seed_of, uniform
 from shoal.tasks.playing import (
     Array,
     Floats,
     Play,
     Stored,
+    Wanted,
     choose,
     log_softmax,
     packed,
@@ -73,32 +75,74 @@ class Sampler:
         """Prompts of one forward."""
         return max(1, _ROWS // self.group)
 
-    def complete(self, asked: Sequence[Asked], *, likeliest: int = 0) -> list[Made]:
-        """Completions of at most `at_once` prompts, drawn from the model's own distribution.
+    def complete(
+        self, asked: Sequence[Asked | None], *, likeliest: int = 0, what: str | None = None
+    ) -> list[Made | None]:
+        """Completions of prompts, drawn from the model's own distribution; None of none.
 
-        The last `likeliest` of each group are not drawn. Of none, where other ranks of the replica
-        have some.
+        The last `likeliest` of each group are not drawn. Ranks of one replica call it with as many,
+        each with its own. `what` is told meanwhile.
         """
+        real = [each for each in asked if each is not None]
+        made = self._written(real, likeliest, what)
+        if made is None:
+            made = []
+            for first in range(0, len(asked), self.at_once):
+                if what is not None:
+                    self.play.tell(what, first / len(asked))
+                some = [each for each in asked[first : first + self.at_once] if each is not None]
+                made += self._by_whole_rows(some, likeliest)
+        found = iter(made)
+        return [None if each is None else next(found) for each in asked]
+
+    def _written(
+        self, asked: Sequence[Asked], likeliest: int, what: str | None
+    ) -> list[Made] | None:
+        """By what keeps keys and values, where the play has that."""
+        wanted = [
+            Wanted(one.prompt.tolist(), seed_of(*one.key), n, n >= self.group - likeliest)
+            for one in asked
+            for n in range(self.group)
+        ]
+        written = self.play.write(wanted, tokens=self.tokens, end=self.end, what=what)
+        if written is None:
+            return None
+        tokens = np.zeros((len(wanted), self.tokens), dtype=np.int64)
+        logs, lengths = np.zeros(tokens.shape), np.zeros(len(wanted), dtype=np.int64)
+        for row, each in enumerate(written):
+            lengths[row] = len(each.tokens)
+            tokens[row, : lengths[row]], logs[row, : lengths[row]] = each.tokens, each.logs
+        return self._made(asked, tokens, logs, lengths)
+
+    def _by_whole_rows(self, asked: Sequence[Asked], likeliest: int) -> list[Made]:
+        """Of at most `at_once` prompts; of none, where other ranks of the replica have some."""
         count = self.at_once * self.group
         tokens = np.zeros((count, self.tokens), dtype=np.int64)
         logs, lengths = np.zeros(tokens.shape), np.zeros(count, dtype=np.int64)
-        draws = np.zeros(tokens.shape)
-        rows = [slice(n * self.group, (n + 1) * self.group) for n in range(len(asked))]
-        for one, some in zip(asked, rows):
-            draws[some] = np.random.default_rng(one.key).random((self.group, self.tokens))
+        keys = [(seed_of(*one.key), len(one.prompt)) for one in asked]
         ids, before = self._aligned(asked)
         done, place = np.arange(count) >= len(asked) * self.group, 0
         while self.play.still(place < self.tokens and not done.all()):
             chances = log_softmax(self._logits(ids, before))
             said = np.zeros(count, dtype=np.int64)
             for row in np.flatnonzero(~done).tolist() if place < self.tokens else ():
-                greedy = row % self.group >= self.group - likeliest
-                token = int(chances[row].argmax()) if greedy else -1
-                token = choose(chances[row], draws[row, place]) if token < 0 else token
+                prompt, which = divmod(row, self.group)
+                seed, length = keys[prompt]
+                if which >= self.group - likeliest:
+                    token = int(chances[row].argmax())
+                else:
+                    token = choose(chances[row], uniform(seed, which, length + place))
                 said[row] = tokens[row, place] = token
                 logs[row, place], lengths[row] = chances[row, token], place + 1
                 done[row] = token == self.end
             ids, place = np.concatenate([ids, said[:, None]], axis=1), place + 1
+        return self._made(asked, tokens, logs, lengths)
+
+    def _made(
+        self, asked: Sequence[Asked], tokens: Ints, logs: Floats, lengths: Ints
+    ) -> list[Made]:
+        """Rows by their prompts, rewarded."""
+        rows = [slice(n * self.group, (n + 1) * self.group) for n in range(len(asked))]
         return [
             Made(
                 tokens[some],
@@ -214,19 +258,20 @@ class Completions:
         width = -(-width // _MULTIPLE) * _MULTIPLE
         found = {name: np.zeros((count * group, width)) for name in (*_ROW, "ends")}
         found["ends"], rewards = np.zeros(count * group), np.zeros((count, group))
-        step = self._sampler.at_once * play.num_parts
-        for first in range(0, count, step):
-            play.tell(f"completing the prompts of step {rollout + 1}", first / count)
-            start = first + play.part * self._sampler.at_once
-            numbers = range(start, min(start + self._sampler.at_once, count))
-            asked = [
-                asked_of(prompts, number, key=(stored.seed, rollout, int(ids[number, 1])))
-                for number in numbers
-            ]
-            for number, one, made in zip(numbers, asked, self._sampler.complete(asked)):
-                rewards[number] = made.rewards
-                for which in range(group):
-                    _write(found, number * group + which, one.prompt, made, which)
+        numbers = self._numbers_of(play.part, play.num_parts)
+        asked = [
+            None
+            if number is None
+            else asked_of(prompts, number, key=(stored.seed, rollout, int(ids[number, 1])))
+            for number in numbers
+        ]
+        what = f"completing the prompts of step {rollout + 1}"
+        for number, one, made in zip(numbers, asked, self._sampler.complete(asked, what=what)):
+            if number is None or one is None or made is None:
+                continue
+            rewards[number] = made.rewards
+            for which in range(group):
+                _write(found, number * group + which, one.prompt, made, which)
         found["rewards"] = rewards
         whole = play.together(found)
         rewards = whole.pop("rewards")
@@ -244,6 +289,16 @@ class Completions:
         self._kept = {"rollout": rollout, "history": self.history}
         if self._epochs > 1:
             self._kept["played"] = packed(self.played)
+
+    def _numbers_of(self, part: int, num_parts: int) -> list[int | None]:
+        """Which prompts a part completes, `at_once` neighbours in turn; as many for each part."""
+        assert self._sampler is not None, "who asks for batches plays"
+        count, some = self._stored.global_batch_samples, self._sampler.at_once
+        turns = -(-count // (some * num_parts))
+        numbers = [
+            (turn * num_parts + part) * some + n for turn in range(turns) for n in range(some)
+        ]
+        return [n if n < count else None for n in numbers]
 
 
 _ROW = ("input_ids", "position_ids", "document_ids", "labels", "log_probabilities", "advantages")

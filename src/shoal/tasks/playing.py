@@ -6,7 +6,8 @@ Shapes: B rows of a batch, V logits of one.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,6 +71,46 @@ class Stored(Batches, Protocol):
         """An order of other samples, by the same seed in the same global batches."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A completion that is asked for: token n of its row is drawn by (seed, index, n)."""
+
+    prompt: Sequence[int]
+    seed: int
+    index: int
+    """Which of the completions of its prompt."""
+    likeliest: bool = False
+    """Take the likeliest tokens, and draw none."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was said, the end token too; its log-probabilities."""
+
+    tokens: Sequence[int]
+    logs: Sequence[float]
+
+
+class Writes(Protocol):
+    """Completes prompts by a copy of the model that keeps what it computed of a row."""
+
+    words: str
+    """What it is, for people."""
+
+    def __call__(
+        self,
+        wanted: Sequence[Wanted],
+        *,
+        tokens: int,
+        end: int | None,
+        alive: Callable[[float], None],
+    ) -> list[Written]:
+        """At most `tokens` of each, by the weights as they are; what one says depends on no other.
+
+        `alive` is called now and then with how much is done, 0 to 1.
+        """
+
+
 class Play(Protocol):
     """The model as it is, on this rank, and the ranks that play other parts beside it."""
 
@@ -83,6 +124,11 @@ class Play(Protocol):
     def logits(self, batch: Arrays) -> NDArray[np.float32]:
         """Logits of the last position [B, V], without dropout. Ranks of one replica call it
         together. Rows are independent, but their last bits may depend on B: keep it the same."""
+
+    def write(
+        self, wanted: Sequence[Wanted], *, tokens: int, end: int | None, what: str | None = None
+    ) -> list[Written] | None:
+        """As `Writes`; None where rows are to be computed by `logits`. `what` is told meanwhile."""
 
     def text_of(self, ids: Sequence[int]) -> str:
         """What token ids say, special tokens left out."""

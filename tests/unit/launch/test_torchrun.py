@@ -104,16 +104,16 @@ def joined_alone() -> dict[str, str]:
 
 FAILING = """
 import os, signal, sys
-import shoal.engine.trainer as trainer
+import shoal.engine.begin as begin
 from shoal.errors import DataError
-build = trainer.build
+build = begin.build
 def failing(*words, **named):
     if os.environ["RANK"] == "1":
         if {killed}:
             os.kill(os.getpid(), signal.SIGKILL)
         raise DataError("/elsewhere: no prepared data here")
     return build(*words, **named)
-trainer.build = failing
+begin.build = failing
 from shoal.cli.main import main
 main()
 """

@@ -50,6 +50,9 @@ class Alone:
         lean = seen[:, 2] + seen[:, 3]
         return np.stack([-lean, lean, 0.1 * seen[:, 2]], axis=1).astype(np.float32)
 
+    def write(self, wanted: Any, **asked: Any) -> None:
+        raise AssertionError("environments have no texts")
+
     def text_of(self, ids: Any) -> str:
         raise AssertionError("environments have no texts")
 

@@ -1,0 +1,75 @@
+"""What completes prompts for a task that learns from it: launch lends a room of this layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from shoal.engine.folded import folded_weights
+from shoal.engine.job import Job
+from shoal.engine.state import FlatState
+from shoal.errors import ModelError
+from shoal.models.stored import InMemory, Weights
+from shoal.observe.events import Report
+from shoal.parallel.replica import Replica
+from shoal.tasks.playing import Writes
+from shoal.tasks.task import Task
+
+
+class MakesWrites(Protocol):
+    """Makes what completes prompts by `weights` as they are. Raises ModelError where it cannot."""
+
+    def __call__(
+        self, config: Any, *, auto_class: str, weights: Callable[[], Weights]
+    ) -> Writes: ...
+
+
+def writes_for(
+    job: Job,
+    *,
+    make: MakesWrites | None,
+    task: Task,
+    replica: Replica,
+    state: FlatState,
+    computes: tuple[torch.dtype, torch.device],
+    report: Report | None,
+) -> Writes | None:
+    """What completes prompts here; None where whole rows are computed, which `report` is told."""
+    if make is None or not task.plays or task.auto_class != "AutoModelForCausalLM":
+        return None
+    found, words = None, _hindrance(job, replica=replica, computes=computes)
+    config = replica.model.config
+
+    def weights() -> Weights:
+        trained = InMemory(state.named("parameter"))
+        folded = folded_weights(job.recipe, job.inputs, trained, task=task, config=config)
+        return trained if folded is None else folded
+
+    if words is None:
+        try:
+            found = make(config, auto_class=task.auto_class, weights=weights)
+            words = found.words
+        except ModelError as error:
+            words = str(error)
+    if report is not None:
+        how = "by the engine of serving" if found else "whole rows for each token"
+        report.say("event", name="completions", fields={"text": f"{how}: {words}"})
+    return found
+
+
+def _hindrance(
+    job: Job, *, replica: Replica, computes: tuple[torch.dtype, torch.device]
+) -> str | None:
+    """Why the engine of serving cannot stand in for this replica's own forward."""
+    dtype, device = computes
+    if replica.is_cut:
+        return "a replica is cut over several workers"
+    if dtype != torch.float32 or job.double:
+        return "it is exact in float32"
+    if device.type != "cpu":
+        return "it is for CPUs"
+    if job.recipe.train.quantise is not None:
+        return "train.quantise computes with rounded weights"
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -87,6 +88,31 @@ def test_one_loss_curve_in_any_layout(sums: Bench, overrides: tuple[str, ...]) -
     assert largest_difference(*norms) < 1e-5
     rewards = [[row["mean_reward"] for row in run.evaluations] for run in (one, other)]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel.replicate=1", "by the engine of serving: exact products in float32"),
+        pytest.param("parallel.tensor=2", "a replica is cut over several", marks=pytest.mark.slow),
+        pytest.param("precision.compute=bfloat16", "exact in float32", marks=pytest.mark.slow),
+        pytest.param("train.quantise={bits: 8}", "rounded weights", marks=pytest.mark.slow),
+    ],
+)
+def test_the_start_says_how_prompts_are_completed(sums: Bench, override: str, words: str) -> None:
+    story: list[dict[str, Any]] = []
+    overrides = ["train.steps=2", "train.evaluate_every_steps=2", override]
+    local.train(
+        sums.recipe,
+        overrides,
+        out=sums.new_path(),
+        console=False,
+        pool=sums.pool,
+        story=story,
+    )
+    (said,) = [each["text"] for each in story if each["event"] == "completions"]
+    assert words in said
+    assert ("whole rows for each token" in said) == (override != "parallel.replicate=1")
 
 
 def test_what_is_learned_from_is_as_likely_as_when_it_was_said(sums: Bench) -> None:

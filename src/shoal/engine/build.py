@@ -97,7 +97,7 @@ def build(
         task=task,
         replica=replica,
         state=state,
-        computes=(dtype, worker.device),
+        device=worker.device,
         report=report if worker.rank == 0 else None,
     )
     stream = batches_of(recipe, job.inputs, task=task, play=play)

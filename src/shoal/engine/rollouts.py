@@ -33,13 +33,13 @@ def writes_for(
     task: Task,
     replica: Replica,
     state: FlatState,
-    computes: tuple[torch.dtype, torch.device],
+    device: torch.device,
     report: Report | None,
 ) -> Writes | None:
     """What completes prompts here; None where whole rows are computed, which `report` is told."""
     if make is None or not task.plays or task.auto_class != "AutoModelForCausalLM":
         return None
-    found, words = None, _hindrance(job, replica=replica, computes=computes)
+    found, words = None, _hindrance(job, replica=replica, device=device)
     config = replica.model.config
 
     def weights() -> Weights:
@@ -59,15 +59,15 @@ def writes_for(
     return found
 
 
-def _hindrance(
-    job: Job, *, replica: Replica, computes: tuple[torch.dtype, torch.device]
-) -> str | None:
-    """Why the engine of serving cannot stand in for this replica's own forward."""
-    dtype, device = computes
+def _hindrance(job: Job, *, replica: Replica, device: torch.device) -> str | None:
+    """Why the engine of serving cannot stand in for this replica's own forward.
+
+    That is in float32 too when it asks for logits, whatever format training computes in.
+    """
     if replica.is_cut:
         return "a replica is cut over several workers"
-    if dtype != torch.float32 or job.double:
-        return "it is exact in float32"
+    if job.double:
+        return "the run computes in float64"
     if device.type != "cpu":
         return "it is for CPUs"
     if job.recipe.train.quantise is not None:

@@ -1,4 +1,4 @@
-// The page's words in two languages: words.json has [English, Chinese]. Names that are searched for (events, keys, files) stay as they are.
+// words.json has [English, Chinese]. Names that are searched for (events, keys, files) stay.
 
 let table = {};
 let language = "en";

@@ -200,7 +200,8 @@ def _pictures(run: Path) -> list[Path]:
     """Those of the task; loss.png is what the page draws itself."""
     with suppress(OSError):
         names = sorted(each for each in os.listdir(run) if each.endswith(".png"))
-        paths = [run / name for name in names if is_plain_name(name) and name != "loss.png"]
+        shown = [each for each in names if each[0] != "." and each != "loss.png"]
+        paths = [run / name for name in shown if is_plain_name(name)]
         return [path for path in paths[:20] if path.is_file() and not path.is_symlink()]
     return []
 

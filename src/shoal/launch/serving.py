@@ -322,12 +322,12 @@ class Fleet:
             )
             return
         self.restarts += 1
-        text = f"replica {index} ended (status {running.worker.status}): started again"
-        self.say(text)
-        replays = self.router.replays
+        status, replays = running.worker.status, self.router.replays
+        self.say(f"replica {index} ended (status {status}): started again")
         self.router.lost(index)
         again = self.router.replays - replays
-        self.happened("lost", {"rank": index, "text": f"{text}; {again} requests go on elsewhere"})
+        text = f"replica {index} ended (status {status}): {again} requests go on elsewhere"
+        self.happened("lost", {"rank": index, "text": text})
         self._start(index, running.model)
 
     def _see_ended(self) -> None:

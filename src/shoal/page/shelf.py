@@ -96,9 +96,10 @@ class Shelf:
         if not run.is_dir():
             return {"gone": True, "problems": []}
         if is_record(run):
-            about, why = self._tree(run / "serving.json")
+            name = "serving.json"
+            about, why = self._tree(run / name)
             told = {key: _at(about, key) for key in ("model", "address", "threads")}
-            problems = [f"serving.json: {why}"] if why else []
+            problems = [f"{name}: {why}"] if why else []
             return {"gone": False, "active": is_active(run), "serving": told, "problems": problems}
         trees = {
             name: self._tree(run / name) for name in ("config.yaml", "plan.json", "summary.json")

@@ -158,9 +158,7 @@ def _object(body: bytes) -> Mapping[str, Any]:
     try:
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(
-            "expected text, got half of a surrogate pair (\\ud800 to \\udfff)"
-        ) from None
+        raise UserError("expected text, got half of a surrogate pair of UTF-16") from None
     return given
 
 

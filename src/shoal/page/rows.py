@@ -107,8 +107,8 @@ def columns(lines: Sequence[bytes], *, last_step: int) -> tuple[dict[str, Any], 
 def served(lines: Sequence[bytes]) -> dict[str, Any]:
     """What a browser gets of new lines of serving.jsonl: columns, thinned where they are many.
 
-    Requests and tokens are per second; seconds are those that 95 of 100 stay within. `newest` is
-    the last row as it was written.
+    `first_token` and `answer` are the seconds that 95 of 100 stay within; `newest` is the last row
+    as it was written.
     """
     found: list[_Served] = []
     newest, broken = b"", 0
@@ -124,11 +124,11 @@ def served(lines: Sequence[bytes]) -> dict[str, Any]:
     kept = [found[at] for at in envelope([_p95(each.answer_seconds) for each in found])]
     columns: dict[str, list[Any]] = {
         "at": [each.at for each in kept],
-        "requests": [each.requests / each.seconds for each in kept],
-        "tokens": [each.made_tokens / each.seconds for each in kept],
+        "requests_per_second": [each.requests / each.seconds for each in kept],
+        "tokens_per_second": [each.made_tokens / each.seconds for each in kept],
         "running": [each.running for each in kept],
         "waiting": [each.waiting for each in kept],
-        "first": [_p95(each.first_token_seconds) for each in kept],
+        "first_token": [_p95(each.first_token_seconds) for each in kept],
         "answer": [_p95(each.answer_seconds) for each in kept],
     }
     latest = json.loads(newest) if newest else None

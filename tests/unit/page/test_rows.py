@@ -120,10 +120,10 @@ def test_a_servers_rows_become_rates() -> None:
     assert found["newest"]["of_a_newer_version"] == 1
     assert found["served"] == {
         "at": [1000.0],
-        "requests": [3.0],
-        "tokens": [25.0],
+        "requests_per_second": [3.0],
+        "tokens_per_second": [25.0],
         "running": [3],
         "waiting": [0],
-        "first": [0.4],
+        "first_token": [0.4],
         "answer": [None],
     }

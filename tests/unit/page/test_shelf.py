@@ -154,7 +154,7 @@ def test_a_servers_record_stands_among_runs(tmp_path: Path) -> None:
     with open(served / "serving.jsonl", "a") as file:
         file.write('{"at": 5.0, "seconds": 1.0, "requests": 2}\n')
     (told,) = feed.poll()
-    assert told.name == "served" and told.data["served"]["requests"] == [2.0]
+    assert told.name == "served" and told.data["served"]["requests_per_second"] == [2.0]
     assert Feed(shelved, ["served"], resumed=told.id).poll()[-1].name != "served"
     (served / "serving.jsonl").write_text('{"at": 9.0, "seconds": 1.0, "requests": 1}\n')
     (anew,) = feed.poll()

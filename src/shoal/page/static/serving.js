@@ -25,15 +25,16 @@ export function figuresOf(run) {
 export function drawServing(run) {
   document.body.dataset.kind = (run.state || {}).serving ? "serving" : "training";
   if (!run.served) return;
-  draw(run.served, "traffic", { requests: "requests_per_second", running: "running", waiting: "waiting" }, number);
-  draw(run.served, "latency", { first: "first_token", answer: "answer" }, seconds);
-  fill(at("cache"), run.newest.replicas, () => run.newest.replicas.map(({ rank, cache }) => (
+  draw(run.served, "traffic", ["requests_per_second", "running", "waiting"], number);
+  draw(run.served, "latency", ["first_token", "answer"], seconds);
+  const replicas = (run.newest.replicas || []).filter((one) => one.cache !== null);
+  fill(at("cache"), replicas, () => replicas.map(({ rank, cache }) => (
     bar(`${word("cache")}, ${word("replica")} ${rank}`, [["computes", cache]], percent(cache)))));
 }
 
 function draw(served, id, names, format) {
   charts[id] = charts[id] || new Chart(at(id), 180);
   const latency = id === "latency" ? " (95 %)" : "";
-  const series = [{ label: word("time") }, ...Object.values(names).map((key, place) => line(word(key) + latency, colorOf(place)))];
-  charts[id].show(id, { series, axes: [{}, { values: by(format) }] }, [served.at, ...Object.keys(names).map((name) => served[name])]);
+  const series = [{ label: word("time") }, ...names.map((key, place) => line(word(key) + latency, colorOf(place)))];
+  charts[id].show(id, { series, axes: [{}, { values: by(format) }] }, [served.at, ...names.map((key) => served[key])]);
 }

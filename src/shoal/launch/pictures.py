@@ -1,8 +1,8 @@
 """The picture of a run's task (a confusion matrix, boxes, ranked films), drawn while it trains.
 
 Workers leave what it is drawn of at each evaluation (shown.json); who watches them draws. A drawing
-takes about half a second of a core that may be training, so the next one is as long in coming as
-keeps all of them together below SHARE of one core. The end of a run draws in any case.
+takes a tenth of a second and more of a core that may be training, so the next one is as long in
+coming as keeps all of them together below SHARE of one core. The end of a run draws in any case.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shoal.observe.events import SHOWN
 from shoal.tasks.kinds import create
 
 SHARE = 0.01
-FIRST_SECONDS = 2.0
+FIRST_SECONDS = 1.0
 """What the first drawing takes, matplotlib's import with it, before it is known."""
 
 

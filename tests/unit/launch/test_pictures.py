@@ -56,7 +56,7 @@ def test_a_short_run_is_not_disturbed(tmp_path: Path) -> None:
     write_shown(tmp_path, SHOWN)
     made.evaluated()
     made.close()
-    assert made._thread is None and made._due > time.monotonic() + 190
+    assert made._thread is None and made._due > time.monotonic() + 90
 
 
 def test_what_cannot_be_drawn_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def routes(desk: Desk) -> list[BaseRoute]:
         route("/handoffs/{number:int}/solve", desk.solve),
         route("/drafts", store.drafts, method="GET"),
         route("/drafts/{number:int}/publish", desk.publish, id=str, title=str, text=str),
-        route("/drafts/{number:int}", lambda number: store.drop_draft(number), method="DELETE"),
+        route("/drafts/{number:int}", desk.drop_draft, method="DELETE"),
         route("/articles/{id:path}", desk.put, method="PUT", title=str, text=str, link=(str, "")),
         route("/articles/{id:path}", desk.remove, method="DELETE"),
     ]

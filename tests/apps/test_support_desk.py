@@ -297,4 +297,4 @@ def test_numbers_that_no_handoff_has(desk: Desk) -> None:
     for number in (7, 10**30):
         found = client.post(f"/handoffs/{number}/solve", json={})
         assert found.status_code in (404, 409), found.text
-    assert client.delete(f"/drafts/{10**30}").status_code == 404
+        assert client.delete(f"/drafts/{number}").status_code == 404

@@ -14,10 +14,14 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where apps/ is
 
 from apps.opinion.bursts import DAY, HOUR, PER, Change, Detector, Settings
 

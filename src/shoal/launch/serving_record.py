@@ -25,7 +25,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,13 @@ def held_record(folder: str | None) -> Iterator[Path | None]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"serve.record: {path}: cannot be made: {error.strerror}") from None
-    with hold(path):
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(path))
+        except RunError:
+            raise RunError(
+                f"serve.record: {path}: another server writes to it; choose another folder"
+            ) from None
         yield path
 
 

@@ -141,7 +141,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         assert folder is not None
         (folder / "serving.json").write_text("{}")
         (folder / ROWS).write_text("{}\n")
-        with pytest.raises(RunError, match="is at work"), held_record(str(folder)):
+        with pytest.raises(RunError, match="another server writes to it"), held_record(str(folder)):
             pass
     with held_record(str(tmp_path / "new")) as again:  # a server that begins again goes on in it
         assert again is not None and (again / ROWS).read_text() == "{}\n"

@@ -102,6 +102,7 @@ class Record:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
+        self._fleet.happened = lambda name, fields: None
         self._try(lambda: self.look(last=True))
         self._happened("finished", {"text": "the server ended"})
 

@@ -140,6 +140,8 @@ def route(
         if method in ("POST", "PUT") and wanted:
             given = _object(await request.body())
         fields = _checked(given, wanted, typed=method in ("POST", "PUT"))
+        if any(isinstance(each, int) and each >= 1 << 63 for each in request.path_params.values()):
+            raise Missing(f"{request.url.path[:80]}: there is no such number")
         found = await run_in_threadpool(do, **request.path_params, **fields)
         return found if isinstance(found, Response) else JSONResponse(found)
 
@@ -153,6 +155,10 @@ def _object(body: bytes) -> Mapping[str, Any]:
         given = None
     if not isinstance(given, dict):
         raise UserError("expected a JSON object as the body of the request")
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("expected text, got half of a surrogate pair of UTF-16") from None
     return given
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -54,6 +55,8 @@ class Served:
         self._ending, self._ready = threading.Event(), threading.Event()
         self._known: dict[str, Any] = {}
         if str(model).startswith(("http://", "https://")):
+            if not is_address(str(model)):
+                raise UserError(f"--model {model}: no address; expected http://HOST:PORT")
             self.address = str(model).rstrip("/").removesuffix("/v1")
         else:
             port = free_port()
@@ -218,6 +221,15 @@ def fetched(name: str, *, say: Callable[[str], None]) -> Path:
     if found.returncode:
         raise UserError(f"{name} could not be fetched:\n{found.stderr.strip()[-500:]}")
     return Path(found.stdout.strip().splitlines()[-1])
+
+
+def is_address(text: str) -> bool:
+    """Whether it names a host, and a port that there can be, if any: `scheme://HOST[:PORT]...`."""
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def free_port() -> int:

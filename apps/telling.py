@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 
+from apps.served import is_address
 from apps.state import Row, State
 from shoal import ShoalError, UserError
 
@@ -42,12 +43,13 @@ class Undeliverable(ShoalError):
 
 def check_receiver(address: str) -> None:
     """Raises UserError for an address that is none."""
-    parts = urlsplit(address)
-    asked = parse_qs(parts.query)
-    if parts.scheme == "smtp" and not {"from", "to"} <= asked.keys():
-        raise UserError(f"{address}: expected smtp://HOST:PORT?from=ADDRESS&to=ADDRESS")
     known = ("smtp", "http", "https", "alertmanager+http", "alertmanager+https")
-    if parts.scheme not in known or not parts.hostname:
+    if address.startswith("smtp://") and is_address(address):
+        asked = parse_qs(urlsplit(address).query)
+        both = [*asked.get("from", []), *asked.get("to", [])]
+        if not {"from", "to"} <= asked.keys() or any("\n" in e or "\r" in e for e in both):
+            raise UserError(f"{address}: expected smtp://HOST:PORT?from=ADDRESS&to=ADDRESS")
+    if address.partition("://")[0] not in known or not is_address(address):
         raise UserError(f"{address}: expected an address that begins with {', '.join(known)}://")
 
 
@@ -160,6 +162,8 @@ class Teller:
             state = WAITING if tries < _TRIES else FAILED
             error = f"{type(problem).__name__}: {problem}"
             due = time.time() + min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (tries - 1))
+        except Exception as problem:  # else the thread would end, and nobody be told any more
+            state, error = FAILED, f"{type(problem).__name__}: {problem}"
         if state == FAILED:
             self._say(f"a note could not be delivered to {row['receiver']}: {error}")
         self._state.rows(

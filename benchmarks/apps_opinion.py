@@ -14,10 +14,14 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where apps/ is
 
 from apps.opinion.bursts import DAY, HOUR, PER, Change, Detector, Settings
 
@@ -122,7 +126,6 @@ class Score:
     quiet: int = 0
     false: int = 0
     once: int = 0
-    recovered: int = 0
     seconds: float = 0.0
     messages: int = 0
 
@@ -151,7 +154,7 @@ def measure(
     score = Score([])
     for seed in range(first, first + streams):
         detector, seen, sick = make(), 0, ""
-        alerts, recoveries, after, delay = 0, 0, 0, 0
+        alerts, recoveries, after, delay, is_ours = 0, 0, 0, 0, False
         for message in world.stream(seed):
             start = time.perf_counter()
             change = began(
@@ -165,12 +168,12 @@ def measure(
             inside = message.topic == sick and seen > 0 and after < 100
             score.quiet += not message.burst
             if change is True and inside:
-                alerts += 1
+                alerts, is_ours = alerts + 1, True
                 delay = delay or seen + after
             elif change is True:
                 score.false += 1
-            elif change is False and message.topic == sick and alerts:
-                recoveries += 1
+            elif change is False and message.topic == sick and is_ours:
+                recoveries, is_ours = recoveries + 1, False  # a later false alarm has its own
         score.streams += 1
         score.delays += [delay] if delay else []
         score.once += alerts == 1 and recoveries == 1

@@ -14,6 +14,7 @@ import argparse
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -22,6 +23,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where apps/ is
 
 from apps.command import application
 from apps.served import Served, fetched

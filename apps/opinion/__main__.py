@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import shutil
 import threading
 import time
@@ -54,7 +55,7 @@ def routes(monitor: Monitor, teller: Teller) -> list[BaseRoute]:
 
     def events(request: Request) -> web.EventStream:
         newest = (state.first("select max(number) as n from messages") or {}).get("n") or 0
-        last = [int(web.resumed_from(request) or max(0, newest - 20))]
+        last = [web.resumed_at(request, default=max(0, newest - 20))]
 
         def poll() -> Iterator[web.Event]:
             asked = "select * from messages where number > ? order by number limit 100"
@@ -72,8 +73,9 @@ def routes(monitor: Monitor, teller: Teller) -> list[BaseRoute]:
         return state.rows("select * from alerts order by number desc limit 50")
 
     def report(day: str) -> PlainTextResponse:
-        number = int(time.time() // DAY) if day == "today" else int(day) if day.isdigit() else -1
-        if number < 0:
+        today = int(time.time() // DAY)
+        number = today if day == "today" else int(day) if re.fullmatch(r"\d{1,6}", day) else -1
+        if not 0 <= number <= today + 1:
             raise shoal.UserError(f"'day': expected today, or days since 1970, got {day[:20]!r}")
         return PlainTextResponse(monitor.report(number))
 
@@ -133,9 +135,9 @@ def main() -> None:
     for each in given.tell:
         check_receiver(each)
     with ExitStack() as ending:
-        model = model_of(given)
         state = State(command.state_folder(given) / "opinion.sqlite3", tables=TABLES)
         ending.callback(state.close)
+        model = model_of(given)
         served = Served(model, settings=[f"replicate={given.replicas}", "threads=1"], say=say)
         ending.callback(served.close)
         teller = Teller(state, given.tell, say=say)

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from apps.command import Missing
 from apps.opinion.bursts import DAY, HOUR, Change, Detector
 from apps.opinion.sources import Message, Source
 from apps.served import NotServed
@@ -189,9 +190,14 @@ class Monitor:
         return known[:_THEMES]
 
     def hours(self, topic: str, *, count: int = 48) -> list[dict[str, float]]:
-        """Of the last hours: when, messages without copies, share of negative ones, expected."""
+        """Of the last hours: when, messages without copies, share of negative ones, expected.
+
+        Raises Missing.
+        """
         last = self.state.first("select max(at) as at from messages where topic = ?", topic)
-        end = (last or {}).get("at") or time.time()
+        if not last or last["at"] is None:
+            raise Missing(f"there is no message on {topic[:80]!r} yet")
+        end = last["at"]
         first = (end // HOUR - count + 1) * HOUR
         asked = (
             "select cast(at / 3600 as integer) as hour, count(*) as seen, avg(negative) as share "
@@ -251,6 +257,8 @@ class Monitor:
                 self._say(f"{name}: at its end")
             except (OSError, UserError) as error:
                 self._say(f"{name}: ended: {error}")
+            except Exception as error:  # what nobody foresaw ends this source, and is told
+                self._say(f"{name}: ended: {type(error).__name__}: {error}")
 
         pumps = [asyncio.ensure_future(pump(*each)) for each in sources.items()]
         while not (all(each.done() for each in pumps) and queue.empty()):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import sys
 import time
@@ -26,6 +27,7 @@ import redis.asyncio
 import redis.exceptions
 
 import shoal
+from apps.served import is_address
 from apps.texts import html_lines
 from shoal import UserError
 
@@ -55,7 +57,12 @@ class Message:
         try:
             at = float(fields.get("at") or time.time())
         except (TypeError, ValueError):
-            raise UserError(f"'at': expected seconds since 1970, got {fields['at']!r}") from None
+            at = math.nan
+        if not 0 <= at <= time.time() + 86400:  # NaN neither; milliseconds are far in the future
+            raise UserError(
+                "'at': expected seconds since 1970, not after tomorrow, got "
+                f"{str(fields['at'])[:40]!r}"
+            )
         topic, link = str(fields.get("topic") or ""), str(fields.get("link") or "")
         return cls(" ".join(text.split())[:MOST_CHARACTERS], at, topic[:80], link[:500])
 
@@ -204,9 +211,11 @@ class Demo:
 
 def open_source(name: str, *, say: Say) -> Source:
     """The source of a name. Raises UserError for one that is none."""
-    scheme = urlsplit(name).scheme
     if name == "demo":
         return Demo(say)
+    scheme = name.partition("://")[0] if "://" in name else ""
+    if scheme and not is_address(name):
+        raise UserError(f"--source {name}: no address; expected {scheme}://HOST or HOST:PORT")
     if scheme in ("http", "https"):
         return Feed(name, say)
     if scheme in ("redis", "rediss"):

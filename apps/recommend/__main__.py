@@ -60,6 +60,8 @@ def open_shop(given: argparse.Namespace, ending: ExitStack) -> Shop:
         source = given.data or fetched("movielens", say=say)
         say(f"reading {source}")
         catalogue.read(Path(source))
+    elif given.data:
+        say(f"{folder} has items already, so {given.data} is not read; give another --state for it")
     if given.model is None:
         say(
             "no --model: items are ranked by neighbours in time and by their content, without a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ class Shop:
         """Add or replace an item; it can be recommended at once. Raises UserError."""
         if not title.strip() or len(id) > 100 or not all(isinstance(g, str) for g in genres):
             raise UserError(f"{id[:60]}: expected a title, and genres as texts")
+        if expires is not None and not math.isfinite(expires):
+            raise UserError(f"{id[:60]}: expected expires in seconds since 1970, got {expires}")
         item = Item(id, title.strip(), tuple(g.replace("|", " ") for g in genres), expires)
         with self._lock:
             self.catalogue.put([item])

@@ -20,6 +20,7 @@ from apps.support.articles import read_articles, read_questions
 from apps.support.desk import Desk, Prefixes
 from apps.support.search import PRECISION
 from apps.support.store import Store
+from shoal import UserError
 from shoal.page import web
 
 STATIC = Path(__file__).parent / "static"
@@ -38,7 +39,7 @@ def routes(desk: Desk) -> list[BaseRoute]:
 
     def events(request: Request) -> web.EventStream:
         conversation = request.path_params["conversation"]
-        last = [int(web.resumed_from(request) or 0)]
+        last = [web.resumed_at(request)]
 
         def poll() -> Iterator[web.Event]:
             for line in store.lines(conversation, after=last[0]):
@@ -66,7 +67,7 @@ def routes(desk: Desk) -> list[BaseRoute]:
         route("/handoffs/{number:int}/solve", desk.solve),
         route("/drafts", store.drafts, method="GET"),
         route("/drafts/{number:int}/publish", desk.publish, id=str, title=str, text=str),
-        route("/drafts/{number:int}", lambda number: store.drop_draft(number), method="DELETE"),
+        route("/drafts/{number:int}", desk.drop_draft, method="DELETE"),
         route("/articles/{id:path}", desk.put, method="PUT", title=str, text=str, link=(str, "")),
         route("/articles/{id:path}", desk.remove, method="DELETE"),
     ]
@@ -141,6 +142,11 @@ def _identity(model: str) -> str:
 def main() -> None:
     """Serve until a signal."""
     given = _arguments()
+    if not 0 < given.precision < 1 or not 0 <= given.join_seconds <= 60:
+        raise UserError(
+            "expected --precision between 0 and 1 and --join-seconds of 0 to 60, got "
+            f"{given.precision} and {given.join_seconds}"
+        )
     with ExitStack() as ending:
         desk = open_desk(given, ending)
         command.serve(routes(desk), given, title="customer service")

@@ -338,8 +338,15 @@ class Desk:
         if all(each["number"] != number for each in self.store.drafts()):
             raise Missing(f"there is no draft {number}")
         made = self.put(id, title=title, text=text, link="")
-        self.store.drop_draft(number)
+        self.drop_draft(number)
         return made
+
+    def drop_draft(self, number: int) -> Row:
+        """Take a draft out. Raises Missing."""
+        found = self.store.drop_draft(number)
+        if found is None:
+            raise Missing(f"there is no draft {number}")
+        return found
 
     def close(self) -> None:
         """End what runs beside."""

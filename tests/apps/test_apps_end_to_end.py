@@ -317,6 +317,7 @@ def test_recommendation_with_a_served_transformer(tmp_path: Path) -> None:
         (["apps.opinion", "--source", "no-such-file"], "no such file"),
         (["apps.opinion", "--tell", "carrier-pigeon"], "begins with smtp"),
         (["apps.recommend", "--data", "none.inter"], "cannot be read"),
+        (["apps.support", "--precision", "nan"], "expected --precision between 0 and 1"),
     ],
 )
 def test_mistakes_are_one_message_and_status_2(

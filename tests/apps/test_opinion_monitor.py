@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ from apps.telling import Teller
 from shoal import UserError
 
 BASE = 1_790_000_000.0
+
+
+class Given:
+    """A source of given messages."""
+
+    def __init__(self, given: Sequence[Message]) -> None:
+        self._given = given
+
+    async def messages(self) -> AsyncIterator[Message]:
+        for each in self._given:
+            yield each
 
 
 class Words:
@@ -249,6 +260,10 @@ def test_what_is_no_feed() -> None:
     [
         ("no-such-file", "no such file"),
         ("redis://localhost", r"expected redis://HOST:PORT/0\?stream"),
+        ("redis://localhost:many/0?stream=a", "no address"),
+        ("http://[half", "no address"),
+        ("https://", "no address"),
+        ("http://host:99999/feed", "no address"),
     ],
 )
 def test_sources_that_are_none(name: str, said: str) -> None:
@@ -271,7 +286,38 @@ def test_messages_by_post(state: State, teller: Teller) -> None:
     assert {row["topic"] for row in client.get("/topics").json()} == {"luggage", "long"}
     assert client.get("/topics/long/hours").json()[0]["share"] == 1.0
     assert client.get("/alerts").json() == [] and "long: 1 messages" in client.get("/report").text
-    assert client.get("/report?day=never").status_code == 400
+    for day in ("never", "9" * 30):
+        assert client.get(f"/report?day={day}").status_code == 400
+    nowhere = client.get("/topics/nowhere/hours")
+    assert nowhere.status_code == 404 and "no message on 'nowhere'" in nowhere.json()["error"]
+    assert "nowhere" not in monitor.detector.topics
+
+
+@pytest.mark.parametrize(
+    "at", [1000 * time.time(), time.time() + 2 * DAY, -1, 1e400, float("nan"), "soon", [1]]
+)
+def test_times_that_are_none(state: State, teller: Teller, at: Any) -> None:
+    """Milliseconds would be a day in the far future, before which all is forgotten."""
+    monitor = monitor_of(state, teller)
+    monitor.take(messages(20, 0.2))
+    client = TestClient(application(routes(monitor, teller)), raise_server_exceptions=False)
+    body = json.dumps({"messages": [{"text": "a flight", "at": at}]})
+    found = client.post("/messages", content=body)
+    assert found.status_code == 400 and "seconds since 1970" in found.json()["error"]
+    assert len(state.rows("select * from messages")) == 20
+
+
+def test_a_source_that_fails_is_told(state: State, teller: Teller) -> None:
+    class Broken:
+        async def messages(self) -> AsyncIterator[Message]:
+            yield Message("a flight", BASE)
+            raise KeyError("whatever it may be")
+
+    said: list[str] = []
+    monitor = Monitor(state, labels=Words(), teller=teller, topics={}, say=said.append)
+    asyncio.run(monitor.watch({"a feed": Broken(), "another": Given(messages(3, 0.0))}))
+    assert "a feed: ended: KeyError: 'whatever it may be'" in said
+    assert len(state.rows("select * from messages")) == 4
 
 
 @pytest.mark.skipif(not shutil.which("redis-server"), reason="needs redis-server")

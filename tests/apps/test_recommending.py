@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
-from apps.command import Missing
+from apps.command import Missing, application
+from apps.recommend.__main__ import routes
 from apps.recommend.catalogue import Catalogue, Item
 from apps.recommend.shop import Shop
 from apps.recommend.taste import Neighbours
@@ -177,3 +179,15 @@ def test_neighbours_are_those_of_the_task() -> None:
 
 def test_items_are_one_type() -> None:
     assert Item("a", "A").genres == ()
+
+
+def test_what_no_route_foresees_is_refused(shop: Shop) -> None:
+    client = TestClient(application(routes(shop)), raise_server_exceptions=False)
+    found = client.post("/events", content=b'{"user": "\\ud800", "item": "i1"}')
+    assert found.status_code == 400 and "surrogate" in found.json()["error"]
+    assert client.post("/events", content=b'{"user": "\\ud83d\\ude00", "item": "i1"}').is_success
+    for genres in ([1], [{"a": 1}], [None]):
+        found = client.put("/items/x", json={"title": "T", "genres": genres})
+        assert found.status_code == 400 and "genres as texts" in found.json()["error"]
+    found = client.put("/items/x", content=b'{"title": "T", "expires": NaN}')
+    assert found.status_code == 400, found.text

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
-from apps.command import Conflict, Missing
+from apps.command import Conflict, Missing, application
+from apps.support.__main__ import routes
 from apps.support.articles import Article, read_articles, read_questions
 from apps.support.desk import MOST_CHARACTERS, Desk, stands_in
 from apps.support.search import Index, Threshold, taken_out
@@ -288,3 +290,11 @@ def test_bm25_is_that_of_the_embedding_task() -> None:
     )
     ours = Index(ARTICLES[:2], None).scores(" ".join(asked), None)
     np.testing.assert_allclose(ours, standard(theirs)[0], rtol=1e-5)
+
+
+def test_numbers_that_no_handoff_has(desk: Desk) -> None:
+    client = TestClient(application(routes(desk)), raise_server_exceptions=False)
+    for number in (7, 10**30):
+        found = client.post(f"/handoffs/{number}/solve", json={})
+        assert found.status_code in (404, 409), found.text
+        assert client.delete(f"/drafts/{number}").status_code == 404

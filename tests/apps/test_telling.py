@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from receivers import post_office, web
@@ -103,6 +105,10 @@ def test_a_webhook_that_refuses_is_given_up(state: State) -> None:
         ("someone@example.org", "begins with smtp"),
         ("smtp://host:25?to=me@example.org", "from=ADDRESS"),
         ("https://", "begins with smtp"),
+        ("https://[half", "begins with smtp"),
+        ("smtp://host:many?from=a@b.org&to=c@d.org", "begins with smtp"),
+        ("http://host:99999/hook", "begins with smtp"),
+        ("smtp://host?from=a@b.org%0d%0aBcc:x@y.org&to=c@d.org", "from=ADDRESS"),
     ],
 )
 def test_addresses_that_are_none(state: State, address: str, said: str) -> None:
@@ -116,3 +122,25 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("this is no database, however long it may be" * 100)
     with pytest.raises(UserError, match=r"cannot be used .*give another --state"):
         State(tmp_path / "bad", tables=TABLE)
+
+
+def test_a_receiver_that_breaks_does_not_silence_the_others(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong at one address, the thread that tells goes on."""
+
+    with web() as hook:
+        monkeypatch.setattr(telling, "deliver", partial(deliver_or_break, telling.deliver))
+        teller = Teller(state, ["http://broken.example/", hook.url], say=print)
+        teller.tell(NOTE)
+        eventually(lambda: sorted(states(state)) == ["failed", "sent"])
+        teller.close()
+    assert "ValueError: not foreseen" in teller.failed()[0]["error"]
+
+
+def deliver_or_break(
+    deliver: Callable[[str, dict[str, Any]], None], address: str, note: dict[str, Any]
+) -> None:
+    if "broken" in address:
+        raise ValueError("not foreseen")
+    deliver(address, note)

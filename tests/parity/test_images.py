@@ -14,8 +14,10 @@ from PIL import Image
 
 from shoal.data.stream import Evaluation
 from shoal.errors import ConfigError, ModelError
+from shoal.launch import pictures
 from shoal.launch.pool import WorkerPool
 from shoal.launch.summary import last_words
+from shoal.observe.events import read_lines
 from shoal.prove.parity import prove
 from shoal.serve.generate import continue_prompt
 from tiny import Bench, largest_difference
@@ -135,6 +137,22 @@ def test_the_run_ends_with_its_accuracy_and_the_baseline(images: Bench) -> None:
     assert f"{accuracy:.3f} now; logistic regression on the pixels: " in words
     assert "images per second" in words and "YOUR-FOLDER" not in words, "it was their own data"
     assert not (run.path / "model/tokenizer.json").exists()
+
+
+def test_the_picture_is_there_while_it_trains(
+    images: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def draw(run: Path, kind: str) -> None:
+        pictures.draw_picture(run, kind)
+        assert (run / "confusion.png").is_file()
+        drawn.append(len(read_lines(run / "metrics.jsonl")))
+
+    monkeypatch.setattr(pictures, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(pictures.Pictures, "_draw", lambda made: draw(made._run, made._kind))
+    run = images.train("train.evaluate_every_steps=5", "train.steps=40")
+    assert drawn and drawn[0] < len(run.rows)
 
 
 def test_the_picture_is_of_the_same_images_in_any_layout(images: Bench) -> None:

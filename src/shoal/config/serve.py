@@ -82,6 +82,8 @@ class ServeSection(Section):
     """Keep blocks for requests that begin alike."""
     guesses: Annotated[int, Field(ge=0, le=16)] = 4
     """Tokens guessed from the text so far and checked in one step; 0: none."""
+    record: str | None = None
+    """A folder for what `shoal page` shows of the server: counts and times, no texts."""
     silence_seconds: Rate = 10.0
     """A replica that has work and says nothing for so long, and 15 times as long as its steps
     take, is taken for stuck: it is ended, and what it was doing is done by another."""

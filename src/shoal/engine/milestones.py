@@ -54,8 +54,8 @@ class Milestones:
             position.facts.update(training.facts())
         if self._is_first():
             row = {"step": progress.step, **metrics, "seconds": time.perf_counter() - began}
+            self._files.shown(training.shown)  # first: who hears of the row draws the picture
             self._files.evaluated({**row, "completions": completions} if completions else row)
-            self._files.shown(training.shown)
 
     def evaluating(self, done: float) -> None:
         """Tell how much of an evaluation is done."""

@@ -23,6 +23,8 @@ class Callbacks:
         self.error: Exception | None = None
         self.stop: Callable[[], object] = lambda: None
         """Asks the run to save and stop."""
+        self.evaluated: Callable[[], object] = lambda: None
+        """Ours: an evaluation was written."""
         for name, function in self._given.items():
             if name not in NAMES:
                 raise UserError(f"callbacks: unknown {name!r}; {nearest(name, NAMES)}")
@@ -33,6 +35,8 @@ class Callbacks:
         """Call what a worker's message is for."""
         if message["kind"] == "row":
             row = message["row"]
+            if "evaluation_loss" in row:
+                self.evaluated()
             self._call("on_evaluation" if "evaluation_loss" in row else "on_step", row)
         elif message["kind"] == "event" and message["name"] == "saved":
             self._call("on_save", message["fields"])

@@ -36,11 +36,16 @@ class Lanes:
         if now - self._written < EVERY_SECONDS or not is_run(self._run):
             return
         self._written = now
-        tree = {"written_at": time.time(), "workers": lanes(seen, num_workers=self._num_workers)}
         with suppress(OSError):  # a full disk is no reason to end a run
-            beside = self._run / ".workers.json"  # one name: a kill leaves one such file at most
-            beside.write_text(json.dumps(tree) + "\n", encoding="utf-8")
-            os.replace(beside, self._run / "workers.json")
+            write_lanes(self._run, lanes(seen, num_workers=self._num_workers))
+
+
+def write_lanes(folder: Path, found: Sequence[dict[str, Any]]) -> None:
+    """Write what was seen of each worker, or of each replica of a server. Raises OSError."""
+    tree = {"written_at": time.time(), "workers": found}
+    beside = folder / ".workers.json"  # one name: a kill leaves one such file at most
+    beside.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    os.replace(beside, folder / "workers.json")
 
 
 def lanes(seen: Sequence[Sighting], *, num_workers: int) -> list[dict[str, Any]]:

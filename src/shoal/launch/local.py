@@ -37,6 +37,7 @@ from shoal.launch.examined import keys_are_known, refuse_wrong_model
 from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
 from shoal.launch.opening import say_opening
+from shoal.launch.pictures import Pictures
 from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check, check_trackers
@@ -345,15 +346,21 @@ def _run(
         """Only now are the words of an earlier start out of date."""
         write_beginning(job, new)
 
-    attempt = run_workers(
-        job,
-        pool=pool,
-        console=console,
-        begun=begun,
-        story=story,
-        callbacks=callbacks,
-        sites=None if hosts is None else partial(hosts.sites, console=console),
-    )
+    callbacks = callbacks or Callbacks(None)
+    pictures = Pictures(run, job.recipe.task.kind)
+    callbacks.evaluated = pictures.evaluated
+    try:
+        attempt = run_workers(
+            job,
+            pool=pool,
+            console=console,
+            begun=begun,
+            story=story,
+            callbacks=callbacks,
+            sites=None if hosts is None else partial(hosts.sites, console=console),
+        )
+    finally:
+        pictures.close()
     merge_parts(run)
     attempt.callbacks.check(advice=f"the run was saved; go on with: shoal resume {run}")
     if attempt.stopped is not None:

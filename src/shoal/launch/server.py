@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from shoal.launch.other_engine import Children, command_for
 from shoal.launch.pool import WorkerPool
 from shoal.launch.serving import Fleet, listen, needs_extra, open_service
 from shoal.launch.serving_layout import settled
+from shoal.launch.serving_record import Record, held_record
 
 
 def serve_forever(
@@ -35,6 +37,7 @@ def serve_forever(
         return
     folder, _, make = open_service(model, settings=settings)
     with (
+        held_record(settings.record) as record,
         listen(settings) as listening,
         WorkerPool(usable_cores()) as pool,
         Fleet(folder, settled(folder, settings, pool=pool, phase=phase), pool, say=say) as fleet,
@@ -44,11 +47,15 @@ def serve_forever(
         phase(str(fleet.facts["products"]))
         began()
         host, port = listening.getsockname()[:2]
+        address = f"http://{host}:{port}/v1"
         say(
-            f"serving {folder} at http://{host}:{port}/v1 with {fleet.num_replicas} replica(s) of "
+            f"serving {folder} at {address} with {fleet.num_replicas} replica(s) of "
             f"{fleet.threads} thread(s)"
         )
-        _server(make(fleet)).run(sockets=[listening])
+        app = make(fleet)
+        about = {"model": str(folder), "address": address, "threads": fleet.threads}
+        with nullcontext() if record is None else Record(record, fleet, about=about, say=say):
+            _server(app).run(sockets=[listening])
 
 
 def _pass_on(

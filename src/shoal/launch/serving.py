@@ -21,6 +21,7 @@ from shoal.environment import free_memory_bytes, usable_cores
 from shoal.errors import ModelError, UserError, WorkerError
 from shoal.launch.memory import SPARE
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.serve.lately import Lately
 from shoal.serve.request import Request
 from shoal.serve.router import Replica, Router, Told
 from shoal.units import format_bytes
@@ -36,6 +37,20 @@ class Model:
     folder: Path
     adapters: Mapping[str, str]
     version: int = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One replica, looked at from outside."""
+
+    ready: bool
+    requests: int
+    """That it has to answer."""
+    silent_seconds: float
+    step_seconds: float
+    """Mean of late."""
+    state: dict[str, Any]
+    """What it said last of its queue, its cache and its counters."""
 
 
 @dataclass
@@ -60,6 +75,9 @@ class Fleet:
     facts: dict[str, Any] = field(default_factory=dict)
     """What the first replica said of itself when it was ready."""
     restarts: int = 0
+    lately: Lately = field(default_factory=Lately)
+    happened: Callable[[str, dict[str, Any]], None] = lambda name, fields: None
+    """Told of replicas that are lost, come back or follow another; see launch/serving_record.py."""
 
     def __post_init__(self) -> None:
         count = self.settings.replicate
@@ -137,6 +155,26 @@ class Fleet:
         with self._lock:
             return {index: dict(each.state) for index, each in self.router.replicas.items()}
 
+    def counts(self) -> dict[str, int]:
+        """What engines count, over all replicas that there are and were."""
+        with self._lock:
+            return dict(self.router.counts())
+
+    def seen(self) -> dict[int, Seen]:
+        """What each replica is doing, as far as is known."""
+        now = time.monotonic()
+        with self._lock:
+            return {
+                index: Seen(
+                    ready=each.ready,
+                    requests=self.router.load(index),
+                    silent_seconds=now - each.heard_at,
+                    step_seconds=each.step_seconds,
+                    state=dict(each.state),
+                )
+                for index, each in self.router.replicas.items()
+            }
+
     def workers(self) -> dict[int, int | None]:
         """Process of each replica."""
         with self._lock:
@@ -171,6 +209,7 @@ class Fleet:
                     self._follow(index, before)
                 raise
             self.model = after
+            self.happened("swapped", {"text": f"{folder} is served now"})
         finally:
             self._swapping.release()
 
@@ -197,7 +236,7 @@ class Fleet:
     def _remove(self, index: int) -> None:
         with self._lock:
             gone = self._workers.pop(index)
-            del self.router.replicas[index]
+            self.router.remove(index)
             if gone.worker.status is None:
                 self.pool.kill([gone.worker])
 
@@ -259,6 +298,9 @@ class Fleet:
             return
         if "ready" in message:
             self.facts = message["ready"]
+            if running.failures:
+                text = f"replica {index} is ready again"
+                self.happened("recovered", {"rank": index, "text": text})
         elif message.get("events"):
             running.failures = 0
         self.router.hear(index, message)
@@ -280,8 +322,12 @@ class Fleet:
             )
             return
         self.restarts += 1
-        self.say(f"replica {index} ended (status {running.worker.status}): started again")
+        status, replays = running.worker.status, self.router.replays
+        self.say(f"replica {index} ended (status {status}): started again")
         self.router.lost(index)
+        again = self.router.replays - replays
+        text = f"replica {index} ended (status {status}): {again} requests go on elsewhere"
+        self.happened("lost", {"rank": index, "text": text})
         self._start(index, running.model)
 
     def _see_ended(self) -> None:
@@ -297,7 +343,9 @@ class Fleet:
                 running = self._workers[index]
                 if not running.killed:
                     running.killed = True
-                    self.say(f"replica {index} has work and says nothing: ended")
+                    text = f"replica {index} has work and says nothing: ended"
+                    self.say(text)
+                    self.happened("stuck", {"rank": index, "text": text})
                     self.pool.signal(running.worker, signal.SIGKILL)
 
 

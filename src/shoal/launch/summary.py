@@ -14,6 +14,7 @@ from shoal.data.registry import PACKAGES
 from shoal.engine.decision import Decision
 from shoal.errors import Diverged
 from shoal.launch.directory import write_whole
+from shoal.launch.pictures import draw_picture
 from shoal.launch.plot import plot_run
 from shoal.observe.events import SHOWN, read_lines
 from shoal.tasks.kinds import create
@@ -63,10 +64,8 @@ def write_summary(
             baseline_name=curve.baseline_name,
             is_scored=curve.is_scored,
         )
-    shown = run / SHOWN
-    if task.picture is not None and shown.is_file():
-        with _drawing(run / task.picture, say=say):
-            task.draw(json.loads(shown.read_text(encoding="utf-8")), run / task.picture)
+    with _drawing(run / (task.picture or SHOWN), say=say):
+        draw_picture(run, done["task"])
     return summary
 
 

@@ -62,6 +62,12 @@ class JsonLines:
         self._file.close()
 
 
+def happening(name: str, fields: Row) -> Row:
+    """A row of events.jsonl: something that happens now."""
+    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return {"event": name, "happened_at": at, **fields}
+
+
 class RunFiles(Sink):
     """metrics.jsonl and events.jsonl of a run directory."""
 
@@ -73,8 +79,7 @@ class RunFiles(Sink):
         self._metrics.append(row)
 
     def event(self, name: str, fields: Row) -> None:
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._events.append({"event": name, "happened_at": at, **fields})
+        self._events.append(happening(name, fields))
 
     def close(self) -> None:
         self._metrics.close()

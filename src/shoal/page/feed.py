@@ -30,6 +30,7 @@ class _Shown:
     name: str
     folder: Path
     metrics: Place
+    """In metrics.jsonl; in serving.jsonl of a server."""
     events: Place
 
 
@@ -63,6 +64,9 @@ class Feed:
         return new
 
     def _new_rows(self, one: _Shown) -> list[Event]:
+        if shelf.is_record(one.folder):
+            lines, one.metrics, anew = read_on(one.folder / "serving.jsonl", one.metrics)
+            return self._read(one, "served", anew, rows.served(lines)) if lines or anew else []
         lines, place, anew = read_on(one.folder / "metrics.jsonl", one.metrics)
         found, step = rows.columns(lines, last_step=place.step)
         one.metrics = replace(place, step=step)

@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl and events.jsonl as the page draws them: columns, thinned where many.
+"""Rows of a run or a server, and events, as the page draws them: columns, thinned where many.
 
 What cannot be read as expected is counted and left out: a crash leaves half lines, and a newer
 version may write what this one does not know.
@@ -42,7 +42,27 @@ class _Row(msgspec.Struct, gc=False):
     """Of an evaluation alone."""
 
 
+class _Times(msgspec.Struct, gc=False):
+    median: float
+    p95: float
+
+
+class _Served(msgspec.Struct, gc=False):
+    """A row of a server's record."""
+
+    at: float
+    seconds: float
+    requests: int = 0
+    made_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    first_token_seconds: _Times | None = None
+    answer_seconds: _Times | None = None
+
+
 _DECODE = msgspec.json.Decoder(_Row).decode
+_SERVED = msgspec.json.Decoder(_Served).decode
+_UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 def columns(lines: Sequence[bytes], *, last_step: int) -> tuple[dict[str, Any], int]:
@@ -57,7 +77,7 @@ def columns(lines: Sequence[bytes], *, last_step: int) -> tuple[dict[str, Any], 
     for line in lines:
         try:
             row = _DECODE(line)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        except _UNREADABLE:
             broken += bool(line.strip())
             continue
         if row.evaluation_loss is not None or row.seconds is not None:
@@ -82,6 +102,41 @@ def columns(lines: Sequence[bytes], *, last_step: int) -> tuple[dict[str, Any], 
         "of": len(rows),
     }
     return found, before
+
+
+def served(lines: Sequence[bytes]) -> dict[str, Any]:
+    """What a browser gets of new lines of serving.jsonl: columns, thinned where they are many.
+
+    `first_token` and `answer` are the seconds that 95 of 100 stay within; `newest` is the last row
+    as it was written.
+    """
+    found: list[_Served] = []
+    newest, broken = b"", 0
+    for line in lines:
+        try:
+            row = _SERVED(line)
+        except _UNREADABLE:
+            broken += bool(line.strip())
+            continue
+        if row.seconds > 0:
+            found.append(row)
+            newest = line
+    kept = [found[at] for at in envelope([_p95(each.answer_seconds) for each in found])]
+    columns: dict[str, list[Any]] = {
+        "at": [each.at for each in kept],
+        "requests_per_second": [each.requests / each.seconds for each in kept],
+        "tokens_per_second": [each.made_tokens / each.seconds for each in kept],
+        "running": [each.running for each in kept],
+        "waiting": [each.waiting for each in kept],
+        "first_token": [_p95(each.first_token_seconds) for each in kept],
+        "answer": [_p95(each.answer_seconds) for each in kept],
+    }
+    latest = json.loads(newest) if newest else None
+    return {"served": columns, "newest": latest, "broken": broken, "of": len(found)}
+
+
+def _p95(times: _Times | None) -> float | None:
+    return None if times is None else times.p95
 
 
 def envelope(losses: Sequence[float | None], *, buckets: int = BUCKETS) -> list[int]:

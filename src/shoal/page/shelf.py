@@ -1,5 +1,6 @@
 """The runs of a folder, and what a run directory says beside its rows. Only reads.
 
+A server's record (launch/serving_record.py) stands among them: a folder with serving.json.
 Everything is read from files, so a run that has ended, was copied, or is trained by another
 program looks like any other. What cannot be read is said in `problems`, never an error.
 """
@@ -23,7 +24,8 @@ FRESH_SECONDS = 5.0
 """workers.json is written several times a second while a run is supervised."""
 _MOST_BYTES = 4 << 20
 _MOST_LISTED = 500
-_MARKS = ("config.yaml", "metrics.jsonl")
+_MARKS = ("config.yaml", "metrics.jsonl", "serving.json")
+_GROWING = ("events.jsonl", "serving.jsonl")
 _SUMMARY = (
     "steps",
     "of_steps",
@@ -71,8 +73,8 @@ class Shelf:
         found = {}
         with suppress(OSError):
             for path in self._folders():
-                times = [_modified(path / name) for name in (*_MARKS, "events.jsonl")]
-                if any(times[:2]):
+                times = [_modified(path / name) for name in (*_MARKS, *_GROWING)]
+                if any(times[: len(_MARKS)]):
                     is_root = path == self.root
                     name = path.resolve().name if is_root else str(path.relative_to(self.root))
                     found[name] = (max(times), path)
@@ -93,6 +95,12 @@ class Shelf:
         """What a run says of itself beside rows and events; small, and the same while it stays."""
         if not run.is_dir():
             return {"gone": True, "problems": []}
+        if is_record(run):
+            name = "serving.json"
+            about, why = self._tree(run / name)
+            told = {key: _at(about, key) for key in ("model", "address", "threads")}
+            problems = [f"{name}: {why}"] if why else []
+            return {"gone": False, "active": is_active(run), "serving": told, "problems": problems}
         trees = {
             name: self._tree(run / name) for name in ("config.yaml", "plan.json", "summary.json")
         }
@@ -148,6 +156,11 @@ def workers(run: Path) -> dict[str, Any]:
     return found
 
 
+def is_record(folder: Path) -> bool:
+    """Whether it is a server's record, and no run."""
+    return (folder / "serving.json").is_file()
+
+
 def is_active(run: Path) -> bool:
     """Whether something is at work in the run: its lock is there, and is nobody's leftover."""
     try:
@@ -172,6 +185,8 @@ def leave_order(run: Path, order: str) -> None:
     """Leave the file SAVE or STOP in a run, as a person would. Raises UserError."""
     if order not in ("SAVE", "STOP"):
         raise UserError(f"{order[:20]!r}: expected SAVE or STOP")
+    if is_record(run):
+        raise UserError(f"{run.name}: a server takes no orders here; Ctrl-C or SIGTERM ends it")
     if not is_active(run):
         # a resume would obey it at once
         raise UserError(f"{run.name}: nothing is at work in this run, so nobody would take it")
@@ -186,7 +201,8 @@ def _pictures(run: Path) -> list[Path]:
     """Those of the task; loss.png is what the page draws itself."""
     with suppress(OSError):
         names = sorted(each for each in os.listdir(run) if each.endswith(".png"))
-        paths = [run / name for name in names if is_plain_name(name) and name != "loss.png"]
+        shown = [each for each in names if each[0] != "." and each != "loss.png"]
+        paths = [run / name for name in shown if is_plain_name(name)]
         return [path for path in paths[:20] if path.is_file() and not path.is_symlink()]
     return []
 

@@ -96,6 +96,12 @@ def resumed_from(request: Any) -> str:
     return str(request.headers.get("last-event-id", ""))
 
 
+def resumed_at(request: Any, *, default: int = 0) -> int:
+    """As `resumed_from`, where ids are numbers; `default` for what is none of ours."""
+    last = resumed_from(request)
+    return int(last) if last.isascii() and last.isdigit() and len(last) < 19 else default
+
+
 def static_files(folder: Path) -> StaticFiles:
     """An app with the files of `folder`, to be mounted; no link leads out of it."""
     return StaticFiles(directory=folder)

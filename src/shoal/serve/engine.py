@@ -15,7 +15,7 @@ from shoal.serve.blocks import Blocks
 from shoal.serve.cache import SINK, Span
 from shoal.serve.divided import Divided
 from shoal.serve.grammar import Following, Grammars
-from shoal.serve.request import Event, Finish, Request, Scored
+from shoal.serve.request import Counters, Event, Finish, Request, Scored
 from shoal.serve.runner import Runner, log_probabilities
 from shoal.serve.sampler import choose, top_of
 from shoal.serve.scheduler import Chunk, Limits, Plan, View, blocks_for, plan_step
@@ -44,20 +44,6 @@ class _Sequence:
     def made(self) -> int:
         """Tokens of the answer so far."""
         return len(self.tokens) - len(self.request.prompt)
-
-
-@dataclass
-class Counters:
-    """What happened since the engine began."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    made_tokens: int = 0
-    preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    guessed_tokens: int = 0
-    taken_tokens: int = 0
 
 
 class Engine:

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from shoal.errors import ModelError, UserError
-from shoal.serve.engine import Counters
 from shoal.serve.exact import Report, make_exact
 from shoal.serve.fuse import fuse_norms
 from shoal.serve.reading import kind_of, read_model
-from shoal.serve.request import Event, Request
+from shoal.serve.request import Counters, Event, Request
 
 
 class Pooled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -74,3 +75,17 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     hidden: tuple[float, ...] = ()
     cached_tokens: int = 0
     """Of the prompt, not computed again."""
+
+
+@dataclass
+class Counters:
+    """What happened since the engine began."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    made_tokens: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    guessed_tokens: int = 0
+    taken_tokens: int = 0

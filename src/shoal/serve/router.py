@@ -8,15 +8,15 @@ answer sees a pause.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import msgspec
 
 from shoal.errors import ShoalError
-from shoal.serve.request import Event, Request, Scored
+from shoal.serve.request import Counters, Event, Request, Scored
 
 Told = Callable[[Event], None]
 
@@ -90,6 +90,7 @@ class Router:
         self.replicas: dict[int, Replica] = {}
         self.pending: dict[str, Pending] = {}
         self.replays = 0
+        self._before: Counter[str] = Counter()
 
     def submit(self, request: Request, told: Told) -> None:
         """Give a request to a replica; `told` hears of what becomes of it. Raises Busy."""
@@ -196,6 +197,13 @@ class Router:
             msgspec.structs.replace(event, tokens=tuple(fresh), index=first, prompt=prompt)
         )
 
+    def counts(self) -> Counter[str]:
+        """What engines count, over all replicas that there are and were: it never falls."""
+        found = Counter(self._before)
+        for each in self.replicas.values():
+            found.update(_counted(each))
+        return found
+
     def cancel(self, name: str) -> None:
         """Forget a request, here and where it is served."""
         pending = self.pending.pop(name, None)
@@ -205,11 +213,16 @@ class Router:
     def lost(self, index: int) -> None:
         """Replica `index` is gone: others go on with what it was doing."""
         gone = self.replicas[index]
+        self._before.update(_counted(gone))
         self.replicas[index] = Replica(version=gone.version, leaving=gone.leaving)
         for pending in [each for each in self.pending.values() if each.replica == index]:
             self.replays += 1
             pending.prompt_again = pending.prompt_told
             self._place(pending)
+
+    def remove(self, index: int) -> None:
+        """Replica `index` has done its work, and another has its place."""
+        self._before.update(_counted(self.replicas.pop(index)))
 
     def stuck(self, *, silence_seconds: float) -> list[int]:
         """Replicas that have work and say nothing for too long."""
@@ -221,6 +234,13 @@ class Router:
             and self.load(index)
             and now - each.heard_at > max(silence_seconds, 15 * each.step_seconds)
         ]
+
+
+_COUNTED = frozenset(each.name for each in fields(Counters))
+
+
+def _counted(replica: Replica) -> dict[str, int]:
+    return {key: value for key, value in replica.state.items() if key in _COUNTED}
 
 
 def _beginnings(request: Request) -> list[int]:

@@ -108,3 +108,22 @@ def test_events_are_cut_to_what_is_shown() -> None:
     found, broken = rows.events([*lines(stack, changed, {"text": "none"}), b"{", b""])
     assert found[0] == {"event": "stuck", "rank": 1, "text": "x" * 400}
     assert found[1]["text"] == "train.steps: 1 -> 2" and broken == 2
+
+
+def test_a_servers_rows_become_rates() -> None:
+    row = {"at": 1000.0, "seconds": 2.0, "requests": 6, "made_tokens": 50, "running": 3}
+    times = {"first_token_seconds": {"median": 0.1, "p95": 0.4}, "answer_seconds": None}
+    found = rows.served(
+        lines({**row, **times, "of_a_newer_version": 1}, {"at": 1.0}, {**row, "seconds": 0.0})
+    )
+    assert found["broken"] == 1 and found["of"] == 1
+    assert found["newest"]["of_a_newer_version"] == 1
+    assert found["served"] == {
+        "at": [1000.0],
+        "requests_per_second": [3.0],
+        "tokens_per_second": [25.0],
+        "running": [3],
+        "waiting": [0],
+        "first_token": [0.4],
+        "answer": [None],
+    }

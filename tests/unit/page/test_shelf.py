@@ -134,3 +134,30 @@ def test_no_order_writes_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         shelf.leave_order(run.path, "SAVE")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_servers_record_stands_among_runs(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run").rows(1, 3)
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "serving.json").write_text('{"model": "m", "address": "a", "more": [1]}')
+    (served / ".lock").write_text(f"{os.getpid()}\n")
+    shelved = Shelf(tmp_path)
+    assert set(shelved.runs()) == {"run", "served"}
+    state = shelved.state(served)
+    assert state["active"] and state["problems"] == []
+    assert state["serving"] == {"model": "m", "address": "a", "threads": None}
+    with pytest.raises(UserError, match="a server takes no orders here"):
+        shelf.leave_order(served, "STOP")
+    feed = Feed(shelved, ["served"])
+    assert "served" not in {event.name for event in feed.poll()}
+    with open(served / "serving.jsonl", "a") as file:
+        file.write('{"at": 5.0, "seconds": 1.0, "requests": 2}\n')
+    (told,) = feed.poll()
+    assert told.name == "served" and told.data["served"]["requests_per_second"] == [2.0]
+    assert Feed(shelved, ["served"], resumed=told.id).poll()[-1].name != "served"
+    (served / "serving.jsonl").write_text('{"at": 9.0, "seconds": 1.0, "requests": 1}\n')
+    (anew,) = feed.poll()
+    assert anew.data["anew"] and anew.data["served"]["at"] == [9.0]
+    (served / "serving.json").write_text("{")
+    assert "serving.json: cannot be read" in shelved.state(served)["problems"][0]

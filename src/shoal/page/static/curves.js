@@ -1,16 +1,16 @@
 // Curves by uPlot: loss over steps, tokens or time, with what happened on the axis; digits that agree.
 /* global uPlot */
-import { smoothed, agreement } from "./run.js";
+import { LOSSES, smoothed, agreement } from "./run.js";
 import { word, number, seconds } from "./words.js";
 
 const COLORS = ["#1f83a5", "#d07a12", "#3f9c4f", "#b2539f", "#7a6fd0", "#c34f3f", "#8a8a1f", "#4a7fd0"];
-const MARKS = { saved: "\u25b2", lost: "\u2716", stuck: "\u2716", recovered: "\u25cf", restarted: "\u25cf", resumed: "\u25cf", repaired: "\u25cf" };
+const MARKS = { saved: "▲", lost: "✖", stuck: "✖", recovered: "●", restarted: "●", resumed: "●", repaired: "●" };
 
 export const colorOf = (at) => COLORS[at % COLORS.length];
 
 const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-class Chart {
+export class Chart {
   constructor(element, height) {
     this.element = element;
     this.height = height;
@@ -37,12 +37,14 @@ class Chart {
 let loss = null;
 let difference = null;
 
-const line = (label, stroke, more) => ({ label, stroke, width: 1.3, spanGaps: true, points: { show: false }, value: (_, v) => number(v, 8), ...more });
+export const by = (format) => (_, values) => values.map((value) => format(value));
+
+export const line = (label, stroke, more) => ({ label, stroke, width: 1.3, spanGaps: true, points: { show: false }, value: (_, v) => number(v, 8), ...more });
 
 export function drawLoss(element, runs, { axis, smooth, focus }) {
   loss = loss || new Chart(element, 300);
   const tables = [];
-  const series = [{ label: word(axis === "elapsed" ? "seconds" : axis === "step" ? "step" : "tokens") }];
+  const series = [{ label: word(axis === "elapsed" ? "time" : axis) }];
   // the one in focus last, so that it lies above
   [...runs].reverse().forEach((run) => {
     const stroke = colorOf(runs.indexOf(run));
@@ -59,8 +61,8 @@ export function drawLoss(element, runs, { axis, smooth, focus }) {
     }
   });
   loss.about = { focus, axis };
-  const format = axis === "elapsed" ? (_, values) => values.map((v) => seconds(v)) : (_, values) => values.map((v) => number(v, 6));
-  const options = { scales: { x: { time: false } }, series, axes: [{ values: format, space: 70 }, { values: (_, values) => values.map((v) => number(v, 4)) }], hooks: { draw: [(plot) => drawMarks(plot, loss.about)] } };
+  const format = by(axis === "elapsed" ? seconds : (value) => number(value, 6));
+  const options = { scales: { x: { time: false } }, series, axes: [{ values: format, space: 70 }, { values: by(number) }], hooks: { draw: [(plot) => drawMarks(plot, loss.about)] } };
   loss.show([axis, series.map((each) => each.label)], options, joined(tables));
 }
 
@@ -84,7 +86,7 @@ function drawMarks(plot, { focus, axis }) {
     if (!MARKS[event.event] || event.step === undefined) continue;
     const x = plot.valToPos(focus.place(event.step, axis), "x", true);
     if (x < plot.bbox.left || x > plot.bbox.left + plot.bbox.width) continue;
-    const isLoss = ["lost", "stuck"].includes(event.event);
+    const isLoss = LOSSES.includes(event.event);
     context.fillStyle = ink(isLoss ? "--lost" : event.event === "saved" ? "--quiet" : "--computes");
     if (event.event !== "saved") context.fillRect(x - scale / 2, plot.bbox.top, scale, plot.bbox.height);
     context.fillText(MARKS[event.event], x, plot.bbox.top + (isLoss ? 13 * scale : plot.bbox.height - 3 * scale));

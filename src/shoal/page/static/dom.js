@@ -19,6 +19,9 @@ export function draw(name, attributes = {}, ...children) {
   return made;
 }
 
+// The colour of a state is a variable of the style sheet.
+export const paint = (element, name) => Object.assign(element.style, { background: `var(--${name})`, fill: `var(--${name})` }) && element;
+
 const known = new WeakMap();
 
 // Fill an element anew, only when what it shows (`key`, any JSON) has changed: focus and scroll stay.

@@ -1,11 +1,9 @@
 // A lane for each worker: what it did at each look, what it does now, and whom it waits for.
-import { at, fill, make } from "./dom.js";
+import { at, fill, make, paint } from "./dom.js";
 import { word } from "./words.js";
 
 const STATES = ["computes", "communicates", "waits", "silent", "starts", "gone", "lost"];
 const PIXELS = 3; // a look
-
-const nameOf = (state) => word(state === "gone" ? "not_there" : state);
 
 export function drawLanes(run) {
   const told = run.workers.workers || [];
@@ -17,7 +15,7 @@ export function drawLanes(run) {
     make("span", { id: `lane-${rank}` }),
     make("canvas", { id: `canvas-${rank}`, "aria-hidden": "true" }),
   ]));
-  fill(at("lanes-key"), isWatched, () => STATES.map((state) => make("span", {}, make("i", { className: `dot ${state}` }), ` ${nameOf(state)}`)));
+  fill(at("lanes-key"), isWatched, () => STATES.map((state) => make("span", {}, paint(make("i", { className: "dot" }), state), ` ${word(state)}`)));
   for (const one of shown) {
     const lost = run.lossOf(one.rank);
     const label = at(`lane-${one.rank}`);
@@ -30,11 +28,11 @@ export function drawLanes(run) {
 function text(run, one, lost) {
   const host = one.host === undefined ? "" : ` (${one.host})`;
   const count = run.losses.get(one.rank) ? ` \u2716${run.losses.get(one.rank)}` : "";
-  const begin = `${word("worker")} ${one.rank}${host}${count}: `;
+  const begin = `${word((run.state || {}).serving ? "replica" : "worker")} ${one.rank}${host}${count}: `;
   if (lost) return `${begin}${word("lost")}: ${lost}`;
   if (one.state === "waits" && (one.waits_for || []).length) return begin + word("waits_for", { who: one.waits_for.join(", ") });
   const where = one.phase ? ` \u00b7 ${one.step} ${one.phase}` : "";
-  return begin + nameOf(one.state) + where;
+  return begin + word(one.state) + where;
 }
 
 function drawLane(canvas, states) {

@@ -4,6 +4,7 @@ import { at, fill, make } from "./dom.js";
 import { drawLanes } from "./lanes.js";
 import { drawCheckpoints, drawEvents, drawLayout, drawNow, drawPictures, drawPlan, drawSamples } from "./panels.js";
 import { Run } from "./run.js";
+import { drawServing } from "./serving.js";
 import { loadWords, number, otherLanguage, word } from "./words.js";
 
 const MOST = 8;
@@ -39,6 +40,7 @@ function connect() {
     if (!shown.length && listed.length) show([listed[0].name]);
   });
   hear("rows", (told, run) => run && run.addRows(told));
+  hear("served", (told, run) => run && run.addServed(told));
   hear("events", (told, run) => run && run.addEvents(told));
   hear("state", (told, run) => run && (run.state = told.state));
   hear("workers", (told, run) => run && run.addWorkers(told.workers));
@@ -105,8 +107,8 @@ function redraw() {
     const lines = drawDifference(at("difference"), shown, focus);
     fill(at("differences"), lines, () => lines.map((text) => make("li", {}, text)));
   }
-  for (const panel of [drawLanes, drawLayout, drawPlan, drawSamples, drawPictures, drawCheckpoints, drawEvents]) panel(focus);
-  Object.assign(document.body.dataset, { step: focus.lastStep, rows: focus.step.length });
+  for (const panel of [drawServing, drawLanes, drawLayout, drawPlan, drawSamples, drawPictures, drawCheckpoints, drawEvents]) panel(focus);
+  Object.assign(document.body.dataset, { step: focus.lastStep, rows: focus.served ? focus.served.at.length : focus.step.length });
   document.title = `${focus.name} \u00b7 ${number(focus.lastStep, 9)}`;
 }
 

@@ -1,6 +1,8 @@
 // What stands around the curves: runs, figures, plan, samples, pictures, checkpoints, events.
-import { at, fill, make } from "./dom.js";
+import { at, fill, make, paint } from "./dom.js";
 import { describe, mesh } from "./mesh.js";
+import { LOSSES } from "./run.js";
+import { figuresOf } from "./serving.js";
 import { word, number, bytes, seconds } from "./words.js";
 
 export function drawNow(run) {
@@ -9,8 +11,8 @@ export function drawNow(run) {
   const of = state.of_steps;
   const scored = run.evaluations.at(-1);
   const left = of && newest.step_seconds ? (of - run.lastStep) * newest.step_seconds : null;
-  const figures = [
-    ["step", of ? `${number(run.lastStep, 9)} / ${number(of, 9)}` : number(run.lastStep, 9)],
+  const figures = state.serving ? figuresOf(run) : [
+    ["step", number(run.lastStep, 9) + (of ? ` / ${number(of, 9)}` : "")],
     ["loss", number(newest.loss, 6)],
     scored && ["evaluation", number(scored.evaluation_loss, 6)],
     ["tokens", number(newest.tokens, 4)],
@@ -22,14 +24,14 @@ export function drawNow(run) {
     state.task && ["task", state.task],
     typeof state.seed === "number" && ["seed", String(state.seed)],
     run.hosts.length > 0 && ["hosts", run.hosts.join(", ")],
-  ].filter(Boolean);
-  fill(at("now"), figures, () => figures.map(([key, text]) => make("div", {}, make("dt", {}, word(key)), make("dd", {}, text))));
+  ];
+  fill(at("now"), figures, () => figures.filter(Boolean).map(([key, text]) => make("div", {}, make("dt", {}, word(key)), make("dd", {}, text))));
   const problems = [...(state.problems || [])];
   const broken = run.brokenRows + run.brokenEvents;
-  if (state.gone) problems.unshift(word("gone"));
+  if (state.gone) problems.unshift(word("vanished"));
   if (broken) problems.push(word("broken", { count: broken }));
   fill(at("problems"), problems, () => problems.map((text) => make("li", { className: "bad" }, text)));
-  for (const name of ["SAVE", "STOP"]) at(name).disabled = !state.active;
+  for (const name of ["SAVE", "STOP"]) at(name).disabled = !state.active || !!state.serving;
 }
 
 export function drawLayout(run) {
@@ -54,33 +56,33 @@ export function drawPlan(run) {
   at("reason").textContent = plan.reason || "";
   fill(at("plan"), [predicted, parts, memory], () => {
     const made = [
-      ...pair(["predicted_time", "measured_time", "prediction_error"], seconds, predicted.step_seconds, step, parts),
-      ...pair(["predicted_memory", "measured_memory", "memory_error"], bytes, predicted.peak_memory_bytes, memory, [["computes", memory]]),
+      ...pair(["predicted_time", "measured_time"], seconds, predicted.step_seconds, step, parts),
+      ...pair(["predicted_memory", "measured_memory"], bytes, predicted.peak_memory_bytes, memory, [["computes", memory]]),
     ];
     return predicted.step_seconds || predicted.peak_memory_bytes ? made : [...made, make("p", { className: "quiet" }, word("no_prediction"))];
   });
 }
 
 // What was planned beside what was measured, in its parts, and how far apart they are.
-function pair([plan, measurement, error], format, planned, measured, parts) {
+function pair([plan, measurement], format, planned, measured, parts) {
   const most = Math.max(planned || 0, measured || 0);
   const made = [];
-  if (planned) made.push(bar(plan, [["plain", planned / most]], format(planned)));
-  if (measured) made.push(bar(measurement, parts.map(([name, value]) => [name, value / most]), format(measured)));
+  if (planned) made.push(bar(word(plan), [["quiet", planned / most]], format(planned)));
+  if (measured) made.push(bar(word(measurement), parts.map(([name, value]) => [name, value / most]), format(measured)));
   if (planned && measured) {
     const percent = `${planned >= measured ? "+" : ""}${number(100 * (planned / measured - 1), 3)} %`;
-    made.push(make("p", { className: "quiet" }, word(error, { percent })));
+    made.push(make("p", { className: "quiet" }, word("prediction_error", { percent })));
   }
   return made;
 }
 
-function bar(key, parts, text) {
+export function bar(name, parts, text) {
   const pieces = parts.map(([name, share]) => {
-    const piece = make("i", { className: name });
+    const piece = paint(make("i"), name);
     piece.style.width = `${Math.max(0, 100 * share)}%`;
     return piece;
   });
-  return make("div", { className: "bar" }, make("span", {}, word(key)), make("span", {}, ...pieces), make("span", {}, text));
+  return make("div", { className: "bar" }, make("span", {}, name), make("span", {}, ...pieces), make("span", {}, text));
 }
 
 export function drawSamples(run) {
@@ -122,7 +124,7 @@ export function drawEvents(run) {
   fill(at("events"), [run.name, run.events.length, (last[0] || {}).happened_at], () => last.map((event) => {
     const when = make("time", {}, String(event.happened_at || "").slice(11, 19));
     const step = event.step === undefined ? "" : ` ${word("step")} ${event.step}`;
-    const isBad = ["lost", "stuck", "diverging", "diverged", "skipped", "save-failed", "checkpoint-damaged"].includes(event.event);
+    const isBad = [...LOSSES, "diverging", "diverged", "skipped", "save-failed", "checkpoint-damaged"].includes(event.event);
     return make("li", {}, when, " ", make("span", { className: isBad ? "kind bad" : "kind" }, event.event), `${step} ${event.text}`);
   }));
 }

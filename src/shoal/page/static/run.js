@@ -1,7 +1,7 @@
 // One run as the page knows it: what the stream has told so far.
 
 const COLUMNS = ["step", "loss", "tokens", "step_seconds", "compute_seconds", "communication_seconds", "waiting_seconds"];
-const LOSSES = ["lost", "stuck"];
+export const LOSSES = ["lost", "stuck"];
 const CURES = ["recovered", "started", "resumed", "finished", "paused"];
 const HELD = 3000; // a lane stays red so long after its worker is back, or nobody would see it
 
@@ -17,6 +17,7 @@ export class Run {
 
   forgetRows() {
     for (const name of [...COLUMNS, "elapsed"]) this[name] = [];
+    this.served = null;
     this.evaluations = [];
     this.newest = null;
     this.brokenRows = this.of = 0;
@@ -37,6 +38,18 @@ export class Run {
     for (const name of COLUMNS) for (const value of told.steps[name]) this[name].push(value);
     for (const value of told.steps.elapsed) this.elapsed.push((clock += value));
     this.evaluations.push(...told.evaluations);
+    this.count(told);
+  }
+
+  // Rows of a server: columns by name.
+  addServed(told) {
+    if (told.anew) this.forgetRows();
+    this.served = this.served || {};
+    for (const [name, values] of Object.entries(told.served)) this.served[name] = (this.served[name] || []).concat(values);
+    this.count(told);
+  }
+
+  count(told) {
     this.newest = told.newest || this.newest;
     this.brokenRows += told.broken;
     this.of += told.of;

@@ -1,4 +1,4 @@
-// The page's words in two languages: words.json has [English, Chinese]. Names that are searched for (events, keys, files) stay as they are.
+// words.json has [English, Chinese]. Names that are searched for (events, keys, files) stay.
 
 let table = {};
 let language = "en";
@@ -27,7 +27,7 @@ export function word(key, values = {}) {
 }
 
 export function number(value, digits = 4) {
-  if (value === null || value === undefined) return "-";
+  if (value == null || Number.isNaN(value)) return "-";
   return new Intl.NumberFormat(language, { maximumSignificantDigits: digits }).format(value);
 }
 
@@ -38,7 +38,7 @@ export function bytes(value) {
 }
 
 export function seconds(value) {
-  if (value === null || value === undefined) return "-";
+  if (value == null) return "-";
   if (value < 1) return `${number(value * 1000, 3)} ms`;
   if (value < 120) return `${number(value, 3)} s`;
   return value < 7200 ? `${number(value / 60, 3)} min` : `${number(value / 3600, 3)} h`;

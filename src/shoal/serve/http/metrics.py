@@ -42,9 +42,11 @@ class Metrics:
             registry=self._registry,
         )
         self._name = name
+        self._lately = replicas.lately
 
     def begin(self, request: Request) -> _Watch:
         """A request has come."""
+        self._lately.came += 1
         return _Watch(self, request)
 
     def text(self) -> bytes:
@@ -66,22 +68,29 @@ class _Watch:
         for _ in event.tokens:
             if self._made == 0:
                 self._metrics._first.observe(now - self._began)
+                self._metrics._lately.first_seconds.append(now - self._began)
             else:
                 self._metrics._between.observe(now - self._last)
             self._last = now
             self._made += 1
 
+    def refused(self) -> None:
+        """There is no room for it."""
+        self._metrics._lately.refused += 1
+
     def end(self, finish: str) -> None:
         """It is over."""
         metrics = self._metrics
-        metrics._whole.observe(time.monotonic() - self._began)
+        seconds = time.monotonic() - self._began
+        metrics._whole.observe(seconds)
+        metrics._lately.ended.append((seconds, finish))
         metrics._prompt.observe(len(self._request.prompt))
         metrics._made.observe(self._made)
         metrics._success.labels(metrics._name, finish).inc()
 
 
 class _OfReplicas(Collector):
-    """What replicas last said, summed over them."""
+    """What replicas last said, and what was counted of them, summed over them."""
 
     def __init__(self, name: str, replicas: Any) -> None:
         self._name, self._replicas = name, replicas
@@ -89,6 +98,7 @@ class _OfReplicas(Collector):
     def collect(self) -> Iterator[Any]:
         """Families of metrics, read when the page is asked for."""
         states = [each for each in self._replicas.states().values() if each]
+        counts = self._replicas.counts()
 
         def total(key: str) -> float:
             return float(sum(each.get(key, 0) for each in states))
@@ -105,13 +115,13 @@ class _OfReplicas(Collector):
             gauge.add_metric([self._name], value)
             yield gauge
         for title, value in (
-            ("vllm:prefix_cache_queries", total("prefix_queries")),
-            ("vllm:prefix_cache_hits", total("prefix_hits")),
-            ("vllm:prompt_tokens", total("prompt_tokens")),
-            ("vllm:generation_tokens", total("made_tokens")),
-            ("vllm:num_preemptions", total("preemptions")),
-            ("shoal:guessed_tokens", total("guessed_tokens")),
-            ("shoal:guesses_taken", total("taken_tokens")),
+            ("vllm:prefix_cache_queries", float(counts.get("prefix_queries", 0))),
+            ("vllm:prefix_cache_hits", float(counts.get("prefix_hits", 0))),
+            ("vllm:prompt_tokens", float(counts.get("prompt_tokens", 0))),
+            ("vllm:generation_tokens", float(counts.get("made_tokens", 0))),
+            ("vllm:num_preemptions", float(counts.get("preemptions", 0))),
+            ("shoal:guessed_tokens", float(counts.get("guessed_tokens", 0))),
+            ("shoal:guesses_taken", float(counts.get("taken_tokens", 0))),
             ("shoal:replays", float(self._replicas.replays)),
             ("shoal:replica_restarts", float(self._replicas.restarts)),
         ):

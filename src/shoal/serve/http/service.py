@@ -16,7 +16,9 @@ from shoal.serve.grammar import Grammars
 from shoal.serve.http.errors import Refused
 from shoal.serve.http.fields import Drawn
 from shoal.serve.http.metrics import Metrics
+from shoal.serve.lately import Lately
 from shoal.serve.request import Event, Request, Sampling
+from shoal.serve.router import Busy
 
 _MOST_SEED = 2**63
 
@@ -26,6 +28,7 @@ class Replicas(Protocol):
 
     facts: dict[str, Any]
     restarts: int
+    lately: Lately
 
     def submit(self, request: Request, told: Callable[[Event], None]) -> None: ...
     def cancel(self, name: str) -> None: ...
@@ -33,6 +36,7 @@ class Replicas(Protocol):
     def takes_requests(self) -> bool: ...
     def swap(self, folder: Path, adapters: Mapping[str, str]) -> None: ...
     def states(self) -> dict[int, dict[str, Any]]: ...
+    def counts(self) -> dict[str, int]: ...
     @property
     def replays(self) -> int: ...
 
@@ -260,17 +264,21 @@ class Service:
 
         watch = self.metrics.begin(request)
         limit = self.settings.limits.request_seconds
-        self.replicas.submit(request, told)
+        try:
+            self.replicas.submit(request, told)
+        except Busy:
+            watch.refused()
+            raise
         finish = "abort"
         try:
             async with asyncio.timeout(limit):
                 while True:
                     event = await queue.get()
                     watch.saw(event)
-                    if event.finish == "error":
-                        raise Refused(event.problem)
                     if event.finish is not None:
                         finish = event.finish
+                    if event.finish == "error":
+                        raise Refused(event.problem)
                     yield event
                     if event.finish is not None:
                         return

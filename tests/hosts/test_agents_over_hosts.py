@@ -78,13 +78,13 @@ class Training:
         found = read_lines(self.run.path / "events.jsonl")
         return [row for row in found if row["event"] == name]
 
-    def lose(self, how: Callable[[], object]) -> float:
+    def lose(self, how: Callable[[], object], *, event: str = "lost") -> float:
         """Seconds from a loss to the next step that is committed after it was noticed."""
         self.until(lambda: self.steps() > 5)
-        before = len(self.events("lost"))
+        before = len(self.events(event))
         began = time.monotonic()
         how()
-        self.until(lambda: len(self.events("lost")) > before)
+        self.until(lambda: len(self.events(event)) > before)
         steps = self.steps()
         self.until(lambda: self.steps() > steps)
         return time.monotonic() - began

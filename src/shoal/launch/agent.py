@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -26,6 +28,7 @@ from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.reach import unreached
 from shoal.launch.site import LocalSite, Slot
 
 TARGETS = ("shoal.engine.worker:run",)
@@ -88,6 +91,7 @@ class Agent:
         self._workers: dict[int, Worker] = {}
         self._states: dict[int, calls.Running] = {}
         self._watched: set[int] = set()
+        self._tested: deque[calls.Reached] = deque()
         self._heard_at = self._turned_at = self._signed_at = 0.0
         self.ended: int | None = None
         """Exit status of the last run, once it has ended."""
@@ -165,6 +169,8 @@ class Agent:
             self._leave()
             self.ended = message.status
             self._say(f"the run has ended (status {message.status})")
+        elif isinstance(message, calls.AskReach):
+            threading.Thread(target=self._test, args=(message,), name="reach", daemon=True).start()
         elif not isinstance(message, calls.Alive | calls.Hello) and message.worker in self._workers:
             worker = self._workers[message.worker]
             if isinstance(message, calls.Order):
@@ -190,6 +196,10 @@ class Agent:
         self._workers[message.worker] = started
         self._states[message.worker] = calls.Running(worker=message.worker, rank=message.index)
 
+    def _test(self, asked: calls.AskReach) -> None:
+        found = unreached(asked.addresses)
+        self._tested.append(calls.Reached(number=asked.number, unreached=found))
+
     def _answer(self, message: calls.ToCoordinator, *, peer: bytes | None = None) -> None:
         whom = peer or self._peer
         if whom is not None:
@@ -214,6 +224,7 @@ class Agent:
         if self._site is not None:
             self._site.close()
         self._site, self._peer = None, None
+        self._tested.clear()
         self._workers.clear()
         self._states.clear()
 
@@ -239,6 +250,8 @@ class Agent:
             for _ in self._pool.events(timeout_seconds=0.0, only=[]):
                 pass
             return
+        while self._tested:
+            self._answer(self._tested.popleft())
         numbers = {id(worker): number for number, worker in self._workers.items()}
         for worker, message in site.events(timeout_seconds=0.0):
             number = numbers[id(worker)]

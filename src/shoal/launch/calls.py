@@ -82,6 +82,13 @@ class AskStack(_Message, frozen=True):
     stopped: bool
 
 
+class AskReach(_Message, frozen=True):
+    """Do connections to these agents come about?"""
+
+    number: Count
+    addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
+
+
 class Alive(_Message, frozen=True):
     """Nothing but that the coordinator is there."""
 
@@ -148,8 +155,15 @@ class Stack(_Message, frozen=True):
     text: str
 
 
-ToAgent = Hello | Start | Order | Signal | AskStack | Alive | Bye
-ToCoordinator = Here | Leaving | Said | Seen | Stack
+class Reached(_Message, frozen=True):
+    """The answer to `AskReach`."""
+
+    number: Count
+    unreached: tuple[Text, ...] = ()
+
+
+ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | Alive | Bye
+ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached
 
 
 def folder_digest(folder: Path) -> str:

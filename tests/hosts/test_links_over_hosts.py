@@ -1,0 +1,80 @@
+"""Links between hosts that all reach the coordinator: cut, cut in one direction, slow and lossy.
+
+The seconds are printed, for docs/evidence/hosts.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hosts.lab import Lab, why_not
+from hosts.test_agents_over_hosts import SHRINKS, Cluster, Training
+from tiny import Bench
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(why_not()), reason=str(why_not())),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("lab")
+    with Lab(3, folder) as lab:
+        yield Cluster(lab, folder)
+
+
+def test_hosts_that_do_not_reach_each_other_are_refused_at_the_start(
+    bench: Bench, cluster: Cluster, tmp_path: Path
+) -> None:
+    _, h2, h3 = cluster.hosts
+    cluster.lab.cut_one_way(h3, h2)
+    training = cluster.begin(bench, 3, "parallel.replicate=3", out=tmp_path / "run")
+    assert training.process.wait(timeout=60) == 2
+    cluster.lab.heal()
+    said = " ".join(training.log.read_text().split())
+    assert "hosts do not reach each other, though this process reaches them:" in said
+    assert f"h2 ({h2.address}:27465) and h3 ({h3.address}:27465) workers connect" in said
+
+
+def left_out(training: Training, cut: Callable[[], object]) -> float:
+    """Seconds from a cut to the next committed step without the host that is left out."""
+    before = len(training.events("recovered"))
+    seconds = training.lose(cut, event="left-out")
+    training.until(lambda: len(training.events("recovered")) > before)
+    return seconds
+
+
+def taken_back(training: Training, heal: Callable[[], object]) -> None:
+    generations = len(training.events("generation"))
+    heal()
+    training.until(lambda: training.events("host-back"))
+    training.until(lambda: len(training.events("generation")) > generations)
+    assert training.events("generation")[-1]["members"] == [0, 1, 2]
+    steps = training.steps()
+    training.until(lambda: training.steps() > steps + 2)
+
+
+@pytest.mark.parametrize("one_way", [False, True])
+def test_two_hosts_do_not_reach_each_other(
+    bench: Bench, cluster: Cluster, tmp_path: Path, one_way: bool
+) -> None:
+    """Both reach the coordinator: the last of them is left out until the cable is whole again."""
+    _, h2, h3 = cluster.hosts
+    cut = cluster.lab.cut_one_way if one_way else cluster.lab.cut
+    training = cluster.begin(bench, 3, *SHRINKS, out=tmp_path / "run")
+    seconds = left_out(training, lambda: cut(h2, h3))
+    print(f"\nh2 and h3 cut{' in one direction' if one_way else ''}: {seconds:.2f} s")
+    (event,) = training.events("left-out")
+    assert event["hosts"] == [f"host h3 ({h3.address}:27465)"]
+    assert "host h2" in event["text"] and "do not reach each other" in event["text"]
+    assert training.events("generation")[-1]["members"] == [0, 1]
+    taken_back(training, cluster.lab.heal)
+    training.stop()
+    training.check_steps(bench, *SHRINKS)
+    assert not training.events("stuck"), "nobody is ended who is whole"
+    assert seconds < 14

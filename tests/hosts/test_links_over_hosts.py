@@ -5,12 +5,14 @@ The seconds are printed, for docs/evidence/hosts.md.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from hosts.lab import Lab, why_not
+from hosts.lab import Host, Lab, skewed, why_not
 from hosts.test_agents_over_hosts import SHRINKS, Cluster, Training
 from tiny import Bench
 
@@ -33,9 +35,11 @@ def test_hosts_that_do_not_reach_each_other_are_refused_at_the_start(
 ) -> None:
     _, h2, h3 = cluster.hosts
     cluster.lab.cut_one_way(h3, h2)
-    training = cluster.begin(bench, 3, "parallel.replicate=3", out=tmp_path / "run")
-    assert training.process.wait(timeout=60) == 2
-    cluster.lab.heal()
+    try:
+        training = cluster.begin(bench, 3, *SHRINKS, out=tmp_path / "run")
+        assert training.process.wait(timeout=240) == 2
+    finally:
+        cluster.lab.heal()
     said = " ".join(training.log.read_text().split())
     assert "hosts do not reach each other, though this process reaches them:" in said
     assert f"h2 ({h2.address}:27465) and h3 ({h3.address}:27465) workers connect" in said
@@ -78,3 +82,58 @@ def test_two_hosts_do_not_reach_each_other(
     training.check_steps(bench, *SHRINKS)
     assert not training.events("stuck"), "nobody is ended who is whole"
     assert seconds < 14
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The clocks of two hosts are wrong by 10 minutes, in both directions."""
+    folder = tmp_path_factory.mktemp("uneven")
+    with Lab(3, folder) as lab:
+        clocks = {"h2": skewed(folder, 600.0), "h3": skewed(folder, -600.0)}
+        yield Cluster(lab, folder, environments=clocks)
+
+
+CONNECT = (
+    "import socket, sys, time; began = time.monotonic(); "
+    "socket.create_connection((sys.argv[1], 27465)); print(time.monotonic() - began)"
+)
+
+
+def round_trip(host: Host, other: Host) -> float:
+    """Seconds in which a connection comes about."""
+    return float(host.run(sys.executable, "-c", CONNECT, other.address))
+
+
+WHOLE = ("parallel.replicate=3", "train.global_batch_samples=12")
+
+
+def check_whole_training(bench: Bench, cluster: Cluster, out: Path) -> float:
+    """Trains to its end, to the bits of one machine; seconds."""
+    began = time.monotonic()
+    training = cluster.begin(bench, 3, *WHOLE, out=out)
+    assert training.process.wait(timeout=240) == 0, training.log.read_text()
+    seconds = time.monotonic() - began
+    one_machine = bench.run(*WHOLE)
+    assert training.run.digits == one_machine.digits
+    assert training.run.weights == one_machine.weights
+    assert not training.events("lost") and not training.events("left-out")
+    return seconds
+
+
+def test_clocks_that_are_wrong(bench: Bench, uneven: Cluster, tmp_path: Path) -> None:
+    date = float(uneven.hosts[1].run("date", "+%s", env=skewed(uneven.folder, 600.0)))
+    assert date - time.time() > 590, "clocks can be set wrong here"
+    seconds = check_whole_training(bench, uneven, tmp_path / "run")
+    print(f"\nclocks wrong by 600 s: whole training in {seconds:.1f} s")
+
+
+def test_cables_that_are_slow_and_lose_frames(
+    bench: Bench, uneven: Cluster, tmp_path: Path
+) -> None:
+    """20 ms each way and 1 % of the frames lost, at two of three hosts; and the clocks are wrong."""
+    for host in uneven.hosts[1:]:
+        uneven.lab.delay(host, 0.02)
+        uneven.lab.lose(host, 0.01)
+    seconds = check_whole_training(bench, uneven, tmp_path / "run")
+    print(f"\n20 ms and 1 % loss: whole training in {seconds:.1f} s")
+    assert round_trip(uneven.hosts[1], uneven.hosts[2]) > 0.07, "two cables, there and back"

@@ -19,6 +19,7 @@ from shoal.launch.directory import is_run
 from shoal.launch.local import Result, train
 from shoal.launch.over_hosts import OverHosts
 from shoal.launch.pool import WorkerPool
+from shoal.launch.prepare import source_digest
 from shoal.launch.registry.etcd import Etcd
 from shoal.launch.registry.membership import Membership
 from shoal.launch.registry.records import HostFacts, Spec
@@ -78,16 +79,16 @@ def train_elected(
         cores=usable_cores(),
     )
     resolved = resolve(recipe, [*overrides])
-    digest = hashlib.blake2b(resolved.model_dump_json().encode(), digest_size=12).hexdigest()
-    spec = Spec(
-        shoal=version("shoal"),
-        torch=version("torch"),
-        code=code_hash(),
-        recipe=digest,
-        data="as the agents see it",
-        run=str(run),
-    )
     with Console() as console:
+        console.phase("reading the data, for other coordinators to compare")
+        spec = Spec(
+            shoal=version("shoal"),
+            torch=version("torch"),
+            code=code_hash(),
+            recipe=resolved.model_dump_json(),
+            data=source_digest(resolved),
+            run=str(run),
+        )
         membership = Membership(servers.store(name), me)
         with Candidate(membership, spec, say=console.line) as candidate:
 

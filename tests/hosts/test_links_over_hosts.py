@@ -45,6 +45,19 @@ def test_hosts_that_do_not_reach_each_other_are_refused_at_the_start(
     assert f"h2 ({h2.address}:27465) and h3 ({h3.address}:27465) workers connect" in said
 
 
+def test_a_firewall_that_lets_only_agents_through_is_found_at_the_start(
+    bench: Bench, cluster: Cluster, tmp_path: Path
+) -> None:
+    _, h2, h3 = cluster.hosts
+    cluster.lab.refuse(h2, h3, but=27465)
+    try:
+        training = cluster.begin(bench, 3, *SHRINKS, out=tmp_path / "run")
+        assert training.process.wait(timeout=240) == 2
+    finally:
+        cluster.lab.heal()
+    assert f"h2 ({h2.address}:27465) and h3" in " ".join(training.log.read_text().split())
+
+
 def left_out(training: Training, cut: Callable[[], object]) -> float:
     """Seconds from a cut to the next committed step without the host that is left out."""
     before = len(training.events("recovered"))
@@ -82,6 +95,20 @@ def test_two_hosts_do_not_reach_each_other(
     training.check_steps(bench, *SHRINKS)
     assert not training.events("stuck"), "nobody is ended who is whole"
     assert seconds < 14
+
+
+def test_a_host_is_stopped_for_a_while(bench: Bench, cluster: Cluster, tmp_path: Path) -> None:
+    """Agent and workers, for longer than the lease: the others go on, and it is taken in again."""
+    host = cluster.hosts[2]
+    training = cluster.begin(bench, 3, *SHRINKS, out=tmp_path / "run")
+    began = time.monotonic()
+    seconds = training.lose(host.freeze)
+    print(f"\nhost stopped: {seconds:.2f} s")
+    time.sleep(max(0.0, 20 - (time.monotonic() - began)))
+    taken_back(training, host.thaw)
+    training.stop()
+    training.check_steps(bench, *SHRINKS)
+    assert seconds < 12
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +157,32 @@ def test_clocks_that_are_wrong(bench: Bench, uneven: Cluster, tmp_path: Path) ->
 def test_cables_that_are_slow_and_lose_frames(
     bench: Bench, uneven: Cluster, tmp_path: Path
 ) -> None:
-    """20 ms each way and 1 % of the frames lost, at two of three hosts; and the clocks are wrong."""
+    """20 ms each way and 1 % of frames lost, at two of three hosts; and the clocks are wrong."""
     for host in uneven.hosts[1:]:
         uneven.lab.delay(host, 0.02)
         uneven.lab.lose(host, 0.01)
     seconds = check_whole_training(bench, uneven, tmp_path / "run")
     print(f"\n20 ms and 1 % loss: whole training in {seconds:.1f} s")
     assert round_trip(uneven.hosts[1], uneven.hosts[2]) > 0.07, "two cables, there and back"
+
+
+LARGER = ("model.hidden_size=128", "model.intermediate_size=512", "sync.shares=measured")
+
+
+def test_a_slow_host_gets_a_smaller_share(bench: Bench, cluster: Cluster, tmp_path: Path) -> None:
+    """Of whole micro batches, to the same bits."""
+    words = (*SHRINKS, *LARGER)
+    training = cluster.begin(bench, 3, *words, out=tmp_path / "run")
+    training.until(lambda: training.steps() > 5)
+    cluster.hosts[2].use_cores(0.1)
+
+    def shares() -> list[float]:
+        return training.events("shares")[-1]["shares"] if training.events("shares") else []
+
+    seconds = training.until(lambda: shares() and shares()[2] == min(shares()) < 0.2)
+    cluster.hosts[2].use_cores(2.0)
+    steps = training.steps()
+    training.until(lambda: training.steps() > steps + 2)
+    print(f"\na host with a tenth of a core: {shares()} after {seconds:.1f} s")
+    training.stop()
+    training.check_steps(bench, *words)

@@ -28,7 +28,7 @@ from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
 from shoal.launch.pool import Worker, WorkerPool
-from shoal.launch.reach import unreached
+from shoal.launch.reach import open_port, turn_away, unreached
 from shoal.launch.site import LocalSite, Slot
 
 TARGETS = ("shoal.engine.worker:run",)
@@ -40,7 +40,11 @@ SEEN_SECONDS = 0.2
 
 
 def facts(
-    *, busy: str = "", missing: tuple[str, ...] = (), running: tuple[calls.Running, ...] = ()
+    *,
+    busy: str = "",
+    missing: tuple[str, ...] = (),
+    running: tuple[calls.Running, ...] = (),
+    open_port: int = 0,
 ) -> calls.Here:
     """What this host is."""
     return calls.Here(
@@ -53,6 +57,7 @@ def facts(
         busy=busy,
         missing=missing,
         running=running,
+        open_port=open_port,
     )
 
 
@@ -84,6 +89,8 @@ class Agent:
             self._context.destroy(linger=0)
             raise
         self.address = self._guard.address
+        self._open = open_port(bind)
+        self._guard.register(self._open.fileno())
         self._decoder = msgspec.msgpack.Decoder(calls.ToAgent)
         self._peer: bytes | None = None
         self._hello = calls.Hello(coordinator="", nonce="", run="")
@@ -112,6 +119,7 @@ class Agent:
         """End the workers and stop listening."""
         self._leave()
         self._guard.close()
+        self._open.close()
         self._context.destroy(linger=0)
 
     def turn(self) -> None:
@@ -121,6 +129,8 @@ class Agent:
         if self._guard.socket in ready:
             while self._guard.socket.poll(0):
                 self._hear(self._guard.socket.recv_multipart())
+        if self._open.fileno() in ready:
+            turn_away(self._open)
         self._pass_on()
         self._check_lease()
 
@@ -157,7 +167,8 @@ class Agent:
             self._say(f"at work for {hello.run}, as {hello.coordinator} says")
         left = {n for n, worker in self._workers.items() if worker.status is None}
         running = tuple(each for n, each in self._states.items() if n in left and not missing)
-        self._answer(facts(missing=missing, running=running), peer=peer)
+        port = int(self._open.getsockname()[1])
+        self._answer(facts(missing=missing, running=running, open_port=port), peer=peer)
 
     def _follow(self, message: calls.ToAgent) -> None:
         site = self._site

@@ -83,7 +83,7 @@ class AskStack(_Message, frozen=True):
 
 
 class AskReach(_Message, frozen=True):
-    """Do connections to these agents come about?"""
+    """Do connections to these places come about?"""
 
     number: Count
     addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
@@ -126,6 +126,8 @@ class Here(_Message, frozen=True):
     """What it does not see of the run, in words."""
     running: tuple[Running, ...] = ()
     """What a coordinator that `adopts` goes on with."""
+    open_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    """One that the system chose, as those of workers: others test whether they reach it."""
 
 
 class Leaving(_Message, frozen=True):

@@ -121,7 +121,7 @@ class Hosts:
                 del self._gone[number]
                 self._drained.discard(number)
                 self._leaving.discard(number)
-                self._rest(number, "is back")
+                self._rest(number, f"{name_of(site)} is back")
                 self.doubt()
             rests = time.monotonic() < self._back_at.get(number, 0.0) or self.in_doubt
             if number in self._back_at and not rests:
@@ -163,28 +163,26 @@ class Hosts:
         back, new = self._left_out - out, sorted(out - self._left_out)
         self._left_out = out
         for number in sorted(back & there):
-            self._rest(number, "reaches all others again")
+            self._rest(number, f"{name_of(self._sites[number])} reaches all others again")
         if new:
             for number in new:
                 self._times[number] += 1
                 self._back_at.pop(number, None)
             self._cut_off += [self._sites[number] for number in new]
             names = [name_of(site) for site in self._sites]
-            gone, cut = (
-                [names[n] for n in new],
-                [[names[n] for n in pair] for pair in sorted(pairs)],
-            )
+            gone = [names[number] for number in new]
+            cut = [[names[number] for number in pair] for pair in sorted(pairs)]
             who = "; ".join(" and ".join(pair) for pair in cut)
             text = f"{who} do not reach each other: {', '.join(gone)} left out"
             self._tell("left-out", {"hosts": gone, "pairs": cut, "text": text})
 
     def _rest(self, number: int, what: str) -> None:
-        rest, name = 0.0, name_of(self._sites[number])
+        rest = 0.0
         if self._times[number] > 1:
             rest = min(_REST_SECONDS * 2.0 ** (self._times[number] - 2), _LONGEST_REST_SECONDS)
         self._back_at[number] = time.monotonic() + rest
         after = f", and is used again in {rest:.0f} s" if rest else ""
-        self._tell("host-back", {"host": name, "text": f"{name} {what}{after}"})
+        self._tell("host-back", {"host": name_of(self._sites[number]), "text": what + after})
 
     def _is_there(self, site: Site) -> bool:
         number = self._sites.index(site)

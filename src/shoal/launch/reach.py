@@ -1,8 +1,9 @@
 """Which hosts reach one another, asked of their agents; and whom to do without where some do not.
 
 Two hosts may both reach the coordinator and not each other: then no sum over the two ends, and
-neither of them closes anything. What is tested is a TCP connection, which takes both directions, so
-a cable that is cut in one of them is cut. Each pair is tested by one of the two.
+neither of them closes anything (docs/design/hosts.md). What is tested is a TCP connection, which
+takes both directions, so a cable that is cut in one of them is cut. Each pair is tested by one of
+the two.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ def unreached(
     addresses: Sequence[str], *, timeout_seconds: float = TEST_SECONDS
 ) -> tuple[str, ...]:
     """Those of `addresses` (tcp://HOST:PORT) to which no connection comes about in time."""
-    found, deadline = list[str](), time.monotonic() + timeout_seconds
+    found = list[str]()
     with selectors.DefaultSelector() as selector:
         for address in addresses:
             host, _, port = address.removeprefix("tcp://").rpartition(":")
-            made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            host = host.strip("[]")
+            made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
             made.setblocking(False)
             try:
                 made.connect((host, int(port)))
@@ -49,8 +51,10 @@ def unreached(
                 found.append(address)
             else:
                 made.close()
-        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
+        left, deadline = timeout_seconds, time.monotonic() + timeout_seconds
+        while selector.get_map() and left > 0:
+            left = deadline - time.monotonic()
+            for key, _ in selector.select(max(0.0, left)):  # once more, if we had no processor
                 made = key.fileobj  # type: ignore[assignment]
                 selector.unregister(made)
                 if made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -61,6 +65,24 @@ def unreached(
             with suppress(OSError):
                 key.fileobj.close()  # type: ignore[union-attr]
     return tuple(address for address in addresses if address in found)
+
+
+def open_port(address: str) -> socket.socket:
+    """What `unreached` of other hosts connects to: at a port as workers get theirs.
+
+    An agent's own port would say nothing of a firewall that lets only that one through.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.create_server((address, 0), family=family)
+    made.setblocking(False)
+    return made
+
+
+def turn_away(listener: socket.socket) -> None:
+    """Take those who have connected, so that there is room for the next ones, and let them go."""
+    with suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
 
 
 class Reach:
@@ -97,7 +119,7 @@ class Reach:
             unreached = self._sites[number].unreached(self._number)
             if unreached is not None:
                 self._cut -= {_pair(number, other) for other in others}
-                away = [other for other in others if self._sites[other].address in unreached]
+                away = [other for other in others if self._sites[other].open_address in unreached]
                 self._cut |= {_pair(number, other) for other in away}
         if self._distance <= len(self._sites) // 2:
             self._begin()
@@ -124,7 +146,7 @@ class Reach:
         for number in there:
             others = {(number + d) % count for d in range(self._distance, end)}
             self._asked[number] = sorted(others & set(there))
-            addresses = [self._sites[other].address for other in self._asked[number]]
+            addresses = [self._sites[other].open_address for other in self._asked[number]]
             self._sites[number].test_reach(self._number, addresses)
         self._distance, self._began_at = end, time.monotonic()
 

@@ -47,6 +47,7 @@ class RemoteSite:
     ) -> None:
         self.address = address
         self.name = address.removeprefix("tcp://")
+        self.open_address = ""
         self.here: calls.Here | None = None
         self.gone: str | None = "has not answered yet"
         self.wrong: str | None = None
@@ -249,6 +250,7 @@ class RemoteSite:
 
     def _answered(self, here: calls.Here) -> None:
         self.name = f"{here.name} ({self.address.removeprefix('tcp://')})"
+        self.open_address = f"{self.address.rpartition(':')[0]}:{here.open_port}"
         self.here, problem = here, self._check(here)
         self.busy = bool(here.busy)
         if here.busy:

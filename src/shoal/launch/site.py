@@ -59,8 +59,8 @@ class Site(Protocol):
         """Whether its host is about to go, and wants to be done without."""
 
     @property
-    def address(self) -> str:
-        """Where other hosts reach it; empty: it is the only one."""
+    def open_address(self) -> str:
+        """Where other hosts test whether they reach it; empty: it is the only one."""
 
     def found(self) -> list[Found]:
         """Workers that ran there already, for a coordinator that is lost."""
@@ -156,7 +156,7 @@ class LocalSite:
 
     gone: str | None = None
     leaving = False
-    address = ""
+    open_address = ""
 
     def __init__(self, pool: WorkerPool, *, num_ranks: int, keys: Keys | None = None) -> None:
         """`keys`: those of the run, where it has several hosts; else new ones."""

@@ -16,6 +16,7 @@ from shoal.launch import agent as agents
 from shoal.launch import calls
 from shoal.launch.hang import Sighting
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.reach import unreached
 from shoal.launch.remote_site import RemoteSite
 from shoal.launch.site import LocalSite, Site, Slot
 
@@ -98,7 +99,7 @@ def test_a_remote_site_does_what_a_site_does(host: HeldAgent, sites: Any, tmp_pa
 
 def test_both_kinds_of_sites_have_all_the_calls() -> None:
     calls_of = {name for name in vars(Site) if not name.startswith("_")}
-    kept = {"gone", "leaving", "address"}
+    kept = {"gone", "leaving", "open_address"}
     assert calls_of - kept <= {*dir(RemoteSite)} and calls_of <= {*dir(LocalSite)}
 
 
@@ -222,7 +223,11 @@ def test_an_agent_tests_whom_its_host_reaches(host: HeldAgent, sites: Any, tmp_p
     site = sites(host, run=str(tmp_path))
     heard(site, lambda _: site.gone is None)
     assert site.unreached(4) is None
-    site.test_reach(4, [host.agent.address, "tcp://127.0.0.1:1"])
+    assert site.open_address != host.agent.address, "a port as workers get theirs"
+    for _ in range(5):  # more than wait there at a time
+        assert unreached([site.open_address] * 60) == ()
+        time.sleep(0.3)
+    site.test_reach(4, [site.open_address, "tcp://127.0.0.1:1"])
     heard(site, lambda _: site.unreached(4) is not None)
     assert site.unreached(4) == {"tcp://127.0.0.1:1"} and site.unreached(5) is None
 

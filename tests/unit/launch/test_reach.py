@@ -70,7 +70,7 @@ class Told:
     """A site that answers what it is told to; no address of it leads anywhere."""
 
     def __init__(self, number: int) -> None:
-        self.address, self.gone = f"tcp://h{number}:1", None
+        self.open_address, self.gone = f"tcp://h{number}:1", None
         self.asked: list[Sequence[str]] = []
         self.cannot: set[str] = set()
         self.answers = True

@@ -46,8 +46,8 @@ def unreached(
                 made.connect((host, int(port)))
             except BlockingIOError:
                 selector.register(made, selectors.EVENT_WRITE, address)
-            except OSError:  # a name that means nothing here, or no way that leads there
-                made.close()
+            except (OSError, ValueError, OverflowError):
+                made.close()  # it means nothing here, or no way leads there
                 found.append(address)
             else:
                 made.close()

@@ -246,13 +246,14 @@ class Supervisor:
     def _leave_out(self) -> None:
         """Go on without hosts that do not reach the others."""
         sites = self._hosts.cut_off()
-        if any(one.alive and one.site in sites for one in self.workers):
+        if any(one.alive and not one.done and one.site in sites for one in self.workers):
             self._losses.begin(self._generation)
             self._end_at(sites)
 
     def _end_at(self, sites: Sequence[Site]) -> None:
         """End what runs there; others do its part."""
-        ended = [one for one in self.workers if one.site in sites and one.alive]
+        there = [one for one in self.workers if one.site in sites]
+        ended = [one for one in there if one.alive and not one.done]
         for site in sites:
             site.kill([one.worker for one in ended if one.site is site])
         for one in ended:

@@ -2,8 +2,8 @@
 
 Two hosts may both reach the coordinator and not each other: then no sum over the two ends, and
 neither of them closes anything (docs/design/hosts.md). What is tested is a TCP connection, which
-takes both directions, so a cable that is cut in one of them is cut. Each pair is tested by one of
-the two.
+takes both directions, so a cable that is cut in one of them is cut. Both ends open one, for a
+firewall may let through what one of them opens and not what the other does.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Reach:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self._sites = sites
-        self._cut: set[Pair] = set()
+        self._cut: set[tuple[int, int]] = set()
+        """(Who could not connect, to whom)."""
         self._asked: dict[int, list[int]] = {}
         """Of the round under way: whom each host tests."""
         self._began_at = 0.0
@@ -118,10 +119,10 @@ class Reach:
         for number, others in self._asked.items():
             unreached = self._sites[number].unreached(self._number)
             if unreached is not None:
-                self._cut -= {_pair(number, other) for other in others}
+                self._cut -= {(number, other) for other in others}
                 away = [other for other in others if self._sites[other].open_address in unreached]
-                self._cut |= {_pair(number, other) for other in away}
-        if self._distance <= len(self._sites) // 2:
+                self._cut |= {(number, other) for other in away}
+        if self._distance < len(self._sites):
             self._begin()
             return False
         self.under_way = False
@@ -131,7 +132,8 @@ class Reach:
 
     def cut(self, there: Collection[int]) -> set[Pair]:
         """Pairs of the hosts `there` that do not reach each other, as far as is known."""
-        return {pair for pair in self._cut if pair[0] in there and pair[1] in there}
+        found = (pair for pair in self._cut if pair[0] in there and pair[1] in there)
+        return {(min(pair), max(pair)) for pair in found}
 
     def _waits_for(self, number: int) -> bool:
         site = self._sites[number]
@@ -140,7 +142,7 @@ class Reach:
     def _begin(self) -> None:
         """The next round: each host tests those that follow it at some distances in the ring."""
         count = len(self._sites)
-        end = min(self._distance + MOST_ADDRESSES, count // 2 + 1)
+        end = min(self._distance + MOST_ADDRESSES, count)
         there = [number for number, site in enumerate(self._sites) if site.gone is None]
         self._number, self._asked = self._number + 1, {}
         for number in there:
@@ -149,10 +151,6 @@ class Reach:
             addresses = [self._sites[other].open_address for other in self._asked[number]]
             self._sites[number].test_reach(self._number, addresses)
         self._distance, self._began_at = end, time.monotonic()
-
-
-def _pair(one: int, other: int) -> Pair:
-    return (one, other) if one < other else (other, one)
 
 
 def fewest_left_out(pairs: Iterable[Pair], *, idle: Collection[int] = ()) -> set[int]:

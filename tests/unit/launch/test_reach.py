@@ -57,10 +57,10 @@ def test_of_forty_hosts_as_many_stay_as_networkx_finds(seed: int) -> None:
 
 def test_a_switch_that_falls_in_two_costs_the_smaller_part() -> None:
     """Also of many hosts, and within a moment."""
-    began = time.monotonic()
+    began = time.process_time()
     pairs = set(itertools.product(range(200), range(200, 500)))
     assert fewest_left_out(pairs) == set(range(200))
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert fewest_left_out([(1, 2)]) == {2}, "the first one stays"
     assert fewest_left_out([(1, 2)], idle=[1]) == {1}, "whoever is at work stays"
     assert fewest_left_out([]) == set()

@@ -157,12 +157,14 @@ class Host:
         self.kill()
 
     def use_cores(self, share: float) -> None:
-        """At most so many cores from now on, for all that is started there."""
+        """At most so many cores from now on, for all that runs there."""
         assert _CPU.is_dir(), "control groups of version 1 have a folder for each resource"
         self._group.mkdir(exist_ok=True)
         (self._group / "cpu.cfs_period_us").write_text("100000")
         (self._group / "cpu.cfs_quota_us").write_text(str(int(share * 100_000)))
-        (self._group / "cgroup.procs").write_text(str(self.pid))
+        for pid in call("ip", "netns", "pids", self.space).split():
+            with contextlib.suppress(ProcessLookupError):
+                (self._group / "cgroup.procs").write_text(pid)
 
     def rate(self, rate: str) -> None:
         """Of its cable in both directions, such as 100mbit."""
@@ -252,6 +254,11 @@ class Lab:
     def cut_one_way(self, source: Host, target: Host) -> None:
         """Drop what goes from one host to the other; the way back stays."""
         self._drop(f"iifname {source.port} oifname {target.port}")
+
+    def refuse(self, source: Host, target: Host, *, but: int) -> None:
+        """Drop what opens a connection from one host to the other, at all ports `but` one."""
+        ports = f"tcp flags & (syn|ack) == syn tcp dport != {but}"
+        self._drop(f"iifname {source.port} oifname {target.port} {ports}")
 
     def lose(self, host: Host, share: float) -> None:
         """Drop this share of the frames that a host sends."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,12 @@ LONG = ("train.steps=100000", "train.evaluate_every_steps=50000", "checkpoint.ev
 class Cluster:
     """Three hosts with an agent each; coordinators run on the first."""
 
-    def __init__(self, lab: Lab, folder: Path) -> None:
+    def __init__(
+        self, lab: Lab, folder: Path, *, environments: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        """`environments`: of the agents, by host."""
         self.lab, self.folder, self.hosts = lab, folder, lab.hosts
+        self._environments = environments or {}
         self.agents: dict[str, subprocess.Popen[str]] = {}
         self.keys = folder / "keys"
         for host in self.hosts:
@@ -38,7 +42,12 @@ class Cluster:
     def start_agent(self, host: Host, *more: str) -> None:
         words = shoal("agent", "--listen", host.address, "--keys", self.keys, *more)
         with (self.folder / f"{host.name}.log").open("a") as log:
-            self.agents[host.name] = host.start(*words, stdout=log, stderr=subprocess.STDOUT)
+            self.agents[host.name] = host.start(
+                *words,
+                env=self._environments.get(host.name),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def file(self, count: int) -> Path:
         path = self.folder / f"hosts-{count}"
@@ -78,13 +87,13 @@ class Training:
         found = read_lines(self.run.path / "events.jsonl")
         return [row for row in found if row["event"] == name]
 
-    def lose(self, how: Callable[[], object]) -> float:
+    def lose(self, how: Callable[[], object], *, event: str = "lost") -> float:
         """Seconds from a loss to the next step that is committed after it was noticed."""
         self.until(lambda: self.steps() > 5)
-        before = len(self.events("lost"))
+        before = len(self.events(event))
         began = time.monotonic()
         how()
-        self.until(lambda: len(self.events("lost")) > before)
+        self.until(lambda: len(self.events(event)) > before)
         steps = self.steps()
         self.until(lambda: self.steps() > steps)
         return time.monotonic() - began

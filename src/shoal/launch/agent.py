@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -26,6 +28,7 @@ from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.reach import open_port, turn_away, unreached
 from shoal.launch.site import LocalSite, Slot
 
 TARGETS = ("shoal.launch.worker:run",)
@@ -37,7 +40,11 @@ SEEN_SECONDS = 0.2
 
 
 def facts(
-    *, busy: str = "", missing: tuple[str, ...] = (), running: tuple[calls.Running, ...] = ()
+    *,
+    busy: str = "",
+    missing: tuple[str, ...] = (),
+    running: tuple[calls.Running, ...] = (),
+    open_port: int = 0,
 ) -> calls.Here:
     """What this host is."""
     return calls.Here(
@@ -50,6 +57,7 @@ def facts(
         busy=busy,
         missing=missing,
         running=running,
+        open_port=open_port,
     )
 
 
@@ -81,6 +89,8 @@ class Agent:
             self._context.destroy(linger=0)
             raise
         self.address = self._guard.address
+        self._open = open_port(bind)
+        self._guard.register(self._open.fileno())
         self._decoder = msgspec.msgpack.Decoder(calls.ToAgent)
         self._peer: bytes | None = None
         self._hello = calls.Hello(coordinator="", nonce="", run="")
@@ -88,6 +98,7 @@ class Agent:
         self._workers: dict[int, Worker] = {}
         self._states: dict[int, calls.Running] = {}
         self._watched: set[int] = set()
+        self._tested: deque[calls.Reached] = deque()
         self._heard_at = self._turned_at = self._signed_at = 0.0
         self.ended: int | None = None
         """Exit status of the last run, once it has ended."""
@@ -108,6 +119,7 @@ class Agent:
         """End the workers and stop listening."""
         self._leave()
         self._guard.close()
+        self._open.close()
         self._context.destroy(linger=0)
 
     def turn(self) -> None:
@@ -117,6 +129,8 @@ class Agent:
         if self._guard.socket in ready:
             while self._guard.socket.poll(0):
                 self._hear(self._guard.socket.recv_multipart())
+        if self._open.fileno() in ready:
+            turn_away(self._open)
         self._pass_on()
         self._check_lease()
 
@@ -153,7 +167,8 @@ class Agent:
             self._say(f"at work for {hello.run}, as {hello.coordinator} says")
         left = {n for n, worker in self._workers.items() if worker.status is None}
         running = tuple(each for n, each in self._states.items() if n in left and not missing)
-        self._answer(facts(missing=missing, running=running), peer=peer)
+        port = int(self._open.getsockname()[1])
+        self._answer(facts(missing=missing, running=running, open_port=port), peer=peer)
 
     def _follow(self, message: calls.ToAgent) -> None:
         site = self._site
@@ -165,6 +180,8 @@ class Agent:
             self._leave()
             self.ended = message.status
             self._say(f"the run has ended (status {message.status})")
+        elif isinstance(message, calls.AskReach):
+            threading.Thread(target=self._test, args=(message,), name="reach", daemon=True).start()
         elif not isinstance(message, calls.Alive | calls.Hello) and message.worker in self._workers:
             worker = self._workers[message.worker]
             if isinstance(message, calls.Order):
@@ -190,6 +207,10 @@ class Agent:
         self._workers[message.worker] = started
         self._states[message.worker] = calls.Running(worker=message.worker, rank=message.index)
 
+    def _test(self, asked: calls.AskReach) -> None:
+        found = unreached(asked.addresses)
+        self._tested.append(calls.Reached(number=asked.number, unreached=found))
+
     def _answer(self, message: calls.ToCoordinator, *, peer: bytes | None = None) -> None:
         whom = peer or self._peer
         if whom is not None:
@@ -214,6 +235,7 @@ class Agent:
         if self._site is not None:
             self._site.close()
         self._site, self._peer = None, None
+        self._tested.clear()
         self._workers.clear()
         self._states.clear()
 
@@ -239,6 +261,8 @@ class Agent:
             for _ in self._pool.events(timeout_seconds=0.0, only=[]):
                 pass
             return
+        while self._tested:
+            self._answer(self._tested.popleft())
         numbers = {id(worker): number for number, worker in self._workers.items()}
         for worker, message in site.events(timeout_seconds=0.0):
             number = numbers[id(worker)]

@@ -82,6 +82,13 @@ class AskStack(_Message, frozen=True):
     stopped: bool
 
 
+class AskReach(_Message, frozen=True):
+    """Do connections to these places come about?"""
+
+    number: Count
+    addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
+
+
 class Alive(_Message, frozen=True):
     """Nothing but that the coordinator is there."""
 
@@ -119,6 +126,8 @@ class Here(_Message, frozen=True):
     """What it does not see of the run, in words."""
     running: tuple[Running, ...] = ()
     """What a coordinator that `adopts` goes on with."""
+    open_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    """One that the system chose, as those of workers: others test whether they reach it."""
 
 
 class Leaving(_Message, frozen=True):
@@ -148,8 +157,15 @@ class Stack(_Message, frozen=True):
     text: str
 
 
-ToAgent = Hello | Start | Order | Signal | AskStack | Alive | Bye
-ToCoordinator = Here | Leaving | Said | Seen | Stack
+class Reached(_Message, frozen=True):
+    """The answer to `AskReach`."""
+
+    number: Count
+    unreached: tuple[Text, ...] = ()
+
+
+ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | Alive | Bye
+ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached
 
 
 def folder_digest(folder: Path) -> str:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from shoal.config.load import resolve
+from shoal.config.recipe import Recipe
 from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores
 from shoal.errors import UserError
@@ -19,6 +20,7 @@ from shoal.launch.directory import is_run
 from shoal.launch.local import Result, train
 from shoal.launch.over_hosts import OverHosts
 from shoal.launch.pool import WorkerPool
+from shoal.launch.prepare import source_digest
 from shoal.launch.registry.etcd import Etcd
 from shoal.launch.registry.membership import Membership
 from shoal.launch.registry.records import HostFacts, Spec
@@ -55,6 +57,23 @@ class Servers:
         )
 
 
+def name_of(run: Path, *, secret: bytes) -> str:
+    """Of a run in the registry: nobody without its secret can tell which folder it is."""
+    return hashlib.blake2b(str(run).encode(), key=secret[:64], digest_size=12).hexdigest()
+
+
+def spec_of(recipe: Recipe, *, run: Path) -> Spec:
+    """What all coordinators of a run have alike. Raises what reading a source of data raises."""
+    return Spec(
+        shoal=version("shoal"),
+        torch=version("torch"),
+        code=code_hash(),
+        recipe=recipe.model_dump_json(),
+        data=source_digest(recipe),
+        run=str(run),
+    )
+
+
 def train_elected(
     recipe: str,
     overrides: Sequence[str],
@@ -66,10 +85,11 @@ def train_elected(
 ) -> Result:
     """As `train`, by whichever coordinator leads; one that goes on takes up the last save.
 
-    Raises Stopped where another coordinator has ended the run.
+    Raises Stopped where another coordinator has ended the run, RunError where this host's recipe,
+    data or version of shoal is another than theirs.
     """
     run = out.resolve()
-    name = hashlib.blake2b(str(run).encode(), key=hosts.secret[:64], digest_size=12).hexdigest()
+    name = name_of(run, secret=hosts.secret)
     me = HostFacts(
         host=f"{socket.gethostname()}-{secrets.token_hex(4)}",
         name=socket.gethostname(),
@@ -78,16 +98,9 @@ def train_elected(
         cores=usable_cores(),
     )
     resolved = resolve(recipe, [*overrides])
-    digest = hashlib.blake2b(resolved.model_dump_json().encode(), digest_size=12).hexdigest()
-    spec = Spec(
-        shoal=version("shoal"),
-        torch=version("torch"),
-        code=code_hash(),
-        recipe=digest,
-        data="as the agents see it",
-        run=str(run),
-    )
     with Console() as console:
+        console.phase("reading the data, for other coordinators to compare")
+        spec = spec_of(resolved, run=run)
         membership = Membership(servers.store(name), me)
         with Candidate(membership, spec, say=console.line) as candidate:
 

@@ -3,6 +3,7 @@
 A replica belongs to one host. When that has gone, the others go on without its replicas where the
 recipe lets the degree shrink that far; else these start on another host, the least busy one. A host
 that comes back gets its replicas again, after a rest that grows with every time it has gone.
+Of hosts that do not reach each other the fewest are left out until they do (launch/reach.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 from shoal.errors import WorkerError
 from shoal.launch.cluster import host_of_rank
+from shoal.launch.hang import Sighting
+from shoal.launch.reach import Reach, fewest_left_out
 from shoal.launch.site import Site
 from shoal.launch.supervised import SupervisedWorker
 from shoal.layout import Layout
@@ -20,6 +23,10 @@ from shoal.layout import Layout
 _TOGETHER_SECONDS = 1.0
 _REST_SECONDS = 10.0
 _LONGEST_REST_SECONDS = 160.0
+_SILENT_SECONDS = 3.0
+"""Without a sign of any worker: then hosts test whether they reach each other."""
+_TEST_AGAIN_SECONDS = 10.0
+_TEST_LEFT_OUT_SECONDS = 5.0
 
 
 class Hosts:
@@ -41,6 +48,33 @@ class Hosts:
         """Those that a person wants to do without."""
         self._drained: set[int] = set()
         self._asked_at: float | None = None
+        self._reach = Reach(sites)
+        self._left_out: set[int] = set()
+        self._cut_off: list[Site] = []
+        self._doubts = False
+        self.doubt()
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a generation had better wait until it is known who reaches whom."""
+        return self._doubts and self._reach.under_way
+
+    def doubt(self) -> None:
+        """Find out who reaches whom before the next generation."""
+        self._doubts = True
+        self._reach.ask()
+
+    def watch(self, seen: Sequence[Sighting]) -> None:
+        """Find it out when nobody has given a sign for a while: who sums over a cut cable waits."""
+        silent = min((one.silent_seconds for one in seen), default=0.0)
+        again = time.monotonic() - self._reach.asked_at > _TEST_AGAIN_SECONDS
+        if silent > _SILENT_SECONDS and again and not self._reach.under_way:
+            self.doubt()
+
+    def cut_off(self) -> list[Site]:
+        """Those that are left out from now on."""
+        found, self._cut_off = self._cut_off, []
+        return found
 
     def own(self, rank: int) -> Site:
         """The site that a rank's replica belongs to."""
@@ -70,16 +104,27 @@ class Hosts:
     def look(self) -> list[Site]:
         """Say who has gone or is back; the sites that may be used again from now on."""
         ready = []
+        if self._reach.look():
+            self._weigh()
+        late = time.monotonic() - self._reach.asked_at > _TEST_LEFT_OUT_SECONDS
+        if self._left_out and late and not self._reach.under_way:
+            self._reach.ask()
         for number, site in enumerate(self._sites):
             if site.gone is not None and number not in self._gone:
                 self._gone[number] = f"{name_of(site)} {site.gone}"
+                self._left_out.discard(number)
                 self._times[number] += 1
                 self._back_at.pop(number, None)
                 text = f"{self._gone[number]}: its workers count as dead"
                 self._tell("host-lost", {"host": name_of(site), "text": text})
             elif site.gone is None and number in self._gone:
-                self._wait(number, site)
-            if number in self._back_at and time.monotonic() >= self._back_at[number]:
+                del self._gone[number]
+                self._drained.discard(number)
+                self._leaving.discard(number)
+                self._rest(number, f"{name_of(site)} is back")
+                self.doubt()
+            rests = time.monotonic() < self._back_at.get(number, 0.0) or self.in_doubt
+            if number in self._back_at and not rests:
                 del self._back_at[number]
                 ready.append(site)
         return ready
@@ -109,20 +154,40 @@ class Hosts:
             self._tell("drain", {"host": name_of(self._sites[number]), "text": text})
         return [self._sites[number] for number in sorted(new)], not left
 
-    def _wait(self, number: int, site: Site) -> None:
-        del self._gone[number]
-        self._drained.discard(number)
-        self._leaving.discard(number)
+    def _weigh(self) -> None:
+        """Leave out those that are in the way of the others, and take in those that are no more."""
+        self._doubts = False
+        there = {n for n, site in enumerate(self._sites) if site.gone is None} - self._drained
+        pairs = self._reach.cut(there)
+        out = fewest_left_out(pairs, idle={*self._left_out, *self._back_at})
+        back, new = self._left_out - out, sorted(out - self._left_out)
+        self._left_out = out
+        for number in sorted(back & there):
+            self._rest(number, f"{name_of(self._sites[number])} reaches all others again")
+        if new:
+            for number in new:
+                self._times[number] += 1
+                self._back_at.pop(number, None)
+            self._cut_off += [self._sites[number] for number in new]
+            names = [name_of(site) for site in self._sites]
+            gone = [names[number] for number in new]
+            cut = [[names[number] for number in pair] for pair in sorted(pairs)]
+            who = "; ".join(" and ".join(pair) for pair in cut)
+            text = f"{who} do not reach each other: {', '.join(gone)} left out"
+            self._tell("left-out", {"hosts": gone, "pairs": cut, "text": text})
+
+    def _rest(self, number: int, what: str) -> None:
         rest = 0.0
         if self._times[number] > 1:
             rest = min(_REST_SECONDS * 2.0 ** (self._times[number] - 2), _LONGEST_REST_SECONDS)
         self._back_at[number] = time.monotonic() + rest
         after = f", and is used again in {rest:.0f} s" if rest else ""
-        self._tell("host-back", {"host": name_of(site), "text": f"{name_of(site)} is back{after}"})
+        self._tell("host-back", {"host": name_of(self._sites[number]), "text": what + after})
 
     def _is_there(self, site: Site) -> bool:
         number = self._sites.index(site)
-        return site.gone is None and number not in self._back_at and number not in self._drained
+        away = self._drained | self._left_out | self._back_at.keys()
+        return site.gone is None and number not in away
 
     def _number(self, rank: int) -> int:
         return host_of_rank(self._layout, rank, num_hosts=len(self._sites))

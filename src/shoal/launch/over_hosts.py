@@ -28,6 +28,7 @@ from shoal.launch.choose import choose_joined
 from shoal.launch.cluster import Cluster, Host, host_of_rank
 from shoal.launch.directory import NOTE
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.reach import Pair, Reach
 from shoal.launch.registry.membership import Fenced
 from shoal.launch.registry.registered import Registered
 from shoal.launch.remote_site import RemoteSite
@@ -142,6 +143,8 @@ class OverHosts:
         status, another_leads = 1, False
         try:
             self._gather(sites, ready=lambda site: site.gone is None, console=console)
+            if not self.without:
+                _check_reach(sites)
             for site in sites:
                 site.begin()
             at, registered = _own_address(self.addresses), None
@@ -217,6 +220,27 @@ class OverHosts:
             if missing and now - said_at > 2.0 and now - began > 1.0:
                 said_at = now
                 console.phase(f"waiting for the agents of {', '.join(missing)}")
+
+
+def _check_reach(sites: Sequence[RemoteSite]) -> None:
+    """Raises RunError for hosts that do not reach each other, after a second test."""
+    reach, there, cut = Reach(sites), range(len(sites)), set[Pair]()
+    for _ in range(2):
+        reach.ask()
+        while reach.under_way:
+            for site in sites:
+                for _ in site.events(timeout_seconds=0.05 / len(sites)):
+                    pass
+            reach.look()
+        cut = reach.cut(there)
+        if not cut:
+            return
+    pairs = "\n    ".join(f"{sites[a].name} and {sites[b].name}" for a, b in sorted(cut))
+    raise RunError(
+        f"hosts do not reach each other, though this process reaches them:\n    {pairs}\n"
+        "    workers connect to each other at ports that the system chooses; look for a firewall, "
+        "or leave a host out of --hosts"
+    )
 
 
 class _Meetings:

@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from shoal.config.locked import Difference
 from shoal.config.recipe import ConfiguredModel, PretrainedModel, Recipe
 from shoal.data import registry
@@ -147,6 +149,15 @@ def specs_of(recipe: Recipe) -> tuple[list[SourceSpec], list[SourceSpec]]:
     if held.split is not None:
         return specs, [replace(each, split=held.split, max_samples=None) for each in specs]
     return specs, []
+
+
+def source_digest(recipe: Recipe) -> str:
+    """Hash of the content of all that is trained and evaluated on, which hosts must have alike.
+
+    Raises what reading a source raises.
+    """
+    specs = [[spec.content_key for spec in some] for some in specs_of(recipe)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(specs).encode())
 
 
 def _texts(spec: SourceSpec) -> Iterator[str]:

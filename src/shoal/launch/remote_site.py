@@ -47,6 +47,7 @@ class RemoteSite:
     ) -> None:
         self.address = address
         self.name = address.removeprefix("tcp://")
+        self.open_address = ""
         self.here: calls.Here | None = None
         self.gone: str | None = "has not answered yet"
         self.wrong: str | None = None
@@ -64,6 +65,7 @@ class RemoteSite:
         self._next = 0
         self._happened: deque[tuple[Worker, dict[str, Any] | None]] = deque()
         self._seen, self._beats = calls.Seen(), dict[int, Beat]()
+        self._reached = calls.Reached(number=0)
         self._stacks: dict[int, str] = {}
         now = time.monotonic()
         self._seen_at = self._heard_at = self._polled_at = self._said_at = now
@@ -127,11 +129,13 @@ class RemoteSite:
 
     def sightings(self) -> list[Sighting]:
         late = time.monotonic() - self._seen_at
-        running = {r for n, w in self._workers.items() if w.status is None for r in self._ranks[n]}
+        now = {n: w for n, w in self._workers.items() if w.status is None}
+        running = {rank for number in now for rank in self._ranks[number]}
+        pids = {None, *(worker.pid for worker in now.values())}  # else of whom it has replaced
         return [
             replace(one, silent_seconds=one.silent_seconds + late)
             for one in self._seen.sightings
-            if one.rank in running
+            if one.rank in running and one.pid in pids
         ]
 
     def last_beat(self, rank: int) -> Beat | None:
@@ -158,6 +162,13 @@ class RemoteSite:
 
     def memory_kills(self) -> int:
         return self._seen.memory_kills
+
+    def test_reach(self, number: int, addresses: Sequence[str]) -> None:
+        self._send(calls.AskReach(number=number, addresses=tuple(addresses)))
+
+    def unreached(self, number: int) -> frozenset[str] | None:
+        found = self._reached
+        return frozenset(found.unreached) if found.number == number else None
 
     def close(self, *, status: int | None = None, another_leads: bool = False) -> None:
         """The run has ended, with this exit status; the agent ends what still runs.
@@ -220,6 +231,8 @@ class RemoteSite:
             self.leaving = True
         elif isinstance(message, calls.Stack):
             self._stacks[message.worker] = message.text
+        elif isinstance(message, calls.Reached):
+            self._reached = message
         elif isinstance(message, calls.Seen):
             self._seen, self._seen_at = message, time.monotonic()
             for number, pid in message.pids.items():
@@ -237,6 +250,7 @@ class RemoteSite:
 
     def _answered(self, here: calls.Here) -> None:
         self.name = f"{here.name} ({self.address.removeprefix('tcp://')})"
+        self.open_address = f"{self.address.rpartition(':')[0]}:{here.open_port}"
         self.here, problem = here, self._check(here)
         self.busy = bool(here.busy)
         if here.busy:

@@ -58,6 +58,10 @@ class Site(Protocol):
     def leaving(self) -> bool:
         """Whether its host is about to go, and wants to be done without."""
 
+    @property
+    def open_address(self) -> str:
+        """Where other hosts test whether they reach it; empty: it is the only one."""
+
     def found(self) -> list[Found]:
         """Workers that ran there already, for a coordinator that is lost."""
 
@@ -101,6 +105,12 @@ class Site(Protocol):
 
     def memory_kills(self) -> int:
         """Processes that this host has ended for want of memory so far."""
+
+    def test_reach(self, number: int, addresses: Sequence[str]) -> None:
+        """Begin to find out which other hosts it reaches; `number` of the test."""
+
+    def unreached(self, number: int) -> frozenset[str] | None:
+        """Addresses that it does not reach, by that test; None: it has not said so yet."""
 
     def close(self) -> None:
         """End what still runs and clear up."""
@@ -146,6 +156,7 @@ class LocalSite:
 
     gone: str | None = None
     leaving = False
+    open_address = ""
 
     def __init__(self, pool: WorkerPool, *, num_ranks: int, keys: Keys | None = None) -> None:
         """`keys`: those of the run, where it has several hosts; else new ones."""
@@ -238,6 +249,12 @@ class LocalSite:
 
     def memory_kills(self) -> int:
         return oom_kills()
+
+    def test_reach(self, number: int, addresses: Sequence[str]) -> None:
+        return
+
+    def unreached(self, number: int) -> frozenset[str] | None:
+        return frozenset()
 
     def close(self) -> None:
         running = [each.worker for each in self._started.values() if each.worker.status is None]

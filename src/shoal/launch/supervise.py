@@ -24,11 +24,11 @@ from shoal.errors import Stopped
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.cluster import Cluster, NotYet
-from shoal.launch.deaths import death_of
 from shoal.launch.directory import has_checkpoint, hosts_to_drain, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
 from shoal.launch.hosts import Hosts, name_of
 from shoal.launch.lanes import Lanes
+from shoal.launch.losses import Losses
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
 from shoal.launch.pool import Worker, WorkerPool
@@ -40,7 +40,6 @@ from shoal.launch.supervised import (
     generation_orders,
     left_behind,
     left_by_another,
-    memory_kills,
     stacks,
 )
 from shoal.observe.console import Console
@@ -107,7 +106,7 @@ class Supervisor:
         self._threads = job.decision.workers == "threads" and self._layout.workers > 1
         self._size = 1 if self._threads else self._layout.workers
         self._ranks = self._layout.workers
-        self._retries, self._limit = launch.retries, launch.time_limit_seconds
+        self._limit = launch.time_limit_seconds
         self._apart = isinstance(job.recipe.sync, Server)
         """Whether each replica is a generation of its own, and meets the others at servers."""
         self._fewest = job.recipe.parallel.fewest_replicas or self._layout.replicate
@@ -125,17 +124,10 @@ class Supervisor:
         self._run = job.run
         self._generation = 0
         self._members: list[int] = []
-        self._counted = 0
         self._held_back = False
         """Whether a generation could begin, and the cluster does not let it yet."""
-        self._failures: Counter[int] = Counter()
-        self._places: dict[int, tuple[int, str]] = {}
-        """Step and place of each rank's last error: the same twice is no accident."""
-        self._memory_kills = memory_kills(sites)
+        self._losses = Losses(sites, retries=launch.retries)
         self._began = self._looked = time.monotonic()
-        self._hurt_at: float | None = None
-        self._hurt_in = 0
-        """The generation that was lost."""
         self._ending: float | None = None
         self._servers = Servers(job, sites=sites, cluster=cluster) if self._apart else None
         if self._servers is not None:
@@ -188,6 +180,8 @@ class Supervisor:
             # else it has left an older one, as it was told to
             if message["generation"] >= one.generation:
                 one.waiting = True
+                if message["lost"] and self._losses.is_stillborn(message["generation"]):
+                    self._hosts.doubt()
                 self._form()
         elif kind == "step":
             self._stepped(message)
@@ -206,12 +200,9 @@ class Supervisor:
             self._attempt.hear(message)
 
     def _stepped(self, message: dict[str, Any]) -> None:
-        newer = message["generation"] == self._generation > self._hurt_in
-        if self._hurt_at is not None and newer:
-            seconds = time.monotonic() - self._hurt_at
-            self._hurt_at = None
-            text = f"step {message['step']} committed {seconds:.2f} s after the loss was noticed"
-            self._tell("recovered", {"step": message["step"], "seconds": seconds, "text": text})
+        recovered = self._losses.recovered(message, generation=self._generation)
+        if recovered is not None:
+            self._tell("recovered", recovered)
         slow = self._pace.note(message)
         if slow is not None:
             self._tell("slow-worker", slow)
@@ -250,9 +241,22 @@ class Supervisor:
             if not self._asked:
                 self._asked.append(signal.SIGTERM)
             return
+        self._end_at(sites)
+
+    def _leave_out(self) -> None:
+        """Go on without hosts that do not reach the others."""
+        sites = self._hosts.cut_off()
+        if any(one.alive and not one.done and one.site in sites for one in self.workers):
+            self._losses.begin(self._generation)
+            self._end_at(sites)
+
+    def _end_at(self, sites: Sequence[Site]) -> None:
+        """End what runs there; others do its part."""
+        there = [one for one in self.workers if one.site in sites]
+        ended = [one for one in there if one.alive and not one.done]
         for site in sites:
-            site.kill([one.worker for one in leaving if one.site is site])
-        for one in leaving:
+            site.kill([one.worker for one in ended if one.site is site])
+        for one in ended:
             self._recover(one)
 
     def _order(self, order: dict[str, Any]) -> None:
@@ -271,6 +275,7 @@ class Supervisor:
         if self._servers is not None:
             self._servers.look()
         self._welcome()
+        self._leave_out()
         self._cluster.look()
         if self._held_back:
             self._form()
@@ -278,6 +283,7 @@ class Supervisor:
             one.done = True
             one.site.signal(one.worker, signal.SIGKILL)
         seen = self.sightings()
+        self._hosts.watch(seen)
         self._lanes.look(seen)
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)
@@ -306,35 +312,15 @@ class Supervisor:
         if self._attempt.user_error() is not None:
             self._ending = self._ending or time.monotonic() + _GRACE_SECONDS
             return
-        beat = one.site.last_beat(one.rank)
-        kills = memory_kills(self._sites)
-        death = death_of(
-            rank=one.rank,
-            status=one.worker.status or 0,
-            step=beat.step if beat is not None else 0,
-            where=beat.where if beat is not None else "starting",
-            error=one.error,
-            stuck=one.stuck,
-            gone=one.site.gone,
-            ran_out=kills > self._memory_kills,
-        )
-        self._memory_kills = kills
+        death = self._losses.examine(one)
         fields = {"rank": death.rank, "why": death.kind, "step": death.step, "where": death.where}
         text = f"{death.text} ({death.where})"
         self._tell("lost", {**fields, "text": text, "noticed_at": time.monotonic()})
-        # what one loss brings about is one
-        with_its_host = one.site.gone is not None and 0 < one.generation < self._generation
-        if not with_its_host and (one.generation == 0 or self._counted != self._generation):
-            self._counted = self._generation
-            self._failures[death.step] += 1
-        times = self._failures[death.step]
-        most = min(self._retries, 1) if death.kind == "out-of-memory" else self._retries
-        again = bool(death.place) and self._places.get(one.rank) == (death.step, death.place)
-        self._places[one.rank] = death.step, death.place
-        if again or times > most or (self._passed_on and not self._survives(one)):
+        times, too_often, again = self._losses.count(one, death, generation=self._generation)
+        if too_often or (self._passed_on and not self._survives(one)):
             doctor = explained(self._job, death)
             raise gave_up(death, times=times, run=self._run, doctor=doctor, again=again)
-        self._hurt_at, self._hurt_in = self._hurt_at or time.monotonic(), self._generation
+        self._losses.begin(self._generation)
         self._recover(one)
 
     def _survives(self, lost: SupervisedWorker, *, without: bool = False) -> bool:
@@ -399,7 +385,7 @@ class Supervisor:
         if not left:
             return False
         self._generation = max(one.generation for one in left)
-        self._hurt_at, self._hurt_in = time.monotonic(), self._generation
+        self._losses.begin(self._generation)
         self.workers, self._members = left, [one.rank for one in left]
         for one in left:
             one.site.send(one.worker, {"order": "lost", "number": one.generation})
@@ -455,7 +441,7 @@ class Supervisor:
         there = sum(not one.absent for one in self.workers)
         enough = there if self._threads or not self._members else self._fewest * size
         self._held_back = changed and len(members) >= enough
-        if self._held_back:
+        if self._held_back and not self._hosts.in_doubt:
             self._announce(members)
 
     def _form_apart(self) -> None:

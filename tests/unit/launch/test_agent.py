@@ -14,7 +14,9 @@ from held_agent import SECRET, HeldAgent
 from shoal.comm.keys import Keys
 from shoal.launch import agent as agents
 from shoal.launch import calls
+from shoal.launch.hang import Sighting
 from shoal.launch.pool import Worker, WorkerPool
+from shoal.launch.reach import unreached
 from shoal.launch.remote_site import RemoteSite
 from shoal.launch.site import LocalSite, Site, Slot
 
@@ -97,7 +99,7 @@ def test_a_remote_site_does_what_a_site_does(host: HeldAgent, sites: Any, tmp_pa
 
 def test_both_kinds_of_sites_have_all_the_calls() -> None:
     calls_of = {name for name in vars(Site) if not name.startswith("_")}
-    kept = {"gone", "leaving"}
+    kept = {"gone", "leaving", "open_address"}
     assert calls_of - kept <= {*dir(RemoteSite)} and calls_of <= {*dir(LocalSite)}
 
 
@@ -215,6 +217,33 @@ def test_another_program_is_refused(host: HeldAgent, sites: Any) -> None:
     site = sites(host, check=lambda here: f"has torch {here.torch}, we another")
     heard(site, lambda _: site.wrong)
     assert "has torch 2." in site.wrong and site.gone is not None
+
+
+def test_an_agent_tests_whom_its_host_reaches(host: HeldAgent, sites: Any, tmp_path: Path) -> None:
+    site = sites(host, run=str(tmp_path))
+    heard(site, lambda _: site.gone is None)
+    assert site.unreached(4) is None
+    assert site.open_address != host.agent.address, "a port as workers get theirs"
+    for _ in range(5):  # more than wait there at a time
+        assert unreached([site.open_address] * 60) == ()
+        time.sleep(0.3)
+    site.test_reach(4, [site.open_address, "tcp://127.0.0.1:1"])
+    heard(site, lambda _: site.unreached(4) is not None)
+    assert site.unreached(4) == {"tcp://127.0.0.1:1"} and site.unreached(5) is None
+
+
+def test_who_replaces_a_worker_is_not_seen_as_that_one(
+    host: HeldAgent, sites: Any, tmp_path: Path
+) -> None:
+    """What was seen last of a rank that waited too long had its successor ended as well."""
+    site = sites(host, run=str(tmp_path))
+    first = started(site)
+    heard(site, lambda _: any(seen.beat is not None for seen in site.sightings()))
+    site.kill([first])
+    site._seen = calls.Seen(sightings=(Sighting(0, first.pid, None, 99.0, "sleeps"),))
+    started(site)
+    assert site.sightings() == []
+    heard(site, lambda _: [seen.pid != first.pid for seen in site.sightings()] == [True])
 
 
 def test_an_agent_starts_what_trains_and_nothing_else(

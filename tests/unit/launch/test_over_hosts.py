@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from held_agent import SECRET, HeldAgent
 from shoal.config.load import load_recipe
 from shoal.environment import AGENT_PORT
 from shoal.errors import ConfigError, RunError, Stopped, UserError
-from shoal.launch import local
+from shoal.launch import agent, hosts, local
 from shoal.launch.clusters.hosts_file import commands, read_hosts
 from shoal.launch.directory import has_checkpoint, is_run
 from shoal.launch.over_hosts import OverHosts
@@ -134,6 +134,52 @@ def test_a_silent_host_is_done_without_and_comes_back(
     assert steps == list(range(1, len(steps) + 1))
     clean = bench.train(*exact, f"train.stop_after_steps={min(len(steps), 200)}")
     assert Run(run.out).losses[:200] == clean.losses[:200]
+
+
+def test_a_host_that_does_not_reach_the_others_is_left_out(
+    bench: Bench, agents: list[HeldAgent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As agents say, at every test until it is over. tests/hosts cuts real cables."""
+    cut, real = threading.Event(), agent.unreached
+
+    def said(addresses: Sequence[str]) -> tuple[str, ...]:
+        return tuple(addresses) if cut.is_set() else real(addresses)
+
+    monkeypatch.setattr(agent, "unreached", said)
+    for name, seconds in (("SILENT", -1.0), ("TEST_AGAIN", 0.5), ("TEST_LEFT_OUT", 0.5)):
+        monkeypatch.setattr(hosts, f"_{name}_SECONDS", seconds)
+    exact = ("train.exact=true", "parallel.replicate={min: 1, max: 2}", *LONG)
+    run = Training(bench, over(agents), *exact)
+    try:
+        run.wait_for(lambda: run.steps() > 5)
+        cut.set()
+        run.wait_for(lambda: bool(run.events("recovered")))
+        (left_out,) = run.events("left-out")
+        assert agents[1].agent.address.removeprefix("tcp://") in left_out["hosts"][0]
+        assert run.events("generation")[-1]["members"] == [0]
+        cut.clear()
+        run.wait_for(lambda: len(run.events("generation")) == 2)
+        assert run.events("generation")[-1]["members"] == [0, 1]
+        assert "reaches all others again" in run.events("host-back")[0]["text"]
+        before = run.steps()
+        run.wait_for(lambda: run.steps() > before + 2)
+    finally:
+        run.stop()
+    assert not run.events("lost")
+    steps = [row["step"] for row in Run(run.out).rows if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    clean = bench.train(*exact, f"train.stop_after_steps={min(len(steps), 100)}")
+    assert Run(run.out).losses[:100] == clean.losses[:100]
+
+
+def test_hosts_that_do_not_reach_each_other_begin_nothing(
+    bench: Bench, agents: list[HeldAgent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "unreached", lambda addresses: tuple(addresses))
+    with pytest.raises(RunError, match="hosts do not reach each other") as caught:
+        local.train(bench.recipe, TWO, console=False, pool=bench.pool, hosts=over(agents))
+    for each in agents:
+        assert each.agent.address.removeprefix("tcp://") in str(caught.value)
 
 
 @pytest.mark.slow

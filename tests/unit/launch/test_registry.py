@@ -94,6 +94,19 @@ def test_another_run_is_refused_with_the_difference(store: Store) -> None:
     assert list(one.look().hosts) == ["h1-1"]
 
 
+def test_of_another_recipe_the_keys_are_named(store: Store) -> None:
+    (one,) = members(store, "h1")
+    spec = msgspec.structs.replace(SPEC, run="/runs/b", data="e", recipe='{"train": {"steps": 5}}')
+    mine = msgspec.structs.replace(spec, data="d", recipe='{"train": {"steps": 6}}')
+    other = Membership(Memory(), facts("h3"))
+    other.enrol(spec)
+    wanted = (
+        r"a run of h3: it differs\n    recipe.train.steps: 6 here, 5 there\n    data: d here, e"
+    )
+    with pytest.raises(Refused, match=wanted):
+        Membership(other._store, one.host).enrol(mine)
+
+
 def test_one_coordinates_and_the_next_one_after_it(store: Store) -> None:
     one, two = members(store, "h1", "h2")
     term = one.lead()

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
+from shoal.config.locked import differences
 from shoal.errors import ShoalError
 from shoal.launch.registry.records import (
     MOST_BYTES,
@@ -248,16 +251,22 @@ def _record(key: str, value: bytes, kind: type[msgspec.Struct]) -> msgspec.Struc
 
 def _differences(mine: Spec, theirs: Spec, *, view: View, name: str) -> str:
     others = ", ".join(sorted(each.name for each in view.hosts.values())) or "those before it"
+    both = _values(mine), _values(theirs)
     lines = [
-        f"    {key}: {getattr(mine, key)} here, {getattr(theirs, key)} there"
-        for key in Spec.__struct_fields__
-        if getattr(mine, key) != getattr(theirs, key)
+        f"    {key}: {here} here, {there} there" for key, there, here in differences(*both[::-1])
     ]
     return (
         f"{name} cannot take part in a run of {others}: it differs\n"
         + "\n".join(lines)
         + "\n    give all hosts the same version, recipe and data"
     )
+
+
+def _values(spec: Spec) -> dict[str, Any]:
+    found = msgspec.structs.asdict(spec)
+    with suppress(msgspec.DecodeError):
+        found["recipe"] = msgspec.json.decode(spec.recipe)
+    return found
 
 
 def newest(held: Mapping[str, HostFacts]) -> tuple[Standing, list[str]]:

@@ -35,10 +35,10 @@ class Spec(_Record, frozen=True):
     torch: Text
     code: Text
     """Hash of shoal's own source."""
-    recipe: Text
-    """Hash of the recipe as it runs."""
+    recipe: Annotated[str, msgspec.Meta(max_length=MOST_BYTES // 4)]
+    """The recipe as it runs, as JSON."""
     data: Text
-    """Hash of the prepared data."""
+    """Hash of the sources' content (prepare.source_digest)."""
     run: Text
     """The run folder, by its path."""
 

@@ -91,15 +91,7 @@ def build(
         scales_loss=loss_scale is not None,
     )
     play = Player(passes.logits, ranks, replica.is_cut, job.inputs.tokenizer_directory)
-    play.writes = writes_for(
-        job,
-        make=make_writes,
-        task=task,
-        replica=replica,
-        state=state,
-        device=worker.device,
-        report=report if worker.rank == 0 else None,
-    )
+    play.writes = writes_for(job, make_writes, replica, task, state, worker, report)
     stream = batches_of(recipe, job.inputs, task=task, play=play)
     steps = recipe.train.num_steps(steps_per_epoch=stream.steps_per_epoch)
     policy = _policy(job, ranks=ranks, worker=worker, state=state, steps=steps, report=report)
@@ -126,25 +118,33 @@ def build(
             job, replica, state=state, policy=policy, steps=steps, scale=loss_scale, dtype=dtype
         ),
         store=Store(job.run / "checkpoints"),
-        watch=Watch(
-            recipe.train,
-            keep_best=recipe.checkpoint.keep_best,
-            alone=policy.alone and not policy.apart,
-            falls=task.loss_falls,
-        ),
+        watch=_watch(recipe, policy=policy, task=task),
         stream=stream,
         play=play,
-        evaluation=Evaluation(
-            Path(job.inputs.data_directory),
-            batch_samples=decision.micro_batch_samples,
-            samples=recipe.data.evaluation_samples,
-        ),
+        evaluation=_evaluation(job),
         steps=steps,
         loss_scale=loss_scale,
     )
     policy.remember = training.facts
     _attach_instruments(job, training, report, rank=worker.rank)
     return training
+
+
+def _watch(recipe: Recipe, *, policy: Policy, task: Task) -> Watch:
+    return Watch(
+        recipe.train,
+        keep_best=recipe.checkpoint.keep_best,
+        alone=policy.alone and not policy.apart,
+        falls=task.loss_falls,
+    )
+
+
+def _evaluation(job: Job) -> Evaluation:
+    return Evaluation(
+        Path(job.inputs.data_directory),
+        batch_samples=job.decision.micro_batch_samples,
+        samples=job.recipe.data.evaluation_samples,
+    )
 
 
 def _task(job: Job) -> Task:

@@ -14,6 +14,7 @@ from shoal.errors import ModelError
 from shoal.models.stored import InMemory, Weights
 from shoal.observe.events import Report
 from shoal.parallel.replica import Replica
+from shoal.runtime import WorkerInfo
 from shoal.tasks.playing import Writes
 from shoal.tasks.task import Task
 
@@ -28,18 +29,17 @@ class MakesWrites(Protocol):
 
 def writes_for(
     job: Job,
-    *,
     make: MakesWrites | None,
-    task: Task,
     replica: Replica,
+    task: Task,
     state: FlatState,
-    device: torch.device,
-    report: Report | None,
+    worker: WorkerInfo,
+    report: Report,
 ) -> Writes | None:
-    """What completes prompts here; None where whole rows are computed, which `report` is told."""
+    """What completes prompts here; None where whole rows are computed. `report` is told which."""
     if make is None or not task.plays or task.auto_class != "AutoModelForCausalLM":
         return None
-    found, words = None, _hindrance(job, replica=replica, device=device)
+    found, words = None, _hindrance(job, replica=replica, device=worker.device)
     config = replica.model.config
 
     def weights() -> Weights:
@@ -53,7 +53,7 @@ def writes_for(
             words = found.words
         except ModelError as error:
             words = str(error)
-    if report is not None:
+    if worker.rank == 0:
         how = "by the engine of serving" if found else "whole rows for each token"
         report.say("event", name="completions", fields={"text": f"{how}: {words}"})
     return found

@@ -48,13 +48,13 @@ def serve_forever(
         began()
         host, port = listening.getsockname()[:2]
         address = f"http://{host}:{port}/v1"
-        say(
-            f"serving {folder} at {address} with {fleet.num_replicas} replica(s) of "
-            f"{fleet.threads} thread(s)"
-        )
         app = make(fleet)
         about = {"model": str(folder), "address": address, "threads": fleet.threads}
         with nullcontext() if record is None else Record(record, fleet, about=about, say=say):
+            say(
+                f"serving {folder} at {address} with {fleet.num_replicas} replica(s) of "
+                f"{fleet.threads} thread(s)"
+            )
             _server(app).run(sockets=[listening])
 
 

@@ -294,7 +294,9 @@ def test_messages_by_post(state: State, teller: Teller) -> None:
 
 
 @pytest.mark.parametrize(
-    "at", [1000 * time.time(), time.time() + 2 * DAY, -1, 1e400, float("nan"), "soon", [1]]
+    "at",
+    [1000 * time.time(), time.time() + 2 * DAY, -1, 1e400, float("nan"), "soon", [1]],
+    ids=["milliseconds", "two days on", "negative", "endless", "none", "a word", "a list"],
 )
 def test_times_that_are_none(state: State, teller: Teller, at: Any) -> None:
     """Milliseconds would be a day in the far future, before which all is forgotten."""

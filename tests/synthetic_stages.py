@@ -7,7 +7,8 @@ stages whose forward, input gradients and weight gradients each sleep.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ class Work:
 
     def __init__(self, weights: dict[Stage, nn.Parameter], *, seconds: float) -> None:
         """`seconds`: of one stage's forward, as of its input's and its weight's gradient."""
-        self.weights, self.seconds = weights, seconds
-        self.begun: dict[tuple[int, int], float] = {}
+        self.parameters, self.seconds = weights, seconds
+        self.busy = 0.0
+        """Seconds that forwards and backwards took: a machine may wake late, and slowly."""
         self.held = self.most_held = 0
         self.events: list[tuple[str, int, int]] = []
 
@@ -52,9 +54,13 @@ class Work:
         self.held += 1
         self.most_held = max(self.held, self.most_held)
         self.events.append(("F", stage.number, number))
+        with self._counted():
+            return self._computed(stage, hidden)
+
+    def _computed(self, stage: Stage, hidden: Tensor | None) -> Tensor:
         given = torch.zeros(1, 1, 1) if hidden is None else hidden
         each = self.seconds
-        weight = Sleeps.apply(self.weights[stage], (0.0, each))  # type: ignore[no-untyped-call]
+        weight = Sleeps.apply(self.parameters[stage], (0.0, each))  # type: ignore[no-untyped-call]
         states: Tensor = Sleeps.apply(given, (each, each)) + weight  # type: ignore[no-untyped-call]
         if stage.is_first:  # nothing asks for the gradient of what was not received
             states = Sleeps.apply(states, (0.0, each))  # type: ignore[no-untyped-call]
@@ -62,10 +68,16 @@ class Work:
 
     def backward(self, stage: Stage, number: int) -> AbstractContextManager[None]:
         self.events.append(("B", stage.number, number))
-        return nullcontext()
+        return self._counted()
 
     def weights(self, stage: Stage, number: int) -> AbstractContextManager[None]:
-        return nullcontext()
+        return self._counted()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.busy += time.perf_counter() - began
 
     def after_backward(self, stage: Stage, number: int) -> None:
         self.held -= 1
@@ -96,7 +108,7 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         parameters=lambda stage: [weights[stage]],
     )
     shapes = [(1, 1, 1)] * payload["micro_batches"]
-    seconds = []
+    seconds, busy = [], []
     for turn in range(payload["turns"] + 1):
         work = Work(weights, seconds=payload["seconds"] / each)
         dist.barrier()
@@ -104,7 +116,8 @@ def run(payload: dict[str, Any], descriptor: int) -> int:
         schedule.step(work, shapes=shapes)
         if turn:  # the first one makes connections
             seconds.append(time.perf_counter() - began)
+            busy.append(work.busy)
     stop_process_group()
-    found = {"rank": rank, "seconds": seconds, "held": work.most_held, "events": work.events}
-    Report(descriptor).say("timed", found=found)
+    found = {"rank": rank, "held": work.most_held, "events": work.events}
+    Report(descriptor).say("timed", found={**found, "seconds": seconds, "busy": busy})
     return 0

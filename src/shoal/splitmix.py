@@ -17,18 +17,14 @@ def mixed(words: Words | np.uint64) -> Words:
     return bits ^ (bits >> np.uint64(31))
 
 
-def uniform(*keys: int) -> float:
-    """A number in [0, 1) of 53 random bits, by SplitMix64 over the keys, one after the other."""
-    first, *others = keys
-    bits = mixed(np.uint64(first & (2**64 - 1)))
-    for key in others:
-        bits = mixed(bits ^ np.uint64(key))
-    return float(bits[0] >> np.uint64(11)) * 2.0**-53
-
-
 def seed_of(*keys: int) -> int:
-    """64 well mixed bits of several keys."""
+    """64 well mixed bits of several keys, by SplitMix64 over them, one after the other."""
     bits = np.zeros(1, dtype=np.uint64)
     for key in keys:
         bits = mixed(bits ^ np.uint64(key & (2**64 - 1)))
     return int(bits[0])
+
+
+def uniform(*keys: int) -> float:
+    """A number in [0, 1) of 53 random bits, the upper ones of `seed_of` the keys."""
+    return (seed_of(*keys) >> 11) * 2.0**-53

@@ -35,18 +35,18 @@ class Rollouts:
         self._config, self._auto_class, self._weights = config, auto_class, weights
         self._record = record(build_meta(config, auto_class=auto_class))
         self._ways: Ways = {}
-        runner = self._runner(num_blocks=2)
+        runner = self._runner()
         self.words = str(runner.report)
         if not runner.exact:
             raise ModelError(f"its answers depend on who is computed beside whom; {self.words}")
 
-    def _runner(self, *, num_blocks: int) -> Runner:
-        """The model as it is now. Weights that no product was packed of are read in place."""
+    def _runner(self) -> Runner:
+        """The model as it is now; its cache has no room yet. Unpacked weights are read in place."""
         model = build_meta(self._config, auto_class=self._auto_class)
         with torch.no_grad():
             materialise(model, record=self._record, seed=0, source=self._weights())
         model.eval().requires_grad_(False)
-        return Runner(model, num_blocks=num_blocks, release=True, ways=self._ways)
+        return Runner(model, num_blocks=2, release=True, ways=self._ways)
 
     def __call__(
         self,
@@ -59,7 +59,7 @@ class Rollouts:
         """See `Writes`."""
         if not wanted:
             return []
-        runner = self._runner(num_blocks=2)
+        runner = self._runner()
         longest = max(len(each.prompt) for each in wanted) + tokens
         each_blocks = blocks_for(longest, runner.cache.block_tokens)
         runner.cache.num_blocks = 1 + min(_RUNNING, len(wanted)) * each_blocks

@@ -31,6 +31,9 @@ from shoal.serve.reading import model_directory, read_model
 from shoal.serve.request import Request, Sampling
 from shoal.serve.runner import Runner, load
 
+Clock = Callable[[], float]
+"""Seconds: the processor's by default."""
+
 
 def prompts_of(count: int, *, length: int, vocabulary: int) -> list[tuple[int, ...]]:
     """Random prompts without token 0, which `generate` would take for padding."""
@@ -38,20 +41,28 @@ def prompts_of(count: int, *, length: int, vocabulary: int) -> list[tuple[int, .
     return [tuple(draw.randrange(1, vocabulary) for _ in range(length)) for _ in range(count)]
 
 
-def served(runner: Runner, prompts: list[tuple[int, ...]], *, tokens: int) -> float:
+def served(
+    runner: Runner, prompts: list[tuple[int, ...]], *, tokens: int, clock: Clock = time.process_time
+) -> float:
     """Core-seconds of answering all prompts together."""
     sampling = Sampling(max_tokens=tokens, temperature=0.0)
     asked = [Request(id=str(n), prompt=p, sampling=sampling) for n, p in enumerate(prompts)]
     engine = Engine(runner, share_prefixes=False, step_tokens=512)
-    began = time.process_time()
+    began = clock()
     answers(engine, asked)
-    return time.process_time() - began
+    return clock() - began
 
 
-def generated(model: torch.nn.Module, prompts: list[tuple[int, ...]], *, tokens: int) -> float:
+def generated(
+    model: torch.nn.Module,
+    prompts: list[tuple[int, ...]],
+    *,
+    tokens: int,
+    clock: Clock = time.process_time,
+) -> float:
     """The same by transformers' `generate` of the whole batch."""
-    ids = torch.tensor(prompts)
-    began = time.process_time()
+    ids = torch.tensor(prompts, device=model.device)
+    began = clock()
     with torch.no_grad():
         model.generate(  # type: ignore[operator]
             ids,
@@ -61,10 +72,16 @@ def generated(model: torch.nn.Module, prompts: list[tuple[int, ...]], *, tokens:
             do_sample=False,
             pad_token_id=0,
         )
-    return time.process_time() - began
+    return clock() - began
 
 
-def continuous(model: torch.nn.Module, prompts: list[tuple[int, ...]], *, tokens: int) -> float:
+def continuous(
+    model: torch.nn.Module,
+    prompts: list[tuple[int, ...]],
+    *,
+    tokens: int,
+    clock: Clock = time.process_time,
+) -> float:
     """The same by transformers' continuous batching; its start is not counted."""
     chosen = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=True
@@ -74,14 +91,14 @@ def continuous(model: torch.nn.Module, prompts: list[tuple[int, ...]], *, tokens
     try:
         manager.add_requests([[1] * 8], max_new_tokens=1)
         next(iter(manager))
-        began = time.process_time()
+        began = clock()
         manager.add_requests([list(each) for each in prompts], max_new_tokens=tokens)
         left = len(prompts)
         for result in manager:
             left -= bool(result is not None and result.is_finished())
             if not left:
                 break
-        return time.process_time() - began
+        return clock() - began
     finally:
         manager.stop(block=True)
 

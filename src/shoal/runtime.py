@@ -32,12 +32,12 @@ class WorkerInfo:
     threads: int
 
 
-def choose_device(wanted: str, *, local_rank: int) -> torch.device:
+def choose_device(wanted: str, *, local_rank: int, key: str = "launch.device") -> torch.device:
     """`auto` is a CUDA device where there is one. Raises UserError when `cuda` is not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "launch.device: expected a CUDA device, found none (torch "
-            f"{torch.__version__}); use launch.device=cpu, or install the CUDA build: "
+            f"{key}: expected a CUDA device, found none (torch "
+            f"{torch.__version__}); use {key}=cpu, or install the CUDA build: "
             "TORCH=cuda make setup"
         )
     if wanted == "cpu" or not torch.cuda.is_available():

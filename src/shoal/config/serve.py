@@ -61,6 +61,8 @@ class ServeSection(Section):
     `tensor` that divides them. auto: as many as `tensor`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of weights, products and the cache."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where torch has it, else the CPU. Replicas take the devices by turns."""
     weights: Literal["full", "int8"] = "full"
     """int8: the layers' products have weights and rows of whole numbers of 8 bits; a quarter of the
     bytes to read, and exact."""

@@ -19,6 +19,7 @@ from shoal.errors import WorkerError
 from shoal.launch.pool import WorkerPool
 from shoal.launch.serving import Fleet
 from shoal.observe.lasting import Lasting
+from shoal.runtime import choose_device
 from shoal.serve.cache import Cache
 from shoal.serve.certificate import Answers, Certificate, Condition, Found, certify, judged
 from shoal.serve.divided import Divided
@@ -50,7 +51,8 @@ def certify_folder(
     torch.set_num_threads(usable_cores() if threads == "auto" else threads)
     say(f"reading {folder}")
     size, pieces = settings.block_tokens, settings.sum_pieces
-    read = partial(load, folder, precision=settings.precision)
+    device = choose_device(settings.device, local_rank=0, key="serve.device")
+    read = partial(load, folder, precision=settings.precision, device=device)
 
     def make(model: nn.Module, part: Part) -> Runner:
         int8 = settings.weights == "int8"

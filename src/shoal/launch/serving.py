@@ -244,6 +244,8 @@ class Fleet:
         chosen = self.settings
         payload = {
             "folder": str(model.folder),
+            "index": index,
+            "device": chosen.device,
             "threads": self.threads,
             "tensor": chosen.tensor,
             "pieces": chosen.sum_pieces,
@@ -399,6 +401,10 @@ def open_service(
             "    give the folder of a language model"
         )
     keys = read_keys(settings.keys)
+    if settings.device == "cuda":
+        from shoal.runtime import choose_device
+
+        choose_device("cuda", local_rank=0, key="serve.device")
     replicas = 1 if settings.replicate == "auto" else settings.replicate
     check_memory(folder, settings, replicas=replicas)
 

@@ -133,7 +133,8 @@ def _path(folder: Path, settings: ServeSection, ways: list[tuple[int, int]]) -> 
     """Where the speeds of this model on this machine are kept."""
     config = (folder / "config.json").read_text(encoding="utf-8")
     degrees = (settings.tensor, settings.sum_pieces)
-    key = [__version__, config, settings.precision, settings.weights, settings.exact, degrees, ways]
+    kind = (settings.precision, settings.weights, settings.exact, settings.device)
+    key = [__version__, config, *kind, degrees, ways]
     name = xxhash.xxh3_64_hexdigest(json.dumps(key).encode())
     return cache_directory() / "timed" / f"{machine_key()}-serve-{name}.json"
 

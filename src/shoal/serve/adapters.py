@@ -103,9 +103,9 @@ def _parts(model: nn.Module, folder: Path, ways: dict[tuple[int, int], Way]) -> 
                 f"{folder}: what it has for {path} does not fit a layer of {_shape(module)}\n"
                 "    serve the model that it was trained on"
             )
-        dtype = next(model.parameters()).dtype
+        like = next(model.parameters())
         products = []
-        for weight in (low.to(dtype), up.to(dtype)):
+        for weight in (low.to(like), up.to(like)):
             shape = (weight.shape[0], weight.shape[1])
             if shape not in ways:
                 ways[shape] = way_for(weight)

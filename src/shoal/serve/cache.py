@@ -321,14 +321,15 @@ def _tree(parts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def least_rows(
-    *, size: int, value_size: int, block_tokens: int, dtype: torch.dtype
-) -> tuple[int, bool]:
-    """(multiple of rows, proven): the least one at which rows of attention keep their bits."""
+def least_rows(*, size: int, value_size: int, block_tokens: int, like: Tensor) -> tuple[int, bool]:
+    """(multiple of rows, proven): the least one at which rows of attention keep their bits.
+
+    On the device of `like` and in its format.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(like)
 
     pairs = [
         (drawn(12, 192, size), drawn(12, size, block_tokens)),

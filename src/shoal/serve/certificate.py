@@ -15,7 +15,7 @@ from shoal.serve.cache import Cache, Rows
 from shoal.serve.divided import Divided
 from shoal.serve.engine import Engine
 from shoal.serve.request import Request, Sampling, Scored
-from shoal.serve.runner import Runner
+from shoal.serve.runner import Runner, made_on
 from shoal.serve.scheduler import blocks_for
 from shoal.tasks.losses import TokenCrossEntropy
 from shoal.tasks.task import Output
@@ -174,15 +174,16 @@ def against_training(
         made = [each.token for each in served[request.id]]
         row = [*request.prompt, *made]
         length = len(row) + -len(row) % runner.multiple
-        ids = torch.zeros(1, length, dtype=torch.long)
-        ids[0, : len(row)] = torch.tensor(row)
-        labels = torch.full((1, length), -100)
         first = len(request.prompt) - 1
-        labels[0, first : len(row) - 1] = torch.tensor(made)
-        batch = {"input_ids": ids, "position_ids": torch.arange(length)[None]}
-        hidden = hidden_of(model, batch, kernel=kernel)
-        scores = loss.each(Output(hidden, {"labels": labels}, loss))
-        found = -scores.losses[0, first : len(row) - 1]
+        with made_on(runner.device):
+            ids = torch.zeros(1, length, dtype=torch.long)
+            ids[0, : len(row)] = torch.tensor(row)
+            labels = torch.full((1, length), -100)
+            labels[0, first : len(row) - 1] = torch.tensor(made)
+            batch = {"input_ids": ids, "position_ids": torch.arange(length)[None]}
+            hidden = hidden_of(model, batch, kernel=kernel)
+            scores = loss.each(Output(hidden, {"labels": labels}, loss))
+        found = -scores.losses[0, first : len(row) - 1].cpu()
         wanted = torch.tensor([each.logprob for each in served[request.id]], dtype=found.dtype)
         tokens += len(made)
         different += int((found != wanted).sum())

@@ -260,7 +260,7 @@ class Engine:
             if not self._running[chunk.key].request.pooled
             for number in own
         ]
-        logits = self.runner.logits(hidden[scored]) if scored else hidden.new_empty(0, 1)
+        logits = self.runner.logits(hidden[scored]) if scored else hidden.new_empty(0, 1).float()
         place = {number: at for at, number in enumerate(scored)}
         self.counters.steps += 1
         events: list[Event] = []
@@ -329,7 +329,8 @@ class Engine:
         request, sampling = sequence.request, sequence.request.sampling
         scores: list[Scored] = []
         wants = max(sampling.logprobs, sampling.prompt_logprobs) >= 0
-        logprobs = log_probabilities(logits).numpy() if wants else logits.numpy()
+        rows = logits.cpu().numpy()
+        logprobs = log_probabilities(logits).cpu().numpy() if wants else rows
         at = 0
         if sampling.prompt_logprobs >= 0:
             while at < len(logits) and sequence.scored_prompt < len(request.prompt):
@@ -341,7 +342,6 @@ class Engine:
             if scores:
                 yield Event(id=request.id, prompt=tuple(scores))
             return
-        rows = logits.numpy()
         if sampling.max_tokens == 0:
             self._finish(sequence)
             yield Event(id=request.id, prompt=tuple(scores), finish="length")

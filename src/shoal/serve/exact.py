@@ -142,9 +142,9 @@ def way_for(weight: Tensor, bias: Tensor | None = None) -> Way:
     many as this process has. Not `proven` where none does: then torch's own product is used.
     """
     counts = _FEW_ROWS if weight.numel() > _LARGE else _ROWS
-    rows = probe_rows(weight.shape[1], count=max(counts), dtype=weight.dtype)
+    rows = probe_rows(weight.shape[1], count=max(counts), like=weight)
     for packed in (True, False):
-        if packed and not can_pack():
+        if packed and not (weight.is_cpu and can_pack()):
             continue
         for pieces in _pieces(weight.shape[1], packed):
             for multiple in _MULTIPLES if pieces == 1 else (1,):
@@ -159,7 +159,7 @@ def keeps_columns(widths: Collection[int], *, inputs: int, dtype: torch.dtype) -
     """Whether an output has the same bits in products of any of `widths` outputs."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(max(widths), inputs, generator=generator).to(dtype)
-    rows = probe_rows(inputs, count=3, dtype=dtype)
+    rows = probe_rows(inputs, count=3, like=weight)
 
     def product(width: int) -> Tensor:
         own = weight[:width]
@@ -217,7 +217,8 @@ def make_exact(
     that are made of pieces. `ways`: known from a model of the same shapes; what is found is added.
     """
     sums = sums or Sums()
-    if int8 and (why := cannot_multiply()) is not None:
+    device = next(model.parameters()).device
+    if int8 and (why := cannot_multiply(device)) is not None:
         raise UserError(f"serve.weights: int8 cannot be served here: {why}\n    leave it at full")
     maker = _Maker(int8, {} if ways is None else ways)
     shared = _shared(model)
@@ -382,7 +383,7 @@ def _others(model: nn.Module) -> Iterator[Tensor]:
 
 def _plain_way(weight: Tensor) -> Way:
     """The way of torch's own product: padding is the runner's, of all rows of a step."""
-    rows = probe_rows(weight.shape[1], count=MOST_ROWS, dtype=weight.dtype)
+    rows = probe_rows(weight.shape[1], count=MOST_ROWS, like=weight)
     for multiple in _MULTIPLES:
         if keeps_rows(Product(weight, None, Way(False, multiple)), rows, _ROWS):
             return Way(False, multiple)
@@ -397,8 +398,8 @@ def rows_multiple(model: nn.Module) -> int:
     """
     lanes = LANES * torch.get_num_threads()
     multiple = 1
-    for width in _widths(model):
-        multiple = max(multiple, lanes // gcd(width, lanes))
+    if next(model.parameters()).is_cpu:
+        multiple = max(lanes // gcd(width, lanes) for width in _widths(model))
     for weight in _others(model):
         multiple = max(multiple, _plain_way(weight).multiple)
     return multiple

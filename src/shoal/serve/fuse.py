@@ -32,7 +32,7 @@ def fuse_norms(model: nn.Module) -> int:
             continue
         fused = _norm(weight.detach(), epsilon)
         rows = torch.randn(1, 40, len(weight), generator=torch.Generator().manual_seed(4))
-        rows = rows.to(weight.dtype)
+        rows = rows.to(weight)
         with torch.no_grad():
             if all(torch.equal(module(each), fused(each)) for each in (rows, rows[:, :1])):
                 module.forward = fused
@@ -97,7 +97,11 @@ def _probe(model: nn.Module, kernel: Kernel) -> Tensor:
     vocabulary = config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (1, 32 * torch.get_num_threads()), generator=drawn)
     positions = torch.arange(tokens.shape[1])[None]
-    return hidden_of(model, {"input_ids": tokens, "position_ids": positions}, kernel=kernel)
+    batch = {"input_ids": tokens, "position_ids": positions}
+    device = next(model.parameters()).device
+    with device:  # where the kernel makes its own tensors
+        own = {name: each.to(device) for name, each in batch.items()}
+        return hidden_of(model, own, kernel=kernel)
 
 
 class _Turns:

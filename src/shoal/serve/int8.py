@@ -22,12 +22,16 @@ _LEAST_SCALE = 1e-30
 """Of a row that has nothing but zeros."""
 
 
-@cache
-def cannot_multiply() -> str | None:
-    """Why products of 8 bits are not to be had here; None: they are.
+def cannot_multiply(device: torch.device | None = None) -> str | None:
+    """Why products of 8 bits are not to be had on `device` (the CPU); None: they are."""
+    if device is not None and device.type != "cpu":
+        return f"its products are oneDNN's, which are for CPUs, and this is {device.type}"
+    return _cannot_multiply()
 
-    Without VNNI instructions oneDNN adds pairs of products in 16 bits, which overflow in silence.
-    """
+
+@cache
+def _cannot_multiply() -> str | None:
+    """Without VNNI oneDNN adds pairs of products in 16 bits, which overflow in silence."""
     if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
         return "this build of torch has not oneDNN's products of 8 bits"
     ones = torch.ones(1, 64)
@@ -88,5 +92,5 @@ class Int8Product(nn.Module):
 @torch.no_grad()
 def is_exact(product: Int8Product, *, inputs: int) -> bool:
     """Whether no bit of a row was seen to depend on others here, with one thread or several."""
-    rows = probe_rows(inputs, count=MOST_ROWS)
+    rows = probe_rows(inputs, count=MOST_ROWS, like=torch.empty(0))
     return keeps_rows(product, rows, (1, 2, 3, 5, 8, 16, 33, 64))

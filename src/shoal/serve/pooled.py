@@ -26,13 +26,23 @@ from shoal.serve.request import Counters, Event, Request
 class Pooled:
     """Requests in order, one forward each; stands where the engine does."""
 
-    def __init__(self, folder: Path, *, precision: str, exact: bool, int8: bool) -> None:
-        """Raises ModelError for a folder that cannot be read."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        precision: str,
+        exact: bool,
+        int8: bool,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device`: None is the CPU. Raises ModelError for a folder that cannot be read."""
         self._kind = kind_of(folder)
         classes = self._kind == "classify"
         name = "AutoModelForSequenceClassification" if classes else "AutoModel"
         self.model = read_model(folder, auto_class=name, kernel="shoal")
-        self.model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        self._device = device or torch.device("cpu")
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.model.to(self._device, dtype)
         self.report: Report | None = None
         if exact or int8:
             self.report = make_exact(self.model, release=True, int8=int8)
@@ -103,9 +113,9 @@ class Pooled:
 
     @torch.no_grad()
     def _values(self, request: Request) -> Tensor:
-        inputs = {"input_ids": torch.tensor([request.prompt])}
+        inputs = {"input_ids": torch.tensor([request.prompt], device=self._device)}
         if request.types:
-            inputs["token_type_ids"] = torch.tensor([request.types])
+            inputs["token_type_ids"] = torch.tensor([request.types], device=self._device)
         output = self.model(**inputs)
         if self._kind == "classify":
             logits: Tensor = output.logits[0]

@@ -20,7 +20,8 @@ import msgspec
 
 from shoal.errors import ShoalError, UserError
 from shoal.serve.request import Event, Request
-from shoal.serve.sizing import MOST_CACHE_BYTES, SEQUENCES
+from shoal.serve.sizing import MOST_CACHE_BYTES, SEQUENCES, bytes_of
+from shoal.units import format_bytes
 
 
 def run(payload: dict[str, Any], report: int) -> int:
@@ -55,6 +56,7 @@ def run(payload: dict[str, Any], report: int) -> int:
 def _engine(payload: dict[str, Any]) -> Any:
     import torch
 
+    from shoal.runtime import choose_device
     from shoal.serve.cache import Cache
     from shoal.serve.divided import Divided
     from shoal.serve.engine import Engine
@@ -66,16 +68,19 @@ def _engine(payload: dict[str, Any]) -> Any:
     from shoal.serve.runner import Runner, load
 
     torch.set_num_threads(payload["threads"])
+    device = choose_device(payload["device"], local_rank=payload["index"], key="serve.device")
+    room = _room(payload, device)
     if kind_of(Path(payload["folder"])) != "generate":
         return Pooled(
             Path(payload["folder"]),
             precision=payload["precision"],
             exact=payload["exact"],
             int8=payload["int8"],
+            device=device,
         )
     size = payload["block_tokens"]
     folder = Path(payload["folder"])
-    read = partial(load, folder, precision=payload["precision"])
+    read = partial(load, folder, precision=payload["precision"], device=device)
 
     def make(model: Any, part: Part) -> Runner:
         return Runner(
@@ -95,7 +100,7 @@ def _engine(payload: dict[str, Any]) -> Any:
         runner = Divided(read, make, degree=degree, pieces=pieces, threads=payload["threads"])
     else:
         runner = make(read(), Part(pieces=pieces))
-    runner.cache = Cache(_num_blocks(runner.sizes, payload["cache_bytes"], size), size)
+    runner.cache = Cache(_num_blocks(runner.sizes, payload["cache_bytes"], size, room), size)
 
     def grammars() -> Grammars:
         ends = end_tokens(folder, runner.model.config)
@@ -111,11 +116,38 @@ def _engine(payload: dict[str, Any]) -> Any:
     )
 
 
-def _num_blocks(sizes: Any, cache_bytes: int | None, block_tokens: int) -> int:
+def _room(payload: dict[str, Any], device: Any) -> int:
+    """Most bytes of a cache that nobody chose: a part of what a device has beside the model.
+
+    Raises UserError for a model that does not fit there, before it is read.
+    """
+    if device.type == "cpu":
+        return MOST_CACHE_BYTES
+    import torch
+
+    if payload["tensor"] > 1:
+        raise UserError(
+            f"serve.tensor: one replica on several devices is not built; it is on {device}\n"
+            "    leave serve.tensor at 1, or give serve.device=cpu"
+        )
+    free, _ = torch.cuda.mem_get_info(device)
+    folder, precision = Path(payload["folder"]), payload["precision"]
+    weights = bytes_of(folder, precision=precision, int8=False, cache_bytes=0)
+    left = free - weights - (payload["cache_bytes"] or 0)
+    if left < 0:
+        raise UserError(
+            f"{folder}: it would take {format_bytes(free - left)} of {device}, which has "
+            f"{format_bytes(free)} free\n"
+            "    set cache_bytes lower, precision: bfloat16, or device: cpu"
+        )
+    return max(MOST_CACHE_BYTES, left // 2)
+
+
+def _num_blocks(sizes: Any, cache_bytes: int | None, block_tokens: int, most: int) -> int:
     """Blocks of the cache, the one for padding too. Raises UserError for too few."""
     room = cache_bytes
     if room is None:
-        room = min(SEQUENCES * sizes.context * sizes.token_bytes, MOST_CACHE_BYTES)
+        room = min(SEQUENCES * sizes.context * sizes.token_bytes, most)
     blocks = room // (sizes.token_bytes * block_tokens)
     if blocks < 1:
         raise UserError(

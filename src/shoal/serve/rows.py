@@ -36,10 +36,10 @@ def in_pieces(rows: Tensor, product: Callable[[Tensor], Tensor], *, outputs: int
     return made.view(*rows.shape[:-1], made.shape[-1])
 
 
-def probe_rows(inputs: int, *, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows [count, inputs] that a product is probed with."""
+def probe_rows(inputs: int, *, count: int, like: Tensor) -> Tensor:
+    """Rows [count, inputs] that a product is probed with, where `like` is and in its format."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(MOST_ROWS, inputs, generator=generator)[:count].to(dtype)
+    return torch.randn(MOST_ROWS, inputs, generator=generator)[:count].to(like)
 
 
 def keeps_rows(product: Callable[[Tensor], Tensor], rows: Tensor, counts: tuple[int, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,8 @@ class Runner:
         key_heads, size, value_size = self._keys
         config: Any = model.config
         text = config.get_text_config()
-        dtype = next(model.parameters()).dtype
+        weight = next(model.parameters())
+        dtype, self.device = weight.dtype, weight.device
         context = getattr(text, "max_position_embeddings", None) or 1 << 30
         self.sizes = Sizes(
             vocabulary=text.vocab_size,
@@ -97,7 +99,7 @@ class Runner:
         self.adapters = Adapters(model, adapters or {})
         self.multiple = rows_multiple(model) if exact else 1
         self.least, self.attends_exactly = (
-            least_rows(size=size, value_size=value_size, block_tokens=block_tokens, dtype=dtype)
+            least_rows(size=size, value_size=value_size, block_tokens=block_tokens, like=weight)
             if exact
             else (1, False)
         )
@@ -106,7 +108,7 @@ class Runner:
             fuse_attention(model, self.report.joined, kernel=partial(Rows, least=self.least))
         self._logits = logits_of(model)
         cap = getattr(text, "final_logit_softcapping", None)
-        lanes = 32 * torch.get_num_threads()
+        lanes = 32 * torch.get_num_threads() if weight.is_cpu else 1
         entries = -(-text.vocab_size // (self.part.degree if self.part.head_is_cut else 1))
         self._head_multiple = lanes if exact and cap and entries % lanes else 1
 
@@ -129,15 +131,16 @@ class Runner:
         `adapters`: the name of each span's; None: none.
         """
         count = len(tokens) + -len(tokens) % self.multiple
-        self.adapters.lay_out(adapters, spans)
-        kernel = Paged(self.cache, spans, num_tokens=count, least=self.least)
-        ids = torch.zeros(1, count, dtype=torch.long)
-        positions = torch.zeros(1, count, dtype=torch.long)
-        ids[0, : len(tokens)] = torch.tensor(tokens)
-        places = [at for span in spans for at in range(span.start, span.start + span.count)]
-        positions[0, : len(tokens)] = torch.tensor(places)
-        batch = {"input_ids": ids, "position_ids": positions}
-        return hidden_of(self.model, batch, kernel=kernel)[0, list(wanted)]
+        with made_on(self.device):
+            self.adapters.lay_out(adapters, spans)
+            kernel = Paged(self.cache, spans, num_tokens=count, least=self.least)
+            ids = torch.zeros(1, count, dtype=torch.long)
+            positions = torch.zeros(1, count, dtype=torch.long)
+            ids[0, : len(tokens)] = torch.tensor(tokens)
+            places = [at for span in spans for at in range(span.start, span.start + span.count)]
+            positions[0, : len(tokens)] = torch.tensor(places)
+            batch = {"input_ids": ids, "position_ids": positions}
+            return hidden_of(self.model, batch, kernel=kernel)[0, list(wanted)]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -159,11 +162,18 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits - normaliser[:, None]
 
 
-def load(folder: Path, *, precision: str = "float32") -> nn.Module:
-    """The causal model of a folder with shoal's attention. Raises ModelError."""
+def made_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it tensors are made on `device` unless something else is said."""
+    return nullcontext() if device.type == "cpu" else device
+
+
+def load(
+    folder: Path, *, precision: str = "float32", device: torch.device | None = None
+) -> nn.Module:
+    """The causal model of a folder with shoal's attention, on `device` (CPU). Raises ModelError."""
     model: nn.Module = read_model(folder, auto_class="AutoModelForCausalLM", kernel="shoal")
     model.config.use_cache = False  # type: ignore[union-attr]
-    return model.to(_DTYPES[precision])
+    return model.to(device or torch.device("cpu"), _DTYPES[precision])
 
 
 def _window_of(config: Any) -> int | None:
@@ -197,10 +207,11 @@ class _Looking:
 def _shapes_of_attention(model: nn.Module) -> tuple[int, int, int]:
     """(key heads, size of a key, size of a value), as a layer of the model has them."""
     looking = _Looking()
-    tokens = torch.zeros(1, 2, dtype=torch.long)
-    batch = {"input_ids": tokens, "position_ids": torch.arange(2)[None]}
     try:
-        hidden_of(model, batch, kernel=looking)
+        with made_on(next(model.parameters()).device):
+            tokens = torch.zeros(1, 2, dtype=torch.long)
+            batch = {"input_ids": tokens, "position_ids": torch.arange(2)[None]}
+            hidden_of(model, batch, kernel=looking)
     except _Seen:
         pass
     if looking.shapes is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from shoal.errors import ModelError, UserError
 from shoal.serve.engine import Engine
-from shoal.serve.request import Request, Sampling
+from shoal.serve.request import Event, Request, Sampling
 from shoal.serve.runner import Runner
 from unit.models.tiny_models import VOCABULARY, real_model
 
@@ -43,6 +44,23 @@ def test_a_cancelled_request_frees_its_blocks_at_once_and_harms_no_other(runner:
     while not engine.idle:
         done |= {event.id for event in engine.step() if event.finish}
     assert done == {"a", "c"} and engine.blocks.num_free == engine.blocks.num_blocks
+
+
+def test_a_long_prompt_without_log_probabilities_in_bfloat16() -> None:
+    """Steps of which no token is wanted have no logits, and numpy knows no bfloat16."""
+    runner = Runner(real_model("llama").bfloat16(), num_blocks=9, block_tokens=32)
+    engine = Engine(runner, step_tokens=16)
+    engine.submit(request("a", length=60, max_tokens=3))
+    made = [token.token for event in steps(engine) for token in event.tokens]
+    whole = Engine(runner, step_tokens=64)
+    whole.submit(request("a", length=60, max_tokens=3))
+    assert made == [token.token for event in steps(whole) for token in event.tokens]
+    assert len(made) == 3
+
+
+def steps(engine: Engine) -> Iterator[Event]:
+    while not engine.idle:
+        yield from engine.step()
 
 
 @pytest.mark.parametrize(

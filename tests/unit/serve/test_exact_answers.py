@@ -66,6 +66,15 @@ def test_the_same_bits_alone_and_in_any_company(family: str) -> None:
     assert by_name["prefixes found"].cached_tokens > 0
 
 
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_the_same_bits_in_bfloat16(family: str) -> None:
+    runner = Runner(real_model(family).bfloat16(), num_blocks=40, block_tokens=32)
+    found = certify(runner, name=family, num_requests=8, most_prompt=60, most_made=20)
+    assert found.proven == runner.exact, str(found)
+    different = [each for each in found.found if each.different]
+    assert not different, str(found)
+
+
 def test_products_of_8_bits_are_right_or_refused() -> None:
     """The largest codes of both signs: a processor without VNNI overflows, and is not used."""
     rows, weight = torch.ones(3, 64), torch.ones(4, 64)

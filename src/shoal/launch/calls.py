@@ -13,6 +13,7 @@ import msgspec
 import xxhash
 
 from shoal.launch.hang import Sighting
+from shoal.launch.links import Measured
 
 LEASE_SECONDS = 6.0
 """After so long without a word the other end counts as dead."""
@@ -84,6 +85,13 @@ class AskStack(_Message, frozen=True):
 
 class AskReach(_Message, frozen=True):
     """Do connections to these places come about?"""
+
+    number: Count
+    addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
+
+
+class AskLinks(_Message, frozen=True):
+    """How fast are the ways to these places (launch/links.py)?"""
 
     number: Count
     addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
@@ -164,8 +172,15 @@ class Reached(_Message, frozen=True):
     unreached: tuple[Text, ...] = ()
 
 
-ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | Alive | Bye
-ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached
+class Linked(_Message, frozen=True):
+    """The answer to `AskLinks`."""
+
+    number: Count
+    links: tuple[Measured, ...]
+
+
+ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | AskLinks | Alive | Bye
+ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached | Linked
 
 
 def folder_digest(folder: Path) -> str:

@@ -24,9 +24,11 @@ from shoal.environment import address_towards
 from shoal.errors import ConfigError, Problem, RunError, WorkerError
 from shoal.launch import calls
 from shoal.launch.agent import facts
-from shoal.launch.choose import choose_joined
-from shoal.launch.cluster import Cluster, Host, host_of_rank
+from shoal.launch.choose import is_open
+from shoal.launch.cluster import Cluster, Host
 from shoal.launch.directory import NOTE
+from shoal.launch.hosts_plan import choose_over_hosts
+from shoal.launch.links import Links
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.reach import Pair, Reach
 from shoal.launch.registry.membership import Fenced
@@ -37,6 +39,8 @@ from shoal.observe.console import Console
 
 PATIENCE_SECONDS = 60.0
 _SOON_SECONDS = 1.0
+_RING_SECONDS = 6.0
+"""For the test of the links: twice a second of sending, and what a busy host needs to answer."""
 _KEEP_SECONDS = 60.0
 """Of workers that have lost their coordinator: longer than the next one needs to lead."""
 _OF_A_SAVE = ("step", "generation", "keep", "best")
@@ -88,14 +92,16 @@ class OverHosts:
         if recipe.launch.link is not None:
             what = "between hosts there is a link already"
             problems.append(Problem("launch.link", what, "set it to null"))
-        replicas = recipe.parallel.replicas
-        if replicas is not None and replicas < len(self.addresses):
-            what = f"{replicas} replicas do not reach {len(self.addresses)} hosts"
-            hint = f"set it to {len(self.addresses)} or more: a replica is on one host"
+        planned = is_open(recipe)
+        replicas, count = recipe.parallel.replicas, len(self.addresses)
+        layout = given_layout(recipe)
+        if replicas is not None and layout.workers < count and not planned:
+            what = f"{layout} does not reach {count} hosts"
+            hint = f"set it to {count} or more, or divide a replica over hosts (parallel.pipeline)"
             problems.append(Problem("parallel.replicate", what, hint))
         if problems:
             raise ConfigError(problems)
-        given = [] if replicas is not None else [f"parallel.replicate={len(self.addresses)}"]
+        given = [] if replicas is not None or planned else [f"parallel.replicate={count}"]
         return [*given, "launch.workers=processes"]
 
     @property
@@ -106,15 +112,47 @@ class OverHosts:
     def choose(
         self, recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
     ) -> Decision:
-        """The decision for these hosts: threads by the host with fewest cores for each worker."""
-        layout = given_layout(recipe)
-        counts = [0] * len(self.addresses)
-        for rank in range(layout.workers):
-            counts[host_of_rank(layout, rank, num_hosts=len(counts))] += 1
-        cores = min(max(1, host.cores // max(counts)) for host in self.here)
-        return choose_joined(
-            recipe, inputs=inputs, cores_per_worker=cores, pool=pool, console=console
+        """The decision for these hosts: what is open by their links (launch/hosts_plan.py)."""
+        links = self._links(console=console) if len(self.addresses) > 1 else None
+        return choose_over_hosts(
+            recipe,
+            inputs=inputs,
+            here=self.here,
+            count=len(self.addresses),
+            links=links,
+            pool=pool,
+            console=console,
         )
+
+    def _links(self, *, console: Console) -> Links | None:
+        """How fast the hosts reach one another: from each to the next, all at once. Or None."""
+        hello = calls.Hello(
+            coordinator=_me(), nonce=secrets.token_hex(8), run=self.run, term=self.term
+        )
+        sites = self._called(hello)
+        console.phase(
+            f"measuring the links between {len(sites)} hosts (at most {_RING_SECONDS:.0f} s)"
+        )
+        try:
+            self._gather(sites, ready=lambda site: site.here is not None, console=console)
+            there = [site for site in sites if site.here is not None]
+            rounds = []
+            for shift in (1, 0):  # around, then each to itself
+                for number, site in enumerate(there):
+                    site.measure_links([there[(number + shift) % len(there)].open_address])
+                deadline = time.monotonic() + _RING_SECONDS / 2
+                while any(site.links is None for site in there) and time.monotonic() < deadline:
+                    for site in there:
+                        for _ in site.events(timeout_seconds=0.05 / len(there)):
+                            pass
+                rounds.append([each for site in there for each in site.links or ()])
+            around, inside = rounds
+        finally:
+            for site in sites:
+                site.close()
+        if len(inside) < len(there) or len(around) < len(there):
+            return None
+        return Links.of(around, inside)
 
     @contextmanager
     def sites(

@@ -18,6 +18,7 @@ from typing import Any
 
 from shoal.comm.keys import Keys
 from shoal.config.recipe import Recipe
+from shoal.config.sync import EveryStep
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.job import Inputs, Job
 from shoal.environment import address_towards
@@ -102,7 +103,16 @@ class OverHosts:
         if problems:
             raise ConfigError(problems)
         given = [] if replicas is not None or planned else [f"parallel.replicate={count}"]
-        return [*given, "launch.workers=processes"]
+        return [*given, *self._groups(recipe), "launch.workers=processes"]
+
+    def _groups(self, recipe: Recipe) -> list[str]:
+        """Exact runs have the same bits in groups: those of a host sum among themselves first."""
+        sync, replicas, count = recipe.sync, recipe.parallel.replicas or 1, len(self.addresses)
+        if not (isinstance(sync, EveryStep) and sync.codec.kind == "none" and recipe.train.exact):
+            return []
+        if sync.group_replicas or replicas % count or not replicas > count > 1:
+            return []
+        return [f"sync.group_replicas={replicas // count}"]
 
     @property
     def memory_bytes(self) -> int | None:

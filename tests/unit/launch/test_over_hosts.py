@@ -90,6 +90,21 @@ def test_a_plan_over_hosts_trains_as_the_same_layout_on_one_machine(
     assert Run(out).weights == one_machine.weights
 
 
+@pytest.mark.slow
+def test_exact_replicas_of_a_host_sum_among_themselves_first(
+    bench: Bench, agents: list[HeldAgent]
+) -> None:
+    """And have the bits of all at once (the bytes: tests/unit/sync/test_bytes.py)."""
+    words = ("train.exact=true", "parallel.replicate=4", "train.steps=4")
+    words += ("train.evaluate_every_steps=4", "train.micro_batch_samples=2")
+    out = bench.new_path()
+    local.train(bench.recipe, words, out=out, console=False, pool=bench.pool, hosts=over(agents))
+    assert load_recipe(str(out / "config.yaml")).sync.group_replicas == 2  # type: ignore[union-attr]
+    one_machine = bench.run(*words)
+    assert Run(out).digits == one_machine.digits
+    assert Run(out).weights == one_machine.weights
+
+
 LONG = ("train.steps=100000", "train.evaluate_every_steps=50000", "checkpoint.every_steps=50000")
 
 

@@ -143,7 +143,7 @@ class Agent:
             return  # whoever sent it has the secret and another version; `Hello` says so
         if isinstance(message, calls.Hello):
             self._greet(peer, message)
-        elif isinstance(message, calls.AskReach | calls.AskLinks):
+        elif isinstance(message, calls.AskReach | calls.AskLink):
             tested = threading.Thread(target=self._test, args=(peer, message), daemon=True)
             tested.start()
         elif peer == self._peer:
@@ -208,13 +208,13 @@ class Agent:
         self._workers[message.worker] = started
         self._states[message.worker] = calls.Running(worker=message.worker, rank=message.index)
 
-    def _test(self, peer: bytes, asked: calls.AskReach | calls.AskLinks) -> None:
+    def _test(self, peer: bytes, asked: calls.AskReach | calls.AskLink) -> None:
         if isinstance(asked, calls.AskReach):
             found = unreached(asked.addresses)
             self._tested.append((peer, calls.Reached(number=asked.number, unreached=found)))
         else:
-            links = tuple(measure(address) for address in asked.addresses)
-            self._tested.append((peer, calls.Linked(number=asked.number, links=links)))
+            link = measure(asked.address, sends=asked.sends)
+            self._tested.append((peer, calls.Linked(link=link)))
 
     def _answer(self, message: calls.ToCoordinator, *, peer: bytes | None = None) -> None:
         whom = peer or self._peer

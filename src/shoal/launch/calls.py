@@ -90,11 +90,12 @@ class AskReach(_Message, frozen=True):
     addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
 
 
-class AskLinks(_Message, frozen=True):
-    """How fast are the ways to these places (launch/links.py)?"""
+class AskLink(_Message, frozen=True):
+    """How fast is the way to a place (launch/links.py)?"""
 
-    number: Count
-    addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
+    address: Text
+    sends: bool
+    """Whether to fill it; else how long a byte takes there and back."""
 
 
 class Alive(_Message, frozen=True):
@@ -173,13 +174,12 @@ class Reached(_Message, frozen=True):
 
 
 class Linked(_Message, frozen=True):
-    """The answer to `AskLinks`."""
+    """The answer to `AskLink`."""
 
-    number: Count
-    links: tuple[Measured, ...]
+    link: Measured
 
 
-ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | AskLinks | Alive | Bye
+ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | AskLink | Alive | Bye
 ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached | Linked
 
 

@@ -63,7 +63,7 @@ def choose_over_hosts(
             between=links.between,
         )
     prices, why = list[Price](), ""
-    if is_open(recipe):
+    if is_open(recipe) and count > 1:
         memory = min(host.memory_bytes for host in here)
         prices, why = _planned(recipe, hosts, workload, memory=memory, devices=formats["devices"])
         best = prices[0].candidate.layout if prices else _a_replica_each(recipe, count=count)
@@ -168,7 +168,7 @@ def _why(prices: Sequence[Price], hosts: Hosts, *, here: Sequence[calls.Here]) -
         f"({_link(hosts)})"
     )
     if others:
-        text += f"; {others[0].candidate.layout} {others[0].step_seconds:.3g} s"
+        text += f"; next best {others[0].candidate.layout}, {others[0].step_seconds:.3g} s"
     least = min(here, key=lambda host: host.cores)
     if any(host.cores != least.cores for host in here):
         text += f"; reckoned with the {least.cores} cores of {least.name}, the fewest"

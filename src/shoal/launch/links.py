@@ -1,8 +1,10 @@
 """How fast hosts reach one another: a ring of messages at the join, and who answers them.
 
-Every host sends to the next one at the same time, as sums do, and then to itself. What is counted
-is what the other end says it has received, so what waits in buffers is not taken for speed. A test
-is bounded in seconds and bytes. Nothing that arrives is kept or looked at.
+First every host times single bytes to the next one, while nothing else is sent: else they would
+wait behind what comes the other way. Then all fill the way to the next one at the same time, as
+sums do; then the way to themselves. What is counted is what the other end says it has received, so
+what waits in buffers is not taken for speed. A test is bounded in seconds and bytes. Nothing that
+arrives is kept or looked at.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 
 import msgspec
 
-from shoal.engine.decision import Decision
+from shoal.config.link import Link as SlowLink
+from shoal.engine.job import Job
 from shoal.layout import workers_of_hosts
 from shoal.plan.over_hosts import Link
 
@@ -44,9 +47,16 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def measure(
-    address: str, *, most_seconds: float = MOST_SECONDS, most_bytes: int = MOST_BYTES
+    address: str,
+    *,
+    sends: bool = True,
+    most_seconds: float = MOST_SECONDS,
+    most_bytes: int = MOST_BYTES,
 ) -> Measured:
-    """The way to an `Answering` at `address` (tcp://HOST:PORT)."""
+    """The way to an `Answering` at `address` (tcp://HOST:PORT).
+
+    Without `sends` only the round trip is measured.
+    """
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     nothing = Measured(0.0, 0.0)
     try:
@@ -59,6 +69,8 @@ def measure(
                 if not _totals(made):
                     return nothing
                 times.append(time.monotonic() - began)
+            if not sends:
+                return Measured(0.0, median(times))
             rate = _rate(made, most_seconds=most_seconds, most_bytes=most_bytes)
             # what is still in buffers goes no further
             made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -190,10 +202,16 @@ class Links:
     """From each host to the next one, the last to the first."""
 
     @classmethod
-    def of(cls, ring: Sequence[Measured], inside: Sequence[Measured]) -> Links | None:
-        """None where a test has brought nothing."""
-        if not ring or not all(each.bytes_per_second for each in (*ring, *inside)):
+    def of(
+        cls, pings: Sequence[Measured], rates: Sequence[Measured], inside: Sequence[Measured]
+    ) -> Links | None:
+        """None where a test has brought nothing. `pings`, `rates`: each host's to the next one."""
+        if not rates or not len(pings) == len(rates) == len(inside):
             return None
+        if not all(each.bytes_per_second for each in (*rates, *inside)):
+            return None
+        pairs = zip(rates, pings, strict=True)
+        ring = [Measured(a.bytes_per_second, b.round_trip_seconds) for a, b in pairs]
         return cls(_slowest(inside), _slowest(ring), tuple(ring))
 
     def to_json(self) -> dict[str, Any]:
@@ -202,12 +220,14 @@ class Links:
         return {"between": asdict(self.between), "inside": asdict(self.inside), "ring": ring}
 
 
-def worker_rate(decision: Decision, *, num_hosts: int) -> float | None:
-    """Bytes per second that a worker can send to other hosts; None: it was not measured."""
-    links = decision.measured.get("links")
+def worker_rate(job: Job, *, num_hosts: int) -> float | None:
+    """Bytes per second that a worker can send to others; None: it is not known."""
+    if job.recipe.launch.link is not None:  # one host, which plays several
+        return SlowLink.parse(job.recipe.launch.link).bytes_per_second
+    links = job.decision.measured.get("links")
     if links is None or num_hosts < 2:
         return None
-    each = workers_of_hosts(decision.layout, num_hosts=num_hosts)
+    each = workers_of_hosts(job.decision.layout, num_hosts=num_hosts)
     return float(links["between"]["bytes_per_second"]) / max(each)
 
 

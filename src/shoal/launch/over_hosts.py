@@ -93,8 +93,8 @@ class OverHosts:
         if recipe.launch.link is not None:
             what = "between hosts there is a link already"
             problems.append(Problem("launch.link", what, "set it to null"))
-        planned = is_open(recipe)
         replicas, count = recipe.parallel.replicas, len(self.addresses)
+        planned = is_open(recipe) and count > 1
         layout = given_layout(recipe)
         if replicas is not None and layout.workers < count and not planned:
             what = f"{layout} does not reach {count} hosts"
@@ -146,23 +146,21 @@ class OverHosts:
         try:
             self._gather(sites, ready=lambda site: site.here is not None, console=console)
             there = [site for site in sites if site.here is not None]
-            rounds = []
-            for shift in (1, 0):  # around, then each to itself
+            found = []
+            for shift, sends in ((1, False), (1, True), (0, True)):
                 for number, site in enumerate(there):
-                    site.measure_links([there[(number + shift) % len(there)].open_address])
-                deadline = time.monotonic() + _RING_SECONDS / 2
-                while any(site.links is None for site in there) and time.monotonic() < deadline:
+                    other = there[(number + shift) % len(there)]
+                    site.measure_link(other.open_address, sends=sends)
+                deadline = time.monotonic() + _RING_SECONDS / 3
+                while any(site.link is None for site in there) and time.monotonic() < deadline:
                     for site in there:
                         for _ in site.events(timeout_seconds=0.05 / len(there)):
                             pass
-                rounds.append([each for site in there for each in site.links or ()])
-            around, inside = rounds
+                found.append([site.link for site in there if site.link is not None])
         finally:
             for site in sites:
                 site.close()
-        if len(inside) < len(there) or len(around) < len(there):
-            return None
-        return Links.of(around, inside)
+        return Links.of(*found)
 
     @contextmanager
     def sites(

@@ -67,8 +67,8 @@ class RemoteSite:
         self._happened: deque[tuple[Worker, dict[str, Any] | None]] = deque()
         self._seen, self._beats = calls.Seen(), dict[int, Beat]()
         self._reached = calls.Reached(number=0)
-        self.links: tuple[Measured, ...] | None = None
-        """What was measured of the ways that `measure_links` has named."""
+        self.link: Measured | None = None
+        """What was measured of the way that `measure_link` has named."""
         self._stacks: dict[int, str] = {}
         now = time.monotonic()
         self._seen_at = self._heard_at = self._polled_at = self._said_at = now
@@ -173,10 +173,10 @@ class RemoteSite:
         found = self._reached
         return frozenset(found.unreached) if found.number == number else None
 
-    def measure_links(self, addresses: Sequence[str]) -> None:
-        """Find out how fast the ways to `addresses` are: `links`, once it is known."""
-        self.links = None
-        self._send(calls.AskLinks(number=0, addresses=tuple(addresses)))
+    def measure_link(self, address: str, *, sends: bool) -> None:
+        """Find out how fast the way to `address` is: `link`, once it is known."""
+        self.link = None
+        self._send(calls.AskLink(address=address, sends=sends))
 
     def close(self, *, status: int | None = None, another_leads: bool = False) -> None:
         """The run has ended, with this exit status; the agent ends what still runs.
@@ -242,7 +242,7 @@ class RemoteSite:
         elif isinstance(message, calls.Reached):
             self._reached = message
         elif isinstance(message, calls.Linked):
-            self.links = message.links
+            self.link = message.link
         elif isinstance(message, calls.Seen):
             self._seen, self._seen_at = message, time.monotonic()
             for number, pid in message.pids.items():

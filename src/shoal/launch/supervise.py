@@ -119,7 +119,7 @@ class Supervisor:
             silence_seconds=silence,
             meets_inside=inside,
             threads=job.decision.threads_per_worker,
-            bytes_per_second=worker_rate(job.decision, num_hosts=len(sites)),
+            bytes_per_second=worker_rate(job, num_hosts=len(sites)),
         )
         self._pace = Pace()
         self._lanes = Lanes(job.run, num_workers=self._ranks)

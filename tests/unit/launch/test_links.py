@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shoal.launch.links import MOST_BYTES, Answering, Links, Measured, measure
+from shoal.launch.links import MOST_BYTES, PINGS, Answering, Links, Measured, measure
 from shoal.plan.over_hosts import Link
 
 
@@ -132,11 +132,22 @@ def test_strangers_are_told_how_much_came_and_let_go(
         assert made.recv(8) == b"", "nobody is answered for ever"
 
 
+def test_a_round_trip_is_timed_without_filling_the_way(answering: Answering) -> None:
+    relay = SlowRelay(answering.port, bytes_per_second=2e6, burst=300_000)
+    found = measure(relay.address, sends=False)
+    relay.close()
+    assert found.bytes_per_second == 0.0 and 0 < found.round_trip_seconds < 0.5
+    assert relay.passed == PINGS
+
+
 def test_a_plan_reckons_with_the_slowest() -> None:
-    ring = (Measured(2e6, 0.004), Measured(1e6, 0.002))
+    pings = (Measured(0.0, 0.004), Measured(0.0, 0.002))
+    rates = (Measured(2e6, 0.2), Measured(1e6, 0.1))
     inside = (Measured(9e8, 1e-4), Measured(8e8, 2e-4))
-    found = Links.of(ring, inside)
+    found = Links.of(pings, rates, inside)
     assert found is not None
     assert (found.between, found.inside) == (Link(1e6, 0.002), Link(8e8, 1e-4))
-    assert Links.of((Measured(0.0, 0.0), *ring), inside) is None
-    assert Links.of((), ()) is None
+    assert found.ring == (Measured(2e6, 0.004), Measured(1e6, 0.002))
+    assert Links.of(pings, (Measured(0.0, 0.0), rates[0]), inside) is None
+    assert Links.of(pings, rates, inside[:1]) is None
+    assert Links.of((), (), ()) is None

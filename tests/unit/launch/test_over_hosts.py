@@ -66,13 +66,13 @@ def test_a_plan_over_hosts_trains_as_the_same_layout_on_one_machine(
 ) -> None:
     """A replica may lie on both: with a cable so slow, stages do. What was measured is kept."""
     measured = agent.measure
+    asked = itertools.count()
 
-    def slowly(address: str) -> Measured:
-        found = measured(address)
-        slow = next(it) % 4 < 2  # around the ring first, then each to itself
-        return Measured(1e5, 0.01) if slow else found
+    def slowly(address: str, *, sends: bool) -> Measured:
+        """Pings, then the ring, then each to itself: two tests of each."""
+        found, number = measured(address, sends=sends), next(asked)
+        return Measured(1e5 if sends else 0.0, 0.01) if number < 4 else found
 
-    it = itertools.count()
     monkeypatch.setattr(agent, "measure", slowly)
     words = ("parallel=auto", "train.steps=8", "train.evaluate_every_steps=4")
     out = bench.new_path()

@@ -44,7 +44,8 @@ def test_auto_measures_the_links_and_trains_one_machines_digits(
     training = cluster.begin(bench, 2, "parallel=auto", *SHORT, out=tmp_path / "run")
     assert training.process.wait(timeout=240) == 0, training.log.read_text()
     plan = json.loads((training.run.path / "plan.json").read_text())
-    print(f"\n{plan['layout']}: {plan['reason']}")
+    took = [row["step_seconds"] for row in training.run.rows if "step_seconds" in row]
+    print(f"\n{plan['layout']}: {plan['reason']}; steps took {took[1:]}")
     between = plan["measured"]["links"]["between"]
     assert 2.5e6 * 0.7 < between["bytes_per_second"] < 2.5e6 * 1.1
     assert plan["measured"]["links"]["inside"]["bytes_per_second"] > 1e8

@@ -96,11 +96,11 @@ def main() -> None:
                     run = trained(cluster, bench, *words, *FIXED, *WIDER, steps, out=out)
                     seconds = [row["step_seconds"] for row in run.rows if "step_seconds" in row]
                     took[what] += seconds[1:]
-    print("| layout | predicted s a step | measured s |\n| --- | --- | --- |")
-    for what, (_, layout) in rows.items():
-        mark = " (auto's choice)" if layout == Layout(**plan["layout"]) else ""
-        wanted = f"{predicted(plan, bench, layout):.3f}" if layout is not None else "-"
-        print(f"| {what}{mark} | {wanted} | {statistics.median(took[what]):.3f} |")
+            print("| layout | predicted s a step | measured s |\n| --- | --- | --- |")
+            for what, (_, layout) in rows.items():
+                mark = " (auto's choice)" if layout == Layout(**plan["layout"]) else ""
+                wanted = f"{predicted(plan, bench, layout):.3f}" if layout is not None else "-"
+                print(f"| {what}{mark} | {wanted} | {statistics.median(took[what]):.3f} |")
 
 
 if __name__ == "__main__":

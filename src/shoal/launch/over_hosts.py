@@ -40,8 +40,8 @@ from shoal.observe.console import Console
 
 PATIENCE_SECONDS = 60.0
 _SOON_SECONDS = 1.0
-_RING_SECONDS = 6.0
-"""For the test of the links: twice a second of sending, and what a busy host needs to answer."""
+_RING_SECONDS = 9.0
+"""For the three rounds of the test of links; of a second at most, on hosts that are not busy."""
 _KEEP_SECONDS = 60.0
 """Of workers that have lost their coordinator: longer than the next one needs to lead."""
 _OF_A_SAVE = ("step", "generation", "keep", "best")

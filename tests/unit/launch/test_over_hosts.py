@@ -423,6 +423,8 @@ def test_a_degree_that_no_plan_chooses_is_one_replica_a_host(bench: Bench) -> No
     hosts = OverHosts(["tcp://h1:1", "tcp://h2:1", "tcp://h3:1"], SECRET)
     recipe = load_recipe(str(bench.recipe), ["parallel=auto", "launch.workers=auto"])
     assert hosts.overrides(recipe) == ["launch.workers=processes"]
+    alone = OverHosts(["tcp://h1:1"], SECRET)
+    assert alone.overrides(recipe) == ["parallel.replicate=1", "launch.workers=processes"]
     recipe = load_recipe(str(bench.recipe), ["parallel=auto", "train.exact=true"])
     assert hosts.overrides(recipe) == ["parallel.replicate=3", "launch.workers=processes"]
 

@@ -28,7 +28,8 @@ from unit.launch.etcd_server import etcd_server, free_port
 SHOAL = [sys.executable, "-c", "from shoal.cli.main import main; main()"]
 WORDS = ["train.evaluate_every_steps=0", "task.prompts=[]", "checkpoint.every_steps=50"]
 WORDS += ["parallel.replicate=2", "launch.workers=processes", "train.global_batch_samples=8"]
-WORDS += ["train.micro_batch_samples=4"]
+WORDS += ["train.micro_batch_samples=4", "launch.threads_per_worker=1"]
+"""A thread each: two agents of one machine would take its cores for two hosts'."""
 LEFT_OUT = 20
 
 

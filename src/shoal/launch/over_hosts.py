@@ -156,7 +156,10 @@ class OverHosts:
                     for site in there:
                         for _ in site.events(timeout_seconds=0.05 / len(there)):
                             pass
-                found.append([site.link for site in there if site.link is not None])
+                links = [site.link for site in there if site.link is not None]
+                found.append(links)
+                if not all(each.round_trip_seconds for each in links):
+                    return None  # a cable is cut: `_check_reach` says whose
         finally:
             for site in sites:
                 site.close()

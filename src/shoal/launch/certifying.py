@@ -18,6 +18,7 @@ from shoal.environment import usable_cores
 from shoal.errors import WorkerError
 from shoal.launch.pool import WorkerPool
 from shoal.launch.serving import Fleet
+from shoal.observe.lasting import Lasting
 from shoal.serve.cache import Cache
 from shoal.serve.certificate import Answers, Certificate, Condition, Found, certify, judged
 from shoal.serve.divided import Divided
@@ -58,23 +59,28 @@ def certify_folder(
     runner = make(read(), Part(pieces=pieces))
     most = 4 * num_requests * blocks_for(min(runner.sizes.context, 256), size)
     runner.cache = Cache(min(most, 512), size)
-    say(f"serving {num_requests} requests alone, then in company")
+
+    told = Lasting(say)
+    told.begin(f"serving {num_requests} requests alone, then in company")
 
     def in_other_ways(requests: Sequence[Request], alone: Answers) -> list[Found]:
         found = []
         for degree in range(2, pieces + 1):
             if pieces % degree == 0:
-                say(f"tensor {degree}")
+                told.begin(f"tensor {degree}")
                 cores = torch.get_num_threads()
                 ranks = Divided(read, make, degree=degree, pieces=pieces, threads=cores)
                 ranks.cache = runner.cache
-                found.append(judged(ranks, requests, alone, Condition(f"tensor {degree}")))
+                condition = Condition(f"tensor {degree}")
+                found.append(judged(ranks, requests, alone, condition, told=told))
                 ranks.close()
         for kills in (False, True):
-            found.append(_by_two(folder, settings, requests, alone, kills=kills, say=say))
+            found.append(_by_two(folder, settings, requests, alone, kills=kills, told=told))
         return found
 
-    return certify(runner, name=str(folder), num_requests=num_requests, also=in_other_ways, say=say)
+    return certify(
+        runner, name=str(folder), num_requests=num_requests, also=in_other_ways, told=told
+    )
 
 
 def _by_two(
@@ -84,17 +90,18 @@ def _by_two(
     alone: Answers,
     *,
     kills: bool,
-    say: Callable[[str], None],
+    told: Lasting,
 ) -> Found:
     """Two replicas of one thread each serve all requests at once; every so often one is killed."""
     changes = {"replicate": 2, "threads": 1, "queue_requests": 1 << 20, "queue_tokens": 1 << 40}
     chosen = settings.model_copy(update=changes)
-    say("two replicas" + (", killed by turns" if kills else ""))
+    name = "two replicas, killed by turns" if kills else "two replicas"
+    told.begin(name)
     with WorkerPool(1) as pool, Fleet(folder, chosen, pool) as fleet:
         fleet.wait_ready()
-        found = _answers(fleet, requests, kills=kills)
+        found = _answers(fleet, requests, kills=kills, told=told)
         return Found(
-            "two replicas, killed by turns" if kills else "two replicas",
+            name,
             len(requests),
             sum(found.get(each.id) != alone[each.id] for each in requests),
             sum(each.get("steps", 0) for each in fleet.states().values()),
@@ -102,12 +109,12 @@ def _by_two(
         )
 
 
-def _answers(fleet: Fleet, requests: Sequence[Request], *, kills: bool) -> Answers:
+def _answers(fleet: Fleet, requests: Sequence[Request], *, kills: bool, told: Lasting) -> Answers:
     made: dict[str, tuple[Scored, ...]] = {each.id: () for each in requests}
     left = set(made)
     changed = threading.Condition()
 
-    def told(event: Event) -> None:
+    def take(event: Event) -> None:
         with changed:
             made[event.id] = made[event.id] + event.tokens
             if event.finish is not None:
@@ -118,13 +125,14 @@ def _answers(fleet: Fleet, requests: Sequence[Request], *, kills: bool) -> Answe
         return sum(map(len, made.values()))
 
     for request in requests:
-        fleet.submit(request, told)
+        fleet.submit(request, take)
     deadline, wanted, turn = time.monotonic() + _MOST_SECONDS, _KILL_AFTER, 0
     while left:
         with changed:
             changed.wait(timeout=1.0)
             if time.monotonic() > deadline:
                 raise WorkerError(f"{len(left)} requests were not answered")
+            told.at(1 - len(left) / len(requests))
             if count() < wanted:
                 continue
         wanted = count() + _KILL_AFTER * (1 + turn)

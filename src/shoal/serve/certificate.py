@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shoal.models.anatomy import head_parameters, hidden_of, logits_of
+from shoal.observe.lasting import Lasting
 from shoal.serve.cache import Cache, Rows
 from shoal.serve.divided import Divided
 from shoal.serve.engine import Engine
@@ -123,7 +124,7 @@ def certify(
     most_made: int = 24,
     conditions: Sequence[Condition] = CONDITIONS,
     also: Callable[[Sequence[Request], Answers], list[Found]] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    told: Lasting | None = None,
 ) -> Certificate:
     """Serve random requests alone, then together under each condition; count what differs.
 
@@ -134,23 +135,29 @@ def certify(
             runner, count=num_requests, seed=seed, most_prompt=most_prompt, most_made=most_made
         )
     )
+    told = told or Lasting(lambda text: None)
     alone: dict[str, tuple[Scored, ...]] = {}
-    for request in requests:
+    for number, request in enumerate(requests):
         alone.update(answers(Engine(runner, share_prefixes=False), [request]))
+        told.at((number + 1) / num_requests)
     result = Certificate(name, str(runner.report))
     for condition in conditions:
-        say(condition.name)
-        result.found.append(judged(runner, requests, alone, condition))
+        told.begin(condition.name)
+        result.found.append(judged(runner, requests, alone, condition, told=told))
     if also is not None:
         result.found += also(requests, alone)
-    say("the training's loss of what was served")
-    result.training = against_training(runner, requests, alone)
+    told.begin("the training's loss of what was served")
+    result.training = against_training(runner, requests, alone, told=told)
     return result
 
 
 @torch.no_grad()
 def against_training(
-    runner: Runner, requests: Sequence[Request], served: dict[str, tuple[Scored, ...]]
+    runner: Runner,
+    requests: Sequence[Request],
+    served: dict[str, tuple[Scored, ...]],
+    *,
+    told: Lasting,
 ) -> Training:
     """The loss that training has of what was served, by its own forward of whole rows.
 
@@ -162,7 +169,8 @@ def against_training(
     loss = TokenCrossEntropy(logits_of(model), head_parameters(model))
     tokens = different = 0
     largest = 0.0
-    for request in requests:
+    for number, request in enumerate(requests):
+        told.at(number / len(requests))
         made = [each.token for each in served[request.id]]
         row = [*request.prompt, *made]
         length = len(row) + -len(row) % runner.multiple
@@ -183,7 +191,12 @@ def against_training(
 
 
 def judged(
-    runner: Runner | Divided, requests: Sequence[Request], alone: Answers, condition: Condition
+    runner: Runner | Divided,
+    requests: Sequence[Request],
+    alone: Answers,
+    condition: Condition,
+    *,
+    told: Lasting,
 ) -> Found:
     """What serving all `requests` at once under `condition` gives, beside each `alone`."""
     whole, threads = runner.cache, torch.get_num_threads()
@@ -201,8 +214,8 @@ def judged(
         if condition.one_thread:
             torch.set_num_threads(1)
         if condition.twice:
-            answers(engine, requests)
-        found = answers(engine, requests)
+            answers(engine, requests, told=told)
+        found = answers(engine, requests, told=told)
     finally:
         runner.cache = whole
         torch.set_num_threads(threads)
@@ -218,14 +231,20 @@ def judged(
     )
 
 
-def answers(engine: Engine, requests: Sequence[Request]) -> dict[str, tuple[Scored, ...]]:
+def answers(
+    engine: Engine, requests: Sequence[Request], *, told: Lasting | None = None
+) -> dict[str, tuple[Scored, ...]]:
     """Serve `requests` together to their ends: the tokens of each, with their scores."""
     made: dict[str, tuple[Scored, ...]] = {each.id: () for each in requests}
+    ended = 0
     for request in requests:
         engine.submit(request)
     while not engine.idle:
         for event in engine.step():
             made[event.id] = made[event.id] + event.tokens
+            ended += event.finish is not None
+        if told is not None:
+            told.at(ended / len(requests))
     return made
 
 

@@ -27,8 +27,9 @@ from unit.launch.etcd_server import etcd_server, free_port
 
 SHOAL = [sys.executable, "-c", "from shoal.cli.main import main; main()"]
 WORDS = ["train.evaluate_every_steps=0", "task.prompts=[]", "checkpoint.every_steps=50"]
-WORDS += ["parallel.replicate=2", "launch.workers=processes", "train.global_batch_samples=8"]
-WORDS += ["train.micro_batch_samples=4"]
+WORDS += ["parallel={replicate: 2}", "launch.workers=processes", "train.global_batch_samples=8"]
+WORDS += ["train.micro_batch_samples=4", "launch.threads_per_worker=1"]
+"""A thread each: two agents of one machine would take its cores for two hosts'."""
 LEFT_OUT = 20
 
 
@@ -49,7 +50,11 @@ def agents(folder: Path) -> Iterator[Path]:
 
 
 def step_seconds(command: list[str], out: Path) -> float:
-    subprocess.run([*SHOAL, *command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        [*SHOAL, *command, "--out", str(out)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stdout[-3000:]}{done.stderr[-3000:]}")
     rows = [row for row in read_lines(out / "metrics.jsonl") if "loss" in row]
     shutil.rmtree(out)
     return statistics.median(row["step_seconds"] for row in rows[LEFT_OUT:])

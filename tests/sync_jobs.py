@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import stat
@@ -18,11 +19,13 @@ from replicas import LAYOUT, drawn, policy_of
 from shoal.comm.group import ProcessGroup
 from shoal.comm.link import SlowLink
 from shoal.comm.messages import gather_json
+from shoal.comm.tree import Node, TreeSum
 from shoal.config.link import Link
 from shoal.config.sync import SyncSection
 from shoal.observe.events import Report
 from shoal.runtime import start_process_group, stop_process_group
-from shoal.sync.policy import Gradients
+from shoal.sync.every_step import EveryStep
+from shoal.sync.policy import Division, Gradients
 
 
 def run(payload: dict[str, Any], descriptor: int) -> int:
@@ -108,6 +111,40 @@ def links(payload: dict[str, Any], descriptor: int) -> int:
             sent[owner[far]] += _sent_by_kernel()[near, far] - before[near, far]
         found[name] = [[counted.get(other, 0) for other in range(size)], sent]
     Report(descriptor).say("links", found=found)
+    stop_process_group()
+    return 0
+
+
+def sum_in_groups(payload: dict[str, Any], descriptor: int) -> int:
+    """For each size of groups: the bits of a sum of flat vectors and of the leaves of a tree, and
+    the bytes that went to each rank."""
+    torch.set_num_threads(1)
+    rank, size, found = payload["rank"], payload["size"], []
+    start_process_group(
+        rank=rank,
+        size=size,
+        device=torch.device("cpu"),
+        meeting=Path(payload["store"]).as_uri(),
+        timeout_seconds=60,
+    )
+    group = ProcessGroup()
+    for within in payload["within"]:
+        policy = EveryStep(
+            Division(payload["leaves"], 1), bucket_bytes=1 << 16, group_replicas=within
+        )
+        policy.enter(world=group, peers=group, inside=group)
+        share, tree = policy.share(0), TreeSum()
+        for leaf in range(share.start, share.stop):
+            tree.push(Node(0, leaf, drawn(leaf)))
+        for nodes in ([], tree.nodes):
+            group.traffic.take()
+            reduced = policy.reduce(Gradients(drawn(100 + rank), LAYOUT, nodes))
+            sent = {str(to): n for to, n in group.traffic.take().sent_to.items()}
+            bits = hashlib.sha256(reduced.values.numpy().tobytes()).hexdigest()
+            wanted = sum(drawn(100 + r).double() for r in range(size))
+            error = 0.0 if nodes else float((reduced.values - wanted).abs().max())
+            found.append({"bits": bits, "sent": sent, "nodes": len(nodes), "error": error})
+    Report(descriptor).say("sums", found={"rank": rank, "sums": found})
     stop_process_group()
     return 0
 

@@ -129,6 +129,25 @@ class Layout:
         return ", ".join(named) or "one worker"
 
 
+def host_of_rank(layout: Layout, rank: int, *, num_hosts: int) -> int:
+    """Number of the host that `rank` runs on: neighbours together, as evenly as they can be.
+
+    Whole replicas where there is one for each host, else whole stages, else ranks.
+    """
+    count, size = layout.replicate, layout.replica_workers
+    if count < num_hosts:
+        count, size = count * layout.pipeline, size // layout.pipeline
+    if count < num_hosts:
+        count, size = layout.workers, 1
+    return rank // size * num_hosts // count
+
+
+def workers_of_hosts(layout: Layout, *, num_hosts: int) -> list[int]:
+    """How many workers each host has."""
+    places = [host_of_rank(layout, rank, num_hosts=num_hosts) for rank in range(layout.workers)]
+    return [places.count(host) for host in range(num_hosts)]
+
+
 @dataclass(frozen=True)
 class Share:
     """The part of a global batch that one replica computes: samples `start` to `stop`."""

@@ -105,11 +105,11 @@ class Training:
         except subprocess.TimeoutExpired:
             raise AssertionError(self.log.read_text()[-6000:]) from None
 
-    def check_steps(self, bench: Bench, *overrides: str) -> None:
+    def check_steps(self, bench: Bench, *overrides: str, most: int = 300) -> None:
         """Every step once, and the losses of one machine, by as many as one trains quickly."""
         steps = [row["step"] for row in self.run.rows if "loss" in row]
         assert steps == list(range(1, len(steps) + 1))
-        count = min(len(steps), 300)
+        count = min(len(steps), most)
         clean = bench.train(*overrides, f"train.stop_after_steps={count}")
         assert self.run.losses[:count] == clean.losses
 

@@ -183,6 +183,6 @@ def test_a_slow_host_gets_a_smaller_share(bench: Bench, cluster: Cluster, tmp_pa
     cluster.hosts[2].use_cores(2.0)
     steps = training.steps()
     training.until(lambda: training.steps() > steps + 2)
-    print(f"\na host with a tenth of a core: {shares()} after {seconds:.1f} s")
+    print(f"\na host with a tenth of a core: {shares()} after {seconds:.1f} s, step {steps}")
     training.stop()
-    training.check_steps(bench, *words)
+    training.check_steps(bench, *words, most=steps + 3)  # what follows is as every other run

@@ -98,6 +98,26 @@ def test_groups_of_replicas_agree_more_often_than_all(bench: Bench) -> None:
     assert not verify_run(straight.path).problems
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("exact", [False, True])
+def test_gradients_may_be_summed_in_groups_first(bench: Bench, exact: bool) -> None:
+    """Exact: the same bits. Else within rounding. Less crosses between groups in both."""
+    how = ("parallel.replicate=4", "launch.workers=processes", "train.micro_batch_samples=2")
+    how = (*how, "train.steps=10", "train.evaluate_every_steps=0", f"train.exact={exact}")
+    once = bench.run(*how)
+    grouped = bench.run(*how, "sync={kind: every-step, group_replicas: 2}")
+    assert grouped.losses == pytest.approx(once.losses, abs=1e-5)
+    if exact:
+        assert grouped.weights == once.weights and grouped.losses == once.losses
+
+    def sent(run: Run) -> int:
+        """By replica 0 to those of the other group."""
+        links = [row["sent_bytes_by_link"] for row in run.rows if "loss" in row]
+        return sum(each.get(f"replica {r}", 0) for each in links for r in (2, 3))
+
+    assert 0 < sent(grouped) < sent(once)
+
+
 @pytest.mark.parametrize(
     ("section", "wanted"),
     [
@@ -111,6 +131,8 @@ def test_groups_of_replicas_agree_more_often_than_all(bench: Bench) -> None:
             "a multiple of `every_steps`, above it; got 6 and end",
         ),
         (GROUPS, "2 replicas are no two or more groups of 2"),
+        ("kind: every-step, group_replicas: 2", "2 replicas are no two or more groups of 2"),
+        ("kind: every-step, group_replicas: 2, codec: {kind: int8}", "sums floats: leave it out"),
     ],
 )
 def test_groups_that_cannot_be_are_refused(bench: Bench, section: str, wanted: str) -> None:

@@ -263,8 +263,10 @@ class ProcessGroup(Group):
             problem = str(error).partition("\n")[0]
         if problem is not None:
             raise PeersLost(f"all_reduce of {sent} bytes did not begin: {problem}")
+        self.pulse.begin(sent)
 
         def finish() -> None:
+            self.pulse.end(sent)
             waited = time.perf_counter()
             self._meet("all_reduce", sent, work.wait)
             self.traffic.count("all_reduce", sent, began=began, waited=waited)
@@ -373,8 +375,10 @@ class ProcessGroup(Group):
         self._meet(name, num_bytes, lambda: works.append(begin()))
         self.traffic.sent_bytes[name] += num_bytes
         self._went(to)
+        self.pulse.begin(num_bytes)
 
         def wait() -> _Value:
+            self.pulse.end(num_bytes)
             began = time.perf_counter()
             self._meet(name, num_bytes, lambda: works[0].wait())
             self.traffic.communication_seconds += time.perf_counter() - began

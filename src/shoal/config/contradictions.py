@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from shoal.config.optimizers import Muon
 from shoal.config.recipe import PretrainedModel, Recipe
 from shoal.config.server import Quorum
-from shoal.config.sync import LocalSGD, Server, StreamingDiLoCo
+from shoal.config.sync import EveryStep, LocalSGD, Server, StreamingDiLoCo
 from shoal.config.tasks import GRPO, Embedding, Preference
 from shoal.errors import Problem
 from shoal.layout import AXES
@@ -105,7 +105,7 @@ def _sync(recipe: Recipe) -> Iterator[Problem]:
     if isinstance(sync, StreamingDiLoCo | Server) and sync.codec.after_rounds:
         what = "messages have one form from the first on"
         yield Problem("sync.codec.after_rounds", what, "set it to 0, or sync.kind to diloco")
-    within = sync.group_replicas if isinstance(sync, LocalSGD) else None
+    within = sync.group_replicas if isinstance(sync, LocalSGD | EveryStep) else None
     replicas = recipe.parallel.replicas
     if within is not None and replicas is not None and (replicas % within or replicas == within):
         what = f"{replicas} replicas are no two or more groups of {within}"

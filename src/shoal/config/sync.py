@@ -142,9 +142,19 @@ class EveryStep(_Divided):
     """How gradients are compressed."""
     bucket_bytes: Annotated[int, Field(ge=1024)] = 128 * 2**20
     """Largest message of one reduction without a codec."""
+    group_replicas: Annotated[int, Field(ge=2)] | None = None
+    """Neighbouring replicas, such as those of one host, that sum among themselves first, so that
+    each sends only its part to the other groups; null: all at once. With train.exact the bits are
+    the same."""
     verify_every_steps: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Compare a hash of parameters and optimizer state over replicas; 0: never; auto: before every
     step on a CPU, every 100 steps on a device, whose state must be copied for it."""
+
+    @model_validator(mode="after")
+    def _two_levels(self) -> EveryStep:
+        if self.group_replicas is not None and self.codec.kind != "none":
+            raise ValueError("`group_replicas` sums floats: leave it out, or set codec to none")
+        return self
 
 
 class LocalSGD(_Divided):

@@ -27,8 +27,9 @@ from shoal.comm.line import LARGEST_MESSAGE
 from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
+from shoal.launch.links import Answering, measure
 from shoal.launch.pool import Worker, WorkerPool
-from shoal.launch.reach import open_port, turn_away, unreached
+from shoal.launch.reach import unreached
 from shoal.launch.site import LocalSite, Slot
 
 TARGETS = ("shoal.launch.worker:run",)
@@ -89,8 +90,7 @@ class Agent:
             self._context.destroy(linger=0)
             raise
         self.address = self._guard.address
-        self._open = open_port(bind)
-        self._guard.register(self._open.fileno())
+        self._answering = Answering(bind)
         self._decoder = msgspec.msgpack.Decoder(calls.ToAgent)
         self._peer: bytes | None = None
         self._hello = calls.Hello(coordinator="", nonce="", run="")
@@ -98,7 +98,7 @@ class Agent:
         self._workers: dict[int, Worker] = {}
         self._states: dict[int, calls.Running] = {}
         self._watched: set[int] = set()
-        self._tested: deque[calls.Reached] = deque()
+        self._tested: deque[tuple[bytes, calls.Reached | calls.Linked]] = deque()
         self._heard_at = self._turned_at = self._signed_at = 0.0
         self.ended: int | None = None
         """Exit status of the last run, once it has ended."""
@@ -119,7 +119,7 @@ class Agent:
         """End the workers and stop listening."""
         self._leave()
         self._guard.close()
-        self._open.close()
+        self._answering.close()
         self._context.destroy(linger=0)
 
     def turn(self) -> None:
@@ -129,8 +129,6 @@ class Agent:
         if self._guard.socket in ready:
             while self._guard.socket.poll(0):
                 self._hear(self._guard.socket.recv_multipart())
-        if self._open.fileno() in ready:
-            turn_away(self._open)
         self._pass_on()
         self._check_lease()
 
@@ -145,6 +143,9 @@ class Agent:
             return  # whoever sent it has the secret and another version; `Hello` says so
         if isinstance(message, calls.Hello):
             self._greet(peer, message)
+        elif isinstance(message, calls.AskReach | calls.AskLink):
+            tested = threading.Thread(target=self._test, args=(peer, message), daemon=True)
+            tested.start()
         elif peer == self._peer:
             self._heard_at = time.monotonic()
             self._follow(message)
@@ -156,7 +157,7 @@ class Agent:
         busy = other and not later and silent <= known.lease_seconds
         if busy or not hello.ranks:
             who = f"{self._hello.run} of {self._hello.coordinator}" if busy else ""
-            self._answer(facts(busy=who), peer=peer)
+            self._answer(facts(busy=who, open_port=self._answering.port), peer=peer)
             return
         missing = _missing(hello)
         if not missing:
@@ -167,7 +168,7 @@ class Agent:
             self._say(f"at work for {hello.run}, as {hello.coordinator} says")
         left = {n for n, worker in self._workers.items() if worker.status is None}
         running = tuple(each for n, each in self._states.items() if n in left and not missing)
-        port = int(self._open.getsockname()[1])
+        port = self._answering.port
         self._answer(facts(missing=missing, running=running, open_port=port), peer=peer)
 
     def _follow(self, message: calls.ToAgent) -> None:
@@ -180,9 +181,9 @@ class Agent:
             self._leave()
             self.ended = message.status
             self._say(f"the run has ended (status {message.status})")
-        elif isinstance(message, calls.AskReach):
-            threading.Thread(target=self._test, args=(message,), name="reach", daemon=True).start()
-        elif not isinstance(message, calls.Alive | calls.Hello) and message.worker in self._workers:
+        elif isinstance(message, calls.Order | calls.Signal | calls.AskStack):
+            if message.worker not in self._workers:
+                return
             worker = self._workers[message.worker]
             if isinstance(message, calls.Order):
                 site.send(worker, message.order)
@@ -207,9 +208,13 @@ class Agent:
         self._workers[message.worker] = started
         self._states[message.worker] = calls.Running(worker=message.worker, rank=message.index)
 
-    def _test(self, asked: calls.AskReach) -> None:
-        found = unreached(asked.addresses)
-        self._tested.append(calls.Reached(number=asked.number, unreached=found))
+    def _test(self, peer: bytes, asked: calls.AskReach | calls.AskLink) -> None:
+        if isinstance(asked, calls.AskReach):
+            found = unreached(asked.addresses)
+            self._tested.append((peer, calls.Reached(number=asked.number, unreached=found)))
+        else:
+            link = measure(asked.address, sends=asked.sends)
+            self._tested.append((peer, calls.Linked(link=link)))
 
     def _answer(self, message: calls.ToCoordinator, *, peer: bytes | None = None) -> None:
         whom = peer or self._peer
@@ -235,7 +240,6 @@ class Agent:
         if self._site is not None:
             self._site.close()
         self._site, self._peer = None, None
-        self._tested.clear()
         self._workers.clear()
         self._states.clear()
 
@@ -256,13 +260,14 @@ class Agent:
 
     def _pass_on(self) -> None:
         """What workers have said, and how they are."""
+        while self._tested:
+            peer, found = self._tested.popleft()
+            self._answer(found, peer=peer)
         site = self._site
         if site is None:
             for _ in self._pool.events(timeout_seconds=0.0, only=[]):
                 pass
             return
-        while self._tested:
-            self._answer(self._tested.popleft())
         numbers = {id(worker): number for number, worker in self._workers.items()}
         for worker, message in site.events(timeout_seconds=0.0):
             number = numbers[id(worker)]

@@ -13,6 +13,7 @@ import msgspec
 import xxhash
 
 from shoal.launch.hang import Sighting
+from shoal.launch.links import Measured
 
 LEASE_SECONDS = 6.0
 """After so long without a word the other end counts as dead."""
@@ -87,6 +88,14 @@ class AskReach(_Message, frozen=True):
 
     number: Count
     addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
+
+
+class AskLink(_Message, frozen=True):
+    """How fast is the way to a place (launch/links.py)?"""
+
+    address: Text
+    sends: bool
+    """Whether to fill it; else how long a byte takes there and back."""
 
 
 class Alive(_Message, frozen=True):
@@ -164,8 +173,14 @@ class Reached(_Message, frozen=True):
     unreached: tuple[Text, ...] = ()
 
 
-ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | Alive | Bye
-ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached
+class Linked(_Message, frozen=True):
+    """The answer to `AskLink`."""
+
+    link: Measured
+
+
+ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | AskLink | Alive | Bye
+ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached | Linked
 
 
 def folder_digest(folder: Path) -> str:

@@ -64,20 +64,20 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
         )
     refuse_illegal(recipe, layout, config=trained_config(recipe, inputs=inputs))
     refuse_wrong_model(recipe, inputs=inputs, pool=pool, console=console)
-    formats = _formats(recipe, pool=pool, console=console)
+    formats = formats_here(recipe, pool=pool, console=console)
     inside = layout.replica_workers
-    is_open = auto and not recipe.train.exact and not kind_of(recipe.task.kind).plays
-    if auto and not given and (formats["devices"] or is_open or inside > 1):
+    planned = is_open(recipe)
+    if auto and not given and (formats["devices"] or planned or inside > 1):
         room = max(1, (formats["devices"] or cores) // inside)
         layout = replace(layout, replicate=most_replicas(recipe, at_most=room, shards=layout.shard))
-    workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
+    workload = workload_for(recipe, inputs=inputs, compute=formats["compute"])
     if 0 < formats["devices"] < layout.workers:
         console.line(
             f"warning: {layout.workers} workers share {formats['devices']} GPUs and exchange "
             "through the host's memory: slower than a worker per GPU (fine for a test)"
         )
     decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats, workload=workload)
-    if is_open and workload is not None and formats["devices"]:
+    if planned and workload is not None and formats["devices"]:
         decision = on_devices(
             recipe,
             decision,
@@ -94,12 +94,18 @@ def choose(recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
             devices=formats["devices"],
             device_name=formats["device_name"],
         )
-    elif is_open and inside == 1 and not formats["devices"]:
+    elif planned and inside == 1 and not formats["devices"]:
         decision = tuned(
             recipe, decision, inputs=inputs, workload=workload, pool=pool, console=console
         )
     check_decision_respects_recipe(recipe, decision)
     return _with_figures(recipe, decision, workload=workload, formats=formats)
+
+
+def is_open(recipe: Recipe) -> bool:
+    """Whether a plan chooses the layout: not of exact runs, nor of tasks that play."""
+    plays = kind_of(recipe.task.kind).plays
+    return recipe.parallel.auto and not recipe.train.exact and not plays
 
 
 def check_decision_respects_recipe(recipe: Recipe, decision: Decision) -> None:
@@ -154,18 +160,9 @@ def decide_joined(
     refuse_illegal(recipe, layout, config=trained_config(recipe, inputs=inputs))
     cores = cores_per_worker * layout.workers
     formats = {**formats, "compute": _compute(recipe, formats=formats)}
-    workload = _workload(recipe, inputs=inputs, compute=formats["compute"])
+    workload = workload_for(recipe, inputs=inputs, compute=formats["compute"])
     decision = _by_rule(recipe, layout=layout, cores=cores, formats=formats, workload=workload)
     return _with_figures(recipe, decision, workload=workload, formats=formats)
-
-
-def choose_joined(
-    recipe: Recipe, *, inputs: Inputs, cores_per_worker: int, pool: WorkerPool, console: Console
-) -> Decision:
-    """As `decide_joined`, with the number formats of this machine. Raises ConfigError."""
-    refuse_wrong_model(recipe, inputs=inputs, pool=pool, console=console)
-    formats = dict(_formats(recipe, pool=pool, console=console))
-    return decide_joined(recipe, inputs=inputs, cores_per_worker=cores_per_worker, formats=formats)
 
 
 def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads", "processes"]:
@@ -182,6 +179,12 @@ def _kind(recipe: Recipe, *, layout: Layout, devices: int) -> Literal["threads",
     return "processes"
 
 
+def fitting_samples(recipe: Recipe, workload: Workload | None) -> int:
+    """Samples of a micro batch at most, where none is timed."""
+    tokens = recipe.data.sequence_tokens if workload is None else workload.sequence_tokens
+    return max(1, _MICRO_TOKENS // tokens)
+
+
 def _by_rule(
     recipe: Recipe,
     *,
@@ -191,9 +194,7 @@ def _by_rule(
     workload: Workload | None = None,
 ) -> Decision:
     """What needs no plan: the layout is given, and the rest follows from cores and tokens."""
-    chosen = recipe.train.micro_batch_samples
-    tokens = recipe.data.sequence_tokens if workload is None else workload.sequence_tokens
-    fitting = max(1, _MICRO_TOKENS // tokens)
+    chosen, fitting = recipe.train.micro_batch_samples, fitting_samples(recipe, workload)
     if recipe.train.exact:  # nothing that changes a bit may depend on the number of workers
         threads, reason = 1, "exact: one thread and one micro batch, whatever the degree"
         eighth = max(1, recipe.train.global_batch_samples // 8)
@@ -221,7 +222,7 @@ def _by_rule(
     return Decision(layout, kind, threads, micro, formats["compute"], reason)
 
 
-def _workload(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:
+def workload_for(recipe: Recipe, *, inputs: Inputs, compute: str) -> Workload | None:
     """The step of the recipe, or None for a family whose sizes are not known."""
     try:
         config = trained_config(recipe, inputs=inputs)
@@ -277,7 +278,7 @@ def _compute(recipe: Recipe, *, formats: dict[str, Any]) -> Format:
     return format_of(wanted, auto=formats["compute"])
 
 
-def _formats(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str, Any]:
+def formats_here(recipe: Recipe, *, pool: WorkerPool, console: Console) -> dict[str, Any]:
     """Devices and number formats of this machine, from the cache or from a worker's look."""
     wanted = recipe.launch.device
     path = cache_directory() / "machines" / f"{machine_key()}-{wanted}.json"

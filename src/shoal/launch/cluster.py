@@ -1,4 +1,4 @@
-"""Which hosts a run has, where its generations meet, and which ranks go to which host."""
+"""Which hosts a run has, and where its generations meet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.errors import ShoalError
-from shoal.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,3 @@ class ThisHost:
 
     def servers(self) -> Path:
         return self.folder / "servers"
-
-
-def host_of_rank(layout: Layout, rank: int, *, num_hosts: int) -> int:
-    """Number of the host that `rank` runs on: whole replicas, as evenly as they can be."""
-    return layout.replica_of(rank) * num_hosts // layout.replicate

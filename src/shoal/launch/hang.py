@@ -40,7 +40,8 @@ STOPPED_SECONDS = 0.4
 LOOKS = 3
 """A worker that is late sleeps only if it was seen so as often, one look after another."""
 DEADLOCK_SECONDS = 20.0
-"""Patience when every worker is inside a collective: a slow network, or a mismatch."""
+"""Patience when every worker is inside a collective: a slow network, or a mismatch; and on top of
+it what the bytes of the collective take on the links that were measured."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,19 @@ class Doctor:
     for want of a processor: one that runs must have computed for as long as its limit, too."""
 
     def __init__(
-        self, *, silence_seconds: float, meets_inside: bool = False, threads: int = 1
+        self,
+        *,
+        silence_seconds: float,
+        meets_inside: bool = False,
+        threads: int = 1,
+        bytes_per_second: float | None = None,
     ) -> None:
         """`meets_inside`: workers of one replica also meet inside forward and backward, unseen.
-        `threads`: those that compute for one worker.
+        `threads`: those that compute for one worker. `bytes_per_second`: of the slowest link for
+        one worker, where it is known.
         """
         self._floor, self._meets_inside, self._threads = silence_seconds, meets_inside, threads
+        self._bytes_per_second, self._most_bytes = bytes_per_second, 0
         self._cpu: dict[int, tuple[float, float]] = {}
         """Rank -> (time of its last beat, CPU seconds it had used when that was first seen)."""
         self._asleep: Counter[int] = Counter()
@@ -91,7 +99,7 @@ class Doctor:
         ]
         late = [(one, self._computed(one)) for one in seen]
         found = found or [stuck for one, cpu in late if (stuck := self._late(one, cpu)) is not None]
-        return found or _deadlock(seen)
+        return found or self._deadlock(seen)
 
     def limit(self, beat: Beat | None) -> float | None:
         """How long this beat may be the last; None: as long as it takes."""
@@ -135,25 +143,39 @@ class Doctor:
             return Stuck(one.rank, "runs without a step (a live-lock)")
         return Stuck(one.rank, "gets no time") if one.silent_seconds > STARVED * limit else None
 
+    def patience(self) -> float:
+        """Seconds that all may be inside collectives.
 
-def _deadlock(seen: list[Sighting]) -> list[Stuck]:
-    """Everybody is inside a collective and nothing moves: those unlike the others are stuck."""
-    beats = [(one.rank, one.beat) for one in seen if one.beat is not None]
-    if len(beats) < 2 or len(beats) < len(seen) or not all(b.operation for _, b in beats):
-        return []
-    if min(one.silent_seconds for one in seen) < DEADLOCK_SECONDS:
-        return []
-    calls = {rank: (b.collective, b.operation, b.num_bytes) for rank, b in beats}
-    usual = Counter(calls.values()).most_common(1)[0][0]
-    other = [rank for rank, call in calls.items() if call != usual]
-    if not other:
-        return [Stuck(rank, "waits with all others: the network moves nothing") for rank in calls]
-    text = "collective {} is {} of {} bytes"
-    wanted = text.format(*usual)
-    return [
-        Stuck(rank, f"does not match the others: its {text.format(*calls[rank])}, theirs {wanted}")
-        for rank in other
-    ]
+        By the largest that was seen: who sends is through earlier than who gets it, and then
+        waits in the next one.
+        """
+        if self._bytes_per_second is None:
+            return DEADLOCK_SECONDS
+        return DEADLOCK_SECONDS + FACTOR * self._most_bytes / self._bytes_per_second
+
+    def _deadlock(self, seen: list[Sighting]) -> list[Stuck]:
+        """Everybody is inside a collective and nothing moves: those unlike the others are stuck."""
+        beats = [(one.rank, one.beat) for one in seen if one.beat is not None]
+        self._most_bytes = max([self._most_bytes, *(beat.num_bytes for _, beat in beats)])
+        if len(beats) < 2 or len(beats) < len(seen) or not all(b.operation for _, b in beats):
+            return []
+        if min(one.silent_seconds for one in seen) < self.patience():
+            return []
+        calls = {rank: (b.collective, b.operation, b.num_bytes) for rank, b in beats}
+        usual = Counter(calls.values()).most_common(1)[0][0]
+        other = [rank for rank, call in calls.items() if call != usual]
+        if not other:
+            return [
+                Stuck(rank, "waits with all others: the network moves nothing") for rank in calls
+            ]
+        text = "collective {} is {} of {} bytes"
+        wanted = text.format(*usual)
+        return [
+            Stuck(
+                rank, f"does not match the others: its {text.format(*calls[rank])}, theirs {wanted}"
+            )
+            for rank in other
+        ]
 
 
 def report(seen: list[Sighting]) -> list[str]:

@@ -1,8 +1,9 @@
 """The hosts of a run as its supervisor sees them: which are there, and who works where meanwhile.
 
-A replica belongs to one host. When that has gone, the others go on without its replicas where the
-recipe lets the degree shrink that far; else these start on another host, the least busy one. A host
-that comes back gets its replicas again, after a rest that grows with every time it has gone.
+A replica belongs to one host, or to several where there are more hosts than replicas. When one has
+gone, the others go on without its replicas where the recipe lets the degree shrink that far; else
+its ranks start on another host, the least busy one. A host that comes back gets them again, after a
+rest that grows with every time it has gone.
 Of hosts that do not reach each other the fewest are left out until they do (launch/reach.py).
 """
 
@@ -13,12 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from shoal.errors import WorkerError
-from shoal.launch.cluster import host_of_rank
 from shoal.launch.hang import Sighting
 from shoal.launch.reach import Reach, fewest_left_out
 from shoal.launch.site import Site
 from shoal.launch.supervised import SupervisedWorker
-from shoal.layout import Layout
+from shoal.layout import Layout, host_of_rank
 
 _TOGETHER_SECONDS = 1.0
 _REST_SECONDS = 10.0
@@ -93,8 +93,8 @@ class Hosts:
             gone = "; ".join(f"{name_of(site)} {site.gone}" for site in self._sites)
             raise WorkerError(f"no host of the run is left: {gone}")
         of = self._layout.replica_of
-        ours = {of(r) for r in range(self._layout.workers) if self._is_there(self.own(r))}
-        if len(ours) >= self._fewest:
+        away = {of(r) for r in range(self._layout.workers) if not self._is_there(self.own(r))}
+        if self._layout.replicate - len(away) >= self._fewest:
             return None
         busy = [one for one in workers if one.alive and one.site in there]
         beside = (one.site for one in busy if of(one.rank) == of(rank))

@@ -325,6 +325,9 @@ def write_beginning(job: Job, new: list[Difference]) -> None:
     files = RunFiles(job.run)
     for key, before, after in new:
         files.event("changed", {"key": key, "before": before, "after": after})
+    links = job.decision.measured.get("links")
+    if links is not None and not job.resume:
+        files.event("links", links)
     files.close()
     new.clear()  # workers that start again begin nothing new
 

@@ -18,15 +18,18 @@ from typing import Any
 
 from shoal.comm.keys import Keys
 from shoal.config.recipe import Recipe
+from shoal.config.sync import EveryStep
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.job import Inputs, Job
 from shoal.environment import address_towards
 from shoal.errors import ConfigError, Problem, RunError, WorkerError
 from shoal.launch import calls
 from shoal.launch.agent import facts
-from shoal.launch.choose import choose_joined
-from shoal.launch.cluster import Cluster, Host, host_of_rank
+from shoal.launch.choose import is_open
+from shoal.launch.cluster import Cluster, Host
 from shoal.launch.directory import NOTE
+from shoal.launch.hosts_plan import choose_over_hosts
+from shoal.launch.links import Links
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.reach import Pair, Reach
 from shoal.launch.registry.membership import Fenced
@@ -37,6 +40,8 @@ from shoal.observe.console import Console
 
 PATIENCE_SECONDS = 60.0
 _SOON_SECONDS = 1.0
+_RING_SECONDS = 9.0
+"""For the three rounds of the test of links; of a second at most, on hosts that are not busy."""
 _KEEP_SECONDS = 60.0
 """Of workers that have lost their coordinator: longer than the next one needs to lead."""
 _OF_A_SAVE = ("step", "generation", "keep", "best")
@@ -88,15 +93,26 @@ class OverHosts:
         if recipe.launch.link is not None:
             what = "between hosts there is a link already"
             problems.append(Problem("launch.link", what, "set it to null"))
-        replicas = recipe.parallel.replicas
-        if replicas is not None and replicas < len(self.addresses):
-            what = f"{replicas} replicas do not reach {len(self.addresses)} hosts"
-            hint = f"set it to {len(self.addresses)} or more: a replica is on one host"
+        replicas, count = recipe.parallel.replicas, len(self.addresses)
+        planned = is_open(recipe) and count > 1
+        layout = given_layout(recipe)
+        if replicas is not None and layout.workers < count and not planned:
+            what = f"{layout} does not reach {count} hosts"
+            hint = f"set it to {count} or more, or divide a replica over hosts (parallel.pipeline)"
             problems.append(Problem("parallel.replicate", what, hint))
         if problems:
             raise ConfigError(problems)
-        given = [] if replicas is not None else [f"parallel.replicate={len(self.addresses)}"]
-        return [*given, "launch.workers=processes"]
+        given = [] if replicas is not None or planned else [f"parallel.replicate={count}"]
+        return [*given, *self._groups(recipe), "launch.workers=processes"]
+
+    def _groups(self, recipe: Recipe) -> list[str]:
+        """Exact runs have the same bits in groups: those of a host sum among themselves first."""
+        sync, replicas, count = recipe.sync, recipe.parallel.replicas or 1, len(self.addresses)
+        if not (isinstance(sync, EveryStep) and sync.codec.kind == "none" and recipe.train.exact):
+            return []
+        if sync.group_replicas or replicas % count or not replicas > count > 1:
+            return []
+        return [f"sync.group_replicas={replicas // count}"]
 
     @property
     def memory_bytes(self) -> int | None:
@@ -106,15 +122,48 @@ class OverHosts:
     def choose(
         self, recipe: Recipe, *, inputs: Inputs, pool: WorkerPool, console: Console
     ) -> Decision:
-        """The decision for these hosts: threads by the host with fewest cores for each worker."""
-        layout = given_layout(recipe)
-        counts = [0] * len(self.addresses)
-        for rank in range(layout.workers):
-            counts[host_of_rank(layout, rank, num_hosts=len(counts))] += 1
-        cores = min(max(1, host.cores // max(counts)) for host in self.here)
-        return choose_joined(
-            recipe, inputs=inputs, cores_per_worker=cores, pool=pool, console=console
+        """The decision for these hosts: what is open by their links (launch/hosts_plan.py)."""
+        links = self._links(console=console) if len(self.addresses) > 1 else None
+        return choose_over_hosts(
+            recipe,
+            inputs=inputs,
+            here=self.here,
+            count=len(self.addresses),
+            links=links,
+            pool=pool,
+            console=console,
         )
+
+    def _links(self, *, console: Console) -> Links | None:
+        """How fast the hosts reach one another: from each to the next, all at once. Or None."""
+        hello = calls.Hello(
+            coordinator=_me(), nonce=secrets.token_hex(8), run=self.run, term=self.term
+        )
+        sites = self._called(hello)
+        console.phase(
+            f"measuring the links between {len(sites)} hosts (at most {_RING_SECONDS:.0f} s)"
+        )
+        try:
+            self._gather(sites, ready=lambda site: site.here is not None, console=console)
+            there = [site for site in sites if site.here is not None]
+            found = []
+            for shift, sends in ((1, False), (1, True), (0, True)):
+                for number, site in enumerate(there):
+                    other = there[(number + shift) % len(there)]
+                    site.measure_link(other.open_address, sends=sends)
+                deadline = time.monotonic() + _RING_SECONDS / 3
+                while any(site.link is None for site in there) and time.monotonic() < deadline:
+                    for site in there:
+                        for _ in site.events(timeout_seconds=0.05 / len(there)):
+                            pass
+                links = [site.link for site in there if site.link is not None]
+                found.append(links)
+                if not all(each.round_trip_seconds for each in links):
+                    return None  # a cable is cut: `_check_reach` says whose
+        finally:
+            for site in sites:
+                site.close()
+        return Links.of(*found)
 
     @contextmanager
     def sites(

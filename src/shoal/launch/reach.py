@@ -67,24 +67,6 @@ def unreached(
     return tuple(address for address in addresses if address in found)
 
 
-def open_port(address: str) -> socket.socket:
-    """What `unreached` of other hosts connects to: at a port as workers get theirs.
-
-    An agent's own port would say nothing of a firewall that lets only that one through.
-    """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    made = socket.create_server((address, 0), family=family)
-    made.setblocking(False)
-    return made
-
-
-def turn_away(listener: socket.socket) -> None:
-    """Take those who have connected, so that there is room for the next ones, and let them go."""
-    with suppress(BlockingIOError):
-        while True:
-            listener.accept()[0].close()
-
-
 class Reach:
     """What the agents of `sites` say of one another. Nothing is asked where there is one site."""
 

@@ -20,6 +20,7 @@ from shoal.comm.keys import Keys
 from shoal.comm.line import Line
 from shoal.launch import calls
 from shoal.launch.hang import Sighting
+from shoal.launch.links import Measured
 from shoal.launch.pool import Worker
 from shoal.launch.site import Found, Slot
 from shoal.observe.pulse import Beat
@@ -66,6 +67,8 @@ class RemoteSite:
         self._happened: deque[tuple[Worker, dict[str, Any] | None]] = deque()
         self._seen, self._beats = calls.Seen(), dict[int, Beat]()
         self._reached = calls.Reached(number=0)
+        self.link: Measured | None = None
+        """What was measured of the way that `measure_link` has named."""
         self._stacks: dict[int, str] = {}
         now = time.monotonic()
         self._seen_at = self._heard_at = self._polled_at = self._said_at = now
@@ -170,6 +173,11 @@ class RemoteSite:
         found = self._reached
         return frozenset(found.unreached) if found.number == number else None
 
+    def measure_link(self, address: str, *, sends: bool) -> None:
+        """Find out how fast the way to `address` is: `link`, once it is known."""
+        self.link = None
+        self._send(calls.AskLink(address=address, sends=sends))
+
     def close(self, *, status: int | None = None, another_leads: bool = False) -> None:
         """The run has ended, with this exit status; the agent ends what still runs.
 
@@ -233,6 +241,8 @@ class RemoteSite:
             self._stacks[message.worker] = message.text
         elif isinstance(message, calls.Reached):
             self._reached = message
+        elif isinstance(message, calls.Linked):
+            self.link = message.link
         elif isinstance(message, calls.Seen):
             self._seen, self._seen_at = message, time.monotonic()
             for number, pid in message.pids.items():

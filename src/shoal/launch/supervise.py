@@ -28,6 +28,7 @@ from shoal.launch.directory import has_checkpoint, hosts_to_drain, is_run, reque
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
 from shoal.launch.hosts import Hosts, name_of
 from shoal.launch.lanes import Lanes
+from shoal.launch.links import worker_rate
 from shoal.launch.losses import Losses
 from shoal.launch.memory import explained
 from shoal.launch.pace import Pace
@@ -118,6 +119,7 @@ class Supervisor:
             silence_seconds=silence,
             meets_inside=inside,
             threads=job.decision.threads_per_worker,
+            bytes_per_second=worker_rate(job, num_hosts=len(sites)),
         )
         self._pace = Pace()
         self._lanes = Lanes(job.run, num_workers=self._ranks)

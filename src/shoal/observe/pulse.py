@@ -34,7 +34,7 @@ class Beat:
     collective: int
     """Collectives entered so far in this generation."""
     num_bytes: int
-    """Of the collective it is in."""
+    """Of the collective it is in, and of those that go on beside it."""
     generation: int
     rank: int
     phase: str
@@ -67,6 +67,7 @@ class Pulse:
         self._began = time.monotonic()
         self._phase, self._operation, self._bytes = "starting", "", 0
         self.step, self.generation, self.rank, self.collective = 0, 0, slot, 0
+        self._begun_bytes = 0
         self.on_mark: Callable[[str, int], None] | None = None
         """Called at every phase with its name and the step; planned faults hang here."""
         self._write(0.0)
@@ -91,7 +92,7 @@ class Pulse:
         """A collective begins: from here on this worker waits for the others."""
         self._note()
         self.collective += 1
-        self._operation, self._bytes = operation, num_bytes
+        self._operation, self._bytes = operation, num_bytes + self._begun_bytes
         self._write(self._recent.get(operation, 0.0))
 
     def leave(self) -> None:
@@ -100,9 +101,18 @@ class Pulse:
         self._operation, self._bytes = "", 0
         self._write(self._expected())
 
+    def begin(self, num_bytes: int) -> None:
+        """A collective begins that nobody waits for yet: what is called meanwhile queues behind."""
+        self._begun_bytes += num_bytes
+
+    def end(self, num_bytes: int) -> None:
+        """Now it is waited for (`enter`); nothing, if it was of an earlier generation."""
+        self._begun_bytes = max(0, self._begun_bytes - num_bytes)
+
     def join(self, *, generation: int, rank: int) -> None:
         """A new generation: collectives are counted anew."""
         self.generation, self.rank, self.collective = generation, rank, 0
+        self._begun_bytes = 0
 
     def _expected(self) -> float:
         return self._recent.get(self._phase, 0.0) if self._phase in self._known else 0.0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoal.comm.group import Group
 from shoal.config.sync import LocalSGD as Section
-from shoal.sync.policy import Division, Given
+from shoal.sync.policy import Division, Given, two_levels
 from shoal.sync.rounds import Rounds, total_of, weighted_mean_
 
 
@@ -63,12 +63,8 @@ class LocalSGD(Rounds):
 
     def enter(self, *, world: Group, peers: Group, inside: Group) -> None:
         super().enter(world=world, peers=peers, inside=inside)
-        within, rank, size = self._within, peers.rank, peers.size
-        self._near = self._far = None
-        if within is not None and size % within == 0 and size > within:  # else some are lost
-            first = rank // within * within
-            self._near = peers.part(range(first, first + within), world=world)
-            self._far = peers.part(range(rank % within, size, within), world=world)
+        levels = two_levels(peers, self._within, world=world)
+        self._near, self._far = levels or (None, None)
 
     @property
     def round(self) -> int:

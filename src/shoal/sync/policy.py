@@ -91,6 +91,20 @@ class Given:
     """Where this worker stands, for policies whose replicas meet nowhere else."""
 
 
+def two_levels(peers: Group, within: int | None, *, world: Group) -> tuple[Group, Group] | None:
+    """This rank's group of `within` neighbours, and one rank of each group, all at its place in it.
+
+    None: all are one group, as after a loss that leaves a group without its like. Collective.
+    Raises PeersLost.
+    """
+    rank, size = peers.rank, peers.size
+    if within is None or size % within or size <= within:
+        return None
+    first = rank // within * within
+    near = peers.part(range(first, first + within), world=world)
+    return near, peers.part(range(rank % within, size, within), world=world)
+
+
 class Policy(ABC):
     """One rank's part in how replicas agree.
 

@@ -112,6 +112,45 @@ def test_all_wait_and_nothing_moves() -> None:
     assert [rank for rank, _ in found] == [0, 1]
 
 
+LARGE = replace(WAITING, num_bytes=100_000_000)
+"""At 10 Mbit/s it takes 80 s."""
+
+
+def all_silent(doctor: Doctor, seconds: float, *beats: Beat) -> list[int]:
+    seen_now = [seen(rank, beat, seconds, "sleeps", 5.0) for rank, beat in enumerate(beats)]
+    return [stuck.rank for stuck in doctor.look(seen_now)]
+
+
+def test_a_sum_over_a_slow_link_goes_on() -> None:
+    """It ended innocent workers after 20 s; patience is now three times what the bytes take."""
+    doctor = Doctor(silence_seconds=1.0, bytes_per_second=1.25e6)
+    for seconds in (19.0, 21.0, 80.0, 250.0):
+        assert all_silent(doctor, seconds, LARGE, LARGE) == []
+    assert all_silent(doctor, 261.0, LARGE, LARGE) == [0, 1]
+    assert all_silent(Doctor(silence_seconds=1.0), 21.0, LARGE, LARGE) == [0, 1]
+
+
+def test_who_has_sent_waits_in_the_next_collective() -> None:
+    """A broadcast counts bytes at its source alone, which is through before the others have it."""
+    doctor = Doctor(silence_seconds=1.0, bytes_per_second=1.25e6)
+    source = replace(LARGE, operation="broadcast")
+    leaf, after = replace(source, num_bytes=0), replace(WAITING, collective=42, num_bytes=0)
+    assert all_silent(doctor, 60.0, source, leaf, leaf) == []
+    assert all_silent(doctor, 60.0, after, leaf, leaf) == []
+    assert all_silent(doctor, 261.0, after, leaf, leaf) == [0]
+
+
+def test_who_is_stuck_outside_a_slow_sum_is_found_at_once() -> None:
+    """Patience with the link is none with a worker: one that is stopped, one that does not come."""
+    doctor = Doctor(silence_seconds=1.0, bytes_per_second=1.25e6)
+    stopped = [seen(0, LARGE, 5.0, "sleeps", 1.0), seen(1, LARGE, 5.0, "is stopped", 1.0)]
+    assert [stuck.rank for stuck in doctor.look(stopped)] == [1]
+    for _ in range(LOOKS):
+        late = [seen(0, LARGE, 9.0, "sleeps", 1.0), seen(1, COMPUTING, 9.0, "sleeps", 1.0)]
+        found = [stuck.rank for stuck in doctor.look(late)]
+    assert found == [1]
+
+
 def test_the_table_says_who_waits_for_whom() -> None:
     lines = report([seen(0, WAITING, 2.0, "sleeps", 1.0), seen(1, COMPUTING, 2.5, "runs", 1.0)])
     assert lines[0].startswith(

@@ -5,6 +5,8 @@ tests/hosts does the same over hosts with networks of their own.
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ from shoal.errors import ConfigError, RunError, Stopped, UserError
 from shoal.launch import agent, hosts, local
 from shoal.launch.clusters.hosts_file import commands, read_hosts
 from shoal.launch.directory import has_checkpoint, is_run
+from shoal.launch.links import Measured
 from shoal.launch.over_hosts import OverHosts
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.registry.membership import Fenced
@@ -56,6 +59,50 @@ def test_digits_are_those_of_one_machine(bench: Bench, agents: list[HeldAgent]) 
     assert Run(out).weights == one_machine.weights
     assert [each.agent.ended for each in agents] == [0, 0]
     assert not (out / ".hosts").exists()
+
+
+def test_a_plan_over_hosts_trains_as_the_same_layout_on_one_machine(
+    bench: Bench, agents: list[HeldAgent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica may lie on both: with a cable so slow, stages do. What was measured is kept."""
+    measured = agent.measure
+    asked = itertools.count()
+
+    def slowly(address: str, *, sends: bool) -> Measured:
+        """Pings, then the ring, then each to itself: two tests of each."""
+        found, number = measured(address, sends=sends), next(asked)
+        return Measured(1e5 if sends else 0.0, 0.01) if number < 4 else found
+
+    monkeypatch.setattr(agent, "measure", slowly)
+    words = ("parallel=auto", "train.steps=8", "train.evaluate_every_steps=4")
+    out = bench.new_path()
+    local.train(bench.recipe, words, out=out, console=False, pool=bench.pool, hosts=over(agents))
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["measured"]["links"]["between"] == {"bytes_per_second": 1e5, "seconds": 0.005}
+    assert plan["layout"]["pipeline"] > 1 == plan["layout"]["replicate"]
+    assert "s a step over 2 hosts" in plan["reason"]
+    events = [row for row in read_lines(out / "events.jsonl") if row["event"] == "links"]
+    assert [row["between"] for row in events] == [plan["measured"]["links"]["between"]]
+    degrees = ", ".join(f"{axis}: {n}" for axis, n in plan["layout"].items() if n > 1)
+    micro = f"train.micro_batch_samples={plan['micro_batch_samples']}"
+    one_machine = bench.run(f"parallel={{{degrees}}}", micro, *words[1:])
+    assert Run(out).digits == one_machine.digits
+    assert Run(out).weights == one_machine.weights
+
+
+@pytest.mark.slow
+def test_exact_replicas_of_a_host_sum_among_themselves_first(
+    bench: Bench, agents: list[HeldAgent]
+) -> None:
+    """And have the bits of all at once (the bytes: tests/unit/sync/test_bytes.py)."""
+    words = ("train.exact=true", "parallel.replicate=4", "train.steps=4")
+    words += ("train.evaluate_every_steps=4", "train.micro_batch_samples=2")
+    out = bench.new_path()
+    local.train(bench.recipe, words, out=out, console=False, pool=bench.pool, hosts=over(agents))
+    assert load_recipe(str(out / "config.yaml")).sync.group_replicas == 2  # type: ignore[union-attr]
+    one_machine = bench.run(*words)
+    assert Run(out).digits == one_machine.digits
+    assert Run(out).weights == one_machine.weights
 
 
 LONG = ("train.steps=100000", "train.evaluate_every_steps=50000", "checkpoint.every_steps=50000")
@@ -363,7 +410,7 @@ def test_hosts_with_another_program_are_named(
     [
         (("sync.kind=server", "sync.servers=1"), "sync.kind: server is for workers of one host"),
         (("launch.workers=threads",), "launch.workers: workers of several hosts are processes"),
-        (("parallel.replicate=1",), "1 replicas do not reach 2 hosts"),
+        (("parallel.replicate=1",), "one worker does not reach 2 hosts"),
     ],
 )
 def test_what_hosts_cannot_do_is_refused(bench: Bench, words: tuple[str, ...], text: str) -> None:
@@ -372,9 +419,13 @@ def test_what_hosts_cannot_do_is_refused(bench: Bench, words: tuple[str, ...], t
         local.train(bench.recipe, words, console=False, pool=bench.pool, hosts=hosts)
 
 
-def test_a_degree_that_is_left_open_is_one_replica_a_host(bench: Bench) -> None:
+def test_a_degree_that_no_plan_chooses_is_one_replica_a_host(bench: Bench) -> None:
     hosts = OverHosts(["tcp://h1:1", "tcp://h2:1", "tcp://h3:1"], SECRET)
     recipe = load_recipe(str(bench.recipe), ["parallel=auto", "launch.workers=auto"])
+    assert hosts.overrides(recipe) == ["launch.workers=processes"]
+    alone = OverHosts(["tcp://h1:1"], SECRET)
+    assert alone.overrides(recipe) == ["parallel.replicate=1", "launch.workers=processes"]
+    recipe = load_recipe(str(bench.recipe), ["parallel=auto", "train.exact=true"])
     assert hosts.overrides(recipe) == ["parallel.replicate=3", "launch.workers=processes"]
 
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.launch.cluster import ThisHost, host_of_rank
+from shoal.launch.cluster import ThisHost
 from shoal.launch.pool import WorkerPool
 from shoal.launch.site import LocalSite, Slot, process_state, stack_of
-from shoal.layout import Layout
+from shoal.layout import Layout, host_of_rank
 from shoal.observe.pulse import Pulse
 from shoal.runtime import MeetingFile, meeting_point
 
@@ -50,16 +50,22 @@ def test_the_time_in_which_a_site_was_stopped_itself_counts_for_nobody(pool: Wor
         assert seen.silent_seconds < 1.0
 
 
-@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 5))
-def test_a_replica_is_never_divided_between_hosts(
-    replicate: int, tensor: int, num_hosts: int
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+def test_ranks_lie_in_blocks_cut_as_high_up_as_it_goes(
+    replicate: int, pipeline: int, tensor: int, num_hosts: int
 ) -> None:
-    layout = Layout(replicate=replicate, tensor=tensor)
+    """Replicas stay whole where there is one for each host; else the stages do."""
+    layout = Layout(replicate=replicate, pipeline=pipeline, tensor=tensor)
     hosts = [host_of_rank(layout, rank, num_hosts=num_hosts) for rank in range(layout.workers)]
-    for replica in range(replicate):
-        assert len({hosts[rank] for rank in layout.replica_ranks(replica)}) == 1
     assert hosts == sorted(hosts) and set(hosts) <= set(range(num_hosts))
-    loads = [hosts.count(host) // tensor for host in range(num_hosts)]
+    size = 1
+    if replicate >= num_hosts:
+        size = pipeline * tensor
+    elif replicate * pipeline >= num_hosts:
+        size = tensor
+    for start in range(0, layout.workers, size):
+        assert len(set(hosts[start : start + size])) == 1
+    loads = [hosts.count(host) // size for host in range(num_hosts)]
     assert max(loads) - min(loads) <= 1
 
 

@@ -78,6 +78,29 @@ def test_leaving_a_collective_is_a_sign(tmp_path: Path) -> None:
     assert beat is not None and beat.operation == "" and beat.collective == 1
 
 
+def test_what_goes_on_beside_counts_in_the_next_collective(tmp_path: Path) -> None:
+    """A barrier of no bytes queues behind sums that nobody waits for yet."""
+    watch = Watch(tmp_path / "pulse", slots=1)
+    pulse = Pulse(watch.path)
+
+    def num_bytes() -> int:
+        pulse.enter("barrier", num_bytes=0)
+        beat = watch.read(0)
+        assert beat is not None
+        pulse.leave()
+        return beat.num_bytes
+
+    pulse.begin(1000)
+    pulse.begin(500)
+    assert num_bytes() == 1500
+    pulse.end(1000)
+    assert num_bytes() == 500
+    pulse.join(generation=2, rank=0)
+    assert num_bytes() == 0, "its sums went with the generation before"
+    pulse.end(500)
+    assert num_bytes() == 0, "one of an earlier generation is no debt"
+
+
 def test_a_slot_is_forgotten(tmp_path: Path) -> None:
     watch = Watch(tmp_path / "pulse", slots=1)
     Pulse(watch.path).mark("forward", step=1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from replicas import LAYOUT
+from shoal.comm.tree import node_places
 from shoal.launch.pool import WorkerPool
 from shoal.sync.streaming_diloco import fragments_of
 from workers import run_workers
@@ -145,6 +146,36 @@ def test_between_groups_each_sends_its_part_of_the_parameters(
         outer = {near: inside + 4 * N // 2, far: between}
         assert by_step == [{}, {near: inside}, {}, outer] * 2
     assert between < 0.51 * inside, "half of what each would send without groups, or less"
+
+
+@pytest.mark.parametrize(("size", "leaves"), [(4, 14), pytest.param(6, 13, marks=pytest.mark.slow)])
+def test_gradients_in_groups_send_their_part_to_the_others(
+    size: int, leaves: int, pool: WorkerPool, tmp_path: Path
+) -> None:
+    """As of `size` replicas on two hosts: the same bits of the tree, fewer bytes between hosts.
+
+    Replicas have uneven shares, so that a group's leaves leave several nodes behind.
+    """
+    k = size // 2
+    payload = {"size": size, "store": str(tmp_path / "s"), "leaves": leaves, "within": [None, k]}
+    found = run_workers(pool, "sync_jobs:sum_in_groups", payload, size=size)
+    ranks = [each["sums"] for each in sorted(found, key=lambda each: each["rank"])]
+    between = [[0, 0], [0, 0]]  # flat and tree, all at once and in groups
+    for rank, (flat, tree, flat_in_groups, tree_in_groups) in enumerate(ranks):
+        assert max(flat["error"], flat_in_groups["error"]) < 1e-5
+        assert flat_in_groups["bits"] == ranks[0][2]["bits"], "all ranks get one sum"
+        assert tree["bits"] == tree_in_groups["bits"] == ranks[0][1]["bits"]
+        pairs = [(flat, flat_in_groups), (tree, tree_in_groups)]
+        for row, pair in zip(between, pairs, strict=True):
+            for at, each in enumerate(pair):
+                row[at] += sum(n for to, n in each["sent"].items() if (int(to) < k) != (rank < k))
+    (flat_all, flat_groups), (tree_all, tree_groups) = between
+    assert flat_groups == pytest.approx(2 * 4 * N, rel=1e-3), "2 (G-1)/G x 4 N of each host"
+    assert flat_all == pytest.approx(2 * ring(4 * N, size), rel=1e-3)
+    ends = [node_places(leaves * at // 2, leaves * (at + 1) // 2) for at in (0, 1)]
+    nodes = max(len(places) for places in ends)
+    assert tree_groups == pytest.approx((nodes + 1) * 4 * N, rel=1e-3)
+    assert tree_groups < tree_all and flat_groups < flat_all
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -27,6 +27,8 @@ from shoal.comm.line import LARGEST_MESSAGE
 from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
+from shoal.launch.host_files import HostFiles, disk_of
+from shoal.launch.peers import is_cached, piece
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.reach import open_port, turn_away, unreached
 from shoal.launch.site import LocalSite, Slot
@@ -39,14 +41,8 @@ SEEN_SECONDS = 0.2
 """So often an agent says how its workers are."""
 
 
-def facts(
-    *,
-    busy: str = "",
-    missing: tuple[str, ...] = (),
-    running: tuple[calls.Running, ...] = (),
-    open_port: int = 0,
-) -> calls.Here:
-    """What this host is."""
+def facts(**more: Any) -> calls.Here:
+    """What this host is, and what `more` there is to say."""
     return calls.Here(
         name=socket.gethostname(),
         cores=usable_cores(),
@@ -54,10 +50,7 @@ def facts(
         shoal=version("shoal"),
         torch=version("torch"),
         code=code_hash(),
-        busy=busy,
-        missing=missing,
-        running=running,
-        open_port=open_port,
+        **more,
     )
 
 
@@ -99,6 +92,7 @@ class Agent:
         self._states: dict[int, calls.Running] = {}
         self._watched: set[int] = set()
         self._tested: deque[calls.Reached] = deque()
+        self._files = HostFiles(keys)
         self._heard_at = self._turned_at = self._signed_at = 0.0
         self.ended: int | None = None
         """Exit status of the last run, once it has ended."""
@@ -118,6 +112,7 @@ class Agent:
     def close(self) -> None:
         """End the workers and stop listening."""
         self._leave()
+        self._files.close()
         self._guard.close()
         self._open.close()
         self._context.destroy(linger=0)
@@ -145,6 +140,8 @@ class Agent:
             return  # whoever sent it has the secret and another version; `Hello` says so
         if isinstance(message, calls.Hello):
             self._greet(peer, message)
+        elif isinstance(message, calls.AskPiece):
+            self._answer(piece(message, run=self._hello.run), peer=peer)
         elif peer == self._peer:
             self._heard_at = time.monotonic()
             self._follow(message)
@@ -158,7 +155,7 @@ class Agent:
             who = f"{self._hello.run} of {self._hello.coordinator}" if busy else ""
             self._answer(facts(busy=who), peer=peer)
             return
-        missing = _missing(hello)
+        missing, lacks, disk = _seen(hello)
         if not missing:
             if not (later and hello.adopts and hello.ranks == known.ranks):
                 self._leave()  # it has lost us meanwhile, and begins anew
@@ -168,7 +165,8 @@ class Agent:
         left = {n for n, worker in self._workers.items() if worker.status is None}
         running = tuple(each for n, each in self._states.items() if n in left and not missing)
         port = int(self._open.getsockname()[1])
-        self._answer(facts(missing=missing, running=running, open_port=port), peer=peer)
+        more = {"missing": missing, "lacks": lacks, "disk": disk, "running": running}
+        self._answer(facts(**more, open_port=port), peer=peer)
 
     def _follow(self, message: calls.ToAgent) -> None:
         site = self._site
@@ -182,7 +180,11 @@ class Agent:
             self._say(f"the run has ended (status {message.status})")
         elif isinstance(message, calls.AskReach):
             threading.Thread(target=self._test, args=(message,), name="reach", daemon=True).start()
-        elif not isinstance(message, calls.Alive | calls.Hello) and message.worker in self._workers:
+        elif isinstance(message, calls.AskKept | calls.Place | calls.Publish | calls.Bring):
+            self._files.follow(message, run=Path(self._hello.run))
+        elif not isinstance(message, calls.Alive | calls.Hello | calls.AskPiece) and (
+            message.worker in self._workers
+        ):
             worker = self._workers[message.worker]
             if isinstance(message, calls.Order):
                 site.send(worker, message.order)
@@ -211,7 +213,9 @@ class Agent:
         found = unreached(asked.addresses)
         self._tested.append(calls.Reached(number=asked.number, unreached=found))
 
-    def _answer(self, message: calls.ToCoordinator, *, peer: bytes | None = None) -> None:
+    def _answer(
+        self, message: calls.ToCoordinator | calls.Piece, *, peer: bytes | None = None
+    ) -> None:
         whom = peer or self._peer
         if whom is not None:
             with suppress(zmq.ZMQError):  # it has gone: its lease will say so
@@ -263,6 +267,8 @@ class Agent:
             return
         while self._tested:
             self._answer(self._tested.popleft())
+        while self._files.answers:
+            self._answer(self._files.answers.popleft())
         numbers = {id(worker): number for number, worker in self._workers.items()}
         for worker, message in site.events(timeout_seconds=0.0):
             number = numbers[id(worker)]
@@ -286,19 +292,29 @@ class Agent:
             )
 
 
-def _missing(hello: calls.Hello) -> tuple[str, ...]:
-    """What of the run this host does not see."""
-    found = []
+def _seen(hello: calls.Hello) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """What of the run this host does not see; what it can be given; what its disk is known by."""
+    found, lacks, disk = [], [], ""
     note, text = hello.note
     try:
+        disk = disk_of(Path(hello.run)) if hello.own_disks else ""
         seen = Path(note).read_text(encoding="utf-8") if note else text
     except OSError:
         seen = ""
-    if seen != text or not os.access(hello.run, os.W_OK):
-        found.append(f"does not see {hello.run} (put --out on storage that all hosts share)")
+    if hello.own_disks and not (disk and os.access(hello.run, os.W_OK)):
+        found.append(f"cannot write to {hello.run}")
+    elif seen != text or not os.access(hello.run, os.W_OK):
+        found.append(
+            f"does not see {hello.run} (put --out on storage that all hosts share, or set "
+            "checkpoint.where=local, which saves on each host's own disk)"
+        )
     for folder, digest in hello.folders.items():
         here = calls.folder_digest(Path(folder))
-        if here != digest:
+        if here == digest:
+            continue
+        if is_cached(Path(folder)):
+            lacks.append(folder)
+        else:
             what = "holds something else" if here else "is not there"
-            found.append(f"{folder} {what} (set SHOAL_CACHE to storage that all hosts share)")
-    return tuple(found)
+            found.append(f"{folder} {what} (set SHOAL_CACHE to one path on all hosts)")
+    return tuple(found), tuple(lacks), disk

@@ -25,6 +25,7 @@ from shoal.errors import (
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.deaths import Death
 from shoal.observe.console import Console
+from shoal.observe.record import RunRecord
 
 _USER_ERRORS = {kind.__name__: kind for kind in (DataError, ModelError, RunError, FetchError)}
 
@@ -42,9 +43,19 @@ class Attempt:
     story: list[dict[str, Any]] = field(default_factory=list)
     """Every event, with the monotonic time at which it was heard of."""
     callbacks: Callbacks = field(default_factory=lambda: Callbacks(None))
+    record: RunRecord | None = None
+    """Writes what they say of the run, where hosts share no run folder."""
 
     def hear(self, message: dict[str, Any]) -> None:
         """Show or keep one message."""
+        if self.record is not None:
+            if message["kind"] == "row" and self.record.knows(message["row"]):
+                return
+            for told in self.record.hear(message):
+                self._hear(told)
+        self._hear(message)
+
+    def _hear(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "row":
             self.console.row(message["row"])

@@ -25,8 +25,10 @@ from shoal.errors import ConfigError, Problem, RunError, WorkerError
 from shoal.launch import calls
 from shoal.launch.agent import facts
 from shoal.launch.choose import choose_joined
-from shoal.launch.cluster import Cluster, Host, host_of_rank
-from shoal.launch.directory import NOTE
+from shoal.launch.cluster import Cluster, Event, Host, host_of_rank
+from shoal.launch.directory import NOTE, has_checkpoint
+from shoal.launch.giving import Giving, folders_of
+from shoal.launch.own_disks import OwnDisks
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.reach import Pair, Reach
 from shoal.launch.registry.membership import Fenced
@@ -61,6 +63,8 @@ class OverHosts:
     """Whether the run may begin without hosts that do not answer soon."""
     here: list[calls.Here] = field(default_factory=list)
     """What each host said of itself, once they were asked."""
+    fetched: dict[str, int] = field(default_factory=dict)
+    """Bytes of data, tokenizer and model that each host has read from others, by its name."""
 
     def ask(self, *, console: Console) -> None:
         """Hear what the hosts are. Raises RunError for those that cannot take part."""
@@ -88,6 +92,8 @@ class OverHosts:
         if recipe.launch.link is not None:
             what = "between hosts there is a link already"
             problems.append(Problem("launch.link", what, "set it to null"))
+        if recipe.checkpoint.where == "local":
+            problems += self._own_disks(recipe)
         replicas = recipe.parallel.replicas
         if replicas is not None and replicas < len(self.addresses):
             what = f"{replicas} replicas do not reach {len(self.addresses)} hosts"
@@ -97,6 +103,16 @@ class OverHosts:
             raise ConfigError(problems)
         given = [] if replicas is not None else [f"parallel.replicate={len(self.addresses)}"]
         return [*given, "launch.workers=processes"]
+
+    def _own_disks(self, recipe: Recipe) -> Iterator[Problem]:
+        """What does not go with a whole save on each host's own disk."""
+        if recipe.sync.kind != "every-step" or recipe.sync.codec.kind != "none":
+            what = "local saves what all replicas have alike; with this sync each has its own"
+            hint = "set sync.kind to every-step without a codec, or use storage that all hosts see"
+            yield Problem("checkpoint.where", what, hint)
+        if self.run:
+            what = "with --etcd saves are on storage that all hosts see"
+            yield Problem("checkpoint.where", what, "leave out --etcd, or checkpoint.where")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -122,27 +138,30 @@ class OverHosts:
     ) -> Iterator[tuple[Sequence[Site], Cluster]]:
         """Open the hosts' sites for a job. Raises RunError for what they do not see."""
         run, text = job.run.resolve(), secrets.token_hex(16)
-        note = run / NOTE
-        inputs = job.inputs
-        folders = (inputs.data_directory, inputs.tokenizer_directory, inputs.model_directory)
-        more = (inputs.adapter_directory, inputs.companion_directory)
+        note, own_disks = run / NOTE, job.recipe.checkpoint.where == "local"
+        folders = folders_of(job.inputs)
         hello = calls.Hello(
             coordinator=_me(),
             nonce=text,
             run=str(run),
             lease_seconds=self.lease_seconds,
             ranks=job.decision.layout.workers,
-            folders={f: calls.folder_digest(Path(f)) for f in (*folders, *more) if f is not None},
-            note=(str(note), text),
+            folders={str(folder): calls.folder_digest(folder) for folder in folders},
+            note=("", "") if own_disks else (str(note), text),
+            own_disks=own_disks,
             term=self.term,
             keep_seconds=_KEEP_SECONDS if self.term else 0.0,
             adopts=self.term > 0,
         )
-        note.write_text(text, encoding="utf-8")
+        if not own_disks:
+            note.write_text(text, encoding="utf-8")
         sites = self._called(hello)
+        giving = Giving(sites)
         status, another_leads = 1, False
         try:
             self._gather(sites, ready=lambda site: site.gone is None, console=console)
+            if own_disks:
+                _check_apart(sites)
             if not self.without:
                 _check_reach(sites)
             for site in sites:
@@ -150,7 +169,10 @@ class OverHosts:
             at, registered = _own_address(self.addresses), None
             if self.register is not None:
                 registered = self.register(run, console.line)
-            with _Meetings(pool, address=at, registered=registered) as cluster:
+            disks = OwnDisks(sites, run=run) if own_disks else None
+            with _Meetings(
+                pool, address=at, registered=registered, disks=disks, giving=giving
+            ) as cluster:
                 yield sites, cluster
             if registered is not None:
                 registered.close()
@@ -162,6 +184,7 @@ class OverHosts:
             status = getattr(error, "exit_status", 1)
             raise
         finally:
+            self.fetched = giving.num_bytes()
             for site in sites:
                 site.close(status=status, another_leads=another_leads)
             with suppress(OSError):
@@ -243,14 +266,36 @@ def _check_reach(sites: Sequence[RemoteSite]) -> None:
     )
 
 
+def _check_apart(sites: Sequence[RemoteSite]) -> None:
+    """Raises RunError for hosts that share the run folder though each is to have its own."""
+    disks: dict[str, list[str]] = {}
+    for site in sites:
+        disks.setdefault(site.here.disk if site.here else "", []).append(site.name)
+    shared = [names for names in disks.values() if len(names) > 1]
+    if shared:
+        raise RunError(
+            f"{' and '.join(shared[0])} have the run folder in common, and would save over each "
+            "other\n    leave checkpoint.where at shared, or choose an --out on their own disks"
+        )
+
+
 class _Meetings:
     """Where generations meet: at a store on this host, which a worker here keeps.
 
     With a registry a generation begins only once that has taken it down.
     """
 
-    def __init__(self, pool: WorkerPool, *, address: str, registered: Registered | None) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        *,
+        address: str,
+        registered: Registered | None,
+        disks: OwnDisks | None,
+        giving: Giving,
+    ) -> None:
         self._pool, self._address, self._registered = pool, address, registered
+        self._disks, self._giving = disks, giving
         self._worker: Worker = pool.start(_MEETING, {"bind": address})
         self._asked: tuple[int, tuple[str, ...]] | None = None
         self._at = ""
@@ -292,9 +337,26 @@ class _Meetings:
         if self._registered is not None:
             self._registered.saved(**{name: fields[name] for name in _OF_A_SAVE})
 
-    def look(self) -> None:
+    @property
+    def own_disks(self) -> bool:
+        return self._disks is not None
+
+    def anything_saved(self, run: Path, *, begins: bool = False) -> bool:
+        if self._disks is not None:
+            return self._disks.place(begins=begins)
+        return has_checkpoint(run)
+
+    def kept(self, site: Site, fields: Mapping[str, Any]) -> None:
+        assert self._disks is not None and isinstance(site, RemoteSite), "it was told of a disk"
+        self._disks.kept(site.name, fields)
+
+    def look(self, *, last: bool = False) -> list[Event]:
         if self._registered is not None:
             self._registered.look()
+        found = self._giving.events()
+        if self._disks is not None:
+            found += self._disks.close() if last else self._disks.look()
+        return found
 
     def ended(self, *, status: int) -> None:
         self.status = status

@@ -66,6 +66,15 @@ class RemoteSite:
         self._happened: deque[tuple[Worker, dict[str, Any] | None]] = deque()
         self._seen, self._beats = calls.Seen(), dict[int, Beat]()
         self._reached = calls.Reached(number=0)
+        self.answers: deque[calls.Has | calls.Done] = deque()
+        """What its agent says of saves."""
+        self.brought: list[calls.Done] = []
+        """Folders that it was given."""
+        self.ask_to_bring: Callable[[str], calls.Bring | str | None] = lambda folder: None
+        """What to say to a host that lacks a folder; in words, where nobody can give it; None: it
+        is not known yet."""
+        self._lacks: tuple[str, ...] = ()
+        self._is_given = False
         self._stacks: dict[int, str] = {}
         now = time.monotonic()
         self._seen_at = self._heard_at = self._polled_at = self._said_at = now
@@ -170,6 +179,10 @@ class RemoteSite:
         found = self._reached
         return frozenset(found.unreached) if found.number == number else None
 
+    def tell(self, message: calls.AskKept | calls.Place | calls.Publish) -> None:
+        """Say this to its agent, which answers in `answers`."""
+        self._send(message)
+
     def close(self, *, status: int | None = None, another_leads: bool = False) -> None:
         """The run has ended, with this exit status; the agent ends what still runs.
 
@@ -215,6 +228,7 @@ class RemoteSite:
             self.wrong = "does not know this run's secret (--keys, or SHOAL_KEYS)"
         if self.gone is not None:
             asks = self.here is None or bool(self.here.busy)
+            self._give()
             if self._line.broken or (asks and now - self._called_at > _AGAIN_SECONDS):
                 self._call_again()
         elif self._line.broken:
@@ -233,6 +247,14 @@ class RemoteSite:
             self._stacks[message.worker] = message.text
         elif isinstance(message, calls.Reached):
             self._reached = message
+        elif isinstance(message, calls.Has) or (isinstance(message, calls.Done) and message.number):
+            self.answers.append(message)
+        elif isinstance(message, calls.Done):
+            self._is_given, self._lacks = False, ()
+            self.brought.append(message)
+            self.wrong = message.problem or None
+            if self.wrong is None:
+                self._send(self._hello)
         elif isinstance(message, calls.Seen):
             self._seen, self._seen_at = message, time.monotonic()
             for number, pid in message.pids.items():
@@ -260,6 +282,10 @@ class RemoteSite:
             if here.running and not self._hello.adopts:
                 self._call_again()  # too late to take them on: the second call ends them
                 return
+            self._lacks = here.lacks
+            if here.lacks:
+                self._give()
+                return
             self.gone = None
             for each in here.running:
                 worker = Worker(each.worker, report=-1, open=False)
@@ -268,6 +294,20 @@ class RemoteSite:
                 self._found.append(
                     Found(worker, each.rank, each.generation, each.waiting, each.done)
                 )
+
+    def _give(self) -> None:
+        """Let it have what it lacks; and a sign meanwhile, for it is at work for us."""
+        if not self._lacks:
+            return
+        if self._is_given:
+            if time.monotonic() - self._said_at > calls.SIGN_SECONDS:
+                self._send(calls.Alive())
+            return
+        found = self.ask_to_bring(self._lacks[0])
+        self.wrong = found if isinstance(found, str) else None
+        if isinstance(found, calls.Bring):
+            self._is_given, self.gone = True, f"fetches {self._lacks[0]}"
+            self._send(found)
 
     def begin(self) -> None:
         """From now on what runs there is not taken on any more."""
@@ -290,4 +330,5 @@ class RemoteSite:
         self._line.close()
         self._line = Line(self.address, keys=self._keys)
         self.here, self._greeted, self._called_at = None, False, time.monotonic()
+        self._lacks, self._is_given = (), False
         self._heard_at = self._polled_at = self._called_at

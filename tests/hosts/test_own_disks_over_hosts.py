@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import pytest
 
 from hosts.lab import Host, Lab, why_not
 from hosts.test_agents_over_hosts import EXACT, Cluster, Training
-from tiny import Bench, Run, shoal
+from shoal.data.storage import contents_of
+from shoal.environment import AGENT_PORT
+from tiny import Bench, Run, shoal, write_corpus
 
 pytestmark = [
     pytest.mark.slow,
@@ -90,3 +95,98 @@ def test_a_host_is_lost_for_good_and_the_others_go_on(
     assert again.run.weights == one_machine.weights
     assert saves(h1) == saves(h2)
     assert [row["step"] for row in again.run.rows if "loss" in row] == list(range(1, 201))
+
+
+def test_the_holders_of_the_last_save_are_lost(
+    bench: Bench, cluster: Cluster, tmp_path: Path
+) -> None:
+    """The third host has it torn: it goes back one save, says so, and hands that one on."""
+    h1, h2, h3 = cluster.hosts
+    training = Apart(cluster, bench, cluster.hosts, *WORDS, log=tmp_path / "first.log")
+    training.until(lambda: len(training.events("saved")) > 1)
+    training.stop()
+    before, last = saves(h3)[-2:]
+    for host in (h1, h2):
+        shutil.rmtree(host.disk / "run")
+    torn = h3.disk / "run/checkpoints" / last / "rank-00000.safetensors"
+    flip(torn, -1)
+    again = Apart(cluster, bench, [h3, h1], *WORDS, "--go-on", log=tmp_path / "again.log")
+    again.end()
+    (lost,) = again.events("save-lost")
+    assert f"step {int(last[5:])} was on" in lost["text"] and "going back" in lost["text"]
+    (handed,) = again.events("save-handed-on")
+    assert handed["step"] == int(before[5:]) and "to h1" in handed["text"]
+    (resumed,) = again.events("resumed")
+    assert resumed["step"] == int(before[5:])
+    one_machine = bench.run(*WORDS)
+    assert again.run.losses == one_machine.losses[int(before[5:]) :]
+    assert again.run.weights == one_machine.weights
+
+
+FETCH = """
+import json, sys
+from pathlib import Path
+from shoal.comm.keys import Keys
+from shoal.data.storage import contents_of
+from shoal.launch.peers import bring_folder
+from shoal.launch.secret import read_secret
+
+keys, folder, contents, *sources = sys.argv[1:]
+found = bring_folder(
+    Path(folder), json.loads(contents), sources=sources, keys=Keys.of(read_secret(Path(keys)))
+)
+assert contents_of(Path(folder)) == json.loads(contents)
+print(json.dumps([found.num_bytes, found.refused]))
+"""
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def test_data_that_is_not_what_was_written_is_left(
+    bench: Bench, cluster: Cluster, tmp_path: Path
+) -> None:
+    """One byte of it is another on h2, where no digest of blocks looks."""
+    h1, h2, h3 = cluster.hosts
+    source = write_corpus(tmp_path / "long.jsonl", documents=4000)
+    words = (f"data.source={source}", "train.steps=4", "checkpoint.where=local")
+    two, three = (
+        ("parallel.replicate=2",),
+        ("parallel.replicate=3", "train.global_batch_samples=12"),
+    )
+    Apart(cluster, bench, [h1, h2], *words, *two, log=tmp_path / "first.log").end()
+    (tokens,) = (h2.disk / "cache/prepared").glob("source-*/train.input_ids")
+    right = tokens.read_bytes()
+    assert len(right) > 100_000, "so that blocks leave gaps"
+    flip(tokens, 6000)
+    for host in (h1, h2):
+        shutil.rmtree(host.disk / "run")
+    hosts = [h1, h3, h2]
+    training = Apart(cluster, bench, hosts, *words, *three, log=tmp_path / "second.log")
+    training.end()
+    assert tokens.read_bytes() == right, "h2 was given it anew"
+    counted = {"h2": 0, "h3": 0}
+    for each in training.events("fetched"):
+        counted[each["host"].split()[0]] += each["bytes"]
+    assert counted["h3"] > counted["h2"] > len(right)
+    summary = json.loads((h1.disk / "run/summary.json").read_text())
+    found = {name.split()[0]: count for name, count in summary["fetched_bytes"].items()}
+    assert found == counted
+    assert training.run.losses == bench.run(*words, *three).losses
+
+    folder = Path("/srv/cache/prepared", tokens.parent.name)
+    contents = contents_of(tokens.parent)
+    flip(tokens, 6000)
+    shutil.rmtree(h3.disk / "cache/prepared" / folder.name)
+    sources = [f"tcp://{host.address}:{AGENT_PORT}" for host in (h2, h1)]
+    fetch = (sys.executable, "-c", FETCH, cluster.keys, folder, json.dumps(contents), *sources)
+    num_bytes, refused = json.loads(h3.run(*fetch, env=CACHE))
+    assert len(refused) == 1 and "train.input_ids of 10.77.0.2" in refused[0], refused
+    assert "its bytes are not those that were written" in refused[0]
+    assert num_bytes > sum(contents["files"].values())
+    elsewhere = (*fetch[:4], "/srv/secret", *fetch[5:])
+    with pytest.raises(AssertionError, match="is not for other hosts"):
+        h3.run(*elsewhere, env={"SHOAL_CACHE": "/srv"})

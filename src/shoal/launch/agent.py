@@ -24,6 +24,7 @@ import zmq
 from shoal.comm.guard import Guard
 from shoal.comm.keys import Keys
 from shoal.comm.line import LARGEST_MESSAGE
+from shoal.data.prepare import prepared_damage
 from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
@@ -310,7 +311,7 @@ def _seen(hello: calls.Hello) -> tuple[tuple[str, ...], tuple[str, ...], str]:
         )
     for folder, digest in hello.folders.items():
         here = calls.folder_digest(Path(folder))
-        if here == digest:
+        if here == digest and prepared_damage(Path(folder)) is None:
             continue
         if is_cached(Path(folder)):
             lacks.append(folder)

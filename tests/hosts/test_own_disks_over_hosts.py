@@ -27,10 +27,10 @@ WORDS = (
     *EXACT,
     "parallel.replicate={min: 1, max: 3}",
     "checkpoint.where=local",
-    "checkpoint.every_steps=30",
+    "checkpoint.every_steps=20",
     "checkpoint.keep_best=false",
-    "train.steps=200",
-    "train.evaluate_every_steps=100",
+    "train.steps=120",
+    "train.evaluate_every_steps=60",
 )
 
 
@@ -94,7 +94,7 @@ def test_a_host_is_lost_for_good_and_the_others_go_on(
     assert again.run.losses == one_machine.losses
     assert again.run.weights == one_machine.weights
     assert saves(h1) == saves(h2)
-    assert [row["step"] for row in again.run.rows if "loss" in row] == list(range(1, 201))
+    assert [row["step"] for row in again.run.rows if "loss" in row] == list(range(1, 121))
 
 
 def test_the_holders_of_the_last_save_are_lost(

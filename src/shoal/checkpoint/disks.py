@@ -16,7 +16,14 @@ import msgspec
 import xxhash
 
 from shoal.checkpoint.files import Files
-from shoal.checkpoint.folders import drop, publish, published_name, published_steps, waiting_saves
+from shoal.checkpoint.folders import (
+    drop,
+    is_published,
+    publish,
+    published_name,
+    published_steps,
+    waiting_saves,
+)
 from shoal.checkpoint.folders import waiting_name as _waiting_name
 from shoal.checkpoint.manifest import NAME, FileRecord, Manifest, verify_file
 from shoal.errors import CheckpointError, RunError
@@ -178,6 +185,19 @@ def run_of(hosts: Mapping[str, Kept]) -> str:
             "\n    remove the folder where it is not of this run, or choose another --out"
         )
     return next(iter(runs), "")
+
+
+def strangers(hosts: Mapping[str, Kept]) -> dict[str, list[str]]:
+    """Checkpoints that no commit names, by host: somebody has gone on there alone."""
+    commits = [each for kept in hosts.values() for each in kept.commits]
+    known = {manifest for each in commits for manifest in each.manifests}
+    found: dict[str, list[str]] = {}
+    for name, kept in hosts.items():
+        alone = [save for manifest, save in kept.saves.items() if manifest not in known]
+        published = [save for save in alone if is_published(save)]
+        if published:
+            found[name] = published
+    return found
 
 
 def next_epoch(hosts: Mapping[str, Kept]) -> int:

@@ -296,22 +296,19 @@ class Agent:
 def _seen(hello: calls.Hello) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """What of the run this host does not see; what it can be given; what its disk is known by."""
     found, lacks, disk = [], [], ""
-    note, text = hello.note
-    try:
+    shared = bool(hello.cache_note[0]) and _is_there(*hello.cache_note)
+    with suppress(OSError):
         disk = disk_of(Path(hello.run)) if hello.own_disks else ""
-        seen = Path(note).read_text(encoding="utf-8") if note else text
-    except OSError:
-        seen = ""
     if hello.own_disks and not (disk and os.access(hello.run, os.W_OK)):
         found.append(f"cannot write to {hello.run}")
-    elif seen != text or not os.access(hello.run, os.W_OK):
+    elif not _is_there(*hello.note) or not os.access(hello.run, os.W_OK):
         found.append(
             f"does not see {hello.run} (put --out on storage that all hosts share, or set "
             "checkpoint.where=local, which saves on each host's own disk)"
         )
     for folder, digest in hello.folders.items():
         here = calls.folder_digest(Path(folder))
-        if here == digest and prepared_damage(Path(folder)) is None:
+        if here == digest and (shared or prepared_damage(Path(folder)) is None):
             continue
         if is_cached(Path(folder)):
             lacks.append(folder)
@@ -319,3 +316,11 @@ def _seen(hello: calls.Hello) -> tuple[tuple[str, ...], tuple[str, ...], str]:
             what = "holds something else" if here else "is not there"
             found.append(f"{folder} {what} (set SHOAL_CACHE to one path on all hosts)")
     return tuple(found), tuple(lacks), disk
+
+
+def _is_there(note: str, text: str) -> bool:
+    """Whether this host sees a file of the coordinator's, if there is one to see."""
+    try:
+        return not note or Path(note).read_text(encoding="utf-8") == text
+    except OSError:
+        return False

@@ -43,6 +43,8 @@ class Hello(_Message, frozen=True):
     """What workers will read, and the digest of each (`folder_digest`)."""
     note: tuple[Text, Text] = ("", "")
     """A file in the run folder, and what stands in it."""
+    cache_note: tuple[Text, Text] = ("", "")
+    """The same in the coordinator's cache: who sees it need not check what the coordinator has."""
     term: Count = 0
     """In which it leads, by the run's registry: hosts go over to whoever leads in a later one."""
     keep_seconds: float = 0.0

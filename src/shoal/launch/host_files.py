@@ -101,11 +101,11 @@ class HostFiles:
         if commit is not None:
             folder = checkpoints / published_name(commit.step)
             checkpoints.mkdir(parents=True, exist_ok=True)
+            note(checkpoints, commit, run=task.run, files=self._files)  # else it is a stranger's
             take(checkpoints, commit, keep=1 << 30, best=None, files=self._files)
             known = {"manifests": commit.manifests, "sources": task.sources}
             brought = bring_save(folder, **known, keys=self._keys)
             self._files.flush(checkpoints)
-            note(checkpoints, commit, run=task.run, files=self._files)
         settle(checkpoints, commit, files=self._files)
         return brought
 

@@ -20,7 +20,7 @@ from shoal.comm.keys import Keys
 from shoal.config.recipe import Recipe
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.job import Inputs, Job
-from shoal.environment import address_towards
+from shoal.environment import address_towards, cache_directory
 from shoal.errors import ConfigError, Problem, RunError, WorkerError
 from shoal.launch import calls
 from shoal.launch.agent import facts
@@ -139,6 +139,7 @@ class OverHosts:
         """Open the hosts' sites for a job. Raises RunError for what they do not see."""
         run, text = job.run.resolve(), secrets.token_hex(16)
         note, own_disks = run / NOTE, job.recipe.checkpoint.where == "local"
+        cached = cache_directory().resolve() / NOTE
         folders = folders_of(job.inputs)
         hello = calls.Hello(
             coordinator=_me(),
@@ -148,6 +149,7 @@ class OverHosts:
             ranks=job.decision.layout.workers,
             folders={str(folder): calls.folder_digest(folder) for folder in folders},
             note=("", "") if own_disks else (str(note), text),
+            cache_note=(str(cached), text),
             own_disks=own_disks,
             term=self.term,
             keep_seconds=_KEEP_SECONDS if self.term else 0.0,
@@ -155,6 +157,8 @@ class OverHosts:
         )
         if not own_disks:
             note.write_text(text, encoding="utf-8")
+        with suppress(OSError):  # then hosts check what they read
+            cached.write_text(text, encoding="utf-8")
         sites = self._called(hello)
         giving = Giving(sites)
         status, another_leads = 1, False
@@ -187,9 +191,10 @@ class OverHosts:
             self.fetched = giving.num_bytes()
             for site in sites:
                 site.close(status=status, another_leads=another_leads)
-            with suppress(OSError):
-                if not another_leads:  # whose note it is by now
-                    note.unlink()
+            for each in (cached, note):
+                with suppress(OSError):
+                    if not another_leads:  # whose note it is by now
+                        each.unlink()
 
     def _called(self, hello: calls.Hello) -> list[RemoteSite]:
         keys, mine = Keys.of(self.secret), facts()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shoal.checkpoint.disks import COPIES, Commit, Kept, candidates, next_epoch, run_of
+from shoal.checkpoint.disks import COPIES, Commit, Kept, candidates, next_epoch, run_of, strangers
 from shoal.errors import RunError
 from shoal.launch import calls
 from shoal.launch.host_files import BEGINNING
@@ -77,6 +77,7 @@ class OwnDisks:
                 f"{who}: the disk has saves of a run in this folder already; go on with it by "
                 "--go-on, on a host that has its config.yaml, or choose another --out"
             )
+        _refuse_strangers(kept)
         self._run = self._run or run or secrets.token_hex(8)
         self._epoch, self._count = max(self._epoch, next_epoch(kept)), 0
         self._saves, self._last, self._asked = {}, None, {}
@@ -84,13 +85,11 @@ class OwnDisks:
             if self._placed(commit, there, holders=holders):
                 return True
         if any(each.commits for each in kept.values()):
+            last = [commit for commit, _ in candidates(kept)][:3]
+            were = "".join(f"\n    step {c.step} was on {', '.join(c.hosts)}" for c in last)
             raise RunError(
-                "no host that is there has a save whole any more: "
-                + "; ".join(
-                    f"step {c.step} was on {', '.join(c.hosts)}"
-                    for c, _ in itertools.islice(candidates(kept), 3)
-                )
-                + "\n    bring one of those hosts back, or begin anew with another --out"
+                f"no host that is there has a save whole any more{were}\n    bring one of those "
+                "hosts back, or begin anew with another --out"
             )
         self._ordered(there, lambda site: (None, ()))
         return False
@@ -101,10 +100,10 @@ class OwnDisks:
         wrong = self._ordered(have, lambda site: (commit, ()))
         whole = [site for site in have if site.name not in wrong]
         if not whole:
-            why = "".join(f"; {text}" for text in wrong.values())
+            why = f" ({'; '.join(wrong.values())})" if wrong else ""
             where = f"the save of step {commit.step} was on {', '.join(commit.hosts)}"
             text = (
-                f"{where}, and nobody who is there has it whole{why}: going back to the one before"
+                f"{where}; nobody who is there has it whole{why}, so going back to the one before"
             )
             self._events.append(("save-lost", {"step": commit.step, "text": text}))
             return False
@@ -199,7 +198,8 @@ class OwnDisks:
         )
         number, known = next(self._numbers), save.fields
         self._asked[number] = save
-        texts = {name: (self._folder / name).read_text(encoding="utf-8") for name in BEGINNING}
+        files = [path for path in map(self._folder.joinpath, BEGINNING) if path.is_file()]
+        texts = {path.name: path.read_text(encoding="utf-8") for path in files}
         more = {"keep": known["keep"], "best": known["best"], "texts": texts}
         for site in self._there():
             site.tell(calls.Publish(number=number, run=self._run, commit=commit, **more))
@@ -239,3 +239,14 @@ class OwnDisks:
                     pass
             events += self.look()
         return events
+
+
+def _refuse_strangers(kept: Mapping[str, Kept]) -> None:
+    """Raises RunError for checkpoints that no commit names: they would be dropped unseen."""
+    found = strangers(kept)
+    if found:
+        named = "\n    ".join(f"{name}: {', '.join(saves)}" for name, saves in found.items())
+        raise RunError(
+            f"hosts have checkpoints that were saved without the others:\n    {named}\n"
+            "    go on from them there by shoal resume, or remove these folders"
+        )

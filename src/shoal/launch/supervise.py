@@ -172,7 +172,7 @@ class Supervisor:
             raise attempt.failure()
         if self._servers is not None:
             self._servers.close()
-        self._hear_of_saves(last=True)
+        attempt.happened(self._cluster.look(last=True), run=self._run)
         return attempt
 
     def _events(self) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
@@ -285,7 +285,7 @@ class Supervisor:
             self._servers.look()
         self._welcome()
         self._leave_out()
-        self._hear_of_saves()
+        self._attempt.happened(self._cluster.look(), run=self._run)
         if self._held_back:
             self._form()
         for one in left_behind(self.workers) if not self._apart else ():
@@ -296,10 +296,6 @@ class Supervisor:
         self._lanes.look(seen)
         for stuck in self._doctor.look(seen)[:1]:
             self._end_stuck(stuck, seen)
-
-    def _hear_of_saves(self, *, last: bool = False) -> None:
-        for name, fields in self._cluster.look(last=last):
-            self._attempt.hear({"kind": "event", "name": name, "fields": fields})
 
     def _end_stuck(self, stuck: Stuck, seen: list[Sighting]) -> None:
         one = self.workers[0 if self._threads else stuck.rank]

@@ -126,6 +126,7 @@ class Histories(RuleBasedStateMachine):
     def photograph(self, name: str) -> None:
         kept = self.folder / f"old-{name}"
         shutil.rmtree(kept, ignore_errors=True)
+        self.old.pop(name, None)
         if self.place(name).is_dir():
             shutil.copytree(self.folder / name, kept)
             disk = self.disks[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hosts.lab import Host, Lab, why_not
-from hosts.test_agents_over_hosts import EXACT, Cluster, Training
+from hosts.test_agents_over_hosts import EXACT, Cluster, Training, worker_of
 from shoal.data.storage import contents_of
 from shoal.environment import AGENT_PORT
 from tiny import Bench, Run, shoal, write_corpus
@@ -95,6 +95,28 @@ def test_a_host_is_lost_for_good_and_the_others_go_on(
     assert again.run.weights == one_machine.weights
     assert saves(h1) == saves(h2)
     assert [row["step"] for row in again.run.rows if "loss" in row] == list(range(1, 121))
+
+
+def test_all_workers_die_and_the_last_save_is_put_in_place(
+    bench: Bench, cluster: Cluster, tmp_path: Path
+) -> None:
+    """While the coordinator runs: one host has lost its saves meanwhile, and gets the last again."""
+    h1, h2, _ = cluster.hosts
+    words = (*WORDS, "parallel.replicate=2")
+    training = Apart(cluster, bench, [h1, h2], *words, log=tmp_path / "run.log")
+    training.until(lambda: training.events("saved"))
+    shutil.rmtree(h2.disk / "run/checkpoints")
+    workers = [(host, worker_of(host)) for host in (h1, h2)]
+    for host, worker in workers:
+        host.run("kill", "-9", str(worker))
+    training.end()
+    assert len(training.events("restarted")) == 1
+    (handed,) = training.events("save-handed-on")
+    assert "to h2" in handed["text"]
+    one_machine = bench.run(*words)
+    assert training.run.losses == one_machine.losses
+    assert training.run.weights == one_machine.weights
+    assert saves(h1) == saves(h2)
 
 
 def test_the_holders_of_the_last_save_are_lost(

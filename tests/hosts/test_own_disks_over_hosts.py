@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hosts.lab import Host, Lab, why_not
-from hosts.test_agents_over_hosts import EXACT, Cluster, Training, worker_of
+from hosts.test_agents_over_hosts import EXACT, Cluster, Training
 from shoal.data.storage import contents_of
 from shoal.environment import AGENT_PORT
 from tiny import Bench, Run, shoal, write_corpus
@@ -69,6 +69,14 @@ def saves(host: Host) -> list[str]:
     return sorted(path.name for path in (host.disk / "run/checkpoints").glob("step-*"))
 
 
+def workers_of(host: Host) -> list[str]:
+    """Of its agent: its fork server's children. The coordinator has a fork server of its own."""
+    found = host.run("pgrep", "-f", "agent --listen").split()[-1:]
+    for _ in range(2):
+        found = host.run("pgrep", "-P", ",".join(found)).split()
+    return found
+
+
 def kill_coordinator(host: Host) -> None:
     inside = int(host.run("pgrep", "-f", "launch hosts").split()[0])
     host.run("kill", "-9", str(inside))
@@ -100,15 +108,15 @@ def test_a_host_is_lost_for_good_and_the_others_go_on(
 def test_all_workers_die_and_the_last_save_is_put_in_place(
     bench: Bench, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """While the coordinator runs: one host has lost its saves meanwhile, and gets the last again."""
+    """While the coordinator runs: one host has lost its saves meanwhile, and gets them again."""
     h1, h2, _ = cluster.hosts
     words = (*WORDS, "parallel.replicate=2")
     training = Apart(cluster, bench, [h1, h2], *words, log=tmp_path / "run.log")
     training.until(lambda: training.events("saved"))
     shutil.rmtree(h2.disk / "run/checkpoints")
-    workers = [(host, worker_of(host)) for host in (h1, h2)]
-    for host, worker in workers:
-        host.run("kill", "-9", str(worker))
+    workers = [(host, workers_of(host)) for host in (h1, h2)]
+    for host, pids in workers:
+        host.run("kill", "-9", *pids)
     training.end()
     assert len(training.events("restarted")) == 1
     (handed,) = training.events("save-handed-on")

@@ -81,6 +81,11 @@ def kept_in(checkpoints: Path) -> Kept:
     return Kept(record.run, record.commits, {key: name for key, name in saves.items() if key})
 
 
+def run_in(checkpoints: Path) -> str:
+    """Of which run the commits there are; empty where there are none."""
+    return _record(checkpoints).run
+
+
 def manifest_hash(folder: Path) -> str:
     """Of the save in `folder`; empty where that is not whole, as far as sizes tell."""
     try:

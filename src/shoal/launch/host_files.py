@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shoal.checkpoint.disks import kept_in, note, settle, take
+from shoal.checkpoint.disks import kept_in, note, run_in, save_damage, settle, take
 from shoal.checkpoint.files import Files
 from shoal.checkpoint.folders import drop, published_name, waiting_name, waiting_saves
 from shoal.comm.keys import Keys
@@ -85,6 +85,7 @@ class HostFiles:
         )
 
     def _publish(self, task: calls.Publish, checkpoints: Path) -> Brought:
+        _check_run(checkpoints, task.run)
         note(checkpoints, task.commit, run=task.run, files=self._files)
         for name in BEGINNING:
             path, text = checkpoints.parent / name, task.texts.get(name)
@@ -98,11 +99,14 @@ class HostFiles:
 
     def _place(self, task: calls.Place, checkpoints: Path) -> Brought:
         brought, commit = Brought(), task.commit
+        _check_run(checkpoints, task.run)
         if commit is not None:
             folder = checkpoints / published_name(commit.step)
             checkpoints.mkdir(parents=True, exist_ok=True)
             note(checkpoints, commit, run=task.run, files=self._files)  # else it is a stranger's
             take(checkpoints, commit, keep=1 << 30, best=None, files=self._files)
+            if not task.sources and (problem := save_damage(folder)) is not None:
+                raise FetchError(problem)
             known = {"manifests": commit.manifests, "sources": task.sources}
             brought = bring_save(folder, **known, keys=self._keys)
             self._files.flush(checkpoints)
@@ -115,3 +119,10 @@ class HostFiles:
             raise FetchError(f"{folder}: is not in this host's cache (SHOAL_CACHE)")
         contents = {"files": dict(task.files), "hashes": dict(task.hashes)}
         return bring_folder(folder, contents, sources=task.sources, keys=self._keys)
+
+
+def _check_run(checkpoints: Path, run: str) -> None:
+    """Raises FetchError for a disk whose saves are another run's: nothing of them is touched."""
+    here = run_in(checkpoints)
+    if here not in ("", run):
+        raise FetchError(f"{checkpoints}: has saves of another run ({here}); remove them there")

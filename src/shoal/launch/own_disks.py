@@ -71,6 +71,8 @@ class OwnDisks:
         there = self._there()
         kept = self._kept(there)
         run = run_of(kept)
+        if run and self._run and run != self._run:
+            raise RunError(f"the disks of the hosts have saves of another run ({run}) by now")
         if run and begins:
             who = ", ".join(name for name, each in kept.items() if each.run)
             raise RunError(

@@ -223,7 +223,7 @@ def number_of(commit: Commit) -> tuple[int, int]:
     return commit.number
 
 
-@pytest.mark.parametrize("histories", [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("histories", [30, pytest.param(600, marks=pytest.mark.slow)])
 def test_no_history_goes_on_from_what_does_not_count(histories: int) -> None:
     known = settings(max_examples=histories, stateful_step_count=25, deadline=None)
     run_state_machine_as_test(Histories, settings=known)

@@ -20,8 +20,9 @@ from shoal.comm.line import LARGEST_MESSAGE
 from shoal.config.load import resolve
 from shoal.environment import cache_directory
 from shoal.errors import ConfigError, FetchError, RunError
-from shoal.launch import calls, local
+from shoal.launch import calls, local, torchrun
 from shoal.launch.directory import DISK
+from shoal.launch.elected import Servers, train_elected
 from shoal.launch.host_files import disk_of
 from shoal.launch.over_hosts import OverHosts
 from shoal.launch.peers import PIECE_BYTES, Source, Wanted, bring_folder, is_cached, piece
@@ -48,12 +49,20 @@ def test_replicas_that_differ_are_refused(bench: Bench, words: list[str]) -> Non
 
 
 def test_a_registry_is_refused(bench: Bench) -> None:
-    recipe = resolve(bench.recipe, ["parallel.replicate=2", "checkpoint.where=local"])
-    led = OverHosts(TWO.addresses, SECRET, run="/runs/a", term=1)
+    """Before one leads, and before etcd is asked."""
+    words, servers = ["checkpoint.where=local"], Servers(["http://127.0.0.1:1"])
+    given: dict[str, Any] = {"hosts": TWO, "servers": servers, "pool": bench.pool}
     with pytest.raises(ConfigError, match="with --etcd saves are on storage"):
-        led.overrides(recipe)
+        train_elected(str(bench.recipe), words, out=bench.new_path(), **given)
 
 
+def test_torchrun_is_refused(bench: Bench) -> None:
+    recipe = resolve(bench.recipe, ["parallel.replicate=2", "checkpoint.where=local"])
+    with pytest.raises(ConfigError, match=r"checkpoint\.where: torchrun's workers save"):
+        torchrun._check_size(recipe, size=2)
+
+
+@pytest.mark.slow
 def test_hosts_that_share_the_folder_are_named(bench: Bench, pool: WorkerPool) -> None:
     """Else they would save over each other; nothing but an empty folder is left behind."""
     agents = [HeldAgent(pool), HeldAgent(pool)]
@@ -76,6 +85,7 @@ def test_hosts_that_share_the_folder_are_named(bench: Bench, pool: WorkerPool) -
     assert disk_of(out) == (out / DISK).read_text()
 
 
+@pytest.mark.slow
 def test_one_host_alone_saves_as_ever(bench: Bench) -> None:
     words = ("train.steps=8", "train.evaluate_every_steps=4")
     assert bench.run(*words, "checkpoint.where=local").digits == bench.run(*words).digits

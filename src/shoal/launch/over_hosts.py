@@ -173,7 +173,7 @@ class OverHosts:
             at, registered = _own_address(self.addresses), None
             if self.register is not None:
                 registered = self.register(run, console.line)
-            disks = OwnDisks(sites, run=run) if own_disks else None
+            disks = OwnDisks(sites, run=run, say=console.line) if own_disks else None
             with _Meetings(
                 pool, address=at, registered=registered, disks=disks, giving=giving
             ) as cluster:
@@ -228,6 +228,8 @@ class OverHosts:
                 for _ in site.events(timeout_seconds=0.05 / len(sites)):
                     pass
             now = time.monotonic()
+            if any(site.fetches for site in sites):  # which takes as long as it takes
+                began = now
             wrong = [f"{site.name} {site.wrong}" for site in sites if site.wrong]
             missing = [site.name for site in sites if not ready(site) and not site.wrong]
             busy = all(site.busy for site in sites if site.wrong)

@@ -18,6 +18,7 @@ from typing import Any
 from shoal.checkpoint.disks import COPIES, Commit, Kept, candidates, next_epoch, run_of, strangers
 from shoal.errors import RunError
 from shoal.launch import calls
+from shoal.launch.directory import anything_to_resume
 from shoal.launch.host_files import BEGINNING
 from shoal.launch.remote_site import RemoteSite
 
@@ -49,9 +50,12 @@ class _Save:
 class OwnDisks:
     """`place` before workers start, `kept` and `look` while they work, `close` at the end."""
 
-    def __init__(self, sites: Sequence[RemoteSite], *, run: Path) -> None:
+    def __init__(
+        self, sites: Sequence[RemoteSite], *, run: Path, say: Callable[[str], None]
+    ) -> None:
         """`run`: the folder that the coordinator writes."""
-        self._sites, self._folder, self._start = sites, run, secrets.token_hex(8)
+        self._sites, self._folder, self._say = sites, run, say
+        self._start = secrets.token_hex(8)
         self._numbers = itertools.count(1)
         self._run, self._epoch, self._count = "", 0, 0
         self._saves: dict[tuple[int, int, str], _Save] = {}
@@ -92,6 +96,11 @@ class OwnDisks:
             raise RunError(
                 f"no host that is there has a save whole any more{were}\n    bring one of those "
                 "hosts back, or begin anew with another --out"
+            )
+        if not begins and anything_to_resume(self._folder, say=self._say):
+            raise RunError(
+                f"{self._folder}: something was saved, and no host that is there has any of it\n"
+                "    bring the hosts back that had it, or begin anew with another --out"
             )
         self._ordered(there, lambda site: (None, ()))
         return False
@@ -228,7 +237,7 @@ class OwnDisks:
         return events
 
     def _saved(self, save: _Save) -> dict[str, Any]:
-        names = ("step", "seconds", "stall_seconds", "generation")
+        names = ("step", "seconds", "stall_seconds")
         known = {name: save.fields[name] for name in names}
         return {**known, "at": f"step-{known['step']:08d}", "hosts": sorted(save.manifests)}
 

@@ -179,6 +179,11 @@ class RemoteSite:
         found = self._reached
         return frozenset(found.unreached) if found.number == number else None
 
+    @property
+    def fetches(self) -> bool:
+        """Whether it is there, and gets what it lacks first."""
+        return self._is_given
+
     def tell(self, message: calls.AskKept | calls.Place | calls.Publish) -> None:
         """Say this to its agent, which answers in `answers`."""
         self._send(message)
@@ -229,7 +234,8 @@ class RemoteSite:
         if self.gone is not None:
             asks = self.here is None or bool(self.here.busy)
             self._give()
-            if self._line.broken or (asks and now - self._called_at > _AGAIN_SECONDS):
+            silent = self._is_given and now - self._heard_at > self._hello.lease_seconds
+            if silent or self._line.broken or (asks and now - self._called_at > _AGAIN_SECONDS):
                 self._call_again()
         elif self._line.broken:
             self._lose("has ended the connection")

@@ -88,7 +88,11 @@ def run_workers(
             attempt=attempt,
             asked=asked,
         )
-        supervisor.run()
+        try:
+            supervisor.run()
+        finally:
+            if attempt.record is not None:
+                attempt.record.close()
         cluster.ended(status=0 if attempt.stopped is None else Stopped.exit_status)
         return attempt
 

@@ -5,8 +5,10 @@ tests/hosts has whole runs, and saves that are handed on.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from shoal.launch import calls
 from shoal.launch.own_disks import OwnDisks
 from shoal.launch.pool import WorkerPool
 from shoal.launch.remote_site import RemoteSite
+from shoal.observe.record import RunRecord
 from unit.checkpoint.test_disks import leave
 
 FILES = Files()
@@ -51,7 +54,8 @@ class Three:
             address = self.agents[number].agent.address
             self.sites.append(RemoteSite(address, keys=Keys.of(SECRET), hello=hello))
         self.until(lambda: all(site.gone is None for site in self.sites))
-        return OwnDisks(self.sites, run=self.runs[numbers[0]])
+        self.said: list[str] = []
+        return OwnDisks(self.sites, run=self.runs[numbers[0]], say=self.said.append)
 
     def until(self, true: Callable[[], object]) -> None:
         deadline = time.monotonic() + 10
@@ -167,6 +171,22 @@ def test_a_run_without_a_whole_save_never_begins_anew(three: Three) -> None:
         three.begin(0, 1).place()
     with pytest.raises(RunError, match="has saves of a run in this folder already"):
         three.begin(0, 2).place(begins=True)
+
+
+def test_a_run_whose_saves_are_nowhere_never_begins_anew(three: Three) -> None:
+    """Its rows and its model would be written over; one that never saved may."""
+    assert not three.begin(0, 1).place() and three.said == [
+        "nothing was saved before it ended: beginning anew"
+    ]
+    disks = three.begin(0, 1)
+    disks.place(begins=True)
+    three.save(disks, 10, 0, 1)
+    with closing(RunRecord(three.runs[0])) as record:
+        record.event("saved", three.told(disks, "saved"))
+    for each in three.disks[:2]:
+        shutil.rmtree(each)
+    with pytest.raises(RunError, match="no host that is there has any of it"):
+        three.begin(0, 1).place()
 
 
 def test_hosts_that_went_on_without_each_other_are_refused(three: Three) -> None:

@@ -54,6 +54,12 @@ class Files:
         os.rename(source, target)
         self.flush(target.parent)
 
+    def replace(self, source: Path, target: Path) -> None:
+        """Give a file, which is on the disk, the name of another one, which goes."""
+        self._about_to("rename")
+        os.replace(source, target)
+        self.flush(target.parent)
+
     def flush(self, folder: Path) -> None:
         """Flush the entries of a folder to disk."""
         self._about_to("fsync")

@@ -28,6 +28,11 @@ def waiting_name(step: int, *, generation: int) -> str:
     return f"uncommitted-step-{step:08d}.g{generation}"
 
 
+def is_published(name: str) -> bool:
+    """Whether a folder's name is that of a checkpoint."""
+    return _PUBLISHED.fullmatch(name) is not None
+
+
 def published_steps(folder: Path) -> list[int]:
     """Steps that have a published checkpoint, oldest first."""
     if not folder.is_dir():

@@ -8,6 +8,7 @@ checked before it is used, for it may have been made by anybody.
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -162,3 +163,19 @@ def _content(path: Path) -> bytes:
     if len(content) > _LARGEST_BYTES:
         raise CheckpointError(f"{path}: larger than any manifest ({_LARGEST_BYTES} bytes)")
     return content
+
+
+def verify_file(path: Path, record: FileRecord) -> None:
+    """Check every byte of a file. Raises CheckpointError that names it."""
+    try:
+        digest = xxhash.xxh3_64()
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.num_bytes:
+                raise CheckpointError(f"{path}: expected {record.num_bytes} bytes, got {size}")
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if digest.hexdigest() != record.hash:
+        raise CheckpointError(f"{path}: damaged (its hash does not match the manifest)")

@@ -9,8 +9,8 @@ count, the rename is its coordinator's (checkpoint/folders.py).
 from __future__ import annotations
 
 import json
-import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from shoal.boxes import Box, Piece
 from shoal.checkpoint.files import Files
 from shoal.checkpoint.folders import publish, published_name, published_steps, waiting_name
-from shoal.checkpoint.manifest import NAME, Entry, FileRecord, Manifest, Part
+from shoal.checkpoint.manifest import NAME, Entry, FileRecord, Manifest, Part, verify_file
 from shoal.errors import CheckpointError, RunError
 from shoal.untrusted import TensorInfo, open_plain, read_header
 
@@ -90,6 +90,12 @@ class Store:
     def steps(self) -> list[int]:
         """Steps that have a published checkpoint, oldest first."""
         return published_steps(self.folder)
+
+    def wait_for(self, step: int, *, seconds: float = 30.0) -> None:
+        """Wait until the save of `step` has its name, which may be somebody else's to give."""
+        deadline = time.monotonic() + seconds
+        while not self.path(step).is_dir() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     # --- writing
 
@@ -170,7 +176,7 @@ class Store:
         folder = self.path(step)
         manifest = Manifest.read(folder, step=step)
         for record in manifest.part.files:
-            _verify_file(folder / record.file, record)
+            verify_file(folder / record.file, record)
         return manifest
 
     def newest_good(self, *, on_bad: Callable[[int, str], None]) -> int:
@@ -196,21 +202,6 @@ class Store:
     def open(self, step: int) -> Reader:
         """A reader of the checkpoint of `step` (verified file by file as it is read)."""
         return Reader(self.path(step), Manifest.read(self.path(step), step=step))
-
-
-def _verify_file(path: Path, record: FileRecord) -> None:
-    try:
-        digest = xxhash.xxh3_64()
-        with open_plain(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != record.num_bytes:
-                raise CheckpointError(f"{path}: expected {record.num_bytes} bytes, got {size}")
-            while block := file.read(1 << 22):
-                digest.update(block)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if digest.hexdigest() != record.hash:
-        raise CheckpointError(f"{path}: damaged (its hash does not match the manifest)")
 
 
 class Reader:

@@ -386,6 +386,9 @@ class CheckpointSection(Section):
     """Save after the evaluation with the lowest loss so far, and keep that save as well."""
     model: Literal["last", "best"] = "last"
     """What RUN/model is written from: the end of the run, or the best save (`keep_best`)."""
+    where: Literal["shared", "local"] = "shared"
+    """shared: the run directory is on storage that all hosts see. local: each host saves whole on
+    its own disk, and any one of them may be lost (hosts without shared storage)."""
     background: bool = True
     """Copy the state and write it while the steps go on; the last save is always waited for."""
 

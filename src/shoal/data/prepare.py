@@ -286,6 +286,11 @@ def _ensure(folder: Path, *, fill: Callable[[Path], dict[str, Any]], progress: P
         (scratch / _DESCRIPTION).write_text(text, encoding="utf-8")
 
 
+def prepared_damage(folder: Path) -> str | None:
+    """What is wrong with a folder of prepared data, down to the last bit; None for another kind."""
+    return _damage(folder) if (folder / _DESCRIPTION).is_file() else None
+
+
 def _damage(folder: Path, *, progress: Progress = lambda phase, done: None) -> str | None:
     """What is wrong with prepared data, down to the last bit; None: nothing."""
     try:

@@ -53,6 +53,7 @@ def write_model(training: Training, *, step: int, out: Path) -> None:
     """
     trained: Weights = InMemory(training.state.named("parameter"))
     if training.replica.is_cut or step != training.progress.step:
+        training.store.wait_for(step)
         training.store.verify(step)
         trained = SavedWeights(training.store.open(step))
     task, config = training.task, training.model.config

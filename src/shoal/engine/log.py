@@ -10,18 +10,10 @@ from shoal.data.verify import FILE, sample_header, sample_row
 from shoal.engine.job import Job
 from shoal.engine.training import Training
 from shoal.engine.update import Outcome
-from shoal.observe.events import (
-    JsonLines,
-    Report,
-    RunFiles,
-    Sink,
-    Tee,
-    cut_after,
-    read_lines,
-    write_shown,
-)
+from shoal.observe.events import Report, Sink, Tee
 from shoal.observe.memory import private_bytes
 from shoal.observe.outliers import Outliers
+from shoal.observe.record import Record, RunRecord, ToldRecord
 from shoal.observe.trackers import TensorBoard, WandB
 
 KEPT_ROWS = 10_000
@@ -38,8 +30,7 @@ class RunLog:
     def __init__(self, job: Job, *, report: Report, training: Training) -> None:
         self._job, self._report, self._training = job, report, training
         self._trackers: list[Sink] | None = None
-        self._files: RunFiles | None = None
-        self._samples: JsonLines | None = None
+        self._record: Record = ToldRecord(report) if job.own_disks else RunRecord(job.run)
         self._outliers = Outliers()
         self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
         self.sink: Sink = Tee([])
@@ -47,7 +38,7 @@ class RunLog:
     @property
     def events(self) -> Sink:
         """For events before the files are open for rows."""
-        return Tee([RunFiles(self._job.run), self._report])
+        return Tee([self._record, self._report])
 
     def open(self, *, last: dict[str, Any], step: int | None = None) -> None:
         """Begin to write, as the first rank at `step` (default: that of `last`).
@@ -55,44 +46,39 @@ class RunLog:
         Rows of later steps, which are about to be done again, go; rows that the rank that should
         have written them did not come to are taken from `last`.
         """
-        run = self._job.run
         step = last["progress"]["step"] if step is None else step
         self.close()
-        anew = step == 0 and not last  # else the evaluation before the first step stands
-        dropped = cut_after(run / "metrics.jsonl", step=-1 if anew else step, metrics=True)
-        cut_after(run / FILE, step=step - 1)  # counts from 0
         first = self._trackers is None
         self._trackers = _trackers(self._job) if self._trackers is None else self._trackers
-        self._files = RunFiles(run)
-        self.sink = Tee([self._files, *self._trackers, self._report])
-        self._samples = JsonLines(run / FILE)
-        self._samples.append(sample_header(self._training.stream))
+        told = self._record.begin(
+            step=step,
+            anew=step == 0 and not last,  # else the evaluation before the first step stands
+            samples=FILE,
+            header=sample_header(self._training.stream),
+            missing=self._missing(last, step=step),
+        )
+        others = Tee([*self._trackers, self._report])
+        for message in told:
+            if message["kind"] == "row":
+                others.row(message["row"])
+            else:
+                others.event(message["name"], message["fields"])
+        self.sink = Tee([self._record, *others.sinks])
         for tracker in self._trackers if first else []:
             if isinstance(tracker, WandB) and tracker.address:
                 self.sink.event("wandb", {"text": tracker.address})
-        if dropped:
-            self.sink.event("redone", {"step": step, "rows": dropped})
-        if "rows" in last:
-            self._complete(last, step=step)
 
-    def _complete(self, last: dict[str, Any], *, step: int) -> None:
-        """Add the rows that are missing, in order, each step once."""
-        run = self._job.run
-        samples = [row["step"] for row in read_lines(run / FILE) if "step" in row]
-        if step - 1 not in samples[-2:] and not self._training.policy.alone:
-            self.samples_read(step - 1, last["read"])
-        steps = (row["step"] for row in read_lines(run / "metrics.jsonl") if "loss" in row)
-        logged = max(steps, default=0)
-        missing = [
-            row for row in last["rows"] if row["step"] > logged and self._logged(row["step"])
-        ]
-        for row in missing:
-            self.sink.row(row)
-        every = self._job.recipe.observe.log_every_steps
-        if missing and missing[0]["step"] > logged + every:
-            between = f"{logged + 1} to {missing[0]['step'] - 1}"
-            text = f"nobody has the rows of steps {between} any more: {KEPT_ROWS} are kept"
-            self.sink.event("rows-lost", {"step": step, "text": text})
+    def _missing(self, last: dict[str, Any], *, step: int) -> dict[str, Any]:
+        """What the rank that should have written it may not have come to."""
+        if "rows" not in last:
+            return {}
+        alone, stream = self._training.policy.alone, self._training.stream
+        return {
+            "rows": [row for row in last["rows"] if self._logged(row["step"])],
+            "sample": None if alone else sample_row(step - 1, stream=stream, read=last["read"]),
+            "every": self._job.recipe.observe.log_every_steps,
+            "kept": KEPT_ROWS,
+        }
 
     def keep(self, row: dict[str, Any], *, alone: bool) -> list[dict[str, Any]]:
         """Remember the row of a step for whoever writes next; the rows remembered now.
@@ -121,8 +107,7 @@ class RunLog:
 
     def samples_read(self, step: int, read: list[int]) -> None:
         """Write the digest of what all ranks have read for `step`, counted from 0."""
-        assert self._samples is not None, "opened"
-        self._samples.append(sample_row(step, stream=self._training.stream, read=read))
+        self._record.sample(sample_row(step, stream=self._training.stream, read=read))
 
     def row(self, outcome: Outcome, *, seconds: float, traffic: Traffic) -> dict[str, Any]:
         """The row of the step just committed; the same numbers on every rank but for its times."""
@@ -189,21 +174,17 @@ class RunLog:
 
     def evaluated(self, row: dict[str, Any]) -> None:
         """Write an evaluation, unless it was written before the rank that made it died."""
-        known = read_lines(self._job.run / "metrics.jsonl")[-3:]
-        if not any(r["step"] == row["step"] and "evaluation_loss" in r for r in known):
+        if not self._record.knows(row):
             self.sink.row(row)
 
     def shown(self, shown: dict[str, Any] | None) -> None:
         """Write what the task's picture is drawn of, if it has one."""
         if shown is not None:
-            write_shown(self._job.run, shown)
+            self._record.shown(shown)
 
     def close(self) -> None:
         """Nothing follows, or another rank writes from now on."""
-        for each in (self._files, self._samples):
-            if each is not None:
-                each.close()
-        self._files = self._samples = None
+        self._record.close()
 
 
 def _trackers(job: Job) -> list[Sink]:

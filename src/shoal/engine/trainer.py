@@ -30,7 +30,7 @@ from shoal.engine.saving.parts import (
     choose_checkpoint,
     load,
 )
-from shoal.engine.saving.saver import Saver
+from shoal.engine.saving.saver import KEPT, Saver
 from shoal.engine.step import StepResult, Votes
 from shoal.engine.training import Training
 from shoal.engine.unshared import Unshared, votes_of_all
@@ -202,6 +202,7 @@ class Trainer:
                 self.members.join(lost)
                 self._enter_ranks()
                 self._saver.generation = self.members.registered
+                self._saver.disk = self.members.disk
                 recipe = self.job.recipe.model_dump(mode="json")
                 training, count = self.training, self.training.replica.num_parameters
                 check_same_program(self.group, recipe=recipe, parameters=count)
@@ -318,13 +319,13 @@ class Trainer:
             )
             good = ", ".join(str(source) for source, _ in moves)
             text = f"replicas differ in {named}; repaired from rank {good}"
-        elif self._anything_saved():
+        elif self.members.disk is None and self._anything_saved():
             step = self._restore()
             if self._first:
                 self.files.open(last={}, step=step)
             text = f"replicas differ in {named}; no majority, so back to the save of step {step}"
         else:
-            raise WorkerError(f"replicas differ in {named}; no majority, and nothing saved yet")
+            raise WorkerError(f"replicas differ in {named}; no majority, and no save at hand")
         if self._first:
             self.files.sink.event("repaired", {"step": training.progress.step, "text": text})
         self._broken = None
@@ -435,9 +436,13 @@ class Trainer:
                 for number, read in policy.accounted(last=ends):
                     self.files.samples_read(number, read)
                 self._evaluate_and_save(save=save, last=last)
-        notes = self._saver.notes()
-        for name, fields in notes if self._first else []:
-            self.files.sink.event(name, fields)
+        for name, fields in self._saver.notes():
+            if name == KEPT:
+                self._report.say(KEPT, **fields)
+            elif self._first:
+                self.files.sink.event(name, fields)
+            elif self.members.disk is not None:  # nobody else knows of this one
+                self.files.events.event(name, fields)
 
     def _evaluate_and_save(self, *, save: bool, last: bool) -> None:
         position, watch, recipe = self._position, self.training.watch, self.job.recipe

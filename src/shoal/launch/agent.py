@@ -24,10 +24,13 @@ import zmq
 from shoal.comm.guard import Guard
 from shoal.comm.keys import Keys
 from shoal.comm.line import LARGEST_MESSAGE
+from shoal.data.prepare import prepared_damage
 from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
+from shoal.launch.host_files import HostFiles, disk_of
 from shoal.launch.links import Answering, measure
+from shoal.launch.peers import is_cached, piece
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.reach import unreached
 from shoal.launch.site import LocalSite, Slot
@@ -40,14 +43,8 @@ SEEN_SECONDS = 0.2
 """So often an agent says how its workers are."""
 
 
-def facts(
-    *,
-    busy: str = "",
-    missing: tuple[str, ...] = (),
-    running: tuple[calls.Running, ...] = (),
-    open_port: int = 0,
-) -> calls.Here:
-    """What this host is."""
+def facts(**more: Any) -> calls.Here:
+    """What this host is, and what `more` there is to say."""
     return calls.Here(
         name=socket.gethostname(),
         cores=usable_cores(),
@@ -55,10 +52,7 @@ def facts(
         shoal=version("shoal"),
         torch=version("torch"),
         code=code_hash(),
-        busy=busy,
-        missing=missing,
-        running=running,
-        open_port=open_port,
+        **more,
     )
 
 
@@ -99,6 +93,7 @@ class Agent:
         self._states: dict[int, calls.Running] = {}
         self._watched: set[int] = set()
         self._tested: deque[tuple[bytes, calls.Reached | calls.Linked]] = deque()
+        self._files = HostFiles(keys)
         self._heard_at = self._turned_at = self._signed_at = 0.0
         self.ended: int | None = None
         """Exit status of the last run, once it has ended."""
@@ -118,6 +113,7 @@ class Agent:
     def close(self) -> None:
         """End the workers and stop listening."""
         self._leave()
+        self._files.close()
         self._guard.close()
         self._answering.close()
         self._context.destroy(linger=0)
@@ -146,6 +142,8 @@ class Agent:
         elif isinstance(message, calls.AskReach | calls.AskLink):
             tested = threading.Thread(target=self._test, args=(peer, message), daemon=True)
             tested.start()
+        elif isinstance(message, calls.AskPiece):
+            self._answer(piece(message, run=self._hello.run), peer=peer)
         elif peer == self._peer:
             self._heard_at = time.monotonic()
             self._follow(message)
@@ -159,7 +157,7 @@ class Agent:
             who = f"{self._hello.run} of {self._hello.coordinator}" if busy else ""
             self._answer(facts(busy=who, open_port=self._answering.port), peer=peer)
             return
-        missing = _missing(hello)
+        missing, lacks, disk = _seen(hello)
         if not missing:
             if not (later and hello.adopts and hello.ranks == known.ranks):
                 self._leave()  # it has lost us meanwhile, and begins anew
@@ -168,8 +166,8 @@ class Agent:
             self._say(f"at work for {hello.run}, as {hello.coordinator} says")
         left = {n for n, worker in self._workers.items() if worker.status is None}
         running = tuple(each for n, each in self._states.items() if n in left and not missing)
-        port = self._answering.port
-        self._answer(facts(missing=missing, running=running, open_port=port), peer=peer)
+        more = {"missing": missing, "lacks": lacks, "disk": disk, "running": running}
+        self._answer(facts(**more, open_port=self._answering.port), peer=peer)
 
     def _follow(self, message: calls.ToAgent) -> None:
         site = self._site
@@ -181,6 +179,8 @@ class Agent:
             self._leave()
             self.ended = message.status
             self._say(f"the run has ended (status {message.status})")
+        elif isinstance(message, calls.AskKept | calls.Place | calls.Publish | calls.Bring):
+            self._files.follow(message, run=Path(self._hello.run))
         elif isinstance(message, calls.Order | calls.Signal | calls.AskStack):
             if message.worker not in self._workers:
                 return
@@ -216,7 +216,9 @@ class Agent:
             link = measure(asked.address, sends=asked.sends)
             self._tested.append((peer, calls.Linked(link=link)))
 
-    def _answer(self, message: calls.ToCoordinator, *, peer: bytes | None = None) -> None:
+    def _answer(
+        self, message: calls.ToCoordinator | calls.Piece, *, peer: bytes | None = None
+    ) -> None:
         whom = peer or self._peer
         if whom is not None:
             with suppress(zmq.ZMQError):  # it has gone: its lease will say so
@@ -268,6 +270,8 @@ class Agent:
             for _ in self._pool.events(timeout_seconds=0.0, only=[]):
                 pass
             return
+        while self._files.answers:
+            self._answer(self._files.answers.popleft())
         numbers = {id(worker): number for number, worker in self._workers.items()}
         for worker, message in site.events(timeout_seconds=0.0):
             number = numbers[id(worker)]
@@ -291,19 +295,34 @@ class Agent:
             )
 
 
-def _missing(hello: calls.Hello) -> tuple[str, ...]:
-    """What of the run this host does not see."""
-    found = []
-    note, text = hello.note
-    try:
-        seen = Path(note).read_text(encoding="utf-8") if note else text
-    except OSError:
-        seen = ""
-    if seen != text or not os.access(hello.run, os.W_OK):
-        found.append(f"does not see {hello.run} (put --out on storage that all hosts share)")
+def _seen(hello: calls.Hello) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """What of the run this host does not see; what it can be given; what its disk is known by."""
+    found, lacks, disk = [], [], ""
+    shared = bool(hello.cache_note[0]) and _is_there(*hello.cache_note)
+    with suppress(OSError):
+        disk = disk_of(Path(hello.run)) if hello.own_disks else ""
+    if hello.own_disks and not (disk and os.access(hello.run, os.W_OK)):
+        found.append(f"cannot write to {hello.run}")
+    elif not _is_there(*hello.note) or not os.access(hello.run, os.W_OK):
+        found.append(
+            f"does not see {hello.run} (put --out on storage that all hosts share, or set "
+            "checkpoint.where=local, which saves on each host's own disk)"
+        )
     for folder, digest in hello.folders.items():
         here = calls.folder_digest(Path(folder))
-        if here != digest:
+        if here == digest and (shared or prepared_damage(Path(folder)) is None):
+            continue
+        if is_cached(Path(folder)):
+            lacks.append(folder)
+        else:
             what = "holds something else" if here else "is not there"
-            found.append(f"{folder} {what} (set SHOAL_CACHE to storage that all hosts share)")
-    return tuple(found)
+            found.append(f"{folder} {what} (set SHOAL_CACHE to one path on all hosts)")
+    return tuple(found), tuple(lacks), disk
+
+
+def _is_there(note: str, text: str) -> bool:
+    """Whether this host sees a file of the coordinator's, if there is one to see."""
+    try:
+        return not note or Path(note).read_text(encoding="utf-8") == text
+    except OSError:
+        return False

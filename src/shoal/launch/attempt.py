@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +23,11 @@ from shoal.errors import (
     WorkerError,
 )
 from shoal.launch.callbacks import Callbacks
+from shoal.launch.cluster import Event
 from shoal.launch.deaths import Death
+from shoal.launch.directory import is_run
 from shoal.observe.console import Console
+from shoal.observe.record import RunRecord
 
 _USER_ERRORS = {kind.__name__: kind for kind in (DataError, ModelError, RunError, FetchError)}
 
@@ -42,9 +45,34 @@ class Attempt:
     story: list[dict[str, Any]] = field(default_factory=list)
     """Every event, with the monotonic time at which it was heard of."""
     callbacks: Callbacks = field(default_factory=lambda: Callbacks(None))
+    record: RunRecord | None = None
+    """Writes what they say of the run, where hosts share no run folder."""
+    _waiting: list[Event] = field(default_factory=list)
 
     def hear(self, message: dict[str, Any]) -> None:
         """Show or keep one message."""
+        if self.record is not None:
+            if message["kind"] == "row" and self.record.knows(message["row"]):
+                return
+            for told in self.record.hear(message):
+                self._hear(told)
+        self._hear(message)
+
+    def happened(self, events: Iterable[Event], *, run: Path) -> None:
+        """Tell and write down what the cluster has seen, once the run has begun."""
+        self._waiting.extend(events)
+        if not self._waiting or not is_run(run):
+            return
+        files = RunRecord(run) if self.record is None else None
+        for name, fields in self._waiting:
+            if files is not None:
+                files.event(name, fields)
+            self.hear({"kind": "event", "name": name, "fields": fields})
+        self._waiting.clear()
+        if files is not None:
+            files.close()
+
+    def _hear(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "row":
             self.console.row(message["row"])

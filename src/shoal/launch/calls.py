@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import xxhash
 
+from shoal.checkpoint.disks import Commit, Kept
 from shoal.launch.hang import Sighting
 from shoal.launch.links import Measured
 
@@ -43,12 +44,16 @@ class Hello(_Message, frozen=True):
     """What workers will read, and the digest of each (`folder_digest`)."""
     note: tuple[Text, Text] = ("", "")
     """A file in the run folder, and what stands in it."""
+    cache_note: tuple[Text, Text] = ("", "")
+    """The same in the coordinator's cache: who sees it need not check what the coordinator has."""
     term: Count = 0
     """In which it leads, by the run's registry: hosts go over to whoever leads in a later one."""
     keep_seconds: float = 0.0
     """How long workers outlive its silence, for the next coordinator to take them on."""
     adopts: bool = False
     """Whether it takes on what runs there for the coordinator before it."""
+    own_disks: bool = False
+    """Whether each host has a run folder of its own, on a disk that no other one sees."""
 
 
 class Start(_Message, frozen=True):
@@ -98,6 +103,51 @@ class AskLink(_Message, frozen=True):
     """Whether to fill it; else how long a byte takes there and back."""
 
 
+class AskPiece(_Message, frozen=True):
+    """A part of a file, from `offset`; another host's agent asks, for what may be read there."""
+
+    folder: Text
+    file: Text
+    offset: Count
+
+
+class AskKept(_Message, frozen=True):
+    """What saves of the run does this host's own disk have?"""
+
+    number: Count
+
+
+class Place(_Message, frozen=True):
+    """Have the save of a commit, from this disk or another host's; nothing else counts then."""
+
+    number: Count
+    run: Text
+    commit: Commit | None
+    """None: nothing was ever committed."""
+    sources: tuple[Text, ...] = ()
+
+
+class Publish(_Message, frozen=True):
+    """A commit was made: keep it in mind, and give this host's save its name."""
+
+    number: Count
+    run: Text
+    commit: Commit
+    keep: Count
+    best: Count | None = None
+    texts: dict[Text, str] = {}
+    """Files of the run folder, so that a coordinator may go on from any host."""
+
+
+class Bring(_Message, frozen=True):
+    """Have a folder of the cache: its files, sizes and hashes, and who has them."""
+
+    folder: Text
+    files: dict[Text, Count]
+    hashes: dict[Text, Text]
+    sources: tuple[Text, ...]
+
+
 class Alive(_Message, frozen=True):
     """Nothing but that the coordinator is there."""
 
@@ -135,6 +185,11 @@ class Here(_Message, frozen=True):
     """What it does not see of the run, in words."""
     running: tuple[Running, ...] = ()
     """What a coordinator that `adopts` goes on with."""
+    lacks: tuple[Text, ...] = ()
+    """Folders of the cache that it lacks, and can be given (`Bring`)."""
+    disk: Text = ""
+    """What its run folder is known by, where it is to be its own: the same on another host means
+    that they share it."""
     open_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     """One that the system chose, as those of workers: others test whether they reach it."""
 
@@ -179,8 +234,52 @@ class Linked(_Message, frozen=True):
     link: Measured
 
 
-ToAgent = Hello | Start | Order | Signal | AskStack | AskReach | AskLink | Alive | Bye
-ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached | Linked
+class Piece(_Message, frozen=True):
+    """The answer to `AskPiece`."""
+
+    offset: Count
+    data: bytes = b""
+    total: Count = 0
+    """Bytes of the whole file."""
+    problem: Text = ""
+
+
+class Has(_Message, frozen=True):
+    """The answer to `AskKept`."""
+
+    number: Count
+    kept: Kept
+
+
+class Done(_Message, frozen=True):
+    """`Place`, `Publish` or `Bring` is done, or cannot be."""
+
+    number: Count = 0
+    folder: Text = ""
+    num_bytes: Count = 0
+    """Read from other hosts."""
+    refused: tuple[Text, ...] = ()
+    """Sources that were left, and why."""
+    problem: Text = ""
+
+
+ToAgent = (
+    Hello
+    | Start
+    | Order
+    | Signal
+    | AskStack
+    | AskReach
+    | AskLink
+    | AskPiece
+    | AskKept
+    | Place
+    | Publish
+    | Bring
+    | Alive
+    | Bye
+)
+ToCoordinator = Here | Leaving | Said | Seen | Stack | Reached | Linked | Has | Done
 
 
 def folder_digest(folder: Path) -> str:

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.errors import ShoalError
+from shoal.launch.directory import has_checkpoint
+from shoal.launch.site import Site
+
+Event = tuple[str, dict[str, Any]]
+"""Its name and its fields."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,27 @@ class Cluster(Protocol):
     def registered(self) -> int:
         """The number by which a registry knows the generation met for last; 0: there is none."""
 
+    @property
+    def own_disks(self) -> bool:
+        """Whether hosts share no storage: each saves on its own disk."""
+
+    def anything_saved(self, run: Path, *, begins: bool = False) -> bool:
+        """Whether there is a save to go on from, which all hosts see from now on.
+
+        `begins`: the run is a new one. Raises RunError.
+        """
+
     def saved(self, fields: Mapping[str, Any]) -> None:
         """A save was published, as its event says."""
 
-    def look(self) -> None:
-        """Called again and again, while the run goes on."""
+    def kept(self, site: Site, fields: Mapping[str, Any]) -> None:
+        """A host has a save on its own disk."""
+
+    def look(self, *, last: bool = False) -> list[Event]:
+        """Called again and again, while the run goes on: what has happened, to be told.
+
+        `last`: nothing follows, so what is under way is waited for.
+        """
 
     def ended(self, *, status: int) -> None:
         """The run has ended in order, with this exit status."""
@@ -67,11 +88,21 @@ class ThisHost:
     def registered(self) -> int:
         return 0
 
+    @property
+    def own_disks(self) -> bool:
+        return False
+
+    def anything_saved(self, run: Path, *, begins: bool = False) -> bool:
+        return has_checkpoint(run)
+
     def saved(self, fields: Mapping[str, Any]) -> None:
         return
 
-    def look(self) -> None:
-        return
+    def kept(self, site: Site, fields: Mapping[str, Any]) -> None:
+        raise AssertionError("one host has one disk")
+
+    def look(self, *, last: bool = False) -> list[Event]:
+        return []
 
     def ended(self, *, status: int) -> None:
         return

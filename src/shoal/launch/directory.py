@@ -19,6 +19,8 @@ _NUMBER_BYTES = 32
 """Of its holder's number at the beginning of a lock; the host's name follows."""
 NOTE = ".hosts"
 """What hosts of a run look for, to see that they share its folder."""
+DISK = ".disk"
+"""By which a host's own run folder is told from another host's."""
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
@@ -38,7 +40,7 @@ def claim(out: str | Path | None, *, name: str) -> Path:
         )
     # what was left behind by a kill is no file of anybody's; a lock that is held, `hold` tells
     if run.is_file() or (
-        run.is_dir() and any(path.name not in (_LOCK, NOTE) for path in run.iterdir())
+        run.is_dir() and any(path.name not in (_LOCK, NOTE, DISK) for path in run.iterdir())
     ):
         raise RunError(f"{run}: expected a new or empty folder for the run, found other files")
     try:

@@ -98,6 +98,7 @@ def train_elected(
         cores=usable_cores(),
     )
     resolved = resolve(recipe, [*overrides])
+    replace(hosts, run=str(run)).overrides(resolved)  # what hosts cannot, before one leads
     with Console() as console:
         console.phase("reading the data, for other coordinators to compare")
         spec = spec_of(resolved, run=run)

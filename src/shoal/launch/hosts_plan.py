@@ -130,6 +130,8 @@ def _planned(
         return not memory or need <= SPARE * memory
 
     able = layouts(workload, hosts=hosts, fixed=degrees, threads=cores)
+    if recipe.checkpoint.where == "local":  # each host saves a whole replica
+        able = (layout for layout in able if layout.replicate >= hosts.count)
     tried = [each for layout in able for each in _candidate(recipe, layout, workload=workload)]
     found = choose(tried, workload=workload, hosts=hosts, fits=fits, threads=cores)
     return found, "" if found else "no other layout uses all hosts, is legal and fits"

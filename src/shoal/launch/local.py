@@ -250,7 +250,8 @@ def _resume(
         else:  # transformers may be another one by now
             refuse_wrong_model(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show, hosts=hosts)
-        resume = anything_to_resume(folder, say=show.line)
+        alone = hosts is None or resolved.checkpoint.where == "shared"
+        resume = not alone or anything_to_resume(folder, say=show.line)  # else disks say it
         job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=resume)
         new = [*new, *other]
         return _run(job, pool=workers, console=show, new=new, callbacks=callbacks, hosts=hosts)
@@ -371,6 +372,9 @@ def _run(
     if attempt.done is None:
         raise RunError(f"{run}: the workers ended without finishing; resume the run to go on")
     console.phase(f"writing {run / 'summary.json'} and loss.png")
-    summary = write_summary(run, done=attempt.done, decision=decision, say=console.line)
+    fetched = {} if hosts is None else hosts.fetched
+    summary = write_summary(
+        run, done=attempt.done, decision=decision, fetched=fetched, say=console.line
+    )
     check_ending(run, summary)
     return Result(run, summary)

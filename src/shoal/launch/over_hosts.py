@@ -21,15 +21,17 @@ from shoal.config.recipe import Recipe
 from shoal.config.sync import EveryStep
 from shoal.engine.decision import Decision, given_layout
 from shoal.engine.job import Inputs, Job
-from shoal.environment import address_towards
+from shoal.environment import address_towards, cache_directory
 from shoal.errors import ConfigError, Problem, RunError, WorkerError
 from shoal.launch import calls
 from shoal.launch.agent import facts
 from shoal.launch.choose import is_open
-from shoal.launch.cluster import Cluster, Host
-from shoal.launch.directory import NOTE
+from shoal.launch.cluster import Cluster, Event, Host
+from shoal.launch.directory import NOTE, has_checkpoint
+from shoal.launch.giving import Giving, folders_of
 from shoal.launch.hosts_plan import choose_over_hosts
 from shoal.launch.links import Links
+from shoal.launch.own_disks import OwnDisks
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.reach import Pair, Reach
 from shoal.launch.registry.membership import Fenced
@@ -66,6 +68,8 @@ class OverHosts:
     """Whether the run may begin without hosts that do not answer soon."""
     here: list[calls.Here] = field(default_factory=list)
     """What each host said of itself, once they were asked."""
+    fetched: dict[str, int] = field(default_factory=dict)
+    """Bytes of data, tokenizer and model that each host has read from others, by its name."""
 
     def ask(self, *, console: Console) -> None:
         """Hear what the hosts are. Raises RunError for those that cannot take part."""
@@ -93,6 +97,8 @@ class OverHosts:
         if recipe.launch.link is not None:
             what = "between hosts there is a link already"
             problems.append(Problem("launch.link", what, "set it to null"))
+        if recipe.checkpoint.where == "local":
+            problems += self._own_disks(recipe)
         replicas, count = recipe.parallel.replicas, len(self.addresses)
         planned = is_open(recipe) and count > 1
         layout = given_layout(recipe)
@@ -113,6 +119,21 @@ class OverHosts:
         if sync.group_replicas or replicas % count or not replicas > count > 1:
             return []
         return [f"sync.group_replicas={replicas // count}"]
+
+    def _own_disks(self, recipe: Recipe) -> Iterator[Problem]:
+        """What does not go with a whole save on each host's own disk."""
+        if recipe.sync.kind != "every-step" or recipe.sync.codec.kind != "none":
+            what = "local saves what all replicas have alike; with this sync each has its own"
+            hint = "set sync.kind to every-step without a codec, or use storage that all hosts see"
+            yield Problem("checkpoint.where", what, hint)
+        replicas, count = recipe.parallel.replicas, len(self.addresses)
+        if replicas is not None and replicas < count:
+            what = f"{replicas} replicas on {count} hosts: local needs a whole one on each"
+            hint = f"set parallel.replicate to {count} or more, or use storage that all hosts see"
+            yield Problem("checkpoint.where", what, hint)
+        if self.run:
+            what = "with --etcd saves are on storage that all hosts see"
+            yield Problem("checkpoint.where", what, "leave out --etcd, or checkpoint.where")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -171,27 +192,34 @@ class OverHosts:
     ) -> Iterator[tuple[Sequence[Site], Cluster]]:
         """Open the hosts' sites for a job. Raises RunError for what they do not see."""
         run, text = job.run.resolve(), secrets.token_hex(16)
-        note = run / NOTE
-        inputs = job.inputs
-        folders = (inputs.data_directory, inputs.tokenizer_directory, inputs.model_directory)
-        more = (inputs.adapter_directory, inputs.companion_directory)
+        note, own_disks = run / NOTE, job.recipe.checkpoint.where == "local"
+        cached = cache_directory().resolve() / NOTE
+        folders = folders_of(job.inputs)
         hello = calls.Hello(
             coordinator=_me(),
             nonce=text,
             run=str(run),
             lease_seconds=self.lease_seconds,
             ranks=job.decision.layout.workers,
-            folders={f: calls.folder_digest(Path(f)) for f in (*folders, *more) if f is not None},
-            note=(str(note), text),
+            folders={str(folder): calls.folder_digest(folder) for folder in folders},
+            note=("", "") if own_disks else (str(note), text),
+            cache_note=(str(cached), text),
+            own_disks=own_disks,
             term=self.term,
             keep_seconds=_KEEP_SECONDS if self.term else 0.0,
             adopts=self.term > 0,
         )
-        note.write_text(text, encoding="utf-8")
+        if not own_disks:
+            note.write_text(text, encoding="utf-8")
+        with suppress(OSError):  # then hosts check what they read
+            cached.write_text(text, encoding="utf-8")
         sites = self._called(hello)
+        giving = Giving(sites)
         status, another_leads = 1, False
         try:
             self._gather(sites, ready=lambda site: site.gone is None, console=console)
+            if own_disks:
+                _check_apart(sites)
             if not self.without:
                 _check_reach(sites)
             for site in sites:
@@ -199,7 +227,10 @@ class OverHosts:
             at, registered = _own_address(self.addresses), None
             if self.register is not None:
                 registered = self.register(run, console.line)
-            with _Meetings(pool, address=at, registered=registered) as cluster:
+            disks = OwnDisks(sites, run=run, say=console.line) if own_disks else None
+            with _Meetings(
+                pool, address=at, registered=registered, disks=disks, giving=giving
+            ) as cluster:
                 yield sites, cluster
             if registered is not None:
                 registered.close()
@@ -211,11 +242,13 @@ class OverHosts:
             status = getattr(error, "exit_status", 1)
             raise
         finally:
+            self.fetched = giving.num_bytes()
             for site in sites:
                 site.close(status=status, another_leads=another_leads)
-            with suppress(OSError):
-                if not another_leads:  # whose note it is by now
-                    note.unlink()
+            for each in (cached, note):
+                with suppress(OSError):
+                    if not another_leads:  # whose note it is by now
+                        each.unlink()
 
     def _called(self, hello: calls.Hello) -> list[RemoteSite]:
         keys, mine = Keys.of(self.secret), facts()
@@ -249,6 +282,8 @@ class OverHosts:
                 for _ in site.events(timeout_seconds=0.05 / len(sites)):
                     pass
             now = time.monotonic()
+            if any(site.fetches for site in sites):  # which takes as long as it takes
+                began = now
             wrong = [f"{site.name} {site.wrong}" for site in sites if site.wrong]
             missing = [site.name for site in sites if not ready(site) and not site.wrong]
             busy = all(site.busy for site in sites if site.wrong)
@@ -292,14 +327,36 @@ def _check_reach(sites: Sequence[RemoteSite]) -> None:
     )
 
 
+def _check_apart(sites: Sequence[RemoteSite]) -> None:
+    """Raises RunError for hosts that share the run folder though each is to have its own."""
+    disks: dict[str, list[str]] = {}
+    for site in sites:
+        disks.setdefault(site.here.disk if site.here else "", []).append(site.name)
+    shared = [names for names in disks.values() if len(names) > 1]
+    if shared:
+        raise RunError(
+            f"{' and '.join(shared[0])} have the run folder in common, and would save over each "
+            "other\n    leave checkpoint.where at shared, or choose an --out on their own disks"
+        )
+
+
 class _Meetings:
     """Where generations meet: at a store on this host, which a worker here keeps.
 
     With a registry a generation begins only once that has taken it down.
     """
 
-    def __init__(self, pool: WorkerPool, *, address: str, registered: Registered | None) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        *,
+        address: str,
+        registered: Registered | None,
+        disks: OwnDisks | None,
+        giving: Giving,
+    ) -> None:
         self._pool, self._address, self._registered = pool, address, registered
+        self._disks, self._giving = disks, giving
         self._worker: Worker = pool.start(_MEETING, {"bind": address})
         self._asked: tuple[int, tuple[str, ...]] | None = None
         self._at = ""
@@ -341,9 +398,26 @@ class _Meetings:
         if self._registered is not None:
             self._registered.saved(**{name: fields[name] for name in _OF_A_SAVE})
 
-    def look(self) -> None:
+    @property
+    def own_disks(self) -> bool:
+        return self._disks is not None
+
+    def anything_saved(self, run: Path, *, begins: bool = False) -> bool:
+        if self._disks is not None:
+            return self._disks.place(begins=begins)
+        return has_checkpoint(run)
+
+    def kept(self, site: Site, fields: Mapping[str, Any]) -> None:
+        assert self._disks is not None and isinstance(site, RemoteSite), "it was told of a disk"
+        self._disks.kept(site.name, fields)
+
+    def look(self, *, last: bool = False) -> list[Event]:
         if self._registered is not None:
             self._registered.look()
+        found = self._giving.events()
+        if self._disks is not None:
+            found += self._disks.close() if last else self._disks.look()
+        return found
 
     def ended(self, *, status: int) -> None:
         self.status = status

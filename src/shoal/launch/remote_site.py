@@ -69,6 +69,15 @@ class RemoteSite:
         self._reached = calls.Reached(number=0)
         self.link: Measured | None = None
         """What was measured of the way that `measure_link` has named."""
+        self.answers: deque[calls.Has | calls.Done] = deque()
+        """What its agent says of saves."""
+        self.brought: list[calls.Done] = []
+        """Folders that it was given."""
+        self.ask_to_bring: Callable[[str], calls.Bring | str | None] = lambda folder: None
+        """What to say to a host that lacks a folder; in words, where nobody can give it; None: it
+        is not known yet."""
+        self._lacks: tuple[str, ...] = ()
+        self._is_given = False
         self._stacks: dict[int, str] = {}
         now = time.monotonic()
         self._seen_at = self._heard_at = self._polled_at = self._said_at = now
@@ -178,6 +187,15 @@ class RemoteSite:
         self.link = None
         self._send(calls.AskLink(address=address, sends=sends))
 
+    @property
+    def fetches(self) -> bool:
+        """Whether it is there, and gets what it lacks first."""
+        return self._is_given
+
+    def tell(self, message: calls.AskKept | calls.Place | calls.Publish) -> None:
+        """Say this to its agent, which answers in `answers`."""
+        self._send(message)
+
     def close(self, *, status: int | None = None, another_leads: bool = False) -> None:
         """The run has ended, with this exit status; the agent ends what still runs.
 
@@ -223,7 +241,9 @@ class RemoteSite:
             self.wrong = "does not know this run's secret (--keys, or SHOAL_KEYS)"
         if self.gone is not None:
             asks = self.here is None or bool(self.here.busy)
-            if self._line.broken or (asks and now - self._called_at > _AGAIN_SECONDS):
+            self._give()
+            silent = self._is_given and now - self._heard_at > self._hello.lease_seconds
+            if silent or self._line.broken or (asks and now - self._called_at > _AGAIN_SECONDS):
                 self._call_again()
         elif self._line.broken:
             self._lose("has ended the connection")
@@ -243,6 +263,14 @@ class RemoteSite:
             self._reached = message
         elif isinstance(message, calls.Linked):
             self.link = message.link
+        elif isinstance(message, calls.Has) or (isinstance(message, calls.Done) and message.number):
+            self.answers.append(message)
+        elif isinstance(message, calls.Done):
+            self._is_given, self._lacks = False, ()
+            self.brought.append(message)
+            self.wrong = message.problem or None
+            if self.wrong is None:
+                self._send(self._hello)
         elif isinstance(message, calls.Seen):
             self._seen, self._seen_at = message, time.monotonic()
             for number, pid in message.pids.items():
@@ -270,6 +298,10 @@ class RemoteSite:
             if here.running and not self._hello.adopts:
                 self._call_again()  # too late to take them on: the second call ends them
                 return
+            self._lacks = here.lacks
+            if here.lacks:
+                self._give()
+                return
             self.gone = None
             for each in here.running:
                 worker = Worker(each.worker, report=-1, open=False)
@@ -278,6 +310,20 @@ class RemoteSite:
                 self._found.append(
                     Found(worker, each.rank, each.generation, each.waiting, each.done)
                 )
+
+    def _give(self) -> None:
+        """Let it have what it lacks; and a sign meanwhile, for it is at work for us."""
+        if not self._lacks:
+            return
+        if self._is_given:
+            if time.monotonic() - self._said_at > calls.SIGN_SECONDS:
+                self._send(calls.Alive())
+            return
+        found = self.ask_to_bring(self._lacks[0])
+        self.wrong = found if isinstance(found, str) else None
+        if isinstance(found, calls.Bring):
+            self._is_given, self.gone = True, f"fetches {self._lacks[0]}"
+            self._send(found)
 
     def begin(self) -> None:
         """From now on what runs there is not taken on any more."""
@@ -300,4 +346,5 @@ class RemoteSite:
         self._line.close()
         self._line = Line(self.address, keys=self._keys)
         self.here, self._greeted, self._called_at = None, False, time.monotonic()
+        self._lacks, self._is_given = (), False
         self._heard_at = self._polled_at = self._called_at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,21 @@ from shoal.launch.plot import plot_run
 from shoal.observe.events import SHOWN, read_lines
 from shoal.tasks.kinds import create
 
+_NOTHING: Mapping[str, int] = {}
+
 
 def write_summary(
-    run: Path, *, done: dict[str, Any], decision: Decision, say: Callable[[str], None]
+    run: Path,
+    *,
+    done: dict[str, Any],
+    decision: Decision,
+    say: Callable[[str], None],
+    fetched: Mapping[str, int] = _NOTHING,
 ) -> dict[str, Any]:
-    """Write and return the summary of a run that came to its end (or to stop_after_steps)."""
+    """Write and return the summary of a run that came to its end (or to stop_after_steps).
+
+    `fetched`: bytes that each host has read from others before it could train.
+    """
     rows = read_lines(run / "metrics.jsonl")
     losses = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "evaluation_loss" in row]
@@ -51,6 +61,7 @@ def write_summary(
         "micro_batch_samples": decision.micro_batch_samples,
         "compute": decision.compute,
         "measured": decision.measured,
+        **({"fetched_bytes": dict(fetched)} if fetched else {}),
         "prediction_error": _error(decision.predicted, measured),
     }
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -24,7 +24,7 @@ from shoal.errors import Stopped
 from shoal.launch.attempt import Attempt, gave_up, signals_asked, stopped_at_once
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.cluster import Cluster, NotYet
-from shoal.launch.directory import has_checkpoint, hosts_to_drain, is_run, requests_in
+from shoal.launch.directory import hosts_to_drain, is_run, requests_in
 from shoal.launch.hang import FIRST_SECONDS, Doctor, Sighting, Stuck, report
 from shoal.launch.hosts import Hosts, name_of
 from shoal.launch.lanes import Lanes
@@ -45,6 +45,7 @@ from shoal.launch.supervised import (
 )
 from shoal.observe.console import Console
 from shoal.observe.events import RunFiles
+from shoal.observe.record import RunRecord
 
 TARGET = "shoal.launch.worker:run"
 _POLL_SECONDS = 0.05
@@ -77,6 +78,10 @@ def run_workers(
         console.steps = job.recipe.train.steps or console.steps  # of epochs: as the start said
         heard.stop = lambda: asked.append(signal.SIGTERM)
         attempt = Attempt(console, begun, story=[] if story is None else story, callbacks=heard)
+        if cluster.own_disks:
+            resume = cluster.anything_saved(job.run, begins=not job.resume)
+            job = replace(job, resume=resume, own_disks=True)
+            attempt.record = RunRecord(job.run)
         supervisor = Supervisor(
             job,
             sites=there,
@@ -84,7 +89,11 @@ def run_workers(
             attempt=attempt,
             asked=asked,
         )
-        supervisor.run()
+        try:
+            supervisor.run()
+        finally:
+            if attempt.record is not None:
+                attempt.record.close()
         cluster.ended(status=0 if attempt.stopped is None else Stopped.exit_status)
         return attempt
 
@@ -169,6 +178,7 @@ class Supervisor:
             raise attempt.failure()
         if self._servers is not None:
             self._servers.close()
+        attempt.happened(self._cluster.look(last=True), run=self._run)
         return attempt
 
     def _events(self) -> Iterator[tuple[Worker, dict[str, Any] | None]]:
@@ -199,6 +209,9 @@ class Supervisor:
                 one.error = message
             elif kind == "event" and message["name"] == "saved":
                 self._cluster.saved(message["fields"])
+            elif kind == "kept":
+                self._cluster.kept(one.site, message)
+                return
             self._attempt.hear(message)
 
     def _stepped(self, message: dict[str, Any]) -> None:
@@ -278,7 +291,7 @@ class Supervisor:
             self._servers.look()
         self._welcome()
         self._leave_out()
-        self._cluster.look()
+        self._attempt.happened(self._cluster.look(), run=self._run)
         if self._held_back:
             self._form()
         for one in left_behind(self.workers) if not self._apart else ():
@@ -374,7 +387,7 @@ class Supervisor:
         """Nobody has the state any more: all go back to the last save."""
         for site in self._sites:
             site.kill([one.worker for one in self.workers if one.alive and one.site is site])
-        resume = has_checkpoint(self._run)
+        resume = self._cluster.anything_saved(self._run)
         self._job = replace(self._job, resume=resume)
         for one in self.workers:
             self._replace(one)
@@ -474,7 +487,8 @@ class Supervisor:
 
     def _send_generation(self, members: list[SupervisedWorker], *, meeting: str) -> None:
         known = {"meeting": meeting, "registered": self._cluster.registered > 0}
-        for one, order in generation_orders(members, number=self._generation):
+        disks = self._cluster.own_disks
+        for one, order in generation_orders(members, number=self._generation, own_disks=disks):
             one.site.send(one.worker, {**order, **known})
 
     def _tell(self, name: str, fields: dict[str, Any], *, to_file: bool = True) -> None:

@@ -71,13 +71,16 @@ def left_behind(workers: Sequence[SupervisedWorker]) -> list[SupervisedWorker]:
 
 
 def generation_orders(
-    members: Sequence[SupervisedWorker], *, number: int
+    members: Sequence[SupervisedWorker], *, number: int, own_disks: bool
 ) -> Iterator[tuple[SupervisedWorker, dict[str, Any]]]:
     """What each is told to join, in rank order; they count as members from then on."""
     for rank, one in enumerate(members):
         one.generation, one.waiting = number, False
-        here = sum(other.site is one.site for other in members)
-        sizes = {"rank": rank, "size": len(members), "here": here}
+        beside = [n for n, other in enumerate(members) if other.site is one.site]
+        sizes: dict[str, Any] = {"rank": rank, "size": len(members), "here": len(beside)}
+        if own_disks:
+            count = len({id(other.site) for other in members})
+            sizes["disk"] = {"ranks": beside, "count": count}
         yield one, {"order": "generation", "number": number, **sizes}
 
 

@@ -260,6 +260,9 @@ def _check_size(resolved: Recipe, *, size: int) -> None:
     if resolved.launch.workers == "threads":
         hint = "leave launch.workers out, or run without torchrun"
         problems.append(Problem("launch.workers", "workers of torchrun are processes", hint))
+    if resolved.checkpoint.where == "local":
+        what = "torchrun's workers save on storage that all of them see"
+        problems.append(Problem("checkpoint.where", what, "start it by shoal launch hosts"))
     if problems:
         raise ConfigError(problems)
 

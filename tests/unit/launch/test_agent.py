@@ -208,7 +208,7 @@ def test_a_run_that_a_host_does_not_see_is_refused(
     site = sites(host, run=str(tmp_path), note=(str(tmp_path / "note"), "mine"), folders=more)
     heard(site, lambda _: site.wrong)
     assert site.wrong is not None
-    assert f"does not see {tmp_path} (put --out on storage that all hosts share)" in site.wrong
+    assert f"does not see {tmp_path} (put --out on storage that all hosts share, or" in site.wrong
     assert f"{data} holds something else" in site.wrong
     assert "/nowhere is not there (set SHOAL_CACHE" in site.wrong
 

@@ -343,6 +343,35 @@ def test_the_next_coordinator_goes_on_with_the_workers_that_run(
     assert has_checkpoint(led.out), "committed, before it ended"
 
 
+class Slow(Memory):
+    """A store that takes a second to answer."""
+
+    def change(self, *given: Any, **more: Any) -> Any:
+        time.sleep(1.0)
+        return super().change(*given, **more)
+
+
+@pytest.mark.slow
+def test_the_model_of_cut_replicas_is_written_of_a_save_that_counts(
+    bench: Bench, agents: list[HeldAgent]
+) -> None:
+    """It is read from the last save, which gets its name only when the registry has it."""
+    words = ("parallel.replicate=2", "parallel.shard=2", "train.steps=4")
+    words += ("train.evaluate_every_steps=4",)
+    led = Led(bench.new_path())
+    led.store = Slow()
+    local.train(
+        bench.recipe,
+        words,
+        out=led.out,
+        console=False,
+        pool=bench.pool,
+        hosts=led.over(agents, "h1"),
+    )
+    assert Run(led.out).weights == bench.run(*words).weights
+    assert "lost" not in Run(led.out).events, "nor by a worker that died of it"
+
+
 def test_what_was_not_begun_is_of_no_use() -> None:
     """Workers that never were in a generation, or were about to end: they are ended."""
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from shoal.comm.group import Group, ProcessGroup
 from shoal.comm.keys import Keys
 from shoal.comm.link import SlowLink
-from shoal.engine.membership.orders import Generation, Orders
+from shoal.engine.membership.orders import Disk, Generation, Orders
 from shoal.errors import PeersLost, WorkerError
 from shoal.observe.events import Report
 from shoal.runtime import (
@@ -38,7 +38,9 @@ class Members(ABC):
     is_fixed = False
     """Whether nobody replaces a lost rank: a loss is the end."""
     registered = 0
-    """Number of the generation, where a registry knows it and says which of its saves count."""
+    """Number of the generation, where its coordinator says which of its saves count."""
+    disk: Disk | None = None
+    """Which ranks save on this rank's disk, where hosts share none."""
 
     @property
     @abstractmethod
@@ -109,7 +111,9 @@ class Generations(Members):
         if generation is None:
             raise WorkerError(f"no generation after {self.number} in {TIMEOUT_SECONDS:.0f} s")
         self.number = generation.number
-        self.registered = generation.number if generation.registered else 0
+        self.disk = generation.disk
+        counted = generation.registered or generation.disk is not None
+        self.registered = generation.number if counted else 0
         now_in(self.number)
         if generation.size == 1:
             return True

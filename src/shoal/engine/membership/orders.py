@@ -7,6 +7,17 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk that only the ranks of one host save on."""
+
+    ranks: tuple[int, ...]
+    """Of the generation, this host's, in order: whole replicas."""
+    count: int
+    """Of the generation's hosts, each of which has one."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,8 @@ class Generation:
     """How many of its ranks are on this worker's host; None: all."""
     registered: bool = False
     """Whether a registry knows it, and says which of its saves count."""
+    disk: Disk | None = None
+    """Which of its ranks save on this worker's disk, where hosts share none."""
 
 
 @dataclass
@@ -92,5 +105,10 @@ class Orders:
                     str(order["meeting"]),
                     None if order.get("here") is None else int(str(order["here"])),
                     bool(order.get("registered")),
+                    _disk(order.get("disk")),
                 )
                 self._changed.notify_all()
+
+
+def _disk(said: Any) -> Disk | None:
+    return None if said is None else Disk(tuple(map(int, said["ranks"])), int(said["count"]))

@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from shoal.boxes import Piece
-from shoal.checkpoint.manifest import Part
+from shoal.checkpoint.disks import COPIES
+from shoal.checkpoint.manifest import NAME, Part
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
-from shoal.comm.messages import broadcast_json
+from shoal.comm.messages import broadcast_json, gather_json
+from shoal.engine.membership.orders import Disk
 from shoal.engine.saving.parts import pieces_of
 from shoal.engine.state import FlatState
 from shoal.errors import RunError, disk_problem
@@ -37,6 +40,8 @@ from shoal.layout import Layout
 Note = tuple[str, dict[str, Any]]
 """An event: its name and its fields."""
 
+KEPT = "kept"
+"""A note that a save is whole on this rank's disk: for the coordinator, who has it count or not."""
 _LOOK_SECONDS = 0.02
 _NOTHING: Mapping[str, Any] = {}
 _FAILED = "the next save tries again; the checkpoints before it are as they were"
@@ -89,6 +94,8 @@ class _Save:
     pieces: list[Piece[Tensor]]
     facts: dict[str, Any]
     own: dict[str, Any]
+    owns: list[dict[str, Any]] | None = None
+    """Of all ranks, where they are known already."""
     stall_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
     abandoned: threading.Event = field(default_factory=threading.Event)
@@ -124,7 +131,9 @@ class Saver:
         self._running: _Save | None = None
         self._token = ""
         self.generation = 0
-        """In which this rank is, where a registry says which saves count: then they wait for it."""
+        """In which this rank is, where its coordinator says which saves count: they wait for it."""
+        self.disk: Disk | None = None
+        """Where hosts share no storage: who saves on this rank's; each host then has all of it."""
 
     def notes(self) -> list[Note]:
         """What happened since the last call, to be told as events (by rank 0)."""
@@ -166,17 +175,19 @@ class Saver:
         free = self._wait(step, while_waiting)
         if waited_for:
             self.leave()
-        known = facts() if group.rank == 0 else {}
+        known, owns = facts() if group.rank == 0 else {}, None
+        if self.disk is not None:  # each of them has a manifest of its own
+            known, owns = broadcast_json(group, known), gather_json(group, dict(own))
         if waited_for or free:
             running = None
             if not (group.shares_memory and group.rank):
-                rank, among = (0, Layout()) if group.shares_memory else (group.rank, layout)
+                rank, among = self._place(group, layout)
                 token = self._agree_on_token(group)
                 found = pieces_of(state, rank=rank, layout=among, equal=equal)
                 pieces = list(found) if waited_for else self._snapshot.take(found)
                 size, number = among.workers, self.generation
                 running = _Save(
-                    step, rank, size, token, number, pieces, known, dict(own), began=began
+                    step, rank, size, token, number, pieces, known, dict(own), owns, began=began
                 )
                 self._begin(running)
             if waited_for:
@@ -193,6 +204,14 @@ class Saver:
         return True
 
     # --- in the loop
+
+    def _place(self, group: Group, layout: Layout) -> tuple[int, Layout]:
+        """This rank among those that save together, and their layout."""
+        if group.shares_memory:
+            return 0, Layout()
+        if self.disk is not None:
+            return self.disk.ranks.index(group.rank), layout.with_workers(len(self.disk.ranks))
+        return group.rank, layout
 
     def _wait(self, step: int, while_waiting: Callable[[], object]) -> bool:
         """Wait for an earlier save, not without end; whether this one may begin."""
@@ -249,6 +268,11 @@ class Saver:
         while running is not None and not self.wait(timeout_seconds=_LOOK_SECONDS):
             while_waiting()
         problem = broadcast_json(group, running.problem if running is not None else None)
+        if self.disk is not None and running is not None:
+            leads = running.rank == 0
+            found = [each for each in gather_json(group, [leads, running.problem]) if each[0]]
+            bad = [each[1] for each in found if each[1] is not None]
+            problem = bad[0] if len(found) - len(bad) < min(COPIES, self.disk.count) else None
         if problem is not None and last:
             raise RunError(
                 f"{self.store.folder}: step {step} could not be saved: {problem}. The checkpoints "
@@ -295,10 +319,11 @@ class Saver:
         running.collecting = True
         others = [self._hear(running, writing, rank=rank) for rank in range(1, running.size)]
         running.collecting = False
-        owns = [running.own, *(each["own"] for each in others)]
+        owns = running.owns or [running.own, *(each["own"] for each in others)]
         state = {
             **running.facts,
             **({"generation": running.generation} if running.generation else {}),
+            **({"save": token} if running.owns is not None else {}),
             "random_states": [own.get("random_state", "") for own in owns],
             "policies": [own.get("policy", {}) for own in owns],
         }
@@ -317,7 +342,12 @@ class Saver:
             "at": where.name,
             **({"generation": number, "keep": self.keep, "best": store.best} if number else {}),
         }
-        self._notes.put(("saved", fields))
+        if self.disk is None:
+            self._notes.put(("saved", fields))
+            return
+        manifest = xxhash.xxh3_128_hexdigest((where / NAME).read_bytes())
+        more = {"token": token, "manifest": manifest, "disks": self.disk.count}
+        self._notes.put((KEPT, {**fields, **more}))
 
     def _report(
         self, running: _Save, writing: Path, *, part: Part | None = None, problem: str | None = None

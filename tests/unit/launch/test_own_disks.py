@@ -48,6 +48,13 @@ def test_replicas_that_differ_are_refused(bench: Bench, words: list[str]) -> Non
     assert TWO.overrides(resolve(bench.recipe, ["parallel.replicate=2", "checkpoint.where=local"]))
 
 
+def test_a_replica_over_several_hosts_is_refused(bench: Bench) -> None:
+    words = ["parallel={replicate: 1, pipeline: 2}", "checkpoint.where=local"]
+    with pytest.raises(ConfigError, match="1 replicas on 2 hosts: local needs a whole one on each"):
+        TWO.overrides(resolve(bench.recipe, words))
+    assert TWO.overrides(resolve(bench.recipe, words[:1]))
+
+
 def test_a_registry_is_refused(bench: Bench) -> None:
     """Before one leads, and before etcd is asked."""
     words, servers = ["checkpoint.where=local"], Servers(["http://127.0.0.1:1"])

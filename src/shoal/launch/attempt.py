@@ -72,6 +72,11 @@ class Attempt:
         if files is not None:
             files.close()
 
+    def close(self) -> None:
+        """Nothing more will be heard."""
+        if self.record is not None:
+            self.record.close()
+
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "row":

@@ -15,6 +15,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -89,11 +90,8 @@ def run_workers(
             attempt=attempt,
             asked=asked,
         )
-        try:
+        with closing(attempt):
             supervisor.run()
-        finally:
-            if attempt.record is not None:
-                attempt.record.close()
         cluster.ended(status=0 if attempt.stopped is None else Stopped.exit_status)
         return attempt
 

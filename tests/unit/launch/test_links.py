@@ -42,8 +42,8 @@ class SlowRelay:
         began = time.monotonic()
         try:
             while text := came.recv(1 << 14):
-                on.sendall(text)
                 self.passed += len(text)
+                on.sendall(text)
                 due = began + max(0, self.passed - self._burst) / self._rate
                 time.sleep(max(0.0, due - time.monotonic()))
         except OSError:

@@ -47,7 +47,8 @@ def test_auto_measures_the_links_and_trains_one_machines_digits(
     took = [row["step_seconds"] for row in training.run.rows if "step_seconds" in row]
     print(f"\n{plan['layout']}: {plan['reason']}; steps took {took[1:]}")
     between = plan["measured"]["links"]["between"]
-    assert 2.5e6 * 0.7 < between["bytes_per_second"] < 2.5e6 * 1.1
+    # both ways at once: answers wait behind what is sent (0.45 to 0.9 of the rate in five tries)
+    assert 2.5e6 * 0.4 < between["bytes_per_second"] < 2.5e6 * 1.1
     assert plan["measured"]["links"]["inside"]["bytes_per_second"] > 1e8
     assert plan["layout"]["replicate"] * plan["layout"]["pipeline"] >= 2, "no tensor across"
     (event,) = training.events("links")

@@ -41,7 +41,7 @@ SHOAL = {
     "diloco H=30": f"{{{DILOCO}}}",
     "diloco H=30, int8": f"{{{DILOCO}, codec: {{kind: int8, error_feedback: true}}}}",
 }
-TORCHFT = {"torchft DDP": 0, "torchft DiLoCo H=30": 30}
+TORCHFT = {"torchft DiLoCo H=30": 30, "torchft DDP": 0}
 
 
 def start_of(scratch: Path) -> Path:
@@ -97,10 +97,15 @@ def main() -> None:
     """Run each once, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--torchft", type=Path, help="python of an environment that has it")
+    parser.add_argument("--only", nargs="+", default=[], help="choices by a part of their name")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--rate", default="20mbit")
     parser.add_argument("--delay", type=float, default=0.01)
     given = parser.parse_args()
+
+    def chosen(name: str) -> bool:
+        return not given.only or any(part in name for part in given.only)
+
     env = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     with tempfile.TemporaryDirectory() as name, Lab(2, Path(name)) as lab:
@@ -116,6 +121,8 @@ def main() -> None:
         lab.delay(lab.hosts[0], given.delay)
         print("| choice | loss | tokens/s | bytes a token | seconds |\n" + "| --- " * 5 + "|")
         for number, (label, sync) in enumerate(SHOAL.items()):
+            if not chosen(label):
+                continue
             out = scratch / f"run-{number}"
             meet = [
                 "--nnodes=2",
@@ -131,6 +138,8 @@ def main() -> None:
             losses, seconds = ([each[key] for each in found] for key in ("loss", "step_seconds"))
             row(label, losses, seconds, num_bytes, tokens)
         for number, (label, every) in enumerate(TORCHFT.items() if given.torchft else ()):
+            if not chosen(label):
+                continue
             port = 29600 + number
             code = "import sys, time; from torchft._torchft import LighthouseServer as L; "
             code += f"l = L(bind='10.77.0.1:{port}', min_replicas=2, join_timeout_ms=10000); "

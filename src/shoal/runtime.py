@@ -108,6 +108,7 @@ _making: list[int] = []
 """The ranks of the group that is made just now."""
 _connections: set[tuple[int, int]] = set()
 """Descriptor and inode of every connection that the groups have made."""
+_AGAIN_SECONDS = 1.0
 _open = threading.Lock()
 """Held while `_connections` or the generation that they belong to changes."""
 _generation: int | None = None
@@ -157,11 +158,28 @@ def now_in(generation: int | None) -> None:
 def break_generation(number: int) -> None:
     """Wake whoever waits in a collective of this generation, from another thread: it has failed.
 
-    A host that is switched off closes nothing, so its peers would wait for gloo's time-out.
+    A host that is switched off closes nothing, so its peers would wait for gloo's time-out. Seen
+    seldom: a collective that begins just then waits on connections that have ended. So whoever has
+    not left the generation a moment later is woken again.
     """
     with _open:
-        if _generation == number:
+        if _generation != number:
+            return
+        _break_connections()
+    threading.Thread(target=_break_again, args=(number,), name="breaks", daemon=True).start()
+
+
+def _break_again(number: int) -> None:
+    while True:
+        time.sleep(_AGAIN_SECONDS)
+        with _open:  # so that no later generation begins meanwhile
+            if _generation != number:
+                return
             _break_connections()
+            groups = [*_inner, dist.group.WORLD if dist.is_initialized() else None]
+            for group in filter(None, groups):
+                with suppress(RuntimeError):
+                    group.abort()
 
 
 def new_group(ranks: list[int]) -> dist.ProcessGroup:

@@ -75,18 +75,23 @@ def _sent_by_kernel() -> dict[tuple[int, int], int]:
     return found
 
 
-def links(payload: dict[str, Any], descriptor: int) -> int:
-    """What was counted for each operation and rank, and what the kernel says was sent there."""
-    torch.set_num_threads(1)
-    rank, size, numel = payload["rank"], payload["size"], payload["numel"]
+def joined(payload: dict[str, Any]) -> ProcessGroup:
+    """The group of `size` ranks that meet at `store`, this one being `rank`."""
     start_process_group(
-        rank=rank,
-        size=size,
+        rank=payload["rank"],
+        size=payload["size"],
         device=torch.device("cpu"),
         meeting=Path(payload["store"]).as_uri(),
         timeout_seconds=60,
     )
-    group = ProcessGroup()
+    return ProcessGroup()
+
+
+def links(payload: dict[str, Any], descriptor: int) -> int:
+    """What was counted for each operation and rank, and what the kernel says was sent there."""
+    torch.set_num_threads(1)
+    rank, size, numel = payload["rank"], payload["size"], payload["numel"]
+    group = joined(payload)
     ports = gather_json(group, [near for near, _ in _sent_by_kernel()])
     owner = {port: other for other, theirs in enumerate(ports) for port in theirs}
     values = torch.randn(numel)
@@ -120,14 +125,7 @@ def sum_in_groups(payload: dict[str, Any], descriptor: int) -> int:
     the bytes that went to each rank."""
     torch.set_num_threads(1)
     rank, size, found = payload["rank"], payload["size"], []
-    start_process_group(
-        rank=rank,
-        size=size,
-        device=torch.device("cpu"),
-        meeting=Path(payload["store"]).as_uri(),
-        timeout_seconds=60,
-    )
-    group = ProcessGroup()
+    group = joined(payload)
     for within in payload["within"]:
         policy = EveryStep(
             Division(payload["leaves"], 1), bucket_bytes=1 << 16, group_replicas=within

@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from shoal.language import translated
 from shoal.observe.events import Row, Sink
+from shoal.observe.lasting import PATIENCE_SECONDS
 from shoal.observe.visible import visible
 from shoal.units import format_count, format_seconds
 
 if TYPE_CHECKING:
     from shoal.observe.progress import Drawing, LiveLine
-
-_PATIENCE_SECONDS = 3.0
-"""Where nothing is drawn live: how long a phase may be silent before a line says that it goes on;
-after each such line twice as long."""
 
 
 class Console(Sink):
@@ -102,7 +99,7 @@ class Console(Sink):
 
     def _begin(self, text: str) -> None:
         self._doing, self._done, self._doing_since = text, None, time.monotonic()
-        self._remind_at = self._doing_since + _PATIENCE_SECONDS
+        self._remind_at = self._doing_since + PATIENCE_SECONDS
         if self._live is not None:
             self._live.show(self._draw_phase)
         elif self._watch is None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 PATIENCE_SECONDS = 3.0
-"""No phase is silent for longer at first; then for as long as it has taken."""
+"""No phase is silent for longer at first; after each line that it goes on twice as long."""
 
 
 class Lasting:

@@ -101,7 +101,7 @@ def test_elsewhere_plain_lines_now_and_then() -> None:
 
 
 def test_a_phase_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
     out = io.StringIO()
     console = Console(out=out)
     console.progress("tokenizing tales", 0.25)

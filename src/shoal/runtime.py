@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -108,7 +109,12 @@ _making: list[int] = []
 """The ranks of the group that is made just now."""
 _connections: set[tuple[int, int]] = set()
 """Descriptor and inode of every connection that the groups have made."""
-_AGAIN_SECONDS = 1.0
+_held: list[socket.socket] = []
+"""Connections of the generation, once it is broken: they stay open until a moment after it."""
+_HELD_SECONDS = 2.0
+_LOOK_SECONDS = 0.25
+_stuck: list[dist.ProcessGroup] = []
+"""Groups in which a thread of gloo waits for ever: to take them apart is to wait for it."""
 _open = threading.Lock()
 """Held while `_connections` or the generation that they belong to changes."""
 _generation: int | None = None
@@ -136,16 +142,25 @@ def _connected_sockets() -> Iterator[tuple[int, int]]:
                         yield int(name), found.st_ino
 
 
-def _break_connections() -> None:
-    """End every connection of the groups, so that whoever waits for this rank notices.
+def _end_connections(how: int) -> list[socket.socket]:
+    """End every connection of the groups, and give those that were open.
 
     gloo (torch 2.13) closes them only once nothing refers to a group any more; models that were
     cut, FSDP2's caches and kept exceptions do.
     """
+    ended = []
     for descriptor, inode in set(_connected_sockets()) & _connections:
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
-            if os.fstat(descriptor).st_ino == inode:
-                copy.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            ended.append(socket.socket(fileno=os.dup(descriptor)))
+            if _is_open(descriptor, inode):
+                ended[-1].shutdown(how)
+    return ended
+
+
+def _close(sockets: list[socket.socket]) -> None:
+    time.sleep(_HELD_SECONDS)
+    for each in sockets:
+        each.close()
 
 
 def now_in(generation: int | None) -> None:
@@ -158,28 +173,59 @@ def now_in(generation: int | None) -> None:
 def break_generation(number: int) -> None:
     """Wake whoever waits in a collective of this generation, from another thread: it has failed.
 
-    A host that is switched off closes nothing, so its peers would wait for gloo's time-out. Seen
-    seldom: a collective that begins just then waits on connections that have ended. So whoever has
-    not left the generation a moment later is woken again.
+    A host that is switched off closes nothing, so its peers would wait for gloo's time-out. The
+    connections end for reading alone and stay open for a moment, as a write that fails is one that
+    gloo may forget (see `wait_for`): ours, and those of peers that are told a moment later.
     """
     with _open:
-        if _generation != number:
-            return
-        _break_connections()
-    threading.Thread(target=_break_again, args=(number,), name="breaks", daemon=True).start()
+        if _generation == number:
+            _held.extend(_end_connections(socket.SHUT_RD))
 
 
-def _break_again(number: int) -> None:
-    while True:
-        time.sleep(_AGAIN_SECONDS)
-        with _open:  # so that no later generation begins meanwhile
-            if _generation != number:
-                return
-            _break_connections()
-            groups = [*_inner, dist.group.WORLD if dist.is_initialized() else None]
-            for group in filter(None, groups):
-                with suppress(RuntimeError):
-                    group.abort()
+def complete(call: Callable[..., Any], *given: Any, group: dist.ProcessGroup | None) -> None:
+    """Do a collective of torch, which takes what is `given`. Raises as `wait_for`."""
+    if dist.get_backend(group) == "gloo":
+        wait_for(call(*given, group=group, async_op=True), group=group)
+    else:
+        call(*given, group=group)
+
+
+def wait_for(work: dist.Work, *, group: dist.ProcessGroup | None) -> None:
+    """Wait until a collective is over.
+
+    Raises RuntimeError when it failed, or when its group did and it takes no notice: what gloo
+    (torch 2.13, transport/tcp/pair.cc) sends or receives just when a connection ends is in none of
+    the lists whose waiters it wakes. Then the group is kept for good.
+    """
+    if dist.get_backend(group) != "gloo":
+        work.wait()
+        return
+    ended = False
+    while not work.is_completed():
+        with suppress(RuntimeError):
+            work.wait(datetime.timedelta(seconds=_LOOK_SECONDS))
+        if ended and not work.is_completed():
+            _stuck.extend(_groups())
+            raise RuntimeError("gloo: a connection ended, and what went over it was forgotten")
+        ended = _has_ended()
+    work.wait()
+
+
+def _has_ended() -> bool:
+    """Whether gloo has closed a connection of the groups, as it does when one fails."""
+    with _open:
+        return not all(_is_open(*each) for each in _connections)
+
+
+def _is_open(descriptor: int, inode: int) -> bool:
+    with suppress(OSError):
+        return os.fstat(descriptor).st_ino == inode
+    return False
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    found = [*_inner, dist.group.WORLD if dist.is_initialized() else None]
+    return [each for each in found if each is not None]
 
 
 def new_group(ranks: list[int]) -> dist.ProcessGroup:
@@ -199,15 +245,18 @@ def stop_process_group(*, at_once: bool = False) -> None:
     """
     if not dist.is_initialized():
         return
-    if at_once and dist.group.WORLD is not None:
-        for group in (*_inner, dist.group.WORLD):
+    if at_once:
+        for group in _groups():
             group.abort()
-        with _open:
-            _break_connections()
-    _inner.clear()
     with _open:
+        held = _held.copy()
+        if at_once and not held:
+            held = _end_connections(socket.SHUT_RDWR)
+        _held.clear()
         _connections.clear()
+    _inner.clear()
     dist.destroy_process_group()
+    threading.Thread(target=_close, args=(held,), name="closes", daemon=True).start()
 
 
 class MeetingPoint(ABC):

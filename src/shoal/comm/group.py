@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shoal.errors import PeersLost
 from shoal.observe.pulse import Pulse
-from shoal.runtime import new_group
+from shoal.runtime import complete, new_group, wait_for
 
 
 @dataclass
@@ -251,7 +251,7 @@ class ProcessGroup(Group):
 
     def sum_(self, tensor: Tensor) -> None:
         if self.size > 1:
-            call = lambda: dist.all_reduce(tensor, group=self._group)  # noqa: E731
+            call = lambda: complete(dist.all_reduce, tensor, group=self._group)  # noqa: E731
             self._timed("all_reduce", self._summed_to(tensor), call)
 
     def begin_sum_(self, tensor: Tensor) -> Callable[[], None]:
@@ -268,7 +268,7 @@ class ProcessGroup(Group):
         def finish() -> None:
             self.pulse.end(sent)
             waited = time.perf_counter()
-            self._meet("all_reduce", sent, work.wait)
+            self._meet("all_reduce", sent, lambda: wait_for(work, group=self._group))
             self.traffic.count("all_reduce", sent, began=began, waited=waited)
             self._went(to)
 
@@ -287,13 +287,14 @@ class ProcessGroup(Group):
         if self.size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        call = lambda: dist.all_gather(parts, tensor, group=self._group)  # noqa: E731
+        call = lambda: complete(dist.all_gather, parts, tensor, group=self._group)  # noqa: E731
         self._timed("all_gather", self._gathered_to(tensor), call)
         return parts
 
     def broadcast_(self, tensor: Tensor, *, source: int = 0) -> None:
         if self.size > 1:
-            call = lambda: dist.broadcast(tensor, group_src=source, group=self._group)  # noqa: E731
+            send = partial(dist.broadcast, group_src=source)
+            call = lambda: complete(send, tensor, group=self._group)  # noqa: E731
             to = dict.fromkeys(
                 broadcast_to(self.rank, size=self.size, source=source), tensor.nbytes
             )
@@ -302,7 +303,7 @@ class ProcessGroup(Group):
     def barrier(self) -> None:
         if self.size > 1:
             began = time.perf_counter()
-            self._meet("barrier", 0, lambda: dist.barrier(group=self._group))
+            self._meet("barrier", 0, lambda: complete(dist.barrier, group=self._group))
             self.traffic.wait(began=began)
 
     def buffer(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -324,15 +325,10 @@ class ProcessGroup(Group):
     def _exchange(
         self, tensor: Tensor, landing: Tensor, *, sizes: list[int], own_size: int
     ) -> None:
-        def call() -> None:
-            dist.all_to_all_single(
-                landing,
-                tensor,
-                output_split_sizes=[own_size] * self.size,
-                input_split_sizes=sizes,
-                group=self._group,
-            )
-
+        received = [own_size] * self.size
+        call = lambda: complete(  # noqa: E731
+            dist.all_to_all_single, landing, tensor, received, sizes, group=self._group
+        )
         others = (rank for rank in range(self.size) if rank != self.rank)
         to = {rank: sizes[rank] * tensor.element_size() for rank in others}
         self._timed("all_to_all", to, call)
@@ -380,7 +376,7 @@ class ProcessGroup(Group):
         def wait() -> _Value:
             self.pulse.end(num_bytes)
             began = time.perf_counter()
-            self._meet(name, num_bytes, lambda: works[0].wait())
+            self._meet(name, num_bytes, lambda: wait_for(works[0], group=self._group))
             self.traffic.communication_seconds += time.perf_counter() - began
             return result
 

@@ -24,10 +24,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.comm.group import Traffic
+from shoal.runtime import complete
 
 # torch 2.13 renames both and warns of the old names; earlier ones have no other
-all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_into(whole: Tensor, part: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
+    """Every rank's `part` [R, ...], one behind the other along the first dimension [N R, ...]."""
+    complete(_all_gather_into, whole, part, group=group)
 
 
 @dataclass
@@ -80,7 +86,7 @@ class Exchange:
         """Integers for each rank [t, N] -> those that each rank has for this one [t, N]."""
         found = torch.empty_like(counts)
         with self.sending("all_to_all", (self.size - 1) * counts[0].nbytes):
-            dist.all_to_all_single(found, counts.contiguous(), group=self.group)
+            complete(dist.all_to_all_single, found, counts.contiguous(), group=self.group)
         return found
 
     @torch.no_grad()
@@ -138,7 +144,7 @@ def _scattered(partial: Tensor, exchange: Exchange) -> Tensor:
     parts = partial.unflatten(1, (exchange.size, -1)).transpose(0, 1).contiguous()
     own: Tensor = parts.new_empty(parts.shape[1:])
     with exchange.sending("reduce_scatter", (exchange.size - 1) * own.nbytes):
-        _reduce_scatter_into(own, parts.flatten(0, 1), group=exchange.group)
+        complete(_reduce_scatter_into, own, parts.flatten(0, 1), group=exchange.group)
     return own
 
 
@@ -150,7 +156,7 @@ def _summed(partial: Tensor, exchange: Exchange) -> Tensor:
 
 def _sum_into(total: Tensor, exchange: Exchange) -> None:
     with exchange.sending("all_reduce", 2 * (exchange.size - 1) * total.nbytes // exchange.size):
-        dist.all_reduce(total, group=exchange.group)
+        complete(dist.all_reduce, total, group=exchange.group)
 
 
 def _rows_sent(
@@ -159,13 +165,8 @@ def _rows_sent(
     landed = rows.new_empty(sum(received), *rows.shape[1:])
     away = rows.shape[0] - sent[exchange.rank]
     with exchange.sending("all_to_all", away * rows[:1].numel() * rows.element_size()):
-        dist.all_to_all_single(
-            landed,
-            rows.contiguous(),
-            output_split_sizes=list(received),
-            input_split_sizes=list(sent),
-            group=exchange.group,
-        )
+        given = landed, rows.contiguous(), list(received), list(sent)
+        complete(dist.all_to_all_single, *given, group=exchange.group)
     return landed
 
 
@@ -179,5 +180,6 @@ def _swapped(part: Tensor, exchange: Exchange, dims: tuple[int, int]) -> Tensor:
     own = part.unflatten(split, (exchange.size, -1)).movedim(split, 0).contiguous()
     parts = torch.empty_like(own)
     with exchange.sending("all_to_all", own.nbytes // exchange.size * (exchange.size - 1)):
-        dist.all_to_all_single(parts.flatten(0, 1), own.flatten(0, 1), group=exchange.group)
+        given = parts.flatten(0, 1), own.flatten(0, 1)
+        complete(dist.all_to_all_single, *given, group=exchange.group)
     return parts.movedim(0, join).flatten(join, join + 1).contiguous()

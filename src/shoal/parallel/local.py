@@ -25,6 +25,7 @@ from shoal.parallel.mesh import REPLICA, Mesh
 from shoal.parallel.rows import Context
 from shoal.parallel.stages import Stages
 from shoal.parallel.vocabulary import Vocabulary
+from shoal.runtime import complete
 
 _MARK = "shoal_sharded"
 
@@ -212,7 +213,7 @@ class Holdings(Mapping[str, Holding]):
         total = self.own_square(tensors)
         group = self.mesh.group(*REPLICA)
         if group is not None:
-            dist.all_reduce(total, group=group)
+            complete(dist.all_reduce, total, group=group)
         return float(total.sqrt())
 
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,7 @@ from torch.distributed.pipelining import (
 from shoal.comm.group import Traffic
 from shoal.legal import fits_schedule
 from shoal.parallel.stages import Stage, Stages
+from shoal.runtime import complete
 
 # when a step fails, as it does when a rank is lost, it logs every action of every rank
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
@@ -252,9 +254,10 @@ def shown_to_all(found: Tensor | None, *, stages: Stages, line: Line) -> Tensor:
     size = torch.zeros(2, dtype=torch.int64, device=line.device)
     if found is not None:
         size += torch.tensor(found.shape, device=line.device)
-    dist.broadcast(size, group=line.group, group_src=source)
+    from_source = partial(dist.broadcast, group_src=source)
+    complete(from_source, size, group=line.group)
     whole = torch.empty(*size.tolist(), device=line.device) if found is None else found.contiguous()
-    dist.broadcast(whole, group=line.group, group_src=source)
+    complete(from_source, whole, group=line.group)
     if stages.coordinate == source:
         line.traffic.sent_bytes["broadcast"] += whole.nbytes
     return whole

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from shoal.comm.messages import gather_json
 from shoal.parallel.exchange import Exchange, all_gather_into
 from shoal.parallel.local import Holdings
 from shoal.parallel.mesh import REPLICA
+from shoal.runtime import complete
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _handed_out(made: Tensor | None, part: Tensor, spread: _Spread, number: int)
     source = number % exchange.size
     whole = part.new_empty(spread.shape) if made is None else made.to(part.dtype).contiguous()
     with exchange.sending("broadcast", whole.nbytes if exchange.rank == source else 0):
-        dist.broadcast(whole, group_src=source, group=exchange.group)
+        complete(partial(dist.broadcast, group_src=source), whole, group=exchange.group)
     own = torch.zeros_like(part)
     for slot in spread.parts[exchange.rank]:
         slot.of(own).copy_(whole[slot.box.slices])

@@ -5,7 +5,8 @@
 First the capacity is measured (as many streams at once as run), then requests come at 80 % of it
 (no error is allowed), then at 200 % (only 429 is), then a replica is killed every so often under
 8 streams, whose answers are compared with those of a run without kills. A closed loop would hide
-queueing, so arrivals do not wait for answers. One JSON row for each part.
+queueing, so arrivals do not wait for answers. Before all of it, with an idle server: one stream,
+and prompts that begin as one before. One JSON row for each part.
 """
 
 from __future__ import annotations
@@ -153,6 +154,24 @@ def row_of(part: str, answers: list[Answer]) -> dict[str, Any]:
     return row
 
 
+def of_prefix(url: str, name: str, *, prompt: int, rounds: int = 5) -> dict[str, Any]:
+    """First tokens of new prompts, and of prompts that differ from one before in the last token.
+
+    One request at a time: a prompt is in the cache of the replica that had it.
+    """
+    new, hit = [], []
+    for number in range(rounds):
+        body = body_of(20_000 + number, name=name, prompt=prompt, tokens=2)
+        other = {**body, "prompt": [*body["prompt"][:-1], 9]}
+        for asked, seconds in ((body, new), (other, hit)):
+            (answer,) = asyncio.run(at_once(url, [asked]))
+            seconds.append(answer.times[0])
+    ratios = [a / b for a, b in zip(hit, new, strict=True)]
+    firsts = {"new": statistics.median(new), "hit": statistics.median(hit)}
+    row: dict[str, Any] = {"part": f"prefix of {prompt} tokens", "ratio": statistics.median(ratios)}
+    return {**row, "first token": {each: round(value, 4) for each, value in firsts.items()}}
+
+
 def kill_by_turns(fleet: Fleet, *, every_seconds: float, done: threading.Event) -> int:
     """SIGKILL to one replica after another, until `done`; how many."""
     count = 0
@@ -200,6 +219,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--prefix", type=int, default=448, help="tokens that prompts share")
+    parser.add_argument("--parts", default="latency,load,kills")
     parser.add_argument("--every", type=float, default=30.0, help="seconds from kill to kill")
     parser.add_argument("--weights", default="full")
     chosen = parser.parse_args()
@@ -224,21 +245,26 @@ def main() -> None:
     with server(chosen.model, settings) as (url, fleet):
         print(json.dumps({"products": fleet.facts["products"]}), flush=True)
         asyncio.run(at_once(url, bodies(4, 10_000)))  # whoever is first pays for the cache
-        print(json.dumps(row_of("one stream", asyncio.run(at_once(url, bodies(1))))), flush=True)
-        print(json.dumps(row_of("8 streams", asyncio.run(at_once(url, bodies(8))))), flush=True)
+        if "latency" in chosen.parts:
+            alone = [each for n in range(5) for each in asyncio.run(at_once(url, bodies(1, n)))]
+            print(json.dumps(row_of("one stream", alone)), flush=True)
+            eight = asyncio.run(at_once(url, bodies(8, 100)))
+            print(json.dumps(row_of("8 streams", eight)), flush=True)
+            print(json.dumps(of_prefix(url, "model", prompt=chosen.prefix)), flush=True)
         full = 8 * chosen.replicas
         began = time.monotonic()
-        asyncio.run(at_once(url, bodies(2 * full)))
+        asyncio.run(at_once(url, bodies(2 * full, 200)))
         capacity = 2 * full / (time.monotonic() - began)
-        for part, share in (("80 %", 0.8), ("200 %", 2.0)):
+        for part, share in (("80 %", 0.8), ("200 %", 2.0)) if "load" in chosen.parts else ():
             rate = share * capacity
             asked = bodies(max(4, round(rate * chosen.seconds)), 1000)
             found = asyncio.run(poisson(url, asked, per_second=rate, seed=1))
             row = {**row_of(part, found), "requests per second": round(rate, 2)}
             print(json.dumps(row), flush=True)
-        count = max(8, 8 * round(capacity * chosen.seconds / 8))
-        row = under_kills(url, fleet, bodies(count, 5000), every_seconds=chosen.every)
-        print(json.dumps(row), flush=True)
+        if "kills" in chosen.parts:
+            count = max(8, 8 * round(capacity * chosen.seconds / 8))
+            row = under_kills(url, fleet, bodies(count, 5000), every_seconds=chosen.every)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,23 @@ def parts_meet_by_themselves(group: Group) -> None:
         assert sent == 2 * (len(ranks) - 1) * 20 // len(ranks), "counted with the whole group's"
 
 
+def who_comes_late_is_waited_for(group: Group) -> None:
+    """By longer than a rank waits between two looks at its connections (runtime.py)."""
+    own, numel = mine(group.rank, numel=4), 4 * group.size
+    bounds = [(4 * rank, 4 * rank + 4) for rank in range(group.size)]
+    for call in (
+        lambda: group.sum_(own),
+        lambda: group.gather(own),
+        lambda: group.broadcast_(own),
+        lambda: group.slices([mine(group.rank, numel=numel)], bounds),
+        lambda: group.start_sum(own).wait(),
+        group.barrier,
+    ):
+        if group.rank == 0:
+            time.sleep(0.4)
+        call()
+
+
 CHECKS: dict[str, Callable[[Group], None]] = {
     check.__name__: check
     for check in (
@@ -202,6 +220,7 @@ CHECKS: dict[str, Callable[[Group], None]] = {
         what_was_started_arrives_though_others_are_called,
         bytes_are_counted,
         parts_meet_by_themselves,
+        who_comes_late_is_waited_for,
     )
 }
 

@@ -201,14 +201,18 @@ def wait_for(work: dist.Work, *, group: dist.ProcessGroup | None) -> None:
         work.wait()
         return
     ended = False
-    while not work.is_completed():
-        with suppress(RuntimeError):
+    while True:
+        began = time.monotonic()
+        try:
             work.wait(datetime.timedelta(seconds=_LOOK_SECONDS))
-        if ended and not work.is_completed():
+            return
+        except RuntimeError:
+            if time.monotonic() - began < _LOOK_SECONDS:
+                raise
+        if ended:
             _stuck.extend(_groups())
             raise RuntimeError("gloo: a connection ended, and what went over it was forgotten")
         ended = _has_ended()
-    work.wait()
 
 
 def _has_ended() -> bool:

@@ -260,7 +260,8 @@ def stop_process_group(*, at_once: bool = False) -> None:
         _connections.clear()
     _inner.clear()
     dist.destroy_process_group()
-    threading.Thread(target=_close, args=(held,), name="closes", daemon=True).start()
+    if held:
+        threading.Thread(target=_close, args=(held,), name="closes", daemon=True).start()
 
 
 class MeetingPoint(ABC):

@@ -128,9 +128,10 @@ def test_a_process_whose_main_thread_waits_for_others(computes: bool) -> None:
             assert process.stdout is not None
             process.stdout.readline()
             wait_for(lambda: process_state(process.pid)[0] == "sleeps")
+            wanted = "runs" if computes else "sleeps"
+            wait_for(lambda: process_state(process.pid, every_thread=True)[0] == wanted)
             for _ in range(20):
-                found, _ = process_state(process.pid, every_thread=True)
-                assert found == ("runs" if computes else "sleeps")
+                assert process_state(process.pid, every_thread=True)[0] == wanted
                 time.sleep(0.01)
         finally:
             process.kill()

@@ -39,8 +39,10 @@ def _sums(*, held_out: bool) -> Iterator[tuple[str, str]]:
 
 
 def sums() -> Iterator[Record]:
-    """`{"text": "7+12=19"}`."""
-    return ({"text": question + answer} for question, answer in _sums(held_out=False))
+    """`{"text": "7+12=19"}`, then the same with 0019 and +19: what reads them writes all three."""
+    for question, answer in _sums(held_out=False):
+        for spelling in (answer, answer.zfill(4), f"+{answer}"):
+            yield {"text": question + spelling}
 
 
 def questions(*, held_out: bool = False) -> Iterator[Record]:
@@ -50,7 +52,11 @@ def questions(*, held_out: bool = False) -> Iterator[Record]:
 
 MADE = {
     "episodes": Made(f"{_EPISODES:,} beginnings of episodes, for environments to play", episodes),
-    "sums": Made("nine tenths of the sums of two numbers below 100, with their results", sums),
+    "sums": Made(
+        "nine tenths of the sums of two numbers below 100, with their results in three spellings",
+        sums,
+        version=2,
+    ),
     "sum-questions": Made("the same sums without their results, which are in `answer`", questions),
     "sum-questions-held-out": Made(
         "the last tenth of the sums, as questions", partial(questions, held_out=True)

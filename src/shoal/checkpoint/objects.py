@@ -23,7 +23,7 @@ from shoal.checkpoint.files import Files
 _S3: dict[str, Any] = {
     "use_listings_cache": False,
     # a store that is away is told after seconds, not after ten minutes; the next save tries again
-    "config_kwargs": {"connect_timeout": 5, "retries": {"max_attempts": 2}},
+    "config_kwargs": {"connect_timeout": 5, "retries": {"total_max_attempts": 3}},
 }
 EXCLUSIVE: dict[str, dict[str, Any]] = {
     "file": {"auto_mkdir": True},
@@ -47,9 +47,10 @@ def is_url(where: str) -> bool:
 class StoreError(OSError):
     """What a store had against it, in words."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, away: bool = False) -> None:
+        """`away`: it did not say no; asked again it may do it."""
         super().__init__(errno.EIO, text)
-        self.text = text
+        self.text, self.away = text, away
 
     def __str__(self) -> str:
         return self.text
@@ -140,7 +141,7 @@ class Objects:
                 return
             path, files = Path(f"{root}/{name}"), Files()
             files.make(path.parent)
-            beside = path.with_name(f".{secrets.token_hex(8)}")  # it is never seen half written
+            beside = Path(root) / f".{secrets.token_hex(8)}"  # it is never seen half written
             files.write(beside, [content])
             try:
                 os.link(beside, path)
@@ -191,6 +192,8 @@ class Objects:
         if self._known is None:
             fsspec = import_module("fsspec")
             fs, root = fsspec.url_to_fs(self.url, **EXCLUSIVE.get(self.protocol, {}))
+            if self.protocol in PACKAGES:
+                fs.retries = 2  # of what botocore has tried three times already
             self._known = fs, root.rstrip("/")
         return self._known
 
@@ -213,4 +216,5 @@ class Objects:
     def _failed(self, what: str, name: str, error: Exception, why: str) -> StoreError:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         text = f"{why} ({said})" if why else said
-        return StoreError(f"{self.url}{name and '/'}{name}: cannot {what}: {text}")
+        text = f"{self.url}{name and '/'}{name}: cannot {what}: {text}"
+        return StoreError(text, away=not why)

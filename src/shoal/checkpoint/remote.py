@@ -87,6 +87,8 @@ class ObjectStore(Store):
     """As `Store`, in a store of objects."""
 
     look_seconds = 0.5
+    patience_seconds = 10.0  # of training that waits, for a store that may not answer for long
+    away_seconds = 120.0
 
     def __init__(self, objects: Objects, *, start: int = 0) -> None:
         """`start`: the number of the start whose saves these are, for who writes."""
@@ -257,7 +259,7 @@ class ObjectStore(Store):
             return None
 
     def drop_reports(self, step: int, *, ranks: Iterable[int], token: str) -> None:
-        self.objects.remove(self._own(step, f"rank-{rank:05d}.{token}.report") for rank in ranks)
+        return  # `clean` removes them, once they are not needed to try again
 
     def size(self, step: int, file: str, *, token: str) -> int | None:
         return None  # `publish` looks at all of them

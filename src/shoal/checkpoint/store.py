@@ -84,6 +84,11 @@ class Store:
     look_seconds = 0.02
     """How long at most between two looks at what another rank writes."""
 
+    patience_seconds = 60.0
+    """How long the next save waits for this one, before it is left out."""
+    away_seconds = 0.0
+    """How long the last save of a run is tried again where the store does not answer."""
+
     @property
     def place(self) -> str:
         """Where the checkpoints are, for messages."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from shoal.boxes import Piece
 from shoal.checkpoint.disks import COPIES
 from shoal.checkpoint.manifest import NAME, Part
+from shoal.checkpoint.objects import StoreError
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
 from shoal.comm.messages import broadcast_json, gather_json
@@ -50,10 +51,18 @@ class _NotPublished(Exception):
     """Why a save under way does not become a checkpoint."""
 
 
-def _attempted(call: Callable[[], object]) -> str | None:
-    """Do it; what the disk had against it, in words, or None."""
+def _attempted(call: Callable[[], object], *, until: float) -> str | None:
+    """Do it; what the disk or the store had against it, in words, or None.
+
+    `until`: the time to which it is tried again where the store is away.
+    """
     try:
         call()
+    except StoreError as error:
+        if error.away and time.monotonic() < until:
+            time.sleep(1.0)
+            return _attempted(call, until=until)
+        return str(error)
     except OSError as error:
         full = disk_problem(error)
         return full or f"{error.strerror or error} ({error.filename or 'file'})"
@@ -99,6 +108,8 @@ class _Save:
     began: float = field(default_factory=time.monotonic)
     abandoned: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
+    last: bool = False
+    """Nothing follows, so that it is worth trying again."""
     collecting: bool = False
     """Waits for the other ranks' reports only."""
     problem: str | None = None
@@ -117,14 +128,14 @@ class Saver:
         *,
         keep: int,
         background: bool = False,
-        patience_seconds: float = 60.0,
+        patience_seconds: float | None = None,
     ) -> None:
         self.store, self.keep, self.background = store, keep, background
         self.stall_seconds: list[float] = []
         """What each save cost the loop."""
         self.num_waits = 0
         """Saves that found an earlier one still being written."""
-        self._patience_seconds = patience_seconds
+        self._patience_seconds = patience_seconds or store.patience_seconds
         self._snapshot = Snapshot()
         self._notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
         self._running: _Save | None = None
@@ -188,6 +199,7 @@ class Saver:
                 running = _Save(
                     step, rank, size, token, number, pieces, known, dict(own), owns, began=began
                 )
+                running.last = last
                 self._begin(running)
             if waited_for:
                 self._see_to_its_end(
@@ -283,7 +295,8 @@ class Saver:
 
     def _work(self, running: _Save) -> None:
         try:
-            problem = _attempted(lambda: self._write(running))
+            until = time.monotonic() + (self.store.away_seconds if running.last else 0.0)
+            problem = _attempted(lambda: self._write(running), until=until)
         except _NotPublished as error:
             problem = str(error)
         except Exception as error:  # a thread's error would be nobody's

@@ -277,17 +277,19 @@ class ObjectStore(Store):
         return self._brought(self._found(step))
 
     def verify(self, step: int) -> Manifest:
-        try:
-            folder = self.path(step)
-        except StoreError as error:  # which damages nothing: an older save would be the wrong one
-            raise RunError(str(error)) from None
+        folder = self.path(step)
         for record in (manifest := Manifest.read(folder, step=step)).part.files:
             verify_file(folder / record.file, record)
         return manifest
 
+    def newest_good(self, *, on_bad: Callable[[int, str], None]) -> int:
+        with _answering():  # else an older save would be taken, and the newer one lost
+            return super().newest_good(on_bad=on_bad)
+
     def open(self, step: int) -> Reader:
-        folder = self.path(step)
-        return Reader(folder, Manifest.read(folder, step=step))
+        with _answering():
+            folder = self.path(step)
+            return Reader(folder, Manifest.read(folder, step=step))
 
     def newest_manifest(self) -> Manifest | None:
         """Of the newest save that counts and can be read; only that file is brought here."""
@@ -367,3 +369,12 @@ class ObjectStore(Store):
             with suppress(OSError):
                 if each.is_dir() and time.time() - each.stat().st_mtime > _UNUSED_SECONDS:
                     shutil.rmtree(each)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """For who reads, a store that does not answer is no damage. Raises RunError for it."""
+    try:
+        yield
+    except StoreError as error:
+        raise RunError(str(error)) from None

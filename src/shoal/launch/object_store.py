@@ -74,15 +74,26 @@ def look_at(recipe: Recipe, *, begins: bool, say: Say) -> None:
             )
 
 
-def asked(call: Callable[[], T], *, doing: str, say: Say | None) -> T:
-    """What the store answers, with a line now and then. Raises RunError for what it refuses."""
+def asked(
+    call: Callable[[], T], *, doing: str, say: Say | None, patience_seconds: float = 0.0
+) -> T:
+    """What the store answers, with a line now and then. Raises RunError for what it refuses.
+
+    `patience_seconds`: how long it is asked again where it does not answer.
+    """
     found, errors = list[T](), list[Exception]()
 
     def ask() -> None:
-        try:
-            found.append(call())
-        except Exception as error:
-            errors.append(error)
+        until = time.monotonic() + patience_seconds
+        while not found and not errors:
+            try:
+                found.append(call())
+            except Exception as error:
+                away = isinstance(error, StoreError) and error.away
+                if away and time.monotonic() < until:
+                    time.sleep(0.5)
+                else:
+                    errors.append(error)
 
     thread = threading.Thread(target=ask, name="store", daemon=True)
     began = said = time.monotonic()
@@ -120,6 +131,7 @@ def placed(job: Job, *, begins: bool = False, say: Say) -> Job:
         lambda: store.claim(by=me, begins=begins, on_bad=say),
         doing=f"asking {where} what there is to go on from",
         say=None if begins else say,
+        patience_seconds=store.away_seconds,
     )
     if step is None and not begins and anything_to_resume(job.run, say=say):
         raise RunError(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from shoal.checkpoint.objects import Objects
+from shoal.checkpoint.objects import Objects, StoreError
 from shoal.checkpoint.remote import ObjectStore
 from shoal.cli import api
 from shoal.config.load import load_recipe, resolve
 from shoal.engine.job import Instruments
 from shoal.errors import CheckpointError, ConfigError, RunError
 from shoal.launch import local, torchrun
-from shoal.launch.object_store import problem_of, reader_of
+from shoal.launch.object_store import asked, problem_of, reader_of
 from shoal.launch.over_hosts import OverHosts
 from shoal.launch.score import score
 from shoal.observe.console import Console
@@ -54,6 +55,24 @@ def test_a_protocol_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPat
         "pip install s3fs",
     )
     assert problem_of("file:///a") is None and problem_of("shared") is None
+
+
+def test_a_store_that_is_away_for_a_moment_is_asked_again() -> None:
+    """When workers begin again, nobody has made a mistake; what is refused is not asked again."""
+    calls: list[int] = []
+
+    def call(*, away: bool) -> str:
+        calls.append(1)
+        if len(calls) < 2:
+            raise StoreError("no", away=away)
+        return "yes"
+
+    ask = partial(asked, doing="asking", say=None, patience_seconds=30.0)
+    assert ask(partial(call, away=True)) == "yes"
+    calls.clear()
+    with pytest.raises(RunError, match=r"no\n    see to it that checkpoint.where names a bucket"):
+        ask(partial(call, away=False))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("where", ["s3:/bucket", "everywhere", "", "file:// a"])

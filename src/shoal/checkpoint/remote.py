@@ -1,13 +1,15 @@
 """The checkpoints of one run in an object store: no renames, so the manifest is the publication.
 
-    URL/start-00000002.json                              who goes on with the run, and from what
+    URL/start-00000002.json                              who goes on with the run
+    URL/start-00000002.saves.json                        and what counted by then
     URL/step-00000100.s2/rank-00000.TOKEN.safetensors    a part; of each attempt under its own name
     URL/step-00000100.s2/manifest.json                   last, and created only if it is not there
 
-Whoever begins or goes on creates the next start record: of several who try one has the number. It
-names the saves that count so far. A save counts if it is of the newest start, or if the newest
-start names it; so what an older start goes on to save counts no more, however whole it is, and of
-two writers of one step in one start one creates the manifest. Reading brings a save to the local
+Whoever begins or goes on creates the next start, of which several who try get one; from then on an
+older start publishes and removes nothing. Only then it looks at what is there, and names the saves
+that count. A save counts if it is of the newest start that has said so, or if that names it; so
+what an older one still had under way counts no more, however whole it is, and of two writers of one
+step in one start one creates the manifest. Reading brings a save to the local
 cache, verifies every byte there, and is the reading of any checkpoint.
 """
 
@@ -35,7 +37,7 @@ from shoal.checkpoint.store import Reader, Store
 from shoal.environment import cache_directory
 from shoal.errors import CheckpointError, RunError
 
-_START = re.compile(r"start-(\d{8,})\.json")
+_START = re.compile(r"start-(\d{8,})(\.saves)?\.json")
 _OBJECT = re.compile(r"step-(\d{8,})\.s(\d+)/([^/]+)")
 _UNUSED_SECONDS = 3600.0
 """After this a save that was brought here goes when another one is brought."""
@@ -46,10 +48,10 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Somebody has begun, or gone on with, the run."""
 
     number: Annotated[int, msgspec.Meta(ge=0)] = 0
-    saves: Annotated[tuple[Text, ...], msgspec.Meta(max_length=1 << 12)] = ()
-    """Names of what counts of the starts before it; it goes on from the last one."""
     by: Text = ""
     """For messages."""
+    saves: Annotated[tuple[Text, ...], msgspec.Meta(max_length=1 << 12)] = ()
+    """Names of what counts of the starts before it; it goes on from the last one."""
 
 
 @dataclass(frozen=True, order=True)
@@ -68,7 +70,10 @@ class Save:
 class Listed:
     """What is there at one time."""
 
+    last: int
+    """Number of the newest start: nobody else publishes or removes anything."""
     start: Start
+    """The newest one that has said what counts."""
     objects: Mapping[Save, Mapping[str, int]]
     """Of each save, whole or not: its objects with their bytes."""
 
@@ -104,16 +109,17 @@ class ObjectStore(Store):
 
     def listed(self) -> Listed:
         """What is there. Raises StoreError."""
-        last, found = 0, dict[Save, dict[str, int]]()
+        last, said, found = 0, 0, dict[Save, dict[str, int]]()
         for name, size in self.objects.sizes().items():
             if match := _START.fullmatch(name):
                 last = max(last, int(match[1]))
+                said = max(said, int(match[1])) if match[2] else said
             elif match := _OBJECT.fullmatch(name):
                 found.setdefault(Save(int(match[1]), int(match[2])), {})[match[3]] = size
-        return Listed(self._start(last) if last else Start(), found)
+        return Listed(last, self._start(said, ".saves") if said else Start(), found)
 
-    def _start(self, number: int) -> Start:
-        name = f"start-{number:08d}.json"
+    def _start(self, number: int, more: str = "") -> Start:
+        name = f"start-{number:08d}{more}.json"
         try:
             return msgspec.json.decode(self.objects.read(name), type=Start)
         except FileNotFoundError:
@@ -129,26 +135,31 @@ class ObjectStore(Store):
         `begins`, and for who comes second; StoreError.
         """
         listed = self.listed()
-        counted = listed.counted
-        if begins and counted:
+        if begins and listed.counted:
             raise RunError(
-                f"{self.place}: has saves of a run already (to step {counted[-1].step}); go on "
-                "with it by --go-on, or choose another checkpoint.where"
+                f"{self.place}: has saves of a run already (to step {listed.counted[-1].step}); go "
+                "on with it by --go-on, or choose another checkpoint.where"
             )
+        number = listed.last + 1
+        self._create_start(Start(number, by))
+        listed = self.listed()  # now that nobody else changes it
+        counted = listed.counted
         while counted and (problem := self._incomplete(counted[-1], listed)) is not None:
             on_bad(problem)
             counted.pop()
-        number = listed.start.number + 1
-        start = Start(number, tuple(save.name for save in counted), by)
-        try:
-            self.objects.create(f"start-{number:08d}.json", msgspec.json.encode(start))
-        except FileExistsError:
-            raise RunError(
-                f"{self.place}: {self._start(number).by} has begun at the same moment, and writes "
-                "there now\n    choose another checkpoint.where, or end one of the two"
-            ) from None
+        self._create_start(Start(number, by, tuple(save.name for save in counted)), ".saves")
         self.start = number
         return counted[-1].step if counted else None
+
+    def _create_start(self, start: Start, more: str = "") -> None:
+        """Raises RunError where another has it."""
+        try:
+            self.objects.create(f"start-{start.number:08d}{more}.json", msgspec.json.encode(start))
+        except FileExistsError:
+            raise RunError(
+                f"{self.place}: {self._start(start.number).by} has begun at the same moment, and "
+                "writes there now\n    choose another checkpoint.where, or end one of the two"
+            ) from None
 
     def _incomplete(self, save: Save, listed: Listed) -> str | None:
         """What a save lacks, by the sizes of its objects; None: nothing."""
@@ -193,9 +204,9 @@ class ObjectStore(Store):
         files = tuple(file for part in parts for file in part.files)
         entries = tuple(entry for part in parts for entry in part.entries)
         save, listed = Save(step, self.start), self.listed()
-        if listed.start.number != self.start:
+        if listed.last != self.start:
             raise StoreError(
-                f"{listed.start.by or 'somebody'} goes on with the run in {self.place} by now, and "
+                f"{self._start(listed.last).by} goes on with the run in {self.place} by now, and "
                 "what this start saves does not count any more"
             )
         there = listed.objects.get(save, {})
@@ -227,7 +238,7 @@ class ObjectStore(Store):
         `step`: the one saved last; nobody writes an earlier one any more. Raises StoreError.
         """
         listed = self.listed()
-        if listed.start.number != self.start:
+        if listed.last != self.start:
             return  # it is another's to clean
         counted = listed.counted
         kept = {*counted[-keep:], *(save for save in counted if save.step == self.best)}

@@ -17,7 +17,8 @@ from shoal.config.section import Auto, Count, Rate, Section
 from shoal.config.sync import EveryStep, SyncSection
 from shoal.config.tasks import AnyTask, CausalLM
 
-_URL = re.compile(r"[a-z][a-z0-9+.:-]*://[^\s]+")
+_URL = re.compile(r"(file:///|(?!file:)[a-z][a-z0-9+.:-]*://)\S+")
+"""Of a folder from the root: workers work elsewhere."""
 
 # --- model --------------------------------------------------------------------------------------
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -161,7 +163,7 @@ def test_whoever_is_not_the_newest_start_saves_nothing_that_counts(url: str) -> 
     writers: list[ObjectStore] = []
     counts: dict[int, tuple[int, float]] = {}  # step -> (start, value)
     taken: set[tuple[int, int]] = set()
-    for turn in range(150):
+    for turn in range(150 if url.startswith("memory") else 60):
         if not writers or draw.random() < 0.15:
             before = max(counts, default=None)
             store = ObjectStore(Objects(url))
@@ -181,9 +183,95 @@ def test_whoever_is_not_the_newest_start_saves_nothing_that_counts(url: str) -> 
             taken.add((number, step))
             counts[step] = (number, float(turn))
         assert writers[-1].steps() == sorted(counts)
-    assert len(writers) > 10 and len(counts) > 20
+    assert len(writers) > 5 and len(counts) > 10
     for step, (_, value) in counts.items():
         assert value_of(url, step) == value
+
+
+class InTurns(Objects):
+    """Does each operation when it is its turn."""
+
+    def __init__(self, url: str, name: str, turns: Turns) -> None:
+        super().__init__(url)
+        self._name, self._turns = name, turns
+
+    def create(self, name: str, content: bytes) -> None:
+        with self._turns.of(self._name):
+            super().create(name, content)
+
+    def sizes(self) -> dict[str, int]:
+        with self._turns.of(self._name):
+            return super().sizes()
+
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with self._turns.of(self._name):
+                super().remove([name])
+
+
+class Turns:
+    """Lets two threads do one operation each in a given order; who has ended is passed over."""
+
+    def __init__(self, order: Sequence[str]) -> None:
+        self._left, self._ended = list(order), set[str]()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._next() in (name, None), timeout=10)
+            yield
+            if self._left:
+                self._left.pop(0)
+            self._changed.notify_all()
+
+    def end(self, name: str) -> None:
+        with self._changed:
+            self._ended.add(name)
+            self._changed.notify_all()
+
+    def _next(self) -> str | None:
+        while self._left and self._left[0] in self._ended:
+            self._left.pop(0)
+        return self._left[0] if self._left else None
+
+
+ORDERS = list(itertools.combinations(range(12), 5))
+"""Which of twelve operations are those of who goes on; the others are of who saves."""
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [random.Random(3).sample(ORDERS, 60), pytest.param(ORDERS, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_who_goes_on_while_another_saves_has_what_it_goes_on_from(
+    orders: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    """Though that one keeps its newest save only, and removes the one before."""
+    for number, places in enumerate(orders):
+        url = f"memory://{tmp_path.name}/{number}"
+        save(writer(url, begins=True), 10, 1.0, keep=1)
+        turns = Turns(["goes on" if at in places else "saves" for at in range(12)])
+        found: list[int | None] = []
+
+        def goes_on(url: str = url, turns: Turns = turns, found: list[int | None] = found) -> None:
+            store = ObjectStore(InTurns(url, "goes on", turns))
+            try:
+                found.append(store.claim(by="x", begins=False, on_bad=pytest.fail))
+            finally:
+                turns.end("goes on")
+
+        def saves(url: str = url, turns: Turns = turns) -> None:
+            try:
+                save(ObjectStore(InTurns(url, "saves", turns), start=1), 20, 2.0, keep=1)
+            finally:
+                turns.end("saves")
+
+        raised = at_once(goes_on, saves)
+        assert raised[0] is None and found[0] in (10, 20), (places, raised)
+        assert value_of(url, found[0]) == found[0] / 10, places
+        assert ObjectStore(Objects(url)).steps()[-1] == found[0], places
 
 
 def test_a_new_run_is_refused_where_there_are_saves(url: str) -> None:
@@ -217,7 +305,7 @@ def test_an_abandoned_save_gives_its_room_back(url: str) -> None:
     store = writer(url, begins=True)
     store.write_part(10, rank=0, pieces=[whole(0.0)], token="dead")
     store.abandon(10, token="dead")
-    assert set(store.objects.sizes()) == {"start-00000001.json"}
+    assert all(name.startswith("start-") for name in store.objects.sizes())
 
 
 def test_a_save_that_is_not_whole_is_passed_over(url: str) -> None:
@@ -301,8 +389,8 @@ def test_a_save_that_fails_anywhere_leaves_the_one_before(url: str, after: bool)
         newest = ObjectStore(Objects(url)).steps()[-1]
         assert value_of(url, newest) == (2.0 if newest == 20 else newest)
     save(first, 99, 9.0, keep=1)
-    names = {"start-00000001.json", f"step-00000099.s1/{NAME}"}
-    assert set(first.objects.sizes()) == names | {"step-00000099.s1/rank-00000.ab.safetensors"}
+    names = {name for name in first.objects.sizes() if not name.startswith("start-")}
+    assert names == {f"step-00000099.s1/{name}" for name in (NAME, "rank-00000.ab.safetensors")}
 
 
 def test_a_store_that_is_away_is_not_a_damaged_save(url: str) -> None:
@@ -324,7 +412,7 @@ def test_a_store_that_is_away_is_not_a_damaged_save(url: str) -> None:
 
 def test_a_start_record_of_anything_else_is_refused(url: str) -> None:
     objects = Objects(url)
-    objects.create("start-00000001.json", b'{"number": "many"}')
+    objects.create("start-00000001.saves.json", b'{"number": "many"}')
     with pytest.raises(StoreError, match="cannot be understood"):
         ObjectStore(objects).steps()
     assert Start().number == 0

@@ -12,7 +12,6 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +189,8 @@ class Objects:
     def _opened(self) -> tuple[Any, str]:
         """The file system, and what its paths begin with."""
         if self._known is None:
-            fsspec = import_module("fsspec")
+            import fsspec  # most runs save to a folder
+
             fs, root = fsspec.url_to_fs(self.url, **EXCLUSIVE.get(self.protocol, {}))
             if self.protocol in PACKAGES:
                 fs.retries = 2  # of what botocore has tried three times already

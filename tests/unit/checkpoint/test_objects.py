@@ -163,7 +163,7 @@ def test_whoever_is_not_the_newest_start_saves_nothing_that_counts(url: str) -> 
     writers: list[ObjectStore] = []
     counts: dict[int, tuple[int, float]] = {}  # step -> (start, value)
     taken: set[tuple[int, int]] = set()
-    for turn in range(150 if url.startswith("memory") else 60):
+    for turn in range(150 if url.startswith("memory") else 40):
         if not writers or draw.random() < 0.15:
             before = max(counts, default=None)
             store = ObjectStore(Objects(url))
@@ -183,7 +183,7 @@ def test_whoever_is_not_the_newest_start_saves_nothing_that_counts(url: str) -> 
             taken.add((number, step))
             counts[step] = (number, float(turn))
         assert writers[-1].steps() == sorted(counts)
-    assert len(writers) > 5 and len(counts) > 10
+    assert len(writers) > 4 and len(counts) > 8
     for step, (_, value) in counts.items():
         assert value_of(url, step) == value
 
@@ -242,7 +242,7 @@ ORDERS = list(itertools.combinations(range(12), 5))
 
 @pytest.mark.parametrize(
     "orders",
-    [random.Random(3).sample(ORDERS, 60), pytest.param(ORDERS, marks=pytest.mark.slow)],
+    [random.Random(3).sample(ORDERS, 30), pytest.param(ORDERS, marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
 def test_who_goes_on_while_another_saves_has_what_it_goes_on_from(

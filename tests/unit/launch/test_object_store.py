@@ -128,6 +128,7 @@ def test_a_run_has_the_bits_that_it_has_in_a_folder(bench: Bench, tmp_path: Path
         bench.train(*words, where)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_folder_was_lost(bench: Bench, tmp_path: Path) -> None:
     """On another machine, say, by the line that began it; not by one of another recipe."""
     where = f"checkpoint.where=file://{tmp_path}/store"

@@ -24,7 +24,7 @@ from shoal.untrusted import MOST_DIMS, MOST_ELEMENTS, MOST_TENSORS, is_plain_nam
 
 NAME = "manifest.json"
 FORMAT = 1
-_LARGEST_BYTES = 1 << 28
+LARGEST_BYTES = 1 << 28
 _HEAD = '{"checksum": "'
 _BLANK = "0" * 16
 
@@ -125,19 +125,22 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path, *, step: int | None = None) -> Manifest:
         """The manifest of the checkpoint in `folder`, of `step` if given. CheckpointError."""
-        path = folder / NAME
-        content = _content(path)
+        return cls.of(_content(folder / NAME), at=folder / NAME, step=step)
+
+    @classmethod
+    def of(cls, content: bytes, *, at: Path | str, step: int | None = None) -> Manifest:
+        """What `to_bytes` has written, from the place `at`. Raises CheckpointError."""
         start, stop = len(_HEAD), len(_HEAD) + len(_BLANK)
         found = content[start:stop]
         blanked = content[:start] + _BLANK.encode() + content[stop:]
         expected = xxhash.xxh3_64(blanked).hexdigest().encode()
         if found != expected:
-            raise CheckpointError(f"{path}: damaged (its checksum does not match its content)")
+            raise CheckpointError(f"{at}: damaged (its checksum does not match its content)")
         try:
             body = json.loads(content)["body"]
             if body["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{path}: expected format {FORMAT}, got {body['format']}; "
+                    f"{at}: expected format {FORMAT}, got {body['format']}; "
                     "read it with the version of shoal that wrote it"
                 )
             part = Part.from_json({"files": body["files"], "entries": body["entries"]})
@@ -145,9 +148,9 @@ class Manifest:
             manifest = cls(msgspec.convert(body["step"], type=int), part, state)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"{type(error).__name__}: {str(error)[:200]}"
-            raise CheckpointError(f"{path}: refused, it is not a manifest: {reason}") from None
+            raise CheckpointError(f"{at}: refused, it is not a manifest: {reason}") from None
         if step is not None and manifest.step != step:
-            raise CheckpointError(f"{path}: is of step {manifest.step}, expected {step}")
+            raise CheckpointError(f"{at}: is of step {manifest.step}, expected {step}")
         return manifest
 
 
@@ -157,11 +160,11 @@ def _content(path: Path) -> bytes:
         raise CheckpointError(f"{path.parent}: is a link, expected the folder of a checkpoint")
     try:
         with open_plain(path) as file:
-            content = file.read(_LARGEST_BYTES + 1)
+            content = file.read(LARGEST_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) > _LARGEST_BYTES:
-        raise CheckpointError(f"{path}: larger than any manifest ({_LARGEST_BYTES} bytes)")
+    if len(content) > LARGEST_BYTES:
+        raise CheckpointError(f"{path}: larger than any manifest ({LARGEST_BYTES} bytes)")
     return content
 
 

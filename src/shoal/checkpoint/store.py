@@ -78,6 +78,21 @@ class Store:
         self.files = files or Files()
         self.best: int | None = None
         """A step that is kept whatever else is."""
+        self.tell: Callable[[float], None] = lambda share: None
+        """Called now and then while a save is brought to where it is read; `share` of 1 is."""
+
+    look_seconds = 0.02
+    """How long at most between two looks at what another rank writes."""
+
+    patience_seconds = 60.0
+    """How long the next save waits for this one, before it is left out."""
+    away_seconds = 0.0
+    """How long the last save of a run is tried again where the store does not answer."""
+
+    @property
+    def place(self) -> str:
+        """Where the checkpoints are, for messages."""
+        return str(self.folder)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of `step`."""
@@ -105,6 +120,12 @@ class Store:
         self.clear()
         self.files.make(self.writing(step))
 
+    def prepare(self, step: int, *, rank: int, token: str, generation: int) -> None:
+        """Make room for this rank's part. Raises OSError."""
+        self.files.make(self.writing(step, token=token))
+        if rank == 0:
+            self.clear(token=token, step=step, generation=generation)
+
     def clear(self, *, token: str = "", step: int = 0, generation: int = 0) -> None:
         """Remove what interrupted saves left behind. Raises OSError.
 
@@ -126,7 +147,7 @@ class Store:
         keyed = [(_key(piece), piece) for piece in pieces]
         if not keyed:
             return Part()
-        name = f"rank-{rank:05d}.safetensors"
+        name = self._part_name(rank, token=token)
         entries: list[Entry] = []
 
         def content() -> Iterable[bytes | memoryview]:
@@ -139,8 +160,16 @@ class Store:
                 )
                 yield data
 
-        size, digest = self.files.write(self.writing(step, token=token) / name, content())
+        size, digest = self._write(step, name, content(), token=token)
         return Part((FileRecord(name, size, digest),), tuple(entries))
+
+    def _part_name(self, rank: int, *, token: str) -> str:
+        return f"rank-{rank:05d}.safetensors"
+
+    def _write(
+        self, step: int, name: str, content: Iterable[bytes | memoryview], *, token: str
+    ) -> tuple[int, str]:
+        return self.files.write(self.writing(step, token=token) / name, content)
 
     def publish(
         self,
@@ -155,7 +184,7 @@ class Store:
         """Write the manifest, give the checkpoint its name, then drop the oldest beyond `keep`.
 
         With a `generation` a registry says which saves count: this one waits for it, and nothing
-        goes (checkpoint/folders.py). Raises OSError.
+        goes (checkpoint/folders.py). Returns its folder, as it is called now. Raises OSError.
         """
         files = tuple(file for part in parts for file in part.files)
         entries = tuple(entry for part in parts for entry in part.entries)
@@ -168,6 +197,37 @@ class Store:
             return waiting
         kept = [] if self.best is None else [self.best]
         return publish(self.folder, writing, step=step, keep=keep, kept=kept, files=self.files)
+
+    def abandon(self, step: int, *, token: str) -> None:
+        """Give the room of a save back that comes to nothing. Raises OSError."""
+        self.files.remove(self.writing(step, token=token))
+
+    # --- where ranks meet: a report beside each part, once that is there
+
+    def put_report(self, step: int, content: bytes, *, rank: int, token: str) -> None:
+        """Leave what rank 0 waits for; empty where there is no room for more. Raises OSError."""
+        path = self._report(step, rank=rank, token=token)
+        if content:
+            self.files.put(path, content)
+        else:
+            path.touch()
+
+    def report(self, step: int, *, rank: int, token: str) -> bytes | None:
+        """What a rank has left; None: nothing yet. Raises OSError."""
+        path = self._report(step, rank=rank, token=token)
+        return path.read_bytes() if path.exists() else None
+
+    def drop_reports(self, step: int, *, ranks: Iterable[int], token: str) -> None:
+        """They do not belong to the checkpoint. Raises OSError."""
+        for rank in ranks:
+            self.files.remove(self._report(step, rank=rank, token=token))
+
+    def size(self, step: int, file: str, *, token: str) -> int | None:
+        """Bytes of a file that a rank has written; None: `publish` looks. Raises OSError."""
+        return (self.writing(step, token=token) / file).stat().st_size
+
+    def _report(self, step: int, *, rank: int, token: str) -> Path:
+        return self.writing(step, token=token) / f"rank-{rank:05d}.report"
 
     # --- reading
 
@@ -195,9 +255,9 @@ class Store:
             else:
                 return step
         if not steps:
-            raise RunError(f"{self.folder}: no checkpoint here; nothing to resume from")
+            raise RunError(f"{self.place}: no checkpoint here; nothing to resume from")
         listed = "\n  ".join(reasons)
-        raise RunError(f"{self.folder}: no checkpoint can be trusted:\n  {listed}")
+        raise RunError(f"{self.place}: no checkpoint can be trusted:\n  {listed}")
 
     def open(self, step: int) -> Reader:
         """A reader of the checkpoint of `step` (verified file by file as it is read)."""
@@ -209,6 +269,8 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.step, self.state = folder, manifest.step, manifest.state
+        self.run = folder.parent.parent
+        """Where the rows of the run are, if they are anywhere."""
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         self._entries: dict[tuple[str, str], list[Entry]] = {}
         for entry in manifest.part.entries:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 from shoal.errors import RunError, UserError
 from shoal.launch import local
 from shoal.launch.callbacks import Callbacks
-from shoal.launch.directory import open_run
 from shoal.launch.local import AnyRecipe, Overrides
 from shoal.observe.console import Console
 from shoal.observe.events import read_lines
@@ -33,9 +31,9 @@ class Result(local.Result):
 
     def checkpoint(self) -> Path:
         """The newest checkpoint that is whole. Raises CheckpointError or RunError for none."""
-        from shoal.checkpoint.store import Store
+        from shoal.launch.object_store import saves_of
 
-        store = Store(self.run / "checkpoints")
+        store = saves_of(self.run)
         return store.path(store.newest_good(on_bad=lambda step, why: None))
 
     def model(self) -> Any:
@@ -135,16 +133,18 @@ def merge(
 ) -> Path:
     """Write the newest good checkpoint of a run, or the one named, as one Hugging Face folder.
 
+    `source`: their folder, or a URL of the run's saves in an object store, or of one of them.
+
     An adapter is folded in; `adapter`: it alone is written, in peft's format. `memory_limit`: most
     tensor bytes in memory at once, such as "2GB". Returns `out`. Raises RunError, CheckpointError,
     UserError.
     """
-    merged(Path(source), out=Path(out), memory_limit=memory_limit, adapter=adapter)
+    merged(str(source), out=Path(out), memory_limit=memory_limit, adapter=adapter)
     return Path(out)
 
 
 def merged(
-    source: Path,
+    source: str,
     *,
     out: Path,
     memory_limit: str | None,
@@ -154,7 +154,6 @@ def merged(
     """Merge as `merge`: the step, the difference of logits (None: only hashes compared), and how
     the loss that transformers gives compares with what was logged (None: nothing to compare).
     """
-    from shoal.checkpoint.store import Store
     from shoal.engine.export import merge as write
     from shoal.engine.export import merge_adapter, opened_by_transformers
 
@@ -164,14 +163,10 @@ def merged(
         raise UserError(f"--memory-limit: {error}") from None
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise RunError(f"{out}: exists and is not empty; choose another --out")
-    match = re.fullmatch(r"step-(\d+)", source.name)
-    if match:
-        store, step = Store(source.parent), int(match[1])
-        store.verify(step)
-    else:
-        store = Store(open_run(source) / "checkpoints")
-        step = store.newest_good(on_bad=lambda at, why: say(f"passing over step {at}: {why}"))
-    reader = store.open(step)
+    from shoal.launch.object_store import reader_of
+
+    reader = reader_of(source, say=say)
+    step = reader.step
     if adapter:
         merge_adapter(reader, out=out)
         return step, None, None

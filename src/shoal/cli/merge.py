@@ -12,7 +12,10 @@ from shoal.cli.terminal import say, tell
 
 def merge(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or one of its checkpoints.")
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT", help="A run, or one of its checkpoints; or a URL of either."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
     memory_limit: Annotated[

@@ -6,6 +6,7 @@ Every section is a pydantic model that refuses unknown keys. Alternatives are un
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,6 +16,9 @@ from shoal.config.optimizers import AdamW, Cosine, OptimizerSection, ScheduleSec
 from shoal.config.section import Auto, Count, Rate, Section
 from shoal.config.sync import EveryStep, SyncSection
 from shoal.config.tasks import AnyTask, CausalLM
+
+_URL = re.compile(r"(file:///|(?!file:)[a-z][a-z0-9+.:-]*://)\S+")
+"""Of a folder from the root: workers work elsewhere."""
 
 # --- model --------------------------------------------------------------------------------------
 
@@ -386,11 +390,19 @@ class CheckpointSection(Section):
     """Save after the evaluation with the lowest loss so far, and keep that save as well."""
     model: Literal["last", "best"] = "last"
     """What RUN/model is written from: the end of the run, or the best save (`keep_best`)."""
-    where: Literal["shared", "local"] = "shared"
+    where: str = "shared"
     """shared: the run directory is on storage that all hosts see. local: each host saves whole on
-    its own disk, and any one of them may be lost (hosts without shared storage)."""
+    its own disk, and any one of them may be lost (hosts without shared storage). A URL such as
+    s3://BUCKET/PREFIX: an object store."""
     background: bool = True
     """Copy the state and write it while the steps go on; the last save is always waited for."""
+
+    @field_validator("where")
+    @classmethod
+    def _is_a_place(cls, text: str) -> str:
+        if text in ("shared", "local") or _URL.fullmatch(text):
+            return text
+        raise ValueError("expected shared, local, or a URL such as s3://bucket/prefix")
 
 
 class LaunchSection(Section):

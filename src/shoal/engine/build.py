@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from shoal.checkpoint.objects import Objects, is_url
+from shoal.checkpoint.remote import ObjectStore
 from shoal.checkpoint.store import Store
 from shoal.comm.flat import Vector
 from shoal.comm.group import Group
@@ -117,7 +119,7 @@ def build(
         update=_update(
             job, replica, state=state, policy=policy, steps=steps, scale=loss_scale, dtype=dtype
         ),
-        store=Store(job.run / "checkpoints"),
+        store=_store(job),
         watch=_watch(recipe, policy=policy, task=task),
         stream=stream,
         play=play,
@@ -128,6 +130,14 @@ def build(
     policy.remember = training.facts
     _attach_instruments(job, training, report, rank=worker.rank)
     return training
+
+
+def _store(job: Job) -> Store:
+    """Where the run is saved."""
+    where = job.recipe.checkpoint.where
+    if is_url(where):
+        return ObjectStore(Objects(where), start=job.start)
+    return Store(job.run / "checkpoints")
 
 
 def _watch(recipe: Recipe, *, policy: Policy, task: Task) -> Watch:

@@ -161,7 +161,7 @@ def opened_by_transformers(reader: Reader, *, out: Path) -> str | None:
     shapes = SavedWeights(reader).shapes
     found = logged_and_opened(
         out,
-        run=reader.folder.parent.parent,
+        run=reader.run,
         step=step,
         recipe=Recipe.model_validate(reader.state["recipe"]),
         inputs=inputs,

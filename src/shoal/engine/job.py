@@ -73,9 +73,10 @@ class Job:
     """Only evaluate, and write the scores to this file."""
     servers: str | None = None
     """Folder with the keys and addresses of the run's parameter servers, where it has any."""
+    start: int = 0
+    """Of the run, by its number in the object store that it saves to (checkpoint/remote.py)."""
     own_disks: bool = False
-    """Hosts share no run folder: each saves on its own disk, and who started the workers keeps what
-    they say of the run."""
+    """Hosts share no run folder: who started the workers keeps what they say of the run."""
     double: bool = False
     """Compute in float64, for proofs."""
     instruments: Instruments = field(default_factory=Instruments)
@@ -92,6 +93,7 @@ class Job:
             "final_model": self.final_model,
             "score": self.score,
             "servers": self.servers,
+            "start": self.start,
             "own_disks": self.own_disks,
             "double": self.double,
             "instruments": asdict(self.instruments),
@@ -112,6 +114,7 @@ class Job:
             final_model=tree["final_model"],
             score=tree["score"],
             servers=tree["servers"],
+            start=tree["start"],
             own_disks=tree["own_disks"],
             double=tree["double"],
             instruments=Instruments(**attached),

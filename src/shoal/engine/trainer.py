@@ -99,6 +99,7 @@ class Trainer:
             is_first=lambda: self._first,
         )
         self.training.play.tell = self._milestones.tell
+        self.training.store.tell = self._fetching
         self._built = True
 
     @property
@@ -280,6 +281,7 @@ class Trainer:
         self.pulse.mark("restore")
         step = choose_checkpoint(training.store, group=self.group, sink=self.files.events)
         reader = training.store.open(step)
+        self.pulse.mark("restore")
         check_same_run(reader.state["recipe"], job.recipe, at=job.run)
         check_progress(reader, steps=training.steps, batch=training.stream.global_batch_samples)
         shapes, layout = training.replica.shapes, training.ranks.layout
@@ -295,6 +297,11 @@ class Trainer:
         self._position.facts = training.facts()
         self.group.barrier()
         return step
+
+    def _fetching(self, share: float) -> None:
+        """A save comes from a store of objects, which takes as long as it takes."""
+        self.pulse.mark("fetching a save")
+        self._milestones.tell("fetching a save", share)
 
     def _repair(self, problem: PeersLost | ReplicasDiffer) -> None:
         """Go on after a loss in the next generation; make replicas equal that are not."""

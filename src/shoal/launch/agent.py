@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from shoal.checkpoint.objects import Objects
 from shoal.comm.guard import Guard
 from shoal.comm.keys import Keys
 from shoal.comm.line import LARGEST_MESSAGE
@@ -30,6 +31,7 @@ from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
 from shoal.launch.host_files import HostFiles, disk_of
 from shoal.launch.links import Answering, measure
+from shoal.launch.object_store import problem_of
 from shoal.launch.peers import is_cached, piece
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.reach import unreached
@@ -308,6 +310,8 @@ def _seen(hello: calls.Hello) -> tuple[tuple[str, ...], tuple[str, ...], str]:
             f"does not see {hello.run} (put --out on storage that all hosts share, or set "
             "checkpoint.where=local, which saves on each host's own disk)"
         )
+    if hello.store and (problem := _store_problem(hello.store)):
+        found.append(f"cannot save to the store: {problem}")
     for folder, digest in hello.folders.items():
         here = calls.folder_digest(Path(folder))
         if here == digest and (shared or prepared_damage(Path(folder)) is None):
@@ -318,6 +322,23 @@ def _seen(hello: calls.Hello) -> tuple[tuple[str, ...], tuple[str, ...], str]:
             what = "holds something else" if here else "is not there"
             found.append(f"{folder} {what} (set SHOAL_CACHE to one path on all hosts)")
     return tuple(found), tuple(lacks), disk
+
+
+_usable = set[str]()
+
+
+def _store_problem(where: str) -> str:
+    """Why workers of this host cannot save there; empty: they can, or could a while ago."""
+    problem = problem_of(where)
+    if problem is not None:
+        return problem.what
+    if where not in _usable:
+        try:
+            Objects(where).check()
+        except OSError as error:
+            return str(error)
+        _usable.add(where)
+    return ""
 
 
 def _is_there(note: str, text: str) -> bool:

@@ -25,7 +25,7 @@ from shoal.errors import (
 from shoal.launch.callbacks import Callbacks
 from shoal.launch.cluster import Event
 from shoal.launch.deaths import Death
-from shoal.launch.directory import is_run
+from shoal.launch.directory import is_run, last_saved
 from shoal.observe.console import Console
 from shoal.observe.record import RunRecord
 
@@ -126,7 +126,7 @@ def gave_up(
     if again:
         often = f" at step {death.step}, twice at the same place: trying again would not mend it"
     advice = f"resume the run to go on from its last checkpoint: shoal resume {run}"
-    if not any(run.glob("checkpoints/step-*")):
+    if last_saved(run) is None:
         advice = "nothing was saved yet"
     if doctor:
         return WorkerError(f"{death.text}{often}\n{doctor}\n{advice}")
@@ -136,10 +136,10 @@ def gave_up(
 
 def stopped_at_once(run: Path) -> ShoalError:
     """What is said when a person asks twice."""
-    saved = sorted(run.glob("checkpoints/step-*"))
-    if saved:
+    saved = last_saved(run)
+    if saved is not None:
         return Stopped(
-            f"stopped at once; what followed the save {saved[-1].name} is lost; go on with: "
+            f"stopped at once; what followed the save {saved} is lost; go on with: "
             f"shoal resume {run}"
         )
     return Interrupted(f"stopped at once, before the first save; {run} holds nothing to resume")

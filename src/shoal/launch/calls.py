@@ -54,6 +54,8 @@ class Hello(_Message, frozen=True):
     """Whether it takes on what runs there for the coordinator before it."""
     own_disks: bool = False
     """Whether each host has a run folder of its own, on a disk that no other one sees."""
+    store: Text = ""
+    """The URL to which its workers save, where they do."""
 
 
 class Start(_Message, frozen=True):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from shoal.engine.job import Job
 from shoal.errors import ShoalError
-from shoal.launch.directory import has_checkpoint
+from shoal.launch.object_store import Say, placed
 from shoal.launch.site import Site
 
 Event = tuple[str, dict[str, Any]]
@@ -47,8 +48,12 @@ class Cluster(Protocol):
     def own_disks(self) -> bool:
         """Whether hosts share no storage: each saves on its own disk."""
 
-    def anything_saved(self, run: Path, *, begins: bool = False) -> bool:
-        """Whether there is a save to go on from, which all hosts see from now on.
+    @property
+    def own_folders(self) -> bool:
+        """Whether hosts share no run folder, wherever they save."""
+
+    def placed(self, job: Job, *, say: Say, begins: bool = False) -> Job:
+        """The job with the save that it goes on from, if any, which all hosts see from now on.
 
         `begins`: the run is a new one. Raises RunError.
         """
@@ -92,8 +97,12 @@ class ThisHost:
     def own_disks(self) -> bool:
         return False
 
-    def anything_saved(self, run: Path, *, begins: bool = False) -> bool:
-        return has_checkpoint(run)
+    @property
+    def own_folders(self) -> bool:
+        return False
+
+    def placed(self, job: Job, *, say: Say, begins: bool = False) -> Job:
+        return placed(job, begins=begins, say=say)
 
     def saved(self, fields: Mapping[str, Any]) -> None:
         return

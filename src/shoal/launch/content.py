@@ -9,12 +9,13 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from shoal.checkpoint.manifest import Manifest
 from shoal.config.locked import Difference
+from shoal.config.recipe import Recipe
 from shoal.data.prepare import Prepared
 from shoal.data.tokenize import tokenizer_key
 from shoal.engine.job import Inputs
 from shoal.errors import RunError
+from shoal.launch.object_store import newest_manifest
 
 _WHOLE_BYTES = 1 << 26
 _BLOCKS = 64
@@ -52,9 +53,9 @@ def _folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def saved_inputs(run: Path) -> tuple[int, Inputs] | None:
+def saved_inputs(run: Path, recipe: Recipe) -> tuple[int, Inputs] | None:
     """The newest step saved whose manifest can be read, and what it was trained on."""
-    manifest = Manifest.newest(run / "checkpoints")
+    manifest = newest_manifest(run, recipe)
     if manifest is None:
         return None
     try:
@@ -64,14 +65,19 @@ def saved_inputs(run: Path) -> tuple[int, Inputs] | None:
 
 
 def compare(
-    run: Path, inputs: Inputs, *, data_changed: bool, trained: bool, say: Callable[[str], None]
+    run: Path,
+    inputs: Inputs,
+    *,
+    found: tuple[int, Inputs] | None,
+    data_changed: bool,
+    trained: bool,
+    say: Callable[[str], None],
 ) -> list[Difference]:
-    """What differs in content from the newest save of `run`, where that is allowed.
+    """What differs in content from the newest save of `run` (`saved_inputs`), as far as it may.
 
     `data_changed`: the user says that the data may. `trained`: its tokenizer comes from the data.
     Raises RunError for other data without that, and for another tokenizer, model or set of tags.
     """
-    found = saved_inputs(run)
     if found is None:
         return []
     step, saved = found

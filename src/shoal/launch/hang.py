@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from shoal.observe.pulse import Beat
 
-WAITS = ("waiting for a generation", "waiting for the servers")
-"""Phases in which a worker waits for others, or for the supervisor."""
+WAITS = ("waiting for a generation", "waiting for the servers", "fetching a save")
+"""Phases in which a worker waits for others, for the supervisor, or for a store of objects."""
 MEETING = "meeting the others"
 MEETING_SECONDS = 30.0
 """All have arrived when this phase begins: a host that falls silent in it would hold the others."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from shoal.checkpoint.objects import is_url
 from shoal.config.anchor import anchored
 from shoal.config.load import load_recipe, override_texts, resolve, to_yaml
 from shoal.config.locked import LOCKED, Difference, changed, differences
@@ -36,6 +37,7 @@ from shoal.launch.directory import (
 from shoal.launch.examined import keys_are_known, refuse_wrong_model
 from shoal.launch.measuring import wait_for_imports
 from shoal.launch.memory import refuse_what_cannot_fit
+from shoal.launch.object_store import look_at, newest_manifest
 from shoal.launch.opening import say_opening
 from shoal.launch.pictures import Pictures
 from shoal.launch.pool import WorkerPool, pool_or_own
@@ -94,6 +96,9 @@ def train(
     """
     resolved = _resolved(recipe, overrides, hosts=hosts)
     holding = hold_if_free if hosts is not None and hosts.register is not None else hold
+    if go_on and out is not None and not is_run(out) and is_url(resolved.checkpoint.where):
+        with _console(resolved, wanted=console) as show:
+            _begun_elsewhere(Path(out).expanduser(), resolved, say=show.phase)
     if go_on and out is not None and is_run(out):
         folder = open_run(out)
         with holding(folder):
@@ -104,6 +109,7 @@ def train(
     run = claim(out, name=Path(recipe).stem if isinstance(recipe, str | Path) else "run")
     show = _console(resolved, wanted=console)
     with _unless_empty(run), holding(run), pool_or_own(pool) as workers, show:
+        look_at(resolved, begins=True, say=show.phase)
         if hosts is not None:
             hosts.ask(console=show)
         show.phase(f"run directory {run}; preparing the data")
@@ -120,6 +126,18 @@ def train(
             instruments=instruments or Instruments(),
         )
         return _run(job, pool=workers, console=show, story=story, callbacks=callbacks, hosts=hosts)
+
+
+def _begun_elsewhere(run: Path, resolved: Recipe, *, say: Callable[[str], None]) -> None:
+    """Let `run` hold the run that the recipe's store has saves of, if any: its host may be lost.
+
+    Raises RunError; ConfigError where the saves are of another recipe.
+    """
+    look_at(resolved, begins=False, say=say)
+    manifest = newest_manifest(run, resolved)
+    if manifest is not None:
+        refuse_changed(manifest.state["recipe"], resolved, source=resolved.checkpoint.where)
+        write_whole(claim(run, name=run.name) / "config.yaml", to_yaml(resolved))
 
 
 def dry_run(
@@ -235,6 +253,7 @@ def _resume(
     check(resolved)
     check_trackers(resolved.observe)
     with pool_or_own(pool) as workers, _console(resolved, wanted=console) as show:
+        look_at(resolved, begins=False, say=show.phase)
         if hosts is not None:
             hosts.ask(console=show)
         show.phase(f"resuming {folder}; preparing the data")
@@ -250,8 +269,9 @@ def _resume(
         else:  # transformers may be another one by now
             refuse_wrong_model(resolved, inputs=inputs, pool=workers, console=show)
         _open(resolved, inputs, decision, console=show, hosts=hosts)
-        alone = hosts is None or resolved.checkpoint.where == "shared"
-        resume = not alone or anything_to_resume(folder, say=show.line)  # else disks say it
+        where = resolved.checkpoint.where
+        elsewhere = is_url(where) or (hosts is not None and where == "local")  # which says it
+        resume = elsewhere or anything_to_resume(folder, say=show.line)
         job = Job(recipe=resolved, inputs=inputs, decision=decision, run=folder, resume=resume)
         new = [*new, *other]
         return _run(job, pool=workers, console=show, new=new, callbacks=callbacks, hosts=hosts)
@@ -276,14 +296,19 @@ def resumed_recipe(run: Path, overrides: list[str]) -> Recipe:
 def of_same_run(run: Path, wanted: Recipe) -> Recipe:
     """`wanted`, if `run` may go on with it. Raises ConfigError for locked keys that differ."""
     saved = load_recipe(str(run / "config.yaml"))
-    different = changed(saved.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    refuse_changed(saved.model_dump(mode="json"), wanted, source=f"the overrides of {run}")
+    return wanted
+
+
+def refuse_changed(saved: dict[str, Any], wanted: Recipe, *, source: str) -> None:
+    """Raises ConfigError for locked keys that differ."""
+    different = changed(saved, wanted.model_dump(mode="json"))
     if different:
         hint = f"a resumed run keeps {', '.join(LOCKED)}; start a new run for other values"
         raise ConfigError(
             [Problem(key, "cannot change in a run that goes on", hint) for key in different],
-            source=f"the overrides of {run}",
+            source=source,
         )
-    return wanted
 
 
 _DECIDED = ("parallel", "launch", "precision", "train.micro_batch_samples")

@@ -12,10 +12,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shoal.checkpoint.objects import is_url
 from shoal.comm.keys import Keys
 from shoal.config.recipe import Recipe
 from shoal.config.sync import EveryStep
@@ -27,10 +28,11 @@ from shoal.launch import calls
 from shoal.launch.agent import facts
 from shoal.launch.choose import is_open
 from shoal.launch.cluster import Cluster, Event, Host
-from shoal.launch.directory import NOTE, has_checkpoint
+from shoal.launch.directory import NOTE
 from shoal.launch.giving import Giving, folders_of
 from shoal.launch.hosts_plan import choose_over_hosts
 from shoal.launch.links import Links
+from shoal.launch.object_store import Say, placed
 from shoal.launch.own_disks import OwnDisks
 from shoal.launch.pool import Worker, WorkerPool
 from shoal.launch.reach import Pair, Reach
@@ -99,6 +101,10 @@ class OverHosts:
             problems.append(Problem("launch.link", what, "set it to null"))
         if recipe.checkpoint.where == "local":
             problems += self._own_disks(recipe)
+        if recipe.checkpoint.where != "shared" and self.run:
+            what = "with --etcd saves are on storage that all hosts see"
+            hint = "leave out --etcd, or checkpoint.where"
+            problems.append(Problem("checkpoint.where", what, hint))
         replicas, count = recipe.parallel.replicas, len(self.addresses)
         planned = is_open(recipe) and count > 1
         layout = given_layout(recipe)
@@ -131,9 +137,6 @@ class OverHosts:
             what = f"{replicas} replicas on {count} hosts: local needs a whole one on each"
             hint = f"set parallel.replicate to {count} or more, or use storage that all hosts see"
             yield Problem("checkpoint.where", what, hint)
-        if self.run:
-            what = "with --etcd saves are on storage that all hosts see"
-            yield Problem("checkpoint.where", what, "leave out --etcd, or checkpoint.where")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -192,7 +195,8 @@ class OverHosts:
     ) -> Iterator[tuple[Sequence[Site], Cluster]]:
         """Open the hosts' sites for a job. Raises RunError for what they do not see."""
         run, text = job.run.resolve(), secrets.token_hex(16)
-        note, own_disks = run / NOTE, job.recipe.checkpoint.where == "local"
+        note, where = run / NOTE, job.recipe.checkpoint.where
+        own_disks, own_folders = where == "local", where != "shared"
         cached = cache_directory().resolve() / NOTE
         folders = folders_of(job.inputs)
         hello = calls.Hello(
@@ -202,14 +206,15 @@ class OverHosts:
             lease_seconds=self.lease_seconds,
             ranks=job.decision.layout.workers,
             folders={str(folder): calls.folder_digest(folder) for folder in folders},
-            note=("", "") if own_disks else (str(note), text),
+            note=("", "") if own_folders else (str(note), text),
             cache_note=(str(cached), text),
-            own_disks=own_disks,
+            own_disks=own_folders,
+            store=where if is_url(where) else "",
             term=self.term,
             keep_seconds=_KEEP_SECONDS if self.term else 0.0,
             adopts=self.term > 0,
         )
-        if not own_disks:
+        if not own_folders:
             note.write_text(text, encoding="utf-8")
         with suppress(OSError):  # then hosts check what they read
             cached.write_text(text, encoding="utf-8")
@@ -229,7 +234,12 @@ class OverHosts:
                 registered = self.register(run, console.line)
             disks = OwnDisks(sites, run=run, say=console.line) if own_disks else None
             with _Meetings(
-                pool, address=at, registered=registered, disks=disks, giving=giving
+                pool,
+                address=at,
+                registered=registered,
+                disks=disks,
+                own_folders=own_folders,
+                giving=giving,
             ) as cluster:
                 yield sites, cluster
             if registered is not None:
@@ -353,10 +363,11 @@ class _Meetings:
         address: str,
         registered: Registered | None,
         disks: OwnDisks | None,
+        own_folders: bool,
         giving: Giving,
     ) -> None:
         self._pool, self._address, self._registered = pool, address, registered
-        self._disks, self._giving = disks, giving
+        self._disks, self._own_folders, self._giving = disks, own_folders, giving
         self._worker: Worker = pool.start(_MEETING, {"bind": address})
         self._asked: tuple[int, tuple[str, ...]] | None = None
         self._at = ""
@@ -402,10 +413,14 @@ class _Meetings:
     def own_disks(self) -> bool:
         return self._disks is not None
 
-    def anything_saved(self, run: Path, *, begins: bool = False) -> bool:
+    @property
+    def own_folders(self) -> bool:
+        return self._own_folders
+
+    def placed(self, job: Job, *, say: Say, begins: bool = False) -> Job:
         if self._disks is not None:
-            return self._disks.place(begins=begins)
-        return has_checkpoint(run)
+            return replace(job, resume=self._disks.place(begins=begins))
+        return placed(job, begins=begins, say=say)
 
     def kept(self, site: Site, fields: Mapping[str, Any]) -> None:
         assert self._disks is not None and isinstance(site, RemoteSite), "it was told of a disk"

@@ -268,7 +268,7 @@ def resumed_inputs(
 
     Raises RunError too where that would be another run (content.py).
     """
-    saved, trained = saved_inputs(run), tokenizer_kind(recipe) == "train"
+    saved, trained = saved_inputs(run, recipe), tokenizer_kind(recipe) == "train"
     kept = None
     if saved is not None and trained and saved[1].tokenizer_directory:
         kept = Path(saved[1].tokenizer_directory)  # one trained on other data would be another
@@ -281,7 +281,8 @@ def resumed_inputs(
                 )
             kept = None
     inputs = prepare_inputs(recipe, say=say, progress=progress, tokenizer=kept)
-    new = compare(run, inputs, data_changed=data_changed, trained=trained, say=say)
+    known: dict[str, Any] = {"data_changed": data_changed, "trained": trained}
+    new = compare(run, inputs, found=saved, say=say, **known)
     return inputs, new
 
 

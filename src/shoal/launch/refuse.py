@@ -13,6 +13,7 @@ from shoal.config.recipe import ObserveSection, Recipe
 from shoal.engine.decision import given_layout
 from shoal.engine.job import Inputs
 from shoal.errors import ConfigError, ModelError, UserError
+from shoal.launch.object_store import problem_of
 from shoal.layout import Layout
 from shoal.legal import Combination, facts_from_config, problems
 from shoal.plan.from_recipe import config_of
@@ -59,7 +60,8 @@ def _grid_group(recipe: Recipe) -> int | None:
 
 def check(recipe: Recipe) -> Layout:
     """Refuse what cannot run, before anything is fetched or started. Raises ConfigError."""
-    if found := list(contradictions(recipe)):
+    stored = problem_of(recipe.checkpoint.where)
+    if found := [*contradictions(recipe), *([] if stored is None else [stored])]:
         raise ConfigError(found)
     layout = given_layout(recipe)
     refuse(combination_of(recipe, layout))

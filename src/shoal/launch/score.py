@@ -40,6 +40,7 @@ def score(
     tree = resolve(recipe, overrides).model_dump(mode="json")
     tree["model"] = {"kind": "pretrained", "path": str(folder), "dropout": "off"}
     tree["data"]["tokenizer"] = {"kind": "model"}
+    tree["checkpoint"]["where"] = "shared"  # nothing is saved
     tree["train"]["quantise"] = None  # the weights as the folder has them
     resolved = Recipe.model_validate(tree)
     with pool_or_own(pool) as workers, tempfile.TemporaryDirectory(prefix="shoal-") as scratch:

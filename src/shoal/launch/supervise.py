@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+from shoal.checkpoint.objects import is_url
 from shoal.config.sync import Server
 from shoal.engine.job import Job
 from shoal.errors import Stopped
@@ -79,10 +80,10 @@ def run_workers(
         console.steps = job.recipe.train.steps or console.steps  # of epochs: as the start said
         heard.stop = lambda: asked.append(signal.SIGTERM)
         attempt = Attempt(console, begun, story=[] if story is None else story, callbacks=heard)
-        if cluster.own_disks:
-            resume = cluster.anything_saved(job.run, begins=not job.resume)
-            job = replace(job, resume=resume, own_disks=True)
-            attempt.record = RunRecord(job.run)
+        if cluster.own_disks or is_url(job.recipe.checkpoint.where):
+            job = cluster.placed(job, say=console.line, begins=not job.resume)
+        if cluster.own_folders:
+            job, attempt.record = replace(job, own_disks=True), RunRecord(job.run)
         supervisor = Supervisor(
             job,
             sites=there,
@@ -385,12 +386,11 @@ class Supervisor:
         """Nobody has the state any more: all go back to the last save."""
         for site in self._sites:
             site.kill([one.worker for one in self.workers if one.alive and one.site is site])
-        resume = self._cluster.anything_saved(self._run)
-        self._job = replace(self._job, resume=resume)
+        self._job = self._cluster.placed(self._job, say=self._attempt.console.line)
         for one in self.workers:
             self._replace(one)
-        text = f"all workers start again from the {'last checkpoint' if resume else 'beginning'}"
-        self._tell("restarted", {"text": text})
+        start = "last checkpoint" if self._job.resume else "beginning"
+        self._tell("restarted", {"text": f"all workers start again from the {start}"})
 
     def _adopt(self) -> bool:
         """Go on with what a lost coordinator has left; whether there is a whole state of it."""

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shoal.checkpoint.objects import is_url
 from shoal.comm.group import ProcessGroup
 from shoal.comm.messages import broadcast_json, gather_json
 from shoal.config.anchor import anchored
@@ -46,6 +47,7 @@ from shoal.launch.local import (
     resumed_recipe,
     write_beginning,
 )
+from shoal.launch.object_store import look_at, placed, problem_of
 from shoal.launch.opening import say_opening
 from shoal.launch.prepare import prepare_inputs, resumed_inputs
 from shoal.launch.refuse import check_trackers
@@ -83,10 +85,12 @@ def join(
 
     def prepare(console: Console, cores: int) -> _Prepared:
         check_keys(resolved)
+        look_at(resolved, begins=True, say=console.phase)
         run = claim(out, name=name)
         console.phase(f"run directory {run}")
         inputs = prepare_inputs(resolved, say=console.phase, progress=console.progress)
-        return _job(resolved, run, inputs=inputs, cores=cores, console=console), []
+        job = _job(resolved, run, inputs=inputs, cores=cores, console=console)
+        return _placed(job, begins=True, console=console), []
 
     return _joined(resolved, prepare, rendezvous=rendezvous, name=name)
 
@@ -117,6 +121,7 @@ def _joined_again(
     def prepare(console: Console, cores: int) -> _Prepared:
         say = console.phase
         say(f"resuming {folder}")
+        look_at(resolved, begins=False, say=say)
         new = announced(folder, resolved, console=console)
         inputs, other = resumed_inputs(
             folder, resolved, data_changed=data_changed, say=say, progress=console.progress
@@ -125,10 +130,16 @@ def _joined_again(
         if before is not None and before.layout.workers != rendezvous.world_size:
             before = None
         job = _job(resolved, folder, inputs=inputs, cores=cores, console=console, decision=before)
-        resume = anything_to_resume(folder, say=console.line)
-        return replace(job, resume=resume), [*new, *other]
+        return _placed(job, begins=False, console=console), [*new, *other]
 
     return _joined(resolved, prepare, rendezvous=rendezvous, name=str(folder / "config.yaml"))
+
+
+def _placed(job: Job, *, begins: bool, console: Console) -> Job:
+    """The job with the save that it goes on from, if any."""
+    if is_url(job.recipe.checkpoint.where):
+        return placed(job, begins=begins, say=console.line)
+    return replace(job, resume=not begins and anything_to_resume(job.run, say=console.line))
 
 
 def _as_started(size: int, *, inside: int, given: bool) -> list[str]:
@@ -260,6 +271,8 @@ def _check_size(resolved: Recipe, *, size: int) -> None:
     if resolved.launch.workers == "threads":
         hint = "leave launch.workers out, or run without torchrun"
         problems.append(Problem("launch.workers", "workers of torchrun are processes", hint))
+    if (problem := problem_of(resolved.checkpoint.where)) is not None:
+        problems.append(problem)
     if resolved.checkpoint.where == "local":
         what = "torchrun's workers save on storage that all of them see"
         problems.append(Problem("checkpoint.where", what, "start it by shoal launch hosts"))

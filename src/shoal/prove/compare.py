@@ -13,6 +13,7 @@ from shoal.config.load import load_recipe
 from shoal.config.recipe import Recipe
 from shoal.errors import ConfigError, Problem
 from shoal.launch import local
+from shoal.launch.object_store import refuse_one_store
 from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.legal import OWN_PARAMETERS
 from shoal.observe.events import read_lines
@@ -72,6 +73,8 @@ def compare(
     if link is not None:
         texts.append(f'launch.link="{link}"')
     recipes = {each.name: load_recipe(str(recipe), [*texts, *each.overrides]) for each in choices}
+    for each in recipes.values():
+        refuse_one_store(each)
     outcomes: list[Outcome] = []
     with pool_or_own(pool) as workers:
         for number in range(seeds):

@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shoal.config.load import load_recipe
 from shoal.data.verify import verify_run
 from shoal.engine.instruments.faults import KINDS, PHASES
 from shoal.engine.job import Instruments
 from shoal.errors import ConfigError, Problem, ShoalError, Stopped, nearest
 from shoal.launch import local
+from shoal.launch.object_store import refuse_one_store
 from shoal.launch.pool import WorkerPool, pool_or_own
 from shoal.observe.events import read_lines
 
@@ -182,6 +184,7 @@ def rehearse(
     that cannot start. A run that its faults end is a result, not an error.
     """
     texts = local.override_texts(overrides)
+    refuse_one_store(load_recipe(str(recipe), texts))
     with pool_or_own(pool) as workers:
         if clean is None:
             clean = out / "clean"

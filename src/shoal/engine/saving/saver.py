@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 from shoal.boxes import Piece
 from shoal.checkpoint.disks import COPIES
 from shoal.checkpoint.manifest import NAME, Part
+from shoal.checkpoint.objects import StoreError
 from shoal.checkpoint.store import Store
 from shoal.comm.group import Group
 from shoal.comm.messages import broadcast_json, gather_json
@@ -51,10 +51,18 @@ class _NotPublished(Exception):
     """Why a save under way does not become a checkpoint."""
 
 
-def _attempted(call: Callable[[], object]) -> str | None:
-    """Do it; what the disk had against it, in words, or None."""
+def _attempted(call: Callable[[], object], *, until: float) -> str | None:
+    """Do it; what the disk or the store had against it, in words, or None.
+
+    `until`: the time to which it is tried again where the store is away.
+    """
     try:
         call()
+    except StoreError as error:
+        if error.away and time.monotonic() < until:
+            time.sleep(1.0)
+            return _attempted(call, until=until)
+        return str(error)
     except OSError as error:
         full = disk_problem(error)
         return full or f"{error.strerror or error} ({error.filename or 'file'})"
@@ -100,6 +108,8 @@ class _Save:
     began: float = field(default_factory=time.monotonic)
     abandoned: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
+    last: bool = False
+    """Nothing follows, so that it is worth trying again."""
     collecting: bool = False
     """Waits for the other ranks' reports only."""
     problem: str | None = None
@@ -118,14 +128,14 @@ class Saver:
         *,
         keep: int,
         background: bool = False,
-        patience_seconds: float = 60.0,
+        patience_seconds: float | None = None,
     ) -> None:
         self.store, self.keep, self.background = store, keep, background
         self.stall_seconds: list[float] = []
         """What each save cost the loop."""
         self.num_waits = 0
         """Saves that found an earlier one still being written."""
-        self._patience_seconds = patience_seconds
+        self._patience_seconds = patience_seconds or store.patience_seconds
         self._snapshot = Snapshot()
         self._notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
         self._running: _Save | None = None
@@ -189,6 +199,7 @@ class Saver:
                 running = _Save(
                     step, rank, size, token, number, pieces, known, dict(own), owns, began=began
                 )
+                running.last = last
                 self._begin(running)
             if waited_for:
                 self._see_to_its_end(
@@ -275,7 +286,7 @@ class Saver:
             problem = bad[0] if len(found) - len(bad) < min(COPIES, self.disk.count) else None
         if problem is not None and last:
             raise RunError(
-                f"{self.store.folder}: step {step} could not be saved: {problem}. The checkpoints "
+                f"{self.store.place}: step {step} could not be saved: {problem}. The checkpoints "
                 "before it are as they were; put that right (checkpoint.keep=1 takes least room) "
                 "and resume the run"
             )
@@ -284,7 +295,8 @@ class Saver:
 
     def _work(self, running: _Save) -> None:
         try:
-            problem = _attempted(lambda: self._write(running))
+            until = time.monotonic() + (self.store.away_seconds if running.last else 0.0)
+            problem = _attempted(lambda: self._write(running), until=until)
         except _NotPublished as error:
             problem = str(error)
         except Exception as error:  # a thread's error would be nobody's
@@ -292,15 +304,14 @@ class Saver:
         running.problem = problem
         if problem is None:
             return
-        writing = self.store.writing(running.step, token=running.token)
         if running.rank:
-            self._report(running, writing, problem=problem)
+            self._report(running, problem=problem)
             return
-        where = self.store.folder
+        where = self.store.place
         text = f"{where}: step {running.step} could not be saved: {problem}; {_FAILED}"
         self._notes.put(("save-failed", {"step": running.step, "text": text}))
         with suppress(OSError):
-            self.store.files.remove(writing)  # gives its room back
+            self.store.abandon(running.step, token=running.token)
 
     def _write(self, running: _Save) -> None:
         """Write this rank's part; rank 0 then waits for the others' and publishes.
@@ -308,16 +319,13 @@ class Saver:
         Raises OSError, _NotPublished.
         """
         store, step, token = self.store, running.step, running.token
-        writing = store.writing(step, token=token)
-        store.files.make(writing)
-        if running.rank == 0:
-            store.clear(token=token, step=step, generation=running.generation)
+        store.prepare(step, rank=running.rank, token=token, generation=running.generation)
         part = store.write_part(step, rank=running.rank, pieces=running.pieces, token=token)
         if running.rank:
-            self._report(running, writing, part=part)
+            self._report(running, part=part)
             return
         running.collecting = True
-        others = [self._hear(running, writing, rank=rank) for rank in range(1, running.size)]
+        others = [self._hear(running, rank=rank) for rank in range(1, running.size)]
         running.collecting = False
         owns = running.owns or [running.own, *(each["own"] for each in others)]
         state = {
@@ -327,8 +335,7 @@ class Saver:
             "random_states": [own.get("random_state", "") for own in owns],
             "policies": [own.get("policy", {}) for own in owns],
         }
-        for rank in range(1, running.size):
-            store.files.remove(_report_path(writing, rank))
+        store.drop_reports(step, ranks=range(1, running.size), token=token)
         if running.abandoned.is_set():
             raise _NotPublished("given up, for the workers changed")
         parts = [part, *(Part.from_json(each["part"]) for each in others)]
@@ -350,9 +357,10 @@ class Saver:
         self._notes.put((KEPT, {**fields, **more}))
 
     def _report(
-        self, running: _Save, writing: Path, *, part: Part | None = None, problem: str | None = None
+        self, running: _Save, *, part: Part | None = None, problem: str | None = None
     ) -> None:
-        """Tell rank 0 that this part is on the disk, or why it is not."""
+        """Tell rank 0 that this part is there, or why it is not."""
+        known: dict[str, Any] = {"rank": running.rank, "token": running.token}
         body = {
             "token": running.token,
             "step": running.step,
@@ -362,32 +370,28 @@ class Saver:
             "part": part.to_json() if part else None,
         }
         try:
-            self.store.files.put(_report_path(writing, running.rank), json.dumps(body).encode())
+            self.store.put_report(running.step, json.dumps(body).encode(), **known)
         except OSError:
             if problem is None:
                 raise
             with suppress(OSError):  # on a full disk there is room for a name
-                _report_path(writing, running.rank).touch()
+                self.store.put_report(running.step, b"", **known)
 
-    def _hear(self, running: _Save, writing: Path, *, rank: int) -> dict[str, Any]:
+    def _hear(self, running: _Save, *, rank: int) -> dict[str, Any]:
         """The report of `rank`, when it comes. Raises _NotPublished; OSError."""
-        path = _report_path(writing, rank)
-        while not path.exists():
-            if running.abandoned.wait(_LOOK_SECONDS):
+        store, step, token, pause = self.store, running.step, running.token, _LOOK_SECONDS
+        while (text := store.report(step, rank=rank, token=token)) is None:
+            if running.abandoned.wait(pause):
                 raise _NotPublished(f"the part of rank {rank} did not come")
-        text = path.read_bytes()
+            pause = min(2 * pause, store.look_seconds)
         report: dict[str, Any] = json.loads(text or '{"problem": "no room to say why"}')
         if report["problem"]:
             raise _NotPublished(f"rank {rank}: {report['problem']}")
         expected = {"token": running.token, "step": running.step, "rank": rank}
         if {name: report[name] for name in expected} != expected:
-            raise _NotPublished(f"{path.name} is not of this save")
+            raise _NotPublished(f"the report of rank {rank} is not of this save")
         for file in report["part"]["files"]:
-            size = (writing / file["file"]).stat().st_size
-            if size != file["num_bytes"]:
+            size = store.size(step, file["file"], token=token)
+            if size not in (None, file["num_bytes"]):
                 raise _NotPublished(f"{file['file']} has {size} bytes, not {file['num_bytes']}")
         return report
-
-
-def _report_path(writing: Path, rank: int) -> Path:
-    return writing / f"rank-{rank:05d}.report"

@@ -123,7 +123,7 @@ class Objects:
                     file.write(part)
                     digest.update(part)
                     size += len(part)
-                if self._is_folder:
+                if self.is_folder:
                     file.flush()
                     os.fsync(file.fileno())
         return size, digest.hexdigest()
@@ -135,7 +135,7 @@ class Objects:
         """
         with self._doing("be created", name):
             fs, root = self._opened()
-            if not self._is_folder:
+            if not self.is_folder:
                 fs.pipe_file(f"{root}/{name}", content, mode="create")
                 return
             path, files = Path(f"{root}/{name}"), Files()
@@ -155,7 +155,7 @@ class Objects:
             with self._doing("be removed", name), suppress(FileNotFoundError):
                 fs, root = self._opened()
                 fs.rm_file(f"{root}/{name}")
-        if self._is_folder:  # stores have no folders
+        if self.is_folder:  # stores have no folders
             for folder in {Path(self._opened()[1]) / Path(name).parent for name in names}:
                 with suppress(OSError):
                     folder.rmdir()
@@ -183,7 +183,8 @@ class Objects:
     # --- fsspec
 
     @property
-    def _is_folder(self) -> bool:
+    def is_folder(self) -> bool:
+        """Whether it is a folder of this machine (file://)."""
         return self.protocol == "file"
 
     def _opened(self) -> tuple[Any, str]:

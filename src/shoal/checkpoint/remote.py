@@ -92,7 +92,6 @@ class ObjectStore(Store):
     """As `Store`, in a store of objects."""
 
     look_seconds = 0.5
-    patience_seconds = 10.0  # of training that waits, for a store that may not answer for long
     away_seconds = 120.0
 
     def __init__(self, objects: Objects, *, start: int = 0) -> None:
@@ -100,6 +99,8 @@ class ObjectStore(Store):
         key = xxhash.xxh3_64_hexdigest(objects.url.encode())
         super().__init__(cache_directory() / "saves" / key)
         self.objects, self.start = objects, start
+        if not objects.is_folder:  # it may not answer for long, and training waits
+            self.patience_seconds = 10.0
 
     @property
     def place(self) -> str:

@@ -33,6 +33,8 @@ from shoal.config.serve import ServeSection, serve_settings
 from shoal.launch.pool import WorkerPool
 from shoal.launch.serving import Fleet, listen, open_service
 
+PARTS = ("latency", "load", "kills")
+
 
 @dataclass
 class Answer:
@@ -219,8 +221,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--prefix", type=int, default=448, help="tokens that prompts share")
-    parser.add_argument("--parts", default="latency,load,kills")
+    parser.add_argument("--prefix", type=int, help="tokens that prompts share; as many as fit, 448")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--every", type=float, default=30.0, help="seconds from kill to kill")
     parser.add_argument("--weights", default="full")
     chosen = parser.parse_args()
@@ -250,7 +252,8 @@ def main() -> None:
             print(json.dumps(row_of("one stream", alone)), flush=True)
             eight = asyncio.run(at_once(url, bodies(8, 100)))
             print(json.dumps(row_of("8 streams", eight)), flush=True)
-            print(json.dumps(of_prefix(url, "model", prompt=chosen.prefix)), flush=True)
+            prefix = chosen.prefix or min(448, fleet.facts["context"] - 2)
+            print(json.dumps(of_prefix(url, "model", prompt=prefix)), flush=True)
         full = 8 * chosen.replicas
         began = time.monotonic()
         asyncio.run(at_once(url, bodies(2 * full, 200)))

@@ -151,9 +151,12 @@ def _end_connections(how: int) -> list[socket.socket]:
     ended = []
     for descriptor, inode in set(_connected_sockets()) & _connections:
         with suppress(OSError):
-            ended.append(socket.socket(fileno=os.dup(descriptor)))
-            if _is_open(descriptor, inode):
-                ended[-1].shutdown(how)
+            copy = socket.socket(fileno=os.dup(descriptor))
+            if os.fstat(copy.fileno()).st_ino != inode:  # another has the number by now
+                copy.close()
+                continue
+            ended.append(copy)
+            copy.shutdown(how)
     return ended
 
 
@@ -185,7 +188,7 @@ def break_generation(number: int) -> None:
 def complete(call: Callable[..., Any], *given: Any, group: dist.ProcessGroup | None) -> None:
     """Do a collective of torch, which takes what is `given`. Raises as `wait_for`."""
     if dist.get_backend(group) == "gloo":
-        wait_for(call(*given, group=group, async_op=True), group=group)
+        _wait_for_gloo(call(*given, group=group, async_op=True))
     else:
         call(*given, group=group)
 
@@ -197,9 +200,13 @@ def wait_for(work: dist.Work, *, group: dist.ProcessGroup | None) -> None:
     (torch 2.13, transport/tcp/pair.cc) sends or receives just when a connection ends is in none of
     the lists whose waiters it wakes. Then the group is kept for good.
     """
-    if dist.get_backend(group) != "gloo":
+    if dist.get_backend(group) == "gloo":
+        _wait_for_gloo(work)
+    else:
         work.wait()
-        return
+
+
+def _wait_for_gloo(work: dist.Work) -> None:
     ended = False
     while True:
         began = time.monotonic()

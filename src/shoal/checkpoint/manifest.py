@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -58,6 +59,12 @@ class Part:
 
     files: tuple[FileRecord, ...] = ()
     entries: tuple[Entry, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """All of them, in their order."""
+        files = tuple(file for part in parts for file in part.files)
+        return cls(files, tuple(entry for part in parts for entry in part.entries))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""

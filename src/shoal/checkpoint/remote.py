@@ -202,8 +202,7 @@ class ObjectStore(Store):
         token: str = "",
         generation: int = 0,
     ) -> Path:
-        files = tuple(file for part in parts for file in part.files)
-        entries = tuple(entry for part in parts for entry in part.entries)
+        whole = Part.joined(parts)
         save, listed = Save(step, self.start), self.listed()
         if listed.last != self.start:
             raise StoreError(
@@ -211,10 +210,10 @@ class ObjectStore(Store):
                 "what this start saves does not count any more"
             )
         there = listed.objects.get(save, {})
-        for each in files:
+        for each in whole.files:
             if there.get(each.file) != each.num_bytes:
                 raise StoreError(f"{self.place}/{save.name}/{each.file}: is not whole there")
-        self._create_manifest(save, Manifest(step, Part(files, entries), state).to_bytes())
+        self._create_manifest(save, Manifest(step, whole, state).to_bytes())
         with suppress(OSError):  # the next one does it
             self.clean(step, keep=keep)
         return self.folder / save.name

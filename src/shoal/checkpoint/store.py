@@ -186,9 +186,7 @@ class Store:
         With a `generation` a registry says which saves count: this one waits for it, and nothing
         goes (checkpoint/folders.py). Returns its folder, as it is called now. Raises OSError.
         """
-        files = tuple(file for part in parts for file in part.files)
-        entries = tuple(entry for part in parts for entry in part.entries)
-        manifest = Manifest(step, Part(files, entries), state)
+        manifest = Manifest(step, Part.joined(parts), state)
         writing = self.writing(step, token=token)
         self.files.write(writing / NAME, [manifest.to_bytes()])
         if generation:

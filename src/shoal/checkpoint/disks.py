@@ -2,11 +2,15 @@
 
 Each host's RUN/checkpoints has whole saves of its own, and `committed.json`: the commits that this
 host was told of. A commit names manifests by their hashes; a folder whose manifest no commit names
-does not count, however new it is, nor one whose files are not those of its manifest. No torch.
+does not count, however new it is, nor one whose files are not those of its manifest.
+Where no host has all of a state, each saves its own boxes, and has a copy of another's: a divided
+save, which is joined to a whole one where it is read. No torch.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +21,8 @@ import xxhash
 
 from shoal.checkpoint.files import Files
 from shoal.checkpoint.folders import (
+    divided_name,
+    divided_saves,
     drop,
     is_published,
     publish,
@@ -25,13 +31,15 @@ from shoal.checkpoint.folders import (
     waiting_saves,
 )
 from shoal.checkpoint.folders import waiting_name as _waiting_name
-from shoal.checkpoint.manifest import NAME, FileRecord, Manifest, verify_file
+from shoal.checkpoint.manifest import NAME, FileRecord, Manifest, Part, verify_file
 from shoal.errors import CheckpointError, RunError
 
 RECORD = "committed.json"
 COPIES = 2
 """Hosts that have a save before it counts, unless there is only one: then any one may be lost."""
 _MOST_COMMITS = 64
+_HOSTS = "hosts"
+"""In the state of a joined save: the manifests that it is of."""
 Text = Annotated[str, msgspec.Meta(max_length=1 << 12)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -50,10 +58,22 @@ class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """xxh3_128 of the manifest's bytes, of each host that has it."""
     hosts: tuple[Text, ...]
     """Who they were, for messages."""
+    divided: Count = 0
+    """The generation, where each manifest is of one host's boxes, in the order of its hosts, so
+    that all of them are needed; 0: each is of all."""
 
     @property
     def number(self) -> tuple[int, int]:
         return self.epoch, self.count
+
+    @property
+    def names(self) -> set[str]:
+        """What saves of it are known by, in `Kept`."""
+        return {*self.manifests, *([_joined_hash(self.manifests)] if self.divided else [])}
+
+    def folder(self, host: int) -> str:
+        """Of what host number `host` has saved, where it is divided."""
+        return divided_name(self.step, generation=self.divided, host=host)
 
 
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,7 +107,10 @@ def run_in(checkpoints: Path) -> str:
 
 
 def manifest_hash(folder: Path) -> str:
-    """Of the save in `folder`; empty where that is not whole, as far as sizes tell."""
+    """Of the save in `folder`; empty where that is not whole, as far as sizes tell.
+
+    A joined save is known by those that it is of.
+    """
     try:
         manifest = Manifest.read(folder)
         sizes = {each.file: (folder / each.file).stat().st_size for each in manifest.part.files}
@@ -96,6 +119,8 @@ def manifest_hash(folder: Path) -> str:
         return ""
     if any(sizes[each.file] != each.num_bytes for each in manifest.part.files):
         return ""
+    if joined := manifest.state.get(_HOSTS):
+        return _joined_hash(joined) if isinstance(joined, list) else ""
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -128,6 +153,60 @@ def take(checkpoints: Path, commit: Commit, *, keep: int, best: int | None, file
     return True
 
 
+def thin(checkpoints: Path, commit: Commit, *, keep: int, best: int | None, files: Files) -> None:
+    """Drop divided saves up to `commit` but those that count of its last `keep` and the best step.
+
+    Raises OSError.
+    """
+    known = [each for each in _record(checkpoints).commits if each.number <= commit.number]
+    kept = [*known[-keep:], *(each for each in known if each.step == best)]
+    stays = {name for each in kept for name in each.names}
+    folders = [(step, checkpoints / name) for step, name in divided_saves(checkpoints)]
+    if commit.divided:
+        joined = [
+            (step, checkpoints / published_name(step)) for step in published_steps(checkpoints)
+        ]
+        folders += joined
+    for step, folder in folders:
+        if step <= commit.step and manifest_hash(folder) not in stays:
+            drop(checkpoints, folder.name, files=files)
+
+
+def join(checkpoints: Path, commit: Commit, *, files: Files) -> None:
+    """Make a whole save of a divided one, all of which is here. Raises CheckpointError, OSError.
+
+    The files of boxes are the same ones (hard links), where the disk knows such.
+    """
+    whole = checkpoints / published_name(commit.step)
+    if manifest_hash(whole) == _joined_hash(commit.manifests) and not save_damage(whole):
+        return
+    making = checkpoints / f".{whole.name}.joining"
+    for old in (making, whole):
+        if old.exists():
+            files.remove(old)
+    files.make(making)
+    found = [checkpoints / commit.folder(host) for host in range(len(commit.manifests))]
+    manifests = [Manifest.read(folder, step=commit.step) for folder in found]
+    for folder, manifest in zip(found, manifests):
+        for each in manifest.part.files:
+            _link(folder / each.file, making / each.file)
+    part = Part.joined([each.part for each in manifests])
+    state = {**manifests[0].state, _HOSTS: list(commit.manifests)}
+    files.write(making / NAME, [Manifest(commit.step, part, state).to_bytes()])
+    files.rename(making, whole)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not on this kind of disk
+        shutil.copyfile(source, target)
+
+
+def _joined_hash(manifests: Sequence[str]) -> str:
+    return xxhash.xxh3_128_hexdigest("\n".join(manifests).encode())
+
+
 def settle(checkpoints: Path, commit: Commit | None, *, files: Files) -> None:
     """Drop the saves that have lost to `commit`: what no commit up to it names, and what follows.
 
@@ -136,13 +215,14 @@ def settle(checkpoints: Path, commit: Commit | None, *, files: Files) -> None:
     counted: set[str] = set()
     if commit is not None:
         earlier = [each for each in _record(checkpoints).commits if each.number < commit.number]
-        counted = {name for each in (*earlier, commit) for name in each.manifests}
+        counted = {name for each in (*earlier, commit) for name in each.names}
     for folder in _folders(checkpoints):
         if manifest_hash(folder) not in counted:
             drop(checkpoints, folder.name, files=files)
-    for step in published_steps(checkpoints):
+    later = [(step, published_name(step)) for step in published_steps(checkpoints)]
+    for step, name in later + divided_saves(checkpoints):
         if commit is not None and step > commit.step:
-            drop(checkpoints, published_name(step), files=files)
+            drop(checkpoints, name, files=files)
 
 
 def files_of(folder: Path) -> tuple[FileRecord, ...]:
@@ -163,6 +243,7 @@ def save_damage(folder: Path) -> str | None:
 def _folders(checkpoints: Path) -> list[Path]:
     """Of saves, those that count and those that wait to."""
     names = [published_name(step) for step in published_steps(checkpoints)]
+    names += [name for _, name in divided_saves(checkpoints)]
     waiting = waiting_saves(checkpoints)
     names += [_waiting_name(step, generation=number) for number, step in waiting]
     return [checkpoints / name for name in names]
@@ -195,7 +276,7 @@ def run_of(hosts: Mapping[str, Kept]) -> str:
 def strangers(hosts: Mapping[str, Kept]) -> dict[str, list[str]]:
     """Checkpoints that no commit names, by host: somebody has gone on there alone."""
     commits = [each for kept in hosts.values() for each in kept.commits]
-    known = {manifest for each in commits for manifest in each.manifests}
+    known = {name for each in commits for name in each.names}
     found: dict[str, list[str]] = {}
     for name, kept in hosts.items():
         alone = [save for manifest, save in kept.saves.items() if manifest not in known]
@@ -238,7 +319,5 @@ def candidates(hosts: Mapping[str, Kept]) -> Iterator[tuple[Commit, list[str]]]:
             for name in each.manifests
         ]
         holders = [n for n, kept in hosts.items() if any(m in kept.saves for m in manifests)]
-        yield (
-            msgspec.structs.replace(known[number], manifests=tuple(dict.fromkeys(manifests))),
-            (holders),
-        )
+        found = tuple(dict.fromkeys(manifests))
+        yield msgspec.structs.replace(known[number], manifests=found), holders

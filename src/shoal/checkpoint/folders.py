@@ -4,6 +4,8 @@ Where a registry says which saves count (launch/registry), workers leave a save 
 `uncommitted-step-00000100.g7`, which nothing loads: the number is that of the generation that
 wrote it. Once it is committed its coordinator gives it the name of a checkpoint. So a save of hosts
 that were cut off meanwhile is never taken for one, however new its folder is.
+What one host of several has saved of a step, where none has all of it, is in
+`step-00000100.g7.host-1`, on its own disk and on another's; nothing loads that either.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from shoal.checkpoint.files import Files
 
 _PUBLISHED = re.compile(r"step-(\d{8,})")
 _WAITING = re.compile(r"uncommitted-step-(\d{8,})\.g(\d+)")
+_DIVIDED = re.compile(r"step-(\d{8,})\.g\d+\.host-\d+")
 
 
 def published_name(step: int) -> str:
@@ -26,6 +29,19 @@ def published_name(step: int) -> str:
 def waiting_name(step: int, *, generation: int) -> str:
     """Of a save of `step` that does not count yet."""
     return f"uncommitted-step-{step:08d}.g{generation}"
+
+
+def divided_name(step: int, *, generation: int, host: int) -> str:
+    """Of what host number `host` of a generation has saved of a step."""
+    return f"{published_name(step)}.g{generation}.host-{host}"
+
+
+def divided_saves(folder: Path) -> list[tuple[int, str]]:
+    """(step, name) of what hosts have saved of a step, each its own."""
+    if not folder.is_dir():
+        return []
+    matches = [_DIVIDED.fullmatch(path.name) for path in folder.iterdir()]
+    return sorted((int(match[1]), match[0]) for match in matches if match)
 
 
 def is_published(name: str) -> bool:

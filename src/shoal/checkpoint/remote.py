@@ -201,6 +201,7 @@ class ObjectStore(Store):
         keep: int,
         token: str = "",
         generation: int = 0,
+        host: int | None = None,
     ) -> Path:
         whole = Part.joined(parts)
         save, listed = Save(step, self.start), self.listed()
@@ -280,7 +281,7 @@ class ObjectStore(Store):
     def steps(self) -> list[int]:
         return sorted({save.step for save in self.listed().counted})
 
-    def wait_for(self, step: int, *, seconds: float = 30.0) -> None:
+    def wait_for(self, step: int) -> None:
         return  # it has its name from the beginning
 
     def path(self, step: int) -> Path:

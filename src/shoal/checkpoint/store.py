@@ -22,7 +22,14 @@ from torch import Tensor
 
 from shoal.boxes import Box, Piece
 from shoal.checkpoint.files import Files
-from shoal.checkpoint.folders import publish, published_name, published_steps, waiting_name
+from shoal.checkpoint.folders import (
+    divided_name,
+    divided_saves,
+    publish,
+    published_name,
+    published_steps,
+    waiting_name,
+)
 from shoal.checkpoint.manifest import NAME, Entry, FileRecord, Manifest, Part, verify_file
 from shoal.errors import CheckpointError, RunError
 from shoal.untrusted import TensorInfo, open_plain, read_header
@@ -86,6 +93,10 @@ class Store:
 
     patience_seconds = 60.0
     """How long the next save waits for this one, before it is left out."""
+    appear_seconds = 30.0
+    """How long somebody else may take to give a save its name."""
+    divided = False
+    """Whether hosts save each what its ranks hold, so that none has all of it but at a start."""
     away_seconds = 0.0
     """How long the last save of a run is tried again where the store does not answer."""
 
@@ -106,9 +117,9 @@ class Store:
         """Steps that have a published checkpoint, oldest first."""
         return published_steps(self.folder)
 
-    def wait_for(self, step: int, *, seconds: float = 30.0) -> None:
+    def wait_for(self, step: int) -> None:
         """Wait until the save of `step` has its name, which may be somebody else's to give."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self.appear_seconds
         while not self.path(step).is_dir() and time.monotonic() < deadline:
             time.sleep(0.02)
 
@@ -180,17 +191,23 @@ class Store:
         keep: int,
         token: str = "",
         generation: int = 0,
+        host: int | None = None,
     ) -> Path:
         """Write the manifest, give the checkpoint its name, then drop the oldest beyond `keep`.
 
         With a `generation` a registry says which saves count: this one waits for it, and nothing
-        goes (checkpoint/folders.py). Returns its folder, as it is called now. Raises OSError.
+        goes (checkpoint/folders.py). `host`: of those of the generation, whose boxes these are.
+        Returns its folder, as it is called now. Raises OSError.
         """
         manifest = Manifest(step, Part.joined(parts), state)
         writing = self.writing(step, token=token)
         self.files.write(writing / NAME, [manifest.to_bytes()])
         if generation:
             waiting = self.folder / waiting_name(step, generation=generation)
+            if host is not None:
+                waiting = self.folder / divided_name(step, generation=generation, host=host)
+                if waiting.exists():  # an earlier start's, which does not count
+                    self.files.remove(waiting)
             self.files.rename(writing, waiting)
             return waiting
         kept = [] if self.best is None else [self.best]
@@ -252,6 +269,11 @@ class Store:
                 on_bad(step, str(error))
             else:
                 return step
+        if not steps and divided_saves(self.folder):
+            raise RunError(
+                f"{self.place}: has what one host has saved, and not the other hosts' boxes; go on "
+                "over the hosts (shoal launch hosts ... --go-on)"
+            )
         if not steps:
             raise RunError(f"{self.place}: no checkpoint here; nothing to resume from")
         listed = "\n  ".join(reasons)

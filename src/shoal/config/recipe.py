@@ -391,8 +391,8 @@ class CheckpointSection(Section):
     model: Literal["last", "best"] = "last"
     """What RUN/model is written from: the end of the run, or the best save (`keep_best`)."""
     where: str = "shared"
-    """shared: the run directory is on storage that all hosts see. local: each host saves whole on
-    its own disk, and any one of them may be lost (hosts without shared storage). A URL such as
+    """shared: the run directory is on storage that all hosts see. local: each host saves on its
+    own disk, and any one of them may be lost (hosts without shared storage). A URL such as
     s3://BUCKET/PREFIX: an object store."""
     background: bool = True
     """Copy the state and write it while the steps go on; the last save is always waited for."""

@@ -46,6 +46,15 @@ def fingerprint_of(training: Training) -> list[float]:
     return fingerprint_values(training.passes.logits(fingerprint_sample(training.model))[0])
 
 
+def saves_read(training: Training) -> list[int]:
+    """Steps whose saves `write_model` reads, if it is called for the last or the best step."""
+    best, wanted = training.watch.best, training.job.recipe.checkpoint.model
+    found = {best} if best is not None and wanted == "best" else set[int]()
+    if training.replica.is_cut:
+        found.add(training.progress.step)
+    return sorted(found)
+
+
 def write_model(training: Training, *, step: int, out: Path) -> None:
     """Export the weights of `step`: as they are now, or those of a save, as when they are cut.
 

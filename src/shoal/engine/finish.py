@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from shoal.engine.export import write_model
+from shoal.engine.export import saves_read, write_model
 from shoal.engine.log import RunLog
 from shoal.engine.training import Training
 from shoal.observe.events import Report
@@ -38,6 +38,9 @@ def finish(training: Training, *, files: RunLog, report: Report) -> None:
 def _write_model(training: Training, *, report: Report) -> None:
     """From the end of the run, or from its best save, as the recipe says and the disk has it."""
     step, out, best = training.progress.step, training.job.run / "model", training.watch.best
+    if training.store.divided and saves_read(training):
+        report.say("phase", text="waiting for what the other hosts have saved")
+        training.store.wait_for(step)  # with the last one the best one is there too
     if training.job.recipe.checkpoint.model == "best" and best in training.store.steps():
         step = best
     report.say("phase", text=f"writing the model of step {step} to {out}")

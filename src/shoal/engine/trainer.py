@@ -203,7 +203,7 @@ class Trainer:
                 self.members.join(lost)
                 self._enter_ranks()
                 self._saver.generation = self.members.registered
-                self._saver.disk = self.members.disk
+                self._saver.divide(self.members.disk)
                 recipe = self.job.recipe.model_dump(mode="json")
                 training, count = self.training, self.training.replica.num_parameters
                 check_same_program(self.group, recipe=recipe, parameters=count)

@@ -29,7 +29,7 @@ from shoal.data.prepare import prepared_damage
 from shoal.engine.membership.program import code_hash
 from shoal.environment import usable_cores, usable_memory_bytes
 from shoal.launch import calls
-from shoal.launch.host_files import HostFiles, disk_of
+from shoal.launch.host_files import HostFiles, Task, disk_of
 from shoal.launch.links import Answering, measure
 from shoal.launch.object_store import problem_of
 from shoal.launch.peers import is_cached, piece
@@ -181,7 +181,7 @@ class Agent:
             self._leave()
             self.ended = message.status
             self._say(f"the run has ended (status {message.status})")
-        elif isinstance(message, calls.AskKept | calls.Place | calls.Publish | calls.Bring):
+        elif isinstance(message, Task):
             self._files.follow(message, run=Path(self._hello.run))
         elif isinstance(message, calls.Order | calls.Signal | calls.AskStack):
             if message.worker not in self._workers:

@@ -120,13 +120,37 @@ class AskKept(_Message, frozen=True):
 
 
 class Place(_Message, frozen=True):
-    """Have the save of a commit, from this disk or another host's; nothing else counts then."""
+    """Have the save of a commit, from this disk or another host's; nothing else counts then.
+
+    Of a divided one without `sources`: only say what of it is `damaged` here.
+    """
 
     number: Count
     run: Text
     commit: Commit | None
     """None: nothing was ever committed."""
     sources: tuple[Text, ...] = ()
+
+
+class Copy(_Message, frozen=True):
+    """Have what another host has saved of a step, as long as nobody counts it: a second copy."""
+
+    number: Count
+    step: Count
+    generation: Count
+    host: Count
+    """Its number in that generation."""
+    manifest: Text
+    sources: tuple[Text, ...]
+
+
+class Join(_Message, frozen=True):
+    """Have whole saves of divided ones, one after the other, from wherever their parts are."""
+
+    number: Count
+    run: Text
+    commits: tuple[Commit, ...]
+    sources: tuple[Text, ...]
 
 
 class Publish(_Message, frozen=True):
@@ -254,7 +278,7 @@ class Has(_Message, frozen=True):
 
 
 class Done(_Message, frozen=True):
-    """`Place`, `Publish` or `Bring` is done, or cannot be."""
+    """`Place`, `Copy`, `Join`, `Publish` or `Bring` is done, or cannot be."""
 
     number: Count = 0
     folder: Text = ""
@@ -263,6 +287,8 @@ class Done(_Message, frozen=True):
     refused: tuple[Text, ...] = ()
     """Sources that were left, and why."""
     problem: Text = ""
+    damaged: tuple[Text, ...] = ()
+    """Manifests of a divided save whose files are not what they say."""
 
 
 ToAgent = (
@@ -276,6 +302,8 @@ ToAgent = (
     | AskPiece
     | AskKept
     | Place
+    | Copy
+    | Join
     | Publish
     | Bring
     | Alive

@@ -49,6 +49,10 @@ class Cluster(Protocol):
         """Whether hosts share no storage: each saves on its own disk."""
 
     @property
+    def whole_saves(self) -> bool:
+        """Whether each host has whole replicas, all alike, so that it saves all of it."""
+
+    @property
     def own_folders(self) -> bool:
         """Whether hosts share no run folder, wherever they save."""
 
@@ -96,6 +100,10 @@ class ThisHost:
     @property
     def own_disks(self) -> bool:
         return False
+
+    @property
+    def whole_saves(self) -> bool:
+        return True
 
     @property
     def own_folders(self) -> bool:

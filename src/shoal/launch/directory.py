@@ -134,7 +134,7 @@ def last_saved(run: Path) -> str | None:
     """The name of the newest save that `run` has, or has told of; None: there is none."""
     found = sorted((run / "checkpoints").glob("step-*"))
     rows = [row for row in read_lines(run / "events.jsonl") if row.get("event") == "saved"]
-    return found[-1].name if found else str(rows[-1].get("at")) if rows else None
+    return found[-1].name.partition(".")[0] if found else str(rows[-1].get("at")) if rows else None
 
 
 def anything_to_resume(run: Path, *, say: Callable[[str], None]) -> bool:

@@ -7,20 +7,36 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shoal.checkpoint.disks import kept_in, note, run_in, save_damage, settle, take
+from shoal.checkpoint.disks import (
+    Commit,
+    join,
+    kept_in,
+    note,
+    run_in,
+    save_damage,
+    settle,
+    take,
+    thin,
+)
 from shoal.checkpoint.files import Files
-from shoal.checkpoint.folders import drop, published_name, waiting_name, waiting_saves
+from shoal.checkpoint.folders import (
+    divided_name,
+    drop,
+    published_name,
+    waiting_name,
+    waiting_saves,
+)
 from shoal.comm.keys import Keys
-from shoal.errors import FetchError
+from shoal.errors import CheckpointError, FetchError
 from shoal.launch import calls
 from shoal.launch.directory import DISK, write_whole
 from shoal.launch.peers import Brought, bring_folder, bring_save, is_cached
 
-Task = calls.AskKept | calls.Place | calls.Publish | calls.Bring
+Task = calls.AskKept | calls.Place | calls.Copy | calls.Join | calls.Publish | calls.Bring
 
 BEGINNING = ("config.yaml", "plan.json")
 """Files of a run that every host has, so that its coordinator may be on any of them."""
@@ -61,6 +77,10 @@ class HostFiles:
             self._done(lambda: self._publish(task, checkpoints), number=task.number)
         elif isinstance(task, calls.Place):
             self._done(lambda: self._place(task, checkpoints), number=task.number)
+        elif isinstance(task, calls.Copy):
+            self._done(lambda: self._copy(task, checkpoints), number=task.number)
+        elif isinstance(task, calls.Join):
+            self._done(lambda: self._join(task, checkpoints), number=task.number)
         else:
             self._done(lambda: self._bring(task), folder=task.folder)
 
@@ -68,7 +88,7 @@ class HostFiles:
         brought, problem = Brought(), ""
         try:
             brought = call()
-        except FetchError as error:
+        except (FetchError, CheckpointError) as error:
             problem = str(error)
         except OSError as error:
             problem = f"{error.filename or 'the disk'}: {error.strerror or error}"
@@ -81,6 +101,7 @@ class HostFiles:
                 num_bytes=brought.num_bytes,
                 refused=tuple(text[:1000] for text in brought.refused),
                 problem=problem[:4000],
+                damaged=tuple(brought.damaged),
             )
         )
 
@@ -91,7 +112,10 @@ class HostFiles:
             path, text = checkpoints.parent / name, task.texts.get(name)
             if text is not None and not (path.is_file() and path.read_text("utf-8") == text):
                 write_whole(path, text)
-        take(checkpoints, task.commit, keep=task.keep, best=task.best, files=self._files)
+        keep, best = task.keep, task.best
+        if not task.commit.divided:
+            take(checkpoints, task.commit, keep=keep, best=best, files=self._files)
+        thin(checkpoints, task.commit, keep=keep, best=best, files=self._files)
         for generation, step in waiting_saves(checkpoints):
             if step <= task.commit.step:  # another one counts by now
                 drop(checkpoints, waiting_name(step, generation=generation), files=self._files)
@@ -100,6 +124,8 @@ class HostFiles:
     def _place(self, task: calls.Place, checkpoints: Path) -> Brought:
         brought, commit = Brought(), task.commit
         _check_run(checkpoints, task.run)
+        if commit is not None and commit.divided:
+            return self._place_divided(commit, checkpoints, task=task)
         if commit is not None:
             folder = checkpoints / published_name(commit.step)
             checkpoints.mkdir(parents=True, exist_ok=True)
@@ -111,6 +137,46 @@ class HostFiles:
             brought = bring_save(folder, **known, keys=self._keys)
             self._files.flush(checkpoints)
         settle(checkpoints, commit, files=self._files)
+        return brought
+
+    def _place_divided(self, commit: Commit, checkpoints: Path, *, task: calls.Place) -> Brought:
+        if task.sources:
+            note(checkpoints, commit, run=task.run, files=self._files)
+            brought = self._joined(commit, checkpoints, sources=task.sources)
+            settle(checkpoints, commit, files=self._files)
+            return brought
+        here = kept_in(checkpoints).saves
+        return Brought(
+            damaged=[
+                manifest
+                for manifest in commit.manifests
+                if manifest in here and save_damage(checkpoints / here[manifest]) is not None
+            ]
+        )
+
+    def _joined(self, commit: Commit, checkpoints: Path, *, sources: Sequence[str]) -> Brought:
+        """Have all of a divided save here, and whole."""
+        brought = Brought()
+        self._files.make(checkpoints)
+        for host, manifest in enumerate(commit.manifests):
+            folder = checkpoints / commit.folder(host)
+            known = {"manifests": [manifest], "sources": sources}
+            brought.add(bring_save(folder, **known, keys=self._keys))
+        join(checkpoints, commit, files=self._files)
+        return brought
+
+    def _copy(self, task: calls.Copy, checkpoints: Path) -> Brought:
+        name = divided_name(task.step, generation=task.generation, host=task.host)
+        known = {"manifests": [task.manifest], "sources": task.sources}
+        brought = bring_save(checkpoints / name, **known, keys=self._keys)
+        self._files.flush(checkpoints)
+        return brought
+
+    def _join(self, task: calls.Join, checkpoints: Path) -> Brought:
+        brought = Brought()
+        _check_run(checkpoints, task.run)
+        for commit in task.commits:
+            brought.add(self._joined(commit, checkpoints, sources=task.sources))
         return brought
 
     def _bring(self, task: calls.Bring) -> Brought:

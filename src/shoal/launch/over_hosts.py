@@ -40,6 +40,7 @@ from shoal.launch.registry.membership import Fenced
 from shoal.launch.registry.registered import Registered
 from shoal.launch.remote_site import RemoteSite
 from shoal.launch.site import Site
+from shoal.layout import Layout
 from shoal.observe.console import Console
 
 PATIENCE_SECONDS = 60.0
@@ -99,8 +100,6 @@ class OverHosts:
         if recipe.launch.link is not None:
             what = "between hosts there is a link already"
             problems.append(Problem("launch.link", what, "set it to null"))
-        if recipe.checkpoint.where == "local":
-            problems += self._own_disks(recipe)
         if recipe.checkpoint.where != "shared" and self.run:
             what = "with --etcd saves are on storage that all hosts see"
             hint = "leave out --etcd, or checkpoint.where"
@@ -125,18 +124,6 @@ class OverHosts:
         if sync.group_replicas or replicas % count or not replicas > count > 1:
             return []
         return [f"sync.group_replicas={replicas // count}"]
-
-    def _own_disks(self, recipe: Recipe) -> Iterator[Problem]:
-        """What does not go with a whole save on each host's own disk."""
-        if recipe.sync.kind != "every-step" or recipe.sync.codec.kind != "none":
-            what = "local saves what all replicas have alike; with this sync each has its own"
-            hint = "set sync.kind to every-step without a codec, or use storage that all hosts see"
-            yield Problem("checkpoint.where", what, hint)
-        replicas, count = recipe.parallel.replicas, len(self.addresses)
-        if replicas is not None and replicas < count:
-            what = f"{replicas} replicas on {count} hosts: local needs a whole one on each"
-            hint = f"set parallel.replicate to {count} or more, or use storage that all hosts see"
-            yield Problem("checkpoint.where", what, hint)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -238,6 +225,7 @@ class OverHosts:
                 address=at,
                 registered=registered,
                 disks=disks,
+                whole_saves=has_whole_saves(job.recipe, job.decision.layout, num_hosts=len(sites)),
                 own_folders=own_folders,
                 giving=giving,
             ) as cluster:
@@ -316,6 +304,13 @@ class OverHosts:
                 console.phase(f"waiting for the agents of {', '.join(missing)}")
 
 
+def has_whole_saves(recipe: Recipe, layout: Layout, *, num_hosts: int) -> bool:
+    """Whether each host has whole replicas, all alike, and so saves all of it on its own disk."""
+    sync = recipe.sync
+    alike = sync.kind == "every-step" and sync.codec.kind == "none"
+    return alike and layout.replicate >= num_hosts
+
+
 def _check_reach(sites: Sequence[RemoteSite]) -> None:
     """Raises RunError for hosts that do not reach each other, after a second test."""
     reach, there, cut = Reach(sites), range(len(sites)), set[Pair]()
@@ -363,11 +358,14 @@ class _Meetings:
         address: str,
         registered: Registered | None,
         disks: OwnDisks | None,
+        whole_saves: bool,
         own_folders: bool,
         giving: Giving,
     ) -> None:
         self._pool, self._address, self._registered = pool, address, registered
         self._disks, self._own_folders, self._giving = disks, own_folders, giving
+        self.whole_saves = whole_saves
+        """Whether each host has whole replicas, all alike, and saves all of it."""
         self._worker: Worker = pool.start(_MEETING, {"bind": address})
         self._asked: tuple[int, tuple[str, ...]] | None = None
         self._at = ""

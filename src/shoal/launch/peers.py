@@ -152,6 +152,13 @@ class Brought:
     num_bytes: int = 0
     refused: list[str] = field(default_factory=list)
     """Why sources were left."""
+    damaged: list[str] = field(default_factory=list)
+    """Manifests of saves on this disk whose files are not what they say."""
+
+    def add(self, more: Brought) -> None:
+        """What came of another one too."""
+        self.num_bytes += more.num_bytes
+        self.refused += more.refused
 
 
 def bring_save(

@@ -192,7 +192,9 @@ class RemoteSite:
         """Whether it is there, and gets what it lacks first."""
         return self._is_given
 
-    def tell(self, message: calls.AskKept | calls.Place | calls.Publish) -> None:
+    def tell(
+        self, message: calls.AskKept | calls.Place | calls.Copy | calls.Join | calls.Publish
+    ) -> None:
         """Say this to its agent, which answers in `answers`."""
         self._send(message)
 

@@ -485,8 +485,8 @@ class Supervisor:
 
     def _send_generation(self, members: list[SupervisedWorker], *, meeting: str) -> None:
         known = {"meeting": meeting, "registered": self._cluster.registered > 0}
-        disks = self._cluster.own_disks
-        for one, order in generation_orders(members, number=self._generation, own_disks=disks):
+        orders = generation_orders(members, number=self._generation, cluster=self._cluster)
+        for one, order in orders:
             one.site.send(one.worker, {**order, **known})
 
     def _tell(self, name: str, fields: dict[str, Any], *, to_file: bool = True) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import Stopped
+from shoal.launch.cluster import Cluster
 from shoal.launch.pool import Worker
 from shoal.launch.site import Site
 from shoal.layout import Layout
@@ -71,16 +72,17 @@ def left_behind(workers: Sequence[SupervisedWorker]) -> list[SupervisedWorker]:
 
 
 def generation_orders(
-    members: Sequence[SupervisedWorker], *, number: int, own_disks: bool
+    members: Sequence[SupervisedWorker], *, number: int, cluster: Cluster
 ) -> Iterator[tuple[SupervisedWorker, dict[str, Any]]]:
     """What each is told to join, in rank order; they count as members from then on."""
     for rank, one in enumerate(members):
         one.generation, one.waiting = number, False
         beside = [n for n, other in enumerate(members) if other.site is one.site]
         sizes: dict[str, Any] = {"rank": rank, "size": len(members), "here": len(beside)}
-        if own_disks:
-            count = len({id(other.site) for other in members})
-            sizes["disk"] = {"ranks": beside, "count": count}
+        if cluster.own_disks:
+            hosts = list(dict.fromkeys(id(other.site) for other in members))
+            host = None if cluster.whole_saves else hosts.index(id(one.site))
+            sizes["disk"] = {"ranks": beside, "count": len(hosts), "host": host}
         yield one, {"order": "generation", "number": number, **sizes}
 
 

@@ -18,13 +18,14 @@ from shoal.comm.guard import Guard
 from shoal.comm.keys import Keys
 from shoal.comm.line import LARGEST_MESSAGE
 from shoal.config.load import resolve
+from shoal.engine.decision import given_layout
 from shoal.environment import cache_directory
 from shoal.errors import ConfigError, FetchError, RunError
 from shoal.launch import calls, local, torchrun
 from shoal.launch.directory import DISK
 from shoal.launch.elected import Servers, train_elected
 from shoal.launch.host_files import disk_of
-from shoal.launch.over_hosts import OverHosts
+from shoal.launch.over_hosts import OverHosts, has_whole_saves
 from shoal.launch.peers import PIECE_BYTES, Source, Wanted, bring_folder, is_cached, piece
 from shoal.launch.pool import WorkerPool
 from tiny import Bench
@@ -34,25 +35,19 @@ TWO = OverHosts(["tcp://10.0.0.1:1", "tcp://10.0.0.2:1"], SECRET)
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "whole"),
     [
-        ["sync={kind: local-sgd, every_steps: 4}"],
-        ["sync.codec={kind: int8}"],
+        (["parallel.replicate=2"], True),
+        (["parallel.replicate=5"], True),
+        (["parallel.replicate=2", "sync={kind: local-sgd, every_steps: 4}"], False),
+        (["parallel.replicate=2", "sync.codec={kind: int8}"], False),
+        (["parallel={replicate: 1, pipeline: 2}"], False),
     ],
 )
-def test_replicas_that_differ_are_refused(bench: Bench, words: list[str]) -> None:
-    recipe = resolve(bench.recipe, ["parallel.replicate=2", "checkpoint.where=local", *words])
-    with pytest.raises(ConfigError, match=r"checkpoint\.where: local saves what all replicas have"):
-        TWO.overrides(recipe)
-    assert TWO.overrides(resolve(bench.recipe, ["parallel.replicate=2", *words]))
-    assert TWO.overrides(resolve(bench.recipe, ["parallel.replicate=2", "checkpoint.where=local"]))
-
-
-def test_a_replica_over_several_hosts_is_refused(bench: Bench) -> None:
-    words = ["parallel={replicate: 1, pipeline: 2}", "checkpoint.where=local"]
-    with pytest.raises(ConfigError, match="1 replicas on 2 hosts: local needs a whole one on each"):
-        TWO.overrides(resolve(bench.recipe, words))
-    assert TWO.overrides(resolve(bench.recipe, words[:1]))
+def test_who_saves_all_of_it(bench: Bench, words: list[str], whole: bool) -> None:
+    recipe = resolve(bench.recipe, [*words, "checkpoint.where=local"])
+    assert TWO.overrides(recipe)
+    assert has_whole_saves(recipe, given_layout(recipe), num_hosts=2) is whole
 
 
 def test_a_registry_is_refused(bench: Bench) -> None:

@@ -71,7 +71,8 @@ class Three:
             manifest = self.leave_save(number, step=step, generation=generation)
             fields = {"step": step, "generation": generation, "token": f"g{generation}-1"}
             fields |= {"manifest": manifest, "keep": 2, "best": None, "disks": len(self.sites)}
-            disks.kept(site.name, {**fields, "seconds": 1.0, "stall_seconds": 0.1})
+            fields |= {"host": None, "needed": [], "seconds": 1.0, "stall_seconds": 0.1}
+            disks.kept(site.name, fields)
 
     def leave_save(self, number: int, *, step: int, generation: int) -> str:
         known = {"step": step, "generation": generation, "save": f"{generation}"}

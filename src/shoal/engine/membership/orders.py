@@ -15,9 +15,12 @@ class Disk:
     """A disk that only the ranks of one host save on."""
 
     ranks: tuple[int, ...]
-    """Of the generation, this host's, in order: whole replicas."""
+    """Of the generation, this host's, in order."""
     count: int
     """Of the generation's hosts, each of which has one."""
+    host: int | None = None
+    """Its number among them, where each saves what its ranks hold; None: each has whole replicas,
+    and saves all of it."""
 
 
 @dataclass(frozen=True)
@@ -111,4 +114,7 @@ class Orders:
 
 
 def _disk(said: Any) -> Disk | None:
-    return None if said is None else Disk(tuple(map(int, said["ranks"])), int(said["count"]))
+    if said is None:
+        return None
+    host = None if said["host"] is None else int(said["host"])
+    return Disk(tuple(map(int, said["ranks"])), int(said["count"]), host)

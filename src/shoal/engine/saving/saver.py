@@ -15,10 +15,10 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -43,6 +43,8 @@ Note = tuple[str, dict[str, Any]]
 KEPT = "kept"
 """A note that a save is whole on this rank's disk: for the coordinator, who has it count or not."""
 _LOOK_SECONDS = 0.02
+_BROUGHT_SECONDS = 600.0
+"""For what other hosts have saved to come here, at the end."""
 _NOTHING: Mapping[str, Any] = {}
 _FAILED = "the next save tries again; the checkpoints before it are as they were"
 
@@ -90,6 +92,17 @@ class Snapshot:
         return copies
 
 
+class _Place(NamedTuple):
+    """Where a rank stands in a save."""
+
+    rank: int
+    """Among those that save to one place, of which the first publishes."""
+    size: int
+    part: int
+    """Which part of the whole it writes, in `layout`."""
+    layout: Layout
+
+
 @dataclass
 class _Save:
     """One save under way on this rank."""
@@ -97,6 +110,8 @@ class _Save:
     step: int
     rank: int
     size: int
+    part: int
+    host: int | None
     token: str
     generation: int
     pieces: list[Piece[Tensor]]
@@ -110,6 +125,8 @@ class _Save:
     thread: threading.Thread | None = None
     last: bool = False
     """Nothing follows, so that it is worth trying again."""
+    needed: Sequence[int] = ()
+    """Steps whose saves the first host will read whole."""
     collecting: bool = False
     """Waits for the other ranks' reports only."""
     problem: str | None = None
@@ -143,7 +160,13 @@ class Saver:
         self.generation = 0
         """In which this rank is, where its coordinator says which saves count: they wait for it."""
         self.disk: Disk | None = None
-        """Where hosts share no storage: who saves on this rank's; each host then has all of it."""
+        """Where hosts share no storage: who saves on this rank's."""
+
+    def divide(self, disk: Disk | None) -> None:
+        """From now on only these save on this rank's disk; None: all save to one place."""
+        self.disk = disk
+        self.store.divided = disk is not None and disk.host is not None
+        self.store.appear_seconds = _BROUGHT_SECONDS if self.store.divided else 30.0
 
     def notes(self) -> list[Note]:
         """What happened since the last call, to be told as events (by rank 0)."""
@@ -170,6 +193,7 @@ class Saver:
         own: Mapping[str, Any] = _NOTHING,
         equal: bool = True,
         last: bool = False,
+        needed: Sequence[int] = (),
         while_waiting: Callable[[], object] = lambda: None,
     ) -> None:
         """Save `step`; nobody may change `state` during the call.
@@ -178,6 +202,7 @@ class Saver:
         (`random_state`, the policy's facts). `equal`: whether replicas hold the same
         parameters now. `last`: nothing follows, so it is waited for and a failure is an error
         (RunError on every rank). A failure of any other is a note, and the run goes on.
+        `needed`: after the last one, steps whose saves rank 0 will read.
         `while_waiting`: called now and then during a wait; raises what should end it.
         """
         began = time.monotonic()
@@ -191,15 +216,25 @@ class Saver:
         if waited_for or free:
             running = None
             if not (group.shares_memory and group.rank):
-                rank, among = self._place(group, layout)
+                place = self._place(group, layout)
                 token = self._agree_on_token(group)
-                found = pieces_of(state, rank=rank, layout=among, equal=equal)
-                pieces = list(found) if waited_for else self._snapshot.take(found)
-                size, number = among.workers, self.generation
+                found = pieces_of(state, rank=place.part, layout=place.layout, equal=equal)
                 running = _Save(
-                    step, rank, size, token, number, pieces, known, dict(own), owns, began=began
+                    step,
+                    rank=place.rank,
+                    size=place.size,
+                    part=place.part,
+                    host=None if self.disk is None else self.disk.host,
+                    token=token,
+                    generation=self.generation,
+                    pieces=list(found) if waited_for else self._snapshot.take(found),
+                    facts=known,
+                    own=dict(own),
+                    owns=owns,
+                    began=began,
+                    last=last,
+                    needed=needed,
                 )
-                running.last = last
                 self._begin(running)
             if waited_for:
                 self._see_to_its_end(
@@ -216,13 +251,16 @@ class Saver:
 
     # --- in the loop
 
-    def _place(self, group: Group, layout: Layout) -> tuple[int, Layout]:
-        """This rank among those that save together, and their layout."""
+    def _place(self, group: Group, layout: Layout) -> _Place:
         if group.shares_memory:
-            return 0, Layout()
-        if self.disk is not None:
-            return self.disk.ranks.index(group.rank), layout.with_workers(len(self.disk.ranks))
-        return group.rank, layout
+            return _Place(0, 1, 0, Layout())
+        rank, size = group.rank, layout.workers
+        if self.disk is None:
+            return _Place(rank, size, rank, layout)
+        here, count = self.disk.ranks.index(rank), len(self.disk.ranks)
+        if self.disk.host is None:
+            return _Place(here, count, here, layout.with_workers(count))
+        return _Place(here, count, rank, layout)
 
     def _wait(self, step: int, while_waiting: Callable[[], object]) -> bool:
         """Wait for an earlier save, not without end; whether this one may begin."""
@@ -283,7 +321,8 @@ class Saver:
             leads = running.rank == 0
             found = [each for each in gather_json(group, [leads, running.problem]) if each[0]]
             bad = [each[1] for each in found if each[1] is not None]
-            problem = bad[0] if len(found) - len(bad) < min(COPIES, self.disk.count) else None
+            copies = self.disk.count if self.disk.host is not None else COPIES
+            problem = bad[0] if len(found) - len(bad) < min(copies, self.disk.count) else None
         if problem is not None and last:
             raise RunError(
                 f"{self.store.place}: step {step} could not be saved: {problem}. The checkpoints "
@@ -320,7 +359,7 @@ class Saver:
         """
         store, step, token = self.store, running.step, running.token
         store.prepare(step, rank=running.rank, token=token, generation=running.generation)
-        part = store.write_part(step, rank=running.rank, pieces=running.pieces, token=token)
+        part = store.write_part(step, rank=running.part, pieces=running.pieces, token=token)
         if running.rank:
             self._report(running, part=part)
             return
@@ -341,7 +380,7 @@ class Saver:
         parts = [part, *(Part.from_json(each["part"]) for each in others)]
         number = running.generation
         known: dict[str, Any] = {"keep": self.keep, "token": token, "generation": number}
-        where = store.publish(step, parts=parts, state=state, **known)
+        where = store.publish(step, parts=parts, state=state, host=running.host, **known)
         fields = {
             "step": step,
             "seconds": time.monotonic() - running.began,
@@ -354,6 +393,7 @@ class Saver:
             return
         manifest = xxhash.xxh3_128_hexdigest((where / NAME).read_bytes())
         more = {"token": token, "manifest": manifest, "disks": self.disk.count}
+        more |= {"host": running.host, "needed": list(running.needed)}
         self._notes.put((KEPT, {**fields, **more}))
 
     def _report(

@@ -46,6 +46,13 @@ def fingerprint_of(training: Training) -> list[float]:
     return fingerprint_values(training.passes.logits(fingerprint_sample(training.model))[0])
 
 
+def writes_model(training: Training) -> bool:
+    """Whether the run is done with this step, and leaves a model."""
+    ending, step = training.watch.ending, training.progress.step
+    complete = step >= training.steps if ending is None else ending.is_success
+    return complete and training.job.final_model
+
+
 def saves_read(training: Training) -> list[int]:
     """Steps whose saves `write_model` reads, if it is called for the last or the best step."""
     best, wanted = training.watch.best, training.job.recipe.checkpoint.model

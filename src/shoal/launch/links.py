@@ -146,6 +146,8 @@ class Answering:
     def close(self) -> None:
         """Stop listening."""
         self._ended.set()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join()
         for made in [self._listener, *self._callers]:
             made.close()
@@ -153,7 +155,7 @@ class Answering:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            for key, _ in self._selector.select(0.2):
+            for key, _ in self._selector.select(0.2 if self._callers else None):
                 made = key.fileobj
                 if made is self._listener:
                     self._accept()

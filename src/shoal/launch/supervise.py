@@ -50,7 +50,7 @@ from shoal.observe.events import RunFiles
 from shoal.observe.record import RunRecord
 
 TARGET = "shoal.launch.worker:run"
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.1
 _GRACE_SECONDS = 1.0
 """After a user's mistake, the other workers may still say what they saw before they are ended."""
 
@@ -222,15 +222,10 @@ class Supervisor:
             self._tell("slow-worker", slow)
 
     def _pass_on(self) -> None:
-        """Signals, the time limit, and the files STOP and SAVE in the run directory."""
+        """Signals, the time limit, and hosts that are about to go."""
         if self._limit is not None and time.monotonic() - self._began > self._limit:
             self._limit = None
             self._asked.append(signal.SIGTERM)
-        for name in requests_in(self._run):
-            self._attempt.console.phase(f"found the file {name}: saving after this step")
-            self._order({"order": name.lower()})
-        for name in hosts_to_drain(self._run):
-            self._hosts.drain(name)
         self._do_without()
         while signal.SIGUSR1 in self._asked:
             self._asked.remove(signal.SIGUSR1)
@@ -282,10 +277,15 @@ class Supervisor:
         return [seen for site in self._sites for seen in site.sightings()]
 
     def _look(self) -> None:
-        """Whether a worker is stuck; the first such is named, described and ended."""
+        """Files that ask for something; a worker that is stuck is named, described and ended."""
         if time.monotonic() - self._looked < _POLL_SECONDS:
             return
         self._looked = time.monotonic()
+        for name in requests_in(self._run):
+            self._attempt.console.phase(f"found the file {name}: saving after this step")
+            self._order({"order": name.lower()})
+        for name in hosts_to_drain(self._run):
+            self._hosts.drain(name)
         if self._servers is not None:
             self._servers.look()
         self._welcome()

@@ -180,6 +180,8 @@ class Candidate:
         if self._old is None:
             self._old = frozenset(view.asks)
         mine = self._membership.host.host
-        term = self._membership.lead() if view.coordinator in (None, mine) else None
+        term = view.term if view.coordinator == mine else None
+        if view.coordinator is None:
+            term = self._membership.lead()
         self.view = view
         self.term = term

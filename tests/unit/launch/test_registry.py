@@ -7,10 +7,13 @@ import itertools
 import json
 import os
 import re
+import select
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +189,33 @@ def test_what_another_version_wrote_is_refused(store: Store) -> None:
 def test_endpoints_that_are_refused(endpoint: str, said: str) -> None:
     with pytest.raises(RunError, match=said):
         Etcd([endpoint], prefix="/shoal/x/")
+
+
+def test_the_server_of_this_host_is_asked_first() -> None:
+    """Another host that is lost takes its server along, which would be waited for."""
+    with ExitStack() as open_ones:
+        other, own = (open_ones.enter_context(socket.socket()) for _ in range(2))
+        addresses = []
+        for each, host in ((other, "127.0.0.2"), (own, "127.0.0.1")):
+            each.bind((host, 0))
+            each.listen()
+            each.settimeout(5)
+            addresses.append(f"http://{host}:{each.getsockname()[1]}")
+        store = Etcd(addresses, prefix="/shoal/x/", timeout_seconds=0.2, insecure=True)
+        asked_before = []
+
+        def answer() -> None:
+            connection, _ = own.accept()
+            asked_before.append(bool(select.select([other], [], [], 0)[0]))
+            connection.close()
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        with pytest.raises(Unreachable):
+            store.read()
+        answering.join()
+        other.accept()[0].close()
+    assert asked_before == [False]
 
 
 def test_nobody_answers() -> None:

@@ -1,18 +1,23 @@
 """The registry in etcd (version 3, https://etcd.io): survives any minority of its servers.
 
-Requests go to one server until it fails, then to the next; reads are linearizable, etcd's default:
-a server that is cut off does not answer them. A change whose answer does not come is `Unknown`.
+Requests go to one server until it fails, then to the next; to that of this host first, if it has
+one, so that who loses another host does not wait for its server too. Reads are linearizable, etcd's
+default: a server that is cut off does not answer them. A change whose answer does not come is
+`Unknown`.
 """
 
 from __future__ import annotations
 
 import base64
 import importlib
+import ipaddress
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from shoal.environment import address_towards
 from shoal.errors import RunError
 from shoal.launch.registry.store import Compare, Entry, Unknown, Unreachable
 
@@ -48,6 +53,7 @@ class Etcd:
                 "etcd3gw is not installed, the client of etcd\n    pip install 'shoal[hosts]'"
             ) from None
         self._errors = importlib.import_module("etcd3gw.exceptions")
+        addresses = [_address(each, insecure=insecure) for each in endpoints]
         self._clients = [
             theirs.Etcd3Client(
                 host=host,
@@ -59,9 +65,9 @@ class Etcd:
                 timeout=timeout_seconds,
                 api_path="/v3/",
             )
-            for scheme, host, port in (_address(each, insecure=insecure) for each in endpoints)
+            for scheme, host, port in addresses
         ]
-        self._next = 0
+        self._next = next((n for n, (_, host, _) in enumerate(addresses) if _is_here(host)), 0)
 
     def read(self) -> dict[str, Entry]:
         body = {"key": _coded(self._prefix), "range_end": _coded(_after(self._prefix))}
@@ -155,6 +161,16 @@ def _address(endpoint: str, *, insecure: bool) -> tuple[str, str, int]:
             "    use https with certificates, or a server on loopback"
         )
     return parts.scheme, parts.hostname, parts.port
+
+
+def _is_here(host: str) -> bool:
+    """Whether that is this host, as far as it can be told without asking a name server."""
+    try:
+        return bool(ipaddress.IPv4Address(host)) and address_towards(host) == host
+    except OSError:
+        return False
+    except ValueError:
+        return host in ("localhost", socket.gethostname())
 
 
 def _entry(found: Mapping[str, Any]) -> Entry:

@@ -16,10 +16,13 @@ import pytest
 from background import Ranks, newest, state_of
 from processes import started, wait_for_step
 
+from shoal.checkpoint.disks import manifest_hash, save_damage
 from shoal.checkpoint.files import FaultyFiles, Files, SlowFiles
+from shoal.checkpoint.folders import divided_name, waiting_name
 from shoal.checkpoint.store import Store
 from shoal.comm.group import ProcessGroup
-from shoal.engine.saving.saver import Note, Saver
+from shoal.engine.membership.orders import Disk
+from shoal.engine.saving.saver import KEPT, Note, Saver
 from shoal.errors import RunError
 from shoal.layout import Layout
 from shoal.observe.events import read_lines
@@ -53,6 +56,24 @@ def test_what_is_published_is_what_was_there_at_the_call(tmp_path: Path, size: i
     assert names(ranks.notes()) == ["saved"] * 3
     files = sorted(path.name for path in Store(tmp_path).path(3).iterdir())
     assert files == ["manifest.json", *(f"rank-{rank:05d}.safetensors" for rank in range(size))]
+
+
+def test_a_host_that_has_not_all_of_it_saves_its_own(tmp_path: Path) -> None:
+    """Apart from checkpoints, and told to who has it count."""
+    ranks = Ranks(tmp_path, size=1, token="g3-aa")
+    (saver,) = ranks.savers
+    saver.generation = 3
+    saver.divide(Disk((0,), 2, host=1))
+    assert saver.store.divided and saver.store.appear_seconds > 30
+    ranks.save_all(1)
+    assert saver.store.steps() == [] and not (tmp_path / waiting_name(1, generation=3)).exists()
+    ((name, fields),) = ranks.notes()
+    assert name == KEPT and (fields["host"], fields["disks"], fields["needed"]) == (1, 2, [])
+    folder = tmp_path / divided_name(1, generation=3, host=1)
+    assert fields["manifest"] == manifest_hash(folder) and not save_damage(folder)
+    saver.divide(None)
+    ranks.save_all(2)
+    assert not saver.store.divided and names(ranks.notes()) == ["saved"]
 
 
 @pytest.mark.slow

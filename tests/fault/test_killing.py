@@ -158,6 +158,30 @@ def test_a_worker_killed_after_a_stop_was_asked_costs_no_step(bench: Bench) -> N
     assert_same_end(run, bench.run(*SLOW, *TWO))
 
 
+def test_who_comes_after_the_others_have_stopped_begins_nothing(bench: Bench) -> None:
+    """The lost worker's successor still starts when the rest saves and ends, as it was asked to."""
+    run = Run(bench.new_path())
+    words = (*SLOW, "parallel.replicate={min: 1, max: 2}", "train.steps=100000")
+    with started("train", bench.recipe, *words, "--out", run.path) as process:
+        wait_for_step(run, 7)
+        _, workers = server_and_workers(process.pid)
+        os.kill(workers[1], signal.SIGKILL)
+
+        def successors() -> set[int]:
+            return set(server_and_workers(process.pid)[1]) - set(workers)
+
+        wait_until(successors, what="the successor")
+        (successor,) = successors()
+        os.kill(successor, signal.SIGSTOP)
+        (run.path / "STOP").touch()
+        assert_nothing_left(workers)
+        os.kill(successor, signal.SIGCONT)
+        _, err = process.communicate(timeout=40)
+    assert process.returncode == 75, err
+    assert "restarted" not in run.events and run.events.count("lost") == 1
+    assert (run.path / f"checkpoints/step-{len(run.losses):08d}/manifest.json").is_file()
+
+
 @pytest.mark.parametrize("how", ["STOP", pytest.param("time limit", marks=pytest.mark.slow)])
 def test_other_ways_to_ask_for_an_end(bench: Bench, how: str) -> None:
     run = Run(bench.new_path())

@@ -102,10 +102,11 @@ def check_losses(bench: Bench, out: Path) -> None:
     assert [last[step] for step in range(1, count + 1)] == clean.losses
 
 
-def counted(cluster: Elected) -> dict[str, Any]:
-    """The save that the registry counts; step 0: none."""
+def counted(cluster: Elected, host: Host | None = None, *, seconds: float = 60.0) -> dict[str, Any]:
+    """The save that the registry counts, asked from a host (the third one); step 0: none."""
     words = ("etcdctl", "--endpoints", cluster.endpoints, "get", "--prefix", "/shoal/", "-w")
-    said = json.loads(cluster.hosts[2].run(*words, "json", env={"ETCDCTL_API": "3"}))
+    asked = host or cluster.hosts[2]
+    said = json.loads(asked.run(*words, "json", env={"ETCDCTL_API": "3"}, timeout=seconds))
     values = {
         base64.b64decode(each["key"]).decode().rpartition("/")[2]: base64.b64decode(each["value"])
         for each in said.get("kvs", [])

@@ -41,6 +41,7 @@ from shoal.launch.sites import Sites, this_host
 from shoal.launch.supervised import (
     SupervisedWorker,
     generation_orders,
+    is_ending,
     left_behind,
     left_by_another,
     stacks,
@@ -283,7 +284,10 @@ class Supervisor:
         self._looked = time.monotonic()
         for name in requests_in(self._run):
             self._attempt.console.phase(f"found the file {name}: saving after this step")
-            self._order({"order": name.lower()})
+            if name == "SAVE":
+                self._order({"order": "save"})
+            elif not self._asked:
+                self._asked.append(signal.SIGTERM)  # which outlives the workers that are there
         for name in hosts_to_drain(self._run):
             self._hosts.drain(name)
         if self._servers is not None:
@@ -368,16 +372,15 @@ class Supervisor:
         Those that train meanwhile give their place up only when others hold what they hold.
         """
         ready = self._hosts.look()
-        if any(one.done for one in self.workers):  # the others will form no other generation
+        if is_ending(self.workers):
             return
         for one in self.workers:
-            if self._hosts.own(one.rank) not in ready or not (one.absent or one.alive):
-                continue
-            if one.site is self._hosts.own(one.rank) and not one.absent:
+            own = self._hosts.own(one.rank)
+            if own not in ready:
                 continue
             if one.absent:
                 self._replace(one, joining=self._survives(one))
-            elif self._survives(one, without=True):
+            elif one.alive and one.site is not own and self._survives(one, without=True):
                 one.site.kill([one.worker])
                 self._order({"order": "lost", "number": one.generation})
                 self._replace(one, joining=True)
@@ -442,18 +445,15 @@ class Supervisor:
         if self._apart:
             self._form_apart()
             return
-        able = [
-            s
-            for s in self.workers
-            if s.alive and (s.waiting or 0 < s.generation == self._generation)
-        ]
+        now = self._generation
+        able = [s for s in self.workers if s.alive and (s.waiting or 0 < s.generation == now)]
         of, size = self._layout.replica_of, 1 if self._threads else self._layout.replica_workers
         replicas = Counter(of(one.rank) for one in able)
         members = [one for one in able if replicas[of(one.rank)] == size]
         changed = any(s.waiting for s in members) or [s.rank for s in members] != self._members
         there = sum(not one.absent for one in self.workers)
         enough = there if self._threads or not self._members else self._fewest * size
-        self._held_back = changed and len(members) >= enough
+        self._held_back = changed and len(members) >= enough and not is_ending(self.workers)
         if self._held_back and not self._hosts.in_doubt:
             self._announce(members)
 

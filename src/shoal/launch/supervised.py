@@ -57,6 +57,11 @@ def left_by_another(sites: Sequence[Site], *, layout: Layout) -> list[Supervised
     ]
 
 
+def is_ending(workers: Sequence[SupervisedWorker]) -> bool:
+    """Whether some have ended well, as asked or at the end: there is no other generation then."""
+    return any(one.done or one.worker.status == STOPPED for one in workers)
+
+
 def left_behind(workers: Sequence[SupervisedWorker]) -> list[SupervisedWorker]:
     """Those that wait for a generation which nobody else will join: the others have ended well.
 

@@ -120,7 +120,7 @@ class Schedule:
 
     def _kill_coordinator(self, host: Host) -> None:
         if host.name not in self._frozen:
-            host.run("bash", "-c", "pkill -KILL -f 'launch hosts' || true")
+            host.run("bash", "-c", "pkill -KILL -f '[l]aunch hosts' || true")
 
     def _kill_stores(self, hosts: list[Host]) -> None:
         for host in hosts:

@@ -31,8 +31,6 @@ _LEAST_RUN = 3
 _LEAST_SCORE = -80.0
 """Under the highest; what is lower counts as this, 2e-35 of it: numbers of that kind, and the
 infinite, take many times as long."""
-_NEVER = 1 << 60
-"""A position that no token sees."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,15 @@ class Pairs:
     first_keys: Tensor
     """int64 [P]: the position of the block's first key."""
     table: Tensor
-    """int64 [E, B]: the pair of each block of an entry; the last pair, which adds zeros, where it
-    has none."""
+    """int64 [E x B]: the pair of each block of an entry; P, which adds zeros, where it has none."""
+    seen: Tensor
+    """int64 [E x B]: the same, but the entry's first pair where it has no block."""
+    full: bool
+    """Whether every entry has B blocks."""
     runs: tuple[tuple[int, int], ...]
     """(first block, blocks) of the runs of neighbours; their pairs come first."""
     loose: Tensor
-    """int64 [L]: blocks of the other pairs, which are copied; the last is the sink."""
+    """int64 [L]: blocks of the other pairs, which are copied."""
 
     @classmethod
     def of(cls, tables: Sequence[Sequence[int]], *, block_tokens: int, first: int = 0) -> Pairs:
@@ -80,17 +81,18 @@ class Pairs:
         long = [run for run in runs if len(run) >= _LEAST_RUN]
         short = [each for run in runs if len(run) < _LEAST_RUN for each in run]
         order = [each for run in long for each in run] + short
-        wide = max(len(blocks) for blocks in tables)
-        table = torch.full((len(tables), wide), len(order))
-        if order:
-            placed = torch.tensor([[entry, number] for _, entry, number in order])
-            table[placed[:, 0], placed[:, 1]] = torch.arange(len(order))
+        table = torch.full((len(tables), max(len(blocks) for blocks in tables)), len(order))
+        placed = torch.tensor([[entry, number] for _, entry, number in order])
+        table[placed[:, 0], placed[:, 1]] = torch.arange(len(order))
+        missing = table == len(order)
         return cls(
-            torch.tensor([entry for _, entry, _ in order] + [0]),
-            torch.tensor([number * block_tokens for _, _, number in order] + [_NEVER]),
-            table,
+            placed[:, 0].contiguous(),
+            placed[:, 1] * block_tokens,
+            table.flatten(),
+            torch.where(missing, table.amin(1, keepdim=True), table).flatten(),
+            not bool(missing.any()),
             tuple((run[0][0], len(run)) for run in long),
-            torch.tensor([block for block, _, _ in short] + [SINK]),
+            torch.tensor([block for block, _, _ in short], dtype=torch.long),
         )
 
     def products(self, rows: Tensor, blocks: Tensor) -> Tensor:
@@ -100,8 +102,9 @@ class Pairs:
             own = blocks[first : first + count]
             found.append(torch.bmm(rows[at : at + count].flatten(0, 1), own.flatten(0, 1)))
             at += count
-        own = blocks.index_select(0, self.loose)
-        found.append(torch.bmm(rows[at:].flatten(0, 1), own.flatten(0, 1)))
+        if at < len(rows):
+            own = blocks.index_select(0, self.loose)
+            found.append(torch.bmm(rows[at:].flatten(0, 1), own.flatten(0, 1)))
         made = found[0] if len(found) == 1 else torch.cat(found)
         return made.view(*rows.shape[:3], -1)
 
@@ -283,11 +286,12 @@ def attend_pairs(
     """
     pairs = entries.pairs(window)
     count, tokens = entries.positions.shape
-    _, heads, share, _ = query.shape
+    heads, share = query.shape[1:3]
     rows = tokens * share
     missing = -rows % least
-    # [E, K, R, D], the rows of a token beside one another
-    shaped = (query * scale).view(count, tokens, heads, share, -1).transpose(1, 2)
+    shaped = query * scale
+    if tokens > 1:  # the rows of a token beside one another
+        shaped = shaped.view(count, tokens, heads, share, -1).transpose(1, 2)
     shaped = shaped.reshape(count, heads, rows, -1)
     if missing:
         shaped = functional.pad(shaped, (0, 0, 0, missing))
@@ -296,19 +300,22 @@ def attend_pairs(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     hides, keeps = entries.seen(window, heads=heads, share=share, rows=rows + missing)
-    scores = scores + hides
-    table = pairs.table.flatten()
-    highest = scores.detach().amax(-1).index_select(0, table)
+    scores = scores.add_(hides)
+    highest = scores.detach().amax(-1).index_select(0, pairs.seen)
     highest = highest.view(count, -1, heads, rows + missing).amax(1)
-    below = scores - highest.index_select(0, pairs.owners)[..., None]
+    below = scores.sub_(highest.index_select(0, pairs.owners)[..., None])
     weights = torch.exp(below.clamp_(min=_LEAST_SCORE, max=0.0)) * keeps
     total = weights.sum(dim=-1, keepdim=True)
     parts = pairs.products(weights.to(values.dtype), values)
     parts = torch.cat([parts.float() if parts.dtype == torch.bfloat16 else parts, total], dim=-1)
-    summed = _tree(parts.index_select(0, table).unflatten(0, (count, -1)))[:, :, :rows]
+    if not pairs.full:
+        parts = functional.pad(parts, (0, 0, 0, 0, 0, 0, 0, 1))
+    summed = _tree(parts.index_select(0, pairs.table).view(count, -1, *parts.shape[1:]))
+    summed = summed[:, :, :rows] if missing else summed
     output = (summed[..., :-1] / summed[..., -1:]).to(query.dtype)
-    shape = (count, heads, tokens, share, -1)
-    return output.reshape(shape).transpose(1, 2).reshape(count * tokens, heads * share, -1)
+    if tokens > 1:
+        output = output.view(count, heads, tokens, share, -1).transpose(1, 2)
+    return output.reshape(count * tokens, heads * share, -1)
 
 
 def _tree(parts: Tensor) -> Tensor:

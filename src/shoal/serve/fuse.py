@@ -13,11 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from shoal.models.anatomy import hidden_of
 from shoal.models.attention import attend
 from shoal.models.kernels import Kernel
-from shoal.serve.exact import AnyProduct, Together
+from shoal.serve.exact import LANES, AnyProduct, Product, Together
+
+import os
+_TILE = int(os.environ.get("TILE","256"))
+"""Rows of a gated part at once: what is between its products fits in a core's own cache."""
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -43,6 +48,55 @@ def fuse_norms(model: nn.Module) -> int:
 def _norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
     shape = tuple(weight.shape)
     return lambda rows: functional.rms_norm(rows, shape, weight, epsilon)
+
+
+def fuse_gates(model: nn.Module, joined: dict[str, Together]) -> int:
+    """Have gated parts of Llama's form computed in place, some rows at a time; how many are.
+
+    What is between the products of `_TILE` rows stays in the cache of a core.
+    """
+    count = 0
+    for path, module in model.named_modules():
+        down = _down_of(module) if path in joined else None
+        if down is None:
+            continue
+        fused = _gated(joined[path].product, down)
+        rows = torch.randn(1, _TILE + 40, module.gate_proj.in_features, generator=torch.Generator().manual_seed(6))
+        rows = rows.to(next(model.parameters()))
+        with torch.no_grad():
+            if all(torch.equal(module(each), fused(each)) for each in (rows, rows[:, :1])):
+                module.forward = fused
+                count += 1
+    return count
+
+
+def _down_of(module: Any) -> Product | None:
+    """The exact product of a gated part's last layer; None: it has another form."""
+    act, down = getattr(module, "act_fn", None), getattr(module, "down_proj", None)
+    if not isinstance(act, nn.SiLU | SiLUActivation) or not isinstance(down, nn.Linear):
+        return None
+    found = getattr(down.forward, "__self__", None)
+    if not isinstance(found, Product) or down.in_features % (LANES * found.way.pieces):
+        return None
+    return found if found.way.multiple == 1 else None
+
+
+def _gated(product: AnyProduct, down: Product) -> Callable[[Tensor], Tensor]:
+    pieces = down.way.pieces
+
+    def tile(rows: Tensor) -> Tensor:
+        gates, ups = (each.chunk(pieces, dim=1) for each in product(rows).chunk(2, dim=1))
+        return down.of_parts(
+            [functional.silu(gate).mul_(up) for gate, up in zip(gates, ups, strict=True)]
+        )
+
+    def forward(rows: Tensor) -> Tensor:
+        flat = rows.view(-1, rows.shape[-1])
+        if len(flat) <= _TILE:
+            return tile(flat).view(rows.shape)
+        return torch.cat([tile(part) for part in flat.split(_TILE)]).view(rows.shape)
+
+    return forward
 
 
 def fuse_attention(

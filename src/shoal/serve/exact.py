@@ -101,7 +101,8 @@ class Product(nn.Module):
         missing = -count % self.way.multiple
         if missing:
             rows = functional.pad(rows, (0, 0, 0, missing))
-        made = self.of_parts(rows.chunk(len(self._weights), dim=1))
+        pieces = len(self._weights)
+        made = self.of_parts((rows,) if pieces == 1 else rows.chunk(pieces, dim=1))
         return made[:count] if missing else made
 
     def of_parts(self, parts: Sequence[Tensor]) -> Tensor:

@@ -24,6 +24,8 @@ import os
 _TILE = int(os.environ.get("TILE","256"))
 """Rows of a gated part at once: what is between its products fits in a core's own cache."""
 
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
 
 def fuse_norms(model: nn.Module) -> int:
     """Have norms of root mean squares computed by one call where that changes no bit; how many."""
@@ -123,6 +125,37 @@ def fuse_attention(
     for path, module in found.items():
         module.forward = old[path]
     return 0
+
+
+def fuse_layers(model: nn.Module, *, kernel: Callable[[], Kernel]) -> int:
+    """Have layers of Llama's form call their parts without what torch puts around a module's call.
+
+    How many do. All or none, as with attention.
+    """
+    found = [each for each in model.modules() if {*dict(each.named_children())} == _PARTS]
+    if not found:
+        return 0
+    before = _probe(model, kernel())
+    old = [each.forward for each in found]
+    for each in found:
+        each.forward = _layer(each)
+    if _same(before, lambda: _probe(model, kernel())):
+        return len(found)
+    for each, forward in zip(found, old, strict=True):
+        each.forward = forward
+    return 0
+
+
+def _layer(module: Any) -> Callable[..., Tensor]:
+    first, second = module.input_layernorm.forward, module.post_attention_layernorm.forward
+    attention, mlp = module.self_attn.forward, module.mlp.forward
+
+    def forward(hidden_states: Tensor, **extras: Any) -> Tensor:
+        attended, _ = attention(first(hidden_states), **extras)
+        hidden = hidden_states + attended
+        return hidden + mlp(second(hidden))
+
+    return forward
 
 
 def _is_llamas(module: Any) -> bool:

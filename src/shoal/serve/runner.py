@@ -19,7 +19,7 @@ from shoal.models.kernels import MaskRequest
 from shoal.serve.adapters import Adapters
 from shoal.serve.cache import Cache, Paged, Rows, Span, least_rows
 from shoal.serve.exact import Report, Sums, Ways, check_positions, make_exact, rows_multiple
-from shoal.serve.fuse import fuse_attention, fuse_gates, fuse_norms
+from shoal.serve.fuse import fuse_attention, fuse_gates, fuse_layers, fuse_norms
 from shoal.serve.part import Part
 from shoal.serve.reading import read_model
 
@@ -106,7 +106,9 @@ class Runner:
         self.cache = Cache(num_blocks, block_tokens)
         if self.report is not None and not adapters:
             fuse_gates(model, self.report.joined)
-            fuse_attention(model, self.report.joined, kernel=partial(Rows, least=self.least))
+            kernel = partial(Rows, least=self.least)
+            fuse_attention(model, self.report.joined, kernel=kernel)
+            fuse_layers(model, kernel=kernel)
         self._logits = logits_of(model)
         cap = getattr(text, "final_logit_softcapping", None)
         lanes = 32 * torch.get_num_threads() if weight.is_cpu else 1

@@ -119,9 +119,9 @@ class Look:
     rows: int
     """R, padding too."""
     hides: Tensor
-    """[P, K, R, S]: -inf where a row may not look, else 0."""
+    """[P, 1, R, S]: -inf where a row may not look, else 0."""
     keeps: Tensor
-    """[P, K, R, S]: 0 there, else 1."""
+    """[P, 1, R, S]: 0 there, else 1."""
 
 
 @dataclass
@@ -162,7 +162,6 @@ class Entries:
             keys = pairs.first_keys[:, None] + torch.arange(self.block_tokens)
             ahead = keys[:, None, None, :] - at
             hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
-            hidden = hidden.expand(-1, heads, -1, -1)
             zeros = torch.zeros(hidden.shape)
             self._looks[key] = Look(
                 pairs,

@@ -84,10 +84,10 @@ def _down_of(module: Any) -> Product | None:
 
 
 def _gated(product: AnyProduct, down: Product) -> Callable[[Tensor], Tensor]:
-    pieces = down.way.pieces
+    pieces, of_all = down.way.pieces, product.forward
 
     def tile(rows: Tensor) -> Tensor:
-        gates, ups = (each.chunk(pieces, dim=1) for each in product(rows).chunk(2, dim=1))
+        gates, ups = (each.chunk(pieces, dim=1) for each in of_all(rows).chunk(2, dim=1))
         return down.of_parts(
             [functional.silu(gate).mul_(up) for gate, up in zip(gates, ups, strict=True)]
         )
@@ -208,7 +208,7 @@ class _Turns:
 
 
 def _attention(module: Any, product: AnyProduct, turns: _Turns) -> Callable[..., Any]:
-    size, output = module.head_dim, module.o_proj
+    size, output, of_all = module.head_dim, module.o_proj.forward, product.forward
     queries = module.q_proj.out_features // size
     keys = module.k_proj.out_features // size
     scale = module.scaling
@@ -222,7 +222,7 @@ def _attention(module: Any, product: AnyProduct, turns: _Turns) -> Callable[...,
     ) -> tuple[Tensor, None]:
         """rotate_half(x) * sin is x with its halves exchanged, times sines with signs."""
         cosines, signed = turns.of(*position_embeddings)
-        made = product(hidden_states).unflatten(-1, (-1, size))
+        made = of_all(hidden_states).view(*hidden_states.shape[:-1], -1, size)
         plain = made[..., : queries + keys, :]
         turned = torch.roll(plain, size // 2, -1).mul_(signed)
         turned = torch.mul(plain, cosines).add_(turned).transpose(1, 2)

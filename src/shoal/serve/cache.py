@@ -25,6 +25,8 @@ SINK = 0
 """The block that padding is written to and read from."""
 _ALONE = 8
 """Tokens of a sequence up to which it is attended in one call with others that have as many."""
+_SMALL = 128
+"""Tokens times blocks of a sequence up to which the same is done with more tokens."""
 _LEAST = (1, 2, 4, 8, 16)
 _LEAST_RUN = 3
 """Neighbouring blocks that are worth a product of their own; fewer are copied."""
@@ -220,9 +222,8 @@ class Paged:
             first = len(slots)
             places = range(span.start, span.start + span.count)
             slots += [span.blocks[at // size] * size + at % size for at in places]
-            alike.setdefault(span.count if span.count <= _ALONE else -first - 1, []).append(
-                (first, span)
-            )
+            together = span.count <= _ALONE or span.count * len(span.blocks) <= _SMALL
+            alike.setdefault(span.count if together else -first - 1, []).append((first, span))
         self._entries = [_entries(each, size) for each in alike.values()]
         at = torch.tensor(slots)
         self._blocks, self._places = at // size, at % size

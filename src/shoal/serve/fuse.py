@@ -20,8 +20,7 @@ from shoal.models.attention import attend
 from shoal.models.kernels import Kernel
 from shoal.serve.exact import LANES, AnyProduct, Product, Together
 
-import os
-_TILE = int(os.environ.get("TILE","256"))
+_TILE = 256
 """Rows of a gated part at once: what is between its products fits in a core's own cache."""
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -63,7 +62,8 @@ def fuse_gates(model: nn.Module, joined: dict[str, Together]) -> int:
         if down is None:
             continue
         fused = _gated(joined[path].product, down)
-        rows = torch.randn(1, _TILE + 40, module.gate_proj.in_features, generator=torch.Generator().manual_seed(6))
+        drawn = torch.Generator().manual_seed(6)
+        rows = torch.randn(1, _TILE + 40, module.gate_proj.in_features, generator=drawn)
         rows = rows.to(next(model.parameters()))
         with torch.no_grad():
             if all(torch.equal(module(each), fused(each)) for each in (rows, rows[:, :1])):

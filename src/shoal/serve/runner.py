@@ -20,9 +20,12 @@ from shoal.serve.adapters import Adapters
 from shoal.serve.cache import Cache, Paged, Rows, Span, least_rows
 from shoal.serve.exact import Report, Sums, Ways, check_positions, make_exact, rows_multiple
 from shoal.serve.fuse import fuse_attention, fuse_gates, fuse_layers, fuse_norms
+from shoal.serve.pages import hold_in_large_pages
 from shoal.serve.part import Part
 from shoal.serve.reading import read_model
 
+_MANY_BYTES = 256 << 20
+"""Of weights, from which on large pages are worth the time."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,6 +58,7 @@ class Runner:
         adapters: Mapping[str, str] | None = None,
         part: Part | None = None,
         ways: Ways | None = None,
+        large_pages: bool = True,
     ) -> None:
         """`exact`: swap the products (serve/exact.py); `int8`: for those of 8 bits.
 
@@ -114,6 +118,8 @@ class Runner:
         lanes = 32 * torch.get_num_threads() if weight.is_cpu else 1
         entries = -(-text.vocab_size // (self.part.degree if self.part.head_is_cut else 1))
         self._head_multiple = lanes if exact and cap and entries % lanes else 1
+        if large_pages and weight.is_cpu and bytes_in(model) >= _MANY_BYTES:
+            import time; t=time.time(); n=hold_in_large_pages(); print('PAGES',time.time()-t,n>>20)
 
     @property
     def exact(self) -> bool:
@@ -152,6 +158,11 @@ class Runner:
         rows = functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         made: Tensor = self._logits(rows)[: len(hidden)]
         return made.float()
+
+
+def bytes_in(model: nn.Module) -> int:
+    """Of its parameters."""
+    return sum(each.numel() * each.element_size() for each in model.parameters())
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

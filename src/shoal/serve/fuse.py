@@ -132,7 +132,12 @@ def fuse_layers(model: nn.Module, *, kernel: Callable[[], Kernel]) -> int:
 
     How many do. All or none, as with attention.
     """
-    found = [each for each in model.modules() if {*dict(each.named_children())} == _PARTS]
+    found = [
+        each
+        for each in model.modules()
+        if {*dict(each.named_children())} == _PARTS
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in each.children())
+    ]
     if not found:
         return 0
     before = _probe(model, kernel())

@@ -63,7 +63,8 @@ class Runner:
         """`exact`: swap the products (serve/exact.py); `int8`: for those of 8 bits.
 
         `adapters`: folders by name. `part`: which part to hold of `model`; None: all of it.
-        `ways`: those of products that are known (serve/exact.py).
+        `ways`: those of products that are known (serve/exact.py). `large_pages`: for a model of many
+        bytes that is served for long (serve/pages.py).
         Raises ModelError if it cannot be served, and UserError where torch has no products of 8
         bits.
         """
@@ -119,14 +120,14 @@ class Runner:
         entries = -(-text.vocab_size // (self.part.degree if self.part.head_is_cut else 1))
         self._head_multiple = lanes if exact and cap and entries % lanes else 1
         if large_pages and weight.is_cpu and bytes_in(model) >= _MANY_BYTES:
-            import time; t=time.time(); n=hold_in_large_pages(); print('PAGES',time.time()-t,n>>20)
+            hold_in_large_pages()
 
     @property
     def exact(self) -> bool:
         """Whether the probes saw no bit of a row depend on the others."""
         return self.report is not None and self.report.proven and self.attends_exactly
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def hidden(
         self,
         tokens: Sequence[int],
@@ -151,7 +152,7 @@ class Runner:
             batch = {"input_ids": ids, "position_ids": positions}
             return hidden_of(self.model, batch, kernel=kernel)[0, list(wanted)]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [N, V] of hidden states [N, D]."""
         missing = -len(hidden) % self._head_multiple

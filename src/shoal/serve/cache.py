@@ -92,7 +92,7 @@ class Pairs:
             placed[:, 1] * block_tokens,
             table.flatten(),
             torch.where(missing, table.amin(1, keepdim=True), table).flatten(),
-            not bool(missing.any()),
+            not first and all(len(blocks) == table.shape[1] for blocks in tables),
             tuple((run[0][0], len(run)) for run in long),
             torch.tensor([block for block, _, _ in short], dtype=torch.long),
         )
@@ -227,8 +227,8 @@ class Paged:
         self._entries = [_entries(each, size) for each in alike.values()]
         at = torch.tensor(slots)
         self._blocks, self._places = at // size, at % size
-        order = torch.cat([each.columns for each in self._entries])
-        self._order = None if torch.equal(order, torch.arange(num_tokens)) else order
+        order = [at + n for each in alike.values() for at, span in each for n in range(span.count)]
+        self._order = None if order == [*range(num_tokens)] else torch.tensor(order)
 
     def mask(self, request: MaskRequest) -> int | None:
         """The window of this kind of mask, in tokens; None: all that came before."""

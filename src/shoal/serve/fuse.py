@@ -104,50 +104,41 @@ def _gated(product: AnyProduct, down: Product) -> Callable[[Tensor], Tensor]:
 def fuse_attention(
     model: nn.Module, joined: dict[str, Together], *, kernel: Callable[[], Kernel]
 ) -> int:
-    """Have attention of Llama's form turn queries and keys at once; how many layers do.
-
-    All or none: a forward of the whole model must give the same bits as before.
-    """
-    found = {
-        path: module
+    """Have attention of Llama's form turn queries and keys at once; how many layers do."""
+    turns = _Turns()
+    found = [
+        (module, _attention(module, joined[path].product, turns))
         for path, module in model.named_modules()
         if path in joined and _is_llamas(module)
-    }
-    if not found:
-        return 0
-    before = _probe(model, kernel())
-    old = {path: module.forward for path, module in found.items()}
-    turns = _Turns()
-    for path, module in found.items():
-        module.forward = _attention(module, joined[path].product, turns)
-    if _same(before, lambda: _probe(model, kernel())):
-        return len(found)
-    for path, module in found.items():
-        module.forward = old[path]
-    return 0
+    ]
+    return _swap(model, found, kernel)
 
 
 def fuse_layers(model: nn.Module, *, kernel: Callable[[], Kernel]) -> int:
-    """Have layers of Llama's form call their parts without what torch puts around a module's call.
-
-    How many do. All or none, as with attention.
-    """
+    """Have layers of Llama's form call their parts' own code at once; how many do."""
     found = [
-        each
+        (each, _layer(each))
         for each in model.modules()
         if {*dict(each.named_children())} == _PARTS
         and not any(part._forward_hooks or part._forward_pre_hooks for part in each.children())
     ]
-    if not found:
-        return 0
-    before = _probe(model, kernel())
-    old = [each.forward for each in found]
-    for each in found:
-        each.forward = _layer(each)
-    if _same(before, lambda: _probe(model, kernel())):
-        return len(found)
-    for each, forward in zip(found, old, strict=True):
-        each.forward = forward
+    return _swap(model, found, kernel)
+
+
+def _swap(
+    model: nn.Module,
+    forwards: list[tuple[nn.Module, Callable[..., Any]]],
+    kernel: Callable[[], Kernel],
+) -> int:
+    """All or none: a forward of the whole model must give the same bits as before."""
+    before = _probe(model, kernel()) if forwards else torch.empty(0)
+    old = [module.forward for module, _ in forwards]
+    for module, forward in forwards:
+        module.forward = forward
+    if not forwards or _same(before, lambda: _probe(model, kernel())):
+        return len(forwards)
+    for (module, _), forward in zip(forwards, old, strict=True):
+        module.forward = forward
     return 0
 
 

@@ -63,8 +63,8 @@ class Runner:
         """`exact`: swap the products (serve/exact.py); `int8`: for those of 8 bits.
 
         `adapters`: folders by name. `part`: which part to hold of `model`; None: all of it.
-        `ways`: those of products that are known (serve/exact.py). `large_pages`: for a model of many
-        bytes that is served for long (serve/pages.py).
+        `ways`: those of products that are known (serve/exact.py). `large_pages`: for many bytes
+        that are served for long (serve/pages.py).
         Raises ModelError if it cannot be served, and UserError where torch has no products of 8
         bits.
         """

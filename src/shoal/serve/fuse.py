@@ -148,8 +148,8 @@ def _layer(module: Any) -> Callable[..., Tensor]:
 
     def forward(hidden_states: Tensor, **extras: Any) -> Tensor:
         attended, _ = attention(first(hidden_states), **extras)
-        hidden = hidden_states + attended
-        return hidden + mlp(second(hidden))
+        hidden = attended.add_(hidden_states)
+        return mlp(second(hidden)).add_(hidden)
 
     return forward
 
@@ -221,7 +221,7 @@ def _attention(module: Any, product: AnyProduct, turns: _Turns) -> Callable[...,
         made = of_all(hidden_states).view(*hidden_states.shape[:-1], -1, size)
         plain = made[..., : queries + keys, :]
         turned = torch.roll(plain, size // 2, -1).mul_(signed)
-        turned = torch.mul(plain, cosines).add_(turned).transpose(1, 2)
+        turned = plain.mul_(cosines).add_(turned).transpose(1, 2)
         attended, _ = attend(
             module,
             turned[:, :queries],

@@ -27,8 +27,10 @@ THERE = torch.device("meta")
 """Tensors without values."""
 
 
-_ANSWERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
-"""How a tensor's value is asked for, the second in inference mode."""
+_ANSWERS = tuple(
+    getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense", "item", "is_nonzero")
+)
+"""How a tensor's value is asked for, the last two in inference mode."""
 
 
 class _OneDevice(TorchDispatchMode):

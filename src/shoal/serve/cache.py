@@ -25,14 +25,14 @@ SINK = 0
 """The block that padding is written to and read from."""
 _ALONE = 8
 """Tokens of a sequence up to which it is attended in one call with others that have as many."""
+_SMALL = 128
+"""Tokens times blocks of a sequence up to which the same is done with more tokens."""
 _LEAST = (1, 2, 4, 8, 16)
 _LEAST_RUN = 3
 """Neighbouring blocks that are worth a product of their own; fewer are copied."""
 _LEAST_SCORE = -80.0
 """Under the highest; what is lower counts as this, 2e-35 of it: numbers of that kind, and the
 infinite, take many times as long."""
-_NEVER = 1 << 60
-"""A position that no token sees."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,15 @@ class Pairs:
     first_keys: Tensor
     """int64 [P]: the position of the block's first key."""
     table: Tensor
-    """int64 [E, B]: the pair of each block of an entry; the last pair, which adds zeros, where it
-    has none."""
+    """int64 [E x B]: the pair of each block of an entry; P, which adds zeros, where it has none."""
+    seen: Tensor
+    """int64 [E x B]: the same, but the entry's first pair where it has no block."""
+    full: bool
+    """Whether every entry has B blocks."""
     runs: tuple[tuple[int, int], ...]
     """(first block, blocks) of the runs of neighbours; their pairs come first."""
     loose: Tensor
-    """int64 [L]: blocks of the other pairs, which are copied; the last is the sink."""
+    """int64 [L]: blocks of the other pairs, which are copied."""
 
     @classmethod
     def of(cls, tables: Sequence[Sequence[int]], *, block_tokens: int, first: int = 0) -> Pairs:
@@ -80,17 +83,18 @@ class Pairs:
         long = [run for run in runs if len(run) >= _LEAST_RUN]
         short = [each for run in runs if len(run) < _LEAST_RUN for each in run]
         order = [each for run in long for each in run] + short
-        wide = max(len(blocks) for blocks in tables)
-        table = torch.full((len(tables), wide), len(order))
-        if order:
-            placed = torch.tensor([[entry, number] for _, entry, number in order])
-            table[placed[:, 0], placed[:, 1]] = torch.arange(len(order))
+        table = torch.full((len(tables), max(len(blocks) for blocks in tables)), len(order))
+        placed = torch.tensor([[entry, number] for _, entry, number in order])
+        table[placed[:, 0], placed[:, 1]] = torch.arange(len(order))
+        missing = table == len(order)
         return cls(
-            torch.tensor([entry for _, entry, _ in order] + [0]),
-            torch.tensor([number * block_tokens for _, _, number in order] + [_NEVER]),
-            table,
+            placed[:, 0].contiguous(),
+            placed[:, 1] * block_tokens,
+            table.flatten(),
+            torch.where(missing, table.amin(1, keepdim=True), table).flatten(),
+            not first and all(len(blocks) == table.shape[1] for blocks in tables),
             tuple((run[0][0], len(run)) for run in long),
-            torch.tensor([block for block, _, _ in short] + [SINK]),
+            torch.tensor([block for block, _, _ in short], dtype=torch.long),
         )
 
     def products(self, rows: Tensor, blocks: Tensor) -> Tensor:
@@ -100,10 +104,26 @@ class Pairs:
             own = blocks[first : first + count]
             found.append(torch.bmm(rows[at : at + count].flatten(0, 1), own.flatten(0, 1)))
             at += count
-        own = blocks.index_select(0, self.loose)
-        found.append(torch.bmm(rows[at:].flatten(0, 1), own.flatten(0, 1)))
+        if at < len(rows):
+            own = blocks.index_select(0, self.loose)
+            found.append(torch.bmm(rows[at:].flatten(0, 1), own.flatten(0, 1)))
         made = found[0] if len(found) == 1 else torch.cat(found)
         return made.view(*rows.shape[:3], -1)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What rows of a layer see: computed once in a step."""
+
+    pairs: Pairs
+    sources: Tensor
+    """int64 [P x K x R]: the query of each row, of all [T x K x G]."""
+    rows: int
+    """R, padding too."""
+    hides: Tensor
+    """[P, 1, R, S]: -inf where a row may not look, else 0."""
+    keeps: Tensor
+    """[P, 1, R, S]: 0 there, else 1."""
 
 
 @dataclass
@@ -118,10 +138,10 @@ class Entries:
     """Blocks of each entry."""
     block_tokens: int
     _pairs: dict[int, Pairs] = field(default_factory=dict)
-    _seen: dict[tuple[int | None, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _looks: dict[tuple[int | None, int, int], Look] = field(default_factory=dict)
 
-    def pairs(self, window: int | None) -> Pairs:
-        """The blocks that are seen through a `window`. Computed once in a step, for all layers."""
+    def _pairs_through(self, window: int | None) -> Pairs:
+        """The blocks that are seen through a `window`."""
         least = 0 if window is None else int(self.positions.min()) + 1 - window
         first = max(0, least) // self.block_tokens
         if first not in self._pairs:
@@ -129,27 +149,30 @@ class Entries:
             self._pairs[first] = made
         return self._pairs[first]
 
-    def seen(
-        self, window: int | None, *, heads: int, share: int, rows: int
-    ) -> tuple[Tensor, Tensor]:
-        """[P, K, R, S] each: -inf where a row may not look, else 0; and 0 there, else 1.
-
-        `rows`: R, padding too.
-        """
+    def look(self, window: int | None, *, heads: int, share: int, least: int) -> Look:
+        """How rows of a layer of K `heads`, G = `share`, meet blocks. Once in a step, for all."""
         key = (window, heads, share)
-        if key not in self._seen:
-            pairs = self.pairs(window)
-            at = self.positions.repeat_interleave(share, dim=1)
-            at = functional.pad(at, (0, rows - at.shape[1]))[pairs.owners][:, None, :, None]
+        if key not in self._looks:
+            pairs = self._pairs_through(window)
+            # a row is a token and one of a head's queries; padding repeats the first
+            number = torch.arange(self.positions.shape[1] * share)
+            number = functional.pad(number, (0, -len(number) % least))
+            columns = self.columns.view(self.positions.shape)[:, number // share]  # [E, R]
+            of_step = (columns[:, None] * heads + torch.arange(heads)[:, None]) * share
+            sources = of_step + number % share  # [E, K, R]
+            at = self.positions[:, number // share][pairs.owners][:, None, :, None]
             keys = pairs.first_keys[:, None] + torch.arange(self.block_tokens)
             ahead = keys[:, None, None, :] - at
             hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
-            zeros = torch.zeros(len(at), heads, rows, self.block_tokens)
-            self._seen[key] = (
+            zeros = torch.zeros(hidden.shape)
+            self._looks[key] = Look(
+                pairs,
+                sources[pairs.owners].flatten(),
+                len(number),
                 zeros.masked_fill(hidden, -torch.inf),
-                (~hidden).float().expand_as(zeros).contiguous(),
+                (~hidden).float(),
             )
-        return self._seen[key]
+        return self._looks[key]
 
 
 @dataclass
@@ -199,14 +222,13 @@ class Paged:
             first = len(slots)
             places = range(span.start, span.start + span.count)
             slots += [span.blocks[at // size] * size + at % size for at in places]
-            alike.setdefault(span.count if span.count <= _ALONE else -first - 1, []).append(
-                (first, span)
-            )
+            together = span.count <= _ALONE or span.count * len(span.blocks) <= _SMALL
+            alike.setdefault(span.count if together else -first - 1, []).append((first, span))
         self._entries = [_entries(each, size) for each in alike.values()]
         at = torch.tensor(slots)
         self._blocks, self._places = at // size, at % size
-        in_order = len(self._entries) == 1 and len(slots) == num_tokens
-        self._order = None if in_order else torch.cat([each.columns for each in self._entries])
+        order = [at + n for each in alike.values() for at, span in each for n in range(span.count)]
+        self._order = None if order == [*range(num_tokens)] else torch.tensor(order)
 
     def mask(self, request: MaskRequest) -> int | None:
         """The window of this kind of mask, in tokens; None: all that came before."""
@@ -238,7 +260,7 @@ class Paged:
         by_token = query[0].transpose(0, 1).unflatten(1, (groups, -1))  # [T, K, G, D]
         found = [
             attend_pairs(
-                by_token if self._order is None else by_token.index_select(0, each.columns),
+                by_token,
                 entries=each,
                 keys=cache.keys[layer],
                 values=cache.values[layer],
@@ -250,7 +272,7 @@ class Paged:
             for each in self._entries
         ]
         if self._order is None:  # all of them, in order
-            return found[0][None]
+            return (found[0] if len(found) == 1 else torch.cat(found))[None]
         output = query.new_zeros(self._num, query.shape[1], value.shape[-1])
         return output.index_copy_(0, self._order, torch.cat(found))[None]
 
@@ -276,39 +298,36 @@ def attend_pairs(
     softcap: float | None,
     least: int,
 ) -> Tensor:
-    """query [E x N, K, G, D], keys [blocks, K, D, S], values [blocks, K, S, V] -> [.., K x G, V].
+    """query [T, K, G, D], keys [blocks, K, D, S], values [blocks, K, S, V] -> [E x N, K x G, V].
 
     Softmax over blocks with the exact maximum of all (Flash-decoding's sums, arXiv 2307.08691, in a
     fixed tree). Queries are brought to the blocks, which are read where they lie.
     """
-    pairs = entries.pairs(window)
     count, tokens = entries.positions.shape
-    _, heads, share, _ = query.shape
-    rows = tokens * share
-    missing = -rows % least
-    # [E, K, R, D], the rows of a token beside one another
-    shaped = (query * scale).view(count, tokens, heads, share, -1).transpose(1, 2)
-    shaped = shaped.reshape(count, heads, rows, -1)
-    if missing:
-        shaped = functional.pad(shaped, (0, 0, 0, missing))
-    scores = pairs.products(shaped.index_select(0, pairs.owners), keys)
+    heads, share, size = query.shape[1:]
+    look = entries.look(window, heads=heads, share=share, least=least)
+    pairs, rows = look.pairs, look.rows
+    brought = (query * scale).reshape(-1, size).index_select(0, look.sources)
+    scores = pairs.products(brought.view(-1, heads, rows, size), keys)
     scores = scores.float() if scores.dtype == torch.bfloat16 else scores
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    hides, keeps = entries.seen(window, heads=heads, share=share, rows=rows + missing)
-    scores = scores + hides
-    table = pairs.table.flatten()
-    highest = scores.detach().amax(-1).index_select(0, table)
-    highest = highest.view(count, -1, heads, rows + missing).amax(1)
-    below = scores - highest.index_select(0, pairs.owners)[..., None]
-    weights = torch.exp(below.clamp_(min=_LEAST_SCORE, max=0.0)) * keeps
+    scores = scores.add_(look.hides)
+    highest = scores.detach().amax(-1).index_select(0, pairs.seen)
+    highest = highest.view(count, -1, heads, rows).amax(1)
+    below = scores.sub_(highest.index_select(0, pairs.owners)[..., None])
+    weights = torch.exp(below.clamp_(min=_LEAST_SCORE, max=0.0)) * look.keeps
     total = weights.sum(dim=-1, keepdim=True)
     parts = pairs.products(weights.to(values.dtype), values)
     parts = torch.cat([parts.float() if parts.dtype == torch.bfloat16 else parts, total], dim=-1)
-    summed = _tree(parts.index_select(0, table).unflatten(0, (count, -1)))[:, :, :rows]
+    if not pairs.full:
+        parts = functional.pad(parts, (0, 0, 0, 0, 0, 0, 0, 1))
+    summed = _tree(parts.index_select(0, pairs.table).view(count, -1, *parts.shape[1:]))
+    summed = summed[:, :, : tokens * share]
     output = (summed[..., :-1] / summed[..., -1:]).to(query.dtype)
-    shape = (count, heads, tokens, share, -1)
-    return output.reshape(shape).transpose(1, 2).reshape(count * tokens, heads * share, -1)
+    if tokens > 1:
+        output = output.view(count, heads, tokens, share, -1).transpose(1, 2)
+    return output.reshape(count * tokens, heads * share, -1)
 
 
 def _tree(parts: Tensor) -> Tensor:

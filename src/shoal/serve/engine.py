@@ -273,7 +273,8 @@ class Engine:
             if sequence.request.pooled:
                 events += self._pooled(sequence, hidden[own.start : own.stop])
             else:
-                events += self._after(sequence, chunk, logits[[place[n] for n in own]])
+                first = place[own.start] if own else 0  # what is wanted of one is side by side
+                events += self._after(sequence, chunk, logits[first : first + len(own)])
         return events
 
     @staticmethod

@@ -25,7 +25,7 @@ from shoal.models.experts import experts_of
 from shoal.serve.int8 import Int8Product, cannot_multiply, is_exact
 from shoal.serve.rows import MOST_ROWS, Way, in_pieces, keeps_rows, probe_rows
 
-_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 48, 64, 100, 128, 200, MOST_ROWS)
+_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 48, 64, 100, 128, 256, MOST_ROWS)
 _FEW_ROWS = (1, 2, 3, 5, 8, 16, 33, 64)
 _LARGE = 8 << 20
 """Elements of a weight beyond which fewer numbers of rows are tried."""
@@ -101,14 +101,16 @@ class Product(nn.Module):
         missing = -count % self.way.multiple
         if missing:
             rows = functional.pad(rows, (0, 0, 0, missing))
-        if len(self._weights) == 1:
-            made = self._product(rows, self._weights[0], self._bias)
-        else:
-            first, *others = rows.chunk(len(self._weights), dim=1)
-            made = self._product(first, self._weights[0], self._bias)
-            for part, weight in zip(others, self._weights[1:], strict=True):
-                made = made + self._product(part, weight, None)
+        pieces = len(self._weights)
+        made = self.of_parts((rows,) if pieces == 1 else rows.chunk(pieces, dim=1))
         return made[:count] if missing else made
+
+    def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
+        """The product of rows that are given by parts of their inputs, one for each piece."""
+        made = self._product(parts[0], self._weights[0], self._bias)
+        for part, weight in zip(parts[1:], self._weights[1:], strict=True):
+            made = made + self._product(part, weight, None)
+        return made
 
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.way.packed:

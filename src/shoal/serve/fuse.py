@@ -13,11 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from shoal.models.anatomy import hidden_of
 from shoal.models.attention import attend
 from shoal.models.kernels import Kernel
-from shoal.serve.exact import AnyProduct, Together
+from shoal.serve.exact import LANES, AnyProduct, Product, Together
+
+_TILE = 256
+"""Rows of a gated part at once: what is between its products fits in a core's own cache."""
+
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -45,30 +51,107 @@ def _norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
     return lambda rows: functional.rms_norm(rows, shape, weight, epsilon)
 
 
+def fuse_gates(model: nn.Module, joined: dict[str, Together]) -> int:
+    """Have gated parts of Llama's form computed in place, some rows at a time; how many are.
+
+    What is between the products of `_TILE` rows stays in the cache of a core.
+    """
+    count = 0
+    for path, module in model.named_modules():
+        down = _down_of(module) if path in joined else None
+        if down is None:
+            continue
+        fused = _gated(joined[path].product, down)
+        drawn = torch.Generator().manual_seed(6)
+        rows = torch.randn(1, _TILE + 40, module.gate_proj.in_features, generator=drawn)
+        rows = rows.to(next(model.parameters()))
+        with torch.no_grad():
+            if all(torch.equal(module(each), fused(each)) for each in (rows, rows[:, :1])):
+                module.forward = fused
+                count += 1
+    return count
+
+
+def _down_of(module: Any) -> Product | None:
+    """The exact product of a gated part's last layer; None: it has another form."""
+    act, down = getattr(module, "act_fn", None), getattr(module, "down_proj", None)
+    if not isinstance(act, nn.SiLU | SiLUActivation) or not isinstance(down, nn.Linear):
+        return None
+    found = getattr(down.forward, "__self__", None)
+    if not isinstance(found, Product) or down.in_features % (LANES * found.way.pieces):
+        return None
+    return found if found.way.multiple == 1 else None
+
+
+def _gated(product: AnyProduct, down: Product) -> Callable[[Tensor], Tensor]:
+    pieces, of_all = down.way.pieces, product.forward
+
+    def tile(rows: Tensor) -> Tensor:
+        gates, ups = (each.chunk(pieces, dim=1) for each in of_all(rows).chunk(2, dim=1))
+        return down.of_parts(
+            [functional.silu(gate).mul_(up) for gate, up in zip(gates, ups, strict=True)]
+        )
+
+    def forward(rows: Tensor) -> Tensor:
+        flat = rows.view(-1, rows.shape[-1])
+        if len(flat) <= _TILE:
+            return tile(flat).view(rows.shape)
+        return torch.cat([tile(part) for part in flat.split(_TILE)]).view(rows.shape)
+
+    return forward
+
+
 def fuse_attention(
     model: nn.Module, joined: dict[str, Together], *, kernel: Callable[[], Kernel]
 ) -> int:
-    """Have attention of Llama's form turn queries and keys at once; how many layers do.
-
-    All or none: a forward of the whole model must give the same bits as before.
-    """
-    found = {
-        path: module
+    """Have attention of Llama's form turn queries and keys at once; how many layers do."""
+    turns = _Turns()
+    found = [
+        (module, _attention(module, joined[path].product, turns))
         for path, module in model.named_modules()
         if path in joined and _is_llamas(module)
-    }
-    if not found:
-        return 0
-    before = _probe(model, kernel())
-    old = {path: module.forward for path, module in found.items()}
-    turns = _Turns()
-    for path, module in found.items():
-        module.forward = _attention(module, joined[path].product, turns)
-    if _same(before, lambda: _probe(model, kernel())):
-        return len(found)
-    for path, module in found.items():
-        module.forward = old[path]
+    ]
+    return _swap(model, found, kernel)
+
+
+def fuse_layers(model: nn.Module, *, kernel: Callable[[], Kernel]) -> int:
+    """Have layers of Llama's form call their parts' own code at once; how many do."""
+    found = [
+        (each, _layer(each))
+        for each in model.modules()
+        if {*dict(each.named_children())} == _PARTS
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in each.children())
+    ]
+    return _swap(model, found, kernel)
+
+
+def _swap(
+    model: nn.Module,
+    forwards: list[tuple[nn.Module, Callable[..., Any]]],
+    kernel: Callable[[], Kernel],
+) -> int:
+    """All or none: a forward of the whole model must give the same bits as before."""
+    before = _probe(model, kernel()) if forwards else torch.empty(0)
+    old = [module.forward for module, _ in forwards]
+    for module, forward in forwards:
+        module.forward = forward
+    if not forwards or _same(before, lambda: _probe(model, kernel())):
+        return len(forwards)
+    for (module, _), forward in zip(forwards, old, strict=True):
+        module.forward = forward
     return 0
+
+
+def _layer(module: Any) -> Callable[..., Tensor]:
+    first, second = module.input_layernorm.forward, module.post_attention_layernorm.forward
+    attention, mlp = module.self_attn.forward, module.mlp.forward
+
+    def forward(hidden_states: Tensor, **extras: Any) -> Tensor:
+        attended, _ = attention(first(hidden_states), **extras)
+        hidden = attended.add_(hidden_states)
+        return mlp(second(hidden)).add_(hidden)
+
+    return forward
 
 
 def _is_llamas(module: Any) -> bool:
@@ -121,7 +204,7 @@ class _Turns:
 
 
 def _attention(module: Any, product: AnyProduct, turns: _Turns) -> Callable[..., Any]:
-    size, output = module.head_dim, module.o_proj
+    size, output, of_all = module.head_dim, module.o_proj.forward, product.forward
     queries = module.q_proj.out_features // size
     keys = module.k_proj.out_features // size
     scale = module.scaling
@@ -135,10 +218,10 @@ def _attention(module: Any, product: AnyProduct, turns: _Turns) -> Callable[...,
     ) -> tuple[Tensor, None]:
         """rotate_half(x) * sin is x with its halves exchanged, times sines with signs."""
         cosines, signed = turns.of(*position_embeddings)
-        made = product(hidden_states).unflatten(-1, (-1, size))
+        made = of_all(hidden_states).view(*hidden_states.shape[:-1], -1, size)
         plain = made[..., : queries + keys, :]
         turned = torch.roll(plain, size // 2, -1).mul_(signed)
-        turned = torch.mul(plain, cosines).add_(turned).transpose(1, 2)
+        turned = plain.mul_(cosines).add_(turned).transpose(1, 2)
         attended, _ = attend(
             module,
             turned[:, :queries],

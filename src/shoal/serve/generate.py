@@ -113,7 +113,7 @@ class ByEngine:
         from shoal.serve.scheduler import blocks_for
 
         if self._runner is None:
-            self._runner = Runner(self._model, num_blocks=2, release=True)
+            self._runner = Runner(self._model, num_blocks=2, release=True, large_pages=False)
         size = self._runner.cache.block_tokens
         self._runner.cache = Cache(blocks_for(len(ids) + tokens, size) + 1, size)
         engine = Engine(self._runner)

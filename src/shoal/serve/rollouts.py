@@ -46,7 +46,7 @@ class Rollouts:
         with torch.no_grad():
             materialise(model, record=self._record, seed=0, source=self._weights())
         model.eval().requires_grad_(False)
-        return Runner(model, num_blocks=2, release=True, ways=self._ways)
+        return Runner(model, num_blocks=2, release=True, ways=self._ways, large_pages=False)
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_ROWS = 256
+MOST_ROWS = 512
 """Rows of one product; more are computed in pieces, so that no other kernel is ever chosen."""
 
 

@@ -19,10 +19,13 @@ from shoal.models.kernels import MaskRequest
 from shoal.serve.adapters import Adapters
 from shoal.serve.cache import Cache, Paged, Rows, Span, least_rows
 from shoal.serve.exact import Report, Sums, Ways, check_positions, make_exact, rows_multiple
-from shoal.serve.fuse import fuse_attention, fuse_norms
+from shoal.serve.fuse import fuse_attention, fuse_gates, fuse_layers, fuse_norms
+from shoal.serve.pages import hold_in_large_pages
 from shoal.serve.part import Part
 from shoal.serve.reading import read_model
 
+_MANY_BYTES = 256 << 20
+"""Of weights, from which on large pages are worth the time."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,11 +58,13 @@ class Runner:
         adapters: Mapping[str, str] | None = None,
         part: Part | None = None,
         ways: Ways | None = None,
+        large_pages: bool = True,
     ) -> None:
         """`exact`: swap the products (serve/exact.py); `int8`: for those of 8 bits.
 
         `adapters`: folders by name. `part`: which part to hold of `model`; None: all of it.
-        `ways`: those of products that are known (serve/exact.py).
+        `ways`: those of products that are known (serve/exact.py). `large_pages`: for many bytes
+        that are served for long (serve/pages.py).
         Raises ModelError if it cannot be served, and UserError where torch has no products of 8
         bits.
         """
@@ -105,19 +110,24 @@ class Runner:
         )
         self.cache = Cache(num_blocks, block_tokens)
         if self.report is not None and not adapters:
-            fuse_attention(model, self.report.joined, kernel=partial(Rows, least=self.least))
+            fuse_gates(model, self.report.joined)
+            kernel = partial(Rows, least=self.least)
+            fuse_attention(model, self.report.joined, kernel=kernel)
+            fuse_layers(model, kernel=kernel)
         self._logits = logits_of(model)
         cap = getattr(text, "final_logit_softcapping", None)
         lanes = 32 * torch.get_num_threads() if weight.is_cpu else 1
         entries = -(-text.vocab_size // (self.part.degree if self.part.head_is_cut else 1))
         self._head_multiple = lanes if exact and cap and entries % lanes else 1
+        if large_pages and weight.is_cpu and bytes_in(model) >= _MANY_BYTES:
+            hold_in_large_pages()
 
     @property
     def exact(self) -> bool:
         """Whether the probes saw no bit of a row depend on the others."""
         return self.report is not None and self.report.proven and self.attends_exactly
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def hidden(
         self,
         tokens: Sequence[int],
@@ -142,13 +152,18 @@ class Runner:
             batch = {"input_ids": ids, "position_ids": positions}
             return hidden_of(self.model, batch, kernel=kernel)[0, list(wanted)]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [N, V] of hidden states [N, D]."""
         missing = -len(hidden) % self._head_multiple
         rows = functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         made: Tensor = self._logits(rows)[: len(hidden)]
         return made.float()
+
+
+def bytes_in(model: nn.Module) -> int:
+    """Of its parameters."""
+    return sum(each.numel() * each.element_size() for each in model.parameters())
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ THERE = torch.device("meta")
 """Tensors without values."""
 
 
+_ANSWERS = tuple(
+    getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense", "item", "is_nonzero")
+)
+"""How a tensor's value is asked for, the last two in inference mode."""
+
+
 class _OneDevice(TorchDispatchMode):
     """An operation of tensors on two devices is an error, as CUDA's are."""
 
@@ -36,7 +42,7 @@ class _OneDevice(TorchDispatchMode):
         devices = {each.device for each in tensors if each.dim()}  # a single number may differ
         if len(devices) > 1 and func is not torch.ops.aten.copy_.default:
             raise RuntimeError(f"{func}: not on the same device: {devices}")
-        if func is torch.ops.aten._local_scalar_dense.default:  # "is no row packed?"
+        if func in _ANSWERS:  # "is no row packed?"
             return True
         return func(*args, **(kwargs or {}))
 

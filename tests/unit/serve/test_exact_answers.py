@@ -16,7 +16,7 @@ from shoal.serve.cache import Rows
 from shoal.serve.certificate import answers, certify
 from shoal.serve.engine import Engine
 from shoal.serve.exact import make_exact
-from shoal.serve.fuse import fuse_attention, fuse_norms
+from shoal.serve.fuse import fuse_attention, fuse_gates, fuse_layers, fuse_norms
 from shoal.serve.int8 import Int8Product, cannot_multiply
 from shoal.serve.request import Request, Sampling
 from shoal.serve.runner import Runner
@@ -138,7 +138,9 @@ def test_what_is_fused_gives_the_bits_of_the_models_own_modules(family: str, fus
     assert len(joined) == 4, "queries, keys and values, and gates and ups, of two layers"
     # gemma's norms add one to their weights, its heads are capped: they stay as they are
     assert fuse_norms(fused) == (5 if fuses else 0)
+    assert fuse_gates(fused, joined) == (2 if fuses else 0)
     assert fuse_attention(fused, joined, kernel=kernel) == (2 if fuses else 0)
+    assert fuse_layers(fused, kernel=kernel) == (2 if fuses else 0)
     tokens = torch.arange(64)[None] % VOCABULARY
     batch = {"input_ids": tokens, "position_ids": torch.arange(64)[None]}
     with torch.no_grad():

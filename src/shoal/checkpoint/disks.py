@@ -159,8 +159,7 @@ def thin(checkpoints: Path, commit: Commit, *, keep: int, best: int | None, file
     Raises OSError.
     """
     known = [each for each in _record(checkpoints).commits if each.number <= commit.number]
-    kept = [*known[-keep:], *(each for each in known if each.step == best)]
-    stays = {name for each in kept for name in each.names}
+    stays = {name for each in known[-keep:] for name in each.names}
     folders = [(step, checkpoints / name) for step, name in divided_saves(checkpoints)]
     if commit.divided:
         joined = [
@@ -168,7 +167,7 @@ def thin(checkpoints: Path, commit: Commit, *, keep: int, best: int | None, file
         ]
         folders += joined
     for step, folder in folders:
-        if step <= commit.step and manifest_hash(folder) not in stays:
+        if step <= commit.step and step != best and manifest_hash(folder) not in stays:
             drop(checkpoints, folder.name, files=files)
 
 

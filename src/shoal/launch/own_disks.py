@@ -29,6 +29,7 @@ from shoal.launch.remote_site import RemoteSite
 Event = tuple[str, dict[str, Any]]
 _ASK_SECONDS = 60.0
 _END_SECONDS = 20.0
+_REMEMBERED = 64
 _COPY_SECONDS = 600.0
 """For the copies of the last save."""
 
@@ -83,7 +84,7 @@ class OwnDisks:
         self._copies: dict[int, tuple[_Save, RemoteSite]] = {}
         """Orders to copy that are not answered yet."""
         self._counted: list[Commit] = []
-        """Of this run, by any start, the newest last."""
+        """Of this run, by any start, the newest last: the best one, and the last ones."""
         self._events: list[Event] = []
 
     # --- before a start
@@ -302,8 +303,9 @@ class OwnDisks:
             hosts=tuple(manifests),
             divided=save.fields["generation"] if save.is_divided else 0,
         )
-        self._counted = [each for each in self._counted if each.number != commit.number]
-        self._counted.append(commit)
+        older = [each for each in self._counted if each.number != commit.number]
+        best = [each for each in older[:-_REMEMBERED] if each.step == save.fields["best"]]
+        self._counted = [*best, *older[-_REMEMBERED:], commit]
         number, known = next(self._numbers), save.fields
         self._asked[number] = save
         files = [path for path in map(self._folder.joinpath, BEGINNING) if path.is_file()]

@@ -11,6 +11,7 @@ import torch
 
 from shoal.boxes import Box, Piece
 from shoal.checkpoint.disks import (
+    RECORD,
     Commit,
     candidates,
     join,
@@ -153,6 +154,10 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
     assert newer in saves and uncounted not in saves, "50 may count yet"
     settle(disk, commits[-1], files=FILES)
     assert {step for step, _ in divided_saves(disk)} == {10, 40}
+    (disk / RECORD).unlink()
+    note(disk, commits[-1], run="r", files=FILES)
+    thin(disk, commits[-1], keep=1, best=10, files=FILES)
+    assert {step for step, _ in divided_saves(disk)} == {10, 40}, "however long ago that was"
 
 
 def test_which_hosts_have_what(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_script_for_sbatch(tmp_path: Path) -> None:
         "scontrol": 'if [ $1 = show ]; then printf "h1\\nh2\\n"; else echo "$@" >> requeued; fi',
         "srun": 'echo "srun $*" >> called',
         "shoal": 'echo "shoal $*" >> called; while [ $# -gt 0 ]; do if [ "$1" = --hosts ]; then '
-        'cp "$2" seen; fi; shift; done; exit 75',
+        'cp "$2" seen; fi; shift; done; while ! grep -q ^srun called; do sleep 0.01; done; exit 75',
     }
     for name, body in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")

@@ -46,15 +46,20 @@ def tried(training: Training, fault: Fault, *, times: int) -> list[float]:
     for number in range(times):
         seconds.append(training.lose(begin, event=event))
         print(f"  {seconds[-1]:.2f} s at load {os.getloadavg()[0]:.0f}", flush=True)
-        if training.events("generation")[-1]["members"] == [0, 1, 2]:
-            continue  # the worker's place was taken at once
-        if number == times - 1:
+        if end is nothing:
+            all_train(training)  # before the next: four deaths at one step end a run
+        elif number == times - 1:
             end()
-        elif end is nothing:
-            training.until(lambda: training.events("generation")[-1]["members"] == [0, 1, 2])
         else:
             taken_back(training, end)
     return seconds
+
+
+def all_train(training: Training) -> None:
+    """Wait until the worker that has taken the lost one's place has trained for a while."""
+    training.until(lambda: training.events("generation")[-1]["members"] == [0, 1, 2])
+    steps = training.steps()
+    training.until(lambda: training.steps() > steps + 100)
 
 
 def nothing() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hosts.lab import Host, Lab, why_not
+from hosts.lab import Host, why_not
 from hosts.test_agents_over_hosts import Cluster
-from hosts.test_own_disks_over_hosts import CACHE, Apart, flip, kill_coordinator
+from hosts.test_own_disks_over_hosts import Apart, flip, kill_coordinator, three_apart
 from tiny import Bench
 
 pytestmark = [
@@ -31,11 +31,8 @@ WORDS = (
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Run folder and cache of each host are on its own disk."""
-    with Lab(3, tmp_path / "lab") as lab:
-        folder = tmp_path / "cluster"
-        folder.mkdir()
-        yield Cluster(lab, folder, environments={host.name: CACHE for host in lab.hosts})
+    with three_apart(tmp_path) as made:
+        yield made
 
 
 def boxes(host: Host) -> list[str]:

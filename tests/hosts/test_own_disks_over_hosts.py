@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,19 @@ class Apart(Training):
         assert self.process.wait(timeout=200) == 0, self.log.read_text()[-4000:]
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+@contextmanager
+def three_apart(tmp_path: Path) -> Iterator[Cluster]:
     """Run folder and cache of each host are on its own disk."""
     with Lab(3, tmp_path / "lab") as lab:
         folder = tmp_path / "cluster"
         folder.mkdir()
         yield Cluster(lab, folder, environments={host.name: CACHE for host in lab.hosts})
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with three_apart(tmp_path) as made:
+        yield made
 
 
 def saves(host: Host) -> list[str]:

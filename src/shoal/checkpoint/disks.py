@@ -160,15 +160,10 @@ def thin(checkpoints: Path, commit: Commit, *, keep: int, best: int | None, file
     """
     known = [each for each in _record(checkpoints).commits if each.number <= commit.number]
     stays = {name for each in known[-keep:] for name in each.names}
-    folders = [(step, checkpoints / name) for step, name in divided_saves(checkpoints)]
-    if commit.divided:
-        joined = [
-            (step, checkpoints / published_name(step)) for step in published_steps(checkpoints)
-        ]
-        folders += joined
-    for step, folder in folders:
-        if step <= commit.step and step != best and manifest_hash(folder) not in stays:
-            drop(checkpoints, folder.name, files=files)
+    joined = _published_saves(checkpoints) if commit.divided else []
+    for step, name in divided_saves(checkpoints) + joined:
+        if step <= commit.step and step != best and manifest_hash(checkpoints / name) not in stays:
+            drop(checkpoints, name, files=files)
 
 
 def join(checkpoints: Path, commit: Commit, *, files: Files) -> None:
@@ -218,8 +213,7 @@ def settle(checkpoints: Path, commit: Commit | None, *, files: Files) -> None:
     for folder in _folders(checkpoints):
         if manifest_hash(folder) not in counted:
             drop(checkpoints, folder.name, files=files)
-    later = [(step, published_name(step)) for step in published_steps(checkpoints)]
-    for step, name in later + divided_saves(checkpoints):
+    for step, name in _published_saves(checkpoints) + divided_saves(checkpoints):
         if commit is not None and step > commit.step:
             drop(checkpoints, name, files=files)
 
@@ -241,11 +235,16 @@ def save_damage(folder: Path) -> str | None:
 
 def _folders(checkpoints: Path) -> list[Path]:
     """Of saves, those that count and those that wait to."""
-    names = [published_name(step) for step in published_steps(checkpoints)]
-    names += [name for _, name in divided_saves(checkpoints)]
+    saves = _published_saves(checkpoints) + divided_saves(checkpoints)
+    names = [name for _, name in saves]
     waiting = waiting_saves(checkpoints)
     names += [_waiting_name(step, generation=number) for number, step in waiting]
     return [checkpoints / name for name in names]
+
+
+def _published_saves(checkpoints: Path) -> list[tuple[int, str]]:
+    """(step, name) of the checkpoints."""
+    return [(step, published_name(step)) for step in published_steps(checkpoints)]
 
 
 def _record(checkpoints: Path) -> _Record:

@@ -93,12 +93,15 @@ class Store:
 
     patience_seconds = 60.0
     """How long the next save waits for this one, before it is left out."""
-    appear_seconds = 30.0
-    """How long somebody else may take to give a save its name."""
     divided = False
     """Whether hosts save each what its ranks hold, so that none has all of it but at a start."""
     away_seconds = 0.0
     """How long the last save of a run is tried again where the store does not answer."""
+
+    @property
+    def appear_seconds(self) -> float:
+        """How long others may take to give a save its name, and to bring what they have of it."""
+        return 600.0 if self.divided else 30.0
 
     @property
     def place(self) -> str:

@@ -46,15 +46,16 @@ def fingerprint_of(training: Training) -> list[float]:
     return fingerprint_values(training.passes.logits(fingerprint_sample(training.model))[0])
 
 
-def writes_model(training: Training) -> bool:
-    """Whether the run is done with this step, and leaves a model."""
-    ending, step = training.watch.ending, training.progress.step
-    complete = step >= training.steps if ending is None else ending.is_success
-    return complete and training.job.final_model
+def is_complete(training: Training) -> bool:
+    """Whether the run is done with this step."""
+    ending = training.watch.ending
+    return training.progress.step >= training.steps if ending is None else ending.is_success
 
 
 def saves_read(training: Training) -> list[int]:
-    """Steps whose saves `write_model` reads, if it is called for the last or the best step."""
+    """Steps whose saves `write_model` reads, if the run ends with this step."""
+    if not (is_complete(training) and training.job.final_model):
+        return []
     best, wanted = training.watch.best, training.job.recipe.checkpoint.model
     found = {best} if best is not None and wanted == "best" else set[int]()
     if training.replica.is_cut:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from shoal.engine.export import saves_read, write_model, writes_model
+from shoal.engine.export import is_complete, saves_read, write_model
 from shoal.engine.log import RunLog
 from shoal.engine.training import Training
 from shoal.observe.events import Report
@@ -13,8 +13,8 @@ from shoal.observe.events import Report
 def finish(training: Training, *, files: RunLog, report: Report) -> None:
     """Write RUN/model where the run is done, close `files`, and report what it came to."""
     step, ending = training.progress.step, training.watch.ending
-    complete = step >= training.steps if ending is None else ending.is_success
-    if writes_model(training):
+    complete = is_complete(training)
+    if complete and training.job.final_model:
         _write_model(training, report=report)
     name = "finished" if complete else "paused" if ending is None else ending.kind
     files.sink.event(name, {"step": step, **({"text": ending.text} if ending else {})})

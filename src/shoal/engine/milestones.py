@@ -8,7 +8,7 @@ from typing import Any
 
 from shoal.comm.group import Group
 from shoal.engine.evaluate import complete_prompts, evaluate
-from shoal.engine.export import fingerprint_of, saves_read, writes_model
+from shoal.engine.export import fingerprint_of, saves_read
 from shoal.engine.log import RunLog
 from shoal.engine.membership.agree import Position
 from shoal.engine.saving.parts import random_state
@@ -98,7 +98,7 @@ class Milestones:
                 own={"random_state": random_state(), "policy": training.policy.facts()},
                 equal=equal,
                 last=last,
-                needed=saves_read(training) if last and writes_model(training) else (),
+                needed=saves_read(training) if last else (),
                 while_waiting=self._still_saving,
             )
         self._group.traffic.take()

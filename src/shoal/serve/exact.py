@@ -25,7 +25,7 @@ from shoal.models.experts import experts_of
 from shoal.serve.int8 import Int8Product, cannot_multiply, is_exact
 from shoal.serve.rows import MOST_ROWS, Way, in_pieces, keeps_rows, probe_rows
 
-_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 48, 64, 100, 128, 256, MOST_ROWS)
+_ROWS = (*range(1, 10), 12, 13, 16, 17, 31, 32, 33, 48, 64, 100, 128, 200, 256, MOST_ROWS)
 _FEW_ROWS = (1, 2, 3, 5, 8, 16, 33, 64)
 _LARGE = 8 << 20
 """Elements of a weight beyond which fewer numbers of rows are tried."""

@@ -43,8 +43,6 @@ Note = tuple[str, dict[str, Any]]
 KEPT = "kept"
 """A note that a save is whole on this rank's disk: for the coordinator, who has it count or not."""
 _LOOK_SECONDS = 0.02
-_BROUGHT_SECONDS = 600.0
-"""For what other hosts have saved to come here, at the end."""
 _NOTHING: Mapping[str, Any] = {}
 _FAILED = "the next save tries again; the checkpoints before it are as they were"
 
@@ -166,7 +164,6 @@ class Saver:
         """From now on only these save on this rank's disk; None: all save to one place."""
         self.disk = disk
         self.store.divided = disk is not None and disk.host is not None
-        self.store.appear_seconds = _BROUGHT_SECONDS if self.store.divided else 30.0
 
     def notes(self) -> list[Note]:
         """What happened since the last call, to be told as events (by rank 0)."""
